@@ -1,0 +1,55 @@
+# Everything a contributor or a first user runs. `make help` explains the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+SPEECH := ../shared/data
+
+# Ranks on CPUs: one thread each, because two spinning thread pools on two cores cost more than ten times.
+CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo digits test test-slow lint bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
+
+install: .venv/.installed ## Make .venv with the pinned versions and build DeepSpeed's extensions
+
+# DeepSpeed's own build looks for an installed torch, so torch comes first and builds are not isolated.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja py-cpuinfo packaging hatchling editables
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[demo,dev]'
+	$(CPU_ENV) $(BIN)/voxtral-dist doctor
+	touch $@
+
+demo: install ## Train a tiny Voxtral from nothing with ZeRO-3 on 2 processes (about 5 minutes)
+	$(CPU_ENV) $(BIN)/python launch/demo/demo.py
+
+digits: install ## Train a tiny Voxtral on real spoken digits with ZeRO-2 (needs the data in ../shared/data)
+	rm -rf shards/fsdd-train shards/fsdd-test
+	$(BIN)/voxtral-dist shards pack $(SPEECH)/fsdd/train.jsonl shards/fsdd-train
+	$(BIN)/voxtral-dist shards pack $(SPEECH)/fsdd/test.jsonl shards/fsdd-test
+	$(BIN)/voxtral-dist tiny models/tiny-digits
+	$(CPU_ENV) deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/digits.yaml
+
+test: install ## Run the tests that prove the contracts (less than 15 minutes on 2 cores)
+	$(CPU_ENV) $(BIN)/pytest -m "not slow"
+
+test-slow: install ## Run the proofs that take minutes each
+	$(CPU_ENV) $(BIN)/pytest -m slow
+
+lint: install ## Check style, types, layers, recipes, the image and the manifests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/voxtral-dist config check launch/recipes/*.yaml
+
+bench: install ## Run the benchmarks and write JSON files to build/benchmarks
+	mkdir -p build/benchmarks
+	for benchmark in benchmarks/*.py; do \
+	  $(CPU_ENV) $(BIN)/python $$benchmark --output build/benchmarks/$$(basename $$benchmark .py).json || exit 1; \
+	done
+
+clean: ## Remove what the demo and the tests made; keep .venv
+	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache

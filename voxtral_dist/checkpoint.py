@@ -1,0 +1,219 @@
+"""Everything a run needs to go on, saved whole or not at all, for any number of ranks and any engine.
+
+    checkpoints/step-0000100/
+        state-RRRRR-PPPPP.safetensors   written by rank R: NAME, NAME//exp_avg, NAME//exp_avg_sq; float32, full shape
+        config.yaml                     the run's configuration
+        complete.json                   progress, data identity, and which file holds which tensor; written last
+
+The folder is written under a temporary name and renamed; without `complete.json` it does not exist for `latest()`.
+Parameters are stored whole, one after the other, so nothing in a checkpoint depends on how the model was sharded. There
+is no random state in it: the order of data, augmentation and dropout are functions of (seed, step, slot).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from voxtral_dist.config import RunConfig, dump_config
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, wait_for_all
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.base import Engine, ParameterState
+from voxtral_dist.errors import UserError
+
+_COMPLETE = "complete.json"
+_FORMAT = 1
+# A rank holds this much on the CPU before it writes a part.
+_PART_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """How far a run has come. `step` updates were made; the next one has this index."""
+
+    step: int = 0
+    num_samples_seen: int = 0
+    num_bad_samples: int = 0
+    audio_seconds: float = 0.0
+    train_seconds: float = 0.0
+
+
+class CheckpointDirectory:
+    """The checkpoints of one run. All ranks call its methods together; `run_dir` must be shared by all nodes."""
+
+    def __init__(self, config: RunConfig, num_train_samples: int, world: World) -> None:
+        self._folder = config.run_dir / "checkpoints"
+        self._keep = config.checkpoint.keep
+        self._config = config
+        self._identity = _data_identity(config, num_train_samples)
+        self._world = world
+
+    def latest(self) -> Path | None:
+        """The complete checkpoint with the most steps, as rank 0 sees the disk."""
+        complete = sorted(path.parent for path in self._folder.glob(f"step-*/{_COMPLETE}"))
+        return from_first_rank(complete[-1] if complete else None, self._world)
+
+    def resume(self, engine: Engine) -> TrainProgress | None:
+        """Load the newest complete checkpoint into the engine; None where there is none.
+
+        Raises:
+            UserError: it belongs to another model, or to other data or other batches, or a file of it is damaged.
+        """
+        folder = self.latest()
+        if folder is None:
+            return None
+        contents = _read_complete(folder)
+        _check_model(folder, contents["shapes"], engine.parameter_shapes())
+        self._check_data(folder, contents["data"])
+        progress = TrainProgress(**contents["progress"])
+        engine.load_parameter_states(_read_states(folder, contents), progress.step)
+        return progress
+
+    def save(self, engine: Engine, progress: TrainProgress) -> Path:
+        """Write the state of engine and progress; older checkpoints are removed when this one is complete."""
+        final = self._folder / f"step-{progress.step:07d}"
+        temporary = self._folder / f".{final.name}.tmp"
+        if self._world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        wait_for_all(self._world)
+        placed = gather_on_first(_PartWriter(temporary, self._world).write(engine.parameter_states()), self._world)
+        if self._world.is_first:
+            self._complete(temporary, progress, engine, {name: file for part in placed for name, file in part.items()})
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            self._remove_old()
+        wait_for_all(self._world)
+        return final
+
+    def _complete(self, folder: Path, progress: TrainProgress, engine: Engine, placed: dict[str, str]) -> None:
+        (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
+        contents = {
+            "format": _FORMAT,
+            "progress": asdict(progress),
+            "data": self._identity,
+            "shapes": engine.parameter_shapes(),
+            "files": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+            "tensors": placed,
+        }
+        (folder / _COMPLETE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+
+    def _remove_old(self) -> None:
+        complete = sorted(path.parent for path in self._folder.glob(f"step-*/{_COMPLETE}"))
+        for folder in complete[: -self._keep]:
+            # First the file that makes it a checkpoint: being killed in between must not leave half a one.
+            (folder / _COMPLETE).unlink()
+            shutil.rmtree(folder)
+
+    def _check_data(self, folder: Path, saved: dict[str, Any]) -> None:
+        for key, value in self._identity.items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"The checkpoint {folder} was made with `{key}` = {saved.get(key)!r}, but it is {value!r} now, so "
+                    "its position in the data has no meaning: restore that value, or choose another `run_dir`."
+                )
+
+
+def _data_identity(config: RunConfig, num_train_samples: int) -> dict[str, Any]:
+    """What the place in the data depends on, as it reads back from JSON."""
+    names = (
+        "slots_per_step",
+        "examples_per_slot",
+        "sort_window_steps",
+        "shuffle_block_size",
+        "max_duration_seconds",
+    )
+    train_data = config.train_data.model_dump(mode="json")
+    return {
+        "seed": config.seed,
+        "num_train_samples": num_train_samples,
+        **{f"train_data.{name}": train_data[name] for name in names},
+    }
+
+
+class _PartWriter:
+    """Takes every n-th parameter of a stream of states and writes it in parts of limited size."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self._folder = folder
+        self._world = world
+        self._pending: dict[str, Tensor] = {}
+        self._placed: dict[str, str] = {}
+        self._num_parts = 0
+
+    def write(self, states: Iterator[ParameterState]) -> dict[str, str]:
+        """The names of the tensors that this rank wrote, each with its file."""
+        for number, state in enumerate(states):
+            if number % self._world.size == self._world.rank:
+                self._pending.update(_tensors_of(state))
+                if sum(tensor.nbytes for tensor in self._pending.values()) >= _PART_BYTES:
+                    self._flush()
+        self._flush()
+        return self._placed
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        file = f"state-{self._world.rank:05d}-{self._num_parts:05d}.safetensors"
+        save_file(self._pending, self._folder / file)
+        self._placed.update(dict.fromkeys(self._pending, file))
+        self._num_parts += 1
+        self._pending = {}
+
+
+def _tensors_of(state: ParameterState) -> dict[str, Tensor]:
+    moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    stored = {f"{state.name}//{key}": moment.contiguous() for key, moment in moments.items() if moment is not None}
+    return {state.name: state.weight.contiguous()} | stored
+
+
+def _read_complete(folder: Path) -> dict[str, Any]:
+    contents: dict[str, Any] = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+    if contents.get("format") != _FORMAT:
+        raise UserError(
+            f"The checkpoint {folder} has format {contents.get('format')!r}, but this version reads format {_FORMAT}."
+        )
+    for name, num_bytes in contents["files"].items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found != num_bytes:
+            raise UserError(
+                f"The checkpoint {folder} is damaged: {name} has {found} bytes instead of {num_bytes}. Remove the "
+                "folder to go on from the checkpoint before it."
+            )
+    return contents
+
+
+def _check_model(folder: Path, saved: dict[str, list[int]], shapes: dict[str, tuple[int, ...]]) -> None:
+    for name in [*shapes, *saved]:
+        here, there = shapes.get(name), saved.get(name)
+        if here is None or there is None or list(here) != there:
+            raise UserError(
+                f"The checkpoint {folder} belongs to another model: `{name}` is {_shape_text(there)} there and "
+                f"{_shape_text(here)} in `model.path`. Choose another `run_dir`, or the model that it was made with."
+            )
+
+
+def _shape_text(shape: object) -> str:
+    return "absent" if shape is None else "x".join(str(size) for size in shape)  # type: ignore[attr-defined]
+
+
+def _read_states(folder: Path, contents: dict[str, Any]) -> Iterator[ParameterState]:
+    files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in contents["files"]}
+    placed: dict[str, str] = contents["tensors"]
+
+    def tensor(name: str) -> Tensor | None:
+        return files[placed[name]].get_tensor(name) if name in placed else None
+
+    for name in contents["shapes"]:
+        weight = tensor(name)
+        assert weight is not None, f"complete.json lists the shape of {name}, but no file holds it"
+        yield ParameterState(name, weight, tensor(f"{name}//exp_avg"), tensor(f"{name}//exp_avg_sq"))

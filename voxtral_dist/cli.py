@@ -1,0 +1,198 @@
+"""`voxtral-dist`: the command line, and the one place where an error becomes a sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from voxtral_dist.config import EvaluationConfig, ModelConfig, config_schema, dump_config, load_config
+from voxtral_dist.errors import RankError, UserError
+
+_DEFAULT_SHARD_MEGABYTES = 512
+_PRECISIONS = get_args(ModelConfig.model_fields["precision"].annotation)
+_NORMALIZERS = get_args(EvaluationConfig.model_fields["normalizer"].annotation)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 the user's mistake, 3 an error of one rank, 75 stopped and resumable."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        code = parsed.run(parsed)
+    except UserError as error:
+        # The ranks of a node meet the same mistake: one of them speaks.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+            print(f"voxtral-dist: error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The grammar of the command line. Heavy libraries are imported by the commands that need them."""
+    parser = argparse.ArgumentParser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_transcribe(commands)
+    _add_shards(commands)
+    _add_config(commands)
+    _add_tiny(commands)
+    _add_doctor(commands)
+    return parser
+
+
+_Commands = argparse._SubParsersAction  # the type has no public name
+
+
+def _add_train(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("train", help="train, or go on with, the run of a configuration")
+    parser.add_argument("--config", type=Path, help="YAML file of the run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.precision=float32"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    # DeepSpeed's launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_train)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    config = load_config(parsed.config, parsed.set)
+    if parsed.print_config:
+        print(dump_config(config), end="")
+        return 0
+    from voxtral_dist.distributed.world import joined_world
+    from voxtral_dist.train import train
+
+    with joined_world() as world:
+        return train(config, world)
+
+
+def _add_evaluate(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("evaluate", help="word error rate of a model folder on shard folders")
+    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
+    parser.add_argument("shards", type=Path, nargs="+", help="folders made by `shards pack`")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
+    parser.add_argument("--batch-size", type=_positive, default=8)
+    parser.add_argument("--normalizer", choices=_NORMALIZERS, default="basic")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="float32")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_evaluate)
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.distributed.world import joined_world
+    from voxtral_dist.evaluate import evaluate
+
+    settings = EvaluationConfig(batch_size=parsed.batch_size, normalizer=parsed.normalizer)
+    with joined_world() as world:
+        for name, score in evaluate(parsed.model, parsed.shards, settings, parsed.precision, parsed.out, world):
+            if world.is_first:
+                wer = "n/a" if score.wer is None else f"{100 * score.wer:.2f} %"
+                print(f"{name}: WER {wer}, {score.num_utterances} utterances, normalizer {score.normalizer}")
+    return 0
+
+
+def _add_transcribe(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("transcribe", help="print the transcript of audio files")
+    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
+    parser.add_argument("clips", type=Path, nargs="+", help="audio files")
+    parser.add_argument("--language", help="ISO 639-1 code; without it the model is asked to detect the language")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="float32")
+    parser.set_defaults(run=_transcribe)
+
+
+def _transcribe(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.distributed.world import alone
+    from voxtral_dist.evaluate import transcribe_files
+
+    for clip, text in transcribe_files(
+        parsed.model, parsed.clips, parsed.language, EvaluationConfig(), parsed.precision, alone()
+    ):
+        print(f"{clip}\t{text}")
+    return 0
+
+
+def _add_shards(commands: _Commands[argparse.ArgumentParser]) -> None:
+    shards = commands.add_parser("shards", help="make WebDataset shards").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    pack = shards.add_parser("pack", help="pack a JSONL manifest into tars with an index")
+    pack.add_argument("source", type=Path, help="JSON lines with audio_filepath, text and lang")
+    pack.add_argument("out", type=Path, help="folder to make")
+    pack.add_argument("--shard-megabytes", type=_positive, default=_DEFAULT_SHARD_MEGABYTES)
+    pack.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, and list them")
+    pack.set_defaults(run=_pack)
+
+
+def _pack(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.data.shards import pack_manifest
+
+    summary = pack_manifest(parsed.source, parsed.out, parsed.shard_megabytes * 10**6, parsed.skip_bad)
+    print("\n".join([f"{parsed.out}:", *summary.lines()]))
+    return 0
+
+
+def _add_config(commands: _Commands[argparse.ArgumentParser]) -> None:
+    config = commands.add_parser("config", help="about configurations").add_subparsers(required=True, metavar="ACTION")
+    schema = config.add_parser("schema", help="print the JSON schema, for editors")
+    schema.set_defaults(run=_schema)
+    check = config.add_parser("check", help="check configurations and the files that they name for DeepSpeed")
+    check.add_argument("configs", type=Path, nargs="+")
+    check.set_defaults(run=_check)
+
+
+def _schema(_: argparse.Namespace) -> int:
+    print(config_schema())
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.engine.zero import zero_stage
+
+    for path in parsed.configs:
+        config = load_config(path)
+        print(f"{path}: {config.num_steps} steps of {config.model.path}, ZeRO-{zero_stage(config.engine.deepspeed)}")
+    return 0
+
+
+def _add_tiny(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("tiny", help="make a tiny random Voxtral as a Hugging Face folder")
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as encoder_width=128")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_tiny)
+
+
+def _tiny(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.tiny import build_tiny_voxtral, tiny_shape
+
+    build_tiny_voxtral(parsed.out, tiny_shape(parsed.set), parsed.seed)
+    print(f"{parsed.out}: a tiny Voxtral with random weights")
+    return 0
+
+
+def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("doctor", help="check this machine, and build DeepSpeed's extensions with a limit")
+    parser.add_argument("--build-timeout", type=_positive, default=900, metavar="SECONDS")
+    parser.add_argument("--with-offload", action="store_true", help="build also what offloading the optimizer needs")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.doctor import examine
+
+    return examine(parsed.build_timeout, parsed.with_offload)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, but is {text} instead")
+    return value

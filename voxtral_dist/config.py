@@ -1,0 +1,314 @@
+"""The configuration of a run: a tree of frozen models, from YAML and dotted overrides, checked before a GPU is used.
+
+Unknown keys are errors that name the nearest known key. The resolved tree is stored with the run as `config.yaml`, and
+`voxtral-dist config schema` prints its JSON schema for editors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from voxtral_dist.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, with no unknown keys, documented field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which Voxtral is trained, and in which precision."""
+
+    path: str
+    """A Hugging Face folder or hub name of a Voxtral checkpoint: weights, `tekken.json` and processor files."""
+
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights in forward and backward passes. The optimizer's own copy is float32 in any case."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The attention kernel. `flash_attention_2` needs the package flash-attn and a GPU."""
+
+    activation_checkpointing: bool = False
+    """Keep only the input of each block in the forward pass and compute it again in the backward pass: about a third
+    more computation, and activation memory that grows with one block instead of all."""
+
+
+class AugmentationStep(Section):
+    """One audiomentations transform."""
+
+    name: str
+    """A class of audiomentations, such as `Gain` or `AddGaussianSNR`."""
+
+    arguments: dict[str, float | int | str | bool] = Field(default_factory=dict)
+    """Its arguments by name; `p` is the probability that it is applied to an utterance."""
+
+
+class TrainDataConfig(Section):
+    """The shards that are trained on, and how they become batches.
+
+    A step consumes `slots_per_step * examples_per_slot` utterances whatever the number of GPUs: rank r of W takes the
+    slots r, r + W, r + 2 W, and so on.
+    """
+
+    shards: tuple[Path, ...] = Field(min_length=1)
+    """Folders made by `voxtral-dist shards pack`; together they are one training set."""
+
+    slots_per_step: int = Field(default=8, gt=0)
+    """Micro-batches per optimizer update over all ranks. At least the number of ranks; a multiple of it wastes
+    nothing."""
+
+    examples_per_slot: int = Field(default=4, gt=0)
+    """Utterances per micro-batch: what one GPU holds in one forward pass."""
+
+    sort_window_steps: int = Field(default=16, gt=0)
+    """Utterances of this many steps are sorted by cost together, so that a micro-batch holds utterances of similar
+    length. 1 sorts within a step only."""
+
+    shuffle_block_size: int = Field(default=1, gt=0)
+    """Neighbouring samples of a shard that stay together when the set is shuffled. Larger blocks read disks and
+    object stores more sequentially."""
+
+    max_duration_seconds: float | None = Field(default=None, gt=0)
+    """Longer utterances are left out, and their number is reported at the start."""
+
+    augmentation: tuple[AugmentationStep, ...] = ()
+    """Applied in this order to the waveform; drawn from (seed, pass, sample), so the same on any worker."""
+
+    max_target_tokens: int = Field(default=448, gt=0)
+    """A transcript with more tokens counts as a bad sample: targets are never cut."""
+
+    num_workers: int = Field(default=2, ge=0)
+    """Processes per rank that read and decode audio. The stream of batches does not depend on it."""
+
+    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    """The run ends when more than this share of the samples seen so far could not be used."""
+
+    max_bad_in_a_row: int = Field(default=100, gt=0)
+    """The run ends when a rank meets this many unusable samples in a row."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its learning rate over the steps."""
+
+    learning_rate: float = Field(gt=0)
+    """The peak, reached after `warmup_steps`."""
+
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the running means of the gradient and of its square."""
+
+    epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the mean square."""
+
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled; not applied to norms, biases and embeddings."""
+
+    warmup_steps: int = Field(default=100, ge=0)
+    """Steps of linear growth from zero."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The way from the peak to `final_learning_rate_fraction` of it at the last step."""
+
+    final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1)
+    """What is left of the peak at the end. Does nothing with `schedule: constant`."""
+
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global L2 norm. 0 switches clipping off."""
+
+
+class EngineConfig(Section):
+    """What shards and updates the model."""
+
+    deepspeed: Path
+    """DeepSpeed's own file, such as `ds_configs/zero3.json`. Batch size, accumulation, precision, optimizer and
+    clipping belong to this configuration; a file that sets one of them too is refused."""
+
+
+class CheckpointConfig(Section):
+    """When the whole state of the run is written, and how many of these are kept."""
+
+    every_steps: int = Field(default=500, gt=0)
+    """A checkpoint is also written at the last step and when the run is asked to stop (SIGTERM)."""
+
+    keep: int = Field(default=2, gt=0)
+    """Complete checkpoints that stay on disk; older ones are removed after a newer one is complete."""
+
+
+class TestSetConfig(Section):
+    """One shard folder whose word error rate is measured."""
+
+    shards: Path
+    """A folder made by `voxtral-dist shards pack`."""
+
+    max_utterances: int | None = Field(default=None, gt=0)
+    """Only the first utterances in the order of the index: for quick looks while training."""
+
+
+class EvaluationConfig(Section):
+    """How and when transcripts are generated and compared with their references."""
+
+    test_sets: dict[str, TestSetConfig] = Field(default_factory=dict)
+    """By name; the name becomes the file name of its results."""
+
+    every_steps: int | None = Field(default=None, gt=0)
+    """None: only at the end (and at the start if `at_start`)."""
+
+    at_start: bool = True
+    """Measure the untrained model too, so that there is something to compare with."""
+
+    batch_size: int = Field(default=8, gt=0)
+    """Utterances that a rank decodes at a time. Does not change hypotheses in float32."""
+
+    max_tokens_per_second: float = Field(default=12.5, gt=0)
+    """A hypothesis ends at `16 + max_tokens_per_second * duration` tokens; how often that happened is reported."""
+
+    normalizer: Literal["none", "basic"] = "basic"
+    """Applied to reference and hypothesis before words are compared."""
+
+
+class RunConfig(Section):
+    """Everything that determines a run."""
+
+    run_dir: Path
+    """Checkpoints, metrics, evaluations and the exported model go here. Starting again with the same folder resumes."""
+
+    num_steps: int = Field(gt=0)
+    """Optimizer updates in total."""
+
+    seed: int = Field(default=0, ge=0)
+    """Of the order of the data, of augmentation and of dropout."""
+
+    model: ModelConfig
+    train_data: TrainDataConfig
+    optimizer: OptimizerConfig
+    engine: EngineConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.optimizer.warmup_steps >= self.num_steps:
+            raise ValueError(
+                f"`optimizer.warmup_steps` must be smaller than `num_steps` ({self.num_steps}), but is "
+                f"{self.optimizer.warmup_steps} instead"
+            )
+        return self
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration from a YAML file and `section.key=value` overrides (values are YAML).
+
+    Raises:
+        UserError: no file, no YAML, an unknown key, or a value out of its range; the sentence names the key.
+    """
+    if path is None:
+        raise UserError("No configuration was given: pass `--config FILE`, for example launch/recipes/demo.yaml.")
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_sentences(error))) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"The configuration {path} must be a mapping of keys to values, but is {_kind(tree)} instead.")
+    return tree
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_schema() -> str:
+    """The JSON schema of `RunConfig`, for completion and checks in editors."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise UserError(
+            f"`--set {override}` must be of the form section.key=value, such as optimizer.learning_rate=1e-5."
+        )
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"`--set {override}`: `{parent}` holds {_kind(child)}, so it has no key `{leaf}`.")
+        tree = child
+    try:
+        # YAML 1.1 reads 1e-5 as text because it lacks a dot; pydantic turns such text into a number where one is due.
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"`--set {override}`: the value is not valid YAML.") from error
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    for detail in error.errors():
+        location = ".".join(str(part) for part in detail["loc"])
+        match detail["type"]:
+            case "extra_forbidden":
+                yield _unknown_key(detail)
+            case "missing":
+                yield f"`{location}` is missing"
+            case "value_error" if not location:
+                yield detail["msg"].removeprefix("Value error, ")
+            case _:
+                yield f"`{location}`: {_lower_first(detail['msg'])}, but is {detail['input']!r} instead"
+
+
+def _unknown_key(detail: ErrorDetails) -> str:
+    *parents, key = (str(part) for part in detail["loc"])
+    known = _known_keys(parents)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys are {', '.join(known)}"
+    place = ".".join([*parents, key])
+    return f"`{place}` is not a known key; {hint}"
+
+
+def _known_keys(parents: Sequence[str]) -> list[str]:
+    """The keys of the section that the path of an error leads to, through lists and mappings of sections."""
+    section: type[BaseModel] = RunConfig
+    for part in parents:
+        field = section.model_fields.get(part)
+        if field is not None:
+            section = _section_in(field.annotation) or section
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((section for section in found if section is not None), None)
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"

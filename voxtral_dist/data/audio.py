@@ -1,0 +1,85 @@
+"""Audio bytes to mono float32 at the model's rate, augmented reproducibly, and to the int16 that workers ship."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import audiomentations
+import numpy as np
+import soundfile
+import soxr
+from numpy.typing import NDArray
+
+from voxtral_dist.config import AugmentationStep
+from voxtral_dist.errors import UserError
+
+Waveform = NDArray[np.float32]
+Pcm = NDArray[np.int16]
+
+_INT16_SCALE = 32768.0
+
+
+class AudioError(ValueError):
+    """The bytes of one sample are not usable audio; the message says why."""
+
+
+def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
+    """Mono samples `(num_samples,)` in [-1, 1] at `sampling_rate` Hz, from any format that libsndfile reads.
+
+    Raises:
+        AudioError: the bytes do not decode, or hold no samples, or hold numbers that are not finite.
+    """
+    try:
+        waveform, rate = soundfile.read(io.BytesIO(contents), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, ValueError, TypeError) as error:
+        raise AudioError(f"does not decode ({str(error).removesuffix('.')})") from error
+    mono: Waveform = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
+    if len(mono) == 0:
+        raise AudioError("holds no audio")
+    if not np.isfinite(mono).all():
+        raise AudioError("holds samples that are not finite numbers")
+    return resample(mono, rate, sampling_rate)
+
+
+def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:
+    """The waveform at another rate, by the filter of mistral-common, so that training hears what serving does."""
+    if from_rate == to_rate:
+        return waveform
+    resampled: Waveform = soxr.resample(waveform, from_rate, to_rate, quality="HQ").astype(np.float32)
+    return resampled
+
+
+def to_pcm(waveform: Waveform) -> Pcm:
+    """16-bit samples: exact for audio that was 16-bit to begin with, and half the bytes of float32 on its way."""
+    scaled = np.rint(waveform * _INT16_SCALE)
+    pcm: Pcm = np.clip(scaled, -_INT16_SCALE, _INT16_SCALE - 1).astype(np.int16)
+    return pcm
+
+
+class Augmentation:
+    """A chain of audiomentations transforms whose draws depend on nothing but the key of each call."""
+
+    def __init__(self, steps: Sequence[AugmentationStep]) -> None:
+        self._compose = audiomentations.Compose([_transform(step) for step in steps])
+
+    def __call__(self, waveform: Waveform, sampling_rate: int, key: Sequence[int]) -> Waveform:
+        """The augmented waveform; `key` is (seed, pass, sample id)."""
+        # audiomentations draws from the two global generators: seed both for each sample.
+        seed = int(np.random.SeedSequence(list(key)).generate_state(1)[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        augmented: Waveform = self._compose(samples=waveform, sample_rate=sampling_rate)
+        return augmented
+
+
+def _transform(step: AugmentationStep) -> Any:
+    transform_class = getattr(audiomentations, step.name, None)
+    if transform_class is None:
+        raise UserError(f"`train_data.augmentation`: audiomentations has no transform `{step.name}`.")
+    try:
+        return transform_class(**step.arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"`train_data.augmentation`: `{step.name}` does not take these arguments: {error}.") from error

@@ -1,0 +1,72 @@
+"""Log-mel features in batch on the model's device, equal to `WhisperFeatureExtractor`'s to 1e-4.
+
+Source of the formula: Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (arXiv 2212.04356),
+and the reference implementation in transformers: power spectrum, slaney mel filters, log10, floor at 8 below the clip's
+maximum, then (x + 4) / 4. As in `VoxtralProcessor`, a clip of several windows is transformed as a whole and then cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import WhisperFeatureExtractor
+
+from voxtral_dist.errors import UserError
+
+_MIN_POWER = 1e-10
+_DYNAMIC_RANGE_LOG10 = 8.0
+_INT16_SCALE = 32768.0
+
+
+class LogMel:
+    """The features of one checkpoint's `preprocessor_config.json`, computed where the model is."""
+
+    def __init__(self, extractor: WhisperFeatureExtractor, device: torch.device) -> None:
+        self.num_mel_bins = int(extractor.feature_size)
+        self._hop_samples = int(extractor.hop_length)
+        self._fft_samples = int(extractor.n_fft)
+        self._window = torch.hann_window(self._fft_samples, device=device)
+        filters = torch.from_numpy(np.asarray(extractor.mel_filters)).to(device, torch.float32)
+        self._filters = filters.T.contiguous()
+
+    @classmethod
+    def from_pretrained(cls, path: str, device: torch.device) -> LogMel:
+        """The features of a Hugging Face folder or hub name."""
+        try:
+            return cls(WhisperFeatureExtractor.from_pretrained(path), device)
+        except (OSError, ValueError) as error:
+            raise UserError(f"`model.path`: {path!r} has no usable preprocessor_config.json: {error}") from error
+
+    def __call__(self, pcm: Tensor, windows_per_clip: Sequence[int]) -> Tensor:
+        """Features of a batch of clips.
+
+        Args:
+            pcm: int16 samples, `(C, S)`: the windows of all clips one after the other, S samples each, on the device.
+            windows_per_clip: how many of the C windows belong to each clip.
+
+        Returns:
+            Float32, `(C, M, F)`: M mel bins, F frames of a window (3,000 for 30 s).
+        """
+        num_windows, window_samples = pcm.shape
+        features = torch.empty((num_windows, self.num_mel_bins, window_samples // self._hop_samples), device=pcm.device)
+        first_windows = np.cumsum([0, *windows_per_clip[:-1]])
+        for count in sorted(set(windows_per_clip)):
+            firsts = first_windows[np.asarray(windows_per_clip) == count]
+            rows = torch.as_tensor(firsts[:, None] + np.arange(count), device=pcm.device).flatten()
+            features[rows] = self._clips_of_equal_length(pcm[rows], count)
+        return features
+
+    def _clips_of_equal_length(self, pcm: Tensor, count: int) -> Tensor:
+        """Features of clips of `count` windows each: `(N * count, S)` -> `(N * count, M, F)`."""
+        waveform = pcm.reshape(len(pcm) // count, -1).to(torch.float32) / _INT16_SCALE
+        spectrum = torch.stft(waveform, self._fft_samples, self._hop_samples, window=self._window, return_complex=True)
+        power = spectrum[..., :-1].abs().square().contiguous()
+        log_mel = (self._filters @ power).clamp(min=_MIN_POWER).log10()
+        loudest = log_mel.amax(dim=(1, 2), keepdim=True)
+        scaled = (torch.maximum(log_mel, loudest - _DYNAMIC_RANGE_LOG10) + 4.0) / 4.0
+        clips, bins, frames = scaled.shape
+        cut = scaled.reshape(clips, bins, count, frames // count).transpose(1, 2)
+        return cut.reshape(clips * count, bins, frames // count)

@@ -1,0 +1,1 @@
+"""Ranks as values, and the few collectives that training and evaluation need."""

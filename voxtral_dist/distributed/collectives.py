@@ -1,0 +1,50 @@
+"""Sums, gathers and waits over ranks. In a world of one each of them is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from voxtral_dist.distributed.world import World
+
+T = TypeVar("T")
+
+
+def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
+    """The element-wise sum over all ranks, in float64, the same on every rank to the last bit."""
+    if world.size == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def gather_on_first(value: T, world: World) -> list[T]:
+    """On rank 0 what each rank passed in, in the order of ranks; on the others an empty list.
+
+    Values travel as pickles: results and names, not tensors.
+    """
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * world.size if world.is_first else None
+    dist.gather_object(value, gathered)
+    return gathered or []
+
+
+def from_first_rank(value: T, world: World) -> T:
+    """Rank 0's value, on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]
+
+
+def wait_for_all(world: World) -> None:
+    """Return when every rank has come here."""
+    if world.size > 1:
+        # A barrier of NCCL guesses the device; a sum on this rank's own device does not.
+        sum_over_ranks([0.0], world)

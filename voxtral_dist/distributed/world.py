@@ -1,0 +1,83 @@
+"""The ranks of a run as a value: who am I, how many are we, which device is mine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from voxtral_dist.errors import UserError
+
+# Long enough for rank 0 to export the largest model while the others wait, short enough not to burn a night.
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all processes of the run."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+
+def alone(device: str | None = None) -> World:
+    """A world of one process, without a process group."""
+    return World(rank=0, size=1, local_rank=0, device=torch.device(device) if device else _device_of(0))
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """Join the other ranks that the launcher started: `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`.
+
+    Without these variables the process is a world of its own; engines still get a process group. The group is left
+    when the block ends without an error; after one, the launcher ends the other ranks, which may wait for this one.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
+    rank, size, local_rank = (_integer(name, default) for name, default in _PLACE.items())
+    device = _device_of(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=None if size > 1 else dist.HashStore(),  # type: ignore[attr-defined]  # a public class all the same
+        rank=rank,
+        world_size=size,
+        timeout=_COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield World(rank, size, local_rank, device)
+    dist.destroy_process_group()
+
+
+_PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+
+
+def _integer(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise UserError(f"The environment variable {name} must be a whole number from 0, but is {text!r} instead.")
+    return int(text)
+
+
+def _device_of(local_rank: int) -> torch.device:
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"This node has {torch.cuda.device_count()} GPUs, but a process with local rank {local_rank} was started: "
+            "start at most one process per GPU (`deepspeed --num_gpus`)."
+        )
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,51 @@
+"""What this machine has, what is missing, and DeepSpeed's extensions built before a run waits for them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import torch
+
+from voxtral_dist.engine.extensions import extension_locks
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "mistral-common", "webdataset", "soundfile", "jiwer")
+_BUILD = "from voxtral_dist.engine.zero import build_extensions; build_extensions(with_offload={})"
+
+
+def examine(build_timeout: int, with_offload: bool) -> int:
+    """Print a report; 0 if a run can start here, 2 if not."""
+    for package in _PACKAGES:
+        print(f"{package} {importlib.metadata.version(package)}")
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
+    if shutil.which("c++") is None:
+        print("There is no C++ compiler, which DeepSpeed's extensions need: install g++ (Debian: apt install g++).")
+        return 2
+    return _build(build_timeout, with_offload)
+
+
+def _build(timeout: int, with_offload: bool) -> int:
+    """Build in a process group of its own, so that a build that takes too long is ended with its compilers."""
+    for lock in extension_locks():
+        print(f"Removed the lock {lock}, which a build that was ended had left behind.")
+        lock.unlink(missing_ok=True)
+    print(f"Building DeepSpeed's extensions (limit {timeout} s; cached afterwards) ...", flush=True)
+    command = [sys.executable, "-c", _BUILD.format(with_offload)]
+    builder = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        output, _ = builder.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(builder.pid, signal.SIGKILL)
+        for lock in extension_locks():
+            lock.unlink(missing_ok=True)
+        print(f"The build did not end within {timeout} s: raise --build-timeout, or look for what holds the machine.")
+        return 2
+    if builder.returncode != 0:
+        print(f"The build failed:\n{output.decode(errors='replace')[-4000:]}")
+        return 2
+    print("DeepSpeed's extensions are ready.")
+    return 0

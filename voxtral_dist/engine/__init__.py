@@ -1,0 +1,1 @@
+"""Sharded training: one protocol, one file per library behind it."""

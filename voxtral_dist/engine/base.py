@@ -1,0 +1,62 @@
+"""What training needs of an engine, whichever library shards the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from voxtral_dist.data.batches import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepUpdate:
+    """What one optimizer update did."""
+
+    grad_norm: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class ParameterState:
+    """One parameter with what the optimizer knows of it: float32, full shape, on the CPU.
+
+    A frozen parameter has no moments. `exp_avg` and `exp_avg_sq` are AdamW's running means of the gradient and of its
+    square.
+    """
+
+    name: str
+    weight: Tensor
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+
+
+class Engine(Protocol):
+    """A sharded model and its optimizer. Implemented by `engine.zero.ZeroEngine`."""
+
+    def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
+        """Accumulate the gradient of one micro-batch; the loss summed over its targets on this rank, detached.
+
+        Args:
+            batch: on any device.
+            num_targets: targets of the whole step over all ranks, so that each of them weighs the same.
+            is_last: whether no micro-batch of this step follows.
+        """
+
+    def step(self, learning_rate: float) -> StepUpdate:
+        """Clip, update the weights, and forget the gradients."""
+
+    def full_weights(self) -> AbstractContextManager[nn.Module]:
+        """A whole model in evaluation mode with the current weights: every rank can generate on its own."""
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """Every parameter in a fixed order. All ranks must go through it together; each gets the full tensors."""
+
+    def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
+        """Take over weights and moments, in the order of `parameter_states`, after `num_updates` updates."""
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The full shape of each parameter, in the order of `parameter_states`, without communication."""

@@ -1,0 +1,17 @@
+"""The one kind of error that is the user's to mend: a sentence, no traceback, and an exit code that is not 0."""
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: what is wrong, where, and what to do.
+
+    The command line prints the sentence and ends with `exit_code`. Of several processes on a node the first speaks for
+    all, because all of them find the same mistake.
+    """
+
+    exit_code = 2
+
+
+class RankError(UserError):
+    """A `UserError` that one rank met alone, so that this rank has to print it itself."""
+
+    exit_code = 3

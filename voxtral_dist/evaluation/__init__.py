@@ -1,0 +1,1 @@
+"""Word error rates of generated transcripts: every utterance exactly once, integers summed, divided once."""

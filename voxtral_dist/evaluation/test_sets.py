@@ -1,0 +1,119 @@
+"""Test sets decoded over ranks, gathered, checked to be whole, and scored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from voxtral_dist.config import EvaluationConfig, TestSetConfig
+from voxtral_dist.data.index import ShardIndex, read_index
+from voxtral_dist.data.loader import example_cost
+from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.samples import SampleError, SampleReader
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first
+from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import RankError
+from voxtral_dist.evaluation.normalizer import Normalizer, normalizer
+from voxtral_dist.evaluation.report import ScoredUtterance, TestSetScore, score_test_set, score_utterance, write_results
+from voxtral_dist.evaluation.transcribe import Transcriber
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The utterances of one index and how they are read."""
+
+    name: str
+    index: ShardIndex
+    reader: SampleReader
+    batches: tuple[tuple[int, ...], ...]
+
+
+def build_test_sets(config: EvaluationConfig, prompts: TranscriptionPrompts, max_target_tokens: int) -> list[TestSet]:
+    """All configured test sets, each cut into batches of similar cost, longest first."""
+    return [
+        build_test_set(name, test_set, config.batch_size, prompts, max_target_tokens)
+        for name, test_set in config.test_sets.items()
+    ]
+
+
+def build_test_set(
+    name: str, config: TestSetConfig, batch_size: int, prompts: TranscriptionPrompts, max_target_tokens: int
+) -> TestSet:
+    """One test set.
+
+    Raises:
+        UserError: its shards are missing or empty.
+    """
+    index = read_index([config.shards])
+    if config.max_utterances is not None:
+        index = index.first(config.max_utterances)
+    order = (-example_cost(index, prompts)).argsort(kind="stable").tolist()
+    batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
+    return TestSet(name, index, SampleReader(index, prompts, max_target_tokens), batches)
+
+
+def evaluate_test_set(
+    test_set: TestSet, transcriber: Transcriber, config: EvaluationConfig, out_dir: Path, world: World
+) -> TestSetScore:
+    """Decode every utterance once over all ranks and write the results; every rank gets the score.
+
+    Ranks decode without waiting for each other: batch i belongs to rank i modulo the number of ranks.
+
+    Raises:
+        RankError: an utterance of the test set is unusable; a smaller test set would be another test set.
+    """
+    used = normalizer(config.normalizer)
+    mine = [_decode(test_set, batch, transcriber, used) for batch in test_set.batches[world.rank :: world.size]]
+    gathered = gather_on_first([utterance for batch in mine for utterance in batch], world)
+    score = None
+    if world.is_first:
+        utterances = check_whole(test_set, [utterance for part in gathered for utterance in part])
+        score = score_test_set(utterances, used)
+        write_results(out_dir, test_set.name, utterances, score)
+    agreed = from_first_rank(score, world)
+    assert agreed is not None, "rank 0 always has a score"
+    return agreed
+
+
+def check_whole(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:
+    """The utterances in the order of the index.
+
+    Raises:
+        RankError: one is missing or came twice, so that any rate of them would be wrong.
+    """
+    counts = Counter(utterance.sample_id for utterance in utterances)
+    missing = [sample_id for sample_id in range(len(test_set.index)) if sample_id not in counts]
+    repeated = [sample_id for sample_id, count in counts.items() if count > 1]
+    if missing or repeated:
+        raise RankError(
+            f"The evaluation of `{test_set.name}` lost {len(missing)} utterances (first: {missing[:3]}) and decoded "
+            f"{len(repeated)} twice (first: {repeated[:3]}): its word error rate would be wrong, so there is none."
+        )
+    return sorted(utterances, key=lambda utterance: utterance.sample_id)
+
+
+def _decode(
+    test_set: TestSet, batch: Sequence[int], transcriber: Transcriber, used: Normalizer
+) -> list[ScoredUtterance]:
+    try:
+        examples = [test_set.reader.example(sample_id) for sample_id in batch]
+    except SampleError as error:
+        raise RankError(
+            f"The test set `{test_set.name}` has an unusable utterance: {error}. Mend or remove it, then "
+            "pack the set again."
+        ) from error
+    return [
+        score_utterance(
+            sample_id=example.sample_id,
+            key=example.key,
+            language=test_set.index.language(example.sample_id),
+            duration_seconds=round(example.duration_seconds, 4),
+            reference=example.reference,
+            hypothesis=hypothesis.text,
+            hit_limit=hypothesis.hit_limit,
+            normalizer=used,
+        )
+        for example, hypothesis in zip(examples, transcriber(examples), strict=True)
+    ]

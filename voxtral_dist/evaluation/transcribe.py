@@ -1,0 +1,71 @@
+"""Transcripts by greedy generation: batched, and the same for an utterance whatever it is batched with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from voxtral_dist.data.batches import pad_left
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.samples import Example
+
+# Even the shortest clip may have this many tokens.
+_MIN_NEW_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A decoded transcript; `hit_limit` says that it was ended by the limit of tokens, not by the model."""
+
+    text: str
+    num_tokens: int
+    hit_limit: bool
+
+
+class Transcriber:
+    """A whole model with its tokenizer and features, decoding batches of examples."""
+
+    def __init__(
+        self, model: nn.Module, prompts: TranscriptionPrompts, log_mel: LogMel, max_tokens_per_second: float
+    ) -> None:
+        self._model = model
+        self._prompts = prompts
+        self._log_mel = log_mel
+        self._max_tokens_per_second = max_tokens_per_second
+
+    @torch.no_grad()
+    def __call__(self, examples: Sequence[Example]) -> list[Hypothesis]:
+        """One hypothesis for each example, in their order."""
+        device = next(self._model.parameters()).device
+        input_ids, attention_mask = pad_left([example.prompt for example in examples], self._prompts.pad_id)
+        pcm = torch.cat([torch.from_numpy(example.pcm) for example in examples]).to(device)
+        limits = [self._limit(example) for example in examples]
+        generated: Tensor = self._model.generate(  # type: ignore[operator]
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            input_features=self._log_mel(pcm, [len(example.pcm) for example in examples]),
+            max_new_tokens=max(limits),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=self._prompts.pad_id,
+            eos_token_id=self._prompts.eos_id,
+        )
+        completions = generated[:, input_ids.shape[1] :].tolist()
+        return [self._hypothesis(ids, limit) for ids, limit in zip(completions, limits, strict=True)]
+
+    def _limit(self, example: Example) -> int:
+        return _MIN_NEW_TOKENS + math.ceil(self._max_tokens_per_second * example.duration_seconds)
+
+    def _hypothesis(self, ids: list[int], limit: int) -> Hypothesis:
+        # The batch runs to its largest limit: each utterance is cut at its own, so that its neighbours do not matter.
+        own = ids[:limit]
+        hit_limit = self._prompts.eos_id not in own
+        if not hit_limit:
+            own = own[: own.index(self._prompts.eos_id)]
+        return Hypothesis(self._prompts.decode(own), len(own), hit_limit)

@@ -1,0 +1,76 @@
+"""The trained model as a normal Hugging Face folder, which transformers, vLLM and this package load alike."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+from voxtral_dist.distributed.collectives import wait_for_all
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.base import Engine, ParameterState
+from voxtral_dist.model import skeleton
+
+# Everything in a Voxtral folder that training does not change.
+_COMPANION_FILES = (
+    "tekken.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "params.json",
+)
+
+
+def export_hugging_face(engine: Engine, model_path: str, out_dir: Path, dtype: torch.dtype, world: World) -> None:
+    """Write weights (safetensors, in `dtype`), configuration, tokenizer and processor files of the trained model.
+
+    All ranks call it together; rank 0 holds one copy of the weights on the CPU and writes.
+    """
+    states = engine.parameter_states()
+    if world.is_first:
+        model = assemble(VoxtralConfig.from_pretrained(model_path), states, dtype)
+        write_folder(model, model_path, out_dir)
+    else:
+        for _ in states:
+            pass
+    wait_for_all(world)
+
+
+def assemble(
+    config: VoxtralConfig, states: Iterator[ParameterState], dtype: torch.dtype
+) -> VoxtralForConditionalGeneration:
+    """A model on the CPU with the weights of `states`, which come in the order of its parameters."""
+    model = skeleton(config, dtype)
+    for (name, _), state in zip(list(model.named_parameters()), states, strict=True):
+        assert name == state.name, f"parameters come in the model's order, but {state.name} came for {name}"
+        owner, _, leaf = name.rpartition(".")
+        weight = torch.nn.Parameter(state.weight.to(dtype), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, weight)
+    model.tie_weights()
+    return model
+
+
+def write_folder(model: VoxtralForConditionalGeneration, model_path: str, out_dir: Path) -> None:
+    """Save under a temporary name, so that a folder named `out_dir` is always a whole one."""
+    temporary = out_dir.with_name(f".{out_dir.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    source = _local_folder(model_path)
+    for name in _COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, temporary / name)
+    shutil.rmtree(out_dir, ignore_errors=True)
+    temporary.rename(out_dir)
+
+
+def _local_folder(model_path: str) -> Path:
+    """Where the files of the checkpoint lie: a folder as it is, a hub name in the cache."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    return Path(snapshot_download(model_path, allow_patterns=list(_COMPANION_FILES)))

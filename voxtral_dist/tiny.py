@@ -1,0 +1,259 @@
+"""A tiny but real Voxtral, saved as a normal Hugging Face folder: for tests, demos and dry runs without a download.
+
+Everything that reads the published model reads this one too: the classes, the file names, the prompt format and the ids
+of the special tokens are the same. Only the widths, the vocabulary and the length of the window are smaller.
+"""
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import torch
+from mistral_common.tokens.tokenizers.base import SpecialTokens
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from torch import Tensor, nn
+from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalGeneration, WhisperFeatureExtractor
+
+from voxtral_dist.errors import UserError
+
+SAMPLING_RATE = 16_000
+HOP_SAMPLES = 160
+FFT_SAMPLES = 400
+NUM_MEL_BINS = 128
+FRAMES_PER_POSITION = 2
+POSITIONS_PER_AUDIO_TOKEN = 4
+POSITIONS_PER_SECOND = SAMPLING_RATE // HOP_SAMPLES // FRAMES_PER_POSITION
+AUDIO_TOKENS_PER_SECOND = POSITIONS_PER_SECOND / POSITIONS_PER_AUDIO_TOKEN
+
+PACKAGED_VOCABULARY = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
+NUM_BYTE_TOKENS = 256
+# The published ids of what Voxtral added to the 20 special tokens that every version 7 tokenizer has.
+AUDIO_SPECIAL_TOKEN_IDS = {SpecialTokens.audio: 24, SpecialTokens.begin_audio: 25, SpecialTokens.transcribe: 34}
+NUM_SPECIAL_TOKENS = 1 + max(AUDIO_SPECIAL_TOKEN_IDS.values())
+
+
+@dataclass(frozen=True)
+class TinyShape:
+    """The sizes of a tiny Voxtral. The encoder's feed-forward width isn't free: see `encoder_ffn_width`."""
+
+    window_seconds: float = 2.56
+    vocab_size: int = 512  # ids in all: the special tokens, 256 bytes, then the most frequent merges
+    encoder_width: int = 64
+    encoder_layers: int = 2
+    encoder_heads: int = 2
+    text_width: int = 64
+    text_layers: int = 2
+    text_heads: int = 2
+    text_kv_heads: int = 1
+    text_ffn_width: int = 128
+    max_text_positions: int = 4096
+    rope_theta: float = 10_000.0
+    initializer_gain: float = 1.0  # standard deviation of a weight times the square root of its fan-in
+
+    def __post_init__(self) -> None:
+        if (Fraction(str(self.window_seconds)) * POSITIONS_PER_SECOND) % POSITIONS_PER_AUDIO_TOKEN != 0:
+            raise ValueError(
+                f"`window_seconds` must be a multiple of {1 / AUDIO_TOKENS_PER_SECOND} s, a whole number of audio "
+                f"tokens, but is {self.window_seconds} instead."
+            )
+        if self.vocab_size < NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS:
+            raise ValueError(
+                f"`vocab_size` must be at least {NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS}, the special tokens and every "
+                f"byte, but is {self.vocab_size} instead."
+            )
+
+    @property
+    def num_positions(self) -> int:
+        """Encoder positions of a window: 1,500 for 30 s."""
+        return round(self.window_seconds * POSITIONS_PER_SECOND)
+
+    @property
+    def num_audio_tokens(self) -> int:
+        """Audio tokens of a window: 375 for 30 s."""
+        return self.num_positions // POSITIONS_PER_AUDIO_TOKEN
+
+    @property
+    def encoder_ffn_width(self) -> int:
+        """Four times the width: the model takes it for the size of the positions joined to one audio token."""
+        return POSITIONS_PER_AUDIO_TOKEN * self.encoder_width
+
+
+def tiny_shape(overrides: Sequence[str] = ()) -> TinyShape:
+    """The default shape with some fields replaced, each given as `name=number`.
+
+    Raises:
+        UserError: there is no such field, or its value does not fit.
+    """
+    shape = TinyShape()
+    for override in overrides:
+        name, _, text = override.partition("=")
+        current = getattr(shape, name, None)
+        if not isinstance(current, int | float):
+            raise UserError(f"`--set {override}`: a tiny Voxtral has the sizes {', '.join(asdict(shape))}.")
+        try:
+            sizes = asdict(shape) | {name: type(current)(text)}
+            shape = TinyShape(**sizes)
+        except ValueError as error:
+            raise UserError(f"`--set {override}`: {error}") from error
+    return shape
+
+
+def build_tiny_voxtral(out_dir: Path, shape: TinyShape = TinyShape(), seed: int = 0) -> None:
+    """Write tokenizer, processor, configuration and float32 weights; the same bytes for the same shape and seed."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tekken_path = out_dir / "tekken.json"
+    tekken_path.write_text(json.dumps(_tekken_json(shape), ensure_ascii=False), encoding="utf-8")
+    tokenizer = Tekkenizer.from_file(tekken_path)
+    _feature_extractor(shape).save_pretrained(out_dir)
+    build_random_voxtral(_model_config(tokenizer, shape), shape.initializer_gain, seed).save_pretrained(out_dir)
+    _generation_config(tokenizer).save_pretrained(out_dir)
+
+
+def _tekken_json(shape: TinyShape) -> dict[str, Any]:
+    """A prefix of the packaged vocabulary: BPE ranks make every prefix a complete vocabulary of its own."""
+    packaged = json.loads(PACKAGED_VOCABULARY.read_text(encoding="utf-8"))
+    num_vocab_tokens = shape.vocab_size - NUM_SPECIAL_TOKENS
+    vocabulary = packaged["vocab"][:num_vocab_tokens]
+    assert len(base64.b64decode(vocabulary[NUM_BYTE_TOKENS - 1]["token_bytes"])) == 1
+    return {
+        "config": {
+            "pattern": packaged["config"]["pattern"],
+            "num_vocab_tokens": num_vocab_tokens,
+            "default_vocab_size": shape.vocab_size,
+            "default_num_special_tokens": NUM_SPECIAL_TOKENS,
+            "version": "v7",
+        },
+        "vocab": vocabulary,
+        "special_tokens": _special_tokens(),
+        "audio": _audio_section(shape),
+    }
+
+
+def _special_tokens() -> list[dict[str, Any]]:
+    """The 20 of version 7 and the three of Voxtral at their published ids, with fillers between."""
+    names = {token["rank"]: str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
+    names |= {rank: str(name) for name, rank in AUDIO_SPECIAL_TOKEN_IDS.items()}
+    return [
+        {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
+        for rank in range(NUM_SPECIAL_TOKENS)
+    ]
+
+
+def _audio_section(shape: TinyShape) -> dict[str, Any]:
+    return {
+        "sampling_rate": SAMPLING_RATE,
+        "frame_rate": AUDIO_TOKENS_PER_SECOND,
+        "audio_encoding_config": {
+            "num_mel_bins": NUM_MEL_BINS,
+            "hop_length": HOP_SAMPLES,
+            "window_size": FFT_SAMPLES,
+        },
+        "chunk_length_s": shape.window_seconds,
+    }
+
+
+def _feature_extractor(shape: TinyShape) -> WhisperFeatureExtractor:
+    """The extractor multiplies `chunk_length` and the sampling rate: whole seconds keep its sizes integers.
+
+    Any other window needs `max_length=` in calls of the extractor, as an integer number of samples.
+    """
+    is_whole = float(shape.window_seconds).is_integer()
+    return WhisperFeatureExtractor.from_dict(
+        {
+            "feature_size": NUM_MEL_BINS,
+            "sampling_rate": SAMPLING_RATE,
+            "hop_length": HOP_SAMPLES,
+            "n_fft": FFT_SAMPLES,
+            "chunk_length": int(shape.window_seconds) if is_whole else shape.window_seconds,
+        }
+    )
+
+
+def _model_config(tokenizer: Tekkenizer, shape: TinyShape) -> VoxtralConfig:
+    return VoxtralConfig.from_dict(
+        {
+            "audio_config": _encoder_config(shape),
+            "text_config": _text_config(tokenizer, shape),
+            "audio_token_id": tokenizer.get_special_token(SpecialTokens.audio),
+            "projector_hidden_act": "gelu",
+            "dtype": "float32",
+        }
+    )
+
+
+def _encoder_config(shape: TinyShape) -> dict[str, Any]:
+    return {
+        "model_type": "voxtral_encoder",
+        "num_mel_bins": NUM_MEL_BINS,
+        "max_source_positions": shape.num_positions,
+        "hidden_size": shape.encoder_width,
+        "num_hidden_layers": shape.encoder_layers,
+        "num_attention_heads": shape.encoder_heads,
+        "intermediate_size": shape.encoder_ffn_width,
+        "dtype": "float32",
+    }
+
+
+def _text_config(tokenizer: Tekkenizer, shape: TinyShape) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.text_width,
+        "num_hidden_layers": shape.text_layers,
+        "num_attention_heads": shape.text_heads,
+        "num_key_value_heads": shape.text_kv_heads,
+        "head_dim": shape.text_width // shape.text_heads,
+        "intermediate_size": shape.text_ffn_width,
+        "max_position_embeddings": shape.max_text_positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "dtype": "float32",
+    }
+
+
+def _generation_config(tokenizer: Tekkenizer) -> GenerationConfig:
+    return GenerationConfig.from_dict(
+        {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+    )
+
+
+def build_random_voxtral(config: VoxtralConfig, gain: float, seed: int) -> VoxtralForConditionalGeneration:
+    """A model that learns from scratch: weights scaled by their fan-in, Whisper's sinusoids as encoder positions.
+
+    The library's own 0.02 is made for widths of thousands; at a width of 64 it hides the audio from the language model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VoxtralForConditionalGeneration(config)
+        for module in model.modules():
+            _initialize(module, gain)
+    positions = model.model.audio_tower.embed_positions.weight
+    positions.data.copy_(sinusoids(*positions.shape))
+    return model
+
+
+def _initialize(module: nn.Module, gain: float) -> None:
+    if isinstance(module, (nn.Linear, nn.Conv1d)):
+        fan_in = module.weight[0].numel()
+        nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=gain)
+
+
+def sinusoids(num_positions: int, width: int, max_timescale: float = 10_000.0) -> Tensor:
+    """Whisper's position embeddings, `(num_positions, width)`: sines in the first half, cosines in the second."""
+    exponents = torch.arange(width // 2) / (width // 2 - 1)
+    angles = torch.arange(num_positions)[:, None] * torch.exp(-math.log(max_timescale) * exponents)[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,309 @@
+"""The story of a run: from a configuration to checkpoints, word error rates and an exported model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
+from typing import Any
+
+import torch
+
+from voxtral_dist.checkpoint import CheckpointDirectory, TrainProgress
+from voxtral_dist.config import RunConfig, TrainDataConfig, dump_config
+from voxtral_dist.data.batches import MicroBatch
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.loader import StepBatches, build_train_loader
+from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, sum_over_ranks
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.base import Engine
+from voxtral_dist.engine.extensions import refuse_stale_locks
+from voxtral_dist.engine.zero import ZeroEngine, read_deepspeed_file, zero_stage
+from voxtral_dist.errors import RankError, UserError
+from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
+from voxtral_dist.evaluation.transcribe import Transcriber
+from voxtral_dist.export import export_hugging_face
+from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
+from voxtral_dist.model import load_voxtral
+from voxtral_dist.optim import learning_rate
+
+# A run that was asked to stop ends with the code for "try again later": the same command goes on.
+EXIT_STOPPED = 75
+# Shares of bad samples mean little before this many samples were seen.
+_MIN_SAMPLES_FOR_FRACTION = 200
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update: what it measured over all ranks, and what the ranks have to agree on after it."""
+
+    metrics: StepMetrics
+    num_samples: int
+    num_bad_samples: int
+    must_stop: bool
+
+
+def train(config: RunConfig, world: World) -> int:
+    """Fine-tune until `config.num_steps`, resuming by itself from the newest complete checkpoint.
+
+    Returns:
+        0 at the end, `EXIT_STOPPED` when a signal asked the run to stop before it; its state is saved.
+    """
+    check_before_loading(config)
+    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    steps = build_train_loader(
+        config.train_data, prompts, config.seed, config.num_steps, rank=world.rank, world_size=world.size
+    )
+    test_sets = build_test_sets(config.evaluation, prompts, config.train_data.max_target_tokens)
+    model = load_voxtral(config.model)
+    log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    engine = ZeroEngine(config, model, log_mel, world)
+    checkpoints = CheckpointDirectory(config, steps.num_samples, world)
+    progress = checkpoints.resume(engine) or TrainProgress()
+    evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
+
+    with _stop_signals() as stop, MetricsLog(config.run_dir, config.num_steps, progress.step, world) as log:
+        _announce(config, progress, steps.num_samples, steps.num_drawn, world, log)
+        evaluator.evaluate_if(evaluator.is_owed(progress.step), engine, progress.step, log)
+        bad = _BadSampleLimits(config.train_data)
+        for batches in steps.starting_at(progress.step):
+            started = time.monotonic()
+            result = train_step(config, engine, batches, stop.requested, world)
+            step_seconds = time.monotonic() - started
+            progress = _advance(progress, result, step_seconds)
+            log.train_step(progress.step, replace(result.metrics, step_seconds=step_seconds))
+            bad.check(progress, batches.micro_batches, result.num_bad_samples, log, world)
+            is_last = progress.step == config.num_steps
+            if is_last or result.must_stop or progress.step % config.checkpoint.every_steps == 0:
+                saved = checkpoints.save(engine, progress)
+                log.write("checkpoint", progress.step, {"path": saved.name})
+            if result.must_stop and not is_last:
+                log.say(f"Stopped at step {progress.step} by a signal; the same command goes on from there.")
+                return EXIT_STOPPED
+            evaluator.evaluate_if(evaluator.is_due(progress.step), engine, progress.step, log)
+        export_hugging_face(engine, config.model.path, config.run_dir / "export", _export_dtype(config), world)
+        if world.is_first:
+            write_summary(config, progress, world)
+        log.say(f"Done: the model is in {config.run_dir / 'export'}, the summary in {config.run_dir / 'summary.json'}.")
+    return 0
+
+
+def check_before_loading(config: RunConfig) -> None:
+    """Refuse, within a second and before a model is loaded, what would fail hours later.
+
+    Raises:
+        UserError: DeepSpeed's file is not usable, a killed build left its lock, or `run_dir` cannot be written.
+    """
+    read_deepspeed_file(config.engine.deepspeed)
+    refuse_stale_locks()
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`run_dir`: {config.run_dir} cannot be made: {error.strerror}.") from error
+    if not os.access(config.run_dir, os.W_OK):
+        raise UserError(f"`run_dir`: {config.run_dir} cannot be written: change its owner or choose another.")
+
+
+def train_step(
+    config: RunConfig, engine: Engine, batches: StepBatches, stop_requested: bool, world: World
+) -> StepResult:
+    """One update in which every target token of the global batch weighs the same.
+
+    Raises:
+        UserError: the loss is not finite; all ranks see it alike, before the weights change.
+    """
+    micro_batches = batches.micro_batches
+    num_targets, num_samples, num_bad, audio_seconds, stop = sum_over_ranks(
+        [
+            sum(batch.num_targets for batch in micro_batches),
+            sum(batch.num_examples for batch in micro_batches),
+            sum(len(batch.bad_samples) for batch in micro_batches),
+            sum(batch.audio_seconds for batch in micro_batches),
+            float(stop_requested),
+        ],
+        world,
+    )
+    loss_sum = 0.0
+    for number, batch in enumerate(micro_batches):
+        # Dropout, where a model has any, depends on the place in the run and not on what ran before.
+        torch.manual_seed(_seed_of(config.seed, batches.step, world.rank + number * world.size))
+        is_last = number == len(micro_batches) - 1
+        loss_sum += float(engine.backward(batch, max(1, int(num_targets)), is_last=is_last))
+    mean_loss = sum_over_ranks([loss_sum], world)[0] / max(1.0, num_targets)
+    if not math.isfinite(mean_loss):
+        raise UserError(
+            f"The loss is {mean_loss} at step {batches.step + 1}, so the run ends before the weights are spoilt: lower "
+            "`optimizer.learning_rate`, lengthen `optimizer.warmup_steps`, or look for broken transcripts. The newest "
+            "checkpoint is kept."
+        )
+    update = engine.step(learning_rate(config.optimizer, batches.step, config.num_steps))
+    metrics = StepMetrics(mean_loss, int(num_targets), audio_seconds, update.learning_rate, update.grad_norm, 0.0)
+    return StepResult(metrics, int(num_samples), int(num_bad), stop > 0)
+
+
+def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> None:
+    """Write `summary.json` from what the run recorded: before and after, on the first test set."""
+    evaluations = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row["kind"] == "evaluation"]
+    first_set = next(iter(config.evaluation.test_sets), None)
+    rows = [row for row in evaluations if row["name"] == first_set]
+    summary = {
+        "test_set": first_set,
+        "wer_before": rows[0]["wer"] if rows and rows[0]["step"] == 0 else None,
+        "wer_after": rows[-1]["wer"] if rows else None,
+        "num_utterances": rows[-1]["num_utterances"] if rows else 0,
+        "train_seconds": round(progress.train_seconds, 2),
+        "audio_seconds_per_second": round(progress.audio_seconds / progress.train_seconds, 2),
+        "num_steps": progress.step,
+        "num_bad_samples": progress.num_bad_samples,
+        "world_size": world.size,
+        "zero_stage": zero_stage(config.engine.deepspeed),
+    }
+    (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+class _Evaluator:
+    """Measures all test sets with the engine's current weights, when it is time."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: TranscriptionPrompts,
+        log_mel: LogMel,
+        test_sets: Sequence[TestSet],
+        world: World,
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._log_mel = log_mel
+        self._test_sets = test_sets
+        self._world = world
+
+    def is_due(self, step: int) -> bool:
+        settings = self._config.evaluation
+        if step in (0, self._config.num_steps):
+            return settings.at_start or step > 0
+        return settings.every_steps is not None and step % settings.every_steps == 0
+
+    def is_owed(self, step: int) -> bool:
+        """Whether the state that a run starts with is due and was not measured, as by a run killed after its save."""
+        rows = read_metrics(self._config.run_dir / "metrics.jsonl")
+        done = any(row["kind"] == "evaluation" and row["step"] == step for row in rows)
+        return self.is_due(step) and not from_first_rank(done, self._world)
+
+    def evaluate_if(self, condition: bool, engine: Engine, step: int, log: MetricsLog) -> None:
+        if not condition or not self._test_sets:
+            return
+        settings = self._config.evaluation
+        out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
+        with engine.full_weights() as model:
+            transcriber = Transcriber(model, self._prompts, self._log_mel, settings.max_tokens_per_second)
+            for test_set in self._test_sets:
+                score = evaluate_test_set(test_set, transcriber, settings, out_dir, self._world)
+                counted = {"num_utterances": score.num_utterances}
+                log.write("evaluation", step, {"name": test_set.name, "wer": score.wer, "cer": score.cer} | counted)
+                log.say(f"step {step}: WER {percent(score.wer)} on {test_set.name}, {score.num_utterances} utterances")
+
+
+class _BadSampleLimits:
+    """Names every unusable sample in the log, and ends a run whose data is broken."""
+
+    def __init__(self, config: TrainDataConfig) -> None:
+        self._config = config
+        self._in_a_row = 0
+
+    def check(
+        self, progress: TrainProgress, micro_batches: Sequence[MicroBatch], num_bad: int, log: MetricsLog, world: World
+    ) -> None:
+        """Called by all ranks together, with the number of bad samples of this step over all ranks."""
+        self._count_in_a_row(micro_batches)
+        if num_bad == 0:
+            return
+        mine = [bad for batch in micro_batches for bad in batch.bad_samples]
+        for bad in (bad for part in gather_on_first(mine, world) for bad in part):
+            log.write("event", progress.step, {"event": "bad_sample", **asdict(bad)})
+            log.say(f"step {progress.step}: left out the sample {bad.key} of {bad.shard}: it {bad.reason}")
+        fraction = progress.num_bad_samples / (progress.num_samples_seen + progress.num_bad_samples)
+        seen = progress.num_samples_seen + progress.num_bad_samples
+        if seen >= _MIN_SAMPLES_FOR_FRACTION and fraction > self._config.max_bad_fraction:
+            raise UserError(
+                f"{progress.num_bad_samples} of {seen} samples could not be used, more than "
+                f"`train_data.max_bad_fraction` ({self._config.max_bad_fraction}) allows: metrics.jsonl names each."
+            )
+
+    def _count_in_a_row(self, micro_batches: Sequence[MicroBatch]) -> None:
+        for batch in micro_batches:
+            self._in_a_row = self._in_a_row + len(batch.bad_samples) if not batch.num_examples else 0
+        if self._in_a_row > self._config.max_bad_in_a_row:
+            raise RankError(
+                f"{self._in_a_row} samples in a row could not be used, more than `train_data.max_bad_in_a_row` "
+                f"({self._config.max_bad_in_a_row}) allows: each is named in metrics.jsonl."
+            )
+
+
+@dataclass
+class _StopRequest:
+    """Whether a signal has asked this process to stop after the current step."""
+
+    requested: bool = False
+
+    def set(self, _signal: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@contextmanager
+def _stop_signals() -> Iterator[_StopRequest]:
+    """Turn SIGTERM and SIGUSR1 (what schedulers send before they take a node away) into a request to stop."""
+    request = _StopRequest()
+    before = {number: signal.signal(number, request.set) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def percent(rate: float | None) -> str:
+    """A rate for a reader, such as `4.8 %`."""
+    return "n/a" if rate is None else f"{100 * rate:.1f} %"
+
+
+def _announce(
+    config: RunConfig, progress: TrainProgress, num_samples: int, num_drawn: int, world: World, log: MetricsLog
+) -> None:
+    """Store the configuration and say what is about to happen."""
+    if world.is_first:
+        (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    values: dict[str, Any] = {"world_size": world.size, "num_samples": num_samples}
+    log.write("event", progress.step, {"event": "resumed" if progress.step else "started", **values})
+    left_out = f" ({num_samples - num_drawn} too long)" if num_drawn < num_samples else ""
+    where = f"from step {progress.step} " if progress.step else ""
+    log.say(
+        f"Training {where}on {num_drawn} utterances{left_out}, {world.size} ranks, "
+        f"ZeRO-{zero_stage(config.engine.deepspeed)}, {world.device.type}, {config.model.precision}"
+    )
+
+
+def _advance(progress: TrainProgress, result: StepResult, step_seconds: float) -> TrainProgress:
+    return TrainProgress(
+        step=progress.step + 1,
+        num_samples_seen=progress.num_samples_seen + result.num_samples,
+        num_bad_samples=progress.num_bad_samples + result.num_bad_samples,
+        audio_seconds=progress.audio_seconds + result.metrics.audio_seconds,
+        train_seconds=progress.train_seconds + step_seconds,
+    )
+
+
+def _seed_of(seed: int, step: int, slot: int) -> int:
+    # Distinct odd multipliers keep (seed, step, slot) apart; torch spreads the bits.
+    return (seed * 1_000_003 + step * 65_537 + slot) % 2**63
+
+
+def _export_dtype(config: RunConfig) -> torch.dtype:
+    return torch.float32 if config.model.precision == "float32" else torch.bfloat16
