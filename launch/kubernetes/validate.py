@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Check Kubernetes manifests without a cluster: `validate.py [FILE ...]`, by default all of this folder.
+
+Kubernetes' own objects are checked against its schema, unknown fields included. JobSet is not part of Kubernetes: its
+outer part is checked against `schema/`, the Jobs inside as Jobs, and what has to agree between the two and
+`docker/entrypoint` is compared. Prints one line per mistake and exits with 1 if there is one.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+
+HERE = Path(__file__).resolve().parent
+JOBSET_SCHEMA = HERE / "schema" / "jobset-v1alpha2.json"
+# The oldest version that the manifests are written for: `podFailurePolicy` is stable from here on.
+KUBERNETES_VERSION = "1.31"
+
+
+def mistakes_in_file(path: Path) -> Iterator[str]:
+    """One sentence per mistake in the manifests of `path`."""
+    try:
+        manifests = [manifest for manifest in yaml.safe_load_all(path.read_text()) if manifest is not None]
+    except (OSError, yaml.YAMLError) as error:
+        yield f"{path}: must be a readable YAML file, but {' '.join(str(error).split())}"
+        return
+    if not manifests:
+        yield f"{path}: must hold at least one manifest, but is empty"
+    for manifest in manifests:
+        if not isinstance(manifest, dict) or not {"apiVersion", "kind"} <= manifest.keys():
+            yield f"{path}: every manifest must be a mapping with apiVersion and kind"
+            continue
+        check = mistakes_in_jobset if manifest["kind"] == "JobSet" else mistakes_in_kubernetes_object
+        name = (manifest.get("metadata") or {}).get("name", "without a name")
+        yield from (f"{path}: {manifest['kind']} {name}: {mistake}" for mistake in check(manifest))
+
+
+def mistakes_in_kubernetes_object(manifest: dict[str, Any]) -> Iterator[str]:
+    """At most one: the schema's first."""
+    try:
+        kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        yield f"{_dotted(error.absolute_path)}: {error.message}"
+    except kubernetes_validate.SchemaNotFoundError as error:
+        yield error.message
+
+
+def mistakes_in_jobset(jobset: dict[str, Any]) -> Iterator[str]:
+    """Those of the JobSet itself; when it has none, those of its Jobs."""
+    schema = json.loads(JOBSET_SCHEMA.read_text())
+    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(jobset))
+    yield from (f"{_dotted(error.absolute_path)}: {error.message}" for error in errors)
+    if errors:
+        return
+    for index, replicated_job in enumerate(jobset["spec"]["replicatedJobs"]):
+        where = f"spec.replicatedJobs.{index}.template"
+        template = replicated_job["template"]
+        # The JobSet's own metadata has Kubernetes' form too, so it is checked on the way.
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": jobset["metadata"], **template}
+        mistakes = list(mistakes_in_kubernetes_object(job)) or list(disagreements(jobset, replicated_job))
+        yield from (f"{where}: {mistake}" for mistake in mistakes)
+
+
+def disagreements(jobset: dict[str, Any], replicated_job: dict[str, Any]) -> Iterator[str]:
+    """What is written twice and differs: each would end in a run that waits for ranks that never come."""
+    job = replicated_job["template"]["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    environment = {variable["name"]: variable.get("value") for variable in container.get("env", [])}
+    num_nodes = job.get("completions")
+    gpus = container.get("resources", {}).get("limits", {}).get("nvidia.com/gpu")
+    subdomain = jobset["spec"].get("network", {}).get("subdomain", jobset["metadata"]["name"])
+    for name, value, expected, source in [
+        ("replicas", replicated_job.get("replicas", 1), 1, "the nodes being the pods of one Job"),
+        ("parallelism", job.get("parallelism"), num_nodes, "completions"),
+        ("completionMode", job.get("completionMode"), "Indexed", "JOB_COMPLETION_INDEX being the node's rank"),
+        ("NUM_NODES", environment.get("NUM_NODES"), str(num_nodes), "completions"),
+        ("PROCS_PER_NODE", environment.get("PROCS_PER_NODE", str(gpus)), str(gpus), "nvidia.com/gpu"),
+        ("JOBSET_SUBDOMAIN", environment.get("JOBSET_SUBDOMAIN"), subdomain, "network.subdomain"),
+    ]:
+        if value != expected:
+            yield f"`{name}` must be {expected!r}, because of {source}, but is {value!r} instead"
+
+
+def _dotted(path: Any) -> str:
+    return ".".join(str(part) for part in path) or "(top)"
+
+
+def main(arguments: list[str]) -> int:
+    """Check the files named, or all of this folder; 1 if there is a mistake."""
+    paths = [Path(argument) for argument in arguments] or sorted(HERE.glob("*.yaml"))
+    mistakes = [mistake for path in paths for mistake in mistakes_in_file(path)]
+    print("\n".join(mistakes) if mistakes else f"{len(paths)} files are valid for Kubernetes {KUBERNETES_VERSION}")
+    return 1 if mistakes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,302 @@
+"""`docker/entrypoint` is run for real: two "nodes" are two processes, or two network namespaces, of this machine."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENTRYPOINT = REPOSITORY / "docker" / "entrypoint"
+LIMIT_SECONDS = 120
+
+# What a rank does in these tests, in place of training.
+MEET = """
+import json, os, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.tensor(dist.get_rank() + 1)
+dist.all_reduce(total)
+seen = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "local_rank": os.environ["LOCAL_RANK"],
+        "sum": total.item(), "arguments": sys.argv[1:]}
+Path(os.environ["SEEN_DIR"], f"rank-{dist.get_rank()}.json").write_text(json.dumps(seen))
+dist.destroy_process_group()
+"""
+WAIT_FOR_SIGTERM = """
+import os, signal, sys, time
+from pathlib import Path
+
+here = Path(os.environ["SEEN_DIR"])
+
+def stop(*_):
+    (here / f"stopped-{os.environ['RANK']}").touch()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, stop)
+(here / f"started-{os.environ['RANK']}").write_text(str(os.getpid()))
+time.sleep(600)
+"""
+
+
+def environment(script: Path | None = None, **variables: str) -> dict[str, str]:
+    """The variables of a fresh container: none of a scheduler that this test itself may run under."""
+    of_schedulers = re.compile(r"SLURM_|JOBSET_|JOB_COMPLETION|REPLICATED_JOB|MASTER_|NODE_RANK|NUM_NODES|CUDA_VISIBLE")
+    inherited = {name: value for name, value in os.environ.items() if not of_schedulers.match(name)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    defaults = {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PROCS_PER_NODE": "1"}
+    return inherited | defaults | {"VOXTRAL_TRAIN_SCRIPT": str(script or __file__)} | variables
+
+
+def dry_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(ENTRYPOINT), *(arguments or ("--config", "c.yaml"))],
+        env=environment(**{"ENTRYPOINT_DRY_RUN": "1"} | variables),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_SECONDS,
+        check=False,
+    )
+
+
+def launched(*arguments: str, **variables: str) -> dict[str, Any]:
+    """The launcher's options that a dry run prints, with the decoded `world_info`."""
+    result = dry_run(*arguments, **variables)
+    assert result.returncode == 0, result.stderr
+    options: dict[str, Any] = dict(re.findall(r"--(\w+)=(\S+)", result.stdout))
+    options["world_info"] = json.loads(base64.urlsafe_b64decode(options["world_info"]))
+    return options
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def run_two_nodes(tmp_path: Path, prefixes: list[list[str]], **variables: str) -> None:
+    """Start both nodes and compare what their ranks saw; `prefixes` are the commands that put a node in its place."""
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
+    nodes = [
+        subprocess.Popen(
+            [*prefix, str(ENTRYPOINT), "--config", "c.yaml", "--set", "name=two words"],
+            env=environment(script, NUM_NODES="2", NODE_RANK=str(rank), SEEN_DIR=str(tmp_path), **variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, prefix in enumerate(prefixes)
+    ]
+    try:
+        outputs = [node.communicate(timeout=LIMIT_SECONDS)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank-{rank}.json").read_text()) == {
+            "rank": rank,
+            "world_size": 2,
+            "local_rank": "0",
+            "sum": 3,
+            "arguments": ["--config", "c.yaml", "--set", "name=two words"],
+        }
+
+
+def test_two_nodes_meet(tmp_path):
+    run_two_nodes(tmp_path, [[], []], MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+
+
+def test_sigterm_reaches_every_rank(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text(WAIT_FOR_SIGTERM)
+    node = subprocess.Popen(
+        [str(ENTRYPOINT), "--config", "c.yaml"],
+        env=environment(script, PROCS_PER_NODE="2", SEEN_DIR=str(tmp_path)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        started = [tmp_path / f"started-{rank}" for rank in range(2)]
+        wait_for(lambda: all(path.exists() and path.read_text() for path in started))
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(timeout=LIMIT_SECONDS) != 0
+        assert all((tmp_path / f"stopped-{rank}").exists() for rank in range(2))
+        for path in started:
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(path.read_text()), 0)
+    finally:
+        node.kill()
+
+
+def test_other_commands_run_as_they_are():
+    result = dry_run("printf", "%s", "two words")
+    assert (result.returncode, result.stdout) == (0, "two words")
+
+
+def test_help_names_every_variable():
+    text = dry_run("--help").stdout
+    assert {"NUM_NODES", "PROCS_PER_NODE", "RENDEZVOUS_TIMEOUT_SECONDS", "VOXTRAL_TRAIN_SCRIPT"} <= set(
+        re.findall(r"[A-Z_]+", text)
+    )
+
+
+def test_a_single_node_needs_no_variables():
+    options = launched(PROCS_PER_NODE="2")
+    assert options["world_info"] == {"node-0": ["0", "1"]}
+    assert (options["node_rank"], options["master_addr"]) == ("0", "127.0.0.1")
+
+
+def test_gpus_are_those_that_the_scheduler_gave():
+    options = launched(CUDA_VISIBLE_DEVICES="5,GPU-1a,7", PROCS_PER_NODE="2")
+    assert options["world_info"] == {"node-0": ["5", "GPU-1a"]}
+
+
+JOBSET = {"JOBSET_NAME": "run", "REPLICATED_JOB_NAME": "node", "JOB_COMPLETION_INDEX": "2", "NUM_NODES": "3"}
+
+
+@pytest.mark.parametrize("subdomain", [None, "voices"])
+def test_jobset(subdomain):
+    options = launched(**JOBSET, **({"JOBSET_SUBDOMAIN": subdomain} if subdomain else {}))
+    assert list(options["world_info"]) == ["node-0", "node-1", "node-2"]
+    assert options["node_rank"] == "2"
+    assert options["master_addr"] == f"run-node-0-0.{subdomain or 'run'}"
+
+
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """The variables of node 1 of 2, and a `scontrol` that knows this list of nodes only."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] || { echo "Invalid hostlist" >&2; exit 1; }\n'
+        "printf 'gpu07\\ngpu08\\n'\n"
+    )
+    scontrol.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return {
+        "PATH": path,
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_ID": "1230042",
+    }
+
+
+def test_slurm(slurm):
+    options = launched(**slurm)
+    assert list(options["world_info"]) == ["node-0", "node-1"]
+    assert (options["node_rank"], options["master_addr"], options["master_port"]) == ("1", "gpu07", "20042")
+
+
+def test_explicit_variables_win_over_slurm(slurm):
+    options = launched(**slurm, MASTER_ADDR="10.0.0.7", MASTER_PORT="4000")
+    assert (options["node_rank"], options["master_addr"], options["master_port"]) == ("1", "10.0.0.7", "4000")
+
+
+TWO_NODES = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (TWO_NODES | {"NODE_RANK": "one"}, "NODE_RANK must be a whole number from 0 to 1, but is 'one' instead"),
+        (TWO_NODES | {"NODE_RANK": "2"}, "NODE_RANK must be a whole number from 0 to 1, but is '2' instead"),
+        (TWO_NODES | {"NODE_RANK": ""}, "NODE_RANK must be a whole number from 0 to 1, but is 'unset' instead"),
+        (TWO_NODES | {"NUM_NODES": "0"}, "NUM_NODES must be a whole number from 1 to 100000, but is '0' instead"),
+        (TWO_NODES | {"MASTER_ADDR": ""}, "MASTER_ADDR must be set for 2 nodes"),
+        (TWO_NODES | {"MASTER_PORT": "99999"}, "MASTER_PORT must be a whole number from 1 to 65535"),
+        (TWO_NODES | {"PROCS_PER_NODE": "-1"}, "PROCS_PER_NODE must be a whole number from 1 to 1024"),
+        ({"CUDA_VISIBLE_DEVICES": "0", "PROCS_PER_NODE": "2"}, "PROCS_PER_NODE must be at most 1"),
+        ({"VOXTRAL_TRAIN_SCRIPT": "/nowhere.py"}, "the training script must exist, but /nowhere.py does not"),
+        (JOBSET | {"NUM_NODES": ""}, "NUM_NODES must be set under a JobSet"),
+        (JOBSET | {"JOB_COMPLETION_INDEX": ""}, "JOB_COMPLETION_INDEX must be set under a JobSet"),
+        (JOBSET | {"REPLICATED_JOB_NAME": ""}, "REPLICATED_JOB_NAME must be set under a JobSet"),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}, "Slurm must start one task per node"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_sentence(variables, sentence):
+    result = dry_run(**variables)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"entrypoint: {sentence}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_an_unknown_slurm_host_is_refused_in_one_sentence(slurm):
+    result = dry_run(**slurm | {"SLURM_JOB_NODELIST": "other[1-2]"})
+    assert result.returncode == 2
+    assert "'scontrol show hostnames other[1-2]' failed (Invalid hostlist); set MASTER_ADDR" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_node_rank_0_that_never_appears_ends_the_wait():
+    result = dry_run(
+        **TWO_NODES | {"MASTER_ADDR": "nobody.invalid"}, ENTRYPOINT_DRY_RUN="0", RENDEZVOUS_TIMEOUT_SECONDS="1"
+    )
+    assert result.returncode == 1
+    sentence = result.stderr.splitlines()[-1]
+    assert "'nobody.invalid', did not resolve within 1 s on node rank 1" in sentence
+    assert "raise RENDEZVOUS_TIMEOUT_SECONDS" in sentence
+
+
+@pytest.fixture
+def namespaces() -> Iterator[list[str]]:
+    """Two network namespaces on one cable, in which the name `first-node` is the first one's address."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and iproute2")
+    names = [f"voxtral-test-{os.getpid()}-{rank}" for rank in range(2)]
+    cable = [f"vx{os.getpid()}n{rank}" for rank in range(2)]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", cable[0], "netns", names[0], "type", "veth", "peer", "name", cable[1], "netns", names[1])
+            for rank, (name, end) in enumerate(zip(names, cable, strict=True)):
+                ip("-n", name, "address", "add", f"10.77.0.{rank + 1}/24", "dev", end)
+                ip("-n", name, "link", "set", end, "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this machine makes no network namespaces: {error.stderr.strip()}")
+        for rank, name in enumerate(names):
+            # `ip netns exec` shows a process this file in place of /etc/hosts. The host's own name has to be found too:
+            # gloo listens on its address.
+            hosts = Path("/etc/netns", name, "hosts")
+            hosts.parent.mkdir(parents=True)
+            own_address = f"10.77.0.{rank + 1} {socket.gethostname()}"
+            hosts.write_text(f"127.0.0.1 localhost\n10.77.0.1 first-node\n{own_address}\n")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+            shutil.rmtree(Path("/etc/netns", name), ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_two_nodes_meet_over_a_network(tmp_path, namespaces):
+    """Nothing is shared but the cable: the second node finds the first by name."""
+    prefixes = [["ip", "netns", "exec", name] for name in namespaces]
+    run_two_nodes(tmp_path, prefixes, MASTER_ADDR="first-node", MASTER_PORT="29500")

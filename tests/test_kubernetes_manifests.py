@@ -1,0 +1,55 @@
+"""`launch/kubernetes/validate.py` accepts our manifests and refuses each with one mistake in it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "launch" / "kubernetes"
+
+
+def validate(*files: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(FOLDER / "validate.py"), *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_our_manifests_are_valid():
+    result = validate()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("2 files are valid")
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "sentence"),
+    [
+        # The outer part: our subset of JobSet's schema.
+        ("jobset.yaml", "maxRestarts:", "maxRestart:", "spec.failurePolicy: Additional properties are not allowed"),
+        ("jobset.yaml", "subdomain: voxtral", "subdomains: voxtral", "spec.network: Additional properties"),
+        ("jobset.yaml", "BlockingRecreate", "Blocking", "spec.failurePolicy.restartStrategy: 'Blocking' is not one of"),
+        # The Job, the pod and the container inside: Kubernetes' schema.
+        ("jobset.yaml", "completionMode:", "completionsMode:", "template: spec: Additional properties"),
+        ("jobset.yaml", "fsGroup: 10001", "fsGroups: 10001", "spec.template.spec.securityContext: Additional"),
+        ("jobset.yaml", "mountPath: /runs", "path: /runs", "spec.template.spec.containers.0.volumeMounts.2"),
+        ("jobset.yaml", 'value: "8"', "value: 8", "containers.0.env.1.value: 8 is not of type"),
+        ("jobset.yaml", "\n  labels:", "\n  label:", "metadata: Additional properties"),
+        ("storage.yaml", "accessModes:", "accessMode:", "PersistentVolumeClaim voxtral-data: spec: Additional"),
+        # What has to agree.
+        ("jobset.yaml", "parallelism: 2", "parallelism: 1", "`parallelism` must be 2, because of completions"),
+        ("jobset.yaml", 'value: "2"', 'value: "3"', "`NUM_NODES` must be '2', because of completions, but is '3'"),
+        ("jobset.yaml", 'gpu: "8"', 'gpu: "4"', "`PROCS_PER_NODE` must be '4', because of nvidia.com/gpu"),
+        ("jobset.yaml", "subdomain: voxtral", "subdomain: other", "`JOBSET_SUBDOMAIN` must be 'other'"),
+        # Not a manifest at all.
+        ("storage.yaml", "kind: PersistentVolumeClaim", "", "must be a mapping with apiVersion and kind"),
+        ("storage.yaml", "metadata:", "metadata: [", "must be a readable YAML file"),
+    ],
+)
+def test_a_manifest_with_a_mistake_is_refused(tmp_path, file, right, wrong, sentence):
+    text = (FOLDER / file).read_text()
+    assert right in text
+    broken = tmp_path / file
+    broken.write_text(text.replace(right, wrong, 1))
+    result = validate(broken)
+    assert result.returncode == 1
+    assert sentence in result.stdout
+    assert result.stderr == ""
