@@ -10,10 +10,10 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from voxtral_dist.errors import UserError
@@ -23,6 +23,9 @@ class Section(BaseModel):
     """A part of the configuration: immutable, with no unknown keys, documented field by field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 
 
 class ModelConfig(Section):
@@ -155,7 +158,7 @@ class TestSetConfig(Section):
 class EvaluationConfig(Section):
     """How and when transcripts are generated and compared with their references."""
 
-    test_sets: dict[str, TestSetConfig] = Field(default_factory=dict)
+    test_sets: dict[FileName, TestSetConfig] = Field(default_factory=dict)
     """By name; the name becomes the file name of its results."""
 
     every_steps: int | None = Field(default=None, gt=0)

@@ -24,14 +24,19 @@ _NO_TARGET_LIMIT = 2**31 - 1
 def evaluate(
     model_path: str, shards: Sequence[Path], settings: EvaluationConfig, precision: str, out_dir: Path, world: World
 ) -> Iterator[tuple[str, TestSetScore]]:
-    """Name and score of each shard folder in turn; details are written to `out_dir`."""
-    named = settings.model_copy(
-        update={"test_sets": {folder.resolve().name: TestSetConfig(shards=folder) for folder in shards}}
-    )
+    """Name and score of each shard folder in turn; details are written to `out_dir`.
+
+    Raises:
+        UserError: two folders have the same name, so that the results of one would replace the other's.
+    """
+    test_sets = {folder.resolve().name: TestSetConfig(shards=folder) for folder in shards}
+    if len(test_sets) < len(shards):
+        raise UserError("Two of the shard folders have the same name, which names their results: evaluate them apart.")
+    named = settings.model_copy(update={"test_sets": test_sets})
     prompts = TranscriptionPrompts.from_pretrained(model_path)
-    test_sets = build_test_sets(named, prompts, _NO_TARGET_LIMIT)
+    built = build_test_sets(named, prompts, _NO_TARGET_LIMIT)
     transcriber = load_transcriber(model_path, prompts, settings, precision, world)
-    for test_set in test_sets:
+    for test_set in built:
         yield test_set.name, evaluate_test_set(test_set, transcriber, named, out_dir, world)
 
 
@@ -71,9 +76,7 @@ def clip_example(clip: Path, language: str | None, prompts: TranscriptionPrompts
         prompt = prompts.prompt(language, prompts.num_windows(len(waveform)))
     except OSError as error:
         raise UserError(f"The clip {clip} cannot be read: {error.strerror}.") from error
-    except AudioError as error:
-        raise UserError(f"The clip {clip} {error}.") from error
-    except ValueError as error:
+    except (AudioError, ValueError) as error:
         raise UserError(f"The clip {clip} {error}.") from error
     return Example(
         sample_id=0,

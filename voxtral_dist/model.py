@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
@@ -20,24 +21,15 @@ def load_voxtral(config: ModelConfig) -> VoxtralForConditionalGeneration:
     Raises:
         UserError: the path leads to no Voxtral checkpoint.
     """
-    _check_is_voxtral(config.path)
-    try:
-        model = VoxtralForConditionalGeneration.from_pretrained(
-            config.path, dtype=_DTYPES[config.precision], attn_implementation=config.attention
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"`model.path`: {config.path!r} cannot be loaded: {_first_line(error)}") from error
+    model = _load(config.path, dtype=_DTYPES[config.precision], attn_implementation=config.attention)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.config.text_config.use_cache = False
     return model.train()
 
 
 def load_for_inference(path: str, device: torch.device, precision: str) -> VoxtralForConditionalGeneration:
     """A checkpoint as it is served: in evaluation mode, on the device."""
-    _check_is_voxtral(path)
-    model = VoxtralForConditionalGeneration.from_pretrained(path, dtype=_DTYPES[precision])
-    return model.to(device).eval()
+    return _load(path, dtype=_DTYPES[precision]).to(device).eval()
 
 
 def skeleton(config: VoxtralConfig, dtype: torch.dtype) -> VoxtralForConditionalGeneration:
@@ -53,13 +45,13 @@ def copy_buffers(source: nn.Module, target: nn.Module) -> None:
         buffer.copy_(buffers[name])
 
 
-def _check_is_voxtral(path: str) -> None:
-    folder = Path(path)
-    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise UserError(f"`model.path`: the folder {path} does not exist: give a Voxtral folder or a hub name.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"`model.path`: {path} has no config.json, so it is not a Hugging Face folder.")
+def _load(path: str, **arguments: Any) -> VoxtralForConditionalGeneration:
+    try:
+        return VoxtralForConditionalGeneration.from_pretrained(path, **arguments)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"`model.path`: {path!r} cannot be loaded as a Voxtral ({type(error).__name__}: {_first_line(error)})."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

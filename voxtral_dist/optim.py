@@ -31,7 +31,7 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
     floor = config.final_learning_rate_fraction
     match config.schedule:
         case "constant":

@@ -33,6 +33,7 @@ AUDIO_TOKENS_PER_SECOND = POSITIONS_PER_SECOND / POSITIONS_PER_AUDIO_TOKEN
 
 PACKAGED_VOCABULARY = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 NUM_BYTE_TOKENS = 256
+MAX_VOCAB_SIZE = 131_072
 # The published ids of what Voxtral added to the 20 special tokens that every version 7 tokenizer has.
 AUDIO_SPECIAL_TOKEN_IDS = {SpecialTokens.audio: 24, SpecialTokens.begin_audio: 25, SpecialTokens.transcribe: 34}
 NUM_SPECIAL_TOKENS = 1 + max(AUDIO_SPECIAL_TOKEN_IDS.values())
@@ -42,30 +43,35 @@ NUM_SPECIAL_TOKENS = 1 + max(AUDIO_SPECIAL_TOKEN_IDS.values())
 class TinyShape:
     """The sizes of a tiny Voxtral. The encoder's feed-forward width isn't free: see `encoder_ffn_width`."""
 
-    window_seconds: float = 2.56
-    vocab_size: int = 512  # ids in all: the special tokens, 256 bytes, then the most frequent merges
-    encoder_width: int = 64
-    encoder_layers: int = 2
-    encoder_heads: int = 2
-    text_width: int = 64
+    window_seconds: float = 1.6
+    vocab_size: int = 1024  # ids in all: the special tokens, 256 bytes, then the most frequent merges
+    encoder_width: int = 96
+    encoder_layers: int = 3
+    encoder_heads: int = 4
+    text_width: int = 96
     text_layers: int = 2
-    text_heads: int = 2
-    text_kv_heads: int = 1
-    text_ffn_width: int = 128
+    text_heads: int = 4
+    text_kv_heads: int = 4
+    text_ffn_width: int = 192
     max_text_positions: int = 4096
     rope_theta: float = 10_000.0
     initializer_gain: float = 1.0  # standard deviation of a weight times the square root of its fan-in
 
     def __post_init__(self) -> None:
+        for name, size in asdict(self).items():
+            if size <= 0:
+                raise ValueError(f"`{name}` must be positive, but is {size} instead.")
+        if self.text_width % self.text_heads or self.encoder_width % self.encoder_heads:
+            raise ValueError("`text_width` and `encoder_width` must be multiples of their numbers of heads.")
         if (Fraction(str(self.window_seconds)) * POSITIONS_PER_SECOND) % POSITIONS_PER_AUDIO_TOKEN != 0:
             raise ValueError(
                 f"`window_seconds` must be a multiple of {1 / AUDIO_TOKENS_PER_SECOND} s, a whole number of audio "
                 f"tokens, but is {self.window_seconds} instead."
             )
-        if self.vocab_size < NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS:
+        if not NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ValueError(
-                f"`vocab_size` must be at least {NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS}, the special tokens and every "
-                f"byte, but is {self.vocab_size} instead."
+                f"`vocab_size` must be from {NUM_SPECIAL_TOKENS + NUM_BYTE_TOKENS} (the special tokens and every byte) "
+                f"to {MAX_VOCAB_SIZE}, but is {self.vocab_size} instead."
             )
 
     @property
@@ -93,8 +99,8 @@ def tiny_shape(overrides: Sequence[str] = ()) -> TinyShape:
     shape = TinyShape()
     for override in overrides:
         name, _, text = override.partition("=")
-        current = getattr(shape, name, None)
-        if not isinstance(current, int | float):
+        current = asdict(shape).get(name)
+        if current is None:
             raise UserError(f"`--set {override}`: a tiny Voxtral has the sizes {', '.join(asdict(shape))}.")
         try:
             sizes = asdict(shape) | {name: type(current)(text)}

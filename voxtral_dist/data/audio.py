@@ -20,9 +20,10 @@ Waveform = NDArray[np.float32]
 Pcm = NDArray[np.int16]
 
 _INT16_SCALE = 32768.0
+_LONGEST_CLIP_SECONDS = 6 * 3600
 
 
-class AudioError(ValueError):
+class AudioError(Exception):
     """The bytes of one sample are not usable audio; the message says why."""
 
 
@@ -33,9 +34,15 @@ def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
         AudioError: the bytes do not decode, or hold no samples, or hold numbers that are not finite.
     """
     try:
-        waveform, rate = soundfile.read(io.BytesIO(contents), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(contents)) as file:
+            rate = file.samplerate
+            # A damaged header may claim any length, and memory is taken for what it claims.
+            if file.frames > _LONGEST_CLIP_SECONDS * rate:
+                raise AudioError(f"claims to be {file.frames / rate / 3600:.0f} h long")
+            waveform = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        raise AudioError(f"does not decode ({str(error).removesuffix('.')})") from error
+        # libsndfile names the object in memory before the reason.
+        raise AudioError(f"does not decode ({str(error).rpartition(': ')[2].removesuffix('.')})") from error
     mono: Waveform = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
     if len(mono) == 0:
         raise AudioError("holds no audio")

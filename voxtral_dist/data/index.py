@@ -132,9 +132,13 @@ def read_index(folders: Sequence[Path]) -> ShardIndex:
 
 
 def _read_folder(folder: Path) -> ShardIndex:
-    table = _read_shard_table(folder)
-    shards = tuple(Shard(**(row | {"path": folder / row["path"]})) for row in table["shards"])
-    records: Records = np.load(folder / INDEX_FILE, mmap_mode="r")
+    _check_files(folder)
+    try:
+        table, shards, records = _load_index(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"The index of {folder} is damaged ({SHARD_TABLE_FILE} or {INDEX_FILE}): pack the folder again."
+        ) from error
     if len(records) == 0:
         raise UserError(
             f"The shard folder {folder} is empty: its index lists no samples. Pack some audio into it first."
@@ -148,7 +152,18 @@ def _read_folder(folder: Path) -> ShardIndex:
     return ShardIndex(shards, records, tuple(table["languages"]))
 
 
-def _read_shard_table(folder: Path) -> dict[str, Any]:
+def _load_index(folder: Path) -> tuple[dict[str, Any], tuple[Shard, ...], Records]:
+    table: dict[str, Any] = json.loads((folder / SHARD_TABLE_FILE).read_text(encoding="utf-8"))
+    if table.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"The index of {folder} has format {table.get('format')!r}, but this version reads format "
+            f"{FORMAT_VERSION}: pack the folder again."
+        )
+    shards = tuple(Shard(**(row | {"path": folder / row["path"]})) for row in table["shards"])
+    return table, shards, np.load(folder / INDEX_FILE, mmap_mode="r")
+
+
+def _check_files(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(
             f"The shard folder {folder} does not exist: make it by `voxtral-dist shards pack MANIFEST {folder}`, "
@@ -159,13 +174,6 @@ def _read_shard_table(folder: Path) -> dict[str, Any]:
             "is empty" if not any(folder.iterdir()) else f"has no complete index ({SHARD_TABLE_FILE} and {INDEX_FILE})"
         )
         raise UserError(f"The shard folder {folder} {what}: make it by `voxtral-dist shards pack MANIFEST {folder}`.")
-    table: dict[str, Any] = json.loads((folder / SHARD_TABLE_FILE).read_text(encoding="utf-8"))
-    if table.get("format") != FORMAT_VERSION:
-        raise UserError(
-            f"The index of {folder} has format {table.get('format')!r}, but this version reads format "
-            f"{FORMAT_VERSION}: pack the folder again."
-        )
-    return table
 
 
 def _check_size(shard: Shard) -> None:

@@ -6,6 +6,7 @@ to resume from is the number of the step.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ class TrainLoader:
             sampler=_Places(range(first_step, self._num_steps), self._slots),
             batch_size=None,
             num_workers=self._num_workers,
+            worker_init_fn=_ignore_stop_signals,
             prefetch_factor=2 * self._per_step if self._num_workers else None,
         )
         batches = iter(stream)
@@ -103,6 +105,12 @@ def _not_longer(index: ShardIndex, max_seconds: float) -> NDArray[np.int64]:
             "train on: raise `train_data.max_duration_seconds`."
         )
     return sample_ids
+
+
+def _ignore_stop_signals(_worker: int) -> None:
+    """Launchers signal whole process trees: the rank decides when to stop, and its workers end with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Places(Sequence[Place]):

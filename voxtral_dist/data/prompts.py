@@ -11,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.transcription.request import TranscriptionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
+from pydantic_extra_types.language_code import LanguageAlpha2
 from transformers import MistralCommonBackend
 
 from voxtral_dist.errors import UserError
 
 # The published model may begin its answer with the language it heard, as in "lang:en".
 _LANGUAGE_TAG = re.compile(r"^\s*lang:[a-z]{2}\b\s?")
+_LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
 
 
 class TranscriptionPrompts:
@@ -45,15 +48,12 @@ class TranscriptionPrompts:
         Raises:
             UserError: there is no `tekken.json`, or it is not Voxtral's.
         """
-        if Path(path).is_dir() and not (Path(path) / "tekken.json").is_file():
-            raise UserError(
-                f"The model folder {path} has no tekken.json: `model.path` must lead to a Voxtral checkpoint."
-            )
+        _check_folder(path)
         try:
             return cls(MistralCommonBackend.from_pretrained(path).tokenizer)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, AssertionError, MistralCommonException) as error:
             raise UserError(
-                f"`model.path`: the tokenizer of {path!r} cannot be loaded: {_first_line(error)}"
+                f"`model.path`: {path!r} has no usable tokenizer ({type(error).__name__}: {_first_line(error)})."
             ) from error
 
     @property
@@ -120,6 +120,25 @@ class TranscriptionPrompts:
         except ValidationError as error:
             raise ValueError(f"has the language {language!r}, which is not an ISO 639-1 code such as 'en'") from error
         return tuple(self._instruct.encode_transcription(request).tokens)
+
+
+def is_language_code(text: str) -> bool:
+    """Whether mistral-common takes the text as a language: ISO 639-1, two lower-case letters."""
+    try:
+        _LANGUAGE_CODE.validate_python(text)
+    except ValidationError:
+        return False
+    return True
+
+
+def _check_folder(path: str) -> None:
+    """Refuse what cannot be a hub name and is not a Voxtral folder either."""
+    folder = Path(path)
+    if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
+        raise UserError(f"`model.path`: the folder {path} does not exist: give a Voxtral folder or a hub name.")
+    for name in ("tekken.json", "config.json"):
+        if folder.is_dir() and not (folder / name).is_file():
+            raise UserError(f"The model folder {path} has no {name}: `model.path` must lead to a Voxtral checkpoint.")
 
 
 def _first_line(error: Exception) -> str:

@@ -101,6 +101,9 @@ class SampleReader:
         text = sample.fields.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ValueError("has no text")
+        language = sample.fields.get("lang")
+        if language is not None and not isinstance(language, str):
+            raise ValueError(f"has the language {language!r}, which is not text")
         completion = self._prompts.completion(text)
         if len(completion) > self._max_target_tokens:
             raise ValueError(f"has {len(completion)} target tokens, more than the limit of {self._max_target_tokens}")
@@ -113,7 +116,7 @@ class SampleReader:
             sample_id=sample_id,
             key=sample.key,
             pcm=pad_to_windows(to_pcm(waveform), self._prompts.window_samples),
-            prompt=self._prompts.prompt(sample.fields.get("lang"), num_windows),
+            prompt=self._prompts.prompt(language, num_windows),
             completion=tuple(completion),
             reference=text,
             duration_seconds=len(waveform) / self._prompts.sampling_rate,
@@ -123,7 +126,7 @@ class SampleReader:
         # Truncated mp3 and wav decode short without an error.
         expected = float(self._index.records[sample_id]["duration_ms"]) / 1000.0
         if abs(seconds - expected) > _DURATION_TOLERANCE_SECONDS + 0.01 * expected:
-            raise AudioError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
+            raise ValueError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
 
 
 def pad_to_windows(pcm: Pcm, window_samples: int) -> Pcm:

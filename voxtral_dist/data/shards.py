@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,12 +19,9 @@ from webdataset.writer import TarWriter
 
 from voxtral_dist.data.audio import AudioError, decode_audio
 from voxtral_dist.data.index import RECORD, SHARD_TABLE_FILE, TAR_BLOCK_BYTES, UNKNOWN_LANGUAGE, Shard, write_index
+from voxtral_dist.data.manifests import Refusal, Utterance, read_manifest
 from voxtral_dist.errors import UserError
 
-# Field names of NeMo, of Common Voice and of plain lists, by what they mean.
-_AUDIO_FIELDS = ("audio_filepath", "audio", "path")
-_TEXT_FIELDS = ("text", "sentence", "transcript")
-_LANGUAGE_FIELDS = ("lang", "language", "locale")
 _OFFSET_LIMIT_BYTES = TAR_BLOCK_BYTES * (2**32 - 1)
 # The tars carry this instead of the time of packing, so that equal input makes equal shards.
 _FIXED_MTIME = 0.0
@@ -32,16 +29,6 @@ _FIXED_MTIME = 0.0
 _SAMPLING_RATE = 16_000
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One line of a manifest: where its audio is, and the fields that are stored as the sample's json."""
-
-    key: str
-    audio_path: Path
-    fields: dict[str, Any]
-    place: str
 
 
 @dataclass
@@ -71,86 +58,43 @@ def pack_manifest(manifest: Path, out_dir: Path, shard_bytes: int, skip_bad: boo
     Raises:
         UserError: the manifest is unusable, the folder holds shards already, or (without `skip_bad`) an utterance is.
     """
-    utterances = read_manifest(manifest, skip_bad)
     if (out_dir / SHARD_TABLE_FILE).exists():
         raise UserError(f"The folder {out_dir} holds a complete shard set already: choose another, or remove it first.")
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {out_dir} cannot be made: {error.strerror}.") from error
     with _ShardSetWriter(out_dir, shard_bytes) as writer:
-        for utterance in utterances:
-            try:
-                writer.add(utterance)
-            except (AudioError, OSError) as error:
-                reason = f"{utterance.place}: the audio {utterance.audio_path} {_reason(error)}"
-                writer.leave_out(reason, skip_bad)
+        for line in read_manifest(manifest):
+            loaded = line if isinstance(line, Refusal) else _load(line)
+            if isinstance(loaded, _Loaded):
+                writer.add(loaded)
+            elif skip_bad:
+                writer.leave_out(loaded)
+            else:
+                raise UserError(f"{loaded.reason}. Correct it, or pass --skip-bad to leave such samples out.")
         return writer.finish()
 
 
-def read_manifest(path: Path, skip_bad: bool = False) -> Iterator[Utterance]:
-    """The utterances of a JSONL manifest, in its order; audio paths are relative to the manifest.
+@dataclass(frozen=True)
+class _Loaded:
+    """An utterance with the bytes of its audio, which decode to this duration."""
 
-    Raises:
-        UserError: the file is missing, or a line is unusable; with `skip_bad` such lines are logged and passed over.
-    """
-    if not path.is_file():
-        raise UserError(f"The manifest {path} does not exist: give a file of JSON lines with audio_filepath and text.")
-    return _read_lines(path, skip_bad)
+    utterance: Utterance
+    audio: bytes
+    duration_seconds: float
 
 
-def _read_lines(path: Path, skip_bad: bool) -> Iterator[Utterance]:
-    seen: Counter[str] = Counter()
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                utterance = _parse_line(line, path, f"{path}:{number}")
-            except ValueError as error:
-                _refuse(f"{path}:{number}: {error}", skip_bad)
-                continue
-            # Keys name samples in reports, so they must differ: a repeated one gets a number.
-            seen[utterance.key] += 1
-            repeat = seen[utterance.key]
-            yield utterance if repeat == 1 else _renamed(utterance, f"{utterance.key}-{repeat}")
-
-
-def _parse_line(line: str, manifest: Path, place: str) -> Utterance:
+def _load(utterance: Utterance) -> _Loaded | Refusal:
+    start = f"{utterance.place}: the audio {utterance.audio_path}"
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the line is not valid JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise ValueError("the line is not a JSON object")
-    audio = _first_of(row, _AUDIO_FIELDS)
-    if not isinstance(audio, str):
-        raise ValueError(f"the sample names no audio: it needs one of the fields {', '.join(_AUDIO_FIELDS)}")
-    text = _first_of(row, _TEXT_FIELDS)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the sample {audio} has no text: it needs one of the fields {', '.join(_TEXT_FIELDS)}")
-    known = {"text": text, "lang": _first_of(row, _LANGUAGE_FIELDS)}
-    extra = {
-        name: value for name, value in row.items() if name not in (*_AUDIO_FIELDS, *_TEXT_FIELDS, *_LANGUAGE_FIELDS)
-    }
-    # WebDataset splits names at the first dot, and folders in keys only make tars longer.
-    key = Path(audio).with_suffix("").as_posix().replace("/", "_").replace(".", "_")
-    return Utterance(key, manifest.parent / audio, known | extra, place)
-
-
-def _first_of(row: dict[str, Any], names: Iterable[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _renamed(utterance: Utterance, key: str) -> Utterance:
-    return Utterance(key, utterance.audio_path, utterance.fields, utterance.place)
-
-
-def _reason(error: Exception) -> str:
-    return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
-
-
-def _refuse(reason: str, skip_bad: bool) -> None:
-    if not skip_bad:
-        raise UserError(f"{reason}. Correct it, or pass --skip-bad to leave such samples out.")
-    log.warning("left out: %s", reason)
+        audio = utterance.audio_path.read_bytes()
+        num_samples = len(decode_audio(audio, _SAMPLING_RATE))
+    except OSError as error:
+        return Refusal(f"{start} cannot be read: {error.strerror}")
+    except AudioError as error:
+        return Refusal(f"{start} {error}")
+    return _Loaded(utterance, audio, num_samples / _SAMPLING_RATE)
 
 
 class _ShardSetWriter:
@@ -171,15 +115,16 @@ class _ShardSetWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._tar is not None:
+            self._tar.close()
         if self._file is not None:
             self._file.close()
         for leftover in self._out_dir.glob(".*.tar.tmp"):
             leftover.unlink()
 
-    def add(self, utterance: Utterance) -> None:
+    def add(self, loaded: _Loaded) -> None:
         """Append one sample, starting a new shard when the current one is full."""
-        audio = utterance.audio_path.read_bytes()
-        duration_seconds = len(decode_audio(audio, _SAMPLING_RATE)) / _SAMPLING_RATE
+        utterance, audio, duration_seconds = loaded.utterance, loaded.audio, loaded.duration_seconds
         tar = self._open_shard()
         start = tar.tarstream.offset
         suffix = utterance.audio_path.suffix.lstrip(".").lower() or "audio"
@@ -201,10 +146,10 @@ class _ShardSetWriter:
         if tar.tarstream.offset >= self._shard_bytes:
             self._close_shard()
 
-    def leave_out(self, reason: str, skip_bad: bool) -> None:
-        """Refuse a sample, or count it."""
-        _refuse(reason, skip_bad)
-        self._summary.left_out.append(reason)
+    def leave_out(self, refusal: Refusal) -> None:
+        """Count and name a sample that is not packed."""
+        log.warning("left out: %s", refusal.reason)
+        self._summary.left_out.append(refusal.reason)
 
     def finish(self) -> PackSummary:
         """Close the last shard, give all their final names, and write the index."""

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from voxtral_dist.distributed.world import World
 
@@ -20,6 +21,12 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+def sum_tensor_over_ranks(tensor: Tensor, world: World) -> None:
+    """Replace a tensor by its sum over all ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
 
 
 def gather_on_first(value: T, world: World) -> list[T]:

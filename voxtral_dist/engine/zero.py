@@ -16,6 +16,7 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
@@ -25,6 +26,7 @@ from transformers import VoxtralForConditionalGeneration
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
+from voxtral_dist.distributed.collectives import sum_tensor_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import ParameterState, StepUpdate
 from voxtral_dist.engine.loss import LossOfMicroBatch
@@ -149,7 +151,7 @@ class ZeroEngine:
         """See `Engine`."""
         for name, parameter in self._module.named_parameters():
             if parameter.requires_grad:
-                moments = [_full_moment(parameter, key, self._optimizer) for key in _MOMENTS]
+                moments = [self._full_moment(parameter, key) for key in _MOMENTS]
                 yield ParameterState(name, _cpu(safe_get_full_fp32_param(parameter)), *moments)
             else:
                 with self._gathered([parameter]):
@@ -168,10 +170,7 @@ class ZeroEngine:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Engine`."""
-        return {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-            for name, parameter in self._module.named_parameters()
-        }
+        return {name: _full_shape(parameter) for name, parameter in self._module.named_parameters()}
 
     def _gathered(self, parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Any:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank, enabled=self.stage == 3)
@@ -193,6 +192,31 @@ class ZeroEngine:
             return partitions
         return [partition for group in self._optimizer.param_groups for partition in group["params"]]
 
+    def _full_moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if not self._optimizer.state:
+            # Nothing has been updated yet: DeepSpeed makes the moments at the first step.
+            return torch.zeros(_full_shape(parameter))
+        if self.stage == 3:
+            return _cpu(safe_get_full_optimizer_state(parameter, key))
+        # DeepSpeed has the same for stages 1 and 2, but links moments only when it loads or saves its own checkpoints.
+        moment = torch.zeros(_full_shape(parameter), device=self._world.device)
+        fragment = self._fragment(parameter, key)
+        if fragment is not None:
+            inside, values = fragment
+            moment.view(-1)[inside].copy_(values)
+        sum_tensor_over_ranks(moment, self._world)
+        return moment.cpu()
+
+    def _fragment(self, parameter: nn.Parameter, key: str) -> tuple[slice, Tensor] | None:
+        """Stages 1 and 2: which positions of a flattened parameter this rank updates, and a view of their moments."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed puts it there
+        if mapping is None:
+            return None
+        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        partition = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        values = self._optimizer.state[partition][key].narrow(0, flat.start, flat.numel)
+        return slice(inside.start, inside.start + inside.numel), values
+
     def _create_moments(self, num_updates: int) -> None:
         """Give the optimizer the state that it would otherwise make at its first step."""
         is_torch = isinstance(self._optimizer, torch.optim.AdamW)
@@ -212,15 +236,12 @@ class ZeroEngine:
     @torch.no_grad()
     def _load_stage12(self, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
         """Float32 weights and moments: the fragment of the parameter that lies in this rank's flat partition."""
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed puts it there
-        if mapping is None:
-            return
-        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-        mapping.hp_fragment.copy_(weight.flatten().narrow(0, inside.start, inside.numel))
-        partition = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        safe_set_full_fp32_param(parameter, weight)
         for key, moment in moments.items():
-            target = self._optimizer.state[partition][key].narrow(0, flat.start, flat.numel)
-            target.copy_(moment.flatten().narrow(0, inside.start, inside.numel))
+            fragment = self._fragment(parameter, key)
+            if fragment is not None:
+                inside, values = fragment
+                values.copy_(moment.flatten()[inside])
 
     @torch.no_grad()
     def _load_stage3(self, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
@@ -262,11 +283,9 @@ def _filled_in(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _full_moment(parameter: nn.Parameter, key: str, optimizer: torch.optim.Optimizer) -> Tensor:
-    if not optimizer.state:
-        # Nothing has been updated yet: DeepSpeed makes the moments at the first step.
-        return torch.zeros(tuple(getattr(parameter, "ds_shape", parameter.shape)))
-    return _cpu(safe_get_full_optimizer_state(parameter, key))
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # Stage 3 empties parameters and keeps their shape beside them.
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _cpu(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def normalizer(name: Literal["none", "basic"]) -> Normalizer:
     """The normalizer of a name.
 
     `none` only evens out white space. `basic` also applies Unicode NFKC, lower case, and turns every mark of
-    punctuation and every symbol into a space, except an apostrophe inside a word.
+    punctuation and every symbol into a space, except an apostrophe inside a word. Format characters vanish.
     """
     match name:
         case "none":
@@ -41,7 +41,9 @@ def _even_spaces(text: str) -> str:
 
 def _basic(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
-    kept = (character if _belongs_to_word(folded, place) else " " for place, character in enumerate(folded))
+    # Invisible format characters stand inside words of many scripts: they are no breaks.
+    visible = "".join(character for character in folded if unicodedata.category(character) != "Cf")
+    kept = (character if _belongs_to_word(visible, place) else " " for place, character in enumerate(visible))
     return _even_spaces("".join(kept))
 
 

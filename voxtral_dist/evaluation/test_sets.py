@@ -84,12 +84,14 @@ def check_whole(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> lis
         RankError: one is missing or came twice, so that any rate of them would be wrong.
     """
     counts = Counter(utterance.sample_id for utterance in utterances)
+    unknown = [sample_id for sample_id in counts if not 0 <= sample_id < len(test_set.index)]
     missing = [sample_id for sample_id in range(len(test_set.index)) if sample_id not in counts]
     repeated = [sample_id for sample_id, count in counts.items() if count > 1]
-    if missing or repeated:
+    if missing or repeated or unknown:
         raise RankError(
-            f"The evaluation of `{test_set.name}` lost {len(missing)} utterances (first: {missing[:3]}) and decoded "
-            f"{len(repeated)} twice (first: {repeated[:3]}): its word error rate would be wrong, so there is none."
+            f"The evaluation of `{test_set.name}` lost {len(missing)} utterances (first: {missing[:3]}), decoded "
+            f"{len(repeated)} twice (first: {repeated[:3]}) and {len(unknown)} that it does not have (first: "
+            f"{unknown[:3]}): its word error rate would be wrong, so there is none."
         )
     return sorted(utterances, key=lambda utterance: utterance.sample_id)
 
