@@ -29,8 +29,8 @@ digits: install ## Train a tiny Voxtral on real spoken digits with ZeRO-2 (needs
 	rm -rf shards/fsdd-train shards/fsdd-test
 	$(BIN)/voxtral-dist shards pack $(SPEECH)/fsdd/train.jsonl shards/fsdd-train
 	$(BIN)/voxtral-dist shards pack $(SPEECH)/fsdd/test.jsonl shards/fsdd-test
-	$(BIN)/voxtral-dist tiny models/tiny-digits --set window_seconds=1.28
-	$(CPU_ENV) deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/digits.yaml
+	$(CPU_ENV) $(BIN)/voxtral-dist tiny models/tiny-digits --set window_seconds=1.28
+	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/digits.yaml
 
 test: install ## Run the tests that prove the contracts (less than 15 minutes on 2 cores)
 	$(CPU_ENV) $(BIN)/pytest -m "not slow"
@@ -46,7 +46,7 @@ lint: install ## Check style, types, layers, recipes, the image and the manifest
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/shellcheck docker/entrypoint
 	$(BIN)/python launch/kubernetes/validate.py
-	$(BIN)/voxtral-dist config check launch/recipes/*.yaml
+	$(CPU_ENV) $(BIN)/voxtral-dist config check launch/recipes/*.yaml
 
 bench: install ## Run the benchmarks and write JSON files to build/benchmarks
 	mkdir -p build/benchmarks

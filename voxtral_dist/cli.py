@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -20,6 +21,8 @@ _NORMALIZERS = get_args(EvaluationConfig.model_fields["normalizer"].annotation)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 the user's mistake, 3 an error of one rank, 75 stopped and resumable."""
     parsed = build_parser().parse_args(arguments)
+    # DeepSpeed's calls of older names in torch are nothing that a user could change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         code = parsed.run(parsed)
     except UserError as error:

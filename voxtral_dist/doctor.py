@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -35,7 +36,11 @@ def _build(timeout: int, with_offload: bool) -> int:
         lock.unlink(missing_ok=True)
     print(f"Building DeepSpeed's extensions (limit {timeout} s; cached afterwards) ...", flush=True)
     command = [sys.executable, "-c", _BUILD.format(with_offload)]
-    builder = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    # Another version of ninja would build everything again: use the one that a run in this environment finds.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    builder = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
         output, _ = builder.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+from transformers.utils.logging import disable_progress_bar
 
 from voxtral_dist.config import ModelConfig
 from voxtral_dist.errors import UserError
@@ -46,7 +47,13 @@ def copy_buffers(source: nn.Module, target: nn.Module) -> None:
 
 
 def _load(path: str, **arguments: Any) -> VoxtralForConditionalGeneration:
+    # Every rank would draw a bar of its own through the display of the run.
+    disable_progress_bar()
     try:
+        kind = VoxtralConfig.get_config_dict(path)[0].get("model_type")
+        if kind != VoxtralConfig.model_type:
+            # transformers would warn, and fill a billion-parameter Voxtral with random numbers.
+            raise ValueError(f"its config.json says model_type {kind!r}")
         return VoxtralForConditionalGeneration.from_pretrained(path, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(

@@ -31,7 +31,7 @@ COMMANDS = {
     "de": [f"{thing} {state}" for thing in ("lampe", "radio", "heizung", "musik") for state in ("an", "aus")],
 }
 COMMAND_SHARE = 0.25
-NUM_DIGITS_WEIGHTS = {1: 3, 2: 3, 3: 2, 4: 1}  # short strings are where a model from scratch first finds the audio
+NUM_DIGITS_WEIGHTS = {1: 3, 2: 3, 3: 2, 4: 1}
 WORDS_PER_MINUTE = (190, 260)
 PITCH = (30, 70)
 
@@ -113,6 +113,7 @@ class Utterance:
 
 
 def main() -> None:
+    """Speak both splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -136,6 +137,7 @@ def plan_split(split: str, num_utterances: int, variants: list[str], seed: int) 
 
 
 def draw_text(draw: random.Random, language: str) -> str:
+    """A command, or one to four digits, as lower-case words."""
     if draw.random() < COMMAND_SHARE:
         return draw.choice(COMMANDS[language])
     (num_digits,) = draw.choices(list(NUM_DIGITS_WEIGHTS), weights=list(NUM_DIGITS_WEIGHTS.values()))
@@ -163,6 +165,7 @@ def speak_all(out_dir: Path, utterances: list[Utterance]) -> list[tuple[str, flo
 
 
 def speak_one(out_dir: Path, utterance: Utterance) -> float:
+    """Write one FLAC file of int16 at 16 kHz and return its seconds."""
     engine = speech_engine()
     samples = engine.say(utterance.text, utterance.manner)
     samples = soxr.resample(samples, engine.sampling_rate, SAMPLING_RATE)
@@ -171,6 +174,7 @@ def speak_one(out_dir: Path, utterance: Utterance) -> float:
 
 
 def manifest_row(utterance: Utterance, durations: dict[str, float]) -> dict[str, str | float]:
+    """One line of the manifest."""
     return {
         "audio_filepath": utterance.audio_path,
         "text": utterance.text,

@@ -135,7 +135,7 @@ def _read_folder(folder: Path) -> ShardIndex:
     _check_files(folder)
     try:
         table, shards, records = _load_index(folder)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
         raise UserError(
             f"The index of {folder} is damaged ({SHARD_TABLE_FILE} or {INDEX_FILE}): pack the folder again."
         ) from error

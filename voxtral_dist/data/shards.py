@@ -64,16 +64,24 @@ def pack_manifest(manifest: Path, out_dir: Path, shard_bytes: int, skip_bad: boo
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The folder {out_dir} cannot be made: {error.strerror}.") from error
-    with _ShardSetWriter(out_dir, shard_bytes) as writer:
-        for line in read_manifest(manifest):
-            loaded = line if isinstance(line, Refusal) else _load(line)
-            if isinstance(loaded, _Loaded):
-                writer.add(loaded)
-            elif skip_bad:
-                writer.leave_out(loaded)
-            else:
-                raise UserError(f"{loaded.reason}. Correct it, or pass --skip-bad to leave such samples out.")
-        return writer.finish()
+    try:
+        with _ShardSetWriter(out_dir, shard_bytes) as writer:
+            _pack_lines(read_manifest(manifest), writer, skip_bad)
+            return writer.finish()
+    except OSError as error:
+        # Sources that cannot be read are refusals: this is the disk that is written to.
+        raise UserError(f"The shards in {out_dir} cannot be written: {error.strerror}. Nothing was kept.") from error
+
+
+def _pack_lines(lines: Iterator[Utterance | Refusal], writer: _ShardSetWriter, skip_bad: bool) -> None:
+    for line in lines:
+        loaded = line if isinstance(line, Refusal) else _load(line)
+        if isinstance(loaded, _Loaded):
+            writer.add(loaded)
+        elif skip_bad:
+            writer.leave_out(loaded)
+        else:
+            raise UserError(f"{loaded.reason}. Correct it, or pass --skip-bad to leave such samples out.")
 
 
 @dataclass(frozen=True)

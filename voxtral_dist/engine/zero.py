@@ -62,7 +62,7 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"`engine.deepspeed`: {path} cannot be read: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"`engine.deepspeed`: {path} is not valid JSON: {error}.") from error
     if not isinstance(settings, dict):
         raise UserError(f"`engine.deepspeed`: {path} must hold a JSON object.")
@@ -80,16 +80,20 @@ def _refuse_what_is_ours(path: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _check_zero(path: Path, zero: dict[str, Any]) -> None:
+def _check_zero(path: Path, zero: object) -> None:
+    if not isinstance(zero, dict):
+        raise UserError(f"`engine.deepspeed`: `zero_optimization` in {path} must be an object with a `stage`.")
     if zero.get("stage") not in (1, 2, 3):
         raise UserError(
             f"`engine.deepspeed`: `zero_optimization.stage` in {path} must be 1, 2 or 3, but is {zero.get('stage')!r} "
             "instead."
         )
     for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device") == "nvme":
+        offload = zero.get(key, {})
+        if not isinstance(offload, dict) or offload.get("device", "none") not in ("none", "cpu"):
             raise UserError(
-                f"`engine.deepspeed`: `{key}` in {path} names nvme, but checkpoints reach the CPU only: use cpu."
+                f"`engine.deepspeed`: `{key}` in {path} must be an object with the device cpu or none, but is "
+                f"{offload} instead: what is offloaded to NVMe would be missing from checkpoints."
             )
 
 

@@ -1,0 +1,50 @@
+"""Model folders and shards that many tests read; made once per session, never written to."""
+
+from pathlib import Path
+
+import pytest
+from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, write_speech_manifest
+
+from voxtral_dist.data.index import ShardIndex, read_index
+from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.tiny import build_tiny_voxtral
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Voxtral folder with windows of 1.28 s."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_tiny_voxtral(folder, TINY_SHAPE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_window_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Voxtral folder with the published window of 30 s and the smallest widths."""
+    folder = tmp_path_factory.mktemp("models") / "real-window"
+    build_tiny_voxtral(folder, REAL_WINDOW_SHAPE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(tiny_model: Path) -> TranscriptionPrompts:
+    return TranscriptionPrompts.from_pretrained(str(tiny_model))
+
+
+@pytest.fixture(scope="session")
+def speech_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_speech_manifest(tmp_path_factory.mktemp("speech"), NUM_UTTERANCES)
+
+
+@pytest.fixture(scope="session")
+def shard_folder(tmp_path_factory: pytest.TempPathFactory, speech_manifest: Path) -> Path:
+    """The utterances of `speech_manifest` in several shards."""
+    folder = tmp_path_factory.mktemp("shards") / "speech"
+    pack_manifest(speech_manifest, folder, SHARD_BYTES, skip_bad=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shard_index(shard_folder: Path) -> ShardIndex:
+    return read_index([shard_folder])

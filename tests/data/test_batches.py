@@ -1,0 +1,81 @@
+"""Padding and collation: nothing but the examples counts."""
+
+import numpy as np
+import pytest
+import torch
+
+from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left, weightless_micro_batch
+from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.samples import BadSample, Example
+
+PAD = 11
+
+
+def example(prompt: list[int], completion: list[int], num_windows: int = 1, loudness: int = 1) -> Example:
+    pcm = np.full((num_windows, 4), loudness, dtype=np.int16)
+    return Example(0, "key", pcm, tuple(prompt), tuple(completion), "text", duration_seconds=0.5 * num_windows)
+
+
+def test_pad_left_fills_before_the_sequences():
+    ids, mask = pad_left([[1, 2, 3], [4], [5, PAD]], PAD)
+    assert ids.tolist() == [[1, 2, 3], [PAD, PAD, 4], [PAD, 5, PAD]]
+    # A pad id inside of a sequence is a token like any other.
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert (ids.dtype, mask.dtype) == (torch.int64, torch.int64)
+
+
+def test_collate_aligns_completions_at_the_end():
+    batch = collate([example([1, 24, 24, 34], [7, 8, 2], 2, loudness=5), example([1, 24, 34], [9, 2], loudness=6)], PAD)
+    assert batch.input_ids.tolist() == [[1, 24, 24, 34, 7, 8], [PAD, PAD, 1, 24, 34, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
+    assert batch.labels.tolist() == [[7, 8, 2], [IGNORED_LABEL, 9, 2]]
+    assert batch.pcm.tolist() == [[5] * 4, [5] * 4, [6] * 4]
+    assert batch.windows_per_example == (2, 1)
+    assert (batch.num_examples, batch.audio_seconds, batch.num_targets) == (2, 1.5, 5)
+
+
+def test_an_empty_transcript_trains_its_end_alone():
+    batch = collate([example([1, 34], [2])], PAD)
+    assert (batch.input_ids.tolist(), batch.labels.tolist(), batch.num_targets) == ([[1, 34]], [[2]], 1)
+
+
+def test_position_ids_count_from_the_first_real_token():
+    batch = collate([example([1, 24, 24, 34], [2]), example([1, 34], [2])], PAD)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("num_padding", [0, 3])
+def test_padding_changes_neither_targets_nor_positions(num_padding):
+    one = example([1, 24, 34], [7, 8, 2])
+    longer = example([1] * (3 + num_padding), [7, 8, 2])
+    alone, padded = collate([one], PAD), collate([one, longer], PAD)
+    assert torch.equal(padded.labels[0], alone.labels[0])
+    assert torch.equal(padded.position_ids[0, num_padding:], alone.position_ids[0])
+    assert padded.num_targets == 2 * alone.num_targets
+
+
+def test_a_batch_keeps_what_was_left_out_of_it():
+    bad = BadSample("a.tar", "key", "does not decode")
+    assert collate([example([1], [2])], PAD, [bad]).bad_samples == (bad,)
+
+
+def test_moving_a_batch_keeps_everything_but_the_device():
+    batch = collate([example([1, 24, 34], [7, 2])], PAD, [BadSample("a.tar", "key", "reason")])
+    moved = batch.to(torch.device("meta"))
+    for name in ("input_ids", "attention_mask", "labels", "pcm"):
+        assert getattr(moved, name).device.type == "meta", name
+        assert getattr(moved, name).shape == getattr(batch, name).shape
+    assert (moved.windows_per_example, moved.audio_seconds) == (batch.windows_per_example, batch.audio_seconds)
+    assert moved.bad_samples == batch.bad_samples
+
+
+def test_a_weightless_micro_batch_runs_and_counts_for_nothing(prompts: TranscriptionPrompts):
+    bad = BadSample("a.tar", "key", "reason")
+    batch = weightless_micro_batch(prompts, [bad])
+    assert (batch.num_targets, batch.num_examples, batch.audio_seconds) == (0, 0, 0.0)
+    assert batch.bad_samples == (bad,)
+    assert tuple(batch.input_ids[0].tolist()) == prompts.prompt(None, 1)
+    assert batch.pcm.shape == (1, prompts.window_samples)
+    assert not batch.pcm.any()
+    # One position of logits is computed, so that every module takes part in the backward pass.
+    assert batch.labels.shape == (1, 1)

@@ -1,0 +1,156 @@
+"""The index of one or more shard folders, and what is refused before a sample is read."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import SHARD_BYTES, write_speech_manifest
+
+from voxtral_dist.data.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.samples import SampleReader
+from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.errors import UserError
+
+
+@pytest.fixture
+def copied(shard_folder, tmp_path) -> Path:
+    """A copy of the shards that a test may damage."""
+    return shutil.copytree(shard_folder, tmp_path / "copied")
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory) -> Path:
+    """Shards whose languages come in another order: German first, then French, unknown and English."""
+    folder = tmp_path_factory.mktemp("other")
+    manifest = write_speech_manifest(folder, 9, max_seconds=0.8, seed=7)
+    first, *others = manifest.read_text(encoding="utf-8").splitlines(keepends=True)
+    manifest.write_text("".join([*others, first]), encoding="utf-8")
+    pack_manifest(manifest, folder / "packed", SHARD_BYTES, skip_bad=False)
+    return folder / "packed"
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        read_index([folder])
+    sentence = str(refused.value)
+    assert str(folder) in sentence
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_spans_cover_the_tars_without_gaps(shard_index):
+    spans = [shard_index.span(sample_id) for sample_id in range(len(shard_index))]
+    for shard in shard_index.shards:
+        inside = [span for span in spans if span.path == shard.path]
+        assert len(inside) == shard.num_samples
+        assert inside[0].offset == 0
+        ends = [span.offset + span.num_bytes for span in inside]
+        assert [span.offset for span in inside[1:]] == ends[:-1]
+        # Behind the last sample comes nothing but the end of a tar: zeros.
+        contents = shard.path.read_bytes()
+        assert contents[ends[-1] :] == bytes(len(contents) - ends[-1])
+
+
+def test_a_record_takes_16_bytes(shard_index):
+    assert RECORD.itemsize == 16
+    assert shard_index.records.nbytes == 16 * len(shard_index)
+
+
+def test_two_folders_are_one_index_with_one_table_of_languages(shard_folder, other_folder, prompts):
+    parts = [read_index([shard_folder]), read_index([other_folder])]
+    assert parts[0].languages != parts[1].languages
+    both = read_index([shard_folder, other_folder])
+    readers = [(part, SampleReader(part, prompts, 448)) for part in parts]
+    expected = [
+        (part.language(sample_id), reader.read(sample_id), part.duration_seconds[sample_id])
+        for part, reader in readers
+        for sample_id in range(len(part))
+    ]
+    assert len(both) == len(expected)
+    whole = SampleReader(both, prompts, 448)
+    for sample_id, (language, sample, duration_seconds) in enumerate(expected):
+        assert both.language(sample_id) == language == sample.fields["lang"]
+        assert whole.read(sample_id) == sample
+        assert both.duration_seconds[sample_id] == duration_seconds
+
+
+def test_one_folder_is_mapped_not_loaded(shard_index):
+    assert isinstance(shard_index.records, np.memmap)
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 1000])
+def test_first_keeps_the_order(shard_index, prompts, num_samples):
+    first = shard_index.first(num_samples)
+    assert len(first) == min(num_samples, len(shard_index))
+    last = len(first) - 1
+    assert SampleReader(first, prompts, 448).read(last) == SampleReader(shard_index, prompts, 448).read(last)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "nowhere")
+
+
+def test_a_file_in_place_of_a_folder_is_refused(speech_manifest):
+    refusal(speech_manifest)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    assert "is empty" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("file", [INDEX_FILE, SHARD_TABLE_FILE])
+def test_a_folder_without_its_whole_index_is_refused(copied, file):
+    (copied / file).unlink()
+    assert "has no complete index" in refusal(copied)
+
+
+def test_an_index_without_samples_is_refused(copied):
+    np.save(copied / INDEX_FILE, np.zeros(0, dtype=RECORD))
+    assert "lists no samples" in refusal(copied)
+
+
+def test_an_index_of_other_shards_is_refused(copied, other_folder):
+    shutil.copy(other_folder / INDEX_FILE, copied / INDEX_FILE)
+    assert "do not belong together" in refusal(copied)
+
+
+def test_an_index_of_another_layout_is_refused(copied):
+    np.save(copied / INDEX_FILE, np.zeros(26, dtype=np.int64))
+    assert "do not belong together" in refusal(copied)
+
+
+def test_an_index_of_another_version_is_refused(copied):
+    table = json.loads((copied / SHARD_TABLE_FILE).read_text())
+    (copied / SHARD_TABLE_FILE).write_text(json.dumps(table | {"format": 99}))
+    assert "has format 99, but this version reads format 1" in refusal(copied)
+
+
+@pytest.mark.parametrize("contents", ["", "{", "[]", '{"format": 1}', '{"format": 1, "languages": [], "shards": [{}]}'])
+def test_a_damaged_shard_table_is_refused(copied, contents):
+    (copied / SHARD_TABLE_FILE).write_text(contents)
+    refusal(copied)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 200])
+def test_a_truncated_index_is_refused(copied, num_bytes):
+    whole = (copied / INDEX_FILE).read_bytes()
+    (copied / INDEX_FILE).write_bytes(whole[:num_bytes])
+    refusal(copied)
+
+
+def test_a_missing_tar_is_refused(copied):
+    tar = sorted(copied.glob("*.tar"))[-1]
+    tar.unlink()
+    assert tar.name in refusal(copied)
+
+
+@pytest.mark.parametrize("change", [-512, 512])
+def test_a_tar_of_another_size_is_refused(copied, change):
+    tar = sorted(copied.glob("*.tar"))[0]
+    contents = tar.read_bytes()
+    tar.write_bytes(contents[:change] if change < 0 else contents + bytes(change))
+    sentence = refusal(copied)
+    assert tar.name in sentence
+    assert f"has {len(contents) + change} bytes, but had {len(contents)}" in sentence

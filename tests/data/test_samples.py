@@ -1,0 +1,227 @@
+"""One stored utterance becomes one example, or a `SampleError` that names its shard and key; others are unaffected."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from corpora import tone, write_lines
+
+from voxtral_dist.data.audio import AudioError, decode_audio, resample, to_pcm
+from voxtral_dist.data.index import INDEX_FILE, ShardIndex, read_index
+from voxtral_dist.data.samples import SampleError, SampleReader, pad_to_windows
+from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.data.storage import read_span
+
+RATE = 16_000
+
+
+def encoded(waveform: np.ndarray, sampling_rate: int, audio_format: str = "WAV", subtype: str | None = None) -> bytes:
+    contents = io.BytesIO()
+    soundfile.write(contents, waveform, sampling_rate, format=audio_format, subtype=subtype)
+    return contents.getvalue()
+
+
+@pytest.mark.parametrize("audio_format", ["WAV", "FLAC"])
+def test_16_bit_audio_arrives_bit_for_bit(audio_format):
+    clip = tone(0.7)
+    assert np.array_equal(to_pcm(decode_audio(encoded(clip, RATE, audio_format), RATE)), clip)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4001, 8000])
+def test_audio_of_another_rate_is_resampled_as_mistral_common_does(num_samples):
+    clip = tone(1.0, 8000)[:num_samples]
+    heard = decode_audio(encoded(clip, 8000), RATE)
+    assert heard.dtype == np.float32
+    assert abs(len(heard) - num_samples / 8000 * RATE) <= 1
+    np.testing.assert_array_equal(heard, soxr.resample(clip / np.float32(32768), 8000, RATE, quality="HQ"))
+
+
+def test_audio_of_the_right_rate_is_not_touched():
+    waveform = np.linspace(-1, 1, 100, dtype=np.float32)
+    assert resample(waveform, RATE, RATE) is waveform
+
+
+def test_channels_are_averaged():
+    left, right = tone(0.3, seed=1), tone(0.3, seed=2)
+    heard = decode_audio(encoded(np.stack([left, right], axis=1), RATE), RATE)
+    np.testing.assert_allclose(heard, (left / 32768 + right / 32768) / 2, atol=1e-7)
+
+
+def test_pcm_is_clipped_not_wrapped():
+    assert to_pcm(np.array([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=np.float32)).tolist() == [-32768, -32768, 0, 32767, 32767]
+
+
+@pytest.mark.parametrize(
+    ("contents", "sentence"),
+    [
+        (b"", "does not decode"),
+        (b"not audio at all", "does not decode"),
+        (encoded(np.zeros(0, dtype=np.int16), RATE), "holds no audio"),
+        (encoded(np.array([0.0, np.nan, 0.1]), RATE, subtype="FLOAT"), "not finite"),
+        (encoded(np.array([0.0, np.inf, 0.1]), RATE, subtype="FLOAT"), "not finite"),
+    ],
+)
+def test_unusable_audio_is_an_audio_error(contents, sentence):
+    with pytest.raises(AudioError, match=sentence) as refused:
+        decode_audio(contents, RATE)
+    assert " at 0x" not in str(refused.value), "an address says nothing to a reader"
+
+
+@pytest.mark.parametrize(("num_samples", "num_windows"), [(1, 1), (9, 1), (10, 1), (11, 2), (30, 3)])
+def test_windows_are_filled_with_silence_behind_the_audio(num_samples, num_windows):
+    pcm = np.arange(1, num_samples + 1, dtype=np.int16)
+    windows = pad_to_windows(pcm, 10)
+    assert windows.shape == (num_windows, 10)
+    assert windows.flatten().tolist() == pcm.tolist() + [0] * (10 * num_windows - num_samples)
+
+
+def test_an_example_is_the_utterance_as_the_model_takes_it(shard_index, prompts):
+    reader = SampleReader(shard_index, prompts, 448)
+    for sample_id in range(len(shard_index)):
+        sample, example = reader.read(sample_id), reader.example(sample_id)
+        waveform = to_pcm(decode_audio(sample.audio, RATE))
+        assert (example.sample_id, example.key, example.reference) == (sample_id, sample.key, sample.fields["text"])
+        assert np.array_equal(example.pcm.flatten()[: len(waveform)], waveform)
+        assert example.prompt == prompts.prompt(sample.fields["lang"], len(example.pcm))
+        assert list(example.completion) == prompts.completion(sample.fields["text"])
+        assert example.duration_seconds == len(waveform) / RATE
+
+
+@pytest.fixture
+def copied(shard_folder, tmp_path) -> ShardIndex:
+    """An index whose tars a test may damage without changing their size."""
+    return read_index([shutil.copytree(shard_folder, tmp_path / "copied")])
+
+
+def overwrite(index: ShardIndex, sample_id: int, offset: int, contents: bytes) -> None:
+    span = index.span(sample_id)
+    with span.path.open("r+b") as tar:
+        tar.seek(span.offset + offset)
+        tar.write(contents)
+
+
+def assert_others_are_unaffected(index: ShardIndex, prompts, damaged: int) -> None:
+    reader = SampleReader(index, prompts, 448)
+    for sample_id in set(range(len(index))) - {damaged}:
+        assert reader.example(sample_id).sample_id == sample_id
+
+
+def place_of(index: ShardIndex, sample_id: int, pattern: bytes) -> int:
+    return read_span(index.span(sample_id)).index(pattern)
+
+
+# Where a sample of a FLAC clip is damaged, and with what.
+DAMAGES = {
+    "first tar header": (lambda index: 0, bytes(600)),
+    "checksum of the first tar header": (lambda index: 148, b"777777"),
+    "name in a tar header": (lambda index: 0, b"\xff\xfe\xfd"),
+    "json": (lambda index: place_of(index, 3, b'{"text"'), b"\x00\xff garbled \xff"),
+    "json that is no object": (lambda index: place_of(index, 3, b'{"text"'), b'"text'),
+    "audio header": (lambda index: place_of(index, 3, b"fLaC"), bytes(64)),
+    "audio": (lambda index: place_of(index, 3, b"fLaC") + 1500, np.random.default_rng(0).bytes(800)),
+    # The last bits of the number of samples and of their checksum: 2^36 - 1 samples are 256 GiB.
+    "length in the audio header": (lambda index: place_of(index, 3, b"fLaC") + 22, b"\xff\xff\xff\xff"),
+    "absurd length in the audio header": (lambda index: place_of(index, 3, b"fLaC") + 21, b"\xff\xff\xff\xff\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_garbled_sample_is_named_and_others_are_unaffected(copied, prompts, damage):
+    place, contents = damage
+    sample = SampleReader(copied, prompts, 448).read(3)
+    assert sample.audio.startswith(b"fLaC")
+    overwrite(copied, 3, place(copied), contents)
+    with pytest.raises(SampleError) as caught:
+        SampleReader(copied, prompts, 448).example(3)
+    bad = caught.value.bad
+    assert bad.shard == copied.span(3).path.name
+    # Where the members cannot be read, the number of the sample stands for its key.
+    assert bad.key in (sample.key, "#3")
+    assert bad.shard in str(caught.value)
+    assert bad.key in str(caught.value)
+    assert_others_are_unaffected(copied, prompts, damaged=3)
+
+
+def test_a_tar_that_ends_early_is_a_bad_sample(copied, prompts):
+    reader = SampleReader(copied, prompts, 448)
+    last = copied.shards[0].num_samples - 1
+    span = copied.span(last)
+    with span.path.open("r+b") as tar:
+        tar.truncate(span.offset + 700)
+    with pytest.raises(SampleError, match=f"read 700 bytes instead of {span.num_bytes}"):
+        reader.example(last)
+    assert_others_are_unaffected(copied, prompts, damaged=last)
+
+
+def packed(folder: Path, *rows: dict) -> Path:
+    pack_manifest(write_lines(folder / "m.jsonl", list(rows)), folder / "packed", 10**9, skip_bad=False)
+    return folder / "packed"
+
+
+@pytest.fixture
+def clip(tmp_path) -> dict:
+    soundfile.write(tmp_path / "clip.wav", tone(2.0), RATE)
+    return {"audio_filepath": "clip.wav", "text": "two seconds", "lang": "en"}
+
+
+def test_audio_that_was_cut_short_is_a_bad_sample(tmp_path, clip, prompts):
+    """Its header still promises 2 s, and libsndfile decodes what there is without an error."""
+    whole = (tmp_path / "clip.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    assert len(decode_audio((tmp_path / "cut.wav").read_bytes(), RATE)) < RATE * 1.01
+    folder = packed(tmp_path, clip, clip | {"audio_filepath": "cut.wav"})
+    records = np.load(folder / INDEX_FILE)
+    # What an index says that was made before the file was cut.
+    records["duration_ms"] = 2000
+    np.save(folder / INDEX_FILE, records)
+    reader = SampleReader(read_index([folder]), prompts, 448)
+    assert reader.example(0).duration_seconds == 2.0
+    with pytest.raises(SampleError, match=r"decodes to 1\.00 s of audio, but its index says 2\.00 s") as caught:
+        reader.example(1)
+    assert caught.value.bad.key == "cut"
+
+
+def test_a_long_transcript_is_a_bad_sample_and_never_cut(tmp_path, clip, prompts):
+    index = read_index([packed(tmp_path, clip)])
+    completion = prompts.completion(clip["text"])
+    assert SampleReader(index, prompts, len(completion)).example(0).completion == tuple(completion)
+    sentence = f"has {len(completion)} target tokens, more than the limit of {len(completion) - 1}"
+    with pytest.raises(SampleError, match=sentence):
+        SampleReader(index, prompts, len(completion) - 1).example(0)
+
+
+def with_fields(folder: Path, fields: object) -> ShardIndex:
+    """The packed set with other fields in the json of its only sample, as another tool may have written them."""
+    index = read_index([folder])
+    before = read_span(index.span(0))
+    start = before.index(b'{"text"')
+    old = before[start : before.index(b"}", start) + 1]
+    new = json.dumps(fields).encode().ljust(len(old))
+    assert len(new) == len(old)
+    overwrite(index, 0, start, new)
+    return index
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"lang": "en"}, "has no text"),
+        ({"text": " "}, "has no text"),
+        ({"text": 5}, "has no text"),
+        ({"text": "a", "lang": "klingon"}, "'klingon'"),
+        ({"text": "a", "lang": 5}, "language 5"),
+        ({"text": "a", "lang": ["en"]}, "language"),
+        ({"text": "a", "lang": {"a": 1}}, "language"),
+        (["text"], "has no json member"),
+        (None, "has no json member"),
+    ],
+)
+def test_unusable_fields_are_a_bad_sample(tmp_path, clip, prompts, fields, sentence):
+    index = with_fields(packed(tmp_path, clip), fields)
+    with pytest.raises(SampleError, match=sentence):
+        SampleReader(index, prompts, 448).example(0)

@@ -1,0 +1,113 @@
+"""Every ZeRO stage on any number of ranks trains as one plain process does on the whole batch, in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch.nn import functional as F
+
+from runs import run_config
+from voxtral_dist.config import RunConfig
+from voxtral_dist.data.batches import IGNORED_LABEL
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.distributed.world import World
+from voxtral_dist.model import load_voxtral
+from voxtral_dist.optim import learning_rate, parameter_groups
+
+NUM_STEPS = 5
+Curve = list[tuple[float, float]]
+Weights = dict[str, torch.Tensor]
+
+
+def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
+    """(loss, gradient norm) of every step, and the weights at the end."""
+    from voxtral_dist.engine.zero import ZeroEngine
+    from voxtral_dist.train import train_step
+
+    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, world.rank, world.size)
+    engine = ZeroEngine(
+        config, load_voxtral(config.model), LogMel.from_pretrained(config.model.path, world.device), world
+    )
+    curve = []
+    for batches in loader.starting_at(0):
+        metrics = train_step(config, engine, batches, False, world).metrics
+        curve.append((metrics.loss, metrics.grad_norm))
+    return curve, {state.name: state.weight for state in engine.parameter_states()}
+
+
+def train_plainly(config: RunConfig) -> tuple[Curve, Weights]:
+    """The same steps by torch alone: one process, one backward pass over the mean of the whole batch."""
+    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, 0, 1)
+    model = load_voxtral(config.model)
+    log_mel = LogMel.from_pretrained(config.model.path, torch.device("cpu"))
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), betas=settings.betas, eps=settings.epsilon
+    )
+    curve = []
+    for batches in loader.starting_at(0):
+        losses = []
+        for batch in batches.micro_batches:
+            logits = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                input_features=log_mel(batch.pcm, batch.windows_per_example),
+            ).logits[:, -batch.labels.shape[1] :]
+            each = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+            losses.append(each[batch.labels.flatten() != IGNORED_LABEL])
+        loss = torch.cat(losses).mean()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, batches.step, config.num_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), grad_norm.item()))
+    return curve, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def assert_same(actual: tuple[Curve, Weights], expected: tuple[Curve, Weights]) -> None:
+    assert torch.tensor(actual[0]) == pytest.approx(torch.tensor(expected[0]), rel=2e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        difference = float((actual[1][name] - weight).abs().max())
+        assert difference < 2e-6, f"{name} differs by {difference}"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    # 5 slots: 2 and 3 ranks have unequal shares, so that one of them runs a micro-batch of weight zero.
+    return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
+
+
+@pytest.fixture(scope="module")
+def plain(config: RunConfig) -> tuple[Curve, Weights]:
+    return train_plainly(config)
+
+
+def test_target_counts_are_uneven(config: RunConfig) -> None:
+    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, 1, 0, 1)
+    counts = [batch.num_targets for batch in next(iter(loader.starting_at(0))).micro_batches]
+    assert len(set(counts)) > 1
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2), (3, 1), (3, 3)])
+def test_zero_equals_one_plain_process(
+    config: RunConfig, plain: tuple[Curve, Weights], stage: int, world_size: int
+) -> None:
+    staged = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": _file_of(stage)})})
+    for result in run_ranks(world_size, train_sharded, staged):
+        assert_same(result, plain)
+
+
+def _file_of(stage: int) -> Path:
+    return Path(__file__).resolve().parents[2] / "ds_configs" / f"zero{stage}.json"

@@ -1,0 +1,53 @@
+"""The word error rate of a test set is the same number, from the same hypotheses, however it is decoded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from corpora import write_speech_manifest
+from ranks import run_ranks
+
+from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.distributed.world import World
+from voxtral_dist.evaluate import evaluate
+from voxtral_dist.evaluation.report import TestSetScore
+
+NUM_UTTERANCES = 101
+Rows = list[dict[str, object]]
+
+
+def evaluate_on(world: World, model: str, shards: Path, batch_size: int, out_dir: Path) -> TestSetScore:
+    settings = EvaluationConfig(batch_size=batch_size, max_tokens_per_second=2.0)
+    return dict(evaluate(model, [shards], settings, "float32", out_dir, world))[shards.name]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "hundred-and-one"
+    speech = tmp_path_factory.mktemp("speech")
+    pack_manifest(write_speech_manifest(speech, NUM_UTTERANCES, max_seconds=2.8), folder, 10**6, skip_bad=False)
+    return folder
+
+
+def results(folder: Path) -> tuple[Rows, dict[str, object]]:
+    rows = [json.loads(line) for line in (folder / "hundred-and-one.jsonl").read_text().splitlines()]
+    return rows, json.loads((folder / "hundred-and-one.json").read_text())
+
+
+def test_ranks_and_batch_sizes_do_not_change_the_word_error_rate(
+    tiny_model: Path, shards: Path, tmp_path: Path
+) -> None:
+    found = []
+    for world_size, batch_size in [(1, 8), (1, 1), (2, 3), (3, 8)]:
+        out_dir = tmp_path / f"{world_size}-{batch_size}"
+        scores = run_ranks(world_size, evaluate_on, str(tiny_model), shards, batch_size, out_dir)
+        assert all(score == scores[0] for score in scores), "every rank has the score"
+        found.append(results(out_dir))
+    rows, score = found[0]
+    assert [row["sample_id"] for row in rows] == list(range(NUM_UTTERANCES))
+    assert score["num_utterances"] == NUM_UTTERANCES
+    assert len({row["hypothesis"] for row in rows}) > 1, "hypotheses must differ for this to mean anything"
+    assert all(other == found[0] for other in found[1:])

@@ -1,0 +1,73 @@
+"""Configurations of small runs, and the command that users start them by."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from voxtral_dist.config import RunConfig, dump_config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_config(
+    run_dir: Path,
+    model: Path,
+    shards: Path,
+    *,
+    num_steps: int,
+    slots_per_step: int = 4,
+    stage: int = 3,
+    **sections: Any,
+) -> RunConfig:
+    """A float32 run with small micro-batches of uneven lengths."""
+    return RunConfig.model_validate(
+        {
+            "run_dir": run_dir,
+            "num_steps": num_steps,
+            "model": {"path": str(model), "precision": "float32"},
+            "train_data": {
+                "shards": [shards],
+                "slots_per_step": slots_per_step,
+                "examples_per_slot": 2,
+                "sort_window_steps": 4,
+                "num_workers": 0,
+            },
+            # A larger epsilon: Adam divides by it where gradients vanish, and would blow up their last digits.
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 2, "epsilon": 1e-5},
+            "engine": {"deepspeed": ROOT / "ds_configs" / f"zero{stage}.json"},
+        }
+        | sections
+    )
+
+
+def launch(config: RunConfig, world_size: int, *overrides: str) -> subprocess.Popen[str]:
+    """Start a run as its users do; the launcher is the leader of a process group of its own."""
+    path = config.run_dir.with_suffix(".yaml")
+    path.write_text(dump_config(config), encoding="utf-8")
+    command = [
+        Path(sys.executable).with_name("deepspeed"),
+        f"--num_accelerators={world_size}",
+        f"--master_port={_free_port()}",
+        "launch/train.py",
+        f"--config={path}",
+        *(word for override in overrides for word in ("--set", override)),
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

@@ -1,0 +1,147 @@
+"""A checkpoint goes on exactly where it was made, on any number of ranks and under any stage, and refuses strangers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from runs import run_config
+from voxtral_dist.config import RunConfig
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import UserError
+from voxtral_dist.model import load_voxtral
+from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+
+LAST_STEP = 6
+SAVED_STEP = 3
+
+
+def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Resume if there is something to resume from, train, save; the losses of this part and all state at its end."""
+    from voxtral_dist.checkpoint import CheckpointDirectory, TrainProgress
+    from voxtral_dist.engine.zero import ZeroEngine
+    from voxtral_dist.train import train_step
+
+    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, last_step, world.rank, world.size)
+    log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    engine = ZeroEngine(config, load_voxtral(config.model), log_mel, world)
+    checkpoints = CheckpointDirectory(config, loader.num_samples, world)
+    progress = checkpoints.resume(engine) or TrainProgress()
+    losses = [
+        train_step(config, engine, batches, False, world).metrics.loss for batches in loader.starting_at(progress.step)
+    ]
+    checkpoints.save(engine, TrainProgress(step=last_step))
+    states = {}
+    for state in engine.parameter_states():
+        states |= {state.name: state.weight, f"{state.name}//exp_avg": state.exp_avg}
+    return losses, {name: tensor for name, tensor in states.items() if tensor is not None}
+
+
+def with_stage(config: RunConfig, stage: int, run_dir: Path) -> RunConfig:
+    file = config.engine.deepspeed.with_name(f"zero{stage}.json")
+    return config.model_copy(
+        update={"run_dir": run_dir, "engine": config.engine.model_copy(update={"deepspeed": file})}
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=LAST_STEP, slots_per_step=3)
+
+
+@pytest.fixture(scope="module")
+def saved(config: RunConfig) -> Path:
+    """The run folder of two ranks under stage 3 that stopped half-way."""
+    run_ranks(2, train_to, config, SAVED_STEP)
+    return config.run_dir
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    config: RunConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The run that never stopped."""
+    return run_ranks(2, train_to, with_stage(config, 3, tmp_path_factory.mktemp("unbroken")), LAST_STEP)[0]
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(3, 2), (1, 1), (2, 3)])
+def test_resuming_on_other_ranks_or_stages_is_the_unbroken_run(
+    config: RunConfig,
+    saved: Path,
+    unbroken: tuple[list[float], dict[str, torch.Tensor]],
+    stage: int,
+    world_size: int,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    for losses, states in run_ranks(world_size, train_to, with_stage(config, stage, tmp_path / "run"), LAST_STEP):
+        assert losses == pytest.approx(unbroken[0][SAVED_STEP:], rel=1e-5)
+        assert states.keys() == unbroken[1].keys()
+        for name, expected in unbroken[1].items():
+            difference = float((states[name] - expected).abs().max())
+            assert difference < 2e-6, f"{name} differs by {difference}"
+
+
+class FrozenShapes:
+    """An engine as far as refusals need it: they come before anything is loaded."""
+
+    def __init__(self, model: Path) -> None:
+        from voxtral_dist.config import ModelConfig
+
+        loaded = load_voxtral(ModelConfig(path=str(model), precision="float32"))
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+
+def refused_sentence(config: RunConfig, model: Path, num_samples: int = 26) -> str:
+    from voxtral_dist.checkpoint import CheckpointDirectory
+    from voxtral_dist.distributed.world import alone
+
+    with pytest.raises(UserError) as refusal:
+        CheckpointDirectory(config, num_samples, alone("cpu")).resume(FrozenShapes(model))  # type: ignore[arg-type]
+    return str(refusal.value)
+
+
+def test_a_checkpoint_of_another_model_is_refused(config: RunConfig, saved: Path, tmp_path: Path) -> None:
+    build_tiny_voxtral(tmp_path / "other", TinyShape(window_seconds=1.28, text_layers=1))
+    sentence = refused_sentence(config, tmp_path / "other")
+    assert "belongs to another model" in sentence
+    assert "layers.1" in sentence
+
+
+def test_a_checkpoint_of_other_batches_or_data_is_refused(config: RunConfig, saved: Path, tiny_model: Path) -> None:
+    other = config.model_copy(update={"train_data": config.train_data.model_copy(update={"slots_per_step": 4})})
+    assert "`train_data.slots_per_step` = 3, but it is 4 now" in refused_sentence(other, tiny_model)
+    assert "`num_train_samples` = 26, but it is 25 now" in refused_sentence(config, tiny_model, num_samples=25)
+
+
+def test_a_cut_file_is_named(config: RunConfig, saved: Path, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    file = next((tmp_path / "run").glob("checkpoints/*/state-00001-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    sentence = refused_sentence(config.model_copy(update={"run_dir": tmp_path / "run"}), tiny_model)
+    assert "is damaged" in sentence
+    assert file.name in sentence
+
+
+def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved: Path, tmp_path: Path) -> None:
+    from voxtral_dist.checkpoint import CheckpointDirectory
+    from voxtral_dist.distributed.world import alone
+
+    shutil.copytree(saved, tmp_path / "run")
+    folder = next((tmp_path / "run").glob("checkpoints/step-*"))
+    half = folder.with_name("step-0000009")
+    shutil.copytree(folder, half)
+    (half / "complete.json").unlink()
+    moved = config.model_copy(update={"run_dir": tmp_path / "run"})
+    assert CheckpointDirectory(moved, 26, alone("cpu")).latest() == folder

@@ -1,0 +1,349 @@
+"""The command line as a user meets it: a mistake is one sentence and exit code 2, never a traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import pytest
+import soundfile
+import torch.distributed as dist
+import yaml
+from corpora import tone, write_lines
+from transformers import VoxtralForConditionalGeneration
+
+from voxtral_dist.cli import main
+from voxtral_dist.config import load_config
+
+PROGRAM = Path(sys.executable).with_name("voxtral-dist")
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    def refusal(self) -> str:
+        """The sentence of a refused command, which says nothing else."""
+        assert self.code == 2, self
+        assert self.err.startswith("voxtral-dist: error: "), self.err
+        assert self.err.endswith("\n")
+        assert self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err
+        assert self.out == ""
+        return self.err
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch) -> Run:
+    """Runs a command in this process."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def run_main(*arguments: object) -> Result:
+        capsys.readouterr()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main([str(argument) for argument in arguments])
+        finally:
+            # A command that failed leaves its group to the end of the process.
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        output = capsys.readouterr()
+        return Result(ended.value.code, output.out, output.err)
+
+    return run_main
+
+
+def run_program(*arguments: object) -> Result:
+    """Runs the installed command in a process of its own."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [str(PROGRAM), *map(str, arguments)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return Result(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model, shard_folder) -> Path:
+    """A configuration that would train."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    tree = {
+        "run_dir": str(tmp_path / "run"),
+        "num_steps": 2,
+        "model": {"path": str(tiny_model), "precision": "float32"},
+        "train_data": {"shards": [str(shard_folder)], "slots_per_step": 1, "num_workers": 0},
+        "optimizer": {"learning_rate": 1e-4, "warmup_steps": 0},
+        "engine": {"deepspeed": str(tmp_path / "ds.json")},
+        "evaluation": {"test_sets": {"speech": {"shards": str(shard_folder)}}},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def clip(tmp_path) -> Path:
+    soundfile.write(tmp_path / "clip.wav", tone(0.5), 16_000)
+    return tmp_path / "clip.wav"
+
+
+# The installed command, in processes of its own.
+
+
+def test_the_installed_command_refuses_a_missing_configuration_in_one_sentence(tmp_path):
+    assert "nowhere.yaml cannot be read" in run_program("train", "--config", tmp_path / "nowhere.yaml").refusal()
+
+
+def test_a_run_whose_shards_are_missing_ends_with_one_sentence(recipe, tmp_path):
+    override = f"train_data.shards=[{tmp_path / 'nowhere'}]"
+    sentence = run_program("train", "--local_rank=0", "--config", recipe, "--set", override).refusal()
+    assert f"The shard folder {tmp_path / 'nowhere'} does not exist" in sentence
+
+
+def test_a_bad_sample_after_a_good_one_is_one_sentence(clip, tmp_path):
+    good = {"audio_filepath": clip.name, "text": "good", "lang": "en"}
+    manifest = write_lines(tmp_path / "m.jsonl", [good, good | {"audio_filepath": "nowhere.wav"}])
+    assert f"{manifest}:2: " in run_program("shards", "pack", manifest, tmp_path / "out").refusal()
+
+
+# `train`
+
+
+def test_train_without_a_configuration(run):
+    assert "pass `--config FILE`" in run("train").refusal()
+
+
+@pytest.mark.parametrize("option", ["--config={recipe}", "--local_rank=0 --config {recipe}"])
+def test_print_config_prints_what_loads_back(run, recipe, tmp_path, option):
+    arguments = option.format(recipe=recipe).split()
+    result = run("train", *arguments, "--print-config", "--set", "seed=5", "--set", "optimizer.learning_rate=3e-5")
+    assert (result.code, result.err) == (0, "")
+    (tmp_path / "printed.yaml").write_text(result.out)
+    assert load_config(tmp_path / "printed.yaml") == load_config(recipe, ["seed=5", "optimizer.learning_rate=3e-5"])
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train_data.shrads=[x]", "did you mean `shards`?"),
+        ("num_steps=-1", "`num_steps`"),
+        ("train_data.shards=[{empty}]", "is empty"),
+        ("train_data.shards=[{file}]", "does not exist"),
+        ("evaluation.test_sets.speech.shards={empty}", "is empty"),
+        ("model.path={nowhere}", "nowhere"),
+        ("model.path=./nowhere", "nowhere"),
+        ("model.path={empty}", "has no tekken.json"),
+        ("model.path=nobody/nothing", "nobody/nothing"),
+        ("engine.deepspeed={nowhere}", "cannot be read"),
+        ("run_dir={file}/run", "`run_dir`"),
+        ("train_data.augmentation=[{{name: Gian}}]", "no transform `Gian`"),
+        ("train_data.augmentation=[{{name: Gain, arguments: {{loud: 1}}}}]", "`Gain` does not take these arguments"),
+        ("train_data.max_duration_seconds=0.001", "there is nothing to train on"),
+    ],
+)
+def test_a_mistake_in_a_configuration_is_one_sentence(run, recipe, tmp_path, override, sentence):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    places = {name: tmp_path / name for name in ("empty", "file", "nowhere")}
+    assert sentence in run("train", "--config", recipe, "--set", override.format(**places)).refusal()
+
+
+@pytest.mark.parametrize(
+    ("contents", "sentence"),
+    [
+        ('{"train_batch_size": 8, "zero_optimization": {"stage": 2}}', "`train_batch_size`"),
+        ('{"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}', "`train_data.examples_per_slot`"),
+        ('{"gradient_accumulation_steps": 8, "zero_optimization": {"stage": 2}}', "`train_data.slots_per_step`"),
+        ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}', "`bf16`"),
+        ('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}', "`model.precision`"),
+        ('{"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2}}', "sets `optimizer`"),
+        ('{"scheduler": {}, "zero_optimization": {"stage": 2}}', "`optimizer.schedule`"),
+        ('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}', "`optimizer.max_grad_norm`"),
+        ('{"zero_optimization": {"stage": 0}}', "must be 1, 2 or 3, but is 0 instead"),
+        ('{"zero_optimization": {"stage": "3"}}', "must be 1, 2 or 3, but is '3' instead"),
+        ('{"zero_optimization": {}}', "must be 1, 2 or 3"),
+        ("{}", "must be 1, 2 or 3"),
+        ('{"zero_optimization": 3}', "zero_optimization"),
+        ('{"zero_optimization": null}', "zero_optimization"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": "cpu"}}', "offload_param"),
+        ("[]", "must hold a JSON object"),
+        ('{"zero_optimization": ', "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("\udcff", "ds.json"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_used_is_one_sentence(run, recipe, tmp_path, contents, sentence):
+    (tmp_path / "ds.json").write_bytes(contents.encode(errors="surrogateescape"))
+    refused = run("train", "--config", recipe).refusal()
+    assert sentence in refused
+    assert "ds.json" in refused
+    assert not (tmp_path / "run").exists(), "nothing of the run was made"
+
+
+def test_config_check_says_what_each_recipe_does(run, recipe):
+    result = run("config", "check", recipe, recipe)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.count(f"{recipe}: 2 steps of ") == 2
+    assert "ZeRO-1" in result.out
+
+
+def test_config_check_refuses_a_deepspeed_file_that_cannot_be_used(run, recipe, tmp_path):
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 8, "zero_optimization": {"stage": 2}}')
+    assert "`train_batch_size`" in run("config", "check", recipe).refusal()
+
+
+def test_config_schema_is_a_json_schema_that_accepts_a_configuration(run, recipe):
+    result = run("config", "schema")
+    assert (result.code, result.err) == (0, "")
+    schema = json.loads(result.out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(yaml.safe_load(recipe.read_text()), schema)
+
+
+# `shards pack`
+
+
+def test_shards_pack_says_what_it_packed_and_does_not_overwrite(run, speech_manifest, tmp_path):
+    result = run("shards", "pack", speech_manifest, tmp_path / "out")
+    assert result.code == 0
+    assert result.out.startswith(f"{tmp_path / 'out'}:\n26 utterances, ")
+    assert "en 7" in result.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.npy", "shards.json", "out-000000.tar"}
+    refused = run("shards", "pack", speech_manifest, tmp_path / "out").refusal()
+    assert "holds a complete shard set already" in refused
+
+
+def test_shards_pack_lists_what_it_left_out(run, clip, tmp_path):
+    good = {"audio_filepath": clip.name, "text": "good"}
+    manifest = write_lines(tmp_path / "m.jsonl", [good, good | {"audio_filepath": "nowhere.wav"}, {"text": "mute"}])
+    result = run("shards", "pack", manifest, tmp_path / "out", "--skip-bad")
+    assert result.code == 0
+    assert "left out 2:" in result.out
+    assert [line.strip().split(": ")[0] for line in result.out.splitlines()[-2:]] == [f"{manifest}:2", f"{manifest}:3"]
+
+
+@pytest.mark.parametrize("command", [("shards", "pack", "{manifest}", "{file}"), ("tiny", "{file}")])
+def test_a_file_where_a_folder_is_to_be_made_is_refused(run, speech_manifest, tmp_path, command):
+    (tmp_path / "file").touch()
+    arguments = [part.format(manifest=speech_manifest, file=tmp_path / "file") for part in command]
+    assert str(tmp_path / "file") in run(*arguments).refusal()
+
+
+# `transcribe` and `evaluate`
+
+
+def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
+    result = run("transcribe", tiny_model, clip, clip, "--language", "en")
+    assert result.code == 0
+    # A model with random weights may say anything, but of one clip twice the same.
+    first, second = result.out.split(f"{clip}\t")[1:]
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("{folder}/nowhere.wav",), "nowhere.wav cannot be read: No such file"),
+        (("{folder}",), "cannot be read: Is a directory"),
+        (("{folder}/notes.txt",), "notes.txt does not decode"),
+        (("{folder}/clip.wav", "{folder}/notes.txt"), "notes.txt does not decode"),
+        (("{folder}/clip.wav", "--language", "klingon"), "'klingon', which is not an ISO 639-1 code"),
+    ],
+)
+def test_a_clip_that_cannot_be_transcribed_is_one_sentence(run, tiny_model, clip, arguments, sentence):
+    (clip.parent / "notes.txt").write_text("no audio\n")
+    refused = run("transcribe", tiny_model, *(argument.format(folder=clip.parent) for argument in arguments)).refusal()
+    assert sentence in refused
+    assert " at 0x" not in refused
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [
+        ("model.safetensors", Path.unlink),
+        ("model.safetensors", cut),
+        ("config.json", Path.unlink),
+        ("config.json", cut),
+        ("preprocessor_config.json", Path.unlink),
+        ("tekken.json", Path.unlink),
+        ("tekken.json", cut),
+    ],
+)
+@pytest.mark.parametrize("command", ["transcribe", "train"])
+def test_a_damaged_model_folder_is_one_sentence(run, tiny_model, clip, recipe, tmp_path, file, spoil, command):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    spoil(folder / file)
+    arguments = [folder, clip] if command == "transcribe" else ["--config", recipe, "--set", f"model.path={folder}"]
+    assert str(folder) in run(command, *arguments).refusal()
+
+
+@pytest.mark.parametrize("command", ["transcribe", "train"])
+def test_the_configuration_of_another_model_is_refused_before_it_is_built(
+    run, tiny_model, clip, recipe, tmp_path, monkeypatch, command
+):
+    """Without Voxtral's own keys, transformers builds its default: 4.68 billion parameters."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(VoxtralForConditionalGeneration, "__init__", never)
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config["text_config"]))
+    arguments = [folder, clip] if command == "transcribe" else ["--config", recipe, "--set", f"model.path={folder}"]
+    assert str(folder) in run(command, *arguments).refusal()
+
+
+@pytest.mark.parametrize("model", ["{folder}/nowhere", "./nowhere", "nobody/nothing"])
+def test_a_missing_model_is_one_sentence(run, clip, model):
+    path = model.format(folder=clip.parent)
+    assert path in run("transcribe", path, clip).refusal()
+
+
+def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_path):
+    manifest = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": clip.name, "text": "one two", "lang": "en"}] * 2)
+    folders = [tmp_path / parent / "test" for parent in ("first", "second")]
+    for folder in folders:
+        assert run("shards", "pack", manifest, folder).code == 0
+    result = run("evaluate", tiny_model, folders[0], "--out", tmp_path / "out")
+    assert result.code == 0
+    assert result.out.startswith("test: WER ")
+    assert "2 utterances" in result.out
+    assert json.loads((tmp_path / "out" / "test.json").read_text())["num_utterances"] == 2
+    # Both would be written to test.json: neither may be lost in silence.
+    assert "same name" in run("evaluate", tiny_model, *folders, "--out", tmp_path / "both").refusal()
+
+
+@pytest.mark.parametrize("batch_size", ["0", "-1", "many"])
+def test_arguments_out_of_range_are_refused_by_the_grammar(run, tiny_model, shard_folder, batch_size):
+    result = run("evaluate", tiny_model, shard_folder, "--batch-size", batch_size)
+    assert result.code == 2
+    assert "--batch-size" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_tiny_makes_a_folder_that_transcribes(run, clip, tmp_path):
+    sizes = ["encoder_layers=1", "text_layers=1", "window_seconds=0.64"]
+    result = run("tiny", tmp_path / "model", *(part for size in sizes for part in ("--set", size)))
+    assert (result.code, result.out) == (0, f"{tmp_path / 'model'}: a tiny Voxtral with random weights\n")
+    assert run("transcribe", tmp_path / "model", clip).code == 0
+
+
+def test_of_several_ranks_of_a_node_one_speaks(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    result = run("train", "--config", tmp_path / "nowhere.yaml")
+    assert (result.code, result.out, result.err) == (2, "", "")

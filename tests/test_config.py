@@ -1,0 +1,273 @@
+"""A configuration is checked before anything runs, and a mistake in it is named with its key."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import yaml
+from corpora import REPOSITORY
+from pydantic import ValidationError
+from transformers import VoxtralConfig
+
+from voxtral_dist.config import RunConfig, config_schema, dump_config, load_config
+from voxtral_dist.errors import UserError
+from voxtral_dist.model import skeleton
+
+RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+
+SMALLEST = """
+run_dir: runs/x
+num_steps: 200
+model: {path: model}
+train_data: {shards: [shards/a, shards/b], augmentation: [{name: Gain, arguments: {p: 0.5}}]}
+optimizer: {learning_rate: 1e-4}
+engine: {deepspeed: ds.json}
+evaluation: {test_sets: {first: {shards: shards/test}}}
+"""
+
+
+@pytest.fixture
+def smallest(tmp_path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(SMALLEST)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        load_config(path, overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "nearest"),
+    [
+        ("num_stpes=5", "num_stpes", "num_steps"),
+        ("model.atention=sdpa", "model.atention", "attention"),
+        ("train_data.shard=x", "train_data.shard", "shards"),
+        ("optimizer.lerning_rate=1", "optimizer.lerning_rate", "learning_rate"),
+        ("train_data.augmentation=[{name: Gain}, {nmae: Gain}]", "train_data.augmentation.1.nmae", "name"),
+        ("evaluation.test_set.first=x", "evaluation.test_set", "test_sets"),
+        ("evaluation.test_sets.first.shrads=x", "evaluation.test_sets.first.shrads", "shards"),
+        # A name that is also the name of a field.
+        ("evaluation.test_sets.shards.max_uterances=5", "evaluation.test_sets.shards.max_uterances", "max_utterances"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest_known_one(smallest, override, place, nearest):
+    assert f"`{place}` is not a known key; did you mean `{nearest}`?" in refusal(smallest, override)
+
+
+def test_a_key_like_no_other_is_named_with_all_known_ones(smallest):
+    assert "`engine.zzz` is not a known key; known keys are deepspeed" in refusal(smallest, "engine.zzz=1")
+
+
+def test_misspelt_keys_of_a_file_are_all_named(smallest):
+    smallest.write_text(SMALLEST.replace("num_steps", "num_step").replace("{learning_rate", "{learning_rat"))
+    sentence = refusal(smallest)
+    assert sentence.startswith(f"{smallest}: ")
+    for part in ("`num_step` is", "`num_steps`?", "`optimizer.learning_rat` is", "`num_steps` is missing"):
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("num_steps=0", "num_steps"),
+        ("num_steps=2.5", "num_steps"),
+        ("seed=-1", "seed"),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+        ("optimizer.betas=[0.9]", "optimizer.betas.1"),
+        ("optimizer.schedule=cosin", "optimizer.schedule"),
+        ("optimizer.warmup_steps=200", "optimizer.warmup_steps"),
+        ("model.precision=float16", "model.precision"),
+        ("train_data.shards=[]", "train_data.shards"),
+        ("train_data.slots_per_step=0", "train_data.slots_per_step"),
+        ("train_data.max_bad_fraction=1.5", "train_data.max_bad_fraction"),
+        ("train_data.num_workers=-1", "train_data.num_workers"),
+        ("train_data=null", "train_data"),
+        ("evaluation.batch_size=0", "evaluation.batch_size"),
+        ("evaluation.test_sets.first.max_utterances=0", "evaluation.test_sets.first.max_utterances"),
+        ("checkpoint.keep=0", "checkpoint.keep"),
+    ],
+)
+def test_a_value_out_of_its_range_is_named(smallest, override, key):
+    assert f"`{key}`" in refusal(smallest, override)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../up", "/top", ""])
+def test_a_test_set_name_that_cannot_name_a_file_is_refused(smallest, name):
+    tree = yaml.safe_load(SMALLEST)
+    tree["evaluation"]["test_sets"] = {name: {"shards": "x"}}
+    smallest.write_text(yaml.safe_dump(tree))
+    assert "evaluation.test_sets" in refusal(smallest)
+
+
+@pytest.mark.parametrize("override", ["num_steps", "=5", ""])
+def test_an_override_without_key_or_value_is_refused(smallest, override):
+    assert "must be of the form section.key=value" in refusal(smallest, override)
+
+
+def test_an_override_below_a_value_is_refused(smallest):
+    assert "`num_steps` holds a int, so it has no key `x`" in refusal(smallest, "num_steps.x=5")
+
+
+def test_an_override_that_is_no_yaml_is_refused(smallest):
+    assert "not valid YAML" in refusal(smallest, "run_dir=[")
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(smallest):
+    config = load_config(
+        smallest,
+        [
+            "optimizer.learning_rate=1e-5",
+            "train_data.shards=[c]",
+            "seed=1",
+            "seed=2",
+            "checkpoint.keep=7",
+            "run_dir=a=b",
+        ],
+    )
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.train_data.shards == (Path("c"),)
+    assert (config.seed, config.checkpoint.keep, config.run_dir) == (2, 7, Path("a=b"))
+    # What was not named stays.
+    assert config.train_data.augmentation[0].arguments == {"p": 0.5}
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["optimizer.learning_rate=1e-7", "evaluation.every_steps=10", "run_dir=Läufe"]]
+)
+def test_a_dumped_configuration_loads_back_equal(smallest, tmp_path, overrides):
+    config = load_config(smallest, overrides)
+    (tmp_path / "dumped.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "dumped.yaml") == config
+
+
+def test_a_configuration_is_frozen(smallest):
+    config = load_config(smallest)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.num_steps = 5
+    with pytest.raises(ValidationError, match="frozen"):
+        config.optimizer.learning_rate = 5.0
+
+
+def test_a_run_without_a_configuration_is_told_what_to_give():
+    with pytest.raises(UserError, match=r"pass `--config FILE`"):
+        load_config(None)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "nowhere.yaml cannot be read: No such file" in refusal(tmp_path / "nowhere.yaml")
+
+
+def test_a_folder_is_no_configuration(tmp_path):
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("contents", "sentence"),
+    [
+        (b"a: [1", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"", "is empty instead"),
+        (b"- a\n- b\n", "is a list instead"),
+        (b"text", "is a str instead"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, contents, sentence):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(contents)
+    assert sentence in refusal(path)
+
+
+def schema() -> dict[str, Any]:
+    return json.loads(config_schema())
+
+
+def test_the_schema_describes_every_key():
+    sections = [schema(), *schema()["$defs"].values()]
+    assert len(sections) == 9
+    for section in sections:
+        assert section["description"], section["title"]
+        for key, field in section["properties"].items():
+            # A section within a section is described where it is defined.
+            assert field.get("description") or "$ref" in json.dumps(field), f"{section['title']}.{key}"
+
+
+def test_the_schema_refuses_a_misspelt_key():
+    tree = yaml.safe_load(SMALLEST) | {"num_stpes": 5}
+    with pytest.raises(jsonschema.ValidationError, match="num_stpes"):
+        jsonschema.validate(tree, schema())
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_load_and_fit_the_schema(recipe):
+    load_config(recipe)
+    jsonschema.validate(yaml.safe_load(recipe.read_text(encoding="utf-8")), schema())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_the_deepspeed_file_of_a_recipe_exists_and_sets_the_stage_alone(recipe):
+    path = REPOSITORY / load_config(recipe).engine.deepspeed
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    assert settings["zero_optimization"]["stage"] in (1, 2, 3)
+    assert not settings.keys() & {"train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "fp16", "optimizer"}
+
+
+# The published shape of Voxtral-Small-24B-2507's language model; its encoder is that of Mini.
+SMALL_TEXT = {
+    "model_type": "llama",
+    "hidden_size": 5120,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "intermediate_size": 32768,
+    "vocab_size": 131072,
+}
+
+
+def published_shape(model_path: str) -> tuple[VoxtralConfig, float, float] | None:
+    """Configuration, billions of parameters and their tolerance; None for a model that was not published."""
+    if model_path.startswith("mistralai/Voxtral-Mini"):
+        return VoxtralConfig(audio_token_id=24), 4.68, 0.01
+    if model_path.startswith("mistralai/Voxtral-Small-24B"):
+        return VoxtralConfig(audio_token_id=24, text_config=SMALL_TEXT), 24.3, 0.4
+    return None
+
+
+def published_models() -> list[str]:
+    return sorted({path for recipe in RECIPES if published_shape(path := load_config(recipe).model.path)})
+
+
+@pytest.mark.parametrize("model_path", ["mistralai/Voxtral-Mini-3B-2507", "mistralai/Voxtral-Small-24B-2507"])
+def test_published_models_build_without_storage(model_path):
+    shape = published_shape(model_path)
+    assert shape is not None
+    config, billions, tolerance = shape
+    model = skeleton(config, torch.bfloat16)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=tolerance)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_the_model_of_a_recipe_is_published_or_made_here(recipe):
+    path = load_config(recipe).model.path
+    assert published_shape(path) is not None or not path.startswith("mistralai/")
+
+
+def test_run_config_refuses_warmup_that_never_ends(smallest):
+    with pytest.raises(ValidationError, match="must be smaller than `num_steps`"):
+        RunConfig.model_validate(yaml.safe_load(SMALLEST) | {"num_steps": 100})

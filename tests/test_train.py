@@ -1,0 +1,173 @@
+"""Runs as users start them: killed, stopped, broken data; what is on disk afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from corpora import write_speech_manifest
+
+from runs import launch, run_config
+from voxtral_dist.config import RunConfig
+from voxtral_dist.data.index import TAR_BLOCK_BYTES, read_index
+from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.metrics import read_metrics
+
+NUM_STEPS = 20
+TIMEOUT_SECONDS = 240
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        kill_all(process)
+    return output
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher and its ranks at once, as a node that loses power."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not happened():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    by_step = {row["step"]: row["loss"] for row in rows}
+    assert len(by_step) == len(rows), "every step has one row"
+    return by_step
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of 20 steps on two ranks that never stopped; the model of every other test here."""
+    config = run_config(
+        tmp_path_factory.mktemp("runs") / "unbroken",
+        tiny_model,
+        shard_folder,
+        num_steps=NUM_STEPS,
+        checkpoint={"every_steps": 6, "keep": 2},
+        evaluation={"test_sets": {"same": {"shards": shard_folder, "max_utterances": 7}}, "batch_size": 2},
+    )
+    process = launch(config, 2)
+    output = finish(process)
+    assert process.returncode == 0, output
+    return config
+
+
+def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
+    folder = unbroken.run_dir
+    assert list(losses(folder)) == list(range(1, NUM_STEPS + 1))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-0000018", "step-0000020"]
+    assert all((path / "complete.json").is_file() for path in (folder / "checkpoints").iterdir())
+    assert {path.name for path in (folder / "evaluations").iterdir()} == {"step-0000000", "step-0000020"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_utterances"] == 7
+    assert (summary["world_size"], summary["zero_stage"], summary["num_steps"]) == (2, 3, NUM_STEPS)
+    score = json.loads((folder / "evaluations" / "step-0000020" / "same.json").read_text())
+    assert summary["wer_after"] == score["wer"]
+    counts = score["words"]
+    errors = counts["substitutions"] + counts["deletions"] + counts["insertions"]
+    assert score["wer"] == errors / counts["reference_length"]
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "export" / "model.safetensors").is_file()
+
+
+def test_killed_in_the_middle_and_started_again_is_the_run_that_never_stopped(unbroken: RunConfig) -> None:
+    config = unbroken.model_copy(update={"run_dir": unbroken.run_dir.with_name("killed")})
+    first = launch(config, 2)
+    # Past the checkpoint of step 6, before that of step 12: work is lost, and must be done again alike.
+    wait_until(lambda: max(losses(config.run_dir), default=0) >= 8, first)
+    kill_all(first)
+    assert max(losses(config.run_dir)) < NUM_STEPS
+    second = launch(config, 2)
+    output = finish(second)
+    assert second.returncode == 0, output
+    assert "Training from step" in output
+    assert losses(config.run_dir) == losses(unbroken.run_dir)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(unbroken: RunConfig) -> None:
+    # With worker processes, which launchers signal too.
+    train_data = unbroken.train_data.model_copy(update={"num_workers": 1})
+    config = unbroken.model_copy(
+        update={
+            "run_dir": unbroken.run_dir.with_name("stopped"),
+            "train_data": train_data,
+            "checkpoint": unbroken.checkpoint.model_copy(update={"every_steps": 1000}),
+        }
+    )
+    first = launch(config, 2)
+    wait_until(lambda: max(losses(config.run_dir), default=0) >= 3, first)
+    os.killpg(first.pid, signal.SIGTERM)
+    output = finish(first)
+    assert "by a signal" in output
+    assert "Traceback" not in output
+    stopped_at = max(losses(config.run_dir))
+    assert stopped_at < NUM_STEPS
+    assert (config.run_dir / "checkpoints" / f"step-{stopped_at:07d}" / "complete.json").is_file()
+    second = launch(config, 2)
+    output = finish(second)
+    assert second.returncode == 0, output
+    assert losses(config.run_dir) == losses(unbroken.run_dir)
+
+
+def test_bad_samples_are_left_out_and_named_and_too_many_end_the_run(unbroken: RunConfig, tmp_path: Path) -> None:
+    manifest = write_speech_manifest(tmp_path / "speech", 30)
+    pack_manifest(manifest, tmp_path / "shards", 10**8, skip_bad=False)
+    index = read_index([tmp_path / "shards"])
+    broken = [3, 11]
+    for sample_id in broken:
+        garble(index.span(sample_id).path, index.span(sample_id).offset + TAR_BLOCK_BYTES)
+    train_data = unbroken.train_data.model_copy(update={"shards": (tmp_path / "shards",), "max_bad_fraction": 0.5})
+    config = unbroken.model_copy(
+        update={"run_dir": tmp_path / "run", "train_data": train_data, "evaluation": type(unbroken.evaluation)()}
+    )
+    process = launch(config, 2, "num_steps=8")
+    output = finish(process)
+    assert process.returncode == 0, output
+    rows = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row.get("event") == "bad_sample"]
+    # 8 steps of 8 utterances are two passes of 30 and a bit: each broken sample is met twice at least.
+    assert len({row["key"] for row in rows}) == len(broken)
+    assert json.loads((config.run_dir / "summary.json").read_text())["num_bad_samples"] == len(rows) >= 2 * len(broken)
+
+    strict = config.model_copy(update={"run_dir": tmp_path / "strict"})
+    process = launch(strict, 2, "num_steps=40", "train_data.max_bad_fraction=0.01")
+    output = finish(process)
+    assert process.returncode != 0
+    assert "`train_data.max_bad_fraction` (0.01)" in output
+    assert "Traceback" not in output
+
+
+def test_more_ranks_than_slots_are_refused_before_a_model_is_loaded(unbroken: RunConfig, tmp_path: Path) -> None:
+    config = unbroken.model_copy(update={"run_dir": tmp_path / "run"})
+    process = launch(config, 2, "train_data.slots_per_step=1")
+    output = finish(process)
+    assert process.returncode != 0
+    assert output.count("voxtral-dist: error:") == 1
+    assert "1 ranks" in output
+    assert "Traceback" not in output
+
+
+def garble(path: Path, offset: int) -> None:
+    """Overwrite the start of a sample's audio, which follows its tar header, so that it no longer decodes."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 64)
