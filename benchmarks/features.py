@@ -6,8 +6,8 @@ Both run in one thread on the same clips, interleaved; medians. `ratio` is ours 
 clip by clip because that is how `VoxtralProcessor` calls it, and because a batch of clips makes it slower.
 
 Predicted before the first run: a ratio of about 2, because both spend their time in the same Fourier transform, and
-ours saves conversions and Python around it. Measured then: 0.4, because the spectra of a whole batch leave the caches of
-a CPU. With as many clips at a time as make 30 s of audio: 1.0. So on a CPU nothing is won but the batch itself; it is
+ours saves conversions and Python around it. Measured then: 0.4, because the spectra of a whole batch leave a CPU's
+caches. With as many clips at a time as make 30 s of audio: 1.0. So nothing is won on a CPU but the batch itself; it is
 meant for GPUs, where the features of a batch are one call.
 """
 
