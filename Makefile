@@ -26,7 +26,7 @@ demo: install ## Train a tiny Voxtral from nothing with ZeRO-3 on 2 processes (a
 	$(CPU_ENV) $(BIN)/python launch/demo/demo.py
 
 digits: install ## Train a tiny Voxtral on real spoken digits with ZeRO-2 (needs the data in ../shared/data)
-	rm -rf shards/fsdd-train shards/fsdd-test
+	rm -rf shards/fsdd-train shards/fsdd-test runs/digits
 	$(BIN)/voxtral-dist shards pack $(SPEECH)/fsdd/train.jsonl shards/fsdd-train
 	$(BIN)/voxtral-dist shards pack $(SPEECH)/fsdd/test.jsonl shards/fsdd-test
 	$(CPU_ENV) $(BIN)/voxtral-dist tiny models/tiny-digits --set window_seconds=1.28

@@ -2,7 +2,7 @@
 
 import sys
 
-from voxtral_dist.cli import main
+from voxtral_dist.cli import console
 
 if __name__ == "__main__":
-    main(["evaluate", *sys.argv[1:]])
+    console(["evaluate", *sys.argv[1:]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -45,20 +46,26 @@ def run_config(
 
 
 def launch(config: RunConfig, world_size: int, *overrides: str) -> subprocess.Popen[str]:
-    """Start a run as its users do; the launcher is the leader of a process group of its own."""
+    """Start a run by DeepSpeed's command, as the leader of a process group of its own."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_accelerators={world_size}"]
+    return _start([*launcher, f"--master_port={_free_port()}", "launch/train.py"], config, overrides, {})
+
+
+def launch_by_entrypoint(config: RunConfig, world_size: int) -> subprocess.Popen[str]:
+    """Start a run as containers and schedulers do."""
+    variables = {"PROCS_PER_NODE": str(world_size), "MASTER_PORT": str(_free_port())}
+    return _start(["docker/entrypoint"], config, (), variables)
+
+
+def _start(
+    command: list[str], config: RunConfig, overrides: tuple[str, ...], variables: dict[str, str]
+) -> subprocess.Popen[str]:
     path = config.run_dir.with_suffix(".yaml")
     path.write_text(dump_config(config), encoding="utf-8")
-    command = [
-        Path(sys.executable).with_name("deepspeed"),
-        f"--num_accelerators={world_size}",
-        f"--master_port={_free_port()}",
-        "launch/train.py",
-        f"--config={path}",
-        *(word for override in overrides for word in ("--set", override)),
-    ]
     return subprocess.Popen(
-        command,
+        [*command, f"--config={path}", *(word for override in overrides for word in ("--set", override))],
         cwd=ROOT,
+        env=os.environ | variables,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from corpora import TINY_SHAPE
 from ranks import run_ranks
 
 from runs import run_config
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import load_voxtral
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.tiny import build_tiny_voxtral
 
 LAST_STEP = 6
 SAVED_STEP = 3
@@ -33,7 +36,7 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     loader = build_train_loader(config.train_data, prompts, config.seed, last_step, world.rank, world.size)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = ZeroEngine(config, load_voxtral(config.model), log_mel, world)
-    checkpoints = CheckpointDirectory(config, loader.num_samples, world)
+    checkpoints = CheckpointDirectory(config, loader.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     losses = [
         train_step(config, engine, batches, False, world).metrics.loss for batches in loader.starting_at(progress.step)
@@ -90,6 +93,11 @@ def test_resuming_on_other_ranks_or_stages_is_the_unbroken_run(
             assert difference < 2e-6, f"{name} differs by {difference}"
 
 
+@pytest.fixture(scope="module")
+def fingerprint(shard_index: ShardIndex) -> str:
+    return shard_index.fingerprint
+
+
 class FrozenShapes:
     """An engine as far as refusals need it: they come before anything is loaded."""
 
@@ -103,35 +111,49 @@ class FrozenShapes:
         return self._shapes
 
 
-def refused_sentence(config: RunConfig, model: Path, num_samples: int = 26) -> str:
+def refused_sentence(config: RunConfig, model: Path, fingerprint: str) -> str:
     from voxtral_dist.checkpoint import CheckpointDirectory
     from voxtral_dist.distributed.world import alone
 
     with pytest.raises(UserError) as refusal:
-        CheckpointDirectory(config, num_samples, alone("cpu")).resume(FrozenShapes(model))  # type: ignore[arg-type]
+        CheckpointDirectory(config, fingerprint, alone("cpu")).resume(FrozenShapes(model))  # type: ignore[arg-type]
     return str(refusal.value)
 
 
-def test_a_checkpoint_of_another_model_is_refused(config: RunConfig, saved: Path, tmp_path: Path) -> None:
-    build_tiny_voxtral(tmp_path / "other", TinyShape(window_seconds=1.28, text_layers=1))
-    sentence = refused_sentence(config, tmp_path / "other")
+def test_a_checkpoint_of_another_model_is_refused(
+    config: RunConfig, saved: Path, tmp_path: Path, fingerprint: str
+) -> None:
+    build_tiny_voxtral(tmp_path / "other", replace(TINY_SHAPE, text_layers=1))
+    sentence = refused_sentence(config, tmp_path / "other", fingerprint)
     assert "belongs to another model" in sentence
     assert "layers.1" in sentence
 
 
-def test_a_checkpoint_of_other_batches_or_data_is_refused(config: RunConfig, saved: Path, tiny_model: Path) -> None:
+def test_a_checkpoint_of_other_batches_or_data_is_refused(
+    config: RunConfig, saved: Path, tiny_model: Path, fingerprint: str
+) -> None:
     other = config.model_copy(update={"train_data": config.train_data.model_copy(update={"slots_per_step": 4})})
-    assert "`train_data.slots_per_step` = 3, but it is 4 now" in refused_sentence(other, tiny_model)
-    assert "`num_train_samples` = 26, but it is 25 now" in refused_sentence(config, tiny_model, num_samples=25)
+    assert "`train_data.slots_per_step` = 3, but it is 4 now" in refused_sentence(other, tiny_model, fingerprint)
+    assert "`fingerprint of train_data.shards` = " in refused_sentence(config, tiny_model, "of other shards")
 
 
-def test_a_cut_file_is_named(config: RunConfig, saved: Path, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    config: RunConfig, saved: Path, tiny_model: Path, tmp_path: Path, fingerprint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from voxtral_dist.checkpoint import CheckpointDirectory
+    from voxtral_dist.distributed.world import alone
+
     shutil.copytree(saved, tmp_path / "run")
-    file = next((tmp_path / "run").glob("checkpoints/*/state-00001-*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1])
-    sentence = refused_sentence(config.model_copy(update={"run_dir": tmp_path / "run"}), tiny_model)
-    assert "is damaged" in sentence
-    assert file.name in sentence
+    whole = next((tmp_path / "run").glob("checkpoints/step-*"))
+    newer = whole.with_name("step-0000009")
+    shutil.copytree(whole, newer)
+    cut = next(newer.glob("state-00001-*.safetensors"))
+    cut.write_bytes(cut.read_bytes()[:-1])
+    moved = config.model_copy(update={"run_dir": tmp_path / "run"})
+    assert CheckpointDirectory(moved, fingerprint, alone("cpu")).latest() == whole
+    assert f"{newer} is damaged: {cut.name}" in caplog.text
+    shutil.rmtree(whole)
+    assert "No other one is left" in refused_sentence(moved, tiny_model, fingerprint)
 
 
 def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved: Path, tmp_path: Path) -> None:
@@ -144,4 +166,4 @@ def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved:
     shutil.copytree(folder, half)
     (half / "complete.json").unlink()
     moved = config.model_copy(update={"run_dir": tmp_path / "run"})
-    assert CheckpointDirectory(moved, 26, alone("cpu")).latest() == folder
+    assert CheckpointDirectory(moved, "any", alone("cpu")).latest() == folder

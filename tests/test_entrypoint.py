@@ -35,7 +35,7 @@ seen = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "local_ran
 Path(os.environ["SEEN_DIR"], f"rank-{dist.get_rank()}.json").write_text(json.dumps(seen))
 dist.destroy_process_group()
 """
-WAIT_FOR_SIGTERM = """
+WAIT_FOR_STOP = """
 import os, signal, sys, time
 from pathlib import Path
 
@@ -43,9 +43,9 @@ here = Path(os.environ["SEEN_DIR"])
 
 def stop(*_):
     (here / f"stopped-{os.environ['RANK']}").touch()
-    sys.exit(0)
+    sys.exit(75)
 
-signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, stop)
 (here / f"started-{os.environ['RANK']}").write_text(str(os.getpid()))
 time.sleep(600)
 """
@@ -127,9 +127,9 @@ def test_two_nodes_meet(tmp_path):
     run_two_nodes(tmp_path, [[], []], MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
 
 
-def test_sigterm_reaches_every_rank(tmp_path):
+def test_sigterm_lets_every_rank_save_and_ends_with_their_code(tmp_path):
     script = tmp_path / "wait.py"
-    script.write_text(WAIT_FOR_SIGTERM)
+    script.write_text(WAIT_FOR_STOP)
     node = subprocess.Popen(
         [str(ENTRYPOINT), "--config", "c.yaml"],
         env=environment(script, PROCS_PER_NODE="2", SEEN_DIR=str(tmp_path)),
@@ -140,7 +140,7 @@ def test_sigterm_reaches_every_rank(tmp_path):
         started = [tmp_path / f"started-{rank}" for rank in range(2)]
         wait_for(lambda: all(path.exists() and path.read_text() for path in started))
         node.send_signal(signal.SIGTERM)
-        assert node.wait(timeout=LIMIT_SECONDS) != 0
+        assert node.wait(timeout=LIMIT_SECONDS) == 75
         assert all((tmp_path / f"stopped-{rank}").exists() for rank in range(2))
         for path in started:
             with pytest.raises(ProcessLookupError):

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from corpora import write_speech_manifest
 
-from runs import launch, run_config
+from runs import launch, launch_by_entrypoint, run_config
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.index import TAR_BLOCK_BYTES, read_index
 from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.metrics import read_metrics
+from voxtral_dist.train import EXIT_STOPPED
 
 NUM_STEPS = 20
 TIMEOUT_SECONDS = 240
@@ -114,10 +115,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken: RunConfig) -> None
             "checkpoint": unbroken.checkpoint.model_copy(update={"every_steps": 1000}),
         }
     )
-    first = launch(config, 2)
+    first = launch_by_entrypoint(config, 2)
     wait_until(lambda: max(losses(config.run_dir), default=0) >= 3, first)
-    os.killpg(first.pid, signal.SIGTERM)
+    first.send_signal(signal.SIGTERM)
     output = finish(first)
+    assert first.returncode == EXIT_STOPPED, output
     assert "by a signal" in output
     assert "Traceback" not in output
     stopped_at = max(losses(config.run_dir))

@@ -13,6 +13,8 @@ is no random state in it: the order of data, augmentation and dropout are functi
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -31,6 +33,8 @@ from voxtral_dist.errors import UserError
 
 _COMPLETE = "complete.json"
 _FORMAT = 1
+log = logging.getLogger(__name__)
+
 # A rank holds this much on the CPU before it writes a part.
 _PART_BYTES = 2 * 2**30
 
@@ -49,28 +53,47 @@ class TrainProgress:
 class CheckpointDirectory:
     """The checkpoints of one run. All ranks call its methods together; `run_dir` must be shared by all nodes."""
 
-    def __init__(self, config: RunConfig, num_train_samples: int, world: World) -> None:
+    def __init__(self, config: RunConfig, data_fingerprint: str, world: World) -> None:
         self._folder = config.run_dir / "checkpoints"
         self._keep = config.checkpoint.keep
         self._config = config
-        self._identity = _data_identity(config, num_train_samples)
+        self._identity = _data_identity(config, data_fingerprint)
         self._world = world
 
     def latest(self) -> Path | None:
-        """The complete checkpoint with the most steps, as rank 0 sees the disk."""
-        complete = sorted(path.parent for path in self._folder.glob(f"step-*/{_COMPLETE}"))
-        return from_first_rank(complete[-1] if complete else None, self._world)
+        """The complete checkpoint with the most steps whose files are whole, as rank 0 sees the disk.
+
+        Raises:
+            UserError: there are checkpoints, but all are damaged: starting from nothing is not what was asked for.
+        """
+        complete = self._complete_ones() if self._world.is_first else []
+        damages = [_damage(folder) for folder in complete]
+        whole = [folder for folder, damage in zip(complete, damages, strict=True) if damage is None]
+        reported = [damage for damage in damages if damage is not None]
+        newest, reported = from_first_rank((whole[-1] if whole else None, reported), self._world)
+        for damage in reported:
+            log.warning("%s", damage)
+        if newest is None and reported:
+            raise UserError(f"{reported[-1]} No other one is left: remove `checkpoints` to start from the beginning.")
+        return newest
+
+    def _complete_ones(self) -> list[Path]:
+        return sorted(path.parent for path in self._folder.glob(f"step-*/{_COMPLETE}"))
 
     def resume(self, engine: Engine) -> TrainProgress | None:
         """Load the newest complete checkpoint into the engine; None where there is none.
 
         Raises:
-            UserError: it belongs to another model, or to other data or other batches, or a file of it is damaged.
+            UserError: it belongs to another model, or to other data or other batches, or all of them are damaged.
         """
         folder = self.latest()
         if folder is None:
             return None
         contents = _read_complete(folder)
+        if contents.get("format") != _FORMAT:
+            raise UserError(
+                f"The checkpoint {folder} has format {contents.get('format')!r}, but this version reads {_FORMAT}."
+            )
         _check_model(folder, contents["shapes"], engine.parameter_shapes())
         self._check_data(folder, contents["data"])
         progress = TrainProgress(**contents["progress"])
@@ -82,7 +105,7 @@ class CheckpointDirectory:
         final = self._folder / f"step-{progress.step:07d}"
         temporary = self._folder / f".{final.name}.tmp"
         if self._world.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self._sweep()
             temporary.mkdir(parents=True)
         wait_for_all(self._world)
         placed = gather_on_first(_PartWriter(temporary, self._world).write(engine.parameter_states()), self._world)
@@ -96,22 +119,31 @@ class CheckpointDirectory:
 
     def _complete(self, folder: Path, progress: TrainProgress, engine: Engine, placed: dict[str, str]) -> None:
         (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
+        files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+        assert files.keys() == set(placed.values()), "every file that a rank wrote is there"
         contents = {
             "format": _FORMAT,
             "progress": asdict(progress),
             "data": self._identity,
             "shapes": engine.parameter_shapes(),
-            "files": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+            "files": files,
             "tensors": placed,
         }
         (folder / _COMPLETE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
+        for path in [*folder.iterdir(), folder]:
+            _to_disk(path)
 
     def _remove_old(self) -> None:
-        complete = sorted(path.parent for path in self._folder.glob(f"step-*/{_COMPLETE}"))
-        for folder in complete[: -self._keep]:
+        for folder in self._complete_ones()[: -self._keep]:
             # First the file that makes it a checkpoint: being killed in between must not leave half a one.
             (folder / _COMPLETE).unlink()
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what a run that was killed while saving or removing has left behind."""
+        for folder in [*self._folder.glob(".step-*.tmp"), *self._folder.glob("step-*")]:
+            if not (folder.name.startswith("step-") and (folder / _COMPLETE).is_file()):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _check_data(self, folder: Path, saved: dict[str, Any]) -> None:
         for key, value in self._identity.items():
@@ -122,19 +154,21 @@ class CheckpointDirectory:
                 )
 
 
-def _data_identity(config: RunConfig, num_train_samples: int) -> dict[str, Any]:
-    """What the place in the data depends on, as it reads back from JSON."""
+def _data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
+    """What the place in the data and what it holds depend on, as it reads back from JSON."""
     names = (
         "slots_per_step",
         "examples_per_slot",
         "sort_window_steps",
         "shuffle_block_size",
         "max_duration_seconds",
+        "max_target_tokens",
+        "augmentation",
     )
     train_data = config.train_data.model_dump(mode="json")
     return {
         "seed": config.seed,
-        "num_train_samples": num_train_samples,
+        "fingerprint of train_data.shards": data_fingerprint,
         **{f"train_data.{name}": train_data[name] for name in names},
     }
 
@@ -177,19 +211,30 @@ def _tensors_of(state: ParameterState) -> dict[str, Tensor]:
 
 def _read_complete(folder: Path) -> dict[str, Any]:
     contents: dict[str, Any] = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
-    if contents.get("format") != _FORMAT:
-        raise UserError(
-            f"The checkpoint {folder} has format {contents.get('format')!r}, but this version reads format {_FORMAT}."
-        )
-    for name, num_bytes in contents["files"].items():
+    return contents
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, as a sentence; None if they are whole."""
+    try:
+        files = _read_complete(folder)["files"]
+    except (ValueError, KeyError):
+        return f"The checkpoint {folder} is damaged: its {_COMPLETE} cannot be read."
+    for name, num_bytes in files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else 0
         if found != num_bytes:
-            raise UserError(
-                f"The checkpoint {folder} is damaged: {name} has {found} bytes instead of {num_bytes}. Remove the "
-                "folder to go on from the checkpoint before it."
-            )
-    return contents
+            return f"The checkpoint {folder} is damaged: {name} has {found} bytes instead of {num_bytes}."
+    return None
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or the entries of a folder would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_model(folder: Path, saved: dict[str, list[int]], shapes: dict[str, tuple[int, ...]]) -> None:

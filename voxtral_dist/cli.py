@@ -5,17 +5,38 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 from voxtral_dist.config import EvaluationConfig, ModelConfig, config_schema, dump_config, load_config
 from voxtral_dist.errors import RankError, UserError
 
 _DEFAULT_SHARD_MEGABYTES = 512
-_PRECISIONS = get_args(ModelConfig.model_fields["precision"].annotation)
+_PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
 _NORMALIZERS = get_args(EvaluationConfig.model_fields["normalizer"].annotation)
+
+
+def console(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command as a process of its own, and end the process with its exit code.
+
+    Threads of torch and gloo may still ask for the interpreter while it is torn down, and abort the process: a finished
+    run would end with an error then. So everything is written out, and the process ends at once.
+    """
+    try:
+        main(arguments)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()
     sys.exit(code)
 
 
@@ -84,7 +104,7 @@ def _add_evaluate(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
     parser.add_argument("--batch-size", type=_positive, default=8)
     parser.add_argument("--normalizer", choices=_NORMALIZERS, default="basic")
-    parser.add_argument("--precision", choices=_PRECISIONS, default="float32")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(run=_evaluate)
 
@@ -107,7 +127,7 @@ def _add_transcribe(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
     parser.add_argument("clips", type=Path, nargs="+", help="audio files")
     parser.add_argument("--language", help="ISO 639-1 code; without it the model is asked to detect the language")
-    parser.add_argument("--precision", choices=_PRECISIONS, default="float32")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
     parser.set_defaults(run=_transcribe)
 
 

@@ -96,7 +96,7 @@ class TrainDataConfig(Section):
     """The run ends when more than this share of the samples seen so far could not be used."""
 
     max_bad_in_a_row: int = Field(default=100, gt=0)
-    """The run ends when a rank meets this many unusable samples in a row."""
+    """The run ends when more samples than this were unusable since the last step with a usable one."""
 
 
 class OptimizerConfig(Section):

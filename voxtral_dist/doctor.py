@@ -8,11 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 
-from voxtral_dist.engine.extensions import extension_locks
+from voxtral_dist.engine.extensions import extension_locks, old_locks
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mistral-common", "webdataset", "soundfile", "jiwer")
 _BUILD = "from voxtral_dist.engine.zero import build_extensions; build_extensions(with_offload={})"
@@ -23,16 +24,16 @@ def examine(build_timeout: int, with_offload: bool) -> int:
     for package in _PACKAGES:
         print(f"{package} {importlib.metadata.version(package)}")
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
-    if shutil.which("c++") is None:
-        print("There is no C++ compiler, which DeepSpeed's extensions need: install g++ (Debian: apt install g++).")
+    if shutil.which("c++") is None or not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        print("DeepSpeed's extensions need a C++ compiler and Python.h (Debian: apt install g++ python3-dev).")
         return 2
     return _build(build_timeout, with_offload)
 
 
 def _build(timeout: int, with_offload: bool) -> int:
     """Build in a process group of its own, so that a build that takes too long is ended with its compilers."""
-    for lock in extension_locks():
-        print(f"Removed the lock {lock}, which a build that was ended had left behind.")
+    for lock, age in old_locks():
+        print(f"Removed the lock {lock}, {age / 60:.0f} minutes old, which a killed build had left behind.")
         lock.unlink(missing_ok=True)
     print(f"Building DeepSpeed's extensions (limit {timeout} s; cached afterwards) ...", flush=True)
     command = [sys.executable, "-c", _BUILD.format(with_offload)]

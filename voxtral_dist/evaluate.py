@@ -17,9 +17,6 @@ from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.model import load_for_inference
 
-# References of any length can be scored.
-_NO_TARGET_LIMIT = 2**31 - 1
-
 
 def evaluate(
     model_path: str, shards: Sequence[Path], settings: EvaluationConfig, precision: str, out_dir: Path, world: World
@@ -34,7 +31,7 @@ def evaluate(
         raise UserError("Two of the shard folders have the same name, which names their results: evaluate them apart.")
     named = settings.model_copy(update={"test_sets": test_sets})
     prompts = TranscriptionPrompts.from_pretrained(model_path)
-    built = build_test_sets(named, prompts, _NO_TARGET_LIMIT)
+    built = build_test_sets(named, prompts)
     transcriber = load_transcriber(model_path, prompts, settings, precision, world)
     for test_set in built:
         yield test_set.name, evaluate_test_set(test_set, transcriber, named, out_dir, world)

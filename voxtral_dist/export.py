@@ -13,7 +13,7 @@ from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine, ParameterState
-from voxtral_dist.model import skeleton
+from voxtral_dist.model import fill_skeleton, skeleton
 
 # Everything in a Voxtral folder that training does not change.
 _COMPANION_FILES = (
@@ -46,13 +46,9 @@ def assemble(
     config: VoxtralConfig, states: Iterator[ParameterState], dtype: torch.dtype
 ) -> VoxtralForConditionalGeneration:
     """A model on the CPU with the weights of `states`, which come in the order of its parameters."""
-    model = skeleton(config, dtype)
-    for (name, _), state in zip(list(model.named_parameters()), states, strict=True):
-        assert name == state.name, f"parameters come in the model's order, but {state.name} came for {name}"
-        owner, _, leaf = name.rpartition(".")
-        weight = torch.nn.Parameter(state.weight.to(dtype), requires_grad=False)
-        setattr(model.get_submodule(owner), leaf, weight)
-    model.tie_weights()
+    model = skeleton(config)
+    fill_skeleton(model, ((state.name, state.weight.to(dtype)) for state in states))
+    model.config.dtype = dtype
     return model
 
 

@@ -108,6 +108,9 @@ class _Display:
             TimeRemainingColumn(),
             console=console,
             disable=not self._is_live,
+            # Forked workers would inherit the redirection, and the lock inside it.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._task = self._bar.add_task("train", total=num_steps, completed=first_step, loss="-", rate="-")
         self._last_line = 0.0

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from voxtral_dist.config import ModelConfig
 from voxtral_dist.errors import UserError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
 def load_voxtral(config: ModelConfig) -> VoxtralForConditionalGeneration:
@@ -29,21 +30,36 @@ def load_voxtral(config: ModelConfig) -> VoxtralForConditionalGeneration:
 
 
 def load_for_inference(path: str, device: torch.device, precision: str) -> VoxtralForConditionalGeneration:
-    """A checkpoint as it is served: in evaluation mode, on the device."""
+    """A checkpoint as it is served: in evaluation mode, on the device; `auto` is the precision that it is stored in."""
     return _load(path, dtype=_DTYPES[precision]).to(device).eval()
 
 
-def skeleton(config: VoxtralConfig, dtype: torch.dtype) -> VoxtralForConditionalGeneration:
+def skeleton(config: VoxtralConfig) -> VoxtralForConditionalGeneration:
     """The modules of a Voxtral on the meta device: shapes without storage."""
     with torch.device("meta"):
-        return VoxtralForConditionalGeneration(config).to(dtype)
+        return VoxtralForConditionalGeneration(config)
 
 
-def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Copy what is not a parameter, such as rotary frequencies, between models of the same shape."""
-    buffers = dict(source.named_buffers())
-    for name, buffer in target.named_buffers():
-        buffer.copy_(buffers[name])
+def fill_skeleton(
+    model: VoxtralForConditionalGeneration,
+    weights: Iterable[tuple[str, Tensor]],
+    buffers: Iterable[tuple[str, Tensor]] = (),
+) -> None:
+    """Give a skeleton its weights, which come in the order of its parameters, and copies of buffers.
+
+    Each keeps its precision and device: rotary frequencies stay float32 in a bfloat16 model, as they are in training.
+    """
+    for (name, _), (weight_name, weight) in zip(list(model.named_parameters()), weights, strict=True):
+        assert name == weight_name, f"weights come in the model's order, but {weight_name} came for {name}"
+        _set(model, name, nn.Parameter(weight, requires_grad=False))
+    for name, buffer in buffers:
+        _set(model, name, buffer.clone())
+    model.tie_weights()
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
 
 
 def _load(path: str, **arguments: Any) -> VoxtralForConditionalGeneration:

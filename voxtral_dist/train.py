@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import math
 import os
 import signal
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,9 +27,9 @@ from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
-from voxtral_dist.engine.extensions import refuse_stale_locks
+from voxtral_dist.engine.extensions import refuse_old_locks
 from voxtral_dist.engine.zero import ZeroEngine, read_deepspeed_file, zero_stage
-from voxtral_dist.errors import RankError, UserError
+from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.export import export_hugging_face
@@ -34,8 +37,12 @@ from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
 from voxtral_dist.model import load_voxtral
 from voxtral_dist.optim import learning_rate
 
+log = logging.getLogger(__name__)
+
 # A run that was asked to stop ends with the code for "try again later": the same command goes on.
 EXIT_STOPPED = 75
+# Data workers of a killed rank notice it after some seconds.
+_SECONDS_FOR_OTHERS_TO_END = 15.0
 # Shares of bad samples mean little before this many samples were seen.
 _MIN_SAMPLES_FOR_FRACTION = 200
 
@@ -56,16 +63,16 @@ def train(config: RunConfig, world: World) -> int:
     Returns:
         0 at the end, `EXIT_STOPPED` when a signal asked the run to stop before it; its state is saved.
     """
-    check_before_loading(config)
+    check_before_loading(config, world)
     prompts = TranscriptionPrompts.from_pretrained(config.model.path)
     steps = build_train_loader(
         config.train_data, prompts, config.seed, config.num_steps, rank=world.rank, world_size=world.size
     )
-    test_sets = build_test_sets(config.evaluation, prompts, config.train_data.max_target_tokens)
+    test_sets = build_test_sets(config.evaluation, prompts)
     model = load_voxtral(config.model)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = ZeroEngine(config, model, log_mel, world)
-    checkpoints = CheckpointDirectory(config, steps.num_samples, world)
+    checkpoints = CheckpointDirectory(config, steps.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
 
@@ -73,21 +80,24 @@ def train(config: RunConfig, world: World) -> int:
         _announce(config, progress, steps.num_samples, steps.num_drawn, world, log)
         evaluator.evaluate_if(evaluator.is_owed(progress.step), engine, progress.step, log)
         bad = _BadSampleLimits(config.train_data)
+        started = time.monotonic()
         for batches in steps.starting_at(progress.step):
-            started = time.monotonic()
             result = train_step(config, engine, batches, stop.requested, world)
+            # With the time that was spent waiting for the data of the step.
             step_seconds = time.monotonic() - started
             progress = _advance(progress, result, step_seconds)
             log.train_step(progress.step, replace(result.metrics, step_seconds=step_seconds))
-            bad.check(progress, batches.micro_batches, result.num_bad_samples, log, world)
+            bad.check(progress, batches.micro_batches, result, log, world)
             is_last = progress.step == config.num_steps
-            if is_last or result.must_stop or progress.step % config.checkpoint.every_steps == 0:
+            is_due = evaluator.is_due(progress.step)
+            if is_due or result.must_stop or is_last or progress.step % config.checkpoint.every_steps == 0:
                 saved = checkpoints.save(engine, progress)
                 log.write("checkpoint", progress.step, {"path": saved.name})
             if result.must_stop and not is_last:
                 log.say(f"Stopped at step {progress.step} by a signal; the same command goes on from there.")
                 return EXIT_STOPPED
-            evaluator.evaluate_if(evaluator.is_due(progress.step), engine, progress.step, log)
+            evaluator.evaluate_if(is_due, engine, progress.step, log)
+            started = time.monotonic()
         export_hugging_face(engine, config.model.path, config.run_dir / "export", _export_dtype(config), world)
         if world.is_first:
             write_summary(config, progress, world)
@@ -95,20 +105,40 @@ def train(config: RunConfig, world: World) -> int:
     return 0
 
 
-def check_before_loading(config: RunConfig) -> None:
+def check_before_loading(config: RunConfig, world: World) -> None:
     """Refuse, within a second and before a model is loaded, what would fail hours later.
 
     Raises:
-        UserError: DeepSpeed's file is not usable, a killed build left its lock, or `run_dir` cannot be written.
+        UserError: DeepSpeed's file is not usable, a killed build left its lock, or `run_dir` cannot be written or
+            another process writes there.
     """
     read_deepspeed_file(config.engine.deepspeed)
-    refuse_stale_locks()
+    refuse_old_locks()
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"`run_dir`: {config.run_dir} cannot be made: {error.strerror}.") from error
     if not os.access(config.run_dir, os.W_OK):
         raise UserError(f"`run_dir`: {config.run_dir} cannot be written: change its owner or choose another.")
+    if world.is_first:
+        _lock_run_dir(config.run_dir)
+
+
+def _lock_run_dir(run_dir: Path) -> None:
+    """Keep other runs out for as long as this process lives, such as ranks that a killed launcher left behind."""
+    descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + _SECONDS_FOR_OTHERS_TO_END
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"`run_dir`: another process on this machine writes to {run_dir}: end it, or choose another folder."
+                ) from error
+            time.sleep(0.5)
+        except OSError:
+            return log.warning("%s is on a file system without locks: nothing keeps a second run out.", run_dir)
 
 
 def train_step(
@@ -117,7 +147,7 @@ def train_step(
     """One update in which every target token of the global batch weighs the same.
 
     Raises:
-        UserError: the loss is not finite; all ranks see it alike, before the weights change.
+        UserError: the loss or the gradient is not finite; all ranks see it alike, and nothing of it is saved.
     """
     micro_batches = batches.micro_batches
     num_targets, num_samples, num_bad, audio_seconds, stop = sum_over_ranks(
@@ -130,22 +160,26 @@ def train_step(
         ],
         world,
     )
-    loss_sum = 0.0
+    loss_sum = torch.zeros((), device=world.device)
     for number, batch in enumerate(micro_batches):
         # Dropout, where a model has any, depends on the place in the run and not on what ran before.
         torch.manual_seed(_seed_of(config.seed, batches.step, world.rank + number * world.size))
         is_last = number == len(micro_batches) - 1
-        loss_sum += float(engine.backward(batch, max(1, int(num_targets)), is_last=is_last))
-    mean_loss = sum_over_ranks([loss_sum], world)[0] / max(1.0, num_targets)
-    if not math.isfinite(mean_loss):
-        raise UserError(
-            f"The loss is {mean_loss} at step {batches.step + 1}, so the run ends before the weights are spoilt: lower "
-            "`optimizer.learning_rate`, lengthen `optimizer.warmup_steps`, or look for broken transcripts. The newest "
-            "checkpoint is kept."
-        )
+        loss_sum += engine.backward(batch, max(1, int(num_targets)), is_last=is_last)
+    mean_loss = sum_over_ranks([float(loss_sum)], world)[0] / max(1.0, num_targets)
+    _refuse_not_finite("loss", mean_loss, batches.step)
     update = engine.step(learning_rate(config.optimizer, batches.step, config.num_steps))
+    _refuse_not_finite("norm of the gradient", update.grad_norm, batches.step)
     metrics = StepMetrics(mean_loss, int(num_targets), audio_seconds, update.learning_rate, update.grad_norm, 0.0)
     return StepResult(metrics, int(num_samples), int(num_bad), stop > 0)
+
+
+def _refuse_not_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"The {name} is {value} at step {step + 1}, so the run ends; the newest checkpoint is from before it. "
+            "Lower `optimizer.learning_rate`, lengthen `optimizer.warmup_steps`, or look for broken transcripts."
+        )
 
 
 def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> None:
@@ -194,8 +228,10 @@ class _Evaluator:
     def is_owed(self, step: int) -> bool:
         """Whether the state that a run starts with is due and was not measured, as by a run killed after its save."""
         rows = read_metrics(self._config.run_dir / "metrics.jsonl")
-        done = any(row["kind"] == "evaluation" and row["step"] == step for row in rows)
-        return self.is_due(step) and not from_first_rank(done, self._world)
+        done = {row["name"] for row in rows if row["kind"] == "evaluation" and row["step"] == step}
+        return self.is_due(step) and not from_first_rank(done, self._world).issuperset(
+            self._config.evaluation.test_sets
+        )
 
     def evaluate_if(self, condition: bool, engine: Engine, step: int, log: MetricsLog) -> None:
         if not condition or not self._test_sets:
@@ -219,11 +255,16 @@ class _BadSampleLimits:
         self._in_a_row = 0
 
     def check(
-        self, progress: TrainProgress, micro_batches: Sequence[MicroBatch], num_bad: int, log: MetricsLog, world: World
+        self,
+        progress: TrainProgress,
+        micro_batches: Sequence[MicroBatch],
+        result: StepResult,
+        log: MetricsLog,
+        world: World,
     ) -> None:
-        """Called by all ranks together, with the number of bad samples of this step over all ranks."""
-        self._count_in_a_row(micro_batches)
-        if num_bad == 0:
+        """Called by all ranks together: they count alike, so that they end together."""
+        self._in_a_row = 0 if result.num_samples else self._in_a_row + result.num_bad_samples
+        if result.num_bad_samples == 0:
             return
         mine = [bad for batch in micro_batches for bad in batch.bad_samples]
         for bad in (bad for part in gather_on_first(mine, world) for bad in part):
@@ -236,14 +277,10 @@ class _BadSampleLimits:
                 f"{progress.num_bad_samples} of {seen} samples could not be used, more than "
                 f"`train_data.max_bad_fraction` ({self._config.max_bad_fraction}) allows: metrics.jsonl names each."
             )
-
-    def _count_in_a_row(self, micro_batches: Sequence[MicroBatch]) -> None:
-        for batch in micro_batches:
-            self._in_a_row = self._in_a_row + len(batch.bad_samples) if not batch.num_examples else 0
         if self._in_a_row > self._config.max_bad_in_a_row:
-            raise RankError(
-                f"{self._in_a_row} samples in a row could not be used, more than `train_data.max_bad_in_a_row` "
-                f"({self._config.max_bad_in_a_row}) allows: each is named in metrics.jsonl."
+            raise UserError(
+                f"The last {self._in_a_row} samples could not be used, more than `train_data.max_bad_in_a_row` "
+                f"({self._config.max_bad_in_a_row}) allows: metrics.jsonl names each."
             )
 
 

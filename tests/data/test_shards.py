@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +236,9 @@ def test_durations_are_those_of_the_audio_at_its_own_rate(speech_manifest, shard
     rows = rows_of(speech_manifest)
     measured = [soundfile.info(str(speech_manifest.parent / row["audio_filepath"])).duration for row in rows]
     np.testing.assert_allclose(shard_index.duration_seconds, measured, atol=0.001)
+
+
+def test_tar_members_carry_no_extended_headers(shard_folder: Path) -> None:
+    for path in shard_folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            assert [member.pax_headers for member in tar] == [{}] * len(tar.getmembers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,20 @@ def test_target_counts_are_uneven(config: RunConfig) -> None:
     loader = build_train_loader(config.train_data, prompts, config.seed, 1, 0, 1)
     counts = [batch.num_targets for batch in next(iter(loader.starting_at(0))).micro_batches]
     assert len(set(counts)) > 1
+
+
+def test_weights_that_are_never_kept_whole_equal_one_plain_process(
+    config: RunConfig, plain: tuple[Curve, Weights], tmp_path: Path
+) -> None:
+    # Small parameters are usually not sharded, and those of this model are small.
+    settings = json.loads(config.engine.deepspeed.read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    file = tmp_path / "zero3.json"
+    file.write_text(json.dumps(settings))
+    model = config.model.model_copy(update={"activation_checkpointing": True})
+    sharded = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": file}), "model": model})
+    for result in run_ranks(2, train_sharded, sharded):
+        assert_same(result, plain)
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2), (3, 1), (3, 3)])

@@ -39,12 +39,6 @@ def test_offloading_everything_equals_one_plain_process_and_resumes(config: RunC
     assert_resumes(offloaded, tmp_path)
 
 
-def test_activation_checkpointing_changes_nothing(config: RunConfig) -> None:
-    model = config.model.model_copy(update={"activation_checkpointing": True})
-    for result in run_ranks(2, test_equations.train_sharded, config.model_copy(update={"model": model})):
-        test_equations.assert_same(result, test_equations.train_plainly(config))
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_follows_float32_and_resumes_to_the_last_digit(config: RunConfig, tmp_path: Path, stage: int) -> None:
     model = config.model.model_copy(update={"precision": "bfloat16"})

@@ -7,6 +7,7 @@ through the page cache, 16 bytes a sample.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -78,6 +79,12 @@ class ShardIndex:
     def duration_seconds(self) -> NDArray[np.float64]:
         """Of every sample, `(N,)`."""
         return self.records["duration_ms"] / 1000.0
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same shards in the same order, and practically no others."""
+        joined = " ".join(shard.sha256 for shard in self.shards)
+        return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
     def span(self, sample_id: int) -> SampleSpan:
         """The bytes of a sample: a run of complete tar members."""

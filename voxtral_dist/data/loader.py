@@ -50,6 +50,7 @@ class TrainLoader:
         self._num_steps = num_steps
         self.num_samples = dataset.num_samples
         self.num_drawn = dataset.num_drawn
+        self.fingerprint = dataset.fingerprint
 
     def starting_at(self, first_step: int) -> Iterator[StepBatches]:
         """The steps from `first_step` to the end of the run."""
@@ -143,6 +144,7 @@ class _SlotDataset(Dataset[MicroBatch]):
     ) -> None:
         self.num_samples = len(index)
         self.num_drawn = plan.num_samples
+        self.fingerprint = index.fingerprint
         self._plan = plan
         self._prompts = prompts
         self._seed = seed

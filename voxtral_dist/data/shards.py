@@ -23,8 +23,9 @@ from voxtral_dist.data.manifests import Refusal, Utterance, read_manifest
 from voxtral_dist.errors import UserError
 
 _OFFSET_LIMIT_BYTES = TAR_BLOCK_BYTES * (2**32 - 1)
-# The tars carry this instead of the time of packing, so that equal input makes equal shards.
-_FIXED_MTIME = 0.0
+# The tars carry this instead of the time of packing, so that equal input makes equal shards. A whole number: a fraction
+# would take an extended header of 1,024 bytes for every member.
+_FIXED_MTIME = 0
 # Durations are measured at the rate at which the models hear.
 _SAMPLING_RATE = 16_000
 

@@ -46,10 +46,15 @@ def joined_world() -> Iterator[World]:
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
+    # DeepSpeed asks the environment for it, also of a single process.
+    os.environ.setdefault("LOCAL_RANK", "0")
     rank, size, local_rank = (_integer(name, default) for name, default in _PLACE.items())
     device = _device_of(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Thread pools of all ranks on all cores, spinning for each other, cost more than ten times.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", size))))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=None if size > 1 else dist.HashStore(),  # type: ignore[attr-defined]  # a public class all the same

@@ -31,7 +31,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import ParameterState, StepUpdate
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import copy_buffers, skeleton
+from voxtral_dist.model import fill_skeleton, skeleton
 from voxtral_dist.optim import parameter_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,6 +48,8 @@ _OURS = {
     "gradient_clipping": "optimizer.max_grad_norm",
     "bf16": "model.precision",
     "fp16": "model.precision",
+    "data_types": "model.precision",
+    "torch_autocast": "model.precision",
     "zero_allow_untested_optimizer": "optimizer",
 }
 
@@ -122,7 +124,7 @@ class ZeroEngine:
         self._loss = LossOfMicroBatch(log_mel)
         self._optimizer = _build_optimizer(config, model, settings, world.device)
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._optimizer, config=settings | _filled_in(config)
+            model=model, optimizer=self._optimizer, config={"steps_per_print": _NEVER} | settings | _filled_in(config)
         )
         self._module: VoxtralForConditionalGeneration = self._engine.module
 
@@ -181,13 +183,16 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _gathered_copy(self) -> VoxtralForConditionalGeneration:
-        copy = skeleton(self._module.config, self._module.dtype).to_empty(device=self._world.device)
+        copy = skeleton(self._module.config)
         copy.generation_config = self._module.generation_config
-        copy_buffers(self._module, copy)
-        for source, target in zip(self._module.parameters(), copy.parameters(), strict=True):
-            with self._gathered([source]):
-                target.copy_(source)
+        fill_skeleton(copy, self._gathered_parameters(), self._module.named_buffers())
         return copy.eval()
+
+    def _gathered_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._module.named_parameters():
+            with self._gathered([parameter]):
+                weight = parameter.detach().to(self._world.device, copy=True)
+            yield name, weight
 
     def _flat_partitions(self) -> list[Tensor]:
         """This rank's part of the float32 weights, in the pieces that the optimizer updates."""
@@ -225,8 +230,10 @@ class ZeroEngine:
         """Give the optimizer the state that it would otherwise make at its first step."""
         is_torch = isinstance(self._optimizer, torch.optim.AdamW)
         for partition in self._flat_partitions():
+            # torch's fused AdamW counts on the device of the weights, the plain one on the CPU.
+            device = partition.device if self._optimizer.defaults.get("fused") else "cpu"
             state = self._optimizer.state[partition]
-            state["step"] = torch.tensor(float(num_updates)) if is_torch else num_updates
+            state["step"] = torch.tensor(float(num_updates), device=device) if is_torch else num_updates
             for key in _MOMENTS:
                 state[key] = torch.zeros_like(partition)
 
@@ -283,7 +290,6 @@ def _filled_in(config: RunConfig) -> dict[str, Any]:
         "bf16": {"enabled": is_bfloat16},
         # Sums over micro-batches lose small gradients in bfloat16.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if is_bfloat16 else {}),
-        "steps_per_print": _NEVER,
     }
 
 

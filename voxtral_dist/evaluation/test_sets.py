@@ -19,6 +19,9 @@ from voxtral_dist.evaluation.normalizer import Normalizer, normalizer
 from voxtral_dist.evaluation.report import ScoredUtterance, TestSetScore, score_test_set, score_utterance, write_results
 from voxtral_dist.evaluation.transcribe import Transcriber
 
+# References of any length can be scored.
+_NO_TARGET_LIMIT = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class TestSet:
@@ -30,17 +33,12 @@ class TestSet:
     batches: tuple[tuple[int, ...], ...]
 
 
-def build_test_sets(config: EvaluationConfig, prompts: TranscriptionPrompts, max_target_tokens: int) -> list[TestSet]:
+def build_test_sets(config: EvaluationConfig, prompts: TranscriptionPrompts) -> list[TestSet]:
     """All configured test sets, each cut into batches of similar cost, longest first."""
-    return [
-        build_test_set(name, test_set, config.batch_size, prompts, max_target_tokens)
-        for name, test_set in config.test_sets.items()
-    ]
+    return [build_test_set(name, test_set, config.batch_size, prompts) for name, test_set in config.test_sets.items()]
 
 
-def build_test_set(
-    name: str, config: TestSetConfig, batch_size: int, prompts: TranscriptionPrompts, max_target_tokens: int
-) -> TestSet:
+def build_test_set(name: str, config: TestSetConfig, batch_size: int, prompts: TranscriptionPrompts) -> TestSet:
     """One test set.
 
     Raises:
@@ -51,7 +49,7 @@ def build_test_set(
         index = index.first(config.max_utterances)
     order = (-example_cost(index, prompts)).argsort(kind="stable").tolist()
     batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
-    return TestSet(name, index, SampleReader(index, prompts, max_target_tokens), batches)
+    return TestSet(name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT), batches)
 
 
 def evaluate_test_set(

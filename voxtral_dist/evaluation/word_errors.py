@@ -68,7 +68,10 @@ def bootstrap_interval(counts: Sequence[ErrorCounts], seed: int = 0) -> tuple[fl
     lengths = np.array([count.reference_length for count in counts])
     if not lengths.sum():
         return None
-    drawn = np.random.default_rng(seed).integers(0, len(counts), (_NUM_RESAMPLES, len(counts)))
-    rates = errors[drawn].sum(axis=1) / np.maximum(1, lengths[drawn].sum(axis=1))
+    generator = np.random.default_rng(seed)
+    rates = np.empty(_NUM_RESAMPLES)
+    for resample in range(_NUM_RESAMPLES):
+        drawn = generator.integers(0, len(counts), len(counts))
+        rates[resample] = errors[drawn].sum() / max(1, lengths[drawn].sum())
     low, high = np.quantile(rates, [0.025, 0.975])
     return float(low), float(high)
