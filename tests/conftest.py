@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, write_speech_manifest
 
 from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.tiny import build_tiny_voxtral
+
+from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, write_speech_manifest
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import TINY_SHAPE
-from ranks import run_ranks
 
-from runs import run_config
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.index import ShardIndex
@@ -21,6 +18,10 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import load_voxtral
 from voxtral_dist.tiny import build_tiny_voxtral
+
+from corpora import TINY_SHAPE
+from ranks import run_ranks
+from runs import run_config
 
 LAST_STEP = 6
 SAVED_STEP = 3

@@ -14,11 +14,12 @@ import pytest
 import soundfile
 import torch.distributed as dist
 import yaml
-from corpora import tone, write_lines
 from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.cli import main
 from voxtral_dist.config import load_config
+
+from corpora import tone, write_lines
 
 PROGRAM = Path(sys.executable).with_name("voxtral-dist")
 

@@ -8,13 +8,14 @@ import jsonschema
 import pytest
 import torch
 import yaml
-from corpora import REPOSITORY
 from pydantic import ValidationError
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import RunConfig, config_schema, dump_config, load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import skeleton
+
+from corpora import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from corpora import TINY_SHAPE, tone
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.tiny import TinyShape, build_tiny_voxtral, tiny_shape
+
+from corpora import TINY_SHAPE, tone
 
 SMALL = replace(TINY_SHAPE, window_seconds=0.64, encoder_layers=1, text_layers=1)
 SPECIAL_TOKENS = {

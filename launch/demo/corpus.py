@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
+
 from speech import Manner, speech_engine
 
 SAMPLING_RATE = 16_000

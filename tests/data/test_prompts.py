@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpora import REAL_SPEECH, real_speech, tone
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from transformers import VoxtralProcessor
 
@@ -17,6 +16,8 @@ from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import Example, pad_to_windows
 from voxtral_dist.errors import UserError
+
+from corpora import REAL_SPEECH, real_speech, tone
 
 RATE = 16_000
 LANGUAGES = ("en", "de", "fr", "hi", "pt", None)

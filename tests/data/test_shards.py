@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 import webdataset
-from corpora import SHARD_BYTES, tone, write_lines
 from webdataset.writer import TarWriter
 
 from voxtral_dist.data.index import read_index
 from voxtral_dist.data.samples import SampleReader
 from voxtral_dist.data.shards import PackSummary, pack_manifest, read_manifest
 from voxtral_dist.errors import UserError
+
+from corpora import SHARD_BYTES, tone, write_lines
 
 ALL = 10**9
 

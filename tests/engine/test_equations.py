@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch.nn import functional as F
 
-from runs import run_config
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.batches import IGNORED_LABEL
 from voxtral_dist.data.features import LogMel
@@ -19,6 +17,9 @@ from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.model import load_voxtral
 from voxtral_dist.optim import learning_rate, parameter_groups
+
+from ranks import run_ranks
+from runs import run_config
 
 NUM_STEPS = 5
 Curve = list[tuple[float, float]]

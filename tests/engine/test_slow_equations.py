@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from voxtral_dist.config import RunConfig
+
 import test_checkpoint
 import test_equations
 from ranks import run_ranks
-
 from runs import run_config
-from voxtral_dist.config import RunConfig
 
 pytestmark = pytest.mark.slow
 LAST_STEP = 5
