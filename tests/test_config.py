@@ -6,7 +6,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
 import yaml
 from pydantic import ValidationError
 from transformers import VoxtralConfig
@@ -257,9 +256,8 @@ def test_published_models_build_without_storage(model_path):
     shape = published_shape(model_path)
     assert shape is not None
     config, billions, tolerance = shape
-    model = skeleton(config, torch.bfloat16)
+    model = skeleton(config)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=tolerance)
 
 

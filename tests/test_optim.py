@@ -64,7 +64,7 @@ def test_a_run_of_one_step_learns(schedule):
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> nn.Module:
-    return skeleton(VoxtralConfig.from_pretrained(tiny_model), torch.float32)
+    return skeleton(VoxtralConfig.from_pretrained(tiny_model))
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(model):

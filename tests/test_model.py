@@ -1,0 +1,28 @@
+"""A skeleton that is filled is the model its weights came from, in their precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import VoxtralConfig
+
+from voxtral_dist.config import ModelConfig
+from voxtral_dist.model import fill_skeleton, load_voxtral, skeleton
+
+
+def test_a_filled_skeleton_is_its_source_and_keeps_buffers_in_float32(tiny_model: Path) -> None:
+    source = load_voxtral(ModelConfig(path=str(tiny_model), precision="bfloat16"))
+    copy = skeleton(VoxtralConfig.from_pretrained(tiny_model))
+    fill_skeleton(
+        copy, ((name, parameter.detach()) for name, parameter in source.named_parameters()), source.named_buffers()
+    )
+    for ours, theirs in (
+        (copy.named_parameters(), source.named_parameters()),
+        (copy.named_buffers(), source.named_buffers()),
+    ):
+        for (name, value), (expected_name, expected) in zip(ours, theirs, strict=True):
+            assert (name, value.dtype) == (expected_name, expected.dtype)
+            assert torch.equal(value, expected)
+    assert {buffer.dtype for name, buffer in copy.named_buffers() if name.endswith("inv_freq")} == {torch.float32}
+    assert torch.bfloat16 in {parameter.dtype for parameter in copy.parameters()}
