@@ -22,7 +22,7 @@ install: .venv/.installed ## Make .venv with the pinned versions and build DeepS
 	$(CPU_ENV) $(BIN)/voxtral-dist doctor
 	touch $@
 
-demo: install ## Train a tiny Voxtral from nothing with ZeRO-3 on 2 processes (about 5 minutes)
+demo: install ## Train a tiny Voxtral from nothing with ZeRO-3 on 2 processes (5 minutes)
 	$(CPU_ENV) $(BIN)/python launch/demo/demo.py
 
 digits: install ## Train a tiny Voxtral on real spoken digits with ZeRO-2 (needs the data in ../shared/data)
