@@ -30,6 +30,9 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
         main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough.
+        code = 0
     except BaseException:
         traceback.print_exc()
         code = 1
