@@ -15,3 +15,8 @@ class RankError(UserError):
     """A `UserError` that one rank met alone, so that this rank has to print it itself."""
 
     exit_code = 3
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first: the part of it that fits into a sentence of ours."""
+    return str(error).strip().split("\n", 1)[0]

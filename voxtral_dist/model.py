@@ -12,7 +12,7 @@ from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
 from voxtral_dist.config import ModelConfig
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, first_line
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -73,9 +73,5 @@ def _load(path: str, **arguments: Any) -> VoxtralForConditionalGeneration:
         return VoxtralForConditionalGeneration.from_pretrained(path, **arguments)
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(
-            f"`model.path`: {path!r} cannot be loaded as a Voxtral ({type(error).__name__}: {_first_line(error)})."
+            f"`model.path`: {path!r} cannot be loaded as a Voxtral ({type(error).__name__}: {first_line(error)})."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

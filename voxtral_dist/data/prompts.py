@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_extra_types.language_code import LanguageAlpha2
 from transformers import MistralCommonBackend
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, first_line
 
 # The published model may begin its answer with the language it heard, as in "lang:en".
 _LANGUAGE_TAG = re.compile(r"^\s*lang:[a-z]{2}\b\s?")
@@ -53,7 +53,7 @@ class TranscriptionPrompts:
             return cls(MistralCommonBackend.from_pretrained(path).tokenizer)
         except (OSError, ValueError, KeyError, AssertionError, MistralCommonException) as error:
             raise UserError(
-                f"`model.path`: {path!r} has no usable tokenizer ({type(error).__name__}: {_first_line(error)})."
+                f"`model.path`: {path!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)})."
             ) from error
 
     @property
@@ -139,7 +139,3 @@ def _check_folder(path: str) -> None:
     for name in ("tekken.json", "config.json"):
         if folder.is_dir() and not (folder / name).is_file():
             raise UserError(f"The model folder {path} has no {name}: `model.path` must lead to a Voxtral checkpoint.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
