@@ -103,7 +103,7 @@ def _train(parsed: argparse.Namespace) -> int:
 def _add_evaluate(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("evaluate", help="word error rate of a model folder on shard folders")
     parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
-    parser.add_argument("shards", type=Path, nargs="+", help="folders made by `shards pack`")
+    parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
     parser.add_argument("--batch-size", type=_positive, default=8)
     parser.add_argument("--normalizer", choices=_NORMALIZERS, default="basic")

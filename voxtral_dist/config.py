@@ -62,8 +62,9 @@ class TrainDataConfig(Section):
     slots r, r + W, r + 2 W, and so on.
     """
 
-    shards: tuple[Path, ...] = Field(min_length=1)
-    """Folders made by `voxtral-dist shards pack`; together they are one training set."""
+    shards: tuple[str, ...] = Field(min_length=1)
+    """Shard sets: folders or URLs (`s3://`, `gs://`, `https://`, `hf://`) with an index, globs and brace ranges of them,
+    or patterns of tars in such a folder, which take a part of it. Together they are one training set."""
 
     slots_per_step: int = Field(default=8, gt=0)
     """Micro-batches per optimizer update over all ranks. At least the number of ranks; a multiple of it wastes
@@ -148,8 +149,8 @@ class CheckpointConfig(Section):
 class TestSetConfig(Section):
     """One shard folder whose word error rate is measured."""
 
-    shards: Path
-    """A folder made by `voxtral-dist shards pack`."""
+    shards: str
+    """A folder or URL with an index, or a pattern: see `train_data.shards`."""
 
     max_utterances: int | None = Field(default=None, gt=0)
     """Only the first utterances in the order of the index: for quick looks while training."""

@@ -10,6 +10,7 @@ from voxtral_dist.data.audio import AudioError, decode_audio, to_pcm
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import Example, pad_to_windows
+from voxtral_dist.data.storage import is_remote
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.report import TestSetScore
@@ -19,14 +20,14 @@ from voxtral_dist.model import load_for_inference
 
 
 def evaluate(
-    model_path: str, shards: Sequence[Path], settings: EvaluationConfig, precision: str, out_dir: Path, world: World
+    model_path: str, shards: Sequence[str], settings: EvaluationConfig, precision: str, out_dir: Path, world: World
 ) -> Iterator[tuple[str, TestSetScore]]:
     """Name and score of each shard folder in turn; details are written to `out_dir`.
 
     Raises:
         UserError: two folders have the same name, so that the results of one would replace the other's.
     """
-    test_sets = {folder.resolve().name: TestSetConfig(shards=folder) for folder in shards}
+    test_sets = {_set_name(shards_of_set): TestSetConfig(shards=shards_of_set) for shards_of_set in shards}
     if len(test_sets) < len(shards):
         raise UserError("Two of the shard folders have the same name, which names their results: evaluate them apart.")
     named = settings.model_copy(update={"test_sets": test_sets})
@@ -35,6 +36,11 @@ def evaluate(
     transcriber = load_transcriber(model_path, prompts, settings, precision, world)
     for test_set in built:
         yield test_set.name, evaluate_test_set(test_set, transcriber, named, out_dir, world)
+
+
+def _set_name(shards: str) -> str:
+    """The last part of a folder or URL."""
+    return shards.rstrip("/").rpartition("/")[2] if is_remote(shards) else Path(shards).resolve().name
 
 
 def transcribe_files(

@@ -14,7 +14,7 @@ from voxtral_dist.data.audio import AudioError, decode_audio, resample, to_pcm
 from voxtral_dist.data.index import INDEX_FILE, ShardIndex, read_index
 from voxtral_dist.data.samples import SampleError, SampleReader, pad_to_windows
 from voxtral_dist.data.shards import pack_manifest
-from voxtral_dist.data.storage import read_span
+from voxtral_dist.data.storage import Storage
 
 from corpora import tone, write_lines
 
@@ -113,7 +113,7 @@ def assert_others_are_unaffected(index: ShardIndex, prompts, damaged: int) -> No
 
 
 def place_of(index: ShardIndex, sample_id: int, pattern: bytes) -> int:
-    return read_span(index.span(sample_id)).index(pattern)
+    return Storage().read(index.span(sample_id)).index(pattern)
 
 
 # Where a sample of a FLAC clip is damaged, and with what.
@@ -199,7 +199,7 @@ def test_a_long_transcript_is_a_bad_sample_and_never_cut(tmp_path, clip, prompts
 def with_fields(folder: Path, fields: object) -> ShardIndex:
     """The packed set with other fields in the json of its only sample, as another tool may have written them."""
     index = read_index([folder])
-    before = read_span(index.span(0))
+    before = Storage().read(index.span(0))
     start = before.index(b'{"text"')
     old = before[start : before.index(b"}", start) + 1]
     new = json.dumps(fields).encode().ljust(len(old))

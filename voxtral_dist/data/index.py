@@ -1,83 +1,145 @@
 """What is in a shard set, without opening a tar: one fixed-size record per sample, and a small table of shards.
 
 A shard set is a folder with `NAME-000000.tar`, ..., `index.npy` (one `RECORD` per sample in the order of the tars) and
-`shards.json` (the shard table and the languages). The records are memory-mapped: all processes of a node share them
-through the page cache, 16 bytes a sample.
+`shards.json` (the shard table, the languages, and where text and audio are found in a sample). The records are
+memory-mapped: all processes of a node share them through the page cache, 24 bytes a sample.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from voxtral_dist.data.members import TAR_BLOCK_BYTES, SampleMembers
+from voxtral_dist.data.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError
 
 INDEX_FILE = "index.npy"
 SHARD_TABLE_FILE = "shards.json"
-FORMAT_VERSION = 1
-# Tar members start at multiples of this many bytes.
-TAR_BLOCK_BYTES = 512
-UNKNOWN_LANGUAGE = 255
+FORMAT_VERSION = 2
+UNKNOWN_LANGUAGE = 2**16 - 1
+# Longer texts are recorded as this long: such a sample is beyond every sensible limit anyway.
+LARGEST_COUNT = 2**16 - 1
 
 RECORD = np.dtype(
     [
         ("offset_blocks", "<u4"),  # where the sample's first tar header starts, in blocks of 512 bytes
         ("num_blocks", "<u4"),  # its headers and contents together
         ("duration_ms", "<u4"),
+        ("crc32", "<u4"),  # of all these bytes
         ("num_text_tokens", "<u2"),  # counted with Voxtral's published vocabulary, `</s>` not included
-        ("language", "u1"),  # position in the table of languages, or UNKNOWN_LANGUAGE
-        ("flags", "u1"),  # reserved, 0
+        ("num_chars", "<u2"),  # of the text
+        ("language", "<u2"),  # position in the table of languages, or UNKNOWN_LANGUAGE
+        ("flags", "<u2"),  # reserved, 0
     ]
 )
 
+Ids = NDArray[np.int64]
 Records = NDArray[np.void]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its path, how many samples it holds, and what it looked like when it was indexed."""
+    """One tar file: where it is, how many samples it holds, and what it looked like when it was indexed.
 
-    path: Path
+    location: a local path, or a URL such as `s3://bucket/set/set-000000.tar`.
+    """
+
+    location: str
     num_samples: int
     num_bytes: int
     sha256: str
 
-
-@dataclass(frozen=True)
-class SampleSpan:
-    """Where the tar members of one sample lie."""
-
-    path: Path
-    offset: int
-    num_bytes: int
+    @property
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return self.location.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """The samples of one or more shard sets, numbered from 0 in the order of the sets, shards and tar members."""
+class ShardSet:
+    """The index of one folder, or of some of its shards.
+
+    first_rows: for each shard, the row of its first sample in `records`; `(num_shards,)`.
+    longest_seconds, most_text_tokens: bounds on every record of the folder.
+    """
 
     shards: tuple[Shard, ...]
     records: Records
+    first_rows: Ids
     languages: tuple[str, ...]
+    members: SampleMembers
+    longest_seconds: float
+    most_text_tokens: int
+
+
+@dataclass(frozen=True)
+class RecordChunk:
+    """Records of neighbouring samples: `first_id`, `first_id + 1`, ...
+
+    languages: their positions in the languages of the whole index, uint16 `(num_records,)`.
+    """
+
+    first_id: int
+    records: Records
+    languages: NDArray[np.uint16]
+
+
+class ShardIndex:
+    """The samples of one or more shard sets, numbered from 0 in the order of the sets, shards and tar members."""
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        self.sets = tuple(sets)
+        self.shards = tuple(shard for part in self.sets for shard in part.shards)
+        self.languages = tuple(sorted({language for part in self.sets for language in part.languages}))
+        self._renumbered = [_language_numbers(part.languages, self.languages) for part in self.sets]
+        self._ends = np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)
+        self._set_of_shard = np.repeat(np.arange(len(self.sets)), [len(part.shards) for part in self.sets])
+        starts = self._ends - [shard.num_samples for shard in self.shards]
+        self._row_shift = np.concatenate([part.first_rows for part in self.sets]) - starts
 
     def __len__(self) -> int:
-        return len(self.records)
+        return int(self._ends[-1])
+
+    def gather(self, sample_ids: Ids) -> Records:
+        """The records of some samples, `(n,)`, with languages as positions in `self.languages`."""
+        shards = np.searchsorted(self._ends, sample_ids, side="right")
+        rows = sample_ids + self._row_shift[shards]
+        gathered = np.empty(len(sample_ids), dtype=RECORD)
+        for number, part in enumerate(self.sets):
+            here = self._set_of_shard[shards] == number
+            gathered[here] = part.records[rows[here]]
+            gathered["language"][here] = self._renumbered[number][gathered["language"][here]]
+        return gathered
+
+    def chunks(self, num_records: int = 2**20) -> Iterator[RecordChunk]:
+        """All records in order, some at a time, as views of the memory maps."""
+        for number, (first_shard, end_shard) in self._neighbouring_shards():
+            part = self.sets[number]
+            first_id = int(self._ends[first_shard]) - self.shards[first_shard].num_samples
+            end_id = int(self._ends[end_shard - 1])
+            shift = int(self._row_shift[first_shard])
+            for start in range(first_id, end_id, num_records):
+                records = part.records[start + shift : min(start + num_records, end_id) + shift]
+                yield RecordChunk(start, records, self._renumbered[number][records["language"]])
 
     @cached_property
-    def _ends(self) -> NDArray[np.int64]:
-        return np.cumsum([shard.num_samples for shard in self.shards])
+    def records(self) -> Records:
+        """Of all samples, as one array in memory: for test sets and reports, not for 100 million samples."""
+        return self.gather(np.arange(len(self)))
 
-    @cached_property
+    @property
     def duration_seconds(self) -> NDArray[np.float64]:
-        """Of every sample, `(N,)`."""
+        """Of all samples, `(N,)`, in memory."""
         return self.records["duration_ms"] / 1000.0
 
     @property
@@ -86,24 +148,65 @@ class ShardIndex:
         joined = " ".join(shard.sha256 for shard in self.shards)
         return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
-    def span(self, sample_id: int) -> SampleSpan:
+    def shard(self, sample_id: int) -> Shard:
+        """The tar that holds a sample."""
+        return self.shards[self._shard_number(sample_id)]
+
+    def span(self, sample_id: int) -> Span:
         """The bytes of a sample: a run of complete tar members."""
-        record = self.records[sample_id]
-        shard = self.shards[int(np.searchsorted(self._ends, sample_id, side="right"))]
+        record = self.record(sample_id)
         offset, num_blocks = int(record["offset_blocks"]), int(record["num_blocks"])
-        return SampleSpan(shard.path, offset * TAR_BLOCK_BYTES, num_blocks * TAR_BLOCK_BYTES)
+        return Span(self.shard(sample_id).location, offset * TAR_BLOCK_BYTES, num_blocks * TAR_BLOCK_BYTES)
+
+    def record(self, sample_id: int) -> np.void:
+        """The record of one sample, with the language as its own set numbers it."""
+        shard = self._shard_number(sample_id)
+        found: np.void = self.sets[self._set_of_shard[shard]].records[sample_id + int(self._row_shift[shard])]
+        return found
+
+    def members(self, sample_id: int) -> SampleMembers:
+        """How the sample is laid out."""
+        return self._set_of(sample_id).members
 
     def language(self, sample_id: int) -> str | None:
         """The ISO 639-1 code of a sample; None where it is not known."""
-        number = int(self.records[sample_id]["language"])
-        return None if number == UNKNOWN_LANGUAGE else self.languages[number]
+        number = int(self.record(sample_id)["language"])
+        return None if number == UNKNOWN_LANGUAGE else self._set_of(sample_id).languages[number]
 
     def first(self, num_samples: int) -> ShardIndex:
         """The index without the samples after the first `num_samples`."""
-        return ShardIndex(self.shards, self.records[:num_samples], self.languages)
+        sets, left = [], num_samples
+        for part in self.sets:
+            kept = [replace(shard, num_samples=0) for shard in part.shards]
+            for position, shard in enumerate(part.shards):
+                kept[position] = replace(shard, num_samples=min(left, shard.num_samples))
+                left -= kept[position].num_samples
+            sets.append(replace(part, shards=tuple(kept)))
+        return ShardIndex(sets)
+
+    def _set_of(self, sample_id: int) -> ShardSet:
+        return self.sets[int(self._set_of_shard[self._shard_number(sample_id)])]
+
+    def _shard_number(self, sample_id: int) -> int:
+        return int(np.searchsorted(self._ends, sample_id, side="right"))
+
+    def _neighbouring_shards(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Runs of shards whose records are neighbours in one memory map: (set, first and end of the shards)."""
+        filled = np.array([shard.num_samples > 0 for shard in self.shards])
+        breaks = (np.diff(self._set_of_shard) != 0) | (np.diff(self._row_shift) != 0)
+        edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(self.shards)]
+        for first, end in pairwise(edges):
+            if filled[first:end].any():
+                yield int(self._set_of_shard[first]), (first, end)
 
 
-def write_index(folder: Path, shards: Sequence[Shard], records: Records, languages: Sequence[str]) -> None:
+def write_index(
+    folder: Path,
+    shards: Sequence[Shard],
+    records: Records,
+    languages: Sequence[str],
+    members: SampleMembers | None = None,
+) -> None:
     """Write both files of the index; the shard table last, so that its presence says that the set is complete."""
     temporary = folder / f".{INDEX_FILE}.tmp.npy"
     np.save(temporary, records)
@@ -111,95 +214,140 @@ def write_index(folder: Path, shards: Sequence[Shard], records: Records, languag
     table = {
         "format": FORMAT_VERSION,
         "languages": list(languages),
+        "members": (members or SampleMembers()).to_json(),
         "num_samples": len(records),
         "duration_seconds": round(float(records["duration_ms"].sum(dtype=np.int64)) / 1000.0, 3),
-        "shards": [asdict(shard) | {"path": shard.path.name} for shard in shards],
+        "longest_seconds": float(records["duration_ms"].max(initial=0)) / 1000.0,
+        "most_text_tokens": int(records["num_text_tokens"].max(initial=0)),
+        "shards": [asdict(shard) | {"location": _relative(shard, folder)} for shard in shards],
     }
     temporary = folder / f".{SHARD_TABLE_FILE}.tmp"
     temporary.write_text(json.dumps(table, indent=1, ensure_ascii=False), encoding="utf-8")
     temporary.replace(folder / SHARD_TABLE_FILE)
 
 
-def read_index(folders: Sequence[Path]) -> ShardIndex:
-    """The samples of all folders as one index.
+def read_index(patterns: Sequence[str], storage: Storage | None = None) -> ShardIndex:
+    """The samples of all shard sets as one index.
+
+    Args:
+        patterns: folders or URLs of folders with an index; globs and brace ranges of them; or patterns of tars in such
+            a folder, which select a part of the set: `s3://bucket/set/set-{000000..000099}.tar`.
+        storage: what reads them; None reads as the default configuration says.
 
     Raises:
         UserError: a folder is missing, holds no index or no samples, or a tar is missing or has another size than when
             it was indexed.
     """
-    parts = [_read_folder(folder) for folder in folders]
-    if len(parts) == 1:
-        return parts[0]
-    languages = tuple(sorted({language for part in parts for language in part.languages}))
-    return ShardIndex(
-        shards=tuple(shard for part in parts for shard in part.shards),
-        records=np.concatenate([_renumber_languages(part, languages) for part in parts]),
-        languages=languages,
-    )
+    used = storage or Storage()
+    return ShardIndex([part for pattern in patterns for part in _sets_of(str(pattern), used)])
 
 
-def _read_folder(folder: Path) -> ShardIndex:
-    _check_files(folder)
+def _sets_of(pattern: str, storage: Storage) -> list[ShardSet]:
+    if not pattern.endswith(".tar"):
+        return [_read_folder(folder.rstrip("/"), storage) for folder in storage.expand(pattern)]
+    names_by_folder: dict[str, set[str]] = {}
+    for location in storage.expand(pattern):
+        folder, _, name = location.rpartition("/")
+        names_by_folder.setdefault(folder or ".", set()).add(name)
+    return [_only(_read_folder(folder, storage), names, folder) for folder, names in names_by_folder.items()]
+
+
+def _only(part: ShardSet, names: set[str], folder: str) -> ShardSet:
+    unknown = sorted(names - {shard.name for shard in part.shards})
+    if unknown:
+        raise UserError(
+            f"The index of {folder} doesn't know the shard {unknown[0]}: index the folder again, or correct the "
+            "pattern."
+        )
+    kept = [number for number, shard in enumerate(part.shards) if shard.name in names]
+    return replace(part, shards=tuple(part.shards[number] for number in kept), first_rows=part.first_rows[kept])
+
+
+def _read_folder(folder: str, storage: Storage) -> ShardSet:
+    sizes = _sizes(folder, storage)
     try:
-        table, shards, records = _load_index(folder)
+        part = _load_set(folder, storage)
     except (ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
         raise UserError(
-            f"The index of {folder} is damaged ({SHARD_TABLE_FILE} or {INDEX_FILE}): pack the folder again."
+            f"The index of {folder} is damaged ({SHARD_TABLE_FILE} or {INDEX_FILE}): pack or index the folder again."
         ) from error
-    if len(records) == 0:
+    if len(part.records) == 0:
         raise UserError(
             f"The shard folder {folder} is empty: its index lists no samples. Pack some audio into it first."
         )
-    if records.dtype != RECORD or len(records) != sum(shard.num_samples for shard in shards):
+    if part.records.dtype != RECORD or len(part.records) != sum(shard.num_samples for shard in part.shards):
         raise UserError(
-            f"The files {INDEX_FILE} and {SHARD_TABLE_FILE} in {folder} do not belong together: pack the folder again."
+            f"The files {INDEX_FILE} and {SHARD_TABLE_FILE} in {folder} do not belong together: pack or index the "
+            "folder again."
         )
-    for shard in shards:
-        _check_size(shard)
-    return ShardIndex(shards, records, tuple(table["languages"]))
+    for shard in part.shards:
+        _check_size(shard, folder, sizes)
+    return part
 
 
-def _load_index(folder: Path) -> tuple[dict[str, Any], tuple[Shard, ...], Records]:
-    table: dict[str, Any] = json.loads((folder / SHARD_TABLE_FILE).read_text(encoding="utf-8"))
+def _load_set(folder: str, storage: Storage) -> ShardSet:
+    table: dict[str, Any] = json.loads(storage.read_all(join(folder, SHARD_TABLE_FILE)))
     if table.get("format") != FORMAT_VERSION:
         raise UserError(
             f"The index of {folder} has format {table.get('format')!r}, but this version reads format "
-            f"{FORMAT_VERSION}: pack the folder again."
+            f"{FORMAT_VERSION}: make it again by `voxtral-dist shards index {folder}`."
         )
-    shards = tuple(Shard(**(row | {"path": folder / row["path"]})) for row in table["shards"])
-    return table, shards, np.load(folder / INDEX_FILE, mmap_mode="r")
+    shards = tuple(Shard(**(row | {"location": _absolute(row["location"], folder)})) for row in table["shards"])
+    counts = [shard.num_samples for shard in shards]
+    return ShardSet(
+        shards=shards,
+        records=np.load(storage.local_copy(join(folder, INDEX_FILE)), mmap_mode="r"),
+        first_rows=np.cumsum([0, *counts[:-1]], dtype=np.int64),
+        languages=tuple(table["languages"]),
+        members=SampleMembers.from_json(table["members"]),
+        longest_seconds=float(table["longest_seconds"]),
+        most_text_tokens=int(table["most_text_tokens"]),
+    )
 
 
-def _check_files(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(
-            f"The shard folder {folder} does not exist: make it by `voxtral-dist shards pack MANIFEST {folder}`, "
-            "or correct the path in the configuration."
-        )
-    if not (folder / SHARD_TABLE_FILE).is_file() or not (folder / INDEX_FILE).is_file():
-        what = (
-            "is empty" if not any(folder.iterdir()) else f"has no complete index ({SHARD_TABLE_FILE} and {INDEX_FILE})"
-        )
-        raise UserError(f"The shard folder {folder} {what}: make it by `voxtral-dist shards pack MANIFEST {folder}`.")
-
-
-def _check_size(shard: Shard) -> None:
+def _sizes(folder: str, storage: Storage) -> dict[str, int] | None:
+    """The files of a folder and their sizes; None where a server does not list them."""
     try:
-        num_bytes = shard.path.stat().st_size
-    except OSError as error:
+        sizes = storage.sizes(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"The shard {shard.path} cannot be read ({error.strerror}): its index still lists it."
+            f"The shard folder {folder} does not exist: make it by `voxtral-dist shards pack SOURCE {folder}`, "
+            "or correct the path in the configuration."
         ) from error
+    if not sizes and is_remote(folder):
+        return None
+    if not {SHARD_TABLE_FILE, INDEX_FILE} <= sizes.keys():
+        what = f"has no complete index ({SHARD_TABLE_FILE} and {INDEX_FILE})" if sizes else "is empty"
+        raise UserError(
+            f"The shard folder {folder} {what}: make it by `voxtral-dist shards pack SOURCE {folder}`, or index its "
+            f"tars by `voxtral-dist shards index {folder}`."
+        )
+    return sizes
+
+
+def _check_size(shard: Shard, folder: str, sizes: dict[str, int] | None) -> None:
+    if sizes is None or shard.location != join(folder, shard.name):
+        return
+    num_bytes = sizes.get(shard.name)
+    if num_bytes is None:
+        raise UserError(f"The shard {shard.location} is missing: the index of its folder still lists it.")
     if num_bytes != shard.num_bytes:
         raise UserError(
-            f"The shard {shard.path} has {num_bytes} bytes, but had {shard.num_bytes} when it was indexed: copy it "
-            "again, or pack the folder again."
+            f"The shard {shard.location} has {num_bytes} bytes, but had {shard.num_bytes} when it was indexed: copy it "
+            "again, or pack or index the folder again."
         )
 
 
-def _renumber_languages(part: ShardIndex, languages: Sequence[str]) -> Records:
-    numbers = np.full(256, UNKNOWN_LANGUAGE, dtype=np.uint8)
-    numbers[: len(part.languages)] = [languages.index(language) for language in part.languages]
-    records = np.array(part.records)
-    records["language"] = numbers[records["language"]]
-    return records
+def _relative(shard: Shard, folder: Path) -> str:
+    return shard.name if shard.location == join(str(folder), shard.name) else shard.location
+
+
+def _absolute(location: str, folder: str) -> str:
+    return location if "/" in location else join(folder, location)
+
+
+def _language_numbers(own: Sequence[str], merged: Sequence[str]) -> NDArray[np.uint16]:
+    """The position in `merged` of each position in `own`; unknown ones stay unknown. `(65536,)`."""
+    numbers = np.full(2**16, UNKNOWN_LANGUAGE, dtype=np.uint16)
+    numbers[: len(own)] = [merged.index(language) for language in own]
+    return numbers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from webdataset.writer import TarWriter
 
 from voxtral_dist.data.audio import AudioError, decode_audio
-from voxtral_dist.data.index import RECORD, SHARD_TABLE_FILE, TAR_BLOCK_BYTES, UNKNOWN_LANGUAGE, Shard, write_index
+from voxtral_dist.data.index import LARGEST_COUNT, RECORD, SHARD_TABLE_FILE, UNKNOWN_LANGUAGE, Shard, write_index
 from voxtral_dist.data.manifests import Refusal, Utterance, read_manifest
+from voxtral_dist.data.members import TAR_BLOCK_BYTES
 from voxtral_dist.errors import UserError
 
 _OFFSET_LIMIT_BYTES = TAR_BLOCK_BYTES * (2**32 - 1)
@@ -113,7 +115,7 @@ class _ShardSetWriter:
         self._out_dir = out_dir
         self._shard_bytes = min(shard_bytes, _OFFSET_LIMIT_BYTES)
         self._shards: list[Shard] = []
-        self._records: list[tuple[int, int, int, int, int, int]] = []
+        self._records: list[tuple[int, ...]] = []
         self._languages: list[str] = []
         self._summary = PackSummary()
         self._file: BinaryIO | None = None
@@ -144,7 +146,9 @@ class _ShardSetWriter:
                 start // TAR_BLOCK_BYTES,
                 (tar.tarstream.offset - start) // TAR_BLOCK_BYTES,
                 round(duration_seconds * 1000),
-                min(_count_tokens(utterance.fields["text"]), 2**16 - 1),
+                0,
+                min(_count_tokens(utterance.fields["text"]), LARGEST_COUNT),
+                min(len(utterance.fields["text"]), LARGEST_COUNT),
                 self._number_of(language),
                 0,
             )
@@ -166,7 +170,8 @@ class _ShardSetWriter:
             raise UserError(f"Nothing was packed into {self._out_dir}: no sample of the manifest could be used.")
         self._close_shard()
         for shard in self._shards:
-            _temporary(shard.path).replace(shard.path)
+            final = Path(shard.location)
+            _temporary(final).replace(final)
         write_index(self._out_dir, self._shards, np.array(self._records, dtype=RECORD), self._languages)
         return self._summary
 
@@ -185,10 +190,16 @@ class _ShardSetWriter:
         self._file.close()
         self._tar = None
         written = _temporary(self._path)
-        with written.open("rb") as contents:
-            digest = hashlib.file_digest(contents, "sha256").hexdigest()
+        with written.open("rb") as shard:
+            digest = hashlib.file_digest(shard, "sha256").hexdigest()
+        contents = written.read_bytes()
+        for number in range(self._first_record, len(self._records)):
+            offset, num_blocks, duration_ms, _, *rest = self._records[number]
+            start = offset * TAR_BLOCK_BYTES
+            crc32 = zlib.crc32(contents[start : start + num_blocks * TAR_BLOCK_BYTES])
+            self._records[number] = (offset, num_blocks, duration_ms, crc32, *rest)
         num_samples = len(self._records) - self._first_record
-        self._shards.append(Shard(self._path, num_samples, written.stat().st_size, digest))
+        self._shards.append(Shard(str(self._path), num_samples, written.stat().st_size, digest))
 
     def _number_of(self, language: str | None) -> int:
         if language is None:

@@ -1,0 +1,133 @@
+"""The members of one stored sample: which of them hold its audio, its text and its language.
+
+A sample is a run of tar members of one key, `KEY.json`, `KEY.flac` and so on. As everywhere in WebDataset, the key ends
+at the first dot of the last part of the name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TAR_BLOCK_BYTES = 512
+# What libsndfile decodes. A sample may have other members, such as pictures, which are not looked at.
+AUDIO_SUFFIXES = frozenset(
+    {"wav", "flac", "mp3", "ogg", "oga", "opus", "aiff", "aif", "au", "w64", "rf64", "caf", "audio"}
+)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A place in a sample: a member, and a key in it where it is json."""
+
+    member: str
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleMembers:
+    """How the samples of a shard set are laid out.
+
+    audio: the suffix of the member with the audio; None where every sample has one audio member.
+    text: where the transcript is.
+    language: where its ISO 639-1 code is; a text is the language of the whole set, None says that it is not known.
+    """
+
+    audio: str | None = None
+    text: Field = field(default=Field("json", "text"))
+    language: Field | str | None = field(default=Field("json", "lang"))
+
+    def to_json(self) -> dict[str, Any]:
+        """For the shard table."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> SampleMembers:
+        """From the shard table."""
+        language = table["language"]
+        return cls(
+            audio=table["audio"],
+            text=Field(**table["text"]),
+            language=Field(**language) if isinstance(language, dict) else language,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One utterance as stored: encoded audio, its text, and its language where that is known."""
+
+    key: str
+    audio: bytes
+    audio_suffix: str
+    text: str
+    language: str | None
+
+
+def parse_sample(contents: bytes, layout: SampleMembers) -> Sample:
+    """The sample in a run of tar members.
+
+    Raises:
+        ValueError: a member is missing or not what the layout says; the sentence goes on after the name of the sample.
+        tarfile.TarError: these bytes are not tar members.
+    """
+    return sample_of(*read_members(contents), layout)
+
+
+def read_members(contents: bytes) -> tuple[str, dict[str, bytes]]:
+    """The key of a run of tar members, and their contents by suffix."""
+    members: dict[str, bytes] = {}
+    key = ""
+    with tarfile.open(fileobj=io.BytesIO(contents + bytes(2 * TAR_BLOCK_BYTES)), mode="r:") as tar:
+        for member in tar:
+            extracted = tar.extractfile(member)
+            if extracted is not None:
+                key, suffix = split_name(member.name)
+                members[suffix] = extracted.read()
+    return key, members
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The key and the suffix of a member: `a/b.c/1.en.json` -> (`a/b.c/1`, `en.json`)."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, suffix = last.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def sample_of(key: str, members: Mapping[str, bytes], layout: SampleMembers) -> Sample:
+    """The sample with these members; see `parse_sample` for errors."""
+    suffix = _audio_suffix(members, layout.audio)
+    text = _value(members, layout.text)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("has no text")
+    language = _value(members, layout.language) if isinstance(layout.language, Field) else layout.language
+    if language is not None and not isinstance(language, str):
+        raise ValueError(f"has the language {language!r}, which is not text")
+    return Sample(key, members[suffix], suffix, text, language)
+
+
+def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
+    if wanted is not None:
+        if wanted not in members:
+            raise ValueError(f"has no {wanted} member with its audio, only {sorted(members)}")
+        return wanted
+    found = sorted(suffix for suffix in members if suffix.rpartition(".")[2] in AUDIO_SUFFIXES)
+    if len(found) != 1:
+        raise ValueError(f"must have one audio member, but has {found or sorted(members)} instead")
+    return found[0]
+
+
+def _value(members: Mapping[str, bytes], place: Field) -> Any:
+    """What stands at a place; None where nothing does."""
+    contents = members.get(place.member)
+    if contents is None:
+        return None
+    if place.key is None:
+        return contents.decode("utf-8").strip()
+    fields = json.loads(contents)
+    if not isinstance(fields, dict):
+        raise ValueError(f"has a {place.member} member that is no JSON object")
+    return fields.get(place.key)
