@@ -33,7 +33,7 @@ def run_config(
             "train_data": {
                 "shards": [shards],
                 "slots_per_step": slots_per_step,
-                "examples_per_slot": 2,
+                "max_examples": 2,
                 "sort_window_steps": 4,
                 "num_workers": 0,
             },

@@ -163,7 +163,7 @@ def test_a_mistake_in_a_configuration_is_one_sentence(run, recipe, tmp_path, ove
     ("contents", "sentence"),
     [
         ('{"train_batch_size": 8, "zero_optimization": {"stage": 2}}', "`train_batch_size`"),
-        ('{"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}', "`train_data.examples_per_slot`"),
+        ('{"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}}', "`train_data.max_examples`"),
         ('{"gradient_accumulation_steps": 8, "zero_optimization": {"stage": 2}}', "`train_data.slots_per_step`"),
         ('{"bf16": {"enabled": true}, "zero_optimization": {"stage": 2}}', "`bf16`"),
         ('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}', "`model.precision`"),

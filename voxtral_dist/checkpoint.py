@@ -35,6 +35,9 @@ _COMPLETE = "complete.json"
 _FORMAT = 1
 log = logging.getLogger(__name__)
 
+# Keys of `train_data` that change neither what is drawn nor its order: shards may move, and are known by fingerprint.
+_WHERE_AND_HOW_FAST = {"shards", "sets", "num_workers", "max_bad_fraction", "max_bad_in_a_row"}
+
 # A rank holds this much on the CPU before it writes a part.
 _PART_BYTES = 2 * 2**30
 
@@ -156,20 +159,12 @@ class CheckpointDirectory:
 
 def _data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     """What the place in the data and what it holds depend on, as it reads back from JSON."""
-    names = (
-        "slots_per_step",
-        "examples_per_slot",
-        "sort_window_steps",
-        "shuffle_block_size",
-        "max_duration_seconds",
-        "max_target_tokens",
-        "augmentation",
-    )
-    train_data = config.train_data.model_dump(mode="json")
+    train_data = config.train_data.model_dump(mode="json", exclude=_WHERE_AND_HOW_FAST)
     return {
         "seed": config.seed,
         "fingerprint of train_data.shards": data_fingerprint,
-        **{f"train_data.{name}": train_data[name] for name in names},
+        "train_data.sets": {name: one.weight for name, one in config.train_data.sets.items()},
+        **{f"train_data.{name}": value for name, value in train_data.items()},
     }
 
 

@@ -55,23 +55,54 @@ class AugmentationStep(Section):
     """Its arguments by name; `p` is the probability that it is applied to an utterance."""
 
 
+class ShardSetConfig(Section):
+    """One of several shard sets that are mixed."""
+
+    shards: tuple[str, ...] = Field(min_length=1)
+    """As `train_data.shards`."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the audio that is drawn, relative to the other sets. None in all sets: by `set_temperature`."""
+
+
 class TrainDataConfig(Section):
     """The shards that are trained on, and how they become batches.
 
-    A step consumes `slots_per_step * examples_per_slot` utterances whatever the number of GPUs: rank r of W takes the
-    slots r, r + W, r + 2 W, and so on.
+    A step consumes `slots_per_step` micro-batches whatever the number of GPUs: rank r of W takes the slots r, r + W,
+    r + 2 W, and so on. A micro-batch is what one GPU holds in one forward pass; at least one of `max_examples`,
+    `max_windows` and `max_tokens` limits it.
     """
 
-    shards: tuple[str, ...] = Field(min_length=1)
-    """Shard sets: folders or URLs (`s3://`, `gs://`, `https://`, `hf://`) with an index, globs and brace ranges of them,
-    or patterns of tars in such a folder, which take a part of it. Together they are one training set."""
+    shards: tuple[str, ...] = ()
+    """Shard sets: folders or URLs (`s3://`, `gs://`, `https://`, `hf://`) with an index, globs and brace ranges of
+    them, or patterns of tars in such a folder, which take a part of it. Together they are one training set."""
+
+    sets: dict[FileName, ShardSetConfig] = Field(default_factory=dict)
+    """Several training sets by name, instead of `shards`, that are mixed in every sort window by their shares."""
+
+    set_temperature: float = Field(default=1.0, ge=1)
+    """Without weights, a set has the share hours^(1 / temperature) of the audio: 1 draws every utterance equally often,
+    larger values draw small sets more often. Does nothing where sets have weights."""
+
+    language_temperature: float = Field(default=1.0, ge=1)
+    """The same over the languages inside each set. 1 does not tell languages apart."""
 
     slots_per_step: int = Field(default=8, gt=0)
     """Micro-batches per optimizer update over all ranks. At least the number of ranks; a multiple of it wastes
     nothing."""
 
-    examples_per_slot: int = Field(default=4, gt=0)
-    """Utterances per micro-batch: what one GPU holds in one forward pass."""
+    max_examples: int | None = Field(default=None, gt=0)
+    """Examples in a micro-batch at most."""
+
+    max_windows: int | None = Field(default=None, gt=0)
+    """Windows of the encoder in a micro-batch at most. A longer utterance is left out."""
+
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Positions of the language model in a micro-batch at most, padding included. A longer utterance is left out."""
+
+    packing: bool = False
+    """Join short utterances of one language into examples of up to one window. Fewer windows are computed, but the
+    model learns from utterances with several sentences and speakers. At the start the fill of windows is reported."""
 
     sort_window_steps: int = Field(default=16, gt=0)
     """Utterances of this many steps are sorted by cost together, so that a micro-batch holds utterances of similar
@@ -81,8 +112,20 @@ class TrainDataConfig(Section):
     """Neighbouring samples of a shard that stay together when the set is shuffled. Larger blocks read disks and
     object stores more sequentially."""
 
+    min_duration_seconds: float | None = Field(default=None, gt=0)
+    """Shorter utterances are left out, and their number is reported at the start."""
+
     max_duration_seconds: float | None = Field(default=None, gt=0)
     """Longer utterances are left out, and their number is reported at the start."""
+
+    min_chars_per_second: float | None = Field(default=None, gt=0)
+    """Utterances with fewer characters of text per second of audio are left out: their transcripts miss something."""
+
+    max_chars_per_second: float | None = Field(default=None, gt=0)
+    """Utterances with more characters of text per second of audio are left out: their audio misses something."""
+
+    languages: tuple[str, ...] | None = None
+    """Only utterances of these languages (ISO 639-1) are drawn."""
 
     augmentation: tuple[AugmentationStep, ...] = ()
     """Applied in this order to the waveform; drawn from (seed, pass, sample), so the same on any worker."""
@@ -98,6 +141,42 @@ class TrainDataConfig(Section):
 
     max_bad_in_a_row: int = Field(default=100, gt=0)
     """The run ends when more samples than this were unusable since the last step with a usable one."""
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if bool(self.shards) == bool(self.sets):
+            raise ValueError("`train_data` must have either `shards` or `sets`, but has both or none instead")
+        if self.max_examples is None and self.max_windows is None and self.max_tokens is None:
+            raise ValueError(
+                "`train_data` must limit a micro-batch by `max_examples`, `max_windows` or `max_tokens`, but sets none "
+                "instead"
+            )
+        weighted = [name for name, one in self.sets.items() if one.weight is not None]
+        if weighted and len(weighted) < len(self.sets):
+            raise ValueError(
+                f"`train_data.sets`: all sets or none must have a weight, but only {weighted} have instead"
+            )
+        return self
+
+    @property
+    def named_sets(self) -> dict[str, tuple[str, ...]]:
+        """The patterns of each training set."""
+        return {name: one.shards for name, one in self.sets.items()} or {"all": self.shards}
+
+    @property
+    def mixes_sets(self) -> bool:
+        """Whether sets have other shares than what they hold."""
+        return len(self.sets) > 1 and (self.set_temperature != 1 or any(one.weight for one in self.sets.values()))
+
+    @property
+    def mixes_languages(self) -> bool:
+        """Whether languages have other shares than what the sets hold of them."""
+        return self.language_temperature != 1
+
+    def set_weight(self, name: str, duration_seconds: float) -> float:
+        """The share of a set that holds so much audio, relative to the other sets."""
+        weight = self.sets[name].weight if name in self.sets else None
+        return duration_seconds ** (1 / self.set_temperature) if weight is None else weight
 
 
 class OptimizerConfig(Section):

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from voxtral_dist.checkpoint import CheckpointDirectory, TrainProgress
 from voxtral_dist.config import RunConfig, TrainDataConfig, dump_config
 from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.loader import StepBatches, build_train_loader
+from voxtral_dist.data.loader import StepBatches, TrainingSet, build_train_loader
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, sum_over_ranks
 from voxtral_dist.distributed.world import World
@@ -72,12 +71,12 @@ def train(config: RunConfig, world: World) -> int:
     model = load_voxtral(config.model)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = ZeroEngine(config, model, log_mel, world)
-    checkpoints = CheckpointDirectory(config, steps.fingerprint, world)
+    checkpoints = CheckpointDirectory(config, steps.training_set.index.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
 
     with _stop_signals() as stop, MetricsLog(config.run_dir, config.num_steps, progress.step, world) as log:
-        _announce(config, progress, steps.num_samples, steps.num_drawn, world, log)
+        _announce(config, progress, steps.training_set, world, log)
         evaluator.evaluate_if(evaluator.is_owed(progress.step), engine, progress.step, log)
         bad = _BadSampleLimits(config.train_data)
         started = time.monotonic()
@@ -153,7 +152,7 @@ def train_step(
     num_targets, num_samples, num_bad, audio_seconds, stop = sum_over_ranks(
         [
             sum(batch.num_targets for batch in micro_batches),
-            sum(batch.num_examples for batch in micro_batches),
+            sum(batch.num_samples for batch in micro_batches),
             sum(len(batch.bad_samples) for batch in micro_batches),
             sum(batch.audio_seconds for batch in micro_batches),
             float(stop_requested),
@@ -312,17 +311,22 @@ def percent(rate: float | None) -> str:
 
 
 def _announce(
-    config: RunConfig, progress: TrainProgress, num_samples: int, num_drawn: int, world: World, log: MetricsLog
+    config: RunConfig, progress: TrainProgress, training_set: TrainingSet, world: World, log: MetricsLog
 ) -> None:
     """Store the configuration and say what is about to happen."""
     if world.is_first:
         (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    values: dict[str, Any] = {"world_size": world.size, "num_samples": num_samples}
+    values = {
+        "world_size": world.size,
+        "num_samples": len(training_set.index),
+        "left_out": training_set.streams.left_out,
+    }
     log.write("event", progress.step, {"event": "resumed" if progress.step else "started", **values})
-    left_out = f" ({num_samples - num_drawn} too long)" if num_drawn < num_samples else ""
+    for line in training_set.lines():
+        log.say(line)
     where = f"from step {progress.step} " if progress.step else ""
     log.say(
-        f"Training {where}on {num_drawn} utterances{left_out}, {world.size} ranks, "
+        f"Training {where}on {training_set.streams.num_samples} utterances, {world.size} ranks, "
         f"ZeRO-{zero_stage(config.engine.deepspeed)}, {world.device.type}, {config.model.precision}"
     )
 

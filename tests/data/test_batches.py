@@ -31,7 +31,7 @@ def test_collate_aligns_completions_at_the_end():
     assert batch.labels.tolist() == [[7, 8, 2], [IGNORED_LABEL, 9, 2]]
     assert batch.pcm.tolist() == [[5] * 4, [5] * 4, [6] * 4]
     assert batch.windows_per_example == (2, 1)
-    assert (batch.num_examples, batch.audio_seconds, batch.num_targets) == (2, 1.5, 5)
+    assert (batch.num_samples, batch.audio_seconds, batch.num_targets) == (2, 1.5, 5)
 
 
 def test_an_empty_transcript_trains_its_end_alone():
@@ -72,7 +72,7 @@ def test_moving_a_batch_keeps_everything_but_the_device():
 def test_a_weightless_micro_batch_runs_and_counts_for_nothing(prompts: TranscriptionPrompts):
     bad = BadSample("a.tar", "key", "reason")
     batch = weightless_micro_batch(prompts, [bad])
-    assert (batch.num_targets, batch.num_examples, batch.audio_seconds) == (0, 0, 0.0)
+    assert (batch.num_targets, batch.num_samples, batch.audio_seconds) == (0, 0, 0.0)
     assert batch.bad_samples == (bad,)
     assert tuple(batch.input_ids[0].tolist()) == prompts.prompt(None, 1)
     assert batch.pcm.shape == (1, prompts.window_samples)

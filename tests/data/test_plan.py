@@ -1,7 +1,9 @@
 """The order of training is a pure function: every sample once per pass, whatever the number of ranks and workers."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,122 +12,146 @@ import torch
 
 from voxtral_dist.config import AugmentationStep, TrainDataConfig
 from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch
-from voxtral_dist.data.loader import StepBatches, build_plan, build_train_loader
-from voxtral_dist.data.plan import PlanShape, TrainPlan, permute, permute_blocks, rank_slots
+from voxtral_dist.data.cutting import Budget
+from voxtral_dist.data.filters import ExampleSizes
+from voxtral_dist.data.index import ShardIndex
+from voxtral_dist.data.loader import StepBatches, build_train_loader, build_training_set
+from voxtral_dist.data.plan import PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
+from voxtral_dist.data.streams import Stream, Streams, build_streams
 from voxtral_dist.errors import UserError
 
-SHAPE = PlanShape(slots_per_step=4, examples_per_slot=3, sort_window_steps=5, shuffle_block_size=2)
+from corpora import synthetic_set
+
+SHAPE = PlanShape(slots_per_step=4, budget=Budget(3, None, None), sort_window_steps=5, shuffle_block_size=2)
+SIZES = ExampleSizes(window_ms=30_000, audio_tokens_per_window=375, num_prompt_tokens=8)
 
 
-def costs(num_samples: int) -> np.ndarray:
-    return np.random.default_rng(num_samples).integers(1, 400, num_samples)
+def make_plan(num_samples: int, shape: PlanShape = SHAPE, seed: int = 0, max_seconds: float = 29.0) -> TrainPlan:
+    index = ShardIndex([synthetic_set(num_samples, max_seconds=max_seconds)])
+    streams = Streams([Stream("all", num_samples, num_samples)], {}, None)
+    return TrainPlan(index, streams, SIZES, shape, (seed,))
 
 
-def make_plan(num_samples: int, shape: PlanShape = SHAPE, seed: int = 0) -> TrainPlan:
-    return TrainPlan(costs(num_samples), None, shape, (seed,))
+def positions_of(plan: TrainPlan, sample_ids) -> np.ndarray:
+    records = plan._index.gather(np.array(sample_ids, dtype=np.int64))
+    return SIZES.positions(SIZES.windows(records["duration_ms"]), records["num_text_tokens"])
 
 
-def drawn_in_pass(plan: TrainPlan, shape: PlanShape, pass_index: int = 0) -> list[int]:
+def drawn_in_pass(plan: TrainPlan, pass_index: int = 0) -> list[int]:
     steps = range(pass_index * plan.steps_per_pass, (pass_index + 1) * plan.steps_per_pass)
-    slots = [plan.slot(step, slot) for step in steps for slot in range(shape.slots_per_step)]
-    assert {slot.pass_index for slot in slots} == {pass_index}
-    return [sample_id for slot in slots for sample_id in slot.sample_ids.tolist()]
+    slots = [plan.slot(step, slot) for step in steps for slot in range(plan.num_slots(step))]
+    assert {number for slot in slots for number in slot.passes} == {pass_index}
+    return [sample_id for slot in slots for sample_id in slot.sample_ids]
 
 
 @pytest.mark.parametrize("num_samples", [1, 5, 64, 101])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("slots", [1, 4])
-@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("budget", [Budget(1, None, None), Budget(3, None, None), Budget(None, 5, 2500)])
 @pytest.mark.parametrize("window", [1, 5])
-def test_every_sample_is_drawn_once_per_pass(num_samples, block_size, slots, examples, window):
-    shape = PlanShape(slots, examples, window, block_size)
-    plan = make_plan(num_samples, shape)
+def test_every_sample_is_drawn_once_per_pass(num_samples, block_size, slots, budget, window):
+    plan = make_plan(num_samples, PlanShape(slots, budget, window, block_size), max_seconds=70.0)
     for pass_index in (0, 1, 7):
-        assert sorted(drawn_in_pass(plan, shape, pass_index)) == list(range(num_samples))
+        assert sorted(drawn_in_pass(plan, pass_index)) == list(range(num_samples))
 
 
-def test_only_the_chosen_samples_are_drawn():
-    chosen = np.array([3, 4, 8, 50, 99])
-    plan = TrainPlan(costs(100), chosen, SHAPE, (0,))
-    assert sorted(drawn_in_pass(plan, SHAPE)) == chosen.tolist()
-
-
-@pytest.mark.parametrize("shape", [SHAPE, PlanShape(3, 5, 1, 1)])
+@pytest.mark.parametrize("shape", [SHAPE, PlanShape(3, Budget(None, 5, None), 1, 1, max_packed_tokens=448)])
 def test_a_slot_does_not_depend_on_what_was_asked_before(shape):
-    places = [(step, slot) for step in range(40) for slot in range(shape.slots_per_step)]
     plan = make_plan(101, shape)
-    in_order = {place: plan.slot(*place).sample_ids.tolist() for place in places}
+    places = [(step, slot) for step in range(40) for slot in range(plan.num_slots(step))]
+    in_order = {place: plan.slot(*place) for place in places}
     shuffled = make_plan(101, shape)
     for place in np.random.default_rng(0).permutation(places).tolist():
-        assert shuffled.slot(*place).sample_ids.tolist() == in_order[tuple(place)]
+        assert shuffled.slot(*place) == in_order[tuple(place)]
 
 
-def test_a_micro_batch_never_holds_more_than_examples_per_slot():
+def test_micro_batches_of_equal_examples_are_equally_full():
     plan = make_plan(101)
-    steps = range(plan.steps_per_pass)
-    sizes = [len(plan.slot(step, slot).sample_ids) for step in steps for slot in range(SHAPE.slots_per_step)]
-    assert max(sizes) == SHAPE.examples_per_slot
-    # Only the last sort window of a pass is not full, and it spreads what is left evenly.
-    last_window = len(sizes) - len(sizes) % (SHAPE.sort_window_steps * SHAPE.slots_per_step)
-    assert set(sizes[:last_window]) == {SHAPE.examples_per_slot}
-    assert max(sizes[last_window:]) - min(sizes[last_window:]) <= 1
+    sizes = [len(plan.slot(step, slot).sample_ids) for step in range(plan.steps_per_pass) for slot in range(4)]
+    assert max(sizes) == 3
+    assert max(sizes) - min(sizes) <= 1
+    assert plan.steps_per_pass == -(-101 // (4 * 3))
+
+
+@pytest.mark.parametrize("budget", [Budget(None, 6, None), Budget(None, None, 4000), Budget(8, 12, 6000)])
+@pytest.mark.parametrize("packed", [None, 448])
+def test_no_micro_batch_passes_its_budget_and_most_are_nearly_full(budget, packed):
+    plan = make_plan(3000, PlanShape(4, budget, 8, 1, packed), max_seconds=80.0)
+    loads = []
+    for step in range(plan.steps_per_pass):
+        for slot in range(plan.num_slots(step)):
+            samples = plan.slot(step, slot)
+            ends = np.cumsum([0, *samples.example_sizes])
+            groups = [samples.sample_ids[start:end] for start, end in pairwise(ends.tolist())]
+            loads.append(load_of(plan, groups, budget))
+    assert max(loads) <= 1.0
+    assert np.mean(loads) > 0.75
+    # A slot more than planned is rare.
+    extra = sum(plan.num_slots(step) - 4 for step in range(plan.steps_per_pass))
+    assert extra <= 0.02 * 4 * plan.steps_per_pass
+
+
+def load_of(plan: TrainPlan, groups: list[tuple[int, ...]], budget: Budget) -> float:
+    """The share of the budget that a micro-batch strains most, from the definitions."""
+    if not groups:
+        return 0.0
+    durations = [int(plan._index.gather(np.array(group))["duration_ms"].sum()) for group in groups]
+    texts = [int(plan._index.gather(np.array(group))["num_text_tokens"].sum()) + len(group) - 1 for group in groups]
+    windows = [max(1, -(-duration // 30_000)) for duration in durations]
+    longest = max(375 * count + 8 + text for count, text in zip(windows, texts, strict=True))
+    values = ((len(groups), budget.max_examples), (sum(windows), budget.max_windows))
+    shares = [value / limit for value, limit in (*values, (len(groups) * longest, budget.max_tokens)) if limit]
+    return max(shares)
+
+
+def test_packing_fills_windows_and_keeps_languages_apart():
+    apart, packed = (
+        make_plan(3000, replace(SHAPE, max_packed_tokens=limit), max_seconds=14.0) for limit in (None, 448)
+    )
+    assert sorted(drawn_in_pass(packed)) == list(range(3000))
+    assert packed.figures.window_fill > 0.95 > 0.5 > apart.figures.window_fill
+    assert packed.steps_per_pass < 0.6 * apart.steps_per_pass
+    for slot in (packed.slot(step, 0) for step in range(packed.steps_per_pass)):
+        ends = np.cumsum([0, *slot.example_sizes]).tolist()
+        for start, end in pairwise(ends):
+            records = packed._index.gather(np.array(slot.sample_ids[start:end]))
+            assert len(set(records["language"].tolist())) == 1
+            assert end - start == 1 or records["duration_ms"].sum() <= 30_000
 
 
 def test_passes_and_seeds_give_different_orders():
     plan = make_plan(101)
-    orders = [drawn_in_pass(plan, SHAPE, pass_index) for pass_index in range(3)]
-    orders += [drawn_in_pass(make_plan(101, seed=seed), SHAPE) for seed in (1, 2)]
+    orders = [drawn_in_pass(plan, pass_index) for pass_index in range(3)]
+    orders += [drawn_in_pass(make_plan(101, seed=seed)) for seed in (1, 2)]
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
 def test_the_same_seed_gives_the_same_order():
-    assert drawn_in_pass(make_plan(101, seed=3), SHAPE) == drawn_in_pass(make_plan(101, seed=3), SHAPE)
+    assert drawn_in_pass(make_plan(101, seed=3)) == drawn_in_pass(make_plan(101, seed=3))
 
 
-def windows_of(plan: TrainPlan, shape: PlanShape) -> Iterator[list[np.ndarray]]:
+def windows_of(plan: TrainPlan, shape: PlanShape) -> Iterator[list[tuple[int, ...]]]:
     for first in range(0, plan.steps_per_pass, shape.sort_window_steps):
         steps = range(first, min(first + shape.sort_window_steps, plan.steps_per_pass))
         yield [plan.slot(step, slot).sample_ids for step in steps for slot in range(shape.slots_per_step)]
 
 
-@pytest.mark.parametrize("num_samples", [120, 131])
+@pytest.mark.parametrize("num_samples", [120, 180])
 def test_micro_batches_of_a_sort_window_are_runs_of_its_sorted_costs(num_samples):
-    cost = costs(num_samples)
-    for window in windows_of(make_plan(num_samples), SHAPE):
-        runs = sorted((cost[ids] for ids in window if len(ids)), key=lambda run: (run.min(), run.max()))
+    plan = make_plan(num_samples, max_seconds=200.0)
+    for window in windows_of(plan, SHAPE):
+        costs = [positions_of(plan, ids) for ids in window if len(ids)]
+        runs = sorted(costs, key=lambda run: (run.min(), run.max()))
         assert all(one.max() <= other.min() for one, other in pairwise(runs))
 
 
 def test_micro_batches_of_a_sort_window_are_shuffled():
-    cost = costs(120)
-    means = [[cost[ids].mean() for ids in window] for window in windows_of(make_plan(120), SHAPE)]
+    plan = make_plan(120, max_seconds=200.0)
+    means = [[positions_of(plan, ids).mean() for ids in window] for window in windows_of(plan, SHAPE)]
     assert all(window != sorted(window) and window != sorted(window, reverse=True) for window in means)
     # Differently in each window: otherwise some slots would always get the short utterances.
     ranks = [np.argsort(np.argsort(window)).tolist() for window in means]
     assert ranks[0] != ranks[1]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
-def test_permute_is_a_bijection(size):
-    for key in ((0,), (1, 2), (5, 0, 9)):
-        assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
-
-
-def test_permute_is_computed_for_single_values_alike():
-    whole = permute(np.arange(1000), 1000, (4,))
-    assert [int(permute(np.array([value]), 1000, (4,))[0]) for value in (0, 1, 500, 999)] == whole[
-        [0, 1, 500, 999]
-    ].tolist()
-
-
-@pytest.mark.parametrize("num_samples", [1, 7, 64, 100])
-@pytest.mark.parametrize("block_size", [1, 3, 8, 200])
-def test_blocks_of_neighbours_stay_together(num_samples, block_size):
-    places = permute_blocks(np.arange(num_samples), num_samples, block_size, (1,)).tolist()
-    assert sorted(places) == list(range(num_samples))
-    first_of_blocks = [place for place in places if place % block_size == 0]
-    in_blocks = [range(first, min(first + block_size, num_samples)) for first in first_of_blocks]
-    assert places == [place for block in in_blocks for place in block]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
@@ -137,7 +163,131 @@ def test_the_slots_of_all_ranks_are_the_slots_of_the_step(world_size):
 
 def test_more_ranks_than_slots_are_refused():
     with pytest.raises(UserError, match=r"slots_per_step` is 4, but 5 ranks"):
-        rank_slots(4, 0, 5)
+        refuse_idle_ranks(4, 5)
+
+
+# Mixtures: several sets, and languages inside them.
+
+SET_SIZES = {"clean": 700, "noisy": 150, "tiny": 9}
+MIXTURES = {
+    "weights": {"weights": {"clean": 0.5, "noisy": 0.4, "tiny": 0.1}},
+    "temperature over sets": {"set_temperature": 3.0},
+    "temperature over languages": {"language_temperature": 2.0},
+    "both": {"set_temperature": 2.0, "language_temperature": 5.0},
+    "neither, with a filter": {"max_duration_seconds": 15.0},
+}
+
+
+def mixture(weights=None, **changes) -> tuple[TrainDataConfig, ShardIndex, Streams]:
+    sets = {name: {"shards": [name], "weight": (weights or {}).get(name)} for name in SET_SIZES}
+    config = TrainDataConfig(sets=sets, max_examples=4, slots_per_step=4, sort_window_steps=6, **changes)
+    parts = [synthetic_set(size, seed=size, max_seconds=29.0) for size in SET_SIZES.values()]
+    index = ShardIndex(parts)
+    ends = dict(zip(SET_SIZES, np.cumsum(list(SET_SIZES.values())).tolist(), strict=True))
+    return config, index, build_streams(config, index, ends, SIZES)
+
+
+@pytest.mark.parametrize("changes", MIXTURES.values(), ids=MIXTURES.keys())
+def test_every_sort_window_has_the_exact_mixture(changes):
+    _, index, streams = mixture(**changes)
+    plan = TrainPlan(index, streams, SIZES, PlanShape(4, Budget(4, None, None), 6, 1), (0,))
+    stream_of = stream_of_samples(streams)
+    num_draws = sum(stream.num_draws for stream in streams.streams)
+    drawn = [Counter[int]() for _ in range(3 * plan.steps_per_pass)]
+    for step in range(3 * plan.steps_per_pass):
+        for slot in range(plan.num_slots(step)):
+            drawn[step].update(stream_of[sample_id] for sample_id in plan.slot(step, slot).sample_ids)
+    edges = [plan._first_step(window) for window in range(plan._num_windows + 1)]
+    for pass_index in range(3):
+        for first, end in pairwise(edges):
+            offset = pass_index * plan.steps_per_pass
+            counts = sum(drawn[offset + first : offset + end], Counter())
+            for number, stream in enumerate(streams.streams):
+                exact = stream.num_draws * (end - first) / plan.steps_per_pass
+                assert abs(counts[number] - exact) < 1
+    assert sum(sum(drawn, Counter()).values()) == 3 * num_draws
+
+
+def stream_of_samples(streams: Streams) -> dict[int, int]:
+    found = {}
+    for number, stream in enumerate(streams.streams):
+        for sample_id in streams.sample_ids(number, np.arange(stream.num_samples)).tolist():
+            assert sample_id not in found
+            found[sample_id] = number
+    return found
+
+
+@pytest.mark.parametrize("changes", MIXTURES.values(), ids=MIXTURES.keys())
+def test_each_stream_is_gone_through_without_replacement(changes):
+    _, index, streams = mixture(**changes)
+    plan = TrainPlan(index, streams, SIZES, PlanShape(4, Budget(4, None, None), 6, 1), (0,))
+    seen: Counter[tuple[int, int]] = Counter()
+    for step in range(4 * plan.steps_per_pass):
+        for slot in range(plan.num_slots(step)):
+            samples = plan.slot(step, slot)
+            seen.update(zip(samples.sample_ids, samples.passes, strict=True))
+    assert set(seen.values()) == {1}, "no sample twice in a pass of its stream"
+    for number, stream in enumerate(streams.streams):
+        members = set(streams.sample_ids(number, np.arange(stream.num_samples)).tolist())
+        for whole_pass in range(4 * stream.num_draws // stream.num_samples):
+            assert {
+                sample_id for sample_id, in_pass in seen if in_pass == whole_pass and sample_id in members
+            } == members
+
+
+def test_weights_are_shares_of_the_audio():
+    _, index, streams = mixture(weights={"clean": 0.5, "noisy": 0.4, "tiny": 0.1})
+    means = [
+        index.gather(streams.sample_ids(number, np.arange(stream.num_samples)))["duration_ms"].mean()
+        for number, stream in enumerate(streams.streams)
+    ]
+    hours = np.array([stream.num_draws for stream in streams.streams]) * means
+    np.testing.assert_allclose(hours / hours.sum(), [0.5, 0.4, 0.1], atol=0.002)
+
+
+def test_a_temperature_of_languages_gives_roots_of_hours():
+    _, index, streams = mixture(language_temperature=2.0)
+    rows = []
+    for number, stream in enumerate(streams.streams):
+        records = index.gather(streams.sample_ids(number, np.arange(stream.num_samples)))
+        rows.append((stream.name, records["duration_ms"].sum(), stream.num_draws * records["duration_ms"].mean()))
+    held = np.array([row[1] for row in rows])
+    drawn = np.array([row[2] for row in rows])
+    np.testing.assert_allclose(drawn / drawn.sum(), np.sqrt(held) / np.sqrt(held).sum(), atol=0.005)
+    assert {name for name, *_ in rows} == {"all/de", "all/en", "all/unknown"}
+
+
+def test_temperature_one_draws_every_sample_once_a_pass():
+    _, index, streams = mixture()
+    assert [stream.num_draws for stream in streams.streams] == [len(index)]
+
+
+FILTERS = {
+    "max_duration_seconds": (12.0, lambda records: records["duration_ms"] / 1000 <= 12.0),
+    "min_duration_seconds": (3.0, lambda records: records["duration_ms"] / 1000 >= 3.0),
+    "max_chars_per_second": (15.0, lambda records: records["num_chars"] <= 15.0 * records["duration_ms"] / 1000),
+    "min_chars_per_second": (8.0, lambda records: records["num_chars"] >= 8.0 * records["duration_ms"] / 1000),
+    "languages": (("de",), lambda records: records["language"] == 0),
+    "max_tokens": (420, lambda records: 375 + 8 + records["num_text_tokens"] <= 420),
+}
+
+
+@pytest.mark.parametrize("names", [[name] for name in FILTERS] + [list(FILTERS)])
+def test_exactly_the_samples_that_pass_all_filters_are_drawn(names):
+    changes = {name: FILTERS[name][0] for name in names}
+    _, index, streams = mixture(**changes)
+    passes = np.logical_and.reduce([FILTERS[name][1](index.records) for name in names])
+    assert 0 < passes.sum() < len(index)
+    plan = TrainPlan(index, streams, SIZES, SHAPE, (0,))
+    assert sorted(drawn_in_pass(plan)) == np.flatnonzero(passes).tolist()
+    assert sum(streams.left_out.values()) == len(index) - passes.sum()
+
+
+def test_a_set_that_is_filtered_away_is_refused():
+    with pytest.raises(
+        UserError, match=r"none of the samples passes the filters .859 longer than `max_duration_seconds`"
+    ):
+        mixture(max_duration_seconds=0.01)
 
 
 # The same through the loader, on real shards. 26 samples, 15 a step: two steps a pass.
@@ -147,8 +297,8 @@ SLOTS_PER_STEP, NUM_STEPS = 5, 5
 @pytest.fixture
 def data_config(shard_folder):
     def build(**changes) -> TrainDataConfig:
-        numbers = {"slots_per_step": SLOTS_PER_STEP, "examples_per_slot": 3, "sort_window_steps": 2, "num_workers": 0}
-        return TrainDataConfig(shards=(shard_folder,), **numbers | changes)
+        numbers = {"slots_per_step": SLOTS_PER_STEP, "max_examples": 3, "sort_window_steps": 2, "num_workers": 0}
+        return TrainDataConfig(shards=(str(shard_folder),), **numbers | changes)
 
     return build
 
@@ -160,7 +310,7 @@ def steps_of(config, prompts, rank=0, world_size=1, first_step=0) -> list[StepBa
 
 def examples_in(batch: MicroBatch) -> list[tuple]:
     """What each example feeds to the model, without padding: ids, targets and audio."""
-    if batch.num_examples == 0:
+    if batch.num_samples == 0:
         return []
     audio = iter(batch.pcm.split(batch.windows_per_example))
     rows = zip(batch.input_ids, batch.attention_mask.bool(), batch.labels, audio, strict=True)
@@ -187,8 +337,8 @@ def global_batches(config, prompts, world_size: int) -> list[list[tuple]]:
 
 @pytest.fixture(scope="module")
 def one_rank_batches(shard_folder, prompts):
-    numbers = {"slots_per_step": SLOTS_PER_STEP, "examples_per_slot": 3, "sort_window_steps": 2, "num_workers": 0}
-    return global_batches(TrainDataConfig(shards=(shard_folder,), **numbers), prompts, 1)
+    numbers = {"slots_per_step": SLOTS_PER_STEP, "max_examples": 3, "sort_window_steps": 2, "num_workers": 0}
+    return global_batches(TrainDataConfig(shards=(str(shard_folder),), **numbers), prompts, 1)
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (2, 2), (4, 0), (5, 0)])
@@ -237,20 +387,15 @@ def test_more_ranks_than_slots_are_refused_before_anything_is_read(data_config, 
 
 
 def test_samples_that_are_too_long_are_left_out_and_counted(data_config, prompts, shard_index):
-    config = data_config(max_duration_seconds=2.0)
-    loader = build_train_loader(config, prompts, seed=0, num_steps=1, rank=0, world_size=1)
-    num_short = int((shard_index.duration_seconds <= 2.0).sum())
-    assert 0 < num_short < len(shard_index)
-    assert (loader.num_drawn, loader.num_samples) == (num_short, len(shard_index))
-    plan = build_plan(config, shard_index, prompts, seed=0)
-    shape = PlanShape(SLOTS_PER_STEP, 3, 2, 1)
-    drawn = drawn_in_pass(plan, shape)
-    assert len(drawn) == num_short
-    assert shard_index.duration_seconds[drawn].max() <= 2.0
+    training_set = build_training_set(data_config(max_duration_seconds=2.0), prompts, seed=0)
+    is_short = shard_index.duration_seconds <= 2.0
+    assert 0 < is_short.sum() < len(shard_index)
+    assert training_set.streams.left_out == {"longer than `max_duration_seconds`": (~is_short).sum()}
+    assert sorted(drawn_in_pass(training_set.plan)) == np.flatnonzero(is_short).tolist()
 
 
 def test_a_limit_that_leaves_nothing_is_refused(data_config, prompts):
-    with pytest.raises(UserError, match=r"none of the 26 samples is as short as 0\.01 s"):
+    with pytest.raises(UserError, match="none of the samples passes the filters"):
         build_train_loader(data_config(max_duration_seconds=0.01), prompts, seed=0, num_steps=1, rank=0, world_size=1)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import audiomentations
@@ -33,22 +34,46 @@ def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
     Raises:
         AudioError: the bytes do not decode, or hold no samples, or hold numbers that are not finite.
     """
+    with _opened(contents) as file:
+        return _decode(file, sampling_rate)
+
+
+def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
+    """`to_pcm(decode_audio(...))`, without the way over floats where 16-bit mono audio is of the right rate.
+
+    Raises:
+        AudioError: as `decode_audio`.
+    """
+    with _opened(contents) as file:
+        if (file.samplerate, file.channels, file.subtype) != (sampling_rate, 1, "PCM_16"):
+            return to_pcm(_decode(file, sampling_rate))
+        pcm: Pcm = file.read(dtype="int16")
+        if len(pcm) == 0:
+            raise AudioError("holds no audio")
+        return pcm
+
+
+@contextmanager
+def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
     try:
         with soundfile.SoundFile(io.BytesIO(contents)) as file:
-            rate = file.samplerate
             # A damaged header may claim any length, and memory is taken for what it claims.
-            if file.frames > _LONGEST_CLIP_SECONDS * rate:
-                raise AudioError(f"claims to be {file.frames / rate / 3600:.0f} h long")
-            waveform = file.read(dtype="float32", always_2d=True)
+            if file.frames > _LONGEST_CLIP_SECONDS * file.samplerate:
+                raise AudioError(f"claims to be {file.frames / file.samplerate / 3600:.0f} h long")
+            yield file
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         # libsndfile names the object in memory before the reason.
         raise AudioError(f"does not decode ({str(error).rpartition(': ')[2].removesuffix('.')})") from error
+
+
+def _decode(file: soundfile.SoundFile, sampling_rate: int) -> Waveform:
+    waveform = file.read(dtype="float32", always_2d=True)
     mono: Waveform = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
     if len(mono) == 0:
         raise AudioError("holds no audio")
     if not np.isfinite(mono).all():
         raise AudioError("holds samples that are not finite numbers")
-    return resample(mono, rate, sampling_rate)
+    return resample(mono, file.samplerate, sampling_rate)
 
 
 def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:

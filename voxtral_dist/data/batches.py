@@ -38,7 +38,7 @@ class MicroBatch:
     pcm: Tensor
     windows_per_example: tuple[int, ...]
     audio_seconds: float
-    num_examples: int
+    num_samples: int
     bad_samples: tuple[BadSample, ...] = ()
 
     @property
@@ -77,7 +77,7 @@ def collate(examples: Sequence[Example], pad_id: int, bad_samples: Sequence[BadS
         pcm=torch.from_numpy(np.concatenate([example.pcm for example in examples])),
         windows_per_example=tuple(len(example.pcm) for example in examples),
         audio_seconds=sum(example.duration_seconds for example in examples),
-        num_examples=len(examples),
+        num_samples=sum(example.num_samples for example in examples),
         bad_samples=tuple(bad_samples),
     )
 
@@ -108,4 +108,4 @@ def weightless_micro_batch(prompts: TranscriptionPrompts, bad_samples: Sequence[
         duration_seconds=0.0,
     )
     batch = collate([silence], prompts.pad_id, bad_samples)
-    return replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL), num_examples=0)
+    return replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL), num_samples=0)

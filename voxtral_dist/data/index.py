@@ -238,8 +238,12 @@ def read_index(patterns: Sequence[str], storage: Storage | None = None) -> Shard
         UserError: a folder is missing, holds no index or no samples, or a tar is missing or has another size than when
             it was indexed.
     """
-    used = storage or Storage()
-    return ShardIndex([part for pattern in patterns for part in _sets_of(str(pattern), used)])
+    return ShardIndex(read_sets(patterns, storage or Storage()))
+
+
+def read_sets(patterns: Sequence[str], storage: Storage) -> list[ShardSet]:
+    """The shard sets of all patterns; see `read_index`."""
+    return [part for pattern in patterns for part in _sets_of(str(pattern), storage)]
 
 
 def _sets_of(pattern: str, storage: Storage) -> list[ShardSet]:

@@ -1,30 +1,33 @@
 """The micro-batches of one rank, step by step, from any step on.
 
-Workers hold no state: the stream is a map over (step, slot), so any number of workers gives the same one, and the place
-to resume from is the number of the step.
+The plan is asked in the rank's own process, and workers get lists of samples to read: they hold no state, so any number
+of them gives the same stream, and the place to resume from is the number of the step. With each list a worker is told
+its next one, so that reading it goes on while it decodes the first.
 """
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice
 
-import numpy as np
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.audio import Augmentation
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
-from voxtral_dist.data.index import ShardIndex, read_index
-from voxtral_dist.data.plan import PlanShape, TrainPlan, rank_slots
+from voxtral_dist.data.cutting import Budget
+from voxtral_dist.data.filters import ExampleSizes
+from voxtral_dist.data.index import ShardIndex, read_sets
+from voxtral_dist.data.plan import PlanShape, SlotSamples, TrainPlan, rank_slots, refuse_idle_ranks
 from voxtral_dist.data.prompts import TranscriptionPrompts
-from voxtral_dist.data.samples import BadSample, Example, SampleError, SampleReader
-from voxtral_dist.errors import UserError
+from voxtral_dist.data.samples import BadSample, Clip, Example, SampleError, SampleReader
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.streams import Streams, build_streams
 
-# A place in the stream: (step, slot); slot None asks for a micro-batch of weight zero.
-Place = tuple[int, int | None]
+_NOTHING = SlotSamples((), (), ())
 
 
 @dataclass(frozen=True)
@@ -35,36 +38,71 @@ class StepBatches:
     micro_batches: list[MicroBatch]
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """An index, what of it is drawn, and in which order: the same on every rank."""
+
+    index: ShardIndex
+    streams: Streams
+    plan: TrainPlan
+
+    def lines(self) -> Iterator[str]:
+        """What a user should know before the run: what is left out, the mixture, and how full micro-batches are."""
+        if self.streams.left_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.streams.left_out.items())
+            yield f"left out {sum(self.streams.left_out.values())} of {len(self.index)} utterances: {reasons}"
+        num_draws = sum(stream.num_draws for stream in self.streams.streams)
+        if len(self.streams.streams) > 1:
+            for stream in self.streams.streams:
+                yield (
+                    f"{stream.name}: {stream.num_samples} utterances, {100 * stream.num_draws / num_draws:.1f} % of "
+                    f"what is drawn, each {stream.num_draws / stream.num_samples:.2f} times a pass"
+                )
+        figures = self.plan.figures
+        yield (
+            f"a pass is {self.plan.steps_per_pass} steps; a micro-batch has about {figures.num_examples:.1f} examples "
+            f"of {figures.num_samples:.1f} utterances; audio fills {100 * figures.window_fill:.0f} % of the windows, "
+            f"tokens {100 * figures.token_fill:.0f} % of the positions"
+        )
+
+
 class TrainLoader:
     """The stream of one rank."""
 
     def __init__(
-        self, dataset: _SlotDataset, slots_per_step: int, rank: int, world_size: int, num_workers: int, num_steps: int
+        self, training_set: TrainingSet, dataset: _SlotDataset, num_workers: int, num_steps: int, rank: int, size: int
     ) -> None:
+        self.training_set = training_set
         self._dataset = dataset
-        self._slots: list[int | None] = list(rank_slots(slots_per_step, rank, world_size))
-        self._per_step = -(-slots_per_step // world_size)
-        # A rank that has a slot less than others runs a micro-batch of weight zero in its place.
-        self._slots += [None] * (self._per_step - len(self._slots))
         self._num_workers = num_workers
         self._num_steps = num_steps
-        self.num_samples = dataset.num_samples
-        self.num_drawn = dataset.num_drawn
-        self.fingerprint = dataset.fingerprint
+        self._rank = rank
+        self._world_size = size
 
     def starting_at(self, first_step: int) -> Iterator[StepBatches]:
         """The steps from `first_step` to the end of the run."""
+        steps = range(first_step, self._num_steps)
+        per_step = self._num_micro_batches(first_step) if len(steps) else 1
         stream = DataLoader(
             self._dataset,
-            sampler=_Places(range(first_step, self._num_steps), self._slots),
+            sampler=_Requests(self._slots_of_step, steps, max(1, self._num_workers)),
             batch_size=None,
             num_workers=self._num_workers,
             worker_init_fn=_ignore_stop_signals,
-            prefetch_factor=2 * self._per_step if self._num_workers else None,
+            prefetch_factor=2 * per_step if self._num_workers else None,
         )
         batches = iter(stream)
-        for step in range(first_step, self._num_steps):
-            yield StepBatches(step, [next(batches) for _ in self._slots])
+        for step in steps:
+            yield StepBatches(step, list(islice(batches, self._num_micro_batches(step))))
+
+    def _num_micro_batches(self, step: int) -> int:
+        return -(-self.training_set.plan.num_slots(step) // self._world_size)
+
+    def _slots_of_step(self, step: int) -> list[SlotSamples]:
+        plan = self.training_set.plan
+        mine = [plan.slot(step, slot) for slot in rank_slots(plan.num_slots(step), self._rank, self._world_size)]
+        # A rank that has a slot less than others runs a micro-batch of weight zero in its place.
+        return mine + [_NOTHING] * (self._num_micro_batches(step) - len(mine))
 
 
 def build_train_loader(
@@ -75,37 +113,36 @@ def build_train_loader(
     Raises:
         UserError: shards are missing, no sample passes the filters, or there are more ranks than slots.
     """
-    rank_slots(config.slots_per_step, rank, world_size)
-    index = read_index(config.shards)
-    plan = build_plan(config, index, prompts, seed)
-    dataset = _SlotDataset(index, plan, prompts, config, seed)
-    return TrainLoader(dataset, config.slots_per_step, rank, world_size, config.num_workers, num_steps)
+    refuse_idle_ranks(config.slots_per_step, world_size)
+    storage = Storage()
+    training_set = build_training_set(config, prompts, seed, storage)
+    augmentation = Augmentation(config.augmentation) if config.augmentation else None
+    reader = SampleReader(training_set.index, prompts, config.max_target_tokens, storage, augmentation)
+    dataset = _SlotDataset(reader, prompts, seed)
+    return TrainLoader(training_set, dataset, config.num_workers, num_steps, rank, world_size)
 
 
-def build_plan(config: TrainDataConfig, index: ShardIndex, prompts: TranscriptionPrompts, seed: int) -> TrainPlan:
-    """The order of training, the same on every rank."""
+def build_training_set(
+    config: TrainDataConfig, prompts: TranscriptionPrompts, seed: int, storage: Storage | None = None
+) -> TrainingSet:
+    """The samples and their order, the same on every rank.
+
+    Raises:
+        UserError: shards are missing, or no sample passes the filters.
+    """
+    sets = {name: read_sets(patterns, storage or Storage()) for name, patterns in config.named_sets.items()}
+    index = ShardIndex(list(chain.from_iterable(sets.values())))
+    counts = [sum(shard.num_samples for part in parts for shard in part.shards) for parts in sets.values()]
+    sizes = ExampleSizes.of(prompts)
+    streams = build_streams(config, index, dict(zip(sets, accumulate(counts), strict=True)), sizes)
     shape = PlanShape(
-        config.slots_per_step, config.examples_per_slot, config.sort_window_steps, config.shuffle_block_size
+        slots_per_step=config.slots_per_step,
+        budget=Budget(config.max_examples, config.max_windows, config.max_tokens),
+        sort_window_steps=config.sort_window_steps,
+        shuffle_block_size=config.shuffle_block_size,
+        max_packed_tokens=config.max_target_tokens if config.packing else None,
     )
-    drawn = None if config.max_duration_seconds is None else _not_longer(index, config.max_duration_seconds)
-    return TrainPlan(example_cost(index, prompts), drawn, shape, (seed,))
-
-
-def example_cost(index: ShardIndex, prompts: TranscriptionPrompts) -> NDArray[np.int64]:
-    """Positions of the language model that each sample takes, `(N,)`: its audio tokens and its text tokens."""
-    windows = np.ceil(index.duration_seconds / prompts.window_seconds).astype(np.int64)
-    cost: NDArray[np.int64] = windows * prompts.audio_tokens_per_window + index.records["num_text_tokens"]
-    return cost
-
-
-def _not_longer(index: ShardIndex, max_seconds: float) -> NDArray[np.int64]:
-    sample_ids = np.flatnonzero(index.duration_seconds <= max_seconds)
-    if len(sample_ids) == 0:
-        raise UserError(
-            f"`train_data`: none of the {len(index)} samples is as short as {max_seconds} s, so there is nothing to "
-            "train on: raise `train_data.max_duration_seconds`."
-        )
-    return sample_ids
+    return TrainingSet(index, streams, TrainPlan(index, streams, sizes, shape, (seed,)))
 
 
 def _ignore_stop_signals(_worker: int) -> None:
@@ -114,56 +151,63 @@ def _ignore_stop_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Places(Sequence[Place]):
-    """A sampler that goes through the slots of each step."""
+@dataclass(frozen=True)
+class _Request:
+    """The samples of a micro-batch, and those that the same worker is going to be asked for next."""
 
-    def __init__(self, steps: range, slots: Sequence[int | None]) -> None:
+    samples: SlotSamples
+    upcoming: SlotSamples
+
+
+class _Requests(Sampler[_Request]):
+    """The micro-batches of a rank in order; a DataLoader deals them to its workers in turn."""
+
+    def __init__(self, slots_of_step: Callable[[int], list[SlotSamples]], steps: range, num_workers: int) -> None:
+        self._slots_of_step = slots_of_step
         self._steps = steps
-        self._slots = slots
+        self._num_workers = num_workers
 
-    def __len__(self) -> int:
-        return len(self._steps) * len(self._slots)
-
-    def __getitem__(self, position: int) -> Place:  # type: ignore[override]
-        if position >= len(self):
-            raise IndexError(position)
-        step, slot = divmod(position, len(self._slots))
-        return self._steps[step], self._slots[slot]
+    def __iter__(self) -> Iterator[_Request]:
+        waiting: deque[SlotSamples] = deque()
+        for samples in chain.from_iterable(map(self._slots_of_step, self._steps)):
+            waiting.append(samples)
+            if len(waiting) > self._num_workers:
+                yield _Request(waiting.popleft(), samples)
+        for samples in waiting:
+            yield _Request(samples, _NOTHING)
 
 
 class _SlotDataset(Dataset[MicroBatch]):
-    """Micro-batches by their place in the run."""
+    """Micro-batches by the samples that they are made of."""
 
-    def __init__(
-        self,
-        index: ShardIndex,
-        plan: TrainPlan,
-        prompts: TranscriptionPrompts,
-        config: TrainDataConfig,
-        seed: int,
-    ) -> None:
-        self.num_samples = len(index)
-        self.num_drawn = plan.num_samples
-        self.fingerprint = index.fingerprint
-        self._plan = plan
+    def __init__(self, reader: SampleReader, prompts: TranscriptionPrompts, seed: int) -> None:
+        self._reader = reader
         self._prompts = prompts
         self._seed = seed
-        self._reader = SampleReader(index, prompts, config.max_target_tokens)
-        self._augmentation = Augmentation(config.augmentation) if config.augmentation else None
 
-    def __getitem__(self, place: Place) -> MicroBatch:
-        step, slot = place
-        if slot is None:
-            return weightless_micro_batch(self._prompts)
-        drawn = self._plan.slot(step, slot)
-        examples: list[Example] = []
+    def __getitem__(self, request: _Request) -> MicroBatch:
         bad: list[BadSample] = []
-        for sample_id in drawn.sample_ids.tolist():
-            try:
-                examples.append(self._reader.example(sample_id, self._augmentation, (self._seed, drawn.pass_index)))
-            except SampleError as error:
-                # Taken out, never replaced: the plan of all other slots stays as it is.
-                bad.append(error.bad)
+        examples = list(self._examples(request, bad))
         if not examples:
             return weightless_micro_batch(self._prompts, bad)
         return collate(examples, self._prompts.pad_id, bad)
+
+    def _examples(self, request: _Request, bad: list[BadSample]) -> Iterator[Example]:
+        samples = request.samples
+        self._reader.prefetch(samples.sample_ids + request.upcoming.sample_ids)
+        drawn = zip(samples.sample_ids, samples.passes, strict=True)
+        for size in samples.example_sizes:
+            clips = list(self._clips(islice(drawn, size), bad))
+            try:
+                if clips:
+                    yield self._reader.join(clips)
+            except SampleError as error:
+                bad.append(error.bad)
+
+    def _clips(self, drawn: Iterable[tuple[int, int]], bad: list[BadSample]) -> Iterator[Clip]:
+        for sample_id, pass_index in drawn:
+            try:
+                yield self._reader.clip(sample_id, (self._seed, pass_index))
+            except SampleError as error:
+                # Taken out, never replaced: the plan of all other slots stays as it is.
+                bad.append(error.bad)

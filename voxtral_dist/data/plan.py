@@ -1,111 +1,190 @@
 """The order of training as a pure function: which samples make up which slot of which step.
 
-    samples of a pass   permuted block by block, without a table of N (a Feistel network with cycle walking)
-    sort window         the samples of some steps, sorted by what the model pays for them
-    micro-batch         a run of neighbours of that order
-    slot                the place of a micro-batch in its step: shuffled inside the window
+    stream         the samples of a shard set or of one language of it, permuted block by block without a table of N
+    sort window    some steps: each stream gives its share of samples; they are packed (where wanted) and sorted by cost
+    micro-batch    a run of that order, cut within the budgets
+    slot           the place of a micro-batch in its step: shuffled inside the window
 
 `TrainPlan.slot(step, slot)` depends on (seed, index, configuration) alone: not on ranks, nodes, workers, or on what was
 asked before. So every rank computes its own part, the global batch is the same for any number of GPUs, and resuming
 costs one sort window wherever the run stood.
 
-The permutation: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), sections 3 and 5. The round
-function is the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+A sort window has a fixed number of steps, and so of slots. How many samples these take is estimated once from some
+windows of the plan itself. Where a window of unusually long samples does not fit into its slots, some of its steps get
+a slot more: budgets always hold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
+from voxtral_dist.data.cutting import Budget, cut, pack_into_windows
+from voxtral_dist.data.filters import ExampleSizes
+from voxtral_dist.data.index import Ids, ShardIndex
+from voxtral_dist.data.permutation import hash_values, permute_blocks
+from voxtral_dist.data.streams import Streams
 from voxtral_dist.errors import UserError
 
-Ids = NDArray[np.int64]
-_U64 = np.uint64
-_NUM_ROUNDS = 4
+_NUM_PROBES = 8
+_FIRST_PROBE_SAMPLES = 4096
 
 
 @dataclass(frozen=True)
 class PlanShape:
-    """The numbers that cut a pass into steps: see `TrainDataConfig` for their meaning."""
+    """The numbers that cut a pass into steps: see `TrainDataConfig` for their meaning.
+
+    max_packed_tokens: transcripts that are packed into one example have at most so many tokens; None packs nothing.
+    """
 
     slots_per_step: int
-    examples_per_slot: int
+    budget: Budget
     sort_window_steps: int
     shuffle_block_size: int
-
-    @property
-    def samples_per_step(self) -> int:
-        """Of a full step, over all slots and so over all ranks."""
-        return self.slots_per_step * self.examples_per_slot
+    max_packed_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class SlotSamples:
-    """The samples of one slot of one step, and the number of the pass over the data that they are drawn in."""
+    """The examples of one slot of one step.
 
-    sample_ids: Ids
-    pass_index: int
+    sample_ids: of all examples, one after the other.
+    passes: how often the stream of each sample was gone through before; with the sample it keys augmentation.
+    example_sizes: how many of the samples each example takes; other than 1 only where samples are packed.
+    """
+
+    sample_ids: tuple[int, ...]
+    passes: tuple[int, ...]
+    example_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """What the plan expects of micro-batches, measured on some windows of it.
+
+    window_fill: audio over the length of the windows that it is in. token_fill: positions of the language model that
+    are not padding.
+    """
+
+    num_samples: float
+    num_examples: float
+    window_fill: float
+    token_fill: float
 
 
 class TrainPlan:
-    """Every sample once per pass, in micro-batches of similar cost."""
+    """Every sample of every stream once per pass of the stream, in micro-batches of similar cost."""
 
-    def __init__(self, cost: NDArray[np.int64], sample_ids: Ids | None, shape: PlanShape, key: Sequence[int]) -> None:
-        """A plan over samples.
-
-        Args:
-            cost: what one forward pass pays for each sample of the index, `(N,)`, in positions of the language model.
-            sample_ids: the samples to draw, in the order of the index; None draws all.
-            shape: how a pass is cut.
-            key: small integers that the order depends on, such as the seed.
-        """
-        self._cost = cost
-        self._sample_ids = sample_ids
+    def __init__(
+        self, index: ShardIndex, streams: Streams, sizes: ExampleSizes, shape: PlanShape, key: Sequence[int]
+    ) -> None:
+        """A plan over the streams of an index; `key` holds integers that the order depends on, such as the seed."""
+        self._index = index
+        self._streams = streams
+        self._sizes = sizes
         self._shape = shape
         self._key = tuple(key)
-        self.num_samples = len(cost) if sample_ids is None else len(sample_ids)
-        if self.num_samples == 0:
+        self._num_draws = sum(stream.num_draws for stream in streams.streams)
+        if self._num_draws == 0:
             raise ValueError("a plan needs at least one sample")
-        self._sort_window = lru_cache(maxsize=2)(self._build_sort_window)
+        self._window = lru_cache(maxsize=2)(self._build_window)
+        self.steps_per_pass, self.figures = self._measure()
 
-    @property
-    def steps_per_pass(self) -> int:
-        """The last sort window of a pass spreads what is left evenly over its steps."""
-        return -(-self.num_samples // self._shape.samples_per_step)
+    def num_slots(self, step: int) -> int:
+        """Of a step: `slots_per_step`, or more where the budgets demand it."""
+        return len(self._step(step))
 
     def slot(self, step: int, slot: int) -> SlotSamples:
-        """The samples of a slot; fewer than `examples_per_slot`, or none, only near the end of a pass."""
+        """The examples of a slot: none where a pass has fewer examples than slots."""
+        return self._step(step)[slot]
+
+    def _step(self, step: int) -> list[SlotSamples]:
         pass_index, step_of_pass = divmod(step, self.steps_per_pass)
-        window, step_of_window = divmod(step_of_pass, self._shape.sort_window_steps)
-        micro_batches = self._sort_window(pass_index, window)
-        return SlotSamples(micro_batches[step_of_window * self._shape.slots_per_step + slot], pass_index)
+        # The windows of a pass are as equal as whole steps allow: window w begins at step floor(w * steps / windows).
+        window = ((step_of_pass + 1) * self._num_windows - 1) // self.steps_per_pass
+        return self._window(pass_index, window)[step_of_pass - self._first_step(window)]
 
-    def _build_sort_window(self, pass_index: int, window: int) -> list[Ids]:
-        """The micro-batches of a window in the order of (step, slot)."""
-        shape = self._shape
-        first_step = window * shape.sort_window_steps
-        num_steps = min(shape.sort_window_steps, self.steps_per_pass - first_step)
-        first = first_step * shape.samples_per_step
-        positions = np.arange(first, min(first + num_steps * shape.samples_per_step, self.num_samples))
-        places = permute_blocks(positions, self.num_samples, shape.shuffle_block_size, (*self._key, pass_index))
-        sample_ids = places if self._sample_ids is None else self._sample_ids[places]
-        # Equal costs keep the order of the permutation, so that micro-batches of equal cost still mix.
-        by_cost = sample_ids[np.argsort(self._cost[sample_ids], kind="stable")]
-        micro_batches = np.array_split(by_cost, num_steps * shape.slots_per_step)
-        order = np.argsort(_hash(np.arange(len(micro_batches)), (*self._key, pass_index, window, 1)), kind="stable")
-        return [micro_batches[place] for place in order]
+    @property
+    def _num_windows(self) -> int:
+        return -(-self.steps_per_pass // self._shape.sort_window_steps)
+
+    def _first_step(self, window: int) -> int:
+        return window * self.steps_per_pass // self._num_windows
+
+    def _build_window(self, pass_index: int, window: int) -> list[list[SlotSamples]]:
+        """The slots of each step of a window."""
+        first, end = self._first_step(window), self._first_step(window + 1)
+        drawn = self._draw(pass_index, first, end, self.steps_per_pass)
+        num_slots = (end - first) * self._shape.slots_per_step
+        micro_batches = [drawn.slot(examples) for examples in drawn.cut(self._shape.budget, num_slots)]
+        micro_batches += [SlotSamples((), (), ())] * (num_slots - len(micro_batches))
+        order = np.argsort(
+            hash_values(np.arange(len(micro_batches)), (*self._key, pass_index, window, 1)), kind="stable"
+        )
+        shuffled = [micro_batches[place] for place in order.tolist()]
+        # More micro-batches than slots: what is over goes to the steps in turn.
+        return [
+            shuffled[step * self._shape.slots_per_step : (step + 1) * self._shape.slots_per_step]
+            + shuffled[num_slots + step :: end - first]
+            for step in range(end - first)
+        ]
+
+    def _draw(self, pass_index: int, start: int, end: int, denominator: int) -> _Drawn:
+        """What all streams give between two points of a pass, which are fractions `start / denominator` of it.
+
+        A stream with D draws in a pass has given floor(D * point + constant) at a point. So its number in a window
+        differs from its exact share by less than one sample, in each window and in any number of them together.
+        """
+        ids, passes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        num_streams = len(self._streams.streams)
+        for number, stream in enumerate(self._streams.streams):
+            # Streams round at different points, so that small ones do not all come at the end of a pass.
+            first, last = (
+                pass_index * stream.num_draws
+                + (stream.num_draws * point * num_streams + number * denominator) // (denominator * num_streams)
+                for point in (start, end)
+            )
+            stream_passes, inside = np.divmod(np.arange(first, last), stream.num_samples)
+            for stream_pass in np.unique(stream_passes).tolist():
+                places = permute_blocks(
+                    inside[stream_passes == stream_pass],
+                    stream.num_samples,
+                    self._shape.shuffle_block_size,
+                    (*self._key, number, stream_pass),
+                )
+                ids.append(self._streams.sample_ids(number, places))
+            passes.append(stream_passes)
+        return _Drawn.of(np.concatenate(ids), np.concatenate(passes), self._index, self._sizes, self._shape, self._key)
+
+    def _measure(self) -> tuple[int, PlanFigures]:
+        """How many steps a pass takes, from windows that are cut as tightly as the budget allows."""
+        budget, slots = self._shape.budget, self._shape.slots_per_step
+        first = self._draw(0, 0, min(_FIRST_PROBE_SAMPLES, self._num_draws), self._num_draws)
+        per_cut = len(first.sample_ids) / len(first.cut(budget))
+        probe_samples = min(self._num_draws, max(1, round(per_cut * slots * self._shape.sort_window_steps)))
+        starts = range(0, self._num_draws - probe_samples + 1, probe_samples)[:_NUM_PROBES]
+        probes = [self._draw(0, start, start + probe_samples, self._num_draws) for start in starts]
+        cuts = [len(probe.cut(budget)) for probe in probes]
+        # A window has room for somewhat more than the largest of the probes, so that steps with a slot more are rare.
+        room = 2 * max(cuts) - sum(cuts) / len(cuts)
+        num_steps = max(1, math.ceil(self._num_draws / probe_samples * room / slots - 1e-6))
+        return num_steps, _figures(probes, num_steps * slots / self._num_draws * probe_samples, budget)
 
 
-def rank_slots(slots_per_step: int, rank: int, world_size: int) -> range:
-    """The slots of a step that a rank runs.
+def rank_slots(num_slots: int, rank: int, world_size: int) -> range:
+    """The slots of a step that a rank runs."""
+    return range(rank, num_slots, world_size)
+
+
+def refuse_idle_ranks(slots_per_step: int, world_size: int) -> None:
+    """Refuse more ranks than slots.
 
     Raises:
-        UserError: there are more ranks than slots, so that some would have nothing to do.
+        UserError: some ranks would have nothing to do.
     """
     if world_size > slots_per_step:
         raise UserError(
@@ -113,82 +192,83 @@ def rank_slots(slots_per_step: int, rank: int, world_size: int) -> range:
             f"least one slot: start at most {slots_per_step} ranks, or set it to {world_size} or more (this changes "
             "the global batch)."
         )
-    return range(rank, slots_per_step, world_size)
 
 
-def permute_blocks(positions: Ids, num_samples: int, block_size: int, key: Sequence[int]) -> Ids:
-    """Where each position of a pass is found in the index, when blocks of neighbours are shuffled.
+@dataclass(frozen=True)
+class _Drawn:
+    """Samples of a window as examples, longest first.
 
-    A bijection of 0..num_samples-1 for every key. The last block may be short: wherever it lands, all later positions
-    move up by what it lacks.
+    sample_ids, passes: of each sample. examples: of each example, the places of its samples. windows, positions: what
+    each example costs the encoder and the language model. audio_ms: of all samples.
     """
-    num_blocks = -(-num_samples // block_size)
-    lacking = num_blocks * block_size - num_samples
-    if lacking:
-        end_of_short = _place_of(num_blocks - 1, num_blocks, key) * block_size + block_size - lacking
-        positions = np.where(positions >= end_of_short, positions + lacking, positions)
-    blocks, inside = np.divmod(positions, block_size)
-    places: Ids = permute(blocks, num_blocks, key) * block_size + inside
-    return places
+
+    sample_ids: Ids
+    passes: Ids
+    examples: list[list[int]]
+    windows: Ids
+    positions: Ids
+    audio_ms: int
+    window_ms: int
+
+    @classmethod
+    def of(
+        cls, ids: Ids, passes: Ids, index: ShardIndex, sizes: ExampleSizes, shape: PlanShape, key: Sequence[int]
+    ) -> _Drawn:
+        # Shuffled, so that samples of equal cost and of different streams mix.
+        order = np.argsort(hash_values(ids, (*key, int(passes[:1].sum()), 2)), kind="stable")
+        ids, passes = ids[order], passes[order]
+        records = index.gather(ids)
+        duration_ms, text_tokens = (records[name].astype(np.int64) for name in ("duration_ms", "num_text_tokens"))
+        if shape.max_packed_tokens is None:
+            examples = [[place] for place in range(len(ids))]
+        else:
+            # A joint or an end takes a token too.
+            limits = (sizes.window_ms, shape.max_packed_tokens)
+            examples = pack_into_windows(duration_ms, text_tokens + 1, records["language"], *limits)
+        windows = sizes.windows(_sums(duration_ms, examples))
+        joints = np.array([len(example) - 1 for example in examples], dtype=np.int64)
+        positions = sizes.positions(windows, _sums(text_tokens, examples) + joints)
+        longest_first = np.argsort(-positions, kind="stable")
+        return cls(
+            sample_ids=ids,
+            passes=passes,
+            examples=[examples[place] for place in longest_first.tolist()],
+            windows=windows[longest_first],
+            positions=positions[longest_first],
+            audio_ms=int(duration_ms.sum()),
+            window_ms=sizes.window_ms,
+        )
+
+    def cut(self, budget: Budget, num_cuts: int | None = None) -> list[slice]:
+        return cut(self.windows, self.positions, budget, num_cuts)
+
+    def slot(self, run: slice) -> SlotSamples:
+        examples = self.examples[run]
+        places = [place for example in examples for place in example]
+        return SlotSamples(
+            sample_ids=tuple(self.sample_ids[places].tolist()),
+            passes=tuple(self.passes[places].tolist()),
+            example_sizes=tuple(len(example) for example in examples),
+        )
 
 
-def permute(values: Ids, size: int, key: Sequence[int]) -> Ids:
-    """A keyed bijection of 0..size-1, computed for `values` alone."""
-    return _walk(values, size, _round_keys(key))
+def _sums(values: Ids, groups: list[list[int]]) -> Ids:
+    """The sum of the values of each group, `(num_groups,)`."""
+    if not groups:
+        return np.zeros(0, dtype=np.int64)
+    flat = np.array([place for group in groups for place in group], dtype=np.int64)
+    starts = np.cumsum([0, *(len(group) for group in groups[:-1])])
+    return np.asarray(np.add.reduceat(values[flat], starts), dtype=np.int64)
 
 
-def _place_of(value: int, size: int, key: Sequence[int]) -> int:
-    """The inverse of `permute`: a Feistel network runs backwards with reversed round keys and swapped halves."""
-    half_bits = _half_bits(size)
-    keys = _round_keys(key)[::-1]
-    current = np.array([value])
-    while True:
-        current = _swap(_encrypt(_swap(current, half_bits), half_bits, keys), half_bits)
-        if current[0] < size:
-            return int(current[0])
-
-
-def _walk(values: Ids, size: int, keys: NDArray[np.uint64]) -> Ids:
-    half_bits = _half_bits(size)
-    current = _encrypt(values, half_bits, keys)
-    # The network permutes a power of four below 4 * size: values that leave the range are encrypted again.
-    while (outside := current >= size).any():
-        current[outside] = _encrypt(current[outside], half_bits, keys)
-    return current
-
-
-def _half_bits(size: int) -> int:
-    return max(1, -(-(size - 1).bit_length() // 2))
-
-
-def _round_keys(key: Sequence[int]) -> NDArray[np.uint64]:
-    return _hash(np.arange(_NUM_ROUNDS), (*key, 0))
-
-
-def _encrypt(values: Ids, half_bits: int, keys: NDArray[np.uint64]) -> Ids:
-    mask = _U64((1 << half_bits) - 1)
-    shift = _U64(half_bits)
-    left, right = values.astype(_U64) >> shift, values.astype(_U64) & mask
-    for round_key in keys:
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
-    return ((left << shift) | right).astype(np.int64)
-
-
-def _swap(values: Ids, half_bits: int) -> Ids:
-    mask = (1 << half_bits) - 1
-    return ((values & mask) << half_bits) | (values >> half_bits)
-
-
-def _hash(values: Ids, key: Sequence[int]) -> NDArray[np.uint64]:
-    state = np.zeros(1, dtype=_U64)
-    for part in key:
-        state = _mix(state ^ _U64(part))
-    return _mix(values.astype(_U64) ^ state)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        mixed = values + _U64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> _U64(31))
+def _figures(probes: Sequence[_Drawn], num_cuts: float, budget: Budget) -> PlanFigures:
+    """Of the probes, when each is cut into so many micro-batches."""
+    cuts = [(probe, run) for probe in probes for run in probe.cut(budget, max(1, round(num_cuts)))]
+    padded = sum(int(probe.positions[run].max()) * (run.stop - run.start) for probe, run in cuts)
+    return PlanFigures(
+        num_samples=sum(len(probe.sample_ids) for probe in probes) / len(cuts),
+        num_examples=sum(len(probe.examples) for probe in probes) / len(cuts),
+        window_fill=sum(probe.audio_ms for probe in probes)
+        / sum(int(probe.windows.sum()) * probe.window_ms for probe in probes),
+        token_fill=sum(int(probe.positions.sum()) for probe in probes) / padded,
+    )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from voxtral_dist.data.audio import AudioError, Augmentation, Pcm, decode_audio, to_pcm
+from voxtral_dist.data.audio import AudioError, Augmentation, Pcm, decode_audio, decode_pcm, to_pcm
 from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.members import Sample, parse_sample
+from voxtral_dist.data.members import Sample, parse_sample, read_members
 from voxtral_dist.data.prompts import TranscriptionPrompts
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.storage import Span, Storage
 
 # Encoders pad, and headers round: decoded audio may differ by this much from what the index says.
 _DURATION_TOLERANCE_SECONDS = 0.1
@@ -36,10 +37,22 @@ class SampleError(Exception):
 
 
 @dataclass(frozen=True)
-class Example:
-    """One utterance as the model takes it.
+class Clip:
+    """The audio of one utterance, `(num_samples,)` at the model's rate, and its text."""
 
-    pcm is `(num_windows, S)`, int16, padded with silence; `completion` ends with `</s>`.
+    sample_id: int
+    key: str
+    pcm: Pcm
+    text: str
+    language: str | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One utterance, or several packed ones, as the model takes it.
+
+    pcm is `(num_windows, S)`, int16, padded with silence; `completion` ends with `</s>`. `sample_id` and `key` are
+    those of the first utterance.
     """
 
     sample_id: int
@@ -49,75 +62,129 @@ class Example:
     completion: tuple[int, ...]
     reference: str
     duration_seconds: float
+    num_samples: int = 1
 
 
 class SampleReader:
     """Reads samples of an index by number."""
 
-    def __init__(self, index: ShardIndex, prompts: TranscriptionPrompts, max_target_tokens: int) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        prompts: TranscriptionPrompts,
+        max_target_tokens: int,
+        storage: Storage | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         self._index = index
         self._prompts = prompts
         self._max_target_tokens = max_target_tokens
-        self._storage = Storage()
+        self._storage = storage or Storage()
+        self._augmentation = augmentation
+
+    def prefetch(self, sample_ids: Sequence[int]) -> None:
+        """Start to read what is going to be asked for."""
+        self._storage.prefetch([self._index.span(sample_id) for sample_id in sample_ids])
 
     def read(self, sample_id: int) -> Sample:
         """The stored utterance.
 
         Raises:
-            SampleError: the bytes cannot be read, or are not the tar members of one sample with audio and json.
+            SampleError: the bytes cannot be read or are not those that were indexed, or are not the tar members of one
+                sample with audio and text.
         """
-        span = self._index.span(sample_id)
+        span, contents = self._index.span(sample_id), b""
         try:
             contents = self._storage.read(span)
             if zlib.crc32(contents) != int(self._index.record(sample_id)["crc32"]):
-                raise ValueError("its bytes are not those that were indexed (the checksum differs)")
+                raise ValueError("these are not the bytes that were indexed (the checksum differs)")
             return parse_sample(contents, self._index.members(sample_id))
         except (OSError, tarfile.TarError, ValueError) as error:
-            reason = f"cannot be read at byte {span.offset}: {error}"
-            raise SampleError(BadSample(self._index.shard(sample_id).name, f"#{sample_id}", reason)) from error
+            key = _key_in(contents) or f"#{sample_id}"
+            raise SampleError(BadSample(self._index.shard(sample_id).name, key, _reason(span, error))) from error
 
-    def example(self, sample_id: int, augmentation: Augmentation | None = None, key: tuple[int, ...] = ()) -> Example:
-        """The utterance as token ids and windows; `key` makes augmentation reproducible.
+    def clip(self, sample_id: int, key: tuple[int, ...] = ()) -> Clip:
+        """The utterance with decoded, checked and augmented audio; `key` makes augmentation reproducible.
 
         Raises:
             SampleError: anything about the sample is unusable; the reason says what.
         """
         sample = self.read(sample_id)
         try:
-            return self._example(sample_id, sample, augmentation, key)
-        except (AudioError, ValueError) as error:
-            shard = self._index.shard(sample_id).name
-            raise SampleError(BadSample(shard, sample.key, str(error))) from error
+            return Clip(sample_id, sample.key, self._pcm(sample_id, sample, key), sample.text, sample.language)
+        except AudioError as error:
+            raise self._unusable(sample_id, sample.key, error) from error
 
-    def _example(
-        self, sample_id: int, sample: Sample, augmentation: Augmentation | None, key: tuple[int, ...]
-    ) -> Example:
-        completion = self._prompts.completion(sample.text)
-        if len(completion) > self._max_target_tokens:
-            raise ValueError(f"has {len(completion)} target tokens, more than the limit of {self._max_target_tokens}")
-        waveform = decode_audio(sample.audio, self._prompts.sampling_rate)
-        self._check_duration(sample_id, len(waveform) / self._prompts.sampling_rate)
-        if augmentation is not None:
-            waveform = augmentation(waveform, self._prompts.sampling_rate, (*key, sample_id))
-        num_windows = self._prompts.num_windows(len(waveform))
+    def example(self, sample_id: int) -> Example:
+        """The utterance as an example of its own.
+
+        Raises:
+            SampleError: anything about the sample is unusable; the reason says what.
+        """
+        return self.join([self.clip(sample_id)])
+
+    def join(self, clips: Sequence[Clip]) -> Example:
+        """Utterances of one language as one example: their audio and their texts one after the other.
+
+        Raises:
+            SampleError: the text is too long, or the language is none.
+        """
+        first = clips[0]
+        text = " ".join(clip.text.strip() for clip in clips) if len(clips) > 1 else first.text
+        completion = tuple(self._prompts.completion(text))
+        pcm = np.concatenate([clip.pcm for clip in clips]) if len(clips) > 1 else first.pcm
+        try:
+            if len(completion) > self._max_target_tokens:
+                raise ValueError(
+                    f"has {len(completion)} target tokens, more than the limit of {self._max_target_tokens}"
+                )
+            prompt = self._prompts.prompt(first.language, self._prompts.num_windows(len(pcm)))
+        except ValueError as error:
+            raise self._unusable(first.sample_id, first.key, error) from error
         return Example(
-            sample_id=sample_id,
-            key=sample.key,
-            pcm=pad_to_windows(to_pcm(waveform), self._prompts.window_samples),
-            prompt=self._prompts.prompt(sample.language, num_windows),
-            completion=tuple(completion),
-            reference=sample.text,
-            duration_seconds=len(waveform) / self._prompts.sampling_rate,
+            sample_id=first.sample_id,
+            key=first.key,
+            pcm=pad_to_windows(pcm, self._prompts.window_samples),
+            prompt=prompt,
+            completion=completion,
+            reference=text,
+            duration_seconds=len(pcm) / self._prompts.sampling_rate,
+            num_samples=len(clips),
         )
+
+    def _pcm(self, sample_id: int, sample: Sample, key: tuple[int, ...]) -> Pcm:
+        rate = self._prompts.sampling_rate
+        if self._augmentation is None:
+            pcm = decode_pcm(sample.audio, rate)
+            self._check_duration(sample_id, len(pcm) / rate)
+            return pcm
+        waveform = decode_audio(sample.audio, rate)
+        self._check_duration(sample_id, len(waveform) / rate)
+        return to_pcm(self._augmentation(waveform, rate, (*key, sample_id)))
 
     def _check_duration(self, sample_id: int, seconds: float) -> None:
         # Truncated mp3 and wav decode short without an error.
         expected = float(self._index.record(sample_id)["duration_ms"]) / 1000.0
         if abs(seconds - expected) > _DURATION_TOLERANCE_SECONDS + 0.01 * expected:
-            raise ValueError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
+            raise AudioError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
+
+    def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
+        return SampleError(BadSample(self._index.shard(sample_id).name, key, str(error)))
 
 
 def pad_to_windows(pcm: Pcm, window_samples: int) -> Pcm:
     """`(num_samples,)` -> `(num_windows, window_samples)`, with silence behind the audio."""
     padding = -len(pcm) % window_samples
     return np.pad(pcm, (0, padding)).reshape(-1, window_samples)
+
+
+def _reason(span: Span, error: Exception) -> str:
+    return f"cannot be read at byte {span.offset}: {error}"
+
+
+def _key_in(contents: bytes) -> str | None:
+    """The key of damaged members, where their names can still be read."""
+    try:
+        return read_members(contents)[0] or None
+    except (tarfile.TarError, ValueError, OSError):
+        return None

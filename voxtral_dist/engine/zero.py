@@ -39,8 +39,8 @@ _NEVER = 2**31 - 1
 
 # DeepSpeed's keys that say again what `RunConfig` says, and where it says it.
 _OURS = {
-    "train_batch_size": "train_data.slots_per_step and train_data.examples_per_slot",
-    "train_micro_batch_size_per_gpu": "train_data.examples_per_slot",
+    "train_batch_size": "train_data.slots_per_step and train_data.max_examples",
+    "train_micro_batch_size_per_gpu": "train_data.max_examples",
     "gradient_accumulation_steps": "train_data.slots_per_step",
     "managed_gradient_accumulation": "train_data.slots_per_step",
     "optimizer": "optimizer",
@@ -282,7 +282,8 @@ def _filled_in(config: RunConfig) -> dict[str, Any]:
     """What DeepSpeed has to know of our configuration."""
     is_bfloat16 = config.model.precision == "bfloat16"
     return {
-        "train_micro_batch_size_per_gpu": config.train_data.examples_per_slot,
+        # DeepSpeed wants some number, and never looks at how many examples our micro-batches have.
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # We call step() after any number of backward passes: the boundary is ours.
         "managed_gradient_accumulation": False,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig, TestSetConfig
+from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.index import ShardIndex, read_index
-from voxtral_dist.data.loader import example_cost
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import SampleError, SampleReader
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first
@@ -47,7 +47,9 @@ def build_test_set(name: str, config: TestSetConfig, batch_size: int, prompts: T
     index = read_index([config.shards])
     if config.max_utterances is not None:
         index = index.first(config.max_utterances)
-    order = (-example_cost(index, prompts)).argsort(kind="stable").tolist()
+    sizes, records = ExampleSizes.of(prompts), index.records
+    positions = sizes.positions(sizes.windows(records["duration_ms"]), records["num_text_tokens"])
+    order = (-positions).argsort(kind="stable").tolist()
     batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
     return TestSet(name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT), batches)
 

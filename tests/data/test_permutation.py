@@ -1,0 +1,28 @@
+"""Keyed permutations of any size, computed for single values."""
+
+import numpy as np
+import pytest
+
+from voxtral_dist.data.permutation import permute, permute_blocks
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_permute_is_a_bijection(size):
+    for key in ((0,), (1, 2), (5, 0, 9)):
+        assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+def test_permute_is_computed_for_single_values_alike():
+    whole = permute(np.arange(1000), 1000, (4,))
+    some = [0, 1, 500, 999]
+    assert [int(permute(np.array([value]), 1000, (4,))[0]) for value in some] == whole[some].tolist()
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 64, 100])
+@pytest.mark.parametrize("block_size", [1, 3, 8, 200])
+def test_blocks_of_neighbours_stay_together(num_samples, block_size):
+    places = permute_blocks(np.arange(num_samples), num_samples, block_size, (1,)).tolist()
+    assert sorted(places) == list(range(num_samples))
+    first_of_blocks = [place for place in places if place % block_size == 0]
+    in_blocks = [range(first, min(first + block_size, num_samples)) for first in first_of_blocks]
+    assert places == [place for block in in_blocks for place in block]

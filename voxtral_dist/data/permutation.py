@@ -1,0 +1,95 @@
+"""Keyed permutations of 0..n-1 that are computed for single values, without a table of n.
+
+Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), sections 3 and 5: a Feistel network with cycle
+walking. Its round function is the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+_U64 = np.uint64
+_NUM_ROUNDS = 4
+
+
+def permute_blocks(positions: Ids, num_samples: int, block_size: int, key: Sequence[int]) -> Ids:
+    """Where each position of a pass is found in the index, when blocks of neighbours are shuffled.
+
+    A bijection of 0..num_samples-1 for every key. The last block may be short: wherever it lands, all later positions
+    move up by what it lacks.
+    """
+    num_blocks = -(-num_samples // block_size)
+    lacking = num_blocks * block_size - num_samples
+    if lacking:
+        end_of_short = _place_of(num_blocks - 1, num_blocks, key) * block_size + block_size - lacking
+        positions = np.where(positions >= end_of_short, positions + lacking, positions)
+    blocks, inside = np.divmod(positions, block_size)
+    places: Ids = permute(blocks, num_blocks, key) * block_size + inside
+    return places
+
+
+def permute(values: Ids, size: int, key: Sequence[int]) -> Ids:
+    """A keyed bijection of 0..size-1, computed for `values` alone."""
+    return _walk(values, size, _round_keys(key))
+
+
+def _place_of(value: int, size: int, key: Sequence[int]) -> int:
+    """The inverse of `permute`: a Feistel network runs backwards with reversed round keys and swapped halves."""
+    half_bits = _half_bits(size)
+    keys = _round_keys(key)[::-1]
+    current = np.array([value])
+    while True:
+        current = _swap(_encrypt(_swap(current, half_bits), half_bits, keys), half_bits)
+        if current[0] < size:
+            return int(current[0])
+
+
+def _walk(values: Ids, size: int, keys: NDArray[np.uint64]) -> Ids:
+    half_bits = _half_bits(size)
+    current = _encrypt(values, half_bits, keys)
+    # The network permutes a power of four below 4 * size: values that leave the range are encrypted again.
+    while (outside := current >= size).any():
+        current[outside] = _encrypt(current[outside], half_bits, keys)
+    return current
+
+
+def _half_bits(size: int) -> int:
+    return max(1, -(-(size - 1).bit_length() // 2))
+
+
+def _round_keys(key: Sequence[int]) -> NDArray[np.uint64]:
+    return hash_values(np.arange(_NUM_ROUNDS), (*key, 0))
+
+
+def _encrypt(values: Ids, half_bits: int, keys: NDArray[np.uint64]) -> Ids:
+    mask = _U64((1 << half_bits) - 1)
+    shift = _U64(half_bits)
+    left, right = values.astype(_U64) >> shift, values.astype(_U64) & mask
+    for round_key in keys:
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return ((left << shift) | right).astype(np.int64)
+
+
+def _swap(values: Ids, half_bits: int) -> Ids:
+    mask = (1 << half_bits) - 1
+    return ((values & mask) << half_bits) | (values >> half_bits)
+
+
+def hash_values(values: Ids, key: Sequence[int]) -> NDArray[np.uint64]:
+    """Numbers that look random, one for each value, equal for equal (value, key)."""
+    state = np.zeros(1, dtype=_U64)
+    for part in key:
+        state = _mix(state ^ _U64(part))
+    return _mix(values.astype(_U64) ^ state)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        mixed = values + _U64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> _U64(31))

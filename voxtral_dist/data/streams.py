@@ -1,0 +1,232 @@
+"""Which samples are drawn, and how often: filters over the index, and the streams that a mixture is made of.
+
+A stream is what has a share of its own: a shard set, or one language of it. They are found in one scan of the index,
+some records at a time; afterwards one byte a sample says which stream it belongs to, and the k-th sample of a stream is
+found by counts of blocks. Where nothing is filtered and nothing is mixed, there is one stream, no scan and no table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxtral_dist.config import TrainDataConfig
+from voxtral_dist.data.filters import ExampleSizes, Filters
+from voxtral_dist.data.index import UNKNOWN_LANGUAGE, Ids, RecordChunk, ShardIndex
+from voxtral_dist.errors import UserError
+
+_BLOCK_SAMPLES = 1024
+_LEFT_OUT = 255
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples that have a share of their own.
+
+    name: of the shard set, and the language where languages are mixed.
+    num_samples: different ones. num_draws: drawn in one pass of the plan; a stream with more draws than samples is gone
+    through again and again, each time in another order and without replacement.
+    """
+
+    name: str
+    num_samples: int
+    num_draws: int
+
+
+class Streams:
+    """The streams of a training set, and the samples of each by their position in it."""
+
+    def __init__(self, streams: Sequence[Stream], left_out: Mapping[str, int], table: _StreamTable | None) -> None:
+        self.streams = tuple(streams)
+        self.left_out = dict(left_out)
+        self._table = table
+
+    @property
+    def num_samples(self) -> int:
+        """Different ones that can be drawn."""
+        return sum(stream.num_samples for stream in self.streams)
+
+    def sample_ids(self, stream: int, positions: Ids) -> Ids:
+        """The samples at these positions of a stream, which are in the order of the index."""
+        return positions if self._table is None else self._table.find(stream, positions)
+
+
+def build_streams(
+    config: TrainDataConfig, index: ShardIndex, set_ends: Mapping[str, int], sizes: ExampleSizes
+) -> Streams:
+    """Filter an index and divide it into streams.
+
+    Args:
+        config: filters, weights and temperatures.
+        index: all samples.
+        set_ends: for each shard set by name, where its samples end in the index.
+        sizes: what examples cost.
+
+    Raises:
+        UserError: a set has nothing left to draw, or there are too many streams.
+    """
+    filters = Filters(config, sizes, index.languages)
+    if not config.mixes_sets and not config.mixes_languages and not filters.can_refuse(index):
+        return Streams([Stream("all", len(index), len(index))], {}, None)
+    scan = _scan(index, filters, set_ends if config.mixes_sets else {"all": len(index)}, config.mixes_languages)
+    _refuse_empty_sets(scan)
+    draws = _draws(config, scan)
+    streams = [
+        Stream(scan.name(cell, index.languages), count, drawn)
+        for cell, count, drawn in zip(scan.cells, scan.counts, draws, strict=True)
+    ]
+    return Streams(streams, scan.left_out, _StreamTable(scan.stream_of_sample, len(streams)))
+
+
+# A set, and a language of it: None where its languages are not told apart.
+_Cell = tuple[str, int | None]
+
+
+@dataclass
+class _Scan:
+    """What one look at all records finds; `stream_of_sample` is uint8 `(N,)`."""
+
+    set_ends: Mapping[str, int]
+    stream_of_sample: NDArray[np.uint8]
+    cells: list[_Cell] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def add(self, chunk: RecordChunk, cell: _Cell, mine: NDArray[np.bool_]) -> None:
+        """Note that the chosen records of the chunk belong to a cell."""
+        count = int(mine.sum())
+        if count == 0:
+            return
+        number = self._number_of(cell)
+        self.counts[number] += count
+        self.seconds[number] += float(chunk.records["duration_ms"][mine].sum(dtype=np.int64)) / 1000.0
+        self.stream_of_sample[chunk.first_id : chunk.first_id + len(mine)][mine] = number
+
+    def name(self, cell: _Cell, languages: Sequence[str]) -> str:
+        """Such as `podcasts/de`."""
+        set_name, number = cell
+        if number is None:
+            return set_name
+        language = "unknown" if number == UNKNOWN_LANGUAGE else languages[number]
+        return f"{set_name}/{language}"
+
+    def _number_of(self, cell: _Cell) -> int:
+        if cell not in self.cells:
+            if len(self.cells) == _LEFT_OUT:
+                raise UserError(
+                    f"`train_data`: the mixture has more than {_LEFT_OUT} streams (shard sets times languages): mix "
+                    "fewer sets, or set `language_temperature` to 1."
+                )
+            self.cells.append(cell)
+            self.counts.append(0)
+            self.seconds.append(0.0)
+        return self.cells.index(cell)
+
+
+def _scan(index: ShardIndex, filters: Filters, set_ends: Mapping[str, int], by_language: bool) -> _Scan:
+    scan = _Scan(set_ends, np.full(len(index), _LEFT_OUT, dtype=np.uint8))
+    for chunk in index.chunks():
+        kept = np.ones(len(chunk.records), dtype=bool)
+        for reason, refused in filters.refused(chunk).items():
+            # A sample is counted by the first of its reasons.
+            if count := int((kept & refused).sum()):
+                scan.left_out[reason] += count
+            kept &= ~refused
+        start = 0
+        for set_name, end in set_ends.items():
+            first, last = max(start - chunk.first_id, 0), min(end - chunk.first_id, len(kept))
+            start = end
+            if first < last:
+                mine = np.zeros(len(kept), dtype=bool)
+                mine[first:last] = kept[first:last]
+                _add_cells(scan, chunk, set_name, mine, by_language)
+    return scan
+
+
+def _add_cells(scan: _Scan, chunk: RecordChunk, set_name: str, mine: NDArray[np.bool_], by_language: bool) -> None:
+    languages = np.unique(chunk.languages[mine]).tolist() if by_language else [None]
+    for language in languages:
+        scan.add(chunk, (set_name, language), mine if language is None else mine & (chunk.languages == language))
+
+
+def _refuse_empty_sets(scan: _Scan) -> None:
+    for set_name in scan.set_ends:
+        if not any(cell_set == set_name for cell_set, _ in scan.cells):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in scan.left_out.items())
+            where = "" if set_name == "all" else f" of the set `{set_name}`"
+            raise UserError(
+                f"`train_data`: none of the samples{where} passes the filters ({reasons}), so there is nothing to "
+                "train on: loosen them, or take the set out."
+            )
+
+
+def _draws(config: TrainDataConfig, scan: _Scan) -> list[int]:
+    """How many samples of each stream are drawn in a pass that draws as many as there are.
+
+    Shares are of the audio that is drawn: a set has its weight, or (hours)^(1/T) without weights, and a language of it
+    has (hours)^(1/T). This is the temperature of multilingual BERT and XLM-R (Conneau et al., arXiv 1911.02116, section
+    3.1, with alpha = 1/T), applied to hours. A share of audio becomes one of samples by the mean length of the stream.
+    """
+    seconds, counts = np.array(scan.seconds), np.array(scan.counts)
+    set_names = [set_name for set_name, _ in scan.cells]
+    share = np.zeros(len(counts))
+    for set_name in dict.fromkeys(set_names):
+        mine = np.array([name == set_name for name in set_names])
+        by_language = seconds[mine] ** (1 / config.language_temperature)
+        weight = config.set_weight(set_name, float(seconds[mine].sum()))
+        share[mine] = weight * by_language / by_language.sum()
+    # Streams without any weight in samples would never be drawn: a pass draws at least one of each.
+    ideal = share / (seconds / counts)
+    return _largest_remainders(ideal / ideal.sum() * counts.sum(), int(counts.sum()))
+
+
+def _largest_remainders(ideal: NDArray[np.float64], total: int) -> list[int]:
+    """Whole numbers of at least 1 next to the ideal ones that add up to `total`, where that can be."""
+    # Products of shares that are whole numbers but for rounding errors stay the numbers that they are.
+    floors = np.maximum(1, np.floor(ideal + 1e-6)).astype(int)
+    order = np.argsort(-(ideal - floors), kind="stable")
+    missing = max(0, total - int(floors.sum()))
+    floors[order[:missing]] += 1
+    return [int(number) for number in floors]
+
+
+class _StreamTable:
+    """Finds the k-th sample of a stream by the counts of each block of samples."""
+
+    def __init__(self, stream_of_sample: NDArray[np.uint8], num_streams: int) -> None:
+        whole = len(stream_of_sample) - len(stream_of_sample) % _BLOCK_SAMPLES
+        self._blocks = stream_of_sample[:whole].reshape(-1, _BLOCK_SAMPLES)
+        # What is left after the whole blocks, on its own so that the large array need not be copied.
+        self._last = np.full(_BLOCK_SAMPLES, _LEFT_OUT, dtype=np.uint8)
+        self._last[: len(stream_of_sample) - whole] = stream_of_sample[whole:]
+        self._ends = [np.cumsum(self._counts(stream)) for stream in range(num_streams)]
+
+    def find(self, stream: int, positions: Ids) -> Ids:
+        """The samples at these positions of the stream, `(n,)`."""
+        ends = self._ends[stream]
+        blocks = np.searchsorted(ends, positions, side="right")
+        inside = positions - np.where(blocks > 0, ends[blocks - 1], 0)
+        found = np.empty(len(positions), dtype=np.int64)
+        # In parts, so that a large window does not take the memory of all its blocks at a time.
+        for part in np.array_split(np.arange(len(positions)), -(-len(positions) // 4096) or 1):
+            ranks = np.cumsum(self._rows(blocks[part]) == stream, axis=1, dtype=np.uint16)
+            found[part] = (ranks <= inside[part, None]).sum(axis=1)
+        sample_ids: Ids = blocks * _BLOCK_SAMPLES + found
+        return sample_ids
+
+    def _rows(self, blocks: Ids) -> NDArray[np.uint8]:
+        is_last = blocks == len(self._blocks)
+        rows = np.empty((len(blocks), _BLOCK_SAMPLES), dtype=np.uint8)
+        rows[~is_last] = self._blocks[blocks[~is_last]]
+        rows[is_last] = self._last
+        return rows
+
+    def _counts(self, stream: int) -> NDArray[np.int64]:
+        parts = [*np.array_split(self._blocks, len(self._blocks) // 4096 + 1), self._last[None]]
+        counts: Ids = np.concatenate([(part == stream).sum(axis=1, dtype=np.int64) for part in parts])
+        return counts
