@@ -31,7 +31,7 @@ def run_config(
             "num_steps": num_steps,
             "model": {"path": str(model), "precision": "float32"},
             "train_data": {
-                "shards": [shards],
+                "shards": [str(shards)],
                 "slots_per_step": slots_per_step,
                 "max_examples": 2,
                 "sort_window_steps": 4,

@@ -82,7 +82,7 @@ def recipe(tmp_path, tiny_model, shard_folder) -> Path:
         "run_dir": str(tmp_path / "run"),
         "num_steps": 2,
         "model": {"path": str(tiny_model), "precision": "float32"},
-        "train_data": {"shards": [str(shard_folder)], "slots_per_step": 1, "num_workers": 0},
+        "train_data": {"shards": [str(shard_folder)], "slots_per_step": 1, "max_examples": 4, "num_workers": 0},
         "optimizer": {"learning_rate": 1e-4, "warmup_steps": 0},
         "engine": {"deepspeed": str(tmp_path / "ds.json")},
         "evaluation": {"test_sets": {"speech": {"shards": str(shard_folder)}}},

@@ -66,7 +66,7 @@ def unbroken(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.Temp
         shard_folder,
         num_steps=NUM_STEPS,
         checkpoint={"every_steps": 6, "keep": 2},
-        evaluation={"test_sets": {"same": {"shards": shard_folder, "max_utterances": 7}}, "batch_size": 2},
+        evaluation={"test_sets": {"same": {"shards": str(shard_folder), "max_utterances": 7}}, "batch_size": 2},
     )
     process = launch(config, 2)
     output = finish(process)
@@ -139,7 +139,7 @@ def test_bad_samples_are_left_out_and_named_and_too_many_end_the_run(unbroken: R
     broken = [3, 11]
     for sample_id in broken:
         garble(index.span(sample_id).path, index.span(sample_id).offset + TAR_BLOCK_BYTES)
-    train_data = unbroken.train_data.model_copy(update={"shards": (tmp_path / "shards",), "max_bad_fraction": 0.5})
+    train_data = unbroken.train_data.model_copy(update={"shards": (str(tmp_path / "shards"),), "max_bad_fraction": 0.5})
     config = unbroken.model_copy(
         update={"run_dir": tmp_path / "run", "train_data": train_data, "evaluation": type(unbroken.evaluation)()}
     )

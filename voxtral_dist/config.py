@@ -145,7 +145,8 @@ class TrainDataConfig(Section):
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         if bool(self.shards) == bool(self.sets):
-            raise ValueError("`train_data` must have either `shards` or `sets`, but has both or none instead")
+            has = "both" if self.shards else "none"
+            raise ValueError(f"`train_data` must have either `train_data.shards` or `train_data.sets`, but has {has}")
         if self.max_examples is None and self.max_windows is None and self.max_tokens is None:
             raise ValueError(
                 "`train_data` must limit a micro-batch by `max_examples`, `max_windows` or `max_tokens`, but sets none "
@@ -357,7 +358,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
                 yield _unknown_key(detail)
             case "missing":
                 yield f"`{location}` is missing"
-            case "value_error" if not location:
+            case "value_error":
                 yield detail["msg"].removeprefix("Value error, ")
             case _:
                 yield f"`{location}`: {_lower_first(detail['msg'])}, but is {detail['input']!r} instead"

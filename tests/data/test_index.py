@@ -44,24 +44,24 @@ def refusal(folder: Path) -> str:
 def test_spans_cover_the_tars_without_gaps(shard_index):
     spans = [shard_index.span(sample_id) for sample_id in range(len(shard_index))]
     for shard in shard_index.shards:
-        inside = [span for span in spans if span.path == shard.path]
+        inside = [span for span in spans if span.location == shard.location]
         assert len(inside) == shard.num_samples
         assert inside[0].offset == 0
         ends = [span.offset + span.num_bytes for span in inside]
         assert [span.offset for span in inside[1:]] == ends[:-1]
         # Behind the last sample comes nothing but the end of a tar: zeros.
-        contents = shard.path.read_bytes()
+        contents = Path(shard.location).read_bytes()
         assert contents[ends[-1] :] == bytes(len(contents) - ends[-1])
 
 
-def test_a_record_takes_16_bytes(shard_index):
-    assert RECORD.itemsize == 16
-    assert shard_index.records.nbytes == 16 * len(shard_index)
+def test_a_record_takes_24_bytes(shard_index):
+    assert RECORD.itemsize == 24
+    assert shard_index.records.nbytes == 24 * len(shard_index)
 
 
 def test_two_folders_are_one_index_with_one_table_of_languages(shard_folder, other_folder, prompts):
     parts = [read_index([shard_folder]), read_index([other_folder])]
-    assert parts[0].languages != parts[1].languages
+    assert parts[0].sets[0].languages != parts[1].sets[0].languages
     both = read_index([shard_folder, other_folder])
     readers = [(part, SampleReader(part, prompts, 448)) for part in parts]
     expected = [
@@ -72,13 +72,41 @@ def test_two_folders_are_one_index_with_one_table_of_languages(shard_folder, oth
     assert len(both) == len(expected)
     whole = SampleReader(both, prompts, 448)
     for sample_id, (language, sample, duration_seconds) in enumerate(expected):
-        assert both.language(sample_id) == language == sample.fields["lang"]
+        assert both.language(sample_id) == language == sample.language
         assert whole.read(sample_id) == sample
         assert both.duration_seconds[sample_id] == duration_seconds
 
 
 def test_one_folder_is_mapped_not_loaded(shard_index):
-    assert isinstance(shard_index.records, np.memmap)
+    assert isinstance(shard_index.sets[0].records, np.memmap)
+
+
+@pytest.mark.parametrize("num_records", [1, 7, 100])
+def test_chunks_are_all_records_of_all_sets(shard_folder, other_folder, num_records):
+    both = read_index([shard_folder, other_folder])
+    chunks = list(both.chunks(num_records))
+    assert [chunk.first_id for chunk in chunks] == np.cumsum(
+        [0, *(len(chunk.records) for chunk in chunks[:-1])]
+    ).tolist()
+    assert np.array_equal(np.concatenate([chunk.languages for chunk in chunks]), both.records["language"])
+    for name in ("offset_blocks", "duration_ms", "crc32"):
+        assert np.array_equal(np.concatenate([chunk.records[name] for chunk in chunks]), both.records[name])
+
+
+def test_a_pattern_of_tars_takes_a_part_of_the_set(shard_folder, shard_index, prompts):
+    taken = [shard_index.shards[0], shard_index.shards[-1]]
+    part = read_index([shard.location for shard in taken])
+    assert part.shards == tuple(taken)
+    ids = [sample_id for sample_id in range(len(shard_index)) if shard_index.shard(sample_id) in taken]
+    whole, some = SampleReader(shard_index, prompts, 448), SampleReader(part, prompts, 448)
+    assert [some.read(sample_id) for sample_id in range(len(part))] == [whole.read(sample_id) for sample_id in ids]
+    assert np.array_equal(part.records["crc32"], shard_index.gather(np.array(ids))["crc32"])
+
+
+def test_a_tar_that_the_index_does_not_know_is_refused(copied):
+    (copied / "other.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"doesn't know the shard other\.tar"):
+        read_index([str(copied / "other.tar")])
 
 
 @pytest.mark.parametrize("num_samples", [1, 5, 1000])
@@ -125,7 +153,7 @@ def test_an_index_of_another_layout_is_refused(copied):
 def test_an_index_of_another_version_is_refused(copied):
     table = json.loads((copied / SHARD_TABLE_FILE).read_text())
     (copied / SHARD_TABLE_FILE).write_text(json.dumps(table | {"format": 99}))
-    assert "has format 99, but this version reads format 1" in refusal(copied)
+    assert "has format 99, but this version reads format 2" in refusal(copied)
 
 
 @pytest.mark.parametrize("contents", ["", "{", "[]", '{"format": 1}', '{"format": 1, "languages": [], "shards": [{}]}'])

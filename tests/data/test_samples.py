@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -86,10 +87,10 @@ def test_an_example_is_the_utterance_as_the_model_takes_it(shard_index, prompts)
     for sample_id in range(len(shard_index)):
         sample, example = reader.read(sample_id), reader.example(sample_id)
         waveform = to_pcm(decode_audio(sample.audio, RATE))
-        assert (example.sample_id, example.key, example.reference) == (sample_id, sample.key, sample.fields["text"])
+        assert (example.sample_id, example.key, example.reference) == (sample_id, sample.key, sample.text)
         assert np.array_equal(example.pcm.flatten()[: len(waveform)], waveform)
-        assert example.prompt == prompts.prompt(sample.fields["lang"], len(example.pcm))
-        assert list(example.completion) == prompts.completion(sample.fields["text"])
+        assert example.prompt == prompts.prompt(sample.language, len(example.pcm))
+        assert list(example.completion) == prompts.completion(sample.text)
         assert example.duration_seconds == len(waveform) / RATE
 
 
@@ -101,7 +102,7 @@ def copied(shard_folder, tmp_path) -> ShardIndex:
 
 def overwrite(index: ShardIndex, sample_id: int, offset: int, contents: bytes) -> None:
     span = index.span(sample_id)
-    with span.path.open("r+b") as tar:
+    with Path(span.location).open("r+b") as tar:
         tar.seek(span.offset + offset)
         tar.write(contents)
 
@@ -140,7 +141,7 @@ def test_a_garbled_sample_is_named_and_others_are_unaffected(copied, prompts, da
     with pytest.raises(SampleError) as caught:
         SampleReader(copied, prompts, 448).example(3)
     bad = caught.value.bad
-    assert bad.shard == copied.span(3).path.name
+    assert bad.shard == copied.shard(3).name
     # Where the members cannot be read, the number of the sample stands for its key.
     assert bad.key in (sample.key, "#3")
     assert bad.shard in str(caught.value)
@@ -152,7 +153,7 @@ def test_a_tar_that_ends_early_is_a_bad_sample(copied, prompts):
     reader = SampleReader(copied, prompts, 448)
     last = copied.shards[0].num_samples - 1
     span = copied.span(last)
-    with span.path.open("r+b") as tar:
+    with Path(span.location).open("r+b") as tar:
         tar.truncate(span.offset + 700)
     with pytest.raises(SampleError, match=f"read 700 bytes instead of {span.num_bytes}"):
         reader.example(last)
@@ -205,7 +206,15 @@ def with_fields(folder: Path, fields: object) -> ShardIndex:
     new = json.dumps(fields).encode().ljust(len(old))
     assert len(new) == len(old)
     overwrite(index, 0, start, new)
-    return index
+    return with_new_checksums(folder)
+
+
+def with_new_checksums(folder: Path) -> ShardIndex:
+    """The index as if it had been made after the tars were changed."""
+    index, records = read_index([folder]), np.load(folder / INDEX_FILE)
+    records["crc32"] = [zlib.crc32(Storage().read(index.span(sample_id))) for sample_id in range(len(index))]
+    np.save(folder / INDEX_FILE, records)
+    return read_index([folder])
 
 
 @pytest.mark.parametrize(
@@ -218,8 +227,8 @@ def with_fields(folder: Path, fields: object) -> ShardIndex:
         ({"text": "a", "lang": 5}, "language 5"),
         ({"text": "a", "lang": ["en"]}, "language"),
         ({"text": "a", "lang": {"a": 1}}, "language"),
-        (["text"], "has no json member"),
-        (None, "has no json member"),
+        (["text"], "no JSON object"),
+        (None, "no JSON object"),
     ],
 )
 def test_unusable_fields_are_a_bad_sample(tmp_path, clip, prompts, fields, sentence):

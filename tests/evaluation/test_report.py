@@ -84,7 +84,7 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
 
 @pytest.fixture(scope="module")
 def held_out(shard_folder, prompts):
-    return build_test_set("held_out", ShardsToTest(shards=shard_folder, max_utterances=7), 3, prompts)
+    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts)
 
 
 def test_batches_hold_every_utterance_once_longest_first(held_out):
