@@ -164,6 +164,7 @@ def _data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
         "max_duration_seconds",
         "max_target_tokens",
         "augmentation",
+        "spec_augment",
     )
     train_data = config.train_data.model_dump(mode="json")
     return {

@@ -6,16 +6,17 @@ to resume from is the number of the step.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.audio import Augmentation
+from voxtral_dist.data.augmentation import Augmentation, draw_feature_masks
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
 from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.plan import PlanShape, TrainPlan, rank_slots
@@ -148,8 +149,9 @@ class _SlotDataset(Dataset[MicroBatch]):
         self._plan = plan
         self._prompts = prompts
         self._seed = seed
+        self._spec_augment = config.spec_augment
         self._reader = SampleReader(index, prompts, config.max_target_tokens)
-        self._augmentation = Augmentation(config.augmentation) if config.augmentation else None
+        self._augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
 
     def __getitem__(self, place: Place) -> MicroBatch:
         step, slot = place
@@ -160,10 +162,25 @@ class _SlotDataset(Dataset[MicroBatch]):
         bad: list[BadSample] = []
         for sample_id in drawn.sample_ids.tolist():
             try:
-                examples.append(self._reader.example(sample_id, self._augmentation, (self._seed, drawn.pass_index)))
+                examples.append(self._example(sample_id, (self._seed, drawn.pass_index)))
             except SampleError as error:
                 # Taken out, never replaced: the plan of all other slots stays as it is.
                 bad.append(error.bad)
         if not examples:
             return weightless_micro_batch(self._prompts, bad)
         return collate(examples, self._prompts.pad_id, bad)
+
+    def _example(self, sample_id: int, key: tuple[int, ...]) -> Example:
+        example = self._reader.example(sample_id, self._augmentation, key)
+        if self._spec_augment is None:
+            return example
+        prompts = self._prompts
+        masks = draw_feature_masks(
+            self._spec_augment,
+            (*key, sample_id),
+            math.ceil(round(example.duration_seconds * prompts.sampling_rate) / prompts.hop_samples),
+            prompts.window_samples // prompts.hop_samples,
+            prompts.num_mel_bins,
+            frames_per_second=prompts.sampling_rate / prompts.hop_samples,
+        )
+        return replace(example, feature_masks=masks)

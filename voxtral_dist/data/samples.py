@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from voxtral_dist.data.audio import AudioError, Augmentation, Pcm, decode_audio, to_pcm
+from voxtral_dist.data.audio import AudioError, Pcm, decode_audio, to_pcm
+from voxtral_dist.data.augmentation import Augmentation
 from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.members import Sample, parse_sample
 from voxtral_dist.data.prompts import TranscriptionPrompts
@@ -39,7 +41,8 @@ class SampleError(Exception):
 class Example:
     """One utterance as the model takes it.
 
-    pcm is `(num_windows, S)`, int16, padded with silence; `completion` ends with `</s>`.
+    pcm is `(num_windows, S)`, int16, padded with silence; `completion` ends with `</s>`. feature_masks are those of
+    `draw_feature_masks`, and none in evaluations.
     """
 
     sample_id: int
@@ -49,6 +52,7 @@ class Example:
     completion: tuple[int, ...]
     reference: str
     duration_seconds: float
+    feature_masks: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
 
 
 class SampleReader:
@@ -98,7 +102,8 @@ class SampleReader:
         waveform = decode_audio(sample.audio, self._prompts.sampling_rate)
         self._check_duration(sample_id, len(waveform) / self._prompts.sampling_rate)
         if augmentation is not None:
-            waveform = augmentation(waveform, self._prompts.sampling_rate, (*key, sample_id))
+            max_samples = self._prompts.num_windows(len(waveform)) * self._prompts.window_samples
+            waveform = augmentation(waveform, self._prompts.sampling_rate, (*key, sample_id), max_samples)
         num_windows = self._prompts.num_windows(len(waveform))
         return Example(
             sample_id=sample_id,
