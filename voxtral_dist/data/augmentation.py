@@ -126,6 +126,15 @@ def _always_applied(transforms: Sequence[tuple[str, Any]]) -> Iterator[None]:
             transform.p = probability
 
 
+def check_spec_augment(config: SpecAugmentConfig, num_mel_bins: int) -> None:
+    """Refuse masks that the features of the model have no room for."""
+    if config.max_frequency_mask_bins > num_mel_bins:
+        raise UserError(
+            f"`train_data.spec_augment.max_frequency_mask_bins` must be at most {num_mel_bins}, the number of mel bins "
+            f"of the model, but is {config.max_frequency_mask_bins} instead."
+        )
+
+
 def draw_feature_masks(
     config: SpecAugmentConfig,
     key: Sequence[int],

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.augmentation import Augmentation, draw_feature_masks
+from voxtral_dist.data.augmentation import Augmentation, check_spec_augment, draw_feature_masks
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
 from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.plan import PlanShape, TrainPlan, rank_slots
@@ -150,6 +150,8 @@ class _SlotDataset(Dataset[MicroBatch]):
         self._prompts = prompts
         self._seed = seed
         self._spec_augment = config.spec_augment
+        if config.spec_augment is not None:
+            check_spec_augment(config.spec_augment, prompts.num_mel_bins)
         self._reader = SampleReader(index, prompts, config.max_target_tokens)
         self._augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
 
