@@ -340,6 +340,6 @@ def test_no_masks_are_an_empty_table():
 
 def test_a_band_wider_than_the_features_is_refused(shard_folder, prompts):
     wide = SpecAugmentConfig(max_frequency_mask_bins=prompts.num_mel_bins + 1)
-    config = TrainDataConfig.model_validate({"shards": [shard_folder], "spec_augment": wide})
+    config = TrainDataConfig.model_validate({"shards": [str(shard_folder)], "spec_augment": wide})
     with pytest.raises(UserError, match=rf"max_frequency_mask_bins` must be at most {prompts.num_mel_bins}"):
         build_train_loader(config, prompts, seed=0, num_steps=1, rank=0, world_size=1)
