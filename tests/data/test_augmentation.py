@@ -207,6 +207,17 @@ def test_folders_without_usable_sounds_are_refused(name, argument, place, senten
             chain(always(name, **{argument: value}))
 
 
+def test_of_a_large_folder_evenly_spaced_files_are_opened(tmp_path, monkeypatch):
+    for number in range(4):
+        soundfile.write(tmp_path / f"{number}.wav", clip(400), RATE)
+    (tmp_path / "1.wav").write_bytes(b"not audio")
+    step = always("AddBackgroundNoise", sounds_path=str(tmp_path))
+    with pytest.raises(UserError, match="1.wav cannot be read"):
+        build_transform(step)
+    monkeypatch.setattr("voxtral_dist.data.transforms._MAX_CHECKED_FILES", 2)
+    assert len(build_transform(step).sound_file_paths) == 4
+
+
 @pytest.mark.parametrize(("name", "argument"), NOISE_ARGUMENTS)
 def test_the_order_of_files_does_not_depend_on_the_file_system(name, argument, tmp_path):
     names = [f"{folder}/{number}.wav" for folder in ("b", "a", "c/d", "B") for number in (2, 10)]
