@@ -212,7 +212,7 @@ def test_of_a_large_folder_evenly_spaced_files_are_opened(tmp_path, monkeypatch)
         soundfile.write(tmp_path / f"{number}.wav", clip(400), RATE)
     (tmp_path / "1.wav").write_bytes(b"not audio")
     step = always("AddBackgroundNoise", sounds_path=str(tmp_path))
-    with pytest.raises(UserError, match="1.wav cannot be read"):
+    with pytest.raises(UserError, match=r"1\.wav cannot be read"):
         build_transform(step)
     monkeypatch.setattr("voxtral_dist.data.transforms._MAX_CHECKED_FILES", 2)
     assert len(build_transform(step).sound_file_paths) == 4
