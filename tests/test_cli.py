@@ -148,7 +148,7 @@ def test_print_config_prints_what_loads_back(run, recipe, tmp_path, option):
         ("engine.deepspeed={nowhere}", "cannot be read"),
         ("run_dir={file}/run", "`run_dir`"),
         ("train_data.augmentation=[{{name: Gian}}]", "no transform `Gian`"),
-        ("train_data.augmentation=[{{name: Gain, arguments: {{loud: 1}}}}]", "`Gain` does not take these arguments"),
+        ("train_data.augmentation=[{{name: Gain, arguments: {{loud: 1}}}}]", "`Gain` has no argument `loud`"),
         ("train_data.max_duration_seconds=0.001", "there is nothing to train on"),
     ],
 )

@@ -25,6 +25,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+Argument = float | int | str | bool
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 
 
@@ -46,12 +47,12 @@ class ModelConfig(Section):
 
 
 class AugmentationStep(Section):
-    """One audiomentations transform."""
+    """One transform of the waveform."""
 
     name: str
-    """A class of audiomentations, such as `Gain` or `AddGaussianSNR`."""
+    """A class of audiomentations, such as `Gain` or `AddGaussianSNR`, or our `LengthAwareTimeStretch`."""
 
-    arguments: dict[str, float | int | str | bool] = Field(default_factory=dict)
+    arguments: dict[str, Argument | list[Argument]] = Field(default_factory=dict)
     """Its arguments by name; `p` is the probability that it is applied to an utterance."""
 
 
@@ -63,6 +64,25 @@ class ShardSetConfig(Section):
 
     weight: float | None = Field(default=None, gt=0)
     """Its share of the audio that is drawn, relative to the other sets. None in all sets: by `set_temperature`."""
+
+
+class SpecAugmentConfig(Section):
+    """Masks on the log-mel features (SpecAugment: Park et al., arXiv 1904.08779): masked values become 0."""
+
+    num_time_masks: int = Field(default=2, ge=0)
+    """Spans of time in each clip, however many windows it has."""
+
+    max_time_mask_seconds: float = Field(default=1.0, ge=0)
+    """The width of a time mask is uniform between nothing and the smaller of this and the next limit."""
+
+    max_time_mask_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Of the clip's own length: short clips get narrow masks (Park et al., arXiv 1912.05533)."""
+
+    num_frequency_masks: int = Field(default=2, ge=0)
+    """Bands of neighbouring mel bins in each clip, over its whole length."""
+
+    max_frequency_mask_bins: int = Field(default=27, ge=0)
+    """The width of a band is uniform between nothing and this many mel bins, of which the published models have 128."""
 
 
 class TrainDataConfig(Section):
@@ -129,6 +149,9 @@ class TrainDataConfig(Section):
 
     augmentation: tuple[AugmentationStep, ...] = ()
     """Applied in this order to the waveform; drawn from (seed, pass, sample), so the same on any worker."""
+
+    spec_augment: SpecAugmentConfig | None = None
+    """Masks on the features, drawn in the same way. None: no masks. Never applied in evaluations."""
 
     max_target_tokens: int = Field(default=448, gt=0)
     """A transcript with more tokens counts as a bad sample: targets are never cut."""

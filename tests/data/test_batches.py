@@ -1,5 +1,7 @@
 """Padding and collation: nothing but the examples counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,14 @@ def test_collate_aligns_completions_at_the_end():
     assert (batch.num_samples, batch.audio_seconds, batch.num_targets) == (2, 1.5, 5)
 
 
+def test_feature_masks_follow_the_windows_of_their_example():
+    masks = np.array([[1, 0, 3, 9], [0, 1, 2, 4]])
+    masked = [replace(example([1], [2], num_windows), feature_masks=masks) for num_windows in (2, 3)]
+    batch = collate([masked[0], example([1], [2]), masked[1]], PAD)
+    assert batch.feature_masks.tolist() == [[1, 0, 3, 9], [0, 1, 2, 4], [4, 0, 3, 9], [3, 1, 2, 4]]
+    assert collate([example([1], [2])], PAD).feature_masks.shape == (0, 4)
+
+
 def test_an_empty_transcript_trains_its_end_alone():
     batch = collate([example([1, 34], [2])], PAD)
     assert (batch.input_ids.tolist(), batch.labels.tolist(), batch.num_targets) == ([[1, 34]], [[2]], 1)
@@ -62,7 +72,7 @@ def test_a_batch_keeps_what_was_left_out_of_it():
 def test_moving_a_batch_keeps_everything_but_the_device():
     batch = collate([example([1, 24, 34], [7, 2])], PAD, [BadSample("a.tar", "key", "reason")])
     moved = batch.to(torch.device("meta"))
-    for name in ("input_ids", "attention_mask", "labels", "pcm"):
+    for name in ("input_ids", "attention_mask", "labels", "pcm", "feature_masks"):
         assert getattr(moved, name).device.type == "meta", name
         assert getattr(moved, name).shape == getattr(batch, name).shape
     assert (moved.windows_per_example, moved.audio_seconds) == (batch.windows_per_example, batch.audio_seconds)

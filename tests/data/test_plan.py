@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from voxtral_dist.config import AugmentationStep, TrainDataConfig
+from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
 from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch
 from voxtral_dist.data.cutting import Budget
 from voxtral_dist.data.filters import ExampleSizes
@@ -355,7 +355,7 @@ def test_a_pass_of_the_loader_is_the_whole_shard_set(one_rank_batches, shard_ind
 
 
 def assert_same_tensors(one: MicroBatch, other: MicroBatch) -> None:
-    for name in ("input_ids", "attention_mask", "labels", "pcm"):
+    for name in ("input_ids", "attention_mask", "labels", "pcm", "feature_masks"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
@@ -363,8 +363,9 @@ def assert_same_tensors(one: MicroBatch, other: MicroBatch) -> None:
 @pytest.mark.parametrize("first_step", [1, 3])
 def test_resuming_gives_the_tail_of_the_whole_run(data_config, prompts, num_workers, first_step):
     noise = AugmentationStep(name="AddGaussianSNR", arguments={"p": 0.7})
-    config = data_config(num_workers=num_workers, augmentation=(noise,))
-    whole = steps_of(data_config(augmentation=(noise,)), prompts, rank=1, world_size=2)
+    masks = SpecAugmentConfig(max_time_mask_fraction=0.3)
+    config = data_config(num_workers=num_workers, augmentation=(noise,), spec_augment=masks)
+    whole = steps_of(data_config(augmentation=(noise,), spec_augment=masks), prompts, rank=1, world_size=2)
     tail = steps_of(config, prompts, rank=1, world_size=2, first_step=first_step)
     assert [batches.step for batches in tail] == list(range(first_step, NUM_STEPS))
     for resumed, uninterrupted in zip(tail, whole[first_step:], strict=True):

@@ -1,21 +1,15 @@
-"""Audio bytes to mono float32 at the model's rate, augmented reproducibly, and to the int16 that workers ship."""
+"""Audio bytes to mono float32 at the model's rate, and to the int16 that workers ship."""
 
 from __future__ import annotations
 
 import io
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import audiomentations
 import numpy as np
 import soundfile
 import soxr
 from numpy.typing import NDArray
-
-from voxtral_dist.config import AugmentationStep
-from voxtral_dist.errors import UserError
 
 Waveform = NDArray[np.float32]
 Pcm = NDArray[np.int16]
@@ -89,29 +83,3 @@ def to_pcm(waveform: Waveform) -> Pcm:
     scaled = np.rint(waveform * _INT16_SCALE)
     pcm: Pcm = np.clip(scaled, -_INT16_SCALE, _INT16_SCALE - 1).astype(np.int16)
     return pcm
-
-
-class Augmentation:
-    """A chain of audiomentations transforms whose draws depend on nothing but the key of each call."""
-
-    def __init__(self, steps: Sequence[AugmentationStep]) -> None:
-        self._compose = audiomentations.Compose([_transform(step) for step in steps])
-
-    def __call__(self, waveform: Waveform, sampling_rate: int, key: Sequence[int]) -> Waveform:
-        """The augmented waveform; `key` is (seed, pass, sample id)."""
-        # audiomentations draws from the two global generators: seed both for each sample.
-        seed = int(np.random.SeedSequence(list(key)).generate_state(1)[0])
-        random.seed(seed)
-        np.random.seed(seed)
-        augmented: Waveform = self._compose(samples=waveform, sample_rate=sampling_rate)
-        return augmented
-
-
-def _transform(step: AugmentationStep) -> Any:
-    transform_class = getattr(audiomentations, step.name, None)
-    if transform_class is None:
-        raise UserError(f"`train_data.augmentation`: audiomentations has no transform `{step.name}`.")
-    try:
-        return transform_class(**step.arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"`train_data.augmentation`: `{step.name}` does not take these arguments: {error}.") from error

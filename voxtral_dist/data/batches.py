@@ -1,6 +1,7 @@
 """Examples padded together into what one forward pass of one rank takes.
 
     B examples   C windows of all examples   S samples of a window   T input positions   K positions that carry targets
+    N feature masks
 
 Prompts are padded on the left, so that all completions end at the last position. Then logits are needed for the last K
 positions alone, where K is the longest completion: not for hundreds of audio positions over the whole vocabulary.
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from voxtral_dist.data.prompts import TranscriptionPrompts
@@ -30,12 +32,14 @@ class MicroBatch:
     attention_mask: int64 `(B, T)`: 0 on padding.
     labels: int64 `(B, K)`: the token that follows each of the last K positions, `IGNORED_LABEL` before the completion.
     pcm: int16 `(C, S)`: the windows of the examples, in order.
+    feature_masks: int64 `(N, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     pcm: Tensor
+    feature_masks: Tensor
     windows_per_example: tuple[int, ...]
     audio_seconds: float
     num_samples: int
@@ -59,6 +63,7 @@ class MicroBatch:
             attention_mask=self.attention_mask.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             pcm=self.pcm.to(device, non_blocking=True),
+            feature_masks=self.feature_masks.to(device, non_blocking=True),
         )
 
 
@@ -75,10 +80,22 @@ def collate(examples: Sequence[Example], pad_id: int, bad_samples: Sequence[BadS
         attention_mask=attention_mask,
         labels=labels,
         pcm=torch.from_numpy(np.concatenate([example.pcm for example in examples])),
+        feature_masks=torch.from_numpy(_feature_masks(examples)),
         windows_per_example=tuple(len(example.pcm) for example in examples),
         audio_seconds=sum(example.duration_seconds for example in examples),
         num_samples=sum(example.num_samples for example in examples),
         bad_samples=tuple(bad_samples),
+    )
+
+
+def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
+    """The masks of all examples, their windows counted over the batch."""
+    first_windows = np.cumsum([0, *(len(example.pcm) for example in examples[:-1])])
+    return np.concatenate(
+        [
+            example.feature_masks + np.array([first_window, 0, 0, 0])
+            for example, first_window in zip(examples, first_windows, strict=True)
+        ]
     )
 
 

@@ -78,3 +78,27 @@ class LogMel:
         clips, bins, frames = scaled.shape
         cut = scaled.reshape(clips, bins, count, frames // count).transpose(1, 2)
         return cut.reshape(clips * count, bins, frames // count)
+
+
+def mask_features(features: Tensor, feature_masks: Tensor) -> Tensor:
+    """The features with their masked cells set to 0, as transformers' Whisper does it; without masks, the same tensor.
+
+    Args:
+        features: `(C, M, F)`: C windows, M mel bins, F frames.
+        feature_masks: int64 `(N, 4)` on the same device: window, axis (0 frequency, 1 time), start, end (exclusive).
+    """
+    if len(feature_masks) == 0:
+        return features
+    windows, bins, frames = features.shape
+    masked_bins = _covered(feature_masks, 0, windows, bins)
+    masked_frames = _covered(feature_masks, 1, windows, frames)
+    return features.masked_fill(masked_bins[:, :, None] | masked_frames[:, None, :], 0.0)
+
+
+def _covered(masks: Tensor, axis: int, num_windows: int, length: int) -> Tensor:
+    """Which positions of an axis lie in any mask of their window: bool `(C, length)`."""
+    window, axis_of_mask, start, end = masks.unbind(dim=1)
+    position = torch.arange(length, device=masks.device)
+    inside = (position >= start[:, None]) & (position < end[:, None]) & (axis_of_mask == axis)[:, None]
+    counts = torch.zeros((num_windows, length), dtype=torch.int32, device=masks.device)
+    return counts.index_add_(0, window, inside.to(torch.int32)) > 0

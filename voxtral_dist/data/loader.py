@@ -7,16 +7,17 @@ its next one, so that reading it goes on while it decodes the first.
 
 from __future__ import annotations
 
+import math
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.audio import Augmentation
+from voxtral_dist.config import SpecAugmentConfig, TrainDataConfig
+from voxtral_dist.data.augmentation import Augmentation, check_spec_augment, draw_feature_masks
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
 from voxtral_dist.data.cutting import Budget
 from voxtral_dist.data.filters import ExampleSizes
@@ -116,9 +117,11 @@ def build_train_loader(
     refuse_idle_ranks(config.slots_per_step, world_size)
     storage = Storage()
     training_set = build_training_set(config, prompts, seed, storage)
-    augmentation = Augmentation(config.augmentation) if config.augmentation else None
+    augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
     reader = SampleReader(training_set.index, prompts, config.max_target_tokens, storage, augmentation)
-    dataset = _SlotDataset(reader, prompts, seed)
+    if config.spec_augment is not None:
+        check_spec_augment(config.spec_augment, prompts.num_mel_bins)
+    dataset = _SlotDataset(reader, prompts, config.spec_augment, seed)
     return TrainLoader(training_set, dataset, config.num_workers, num_steps, rank, world_size)
 
 
@@ -180,9 +183,12 @@ class _Requests(Sampler[_Request]):
 class _SlotDataset(Dataset[MicroBatch]):
     """Micro-batches by the samples that they are made of."""
 
-    def __init__(self, reader: SampleReader, prompts: TranscriptionPrompts, seed: int) -> None:
+    def __init__(
+        self, reader: SampleReader, prompts: TranscriptionPrompts, spec_augment: SpecAugmentConfig | None, seed: int
+    ) -> None:
         self._reader = reader
         self._prompts = prompts
+        self._spec_augment = spec_augment
         self._seed = seed
 
     def __getitem__(self, request: _Request) -> MicroBatch:
@@ -197,17 +203,32 @@ class _SlotDataset(Dataset[MicroBatch]):
         self._reader.prefetch(samples.sample_ids + request.upcoming.sample_ids)
         drawn = zip(samples.sample_ids, samples.passes, strict=True)
         for size in samples.example_sizes:
-            clips = list(self._clips(islice(drawn, size), bad))
+            members = list(islice(drawn, size))
+            clips = list(self._clips(members, bad))
             try:
                 if clips:
-                    yield self._reader.join(clips)
+                    yield self._masked(self._reader.join(clips), members[0][1])
             except SampleError as error:
                 bad.append(error.bad)
 
-    def _clips(self, drawn: Iterable[tuple[int, int]], bad: list[BadSample]) -> Iterator[Clip]:
-        for sample_id, pass_index in drawn:
+    def _clips(self, members: Sequence[tuple[int, int]], bad: list[BadSample]) -> Iterator[Clip]:
+        for sample_id, pass_index in members:
             try:
-                yield self._reader.clip(sample_id, (self._seed, pass_index))
+                yield self._reader.clip(sample_id, (self._seed, pass_index), is_packed=len(members) > 1)
             except SampleError as error:
                 # Taken out, never replaced: the plan of all other slots stays as it is.
                 bad.append(error.bad)
+
+    def _masked(self, example: Example, pass_index: int) -> Example:
+        if self._spec_augment is None:
+            return example
+        prompts = self._prompts
+        masks = draw_feature_masks(
+            self._spec_augment,
+            (self._seed, pass_index, example.sample_id),
+            math.ceil(round(example.duration_seconds * prompts.sampling_rate) / prompts.hop_samples),
+            prompts.window_samples // prompts.hop_samples,
+            prompts.num_mel_bins,
+            frames_per_second=prompts.sampling_rate / prompts.hop_samples,
+        )
+        return replace(example, feature_masks=masks)

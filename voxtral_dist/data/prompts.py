@@ -71,6 +71,16 @@ class TranscriptionPrompts:
         """The length of a window."""
         return self.window_samples / self.sampling_rate
 
+    @property
+    def num_mel_bins(self) -> int:
+        """Of the features that the encoder takes."""
+        return int(self._audio_config.encoding_config.num_mel_bins)
+
+    @property
+    def hop_samples(self) -> int:
+        """Audio samples from one frame of the features to the next."""
+        return int(self._audio_config.encoding_config.hop_length)
+
     @cached_property
     def audio_tokens_per_window(self) -> int:
         """Positions of the language model that one window takes: 375 for 30 s."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import tarfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from voxtral_dist.data.audio import AudioError, Augmentation, Pcm, decode_audio, decode_pcm, to_pcm
+from voxtral_dist.data.audio import AudioError, Pcm, decode_audio, decode_pcm, to_pcm
+from voxtral_dist.data.augmentation import Augmentation
 from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.members import Sample, parse_sample, read_members
 from voxtral_dist.data.prompts import TranscriptionPrompts
@@ -52,7 +54,7 @@ class Example:
     """One utterance, or several packed ones, as the model takes it.
 
     pcm is `(num_windows, S)`, int16, padded with silence; `completion` ends with `</s>`. `sample_id` and `key` are
-    those of the first utterance.
+    those of the first utterance. feature_masks are those of `draw_feature_masks`, and none in evaluations.
     """
 
     sample_id: int
@@ -63,6 +65,7 @@ class Example:
     reference: str
     duration_seconds: float
     num_samples: int = 1
+    feature_masks: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
 
 
 class SampleReader:
@@ -103,15 +106,22 @@ class SampleReader:
             key = _key_in(contents) or f"#{sample_id}"
             raise SampleError(BadSample(self._index.shard(sample_id).name, key, _reason(span, error))) from error
 
-    def clip(self, sample_id: int, key: tuple[int, ...] = ()) -> Clip:
-        """The utterance with decoded, checked and augmented audio; `key` makes augmentation reproducible.
+    def clip(self, sample_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> Clip:
+        """The utterance with decoded, checked and augmented audio.
+
+        Args:
+            sample_id: its number in the index.
+            key: (seed, pass), which makes augmentation reproducible.
+            is_packed: whether it shares its window with others, so that no augmentation may lengthen it.
 
         Raises:
             SampleError: anything about the sample is unusable; the reason says what.
         """
         sample = self.read(sample_id)
         try:
-            return Clip(sample_id, sample.key, self._pcm(sample_id, sample, key), sample.text, sample.language)
+            return Clip(
+                sample_id, sample.key, self._pcm(sample_id, sample, key, is_packed), sample.text, sample.language
+            )
         except AudioError as error:
             raise self._unusable(sample_id, sample.key, error) from error
 
@@ -152,7 +162,7 @@ class SampleReader:
             num_samples=len(clips),
         )
 
-    def _pcm(self, sample_id: int, sample: Sample, key: tuple[int, ...]) -> Pcm:
+    def _pcm(self, sample_id: int, sample: Sample, key: tuple[int, ...], is_packed: bool) -> Pcm:
         rate = self._prompts.sampling_rate
         if self._augmentation is None:
             pcm = decode_pcm(sample.audio, rate)
@@ -160,7 +170,9 @@ class SampleReader:
             return pcm
         waveform = decode_audio(sample.audio, rate)
         self._check_duration(sample_id, len(waveform) / rate)
-        return to_pcm(self._augmentation(waveform, rate, (*key, sample_id)))
+        windows = self._prompts.num_windows(len(waveform)) * self._prompts.window_samples
+        max_samples = len(waveform) if is_packed else windows
+        return to_pcm(self._augmentation(waveform, rate, (*key, sample_id), max_samples))
 
     def _check_duration(self, sample_id: int, seconds: float) -> None:
         # Truncated mp3 and wav decode short without an error.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch
-from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.features import LogMel, mask_features
 
 
 class LossOfMicroBatch:
@@ -23,11 +23,12 @@ class LossOfMicroBatch:
         Logits are computed for the last K positions only, and the model is called without `labels`: what is divided by
         what is the caller's decision.
         """
+        features = mask_features(self._log_mel(batch.pcm, batch.windows_per_example), batch.feature_masks)
         outputs: Any = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
-            input_features=self._log_mel(batch.pcm, batch.windows_per_example),
+            input_features=features,
             logits_to_keep=batch.labels.shape[1],
             use_cache=False,
         )

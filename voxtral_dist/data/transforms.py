@@ -1,0 +1,198 @@
+"""Transforms of the waveform by the name of their class, with arguments that are checked before the run starts.
+
+A class is one of audiomentations or one of ours. Files of noises and room responses are listed here, in an order that
+no machine changes: audiomentations draws from the list, and its own follows the order of the file system.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import random
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import audiomentations
+import soundfile
+from audiomentations.core.transforms_interface import BaseWaveformTransform
+from audiomentations.core.utils import SUPPORTED_EXTENSIONS, find_audio_files
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from voxtral_dist.config import Argument, AugmentationStep
+from voxtral_dist.data.audio import Waveform
+from voxtral_dist.errors import UserError, first_line
+
+_FILE_ARGUMENTS = ("sounds_path", "ir_path")
+# Of a larger folder, this many evenly spaced files are opened at the start.
+_MAX_CHECKED_FILES = 10_000
+_CHECKING_THREADS = 8
+# Below it, signalsmith draws from a generator that nobody can seed.
+_MIN_REPRODUCIBLE_RATE = 0.5
+
+
+class LengthAwareTimeStretch(audiomentations.TimeStretch):  # type: ignore[misc]  # it ships no types
+    """Plays a clip slower (rate < 1) or faster at the same pitch, and never past the windows that it has.
+
+    The rate is uniform over the part of [min_rate, max_rate] whose result has at most `max_samples`, which whoever
+    calls it sets for each clip; where no such rate exists, the clip stays as it is.
+    """
+
+    def __init__(self, min_rate: float = 0.8, max_rate: float = 1.25, p: float = 0.5) -> None:
+        if min_rate < _MIN_REPRODUCIBLE_RATE:
+            raise ValueError(f"min_rate must be >= {_MIN_REPRODUCIBLE_RATE}")
+        super().__init__(min_rate, max_rate, leave_length_unchanged=False, p=p)
+        self.max_samples: int | None = None
+
+    def randomize_parameters(self, samples: Waveform, sample_rate: int) -> None:
+        """Draw whether and how the next clip is stretched."""
+        super().randomize_parameters(samples, sample_rate)
+        if self.max_samples is None or not self.parameters["should_apply"]:
+            return
+        min_rate = max(self.min_rate, len(samples) / self.max_samples)
+        self.parameters["should_apply"] = min_rate <= self.max_rate
+        self.parameters["rate"] = random.uniform(min_rate, self.max_rate)
+
+
+def build_transform(step: AugmentationStep) -> Any:
+    """The transform of one step of the configuration.
+
+    Raises:
+        UserError: no such class, an argument that it does not take, or files that are missing or broken.
+    """
+    transform_class = _known_class(step.name)
+    arguments = _checked_arguments(transform_class, step)
+    try:
+        return transform_class(**arguments)
+    except Exception as error:
+        raise UserError(
+            f"`train_data.augmentation`: `{step.name}` does not take these arguments: {reason_of(error)}."
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """What a transform complains about: its words, or the assertion that failed."""
+    text = first_line(error).removesuffix(".")
+    if not text and isinstance(error, AssertionError):
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        return f"`{line.removeprefix('assert ')}` must hold"
+    return text or type(error).__name__
+
+
+def _known_class(name: str) -> Any:
+    known = {
+        attribute: value
+        for attribute, value in vars(audiomentations).items()
+        # `Lambda` takes a function, which no configuration can give.
+        if isinstance(value, type) and issubclass(value, BaseWaveformTransform) and attribute != "Lambda"
+    }
+    known[LengthAwareTimeStretch.__name__] = LengthAwareTimeStretch
+    if name not in known:
+        raise UserError(
+            f"`train_data.augmentation`: there is no transform `{name}`{_hint(name, known)}; classes of "
+            "audiomentations and `LengthAwareTimeStretch` are known."
+        )
+    return known[name]
+
+
+def _hint(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean `{nearest[0]}`?" if nearest else ""
+
+
+def _checked_arguments(transform_class: Any, step: AugmentationStep) -> dict[str, Any]:
+    """The arguments in the types that the class declares, with folders expanded into files."""
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(transform_class.__init__).parameters.items()
+        if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    hints = typing.get_type_hints(transform_class.__init__)
+    arguments: dict[str, Any] = {}
+    for name, value in step.arguments.items():
+        if name not in parameters:
+            raise UserError(
+                f"`train_data.augmentation`: `{step.name}` has no argument `{name}`{_hint(name, list(parameters))}; "
+                f"it takes {', '.join(parameters)}."
+            )
+        default = parameters[name].default
+        annotation = hints.get(name, type(default))
+        arguments[name] = _typed(annotation, value, f"`train_data.augmentation`: `{name}` of `{step.name}`")
+    for name in _FILE_ARGUMENTS:
+        if name in arguments:
+            arguments[name] = _audio_files(arguments[name], f"`train_data.augmentation`: `{name}` of `{step.name}`")
+    _check_order(step.name, {name: parameter.default for name, parameter in parameters.items()} | arguments)
+    return arguments
+
+
+def _typed(annotation: Any, value: Argument | list[Argument], place: str) -> Any:
+    if isinstance(value, bool) and annotation in (float, int):
+        raise UserError(f"{place} must be a number, but is {value} instead.")
+    try:
+        return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        wanted = error.errors()[0]["msg"]
+        raise UserError(f"{place}: {wanted[:1].lower()}{wanted[1:]}, but is {value!r} instead.") from error
+
+
+def _check_order(name: str, arguments: dict[str, Any]) -> None:
+    """Refuse a minimum above its maximum: some classes take it and draw from the wrong range."""
+    for low_name, low in arguments.items():
+        high_name = low_name.replace("min_", "max_", 1)
+        high = arguments.get(high_name)
+        if low_name.startswith("min_") and _is_number(low) and _is_number(high) and low > high:
+            raise UserError(
+                f"`train_data.augmentation`: `{low_name}` of `{name}` must not be greater than its `{high_name}`, "
+                f"but is {low} and {high}."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _audio_files(places: Any, argument: str) -> list[str]:
+    """The audio files of folders in the order of their names, and files as they are given."""
+    files: list[str] = []
+    for place in places if isinstance(places, list | tuple) else [places]:
+        path = Path(place).resolve()
+        if path.is_dir():
+            found = sorted(find_audio_files(path), key=_name_inside(path))
+            if not found:
+                raise UserError(f"{argument}: the folder {place} holds no audio ({', '.join(SUPPORTED_EXTENSIONS)}).")
+            files += [str(file) for file in found]
+        elif path.is_file() and path.name.lower().endswith(SUPPORTED_EXTENSIONS):
+            files.append(str(path))
+        else:
+            raise UserError(f"{argument} must be a folder or an audio file, but {place} is neither.")
+    _check_files(files, argument)
+    return files
+
+
+def _name_inside(folder: Path) -> Callable[[Path], str]:
+    return lambda file: file.relative_to(folder).as_posix()
+
+
+def _check_files(files: Sequence[str], argument: str) -> None:
+    """Open files and read their ends; of more than `_MAX_CHECKED_FILES`, that many, evenly spaced."""
+    every = -(-len(files) // _MAX_CHECKED_FILES)
+    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+        checked = files[::every]
+        for file, trouble in zip(checked, pool.map(_trouble_of_file, checked), strict=True):
+            if trouble is not None:
+                raise UserError(f"{argument}: {file} {trouble}: remove it, or convert it to WAV or FLAC.")
+
+
+def _trouble_of_file(path: str) -> str | None:
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.frames <= 0:
+                return "holds no audio"
+            file.seek(file.frames - 1)
+            return None if len(file.read(1)) == 1 else "ends before its header says so"
+    except (soundfile.SoundFileError, OSError) as error:
+        reason = first_line(error).rpartition(": ")[2].removesuffix(".")
+        return f"cannot be read ({reason or type(error).__name__})"
