@@ -138,7 +138,7 @@ def test_bad_samples_are_left_out_and_named_and_too_many_end_the_run(unbroken: R
     index = read_index([tmp_path / "shards"])
     broken = [3, 11]
     for sample_id in broken:
-        garble(index.span(sample_id).path, index.span(sample_id).offset + TAR_BLOCK_BYTES)
+        garble(Path(index.span(sample_id).location), index.span(sample_id).offset + TAR_BLOCK_BYTES)
     train_data = unbroken.train_data.model_copy(update={"shards": (str(tmp_path / "shards"),), "max_bad_fraction": 0.5})
     config = unbroken.model_copy(
         update={"run_dir": tmp_path / "run", "train_data": train_data, "evaluation": type(unbroken.evaluation)()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,19 +50,24 @@ class Filters:
     sizes: ExampleSizes
     languages: tuple[str, ...]
 
-    def refused(self, chunk: RecordChunk) -> dict[str, Mask]:
-        """By reason, which records of the chunk are refused; a record may have several reasons."""
-        config, records = self.config, chunk.records
-        seconds = records["duration_ms"] / 1000.0
-        refused = {
-            "longer than `max_duration_seconds`": _above(seconds, config.max_duration_seconds),
-            "shorter than `min_duration_seconds`": _below(seconds, config.min_duration_seconds),
-            "more than `max_chars_per_second`": _above(_rate(records), config.max_chars_per_second),
-            "fewer than `min_chars_per_second`": _below(_rate(records), config.min_chars_per_second),
-            "not in `languages`": self._other_language(chunk),
-            "larger than a micro-batch may be": self._oversized(records),
-        }
-        return {reason: mask for reason, mask in refused.items() if mask is not None}
+    def refused(self, chunk: RecordChunk) -> Iterator[tuple[str, Mask]]:
+        """Reasons, each with the records of the chunk that it refuses; a record may have several reasons."""
+        config, duration_ms = self.config, chunk.records["duration_ms"]
+        if config.max_duration_seconds is not None:
+            yield "longer than `max_duration_seconds`", duration_ms > 1000 * config.max_duration_seconds
+        if config.min_duration_seconds is not None:
+            yield "shorter than `min_duration_seconds`", duration_ms < 1000 * config.min_duration_seconds
+        if config.max_chars_per_second is not None:
+            limit = config.max_chars_per_second / 1000
+            yield "more than `max_chars_per_second`", chunk.records["num_chars"] > limit * duration_ms
+        if config.min_chars_per_second is not None:
+            limit = config.min_chars_per_second / 1000
+            yield "fewer than `min_chars_per_second`", chunk.records["num_chars"] < limit * duration_ms
+        if config.languages is not None:
+            is_wanted = np.zeros(2**16, dtype=bool)
+            is_wanted[[number for number, name in enumerate(self.languages) if name in config.languages]] = True
+            yield "not in `languages`", ~is_wanted[chunk.languages]
+        yield from self._larger_than_a_micro_batch(chunk.records)
 
     def can_refuse(self, index: ShardIndex) -> bool:
         """Whether any sample might be refused, judged without looking at the records."""
@@ -74,31 +79,12 @@ class Filters:
         bounds = np.zeros(1, dtype=index.sets[0].records.dtype)
         bounds["duration_ms"] = min(2**32 - 1, round(longest * 1000))
         bounds["num_text_tokens"] = max(part.most_text_tokens for part in index.sets)
-        return any(mask.any() for mask in self.refused(RecordChunk(0, bounds, bounds["language"])).values())
+        return any(mask.any() for _, mask in self.refused(RecordChunk(0, bounds, bounds["language"])))
 
-    def _other_language(self, chunk: RecordChunk) -> Mask | None:
-        if self.config.languages is None:
-            return None
-        wanted = [number for number, name in enumerate(self.languages) if name in self.config.languages]
-        return ~np.isin(chunk.languages, wanted)
-
-    def _oversized(self, records: Records) -> Mask | None:
-        windows = self.sizes.windows(records["duration_ms"])
-        positions = self.sizes.positions(windows, records["num_text_tokens"])
-        above = (_above(windows, self.config.max_windows), _above(positions, self.config.max_tokens))
-        masks = [mask for mask in above if mask is not None]
-        return np.logical_or.reduce(masks) if masks else None
-
-
-def _rate(records: Records) -> NDArray[np.float64]:
-    """Characters per second."""
-    rate: NDArray[np.float64] = records["num_chars"] / np.maximum(records["duration_ms"] / 1000.0, 1e-3)
-    return rate
-
-
-def _above(values: NDArray[Any], limit: float | None) -> Mask | None:
-    return None if limit is None else values > limit
-
-
-def _below(values: NDArray[Any], limit: float | None) -> Mask | None:
-    return None if limit is None else values < limit
+    def _larger_than_a_micro_batch(self, records: Records) -> Iterator[tuple[str, Mask]]:
+        reason = "larger than a micro-batch may be"
+        if self.config.max_windows is not None:
+            yield reason, records["duration_ms"] > self.config.max_windows * self.sizes.window_ms
+        if self.config.max_tokens is not None:
+            windows = self.sizes.windows(records["duration_ms"])
+            yield reason, self.sizes.positions(windows, records["num_text_tokens"]) > self.config.max_tokens

@@ -77,7 +77,7 @@ def build_streams(
     draws = _draws(config, scan)
     streams = [
         Stream(scan.name(cell, index.languages), count, drawn)
-        for cell, count, drawn in zip(scan.cells, scan.counts, draws, strict=True)
+        for cell, count, drawn in zip(scan.cells, scan.counts.tolist(), draws, strict=False)
     ]
     return Streams(streams, scan.left_out, _StreamTable(scan.stream_of_sample, len(streams)))
 
@@ -88,24 +88,29 @@ _Cell = tuple[str, int | None]
 
 @dataclass
 class _Scan:
-    """What one look at all records finds; `stream_of_sample` is uint8 `(N,)`."""
+    """What one look at all records finds.
+
+    stream_of_sample: the number of a cell, or `_LEFT_OUT`; uint8 `(N,)`. counts, seconds: of each cell.
+    """
 
     set_ends: Mapping[str, int]
     stream_of_sample: NDArray[np.uint8]
     cells: list[_Cell] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    seconds: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, chunk: RecordChunk, cell: _Cell, mine: NDArray[np.bool_]) -> None:
-        """Note that the chosen records of the chunk belong to a cell."""
-        count = int(mine.sum())
-        if count == 0:
-            return
-        number = self._number_of(cell)
-        self.counts[number] += count
-        self.seconds[number] += float(chunk.records["duration_ms"][mine].sum(dtype=np.int64)) / 1000.0
-        self.stream_of_sample[chunk.first_id : chunk.first_id + len(mine)][mine] = number
+    def add(self, chunk: RecordChunk, kept: NDArray[np.bool_], set_name: str, by_language: bool) -> None:
+        """Divide the kept records of a chunk, which are all of one set, among its cells."""
+        number_of_language = np.zeros(2**16, dtype=np.uint8)
+        counts = np.bincount(chunk.languages[kept]) if by_language else np.array([kept.any()])
+        for language in np.flatnonzero(counts).tolist():
+            number = self._number_of((set_name, language if by_language else None))
+            number_of_language[language if by_language else slice(None)] = number
+        codes = np.where(kept, number_of_language[chunk.languages], np.uint8(_LEFT_OUT))
+        self.stream_of_sample[chunk.first_id : chunk.first_id + len(codes)] = codes
+        self.counts += np.bincount(codes, minlength=256)
+        self.seconds += np.bincount(codes, weights=chunk.records["duration_ms"], minlength=256) / 1000.0
 
     def name(self, cell: _Cell, languages: Sequence[str]) -> str:
         """Such as `podcasts/de`."""
@@ -123,35 +128,26 @@ class _Scan:
                     "fewer sets, or set `language_temperature` to 1."
                 )
             self.cells.append(cell)
-            self.counts.append(0)
-            self.seconds.append(0.0)
         return self.cells.index(cell)
 
 
 def _scan(index: ShardIndex, filters: Filters, set_ends: Mapping[str, int], by_language: bool) -> _Scan:
-    scan = _Scan(set_ends, np.full(len(index), _LEFT_OUT, dtype=np.uint8))
+    scan = _Scan(set_ends, np.empty(len(index), dtype=np.uint8))
     for chunk in index.chunks():
         kept = np.ones(len(chunk.records), dtype=bool)
-        for reason, refused in filters.refused(chunk).items():
+        for reason, refused in filters.refused(chunk):
             # A sample is counted by the first of its reasons.
             if count := int((kept & refused).sum()):
                 scan.left_out[reason] += count
-            kept &= ~refused
+                kept &= ~refused
         start = 0
         for set_name, end in set_ends.items():
-            first, last = max(start - chunk.first_id, 0), min(end - chunk.first_id, len(kept))
+            mine = slice(max(start - chunk.first_id, 0), max(end - chunk.first_id, 0))
             start = end
-            if first < last:
-                mine = np.zeros(len(kept), dtype=bool)
-                mine[first:last] = kept[first:last]
-                _add_cells(scan, chunk, set_name, mine, by_language)
+            part = RecordChunk(chunk.first_id + mine.start, chunk.records[mine], chunk.languages[mine])
+            if len(part.records):
+                scan.add(part, kept[mine], set_name, by_language)
     return scan
-
-
-def _add_cells(scan: _Scan, chunk: RecordChunk, set_name: str, mine: NDArray[np.bool_], by_language: bool) -> None:
-    languages = np.unique(chunk.languages[mine]).tolist() if by_language else [None]
-    for language in languages:
-        scan.add(chunk, (set_name, language), mine if language is None else mine & (chunk.languages == language))
 
 
 def _refuse_empty_sets(scan: _Scan) -> None:
@@ -172,7 +168,7 @@ def _draws(config: TrainDataConfig, scan: _Scan) -> list[int]:
     has (hours)^(1/T). This is the temperature of multilingual BERT and XLM-R (Conneau et al., arXiv 1911.02116, section
     3.1, with alpha = 1/T), applied to hours. A share of audio becomes one of samples by the mean length of the stream.
     """
-    seconds, counts = np.array(scan.seconds), np.array(scan.counts)
+    seconds, counts = scan.seconds[: len(scan.cells)], scan.counts[: len(scan.cells)]
     set_names = [set_name for set_name, _ in scan.cells]
     share = np.zeros(len(counts))
     for set_name in dict.fromkeys(set_names):
