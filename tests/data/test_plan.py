@@ -1,6 +1,5 @@
 """The order of training is a pure function: every sample once per pass, whatever the number of ranks and workers."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,14 +7,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
-from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
-from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch
+from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.cutting import Budget
 from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.loader import StepBatches, build_train_loader, build_training_set
 from voxtral_dist.data.plan import PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
 from voxtral_dist.data.streams import Stream, Streams, build_streams
 from voxtral_dist.errors import UserError
@@ -288,119 +284,3 @@ def test_a_set_that_is_filtered_away_is_refused():
         UserError, match=r"none of the samples passes the filters .859 longer than `max_duration_seconds`"
     ):
         mixture(max_duration_seconds=0.01)
-
-
-# The same through the loader, on real shards. 26 samples, 15 a step: two steps a pass.
-SLOTS_PER_STEP, NUM_STEPS = 5, 5
-
-
-@pytest.fixture
-def data_config(shard_folder):
-    def build(**changes) -> TrainDataConfig:
-        numbers = {"slots_per_step": SLOTS_PER_STEP, "max_examples": 3, "sort_window_steps": 2, "num_workers": 0}
-        return TrainDataConfig(shards=(str(shard_folder),), **numbers | changes)
-
-    return build
-
-
-def steps_of(config, prompts, rank=0, world_size=1, first_step=0) -> list[StepBatches]:
-    loader = build_train_loader(config, prompts, seed=1, num_steps=NUM_STEPS, rank=rank, world_size=world_size)
-    return list(loader.starting_at(first_step))
-
-
-def examples_in(batch: MicroBatch) -> list[tuple]:
-    """What each example feeds to the model, without padding: ids, targets and audio."""
-    if batch.num_samples == 0:
-        return []
-    audio = iter(batch.pcm.split(batch.windows_per_example))
-    rows = zip(batch.input_ids, batch.attention_mask.bool(), batch.labels, audio, strict=True)
-    return [
-        (
-            tuple(ids[mask].tolist()),
-            tuple(labels[labels != IGNORED_LABEL].tolist()),
-            hashlib.sha256(pcm.numpy().tobytes()).hexdigest(),
-        )
-        for ids, mask, labels, pcm in rows
-    ]
-
-
-def global_batches(config, prompts, world_size: int) -> list[list[tuple]]:
-    """For each step, the examples of all ranks together."""
-    ranks = [steps_of(config, prompts, rank, world_size) for rank in range(world_size)]
-    lengths = {len(batches.micro_batches) for steps in ranks for batches in steps}
-    assert lengths == {-(-SLOTS_PER_STEP // world_size)}, "all ranks run equally many micro-batches in every step"
-    return [
-        sorted(example for batches in step for batch in batches.micro_batches for example in examples_in(batch))
-        for step in zip(*ranks, strict=True)
-    ]
-
-
-@pytest.fixture(scope="module")
-def one_rank_batches(shard_folder, prompts):
-    numbers = {"slots_per_step": SLOTS_PER_STEP, "max_examples": 3, "sort_window_steps": 2, "num_workers": 0}
-    return global_batches(TrainDataConfig(shards=(str(shard_folder),), **numbers), prompts, 1)
-
-
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (2, 2), (4, 0), (5, 0)])
-def test_the_global_batch_does_not_depend_on_ranks_or_workers(
-    data_config, prompts, one_rank_batches, world_size, num_workers
-):
-    assert global_batches(data_config(num_workers=num_workers), prompts, world_size) == one_rank_batches
-
-
-def test_a_pass_of_the_loader_is_the_whole_shard_set(one_rank_batches, shard_index):
-    first_pass = one_rank_batches[0] + one_rank_batches[1]
-    assert len(first_pass) == len(shard_index)
-    assert len(set(first_pass)) == len(shard_index)
-
-
-def assert_same_tensors(one: MicroBatch, other: MicroBatch) -> None:
-    for name in ("input_ids", "attention_mask", "labels", "pcm", "feature_masks"):
-        assert torch.equal(getattr(one, name), getattr(other, name)), name
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("first_step", [1, 3])
-def test_resuming_gives_the_tail_of_the_whole_run(data_config, prompts, num_workers, first_step):
-    noise = AugmentationStep(name="AddGaussianSNR", arguments={"p": 0.7})
-    masks = SpecAugmentConfig(max_time_mask_fraction=0.3)
-    config = data_config(num_workers=num_workers, augmentation=(noise,), spec_augment=masks)
-    whole = steps_of(data_config(augmentation=(noise,), spec_augment=masks), prompts, rank=1, world_size=2)
-    tail = steps_of(config, prompts, rank=1, world_size=2, first_step=first_step)
-    assert [batches.step for batches in tail] == list(range(first_step, NUM_STEPS))
-    for resumed, uninterrupted in zip(tail, whole[first_step:], strict=True):
-        for one, other in zip(resumed.micro_batches, uninterrupted.micro_batches, strict=True):
-            assert_same_tensors(one, other)
-
-
-def test_augmentation_differs_between_passes_and_not_between_ranks(data_config, prompts, one_rank_batches):
-    noise = AugmentationStep(name="AddGaussianSNR", arguments={"p": 1.0})
-    config = data_config(augmentation=(noise,))
-    alone, shared = global_batches(config, prompts, 1), global_batches(config, prompts, 3)
-    assert alone == shared
-    passes = [{audio for step in alone[first : first + 2] for *_, audio in step} for first in (0, 2)]
-    assert passes[0].isdisjoint(passes[1])
-
-
-def test_more_ranks_than_slots_are_refused_before_anything_is_read(data_config, prompts):
-    with pytest.raises(UserError, match=r"slots_per_step` is 5, but 6 ranks"):
-        build_train_loader(data_config(), prompts, seed=0, num_steps=1, rank=0, world_size=6)
-
-
-def test_samples_that_are_too_long_are_left_out_and_counted(data_config, prompts, shard_index):
-    training_set = build_training_set(data_config(max_duration_seconds=2.0), prompts, seed=0)
-    is_short = shard_index.duration_seconds <= 2.0
-    assert 0 < is_short.sum() < len(shard_index)
-    assert training_set.streams.left_out == {"longer than `max_duration_seconds`": (~is_short).sum()}
-    assert sorted(drawn_in_pass(training_set.plan)) == np.flatnonzero(is_short).tolist()
-
-
-def test_a_limit_that_leaves_nothing_is_refused(data_config, prompts):
-    with pytest.raises(UserError, match="none of the samples passes the filters"):
-        build_train_loader(data_config(max_duration_seconds=0.01), prompts, seed=0, num_steps=1, rank=0, world_size=1)
-
-
-def test_an_unknown_augmentation_is_refused(data_config, prompts):
-    config = data_config(augmentation=(AugmentationStep(name="Gian"),))
-    with pytest.raises(UserError, match="no transform `Gian`"):
-        build_train_loader(config, prompts, seed=0, num_steps=1, rank=0, world_size=1)

@@ -22,7 +22,7 @@ Rows = list[dict[str, object]]
 
 def evaluate_on(world: World, model: str, shards: Path, batch_size: int, out_dir: Path) -> TestSetScore:
     settings = EvaluationConfig(batch_size=batch_size, max_tokens_per_second=2.0)
-    return dict(evaluate(model, [shards], settings, "float32", out_dir, world))[shards.name]
+    return dict(evaluate(model, [str(shards)], settings, "float32", out_dir, world))[shards.name]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,212 @@
+"""The stream of micro-batches on real shards: the same for any number of ranks and workers, from any step on."""
+
+import hashlib
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
+from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch
+from voxtral_dist.data.index import SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.loader import StepBatches, build_train_loader, build_training_set
+from voxtral_dist.data.samples import SampleReader
+from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.errors import UserError
+
+from corpora import write_speech_manifest
+
+SLOTS_PER_STEP, NUM_STEPS = 8, 7
+NOISE = AugmentationStep(name="AddGaussianSNR", arguments={"p": 0.7})
+
+
+@pytest.fixture(scope="module")
+def uneven_folders(tmp_path_factory) -> list[str]:
+    """37 samples: a set of several shards, one of which is empty and one of which has one sample, and a set of one."""
+    folder = tmp_path_factory.mktemp("uneven")
+    for name, count, shard_bytes in (("many", 36, 300_000), ("one", 1, 10**9)):
+        manifest = write_speech_manifest(folder / f"speech-{name}", count, max_seconds=2.5, seed=count)
+        pack_manifest(manifest, folder / name, shard_bytes, skip_bad=False)
+    table = json.loads((folder / "many" / SHARD_TABLE_FILE).read_text())
+    (folder / "many" / "many-empty.tar").write_bytes(bytes(10_240))
+    empty = {"location": "many-empty.tar", "num_samples": 0, "num_bytes": 10_240, "sha256": "0" * 64}
+    table["shards"].insert(1, empty)
+    (folder / "many" / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    return [str(folder / "many"), str(folder / "one")]
+
+
+# Every way of making batches, each of which has to give the same stream everywhere.
+CONFIGS = {
+    "a number of examples": {"max_examples": 2},
+    "budgets": {"max_windows": 3, "max_tokens": 200, "augmentation": (NOISE,)},
+    "packed": {"max_windows": 2, "packing": True, "augmentation": (NOISE,), "spec_augment": SpecAugmentConfig()},
+    "a mixture": {"max_examples": 2, "language_temperature": 3.0},
+    "filters and blocks": {"max_examples": 3, "max_duration_seconds": 1.9, "shuffle_block_size": 4},
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys(), scope="module")
+def config(request, uneven_folders) -> TrainDataConfig:
+    common = {"shards": tuple(uneven_folders), "slots_per_step": SLOTS_PER_STEP, "sort_window_steps": 2}
+    return TrainDataConfig(**common | {"num_workers": 0} | request.param)
+
+
+def steps_of(config, prompts, rank=0, world_size=1, first_step=0, num_steps=NUM_STEPS) -> list[StepBatches]:
+    loader = build_train_loader(config, prompts, seed=1, num_steps=num_steps, rank=rank, world_size=world_size)
+    return list(loader.starting_at(first_step))
+
+
+def examples_in(batch: MicroBatch) -> list[tuple]:
+    """What each example feeds to the model, without padding: ids, targets, audio and masks."""
+    if batch.num_samples == 0:
+        return []
+    audio = iter(batch.pcm.split(batch.windows_per_example))
+    ends = np.cumsum(batch.windows_per_example)
+    rows = zip(batch.input_ids, batch.attention_mask.bool(), batch.labels, audio, ends, strict=True)
+    return [
+        (
+            tuple(ids[mask].tolist()),
+            tuple(labels[labels != IGNORED_LABEL].tolist()),
+            hashlib.sha256(pcm.numpy().tobytes()).hexdigest(),
+            str([row for row in batch.feature_masks.tolist() if end - len(pcm) <= row[0] < end]).count("["),
+        )
+        for ids, mask, labels, pcm, end in rows
+    ]
+
+
+def global_batches(config, prompts, world_size: int, first_step: int = 0) -> list[list[tuple]]:
+    """For each step, the examples of all ranks together."""
+    ranks = [steps_of(config, prompts, rank, world_size, first_step) for rank in range(world_size)]
+    for steps in zip(*ranks, strict=True):
+        assert len({len(batches.micro_batches) for batches in steps}) == 1, "all ranks run equally many micro-batches"
+    return [
+        sorted(example for batches in step for batch in batches.micro_batches for example in examples_in(batch))
+        for step in zip(*ranks, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(config, prompts) -> list[list[tuple]]:
+    """The global batches of one rank that never stops."""
+    return global_batches(config, prompts, 1)
+
+
+def with_workers(config: TrainDataConfig, num_workers: int) -> TrainDataConfig:
+    return config.model_copy(update={"num_workers": num_workers})
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 1), (1, 3), (2, 0), (2, 2), (4, 1), (6, 0), (8, 0)])
+def test_the_global_batches_depend_neither_on_ranks_nor_on_workers(config, prompts, unbroken, world_size, num_workers):
+    assert global_batches(with_workers(config, num_workers), prompts, world_size) == unbroken
+
+
+@pytest.mark.parametrize(("first_step", "world_size", "num_workers"), [(1, 2, 0), (3, 6, 0), (4, 3, 1), (6, 8, 0)])
+def test_a_run_that_goes_on_with_other_ranks_is_the_run_that_never_stopped(
+    config, prompts, unbroken, first_step, world_size, num_workers
+):
+    rest = global_batches(with_workers(config, num_workers), prompts, world_size, first_step)
+    assert rest == unbroken[first_step:]
+
+
+def test_three_workers_of_two_ranks_read_every_sample_once_a_pass(uneven_folders, prompts):
+    """With fewer shards in a set than workers, an empty shard, and a number of samples that divides by nothing."""
+    config = TrainDataConfig(shards=tuple(uneven_folders), slots_per_step=4, max_examples=2, num_workers=3)
+    index = read_index(uneven_folders)
+    assert len(index) == 37
+    steps_per_pass = build_training_set(config, prompts, 1).plan.steps_per_pass
+    seen: Counter[tuple] = Counter()
+    for rank in range(2):
+        for batches in steps_of(config, prompts, rank, 2, num_steps=steps_per_pass):
+            assert not any(batch.bad_samples for batch in batches.micro_batches)
+            seen.update((one[0], one[2]) for batch in batches.micro_batches for one in examples_in(batch))
+    reader = SampleReader(index, prompts, 448)
+    stored = [reader.example(sample_id) for sample_id in range(37)]
+    expected = Counter(
+        ((*one.prompt, *one.completion[:-1]), hashlib.sha256(one.pcm.tobytes()).hexdigest()) for one in stored
+    )
+    assert seen == expected
+
+
+def assert_same_tensors(one: MicroBatch, other: MicroBatch) -> None:
+    for name in ("input_ids", "attention_mask", "labels", "pcm", "feature_masks"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("first_step", [1, 3])
+def test_resuming_gives_the_very_tensors_of_the_whole_run(config, prompts, num_workers, first_step):
+    whole = steps_of(config, prompts, rank=1, world_size=2)
+    tail = steps_of(with_workers(config, num_workers), prompts, rank=1, world_size=2, first_step=first_step)
+    assert [batches.step for batches in tail] == list(range(first_step, NUM_STEPS))
+    for resumed, uninterrupted in zip(tail, whole[first_step:], strict=True):
+        for one, other in zip(resumed.micro_batches, uninterrupted.micro_batches, strict=True):
+            assert_same_tensors(one, other)
+
+
+def test_augmentation_differs_between_passes(uneven_folders, prompts):
+    config = TrainDataConfig(
+        shards=tuple(uneven_folders), slots_per_step=5, max_examples=8, num_workers=0, augmentation=(NOISE,)
+    )
+    batches = global_batches(config, prompts, 1)
+    assert len(batches[0]) == 37, "a step is a pass"
+    passes = [{example[2] for example in step} for step in batches[:2]]
+    # With p = 0.7, about one in eleven is left alone in both passes.
+    assert len(passes[0] & passes[1]) < 37 / 4
+
+
+def test_packed_examples_hold_the_audio_and_text_of_their_utterances(uneven_folders, prompts):
+    config = TrainDataConfig(
+        shards=tuple(uneven_folders), slots_per_step=2, max_windows=8, packing=True, num_workers=0, sort_window_steps=2
+    )
+    training_set = build_training_set(config, prompts, 1)
+    reader = SampleReader(training_set.index, prompts, 448)
+    num_packed = 0
+    for batches in steps_of(config, prompts, num_steps=training_set.plan.steps_per_pass):
+        for slot, batch in enumerate(batches.micro_batches):
+            samples = training_set.plan.slot(batches.step, slot)
+            assert batch.num_samples == len(samples.sample_ids)
+            num_packed += sum(size > 1 for size in samples.example_sizes)
+            drawn, audio = iter(samples.sample_ids), batch.pcm.split(batch.windows_per_example)
+            for row, size in enumerate(samples.example_sizes):
+                clips = [reader.clip(sample_id) for sample_id in islice(drawn, size)]
+                joined = np.concatenate([clip.pcm for clip in clips])
+                assert np.array_equal(audio[row].flatten()[: len(joined)].numpy(), joined)
+                targets = batch.labels[row][batch.labels[row] != IGNORED_LABEL].tolist()
+                assert prompts.decode(targets) == " ".join(clip.text for clip in clips)
+                assert len({clip.language for clip in clips}) == 1
+    assert num_packed > 0
+
+
+def test_a_bad_utterance_of_a_packed_example_is_taken_out_of_it(tmp_path, prompts):
+    manifest = write_speech_manifest(tmp_path / "speech", 12, max_seconds=0.5)
+    pack_manifest(manifest, tmp_path / "set", 10**9, skip_bad=False)
+    config = TrainDataConfig(
+        shards=(str(tmp_path / "set"),), slots_per_step=1, max_windows=20, packing=True, num_workers=0
+    )
+    slot = build_training_set(config, prompts, 1).plan.slot(0, 0)
+    assert max(slot.example_sizes) > 1
+    damaged = slot.sample_ids[slot.example_sizes.index(max(slot.example_sizes))]
+    span = read_index([tmp_path / "set"]).span(damaged)
+    with Path(span.location).open("r+b") as tar:
+        tar.seek(span.offset + 600)
+        tar.write(b"\xff" * 64)
+    batch = steps_of(config, prompts, num_steps=1)[0].micro_batches[0]
+    assert (batch.num_samples, len(batch.bad_samples)) == (11, 1)
+
+
+def test_more_ranks_than_slots_are_refused_before_anything_is_read(prompts):
+    config = TrainDataConfig(shards=("nowhere",), slots_per_step=5, max_examples=1)
+    with pytest.raises(UserError, match=r"slots_per_step` is 5, but 6 ranks"):
+        build_train_loader(config, prompts, seed=0, num_steps=1, rank=0, world_size=6)
+
+
+def test_an_unknown_augmentation_is_refused(uneven_folders, prompts):
+    config = TrainDataConfig(
+        shards=tuple(uneven_folders), max_examples=1, augmentation=(AugmentationStep(name="Gian"),)
+    )
+    with pytest.raises(UserError, match="no transform `Gian`"):
+        build_train_loader(config, prompts, seed=0, num_steps=1, rank=0, world_size=1)
