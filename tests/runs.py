@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 from voxtral_dist.config import RunConfig, dump_config
 
+TIMEOUT_SECONDS = 240
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -55,6 +57,24 @@ def launch_by_entrypoint(config: RunConfig, world_size: int) -> subprocess.Popen
     """Start a run as containers and schedulers do."""
     variables = {"PROCS_PER_NODE": str(world_size), "MASTER_PORT": str(_free_port())}
     return _start(["docker/entrypoint"], config, (), variables)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a run; all that it and its ranks have printed."""
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    finally:
+        kill_all(process)
+    return output
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher and its ranks at once, as a node that loses power."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
 
 
 def _start(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -19,27 +18,9 @@ from voxtral_dist.metrics import read_metrics
 from voxtral_dist.train import EXIT_STOPPED
 
 from corpora import write_speech_manifest
-from runs import launch, launch_by_entrypoint, run_config
+from runs import TIMEOUT_SECONDS, finish, kill_all, launch, launch_by_entrypoint, run_config
 
 NUM_STEPS = 20
-TIMEOUT_SECONDS = 240
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    finally:
-        kill_all(process)
-    return output
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and its ranks at once, as a node that loses power."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
 
 
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -132,27 +113,17 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken: RunConfig) -> None
     assert losses(config.run_dir) == losses(unbroken.run_dir)
 
 
-def test_bad_samples_are_left_out_and_named_and_too_many_end_the_run(unbroken: RunConfig, tmp_path: Path) -> None:
+def test_too_many_bad_samples_end_the_run(unbroken: RunConfig, tmp_path: Path) -> None:
     manifest = write_speech_manifest(tmp_path / "speech", 30)
     pack_manifest(manifest, tmp_path / "shards", 10**8, skip_bad=False)
     index = read_index([tmp_path / "shards"])
-    broken = [3, 11]
-    for sample_id in broken:
+    for sample_id in (3, 11):
         garble(Path(index.span(sample_id).location), index.span(sample_id).offset + TAR_BLOCK_BYTES)
-    train_data = unbroken.train_data.model_copy(update={"shards": (str(tmp_path / "shards"),), "max_bad_fraction": 0.5})
+    train_data = unbroken.train_data.model_copy(update={"shards": (str(tmp_path / "shards"),)})
     config = unbroken.model_copy(
         update={"run_dir": tmp_path / "run", "train_data": train_data, "evaluation": type(unbroken.evaluation)()}
     )
-    process = launch(config, 2, "num_steps=8")
-    output = finish(process)
-    assert process.returncode == 0, output
-    rows = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row.get("event") == "bad_sample"]
-    # 8 steps of 8 utterances are two passes of 30 and a bit: each broken sample is met twice at least.
-    assert len({row["key"] for row in rows}) == len(broken)
-    assert json.loads((config.run_dir / "summary.json").read_text())["num_bad_samples"] == len(rows) >= 2 * len(broken)
-
-    strict = config.model_copy(update={"run_dir": tmp_path / "strict"})
-    process = launch(strict, 2, "num_steps=40", "train_data.max_bad_fraction=0.01")
+    process = launch(config, 2, "num_steps=40", "train_data.max_bad_fraction=0.01")
     output = finish(process)
     assert process.returncode != 0
     assert "`train_data.max_bad_fraction` (0.01)" in output

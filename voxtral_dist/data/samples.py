@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.audio import AudioError, Pcm, decode_audio, decode_pcm, to_pcm
+from voxtral_dist.data.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
 from voxtral_dist.data.augmentation import Augmentation
 from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.members import Sample, parse_sample, read_members
+from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_silent, is_too_much_text
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.storage import Span, Storage
 
@@ -78,12 +79,25 @@ class SampleReader:
         max_target_tokens: int,
         storage: Storage | None = None,
         augmentation: Augmentation | None = None,
+        refuses_implausible: bool = True,
     ) -> None:
+        """A reader.
+
+        Args:
+            index: the samples.
+            prompts: makes token ids, and knows the length of windows.
+            max_target_tokens: longer transcripts are unusable.
+            storage: what reads the bytes.
+            augmentation: of every clip.
+            refuses_implausible: whether silent clips and impossibly long transcripts are unusable. A test set is scored
+                as it is.
+        """
         self._index = index
         self._prompts = prompts
         self._max_target_tokens = max_target_tokens
         self._storage = storage or Storage()
         self._augmentation = augmentation
+        self._refuses_implausible = refuses_implausible
 
     def prefetch(self, sample_ids: Sequence[int]) -> None:
         """Start to read what is going to be asked for."""
@@ -119,11 +133,10 @@ class SampleReader:
         """
         sample = self.read(sample_id)
         try:
-            return Clip(
-                sample_id, sample.key, self._pcm(sample_id, sample, key, is_packed), sample.text, sample.language
-            )
+            pcm = self._pcm(sample_id, sample, key, is_packed)
         except AudioError as error:
             raise self._unusable(sample_id, sample.key, error) from error
+        return Clip(sample_id, sample.key, pcm, sample.text, sample.language)
 
     def example(self, sample_id: int) -> Example:
         """The utterance as an example of its own.
@@ -166,19 +179,24 @@ class SampleReader:
         rate = self._prompts.sampling_rate
         if self._augmentation is None:
             pcm = decode_pcm(sample.audio, rate)
-            self._check_duration(sample_id, len(pcm) / rate)
+            self._check(sample_id, pcm, sample.text)
             return pcm
         waveform = decode_audio(sample.audio, rate)
-        self._check_duration(sample_id, len(waveform) / rate)
+        self._check(sample_id, waveform, sample.text)
         windows = self._prompts.num_windows(len(waveform)) * self._prompts.window_samples
         max_samples = len(waveform) if is_packed else windows
         return to_pcm(self._augmentation(waveform, rate, (*key, sample_id), max_samples))
 
-    def _check_duration(self, sample_id: int, seconds: float) -> None:
+    def _check(self, sample_id: int, audio: Waveform | Pcm, text: str) -> None:
         # Truncated mp3 and wav decode short without an error.
+        seconds = len(audio) / self._prompts.sampling_rate
         expected = float(self._index.record(sample_id)["duration_ms"]) / 1000.0
         if abs(seconds - expected) > _DURATION_TOLERANCE_SECONDS + 0.01 * expected:
             raise AudioError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
+        if self._refuses_implausible and is_silent(audio):
+            raise AudioError("is silent: it never reaches -60 dB of full scale")
+        if self._refuses_implausible and is_too_much_text(len(text), seconds, MAX_CHARS_PER_SECOND):
+            raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(text)} characters")
 
     def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
         return SampleError(BadSample(self._index.shard(sample_id).name, key, str(error)))

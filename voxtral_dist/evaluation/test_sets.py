@@ -51,7 +51,7 @@ def build_test_set(name: str, config: TestSetConfig, batch_size: int, prompts: T
     positions = sizes.positions(sizes.windows(records["duration_ms"]), records["num_text_tokens"])
     order = (-positions).argsort(kind="stable").tolist()
     batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
-    return TestSet(name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT), batches)
+    return TestSet(name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT, refuses_implausible=False), batches)
 
 
 def evaluate_test_set(

@@ -1,0 +1,164 @@
+"""A run over shards of which one sample in twenty is broken, in every way that was met in practice."""
+
+import json
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from voxtral_dist.data.index import INDEX_FILE, SHARD_TABLE_FILE, ShardIndex, read_index
+from voxtral_dist.data.members import Sample, parse_sample
+from voxtral_dist.data.samples import SampleReader
+from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.metrics import read_metrics
+
+from corpora import tone, write_lines
+from runs import finish, launch, run_config
+
+NUM_SAMPLES = 200
+
+
+def overwrite(offset: int, contents: bytes) -> Callable[[bytes], bytes]:
+    """Audio with some bytes replaced."""
+    return lambda audio: audio[:offset] + contents + audio[offset + len(contents) :]
+
+
+def text(new: str) -> Callable[[bytes], bytes]:
+    """The json of a sample with another text, in as many bytes."""
+    return lambda fields: json.dumps({"text": new, "lang": "en"}).encode().ljust(len(fields))
+
+
+# What is broken: the member, how, and what the run has to say of it. Offsets are those of a WAV header.
+BREAKAGES = {
+    "undecodable": ("wav", overwrite(0, bytes(12)), "does not decode"),
+    "silent": ("wav", lambda audio: audio[:44] + bytes(len(audio) - 44), "is silent"),
+    "cut short": ("wav", overwrite(40, struct.pack("<I", 8000)), r"decodes to 0\.25 s of audio, but its index says"),
+    "no samples": ("wav", overwrite(40, struct.pack("<I", 0)), "holds no audio"),
+    "claims 128 kHz": ("wav", overwrite(24, struct.pack("<I", 128_000)), r"decodes to .* but its index says"),
+    "empty text": ("json", text(""), "has no text"),
+    "impossible text": ("json", text("far too many words " * 25), "too short for a text of 475 characters"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Good clips in several shards; some are unusual: 48 kHz, stereo, 24-bit."""
+    folder = tmp_path_factory.mktemp("bad-data")
+    rows = []
+    for number in range(NUM_SAMPLES):
+        rate = (16_000, 16_000, 48_000, 8_000)[number % 4]
+        clip = tone(0.5 + number % 7 / 10, rate, seed=number)
+        subtype = "PCM_24" if number % 10 == 9 else "PCM_16"
+        waveform = np.stack([clip, clip], axis=1) if number % 10 == 3 else clip
+        soundfile.write(folder / f"{number:03d}.wav", waveform, rate, subtype=subtype)
+        rows.append(
+            {"audio_filepath": f"{number:03d}.wav", "text": f"number {number}", "lang": "en", "note": "x" * 600}
+        )
+    pack_manifest(write_lines(folder / "manifest.jsonl", rows), folder / "whole", 600_000, skip_bad=False)
+    return folder / "whole"
+
+
+@pytest.fixture(scope="module")
+def broken(whole, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A copy of the shards with broken samples, and of each its key and what has to be said of it."""
+    folder = tmp_path_factory.mktemp("bad-data") / "broken"
+    index = read_index([shutil.copytree(whole, folder)])
+    expected = {}
+    # 16 kHz, 16-bit and mono, so that offsets and lengths are those of a plain WAV.
+    plain = [sample_id for sample_id in range(0, NUM_SAMPLES, 4) if sample_id % 10 not in (3, 9)]
+    for sample_id, (member, change, sentence) in zip(plain, BREAKAGES.values(), strict=False):
+        expected[rewrite(index, sample_id, member, change)] = sentence
+    refresh_checksums(folder, index)
+    # And three that the index knows nothing of: flipped bits, a garbled header, a tar that ends early.
+    flipped, garbled = plain[-1], plain[-2]
+    expected[garble(index, flipped, 3000)] = "the checksum differs"
+    garble(index, garbled, 100)
+    expected[f"#{garbled}"] = "the checksum differs"
+    expected[f"#{truncate_first_shard(folder, index)}"] = r"cannot be read at byte \d+"
+    assert len(expected) == NUM_SAMPLES // 20
+    return folder, expected
+
+
+def stored(index: ShardIndex, sample_id: int) -> tuple[Sample, bytes]:
+    contents = Storage().read(index.span(sample_id))
+    return parse_sample(contents, index.members(sample_id)), contents
+
+
+def rewrite(index: ShardIndex, sample_id: int, member: str, change: Callable[[bytes], bytes]) -> str:
+    """Change a member of a stored sample without changing its length; the sample's key."""
+    sample, contents = stored(index, sample_id)
+    start = contents.index(b"RIFF") if member == "wav" else contents.index(b'{"text"')
+    end = start + len(sample.audio) if member == "wav" else contents.index(b"}", start) + 1
+    changed = change(contents[start:end])
+    assert len(changed) == end - start
+    write_at(index, sample_id, start, changed)
+    return sample.key
+
+
+def garble(index: ShardIndex, sample_id: int, offset: int) -> str:
+    sample, _ = stored(index, sample_id)
+    write_at(index, sample_id, offset, b"\xff" * 200)
+    return sample.key
+
+
+def write_at(index: ShardIndex, sample_id: int, offset: int, contents: bytes) -> None:
+    span = index.span(sample_id)
+    with Path(span.location).open("r+b") as tar:
+        tar.seek(span.offset + offset)
+        tar.write(contents)
+
+
+def refresh_checksums(folder: Path, index: ShardIndex) -> None:
+    """As if the index had been made of what is there now."""
+    records = np.load(folder / INDEX_FILE)
+    records["crc32"] = [zlib.crc32(Storage().read(index.span(sample_id))) for sample_id in range(len(index))]
+    np.save(folder / INDEX_FILE, records)
+
+
+def truncate_first_shard(folder: Path, index: ShardIndex) -> int:
+    """Cut the last sample of the first shard in two, as a full disk does; the sample's number."""
+    last = index.shards[0].num_samples - 1
+    span = index.span(last)
+    num_bytes = span.offset + span.num_bytes // 2
+    with Path(span.location).open("r+b") as tar:
+        tar.truncate(num_bytes)
+    table = json.loads((folder / SHARD_TABLE_FILE).read_text())
+    table["shards"][0]["num_bytes"] = num_bytes
+    (folder / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    return last
+
+
+def test_a_run_finishes_and_names_every_broken_sample_once_a_pass(broken, tiny_model, tmp_path):
+    folder, expected = broken
+    config = run_config(tmp_path / "run", tiny_model, folder, num_steps=1000)
+    train_data = {"slots_per_step": 4, "max_examples": 10, "max_bad_fraction": 0.1, "num_workers": 1}
+    overrides = [f"train_data.{name}={value}" for name, value in train_data.items()]
+    # 40 samples a step: five steps are one pass.
+    process = launch(config, 2, "num_steps=5", *overrides)
+    output = finish(process)
+    assert process.returncode == 0, output
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "bad_sample"]
+    assert sorted(row["key"] for row in rows) == sorted(expected)
+    for row in rows:
+        assert_matches(row["reason"], expected[row["key"]])
+        assert row["key"] in output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["num_bad_samples"] == len(expected) == NUM_SAMPLES // 20
+
+
+def assert_matches(reason: str, pattern: str) -> None:
+    assert re.search(pattern, reason), (reason, pattern)
+
+
+def test_unusual_audio_is_not_broken(whole, prompts):
+    index = read_index([whole])
+    reader = SampleReader(index, prompts, 448)
+    for sample_id in range(len(index)):
+        assert reader.example(sample_id).duration_seconds == pytest.approx(0.5 + sample_id % 7 / 10, abs=0.001)
