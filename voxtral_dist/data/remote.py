@@ -115,28 +115,32 @@ class Remote:
                 raise ShortReadError(f"{len(contents)} bytes came instead of {num_bytes}")
             return contents
 
-        return self._retry(attempt, f"{shown(location)} at byte {offset}")
+        return self._retry(attempt, f"{shown(location)} cannot be read at byte {offset}")
 
     def read_whole(self, location: str) -> bytes:
         """An object of unknown size in one request."""
-        contents: bytes = self._retry(lambda: self._call(location, "_cat_file"), shown(location))
+        contents: bytes = self._retry(lambda: self._call(location, "_cat_file"), f"{shown(location)} cannot be read")
         return contents
 
     def describe(self, location: str) -> RemoteFile:
         """Size and version of an object."""
-        facts = self._retry(lambda: self._call(location, "_info"), shown(location))
+        facts = self._retry(lambda: self._call(location, "_info"), f"{shown(location)} cannot be read")
         version = next((f"{key}={facts[key]}" for key in _VERSION_KEYS if facts.get(key)), "")
         return RemoteFile(location, facts.get("size"), version)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder."""
-        rows = self._retry(lambda: self._call(folder, "_ls", _LISTING_TIMEOUTS, detail=True), shown(folder))
+        rows = self._retry(
+            lambda: self._call(folder, "_ls", _LISTING_TIMEOUTS, detail=True), f"{shown(folder)} cannot be listed"
+        )
         files = [row for row in rows if row["type"] == "file" and row["size"] is not None]
         return {row["name"].rsplit("/", 1)[-1]: row["size"] for row in files if not row["name"].endswith("/")}
 
     def glob(self, pattern: str) -> list[str]:
         """The locations that match."""
-        names = self._retry(lambda: self._call(pattern, "_glob", _LISTING_TIMEOUTS), shown(pattern))
+        names = self._retry(
+            lambda: self._call(pattern, "_glob", _LISTING_TIMEOUTS), f"{shown(pattern)} cannot be listed"
+        )
         filesystem, _ = self._resolve(pattern)
         protocol = pattern.partition("://")[0]
         return [
@@ -154,7 +158,7 @@ class Remote:
         timeout_seconds = self._config.timeout_seconds * num_timeouts
         return sync(filesystem.loop, getattr(filesystem, operation), path, timeout=timeout_seconds, **arguments)
 
-    def _retry(self, attempt: Callable[[], Result], place: str) -> Result:
+    def _retry(self, attempt: Callable[[], Result], complaint: str) -> Result:
         num_failed = 0
         while True:
             try:
@@ -165,18 +169,18 @@ class Remote:
                 cause = _unhidden(error)
                 num_failed += 1
                 if num_failed >= min(self._config.num_attempts, _most_attempts(cause)):
-                    raise self._storage_error(place, cause, num_failed) from cause
+                    raise self._storage_error(complaint, cause, num_failed) from cause
             longest = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (num_failed - 1))
             time.sleep(_jitter.uniform(0.0, longest))
 
-    def _storage_error(self, place: str, cause: Exception, num_attempts: int) -> StorageError:
+    def _storage_error(self, complaint: str, cause: Exception, num_attempts: int) -> StorageError:
         sort = MissingFileError if _is_missing(cause) else StorageError
         if isinstance(cause, TimeoutError):
             reason = f"there was no answer within {self._config.timeout_seconds:g} s"
         else:
             reason = _reason(cause)
         attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
-        return sort(f"{place} cannot be read: {reason} ({attempts})")
+        return sort(f"{complaint}: {reason} ({attempts})")
 
 
 @cache
