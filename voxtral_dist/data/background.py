@@ -5,22 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
+from voxtral_dist.data.spans import Span
+
 # Neighbours are read by one request as long as it stays as small as this.
 _MAX_JOINED_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Span:
-    """A run of bytes in a file, for example the tar members of one sample."""
-
-    location: str
-    offset: int
-    num_bytes: int
 
 
 class DaemonPool:

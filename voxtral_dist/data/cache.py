@@ -14,19 +14,27 @@ import fcntl
 import logging
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import numpy as np
-
-from voxtral_dist.data.remote import RemoteFile, StorageError, shown
+from voxtral_dist.data.cache_files import (
+    checked,
+    checksums,
+    chunk_file_bytes,
+    files,
+    is_at,
+    read_number,
+    remove_unlocked,
+    try_lock,
+    unlock,
+    write_at,
+    write_number,
+)
+from voxtral_dist.data.remote import RemoteFile
+from voxtral_dist.data.spans import StorageError, shown
 from voxtral_dist.errors import UserError
 
-# Each block of a chunk has a checksum behind the chunk, so that reading a part of it checks this part only.
-_BLOCK_BYTES = 64 << 10
-_CHECKSUM_BYTES = 4
 # A clean-up goes below the limit, so that not every new chunk needs one.
 _CLEAN_TO = 0.9
 _PAUSE_SECONDS = 0.01
@@ -107,7 +115,7 @@ class NodeCache:
 
         def fill(descriptor: int) -> None:
             fetched.append(fetch(start, length))
-            write_at(descriptor, fetched[0] + _checksums(fetched[0]), 0)
+            write_at(descriptor, fetched[0] + checksums(fetched[0]), 0)
 
         try:
             while not fetched:
@@ -116,7 +124,7 @@ class NodeCache:
                     return stored
                 if time.monotonic() < self._full_until:
                     break
-                self._write(name, _chunk_file_bytes(length), fill, is_copy=False)
+                self._write(name, chunk_file_bytes(length), fill, is_copy=False)
         except StorageError:
             raise
         except OSError as error:
@@ -131,7 +139,7 @@ class NodeCache:
         except FileNotFoundError:
             return None
         try:
-            contents = _checked(descriptor, length, part)
+            contents = checked(descriptor, length, part)
             with suppress(OSError):
                 os.utime(descriptor)  # The time of the last use decides what is removed.
         finally:
@@ -143,18 +151,18 @@ class NodeCache:
 
     def _hold(self, path: Path, num_bytes: int) -> bool:
         """Whether the copy is there; it is locked for the life of this process, so that no clean-up removes it."""
-        if path in self._held and _is_at(self._held[path], path):
+        if path in self._held and is_at(self._held[path], path):
             return True
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return False
         is_whole = os.fstat(descriptor).st_size == num_bytes
-        if is_whole and _try_lock(descriptor, fcntl.LOCK_SH) and _is_at(descriptor, path):
+        if is_whole and try_lock(descriptor, fcntl.LOCK_SH) and is_at(descriptor, path):
             os.utime(descriptor)
             self._held[path] = descriptor
             return True
-        _unlock(descriptor)
+        unlock(descriptor)
         if not is_whole:
             self._remove(path)
         time.sleep(_PAUSE_SECONDS)
@@ -175,7 +183,7 @@ class NodeCache:
             self._remove(part)
             raise
         finally:
-            _unlock(descriptor)
+            unlock(descriptor)
 
     def _claim(self, name: str, num_bytes: int, is_copy: bool) -> int | None:
         """A descriptor of the partial file that is ours to write; None once the entry exists."""
@@ -187,7 +195,7 @@ class NodeCache:
             except FileNotFoundError:
                 self._create(entry, part, num_bytes)
                 continue
-            if _try_lock(descriptor) and _is_at(descriptor, part):
+            if try_lock(descriptor) and is_at(descriptor, part):
                 os.ftruncate(descriptor, num_bytes)
                 return descriptor
             # A copy takes its time, but then its file changes; a chunk is written at once.
@@ -203,13 +211,13 @@ class NodeCache:
         with self._usage() as usage:
             if entry.exists() or part.exists():
                 return
-            used = _read_number(usage)
+            used = read_number(usage)
             if used is None or used + num_bytes > self._limit_bytes:
                 used = self._scan(clean_to=self._limit_bytes - num_bytes)
-                _write_number(usage, used)
+                write_number(usage, used)
             if used + num_bytes > self._limit_bytes:
                 raise OSError(errno.ENOSPC, f"`storage.cache_gigabytes` leaves no room for {num_bytes} bytes")
-            _write_number(usage, used + num_bytes)  # First: a process killed in between leaves too high a number.
+            write_number(usage, used + num_bytes)  # First: a process killed in between leaves too high a number.
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             os.ftruncate(descriptor, num_bytes)
             os.close(descriptor)
@@ -217,25 +225,25 @@ class NodeCache:
     def _scan(self, clean_to: int) -> int:
         """The bytes of all files, after those that were not used for the longest time were removed down to `clean_to`,
         and what killed processes left."""
-        _remove_unlocked(_files(self._parts))
-        files = sorted(_files(self._entries))
-        total = sum(size for _, size, _ in files) + sum(size for _, size, _ in _files(self._parts))
+        remove_unlocked(files(self._parts))
+        entries = sorted(files(self._entries))
+        total = sum(size for _, size, _ in entries) + sum(size for _, size, _ in files(self._parts))
         if total <= clean_to:
             return total
         surplus = total - min(clean_to, int(self._limit_bytes * _CLEAN_TO))
-        return total - _remove_unlocked(files, surplus)
+        return total - remove_unlocked(entries, surplus)
 
     def _remove_abandoned(self, usage: int) -> None:
         """Remove what killed processes left; count anew if nobody has counted yet."""
-        used = _read_number(usage)
-        freed = _remove_unlocked(_files(self._parts))
-        _write_number(usage, self._scan(self._limit_bytes) if used is None else used - freed)
+        used = read_number(usage)
+        freed = remove_unlocked(files(self._parts))
+        write_number(usage, self._scan(self._limit_bytes) if used is None else used - freed)
 
     def _remove(self, path: Path) -> None:
         with self._usage() as usage, suppress(FileNotFoundError):
             num_bytes = path.stat().st_size
             path.unlink()
-            _write_number(usage, (_read_number(usage) or 0) - num_bytes)
+            write_number(usage, (read_number(usage) or 0) - num_bytes)
 
     @contextmanager
     def _usage(self) -> Iterator[int]:
@@ -243,13 +251,13 @@ class NodeCache:
         descriptor = os.open(self._folder / "usage", os.O_RDWR | os.O_CREAT, 0o666)
         patient_until = time.monotonic() + self._patience_seconds
         try:
-            while not _try_lock(descriptor):
+            while not try_lock(descriptor):
                 if time.monotonic() > patient_until:
                     raise OSError(errno.ETIMEDOUT, f"{self._folder / 'usage'} stays locked")
                 time.sleep(_PAUSE_SECONDS)
             yield descriptor
         finally:
-            _unlock(descriptor)
+            unlock(descriptor)
 
     def _warn(self, error: OSError) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -258,87 +266,3 @@ class NodeCache:
             self._warned = True
             reason = error.strerror or error
             log.warning("The cache %s cannot be used (%s); remote files are read without it.", self._folder, reason)
-
-
-def write_at(descriptor: int, contents: bytes, offset: int) -> None:
-    """Write all of it, or raise the `OSError` that says why not."""
-    rest = memoryview(contents)
-    while rest:
-        num_written = os.pwrite(descriptor, rest, offset)
-        rest, offset = rest[num_written:], offset + num_written
-
-
-def _chunk_file_bytes(length: int) -> int:
-    return length + _CHECKSUM_BYTES * -(-length // _BLOCK_BYTES)
-
-
-def _checksums(contents: bytes) -> bytes:
-    starts = range(0, len(contents), _BLOCK_BYTES)
-    view = memoryview(contents)
-    return np.array([zlib.crc32(view[start : start + _BLOCK_BYTES]) for start in starts], dtype="<u4").tobytes()
-
-
-def _checked(descriptor: int, length: int, part: slice) -> bytes | None:
-    """A part of a chunk, or None if its checksums don't agree."""
-    if os.fstat(descriptor).st_size != _chunk_file_bytes(length):
-        return None
-    first, stop = part.start // _BLOCK_BYTES, -(-part.stop // _BLOCK_BYTES)
-    start = first * _BLOCK_BYTES
-    blocks = os.pread(descriptor, min(stop * _BLOCK_BYTES, length) - start, start)
-    checksums = os.pread(descriptor, (stop - first) * _CHECKSUM_BYTES, length + first * _CHECKSUM_BYTES)
-    return blocks[part.start - start : part.stop - start] if _checksums(blocks) == checksums else None
-
-
-def _files(folder: Path) -> list[tuple[float, int, str]]:
-    """Time of the last use, size and path of each file."""
-    found = []
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):
-            status = entry.stat()
-            found.append((status.st_mtime, status.st_size, entry.path))
-    return found
-
-
-def _remove_unlocked(files: list[tuple[float, int, str]], surplus: float = float("inf")) -> int:
-    """The number of bytes that were freed by removing files in this order, at least `surplus` if possible."""
-    freed = 0
-    for _, num_bytes, path in files:
-        if freed >= surplus:
-            break
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            if _try_lock(descriptor):
-                Path(path).unlink()
-                freed += num_bytes
-            _unlock(descriptor)
-    return freed
-
-
-def _try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlock(descriptor: int) -> None:
-    # Closing alone keeps the lock while a forked process has the descriptor too.
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False
-
-
-def _read_number(descriptor: int) -> int | None:
-    digits = os.pread(descriptor, 32, 0).strip()
-    return int(digits) if digits.isdigit() else None
-
-
-def _write_number(descriptor: int, number: int) -> None:
-    os.pwrite(descriptor, f"{max(0, number):<31d}\n".encode(), 0)

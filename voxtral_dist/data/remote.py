@@ -23,6 +23,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from voxtral_dist.config import StorageConfig
+from voxtral_dist.data.spans import MissingFileError, ShortReadError, StorageError, shown
 from voxtral_dist.errors import UserError, first_line
 
 # A whole object is fetched in ranges of this size, so that the limit of time for an attempt fits all sizes.
@@ -61,18 +62,6 @@ Result = TypeVar("Result")
 _jitter = random.SystemRandom()
 
 
-class StorageError(OSError):
-    """Bytes that could not be had: the sentence names the location, the offset and the cause."""
-
-
-class MissingFileError(StorageError, FileNotFoundError):
-    """There is nothing at this location."""
-
-
-class ShortReadError(StorageError):
-    """Another number of bytes came than was asked for."""
-
-
 @dataclass(frozen=True)
 class RemoteFile:
     """What a server says of an object; `num_bytes` is None if it doesn't say, `version` empty if it tells none."""
@@ -85,11 +74,6 @@ class RemoteFile:
     def key(self) -> str:
         """The same for the same contents at the same location, as far as the server lets us know."""
         return hashlib.sha256(f"{self.location}\0{self.num_bytes}\0{self.version}".encode()).hexdigest()[:32]
-
-
-def shown(location: str) -> str:
-    """The location without what may be a secret: user, password and query."""
-    return re.sub(r"(?<=://)[^/@]*@", "", location.partition("?")[0])
 
 
 class Remote:
@@ -240,12 +224,9 @@ def _is_missing(cause: Exception) -> bool:
 
 def _status(cause: Exception) -> int | None:
     """The HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
-    response = getattr(cause, "response", None)
-    for status in (
-        getattr(cause, "status", None),
-        getattr(cause, "code", None),
-        getattr(response, "status_code", None),
-    ):
+    # In this order: `code` of aiohttp's errors is deprecated.
+    for holder, name in ((cause, "status"), (getattr(cause, "response", None), "status_code"), (cause, "code")):
+        status = getattr(holder, name, None)
         if isinstance(status, int) and status >= 300:
             return status
     return None

@@ -9,37 +9,27 @@ import glob
 import os
 import posixpath
 import re
-import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, wait
-from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from braceexpand import braceexpand
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.background import Prefetch, Span, pool_of
-from voxtral_dist.data.cache import NodeCache, write_at
-from voxtral_dist.data.remote import (
-    RANGE_BYTES,
-    MissingFileError,
-    Remote,
-    RemoteFile,
-    ShortReadError,
-    StorageError,
-    shown,
-)
+from voxtral_dist.data.background import Prefetch, pool_of
+from voxtral_dist.data.cache import NodeCache
+from voxtral_dist.data.cache_files import write_at
+from voxtral_dist.data.local import advise, local_error, local_path, read_local
+from voxtral_dist.data.remote import RANGE_BYTES, Remote, RemoteFile
+from voxtral_dist.data.spans import MissingFileError, ShortReadError, Span, StorageError, shown
 from voxtral_dist.errors import UserError
 
 __all__ = ["MissingFileError", "ShortReadError", "Span", "Storage", "StorageError", "is_remote", "join"]
 
-_MAX_OPEN_FILES = 64
-_LOCAL_PAUSES_SECONDS = (0.05, 0.5)
 _MEBIBYTE = 1 << 20
 _GIGABYTE = 10**9
 # How long a process that waits for another one's download allows for the pauses between attempts, per attempt.
@@ -74,7 +64,7 @@ class Storage:
             StorageError: they could not be had, after all attempts.
             UserError: the protocol is unknown, or a package for it is missing.
         """
-        return self._here.read(span) if is_remote(span.location) else _read_local(span)
+        return self._here.read(span) if is_remote(span.location) else read_local(span)
 
     def prefetch(self, spans: Iterable[Span]) -> None:
         """Start to read what will be needed next. What an earlier call announced and this one doesn't is dropped."""
@@ -82,7 +72,7 @@ class Storage:
         self._here.prefetch.start(span for span in spans if is_remote(span.location))
         for span in spans:
             if not is_remote(span.location):
-                _advise(span)
+                advise(span)
 
     def read_all(self, location: str) -> bytes:
         """A whole file.
@@ -93,9 +83,9 @@ class Storage:
         if is_remote(location):
             return self._here.read_all(location)
         try:
-            return _path(location).read_bytes()
+            return local_path(location).read_bytes()
         except OSError as error:
-            raise _local_error(location, error) from error
+            raise local_error(location, error) from error
 
     def local_copy(self, location: str) -> Path:
         """The path of a file: its own if it is local, else of a copy, made once per node for as long as
@@ -104,7 +94,7 @@ class Storage:
         Raises:
             StorageError: it cannot be fetched, or there is no room for it.
         """
-        return self._here.copy(location) if is_remote(location) else _path(location)
+        return self._here.copy(location) if is_remote(location) else local_path(location)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder, by one listing; empty over http, which has no listings.
@@ -116,11 +106,11 @@ class Storage:
         if is_remote(folder):
             return {} if _is_http(folder) else self._here.remote.sizes(folder)
         try:
-            return {entry.name: entry.stat().st_size for entry in os.scandir(_path(folder)) if entry.is_file()}
+            return {entry.name: entry.stat().st_size for entry in os.scandir(local_path(folder)) if entry.is_file()}
         except NotADirectoryError:
             raise
         except OSError as error:
-            raise _local_error(folder, error) from error
+            raise local_error(folder, error) from error
 
     def expand(self, pattern: str) -> list[str]:
         """The locations that brace ranges and globs stand for, sorted; without any, the pattern itself.
@@ -143,7 +133,7 @@ class Storage:
             return [name]
         if is_remote(name):
             return self._here.remote.glob(name)
-        path = str(_path(name))
+        path = str(local_path(name))
         return [name] if Path(path).exists() else glob.glob(path, recursive=True)  # noqa: PTH207 (which knows no absolute patterns)
 
     @property
@@ -162,7 +152,6 @@ class _Process:
         self._config = config
         self._pool = pool_of(config.num_reads_in_flight, self.process_id)
         self.prefetch = Prefetch(self._fetch, self._pool, int(config.prefetch_megabytes * _MEBIBYTE))
-        self._lock = threading.Lock()
         self._files: dict[str, RemoteFile] = {}
 
     def read(self, span: Span) -> bytes:
@@ -247,52 +236,3 @@ def _ranges(num_bytes: int) -> list[tuple[int, int]]:
 
 def _is_http(location: str) -> bool:
     return location.startswith(("http://", "https://"))
-
-
-def _path(location: str) -> Path:
-    return Path(re.sub(r"^(file|local)://", "", location))
-
-
-def _read_local(span: Span) -> bytes:
-    """The bytes of the span; shared file systems get some more chances."""
-    for pause_seconds in _LOCAL_PAUSES_SECONDS:
-        try:
-            return _read_once(span)
-        except OSError:
-            _open.cache_clear()
-            time.sleep(pause_seconds)
-    try:
-        return _read_once(span)
-    except ShortReadError:
-        raise
-    except OSError as error:
-        raise _local_error(span.location, error) from error
-
-
-def _read_once(span: Span) -> bytes:
-    file = _open(span.location)
-    contents = os.pread(file.fileno(), span.num_bytes, span.offset)
-    if len(contents) != span.num_bytes:
-        raise ShortReadError(
-            f"{span.location} cannot be read at byte {span.offset}: {len(contents)} bytes came instead of "
-            f"{span.num_bytes}"
-        )
-    return contents
-
-
-def _advise(span: Span) -> None:
-    # Not on every system; and a file that is missing is an error of the read, not of this.
-    with suppress(OSError, AttributeError):
-        file = _open(span.location)
-        os.posix_fadvise(file.fileno(), span.offset, span.num_bytes, os.POSIX_FADV_WILLNEED)
-
-
-def _local_error(location: str, error: OSError) -> StorageError:
-    sort = MissingFileError if isinstance(error, FileNotFoundError) else StorageError
-    return sort(f"{location} cannot be read: {error.strerror or error}")
-
-
-@lru_cache(maxsize=_MAX_OPEN_FILES)
-def _open(location: str) -> BinaryIO:
-    # Unbuffered: pread goes past Python's buffers anyway. The cache closes a file by dropping the last reference to it.
-    return _path(location).open("rb", buffering=0)
