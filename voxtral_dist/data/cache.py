@@ -226,8 +226,10 @@ class NodeCache:
         """The bytes of all files, after those that were not used for the longest time were removed down to `clean_to`,
         and what killed processes left."""
         remove_unlocked(files(self._parts))
-        entries = sorted(files(self._entries))
-        total = sum(size for _, size, _ in entries) + sum(size for _, size, _ in files(self._parts))
+        # Parts first: one that is finished and moved in between is found twice then, and not missed.
+        parts, entries = files(self._parts), sorted(files(self._entries))
+        sizes = {Path(path).name: size for _, size, path in parts + entries}
+        total = sum(sizes.values())
         if total <= clean_to:
             return total
         surplus = total - min(clean_to, int(self._limit_bytes * _CLEAN_TO))

@@ -63,12 +63,19 @@ def remove_unlocked(files: list[tuple[float, int, str]], surplus: float = float(
         if freed >= surplus:
             break
         with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            if try_lock(descriptor):
-                Path(path).unlink()
-                freed += num_bytes
-            unlock(descriptor)
+            freed += num_bytes if _remove_if_unlocked(Path(path)) else 0
     return freed
+
+
+def _remove_if_unlocked(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if not try_lock(descriptor) or not is_at(descriptor, path):
+            return False
+        path.unlink()
+        return True
+    finally:
+        unlock(descriptor)
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
