@@ -218,7 +218,7 @@ def test_faults_that_pass_change_no_byte(server, faults, is_cached, tmp_path):
         ("403", "status 403", 2),
         ("404", "no such file", 2),
         ("cut", "", 4),
-        ("short", "50 bytes came instead of 100", 3),
+        ("short", "read 50 bytes instead of 100", 3),
         ("whole", "whole file", 2),
     ],
 )
@@ -592,7 +592,7 @@ def test_a_cache_folder_that_cannot_be_made_is_a_mistake_of_the_user(server, tmp
 def test_a_local_file_that_is_short_is_soon_an_error(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"12345")
     started = time.monotonic()
-    with pytest.raises(ShortReadError, match=r"x\.tar cannot be read at byte 3: 2 bytes came instead of 4"):
+    with pytest.raises(ShortReadError, match=r"x\.tar cannot be read at byte 3: read 2 bytes instead of 4"):
         quick().read(Span(str(tmp_path / "x.tar"), 3, 4))
     assert time.monotonic() - started < 2
 

@@ -46,7 +46,7 @@ def _read_once(span: Span) -> bytes:
     contents = os.pread(file.fileno(), span.num_bytes, span.offset)
     if len(contents) != span.num_bytes:
         raise ShortReadError(
-            f"{span.location} cannot be read at byte {span.offset}: {len(contents)} bytes came instead of "
+            f"{span.location} cannot be read at byte {span.offset}: read {len(contents)} bytes instead of "
             f"{span.num_bytes}"
         )
     return contents

@@ -96,7 +96,7 @@ class Remote:
             if len(contents) > num_bytes:
                 raise NotImplementedError("the server answers requests for a range with the whole file")
             if len(contents) < num_bytes:
-                raise ShortReadError(f"{len(contents)} bytes came instead of {num_bytes}")
+                raise ShortReadError(f"read {len(contents)} bytes instead of {num_bytes}")
             return contents
 
         return self._retry(attempt, f"{shown(location)} cannot be read at byte {offset}")
