@@ -85,6 +85,39 @@ class SpecAugmentConfig(Section):
     """The width of a band is uniform between nothing and this many mel bins, of which the published models have 128."""
 
 
+class StorageConfig(Section):
+    """How shards and indices are read that lie behind a URL, such as `s3://bucket/set`; local files need none of it.
+
+    Credentials, endpoints and proxies come from each backend's own places: `AWS_PROFILE`, `AWS_ENDPOINT_URL`,
+    `GOOGLE_APPLICATION_CREDENTIALS`, `HF_TOKEN`, `HTTPS_PROXY`, `~/.netrc`, and those of fsspec, such as
+    `FSSPEC_S3_ANON=true` for public buckets.
+    """
+
+    cache_dir: Path | None = None
+    """A folder on a disk of each node where pieces of remote shards are kept, so that a node fetches them once for all
+    its processes and passes. None: shards are read from their URLs each time. Does nothing for local shards."""
+
+    cache_gigabytes: float = Field(default=100.0, gt=0)
+    """The folder never holds more (10^9 bytes); what was not used for the longest time is removed first. Also the limit
+    of the copies of indices, which lie in `~/.cache/voxtral-dist` without a `cache_dir`."""
+
+    cache_chunk_megabytes: float = Field(default=4.0, gt=0)
+    """What is fetched and removed at a time (2^20 bytes). Does nothing without `cache_dir`."""
+
+    num_reads_in_flight: int = Field(default=16, gt=0)
+    """Requests that a process (each worker is one) has under way at the same time."""
+
+    prefetch_megabytes: float = Field(default=256.0, ge=0)
+    """Of the spans that will be needed soon, each process reads at most so much ahead (2^20 bytes); the rest is read
+    when it is asked for."""
+
+    num_attempts: int = Field(default=6, gt=0)
+    """Of a request, with random pauses that grow up to 20 s in between. A missing or forbidden file has two."""
+
+    timeout_seconds: float = Field(default=30.0, gt=0)
+    """An attempt that has not ended by then counts as failed."""
+
+
 class TrainDataConfig(Section):
     """The shards that are trained on, and how they become batches.
 

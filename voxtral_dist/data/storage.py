@@ -1,85 +1,238 @@
-"""Bytes of a sample from its shard: positioned reads of local files, whose length is always checked."""
+"""Bytes from anywhere: local files by positioned reads, what lies behind URLs by ranges, through a cache of the node.
+
+A `Storage` is a value: a copy of it in a forked or spawned process makes threads and connections of its own.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import lru_cache
+import posixpath
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, wait
+from dataclasses import replace
+from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-_MAX_OPEN_SHARDS = 64
-_PAUSES_SECONDS = (0.05, 0.5)
+from braceexpand import braceexpand
 
+from voxtral_dist.config import StorageConfig
+from voxtral_dist.data.background import Prefetch, pool_of
+from voxtral_dist.data.cache import NodeCache
+from voxtral_dist.data.cache_files import write_at
+from voxtral_dist.data.local import advise, local_error, local_path, read_local
+from voxtral_dist.data.remote import RANGE_BYTES, Remote, RemoteFile
+from voxtral_dist.data.spans import MissingFileError, ShortReadError, Span, StorageError, shown
+from voxtral_dist.errors import UserError
 
-@dataclass(frozen=True)
-class Span:
-    """Where the tar members of one sample lie."""
+__all__ = ["MissingFileError", "ShortReadError", "Span", "Storage", "StorageError", "is_remote", "join"]
 
-    location: str
-    offset: int
-    num_bytes: int
-
-
-class Storage:
-    """Reads local files."""
-
-    def read(self, span: Span) -> bytes:
-        """The bytes of the span; shared file systems get some more chances.
-
-        Raises:
-            OSError: the file cannot be read, or ends before the span does.
-        """
-        for pause_seconds in _PAUSES_SECONDS:
-            try:
-                return _read_once(span)
-            except OSError:
-                _open.cache_clear()
-                time.sleep(pause_seconds)
-        return _read_once(span)
-
-    def prefetch(self, spans: Iterable[Span]) -> None:
-        """Nothing yet."""
-
-    def read_all(self, location: str) -> bytes:
-        """A whole file."""
-        return Path(location).read_bytes()
-
-    def local_copy(self, location: str) -> Path:
-        """The file itself."""
-        return Path(location)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Of the files of a folder, by name."""
-        return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-
-    def expand(self, pattern: str) -> list[str]:
-        """The names that a pattern stands for."""
-        return [pattern]
-
-
-def join(folder: str, name: str) -> str:
-    """The location of a file in a folder."""
-    return f"{folder.rstrip('/')}/{name}"
+_MEBIBYTE = 1 << 20
+_GIGABYTE = 10**9
+# How long a process that waits for another one's download allows for the pauses between attempts, per attempt.
+_PAUSE_ALLOWANCE_SECONDS = 20.0
 
 
 def is_remote(location: str) -> bool:
-    """Whether a location is a URL."""
-    return "://" in location
+    """Whether a location is a URL of something that is not a local file."""
+    protocol, separator, _ = location.partition("://")
+    return bool(separator) and re.fullmatch(r"[\w+.:-]+", protocol) is not None and protocol not in ("file", "local")
 
 
-def _read_once(span: Span) -> bytes:
-    contents = os.pread(_open(span.location).fileno(), span.num_bytes, span.offset)
-    if len(contents) != span.num_bytes:
-        raise OSError(
-            f"read {len(contents)} bytes instead of {span.num_bytes} at {span.offset} of {Path(span.location).name}"
+def join(folder: str, name: str) -> str:
+    """The location of a file in a folder; a whole location as the name stays what it is."""
+    return name if is_remote(name) else posixpath.join(folder, name)
+
+
+class Storage:
+    """Reads spans, whole files and listings of local folders and of URLs that fsspec knows."""
+
+    def __init__(self, config: StorageConfig | None = None) -> None:
+        self._config = config or StorageConfig()
+        self._process: _Process | None = None
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[StorageConfig]]:
+        return Storage, (self._config,)
+
+    def read(self, span: Span) -> bytes:
+        """The bytes of the span: as many as it says, and what `prefetch` has read of it already.
+
+        Raises:
+            StorageError: they could not be had, after all attempts.
+            UserError: the protocol is unknown, or a package for it is missing.
+        """
+        return self._here.read(span) if is_remote(span.location) else read_local(span)
+
+    def prefetch(self, spans: Iterable[Span]) -> None:
+        """Start to read what will be needed next. What an earlier call announced and this one doesn't is dropped."""
+        spans = list(spans)
+        self._here.prefetch.start(span for span in spans if is_remote(span.location))
+        for span in spans:
+            if not is_remote(span.location):
+                advise(span)
+
+    def read_all(self, location: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            StorageError: it cannot be read; `MissingFileError` if it isn't there.
+        """
+        if is_remote(location):
+            return self._here.read_all(location)
+        try:
+            return local_path(location).read_bytes()
+        except OSError as error:
+            raise local_error(location, error) from error
+
+    def local_copy(self, location: str) -> Path:
+        """The path of a file: its own if it is local, else of a copy, made once per node for as long as
+        it is unchanged.
+
+        Raises:
+            StorageError: it cannot be fetched, or there is no room for it.
+        """
+        return self._here.copy(location) if is_remote(location) else local_path(location)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files in a folder, by one listing; empty over http, which has no listings.
+
+        Raises:
+            MissingFileError, NotADirectoryError: there is no such folder.
+            StorageError: it cannot be listed.
+        """
+        if is_remote(folder):
+            return {} if _is_http(folder) else self._here.remote.sizes(folder)
+        try:
+            return {entry.name: entry.stat().st_size for entry in os.scandir(local_path(folder)) if entry.is_file()}
+        except NotADirectoryError:
+            raise
+        except OSError as error:
+            raise local_error(folder, error) from error
+
+    def expand(self, pattern: str) -> list[str]:
+        """The locations that brace ranges and globs stand for, sorted; without any, the pattern itself.
+
+        Raises:
+            UserError: nothing matches a glob, or a brace has no end.
+        """
+        try:
+            names = list(braceexpand(pattern))
+        except ValueError as error:
+            raise UserError(f"The pattern {shown(pattern)} must have an end for each brace, but has not.") from error
+        found = {location for name in names for location in self._matches(name)}
+        if not found:
+            raise UserError(f"The pattern {shown(pattern)} must match something, but nothing is there that it fits.")
+        return sorted(found)
+
+    def _matches(self, name: str) -> list[str]:
+        # A question mark in a web address starts its query.
+        if not re.search(r"[*\[]" if _is_http(name) else r"[*?\[]", name):
+            return [name]
+        if is_remote(name):
+            return self._here.remote.glob(name)
+        path = str(local_path(name))
+        return [name] if Path(path).exists() else glob.glob(path, recursive=True)  # noqa: PTH207 (which knows no absolute patterns)
+
+    @property
+    def _here(self) -> _Process:
+        if self._process is None or self._process.process_id != os.getpid():
+            self._process = _Process(self._config)
+        return self._process
+
+
+class _Process:
+    """What a storage has in one process: connections, threads and open files don't survive a fork."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self.process_id = os.getpid()
+        self.remote = Remote(config)
+        self._config = config
+        self._pool = pool_of(config.num_reads_in_flight, self.process_id)
+        self.prefetch = Prefetch(self._fetch, self._pool, int(config.prefetch_megabytes * _MEBIBYTE))
+        self._files: dict[str, RemoteFile] = {}
+
+    def read(self, span: Span) -> bytes:
+        """The span, from what was read ahead if it was."""
+        contents = self.prefetch.take(span)
+        return self._fetch(span) if contents is None else contents
+
+    def read_all(self, location: str) -> bytes:
+        """A whole object, range by range."""
+        num_bytes = self.remote.describe(location).num_bytes
+        if num_bytes is None:
+            return self.remote.read_whole(location)
+        ranges = _ranges(num_bytes)
+        return b"".join(self._in_flight([partial(self.remote.read, location, *part) for part in ranges]))
+
+    def copy(self, location: str) -> Path:
+        """The path of a whole copy in the cache."""
+        file, contents = self.remote.describe(location), None
+        if file.num_bytes is None:
+            contents = self.remote.read_whole(location)
+            file = replace(file, num_bytes=len(contents), version=sha256(contents).hexdigest())
+        num_bytes = file.num_bytes or 0
+
+        def fill(descriptor: int) -> None:
+            if contents is not None:
+                return write_at(descriptor, contents, 0)
+            self._in_flight([partial(self._fetch_into, descriptor, location, *part) for part in _ranges(num_bytes)])
+            return None
+
+        basename = re.sub(r"[^\w.-]", "_", shown(location).rstrip("/").rpartition("/")[2])
+        return self._cache.copy(file, num_bytes, basename, fill)
+
+    def _fetch(self, span: Span) -> bytes:
+        if self._config.cache_dir is None:
+            return self.remote.read(span.location, span.offset, span.num_bytes)
+        file = self._describe(span.location)
+        if file.num_bytes is None:
+            return self.remote.read(span.location, span.offset, span.num_bytes)
+        if span.offset + span.num_bytes > file.num_bytes:
+            raise ShortReadError(
+                f"{shown(span.location)} cannot be read at byte {span.offset}: it has {file.num_bytes} bytes, fewer "
+                f"than the {span.offset + span.num_bytes} that its index says"
+            )
+        return self._cache.read(file, span.offset, span.num_bytes, partial(self.remote.read, span.location))
+
+    def _fetch_into(self, descriptor: int, location: str, offset: int, num_bytes: int) -> None:
+        write_at(descriptor, self.remote.read(location, offset, num_bytes), offset)
+
+    def _describe(self, location: str) -> RemoteFile:
+        """Asked once per process: a file that changes while it is read belongs to no index."""
+        if location not in self._files:
+            self._files[location] = self.remote.describe(location)
+        return self._files[location]
+
+    def _in_flight(self, calls: list[Callable[[], Any]]) -> list[Any]:
+        """The results of all calls, made on the threads. After an error no call is running any more."""
+        futures = [self._pool.submit(call) for call in calls]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            wait([future for future in futures if not future.cancel()])
+        return [future.result() for future in sorted(futures, key=lambda future: future.cancelled())]
+
+    @cached_property
+    def _cache(self) -> NodeCache:
+        config = self._config
+        return NodeCache(
+            config.cache_dir or _default_cache_dir(),
+            int(config.cache_gigabytes * _GIGABYTE),
+            int(config.cache_chunk_megabytes * _MEBIBYTE),
+            config.num_attempts * (config.timeout_seconds + _PAUSE_ALLOWANCE_SECONDS),
         )
-    return contents
 
 
-@lru_cache(maxsize=_MAX_OPEN_SHARDS)
-def _open(location: str) -> BinaryIO:
-    # Unbuffered: pread goes past Python's buffers anyway. The cache closes a file by dropping the last reference to it.
-    return Path(location).open("rb", buffering=0)
+def _default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "voxtral-dist"
+
+
+def _ranges(num_bytes: int) -> list[tuple[int, int]]:
+    return [(start, min(RANGE_BYTES, num_bytes - start)) for start in range(0, num_bytes, RANGE_BYTES)]
+
+
+def _is_http(location: str) -> bool:
+    return location.startswith(("http://", "https://"))

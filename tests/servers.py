@@ -1,0 +1,138 @@
+"""Real servers on localhost: an object store that speaks S3, and a web server that can be told to misbehave."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+Fault = Literal["503", "403", "404", "429", "cut", "short", "stall", "whole", "close"]
+STALL_SECONDS = 30.0
+
+
+class FileServer:
+    """Serves `files` by name with ranges and ETags. GET requests take one fault after the other from `faults`."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.faults: list[Fault] = []
+        self.lasting_fault: Fault | None = None
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.seconds_per_request = 0.0
+        self._lock = threading.Lock()
+        self.stopping = threading.Event()
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def ranges(self) -> Counter[tuple[str, str | None]]:
+        """How often each range was asked for."""
+        return Counter((path, part) for method, path, part in self.requests if method == "GET")
+
+    def log(self, method: str, path: str, part: str | None) -> Fault | None:
+        with self._lock:
+            self.requests.append((method, path, part))
+            if method != "GET":
+                return None
+            return self.faults.pop(0) if self.faults else self.lasting_fault
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # With the usual 5, connections that come together wait for a second.
+
+
+class _Handler(BaseHTTPRequestHandler):
+    owner: FileServer
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, with_body: bool) -> None:
+        part = self.headers.get("Range")
+        path = self.path.partition("?")[0]
+        fault = self.owner.log(self.command, path, part)
+        contents = self.owner.files.get(path.lstrip("/"))
+        if contents is None or (fault is not None and fault.isdigit()):
+            self._send(int(fault or 404), b"", 0)
+            return
+        if fault == "stall":
+            self.owner.stopping.wait(STALL_SECONDS)
+        elif fault == "close":
+            self.close_connection = True
+        else:
+            time.sleep(self.owner.seconds_per_request)
+            self._send_contents(contents, None if fault == "whole" else part, with_body, fault)
+
+    def _send_contents(self, contents: bytes, part: str | None, with_body: bool, fault: Fault | None) -> None:
+        status, etag = 200, f'"{hash(contents):x}"'
+        if part is not None:
+            start, _, last = part.removeprefix("bytes=").partition("-")
+            if int(start) >= len(contents):
+                self._send(416, b"", 0)
+                return
+            contents, status = contents[int(start) : int(last) + 1], 206
+        if fault == "short":
+            contents = contents[: len(contents) // 2]
+        body = contents[: len(contents) // 2] if fault == "cut" else contents
+        self._send(status, body if with_body else b"", len(contents), etag)
+        if fault == "cut":
+            self.close_connection = True
+
+    def _send(self, status: int, body: bytes, content_length: int, etag: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(content_length))
+        if etag is not None:
+            self.send_header("ETag", etag)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def file_server() -> Iterator[FileServer]:
+    """A web server that ends with the block."""
+    server = FileServer()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """The environment in which the usual tools of AWS find an S3 server of this machine; it has a bucket `corpus`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=url, **keys).create_bucket(Bucket="corpus")
+    try:
+        yield {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        server.stop()

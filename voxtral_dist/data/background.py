@@ -1,0 +1,145 @@
+"""Reading ahead: threads that never hold up the end of a process, and the results that wait to be taken."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future
+from functools import cache
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+from voxtral_dist.data.spans import Span
+
+# Neighbours are read by one request as long as it stays as small as this.
+_MAX_JOINED_BYTES = 8 << 20
+
+
+class DaemonPool:
+    """Runs calls on some threads. A process that ends doesn't wait for them, other than with `concurrent.futures`: a
+    server that stalls must not hold it up."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._max_threads = num_threads
+        self._num_threads = 0
+        self._lock = threading.Lock()
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """The future result of a call."""
+        future: Future[Any] = Future()
+        self._calls.put((future, function, arguments))
+        with self._lock:
+            if self._num_threads < self._max_threads:
+                self._num_threads += 1
+                threading.Thread(target=self._work, name="voxtral-dist-read", daemon=True).start()
+        return future
+
+    def _work(self) -> None:
+        while True:
+            _run(*self._calls.get())
+
+
+def _run(future: Future[Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function(*arguments)
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+@cache
+def pool_of(num_threads: int, process_id: int) -> DaemonPool:
+    """The pool that a process uses; a forked one has no threads of its parent, so it gets its own."""
+    return DaemonPool(num_threads)
+
+
+class _Piece(NamedTuple):
+    future: Future[bytes]
+    start: int
+    is_joined: bool
+
+
+class Prefetch:
+    """Spans that are being read, or were read and not taken yet: those of the last `start`, within a limit of bytes."""
+
+    def __init__(self, read: Callable[[Span], bytes], pool: DaemonPool, max_bytes: int) -> None:
+        self._read = read
+        self._pool = pool
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._pieces: dict[Span, _Piece] = {}
+
+    def start(self, spans: Iterable[Span]) -> None:
+        """Read these ahead, and drop what was read ahead before and isn't among them."""
+        wanted = _within(spans, self._max_bytes)
+        with self._lock:
+            pieces = {span: self._pieces[span] for span in wanted if span in self._pieces}
+            for group in _neighbours([span for span in wanted if span not in pieces]):
+                pieces.update(self._submit(group))
+            kept = {id(piece.future) for piece in pieces.values()}
+            for piece in self._pieces.values():
+                if id(piece.future) not in kept:
+                    piece.future.cancel()
+            self._pieces = pieces
+
+    def take(self, span: Span) -> bytes | None:
+        """The bytes of a span that was read ahead, waiting for them if necessary; None if it has to be read now.
+
+        Raises:
+            StorageError: reading it failed.
+        """
+        with self._lock:
+            piece = self._pieces.pop(span, None)
+        if piece is None:
+            return None
+        try:
+            contents = piece.future.result()
+        except CancelledError:
+            return None
+        except OSError:
+            if piece.is_joined:  # Perhaps it was the fault of a neighbour.
+                return None
+            raise
+        return contents[piece.start : piece.start + span.num_bytes] if piece.is_joined else contents
+
+    def _submit(self, group: list[Span]) -> Iterator[tuple[Span, _Piece]]:
+        first = group[0]
+        whole = Span(first.location, first.offset, sum(span.num_bytes for span in group))
+        future = self._pool.submit(self._read, whole)
+        for span in group:
+            yield span, _Piece(future, span.offset - first.offset, len(group) > 1)
+
+
+def _within(spans: Iterable[Span], max_bytes: int) -> list[Span]:
+    chosen = []
+    for span in dict.fromkeys(spans):
+        max_bytes -= span.num_bytes
+        if max_bytes < 0:
+            break
+        chosen.append(span)
+    return chosen
+
+
+def _neighbours(spans: list[Span]) -> list[list[Span]]:
+    """The spans in groups that lie in a row in one file; the group that is needed first comes first."""
+    order = {span: number for number, span in enumerate(spans)}
+    groups: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: (span.location, span.offset)):
+        if groups and _follows(span, groups[-1]):
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return sorted(groups, key=lambda group: min(order[span] for span in group))
+
+
+def _follows(span: Span, group: list[Span]) -> bool:
+    last = group[-1]
+    return (
+        span.location == last.location
+        and span.offset == last.offset + last.num_bytes
+        and span.offset + span.num_bytes - group[0].offset <= _MAX_JOINED_BYTES
+    )

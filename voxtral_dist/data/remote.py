@@ -1,0 +1,251 @@
+"""Requests to what lies behind a URL, through fsspec: each ends in time, is tried again where that may help, and says
+what failed.
+
+Credentials, endpoints and proxies are those of each backend's own convention; sentences show no query strings and no
+passwords, because these may be secrets.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+from voxtral_dist.config import StorageConfig
+from voxtral_dist.data.spans import MissingFileError, ShortReadError, StorageError, shown
+from voxtral_dist.errors import UserError, first_line
+
+# A whole object is fetched in ranges of this size, so that the limit of time for an attempt fits all sizes.
+RANGE_BYTES = 8 << 20
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 20.0
+# What will hardly mend itself gets another chance all the same: proxies and shared file systems have hiccups.
+_ATTEMPTS_IF_PERMANENT, _ATTEMPTS_IF_SHORT = 2, 3
+# Folders are listed page by page, which takes longer than to read a range.
+_LISTING_TIMEOUTS = 10
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+_STATUS_WORTH_A_RETRY = {408, 425, 429}
+_PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    ValueError,
+)
+_PERMANENT_NAMES = {"NoCredentialsError", "PartialCredentialsError", "RepositoryNotFoundError", "ProfileNotFound"}
+_VERSION_KEYS: tuple[str, ...] = (
+    "ETag",
+    "etag",
+    "generation",
+    "blob_id",
+    "xet_hash",
+    "md5Hash",
+    "Content-MD5",
+    "Digest",
+    "sha",
+)
+_VERSION_KEYS += ("LastModified", "Last-Modified", "last_modified", "mtime", "created")
+
+Result = TypeVar("Result")
+# Not the global generator: it is seeded for augmentation, and forked workers would all pause for the same time.
+_jitter = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a server says of an object; `num_bytes` is None if it doesn't say, `version` empty if it tells none."""
+
+    location: str
+    num_bytes: int | None
+    version: str
+
+    @property
+    def key(self) -> str:
+        """The same for the same contents at the same location, as far as the server lets us know."""
+        return hashlib.sha256(f"{self.location}\0{self.num_bytes}\0{self.version}".encode()).hexdigest()[:32]
+
+
+class Remote:
+    """Makes requests in the process that calls it: connections are never shared across a fork."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._config = config
+
+    def read(self, location: str, offset: int, num_bytes: int) -> bytes:
+        """A range of an object.
+
+        Raises:
+            StorageError: it could not be had, or has another length.
+        """
+        if num_bytes == 0:
+            return b""
+
+        def attempt() -> bytes:
+            contents: bytes = self._call(location, "_cat_file", start=offset, end=offset + num_bytes)
+            if len(contents) > num_bytes:
+                raise NotImplementedError("the server answers requests for a range with the whole file")
+            if len(contents) < num_bytes:
+                raise ShortReadError(f"read {len(contents)} bytes instead of {num_bytes}")
+            return contents
+
+        return self._retry(attempt, f"{shown(location)} cannot be read at byte {offset}")
+
+    def read_whole(self, location: str) -> bytes:
+        """An object of unknown size in one request."""
+        contents: bytes = self._retry(lambda: self._call(location, "_cat_file"), f"{shown(location)} cannot be read")
+        return contents
+
+    def describe(self, location: str) -> RemoteFile:
+        """Size and version of an object."""
+        facts = self._retry(lambda: self._call(location, "_info"), f"{shown(location)} cannot be read")
+        version = next((f"{key}={facts[key]}" for key in _VERSION_KEYS if facts.get(key)), "")
+        return RemoteFile(location, facts.get("size"), version)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files in a folder."""
+        rows = self._retry(
+            lambda: self._call(folder, "_ls", _LISTING_TIMEOUTS, detail=True), f"{shown(folder)} cannot be listed"
+        )
+        files = [row for row in rows if row["type"] == "file" and row["size"] is not None]
+        return {row["name"].rsplit("/", 1)[-1]: row["size"] for row in files if not row["name"].endswith("/")}
+
+    def glob(self, pattern: str) -> list[str]:
+        """The locations that match."""
+        names = self._retry(
+            lambda: self._call(pattern, "_glob", _LISTING_TIMEOUTS), f"{shown(pattern)} cannot be listed"
+        )
+        filesystem, _ = self._resolve(pattern)
+        protocol = pattern.partition("://")[0]
+        return [
+            f"{protocol}://{filesystem._strip_protocol(name).lstrip('/')}" if "://" not in name else name
+            for name in names
+        ]
+
+    def _resolve(self, location: str) -> tuple[AsyncFileSystem, str]:
+        protocol = location.partition("://")[0].lower()
+        filesystem = _filesystem(protocol, self._config.num_reads_in_flight, os.getpid())
+        return filesystem, filesystem._strip_protocol(location)
+
+    def _call(self, location: str, operation: str, num_timeouts: int = 1, **arguments: Any) -> Any:
+        filesystem, path = self._resolve(location)
+        timeout_seconds = self._config.timeout_seconds * num_timeouts
+        return sync(filesystem.loop, getattr(filesystem, operation), path, timeout=timeout_seconds, **arguments)
+
+    def _retry(self, attempt: Callable[[], Result], complaint: str) -> Result:
+        num_failed = 0
+        while True:
+            try:
+                return attempt()
+            except UserError:
+                raise
+            except Exception as error:
+                cause = _unhidden(error)
+                num_failed += 1
+                if num_failed >= min(self._config.num_attempts, _most_attempts(cause)):
+                    raise self._storage_error(complaint, cause, num_failed) from cause
+            longest = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2 ** (num_failed - 1))
+            time.sleep(_jitter.uniform(0.0, longest))
+
+    def _storage_error(self, complaint: str, cause: Exception, num_attempts: int) -> StorageError:
+        sort = MissingFileError if _is_missing(cause) else StorageError
+        if isinstance(cause, TimeoutError):
+            reason = f"there was no answer within {self._config.timeout_seconds:g} s"
+        else:
+            reason = _reason(cause)
+        attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
+        return sort(f"{complaint}: {reason} ({attempts})")
+
+
+@cache
+def _filesystem(protocol: str, num_connections: int, process_id: int) -> AsyncFileSystem:
+    # The cache keeps what a forked process inherited, forever: closing it would take the sockets of the parent from
+    # the parent's event loop.
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        remedy = f"`pip install 'voxtral-dist[{extra}]'`" if extra else first_line(error)
+        raise UserError(
+            f"Locations that start with `{protocol}://` need a package that is missing: {remedy}."
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"A location must be a path or start with s3://, gs://, https://, hf:// or another protocol of fsspec, but "
+            f"starts with `{protocol}://` instead."
+        ) from error
+    filesystem = fsspec.filesystem(protocol, use_listings_cache=False, **_options(protocol, num_connections))
+    return filesystem if filesystem.async_impl else AsyncFileSystemWrapper(filesystem, asynchronous=False)
+
+
+def _options(protocol: str, num_connections: int) -> dict[str, Any]:
+    configured = fsspec.config.conf.get(protocol, {})
+    match protocol:
+        case "http" | "https":
+            client = configured.get("client_kwargs", {})
+            # A compressed answer has another length. trust_env: proxies from the environment, and .netrc.
+            headers = {"Accept-Encoding": "identity", **client.get("headers", {})}
+            return {"client_kwargs": {"trust_env": True, **client, "headers": headers}}
+        case "s3" | "s3a":
+            return {"config_kwargs": {"max_pool_connections": num_connections, **configured.get("config_kwargs", {})}}
+    return {}
+
+
+def _most_attempts(cause: Exception) -> float:
+    if isinstance(cause, ShortReadError):
+        return _ATTEMPTS_IF_SHORT
+    return _ATTEMPTS_IF_PERMANENT if _is_permanent(cause) else float("inf")
+
+
+def _is_permanent(cause: Exception) -> bool:
+    status = _status(cause)
+    if status is not None:
+        return 400 <= status < 500 and status not in _STATUS_WORTH_A_RETRY
+    return (
+        isinstance(cause, _PERMANENT)
+        or type(cause).__name__ in _PERMANENT_NAMES
+        or (isinstance(cause, OSError) and cause.errno == errno.EINVAL)
+    )
+
+
+def _is_missing(cause: Exception) -> bool:
+    return _status(cause) in (404, 410) or (_status(cause) is None and isinstance(cause, FileNotFoundError))
+
+
+def _status(cause: Exception) -> int | None:
+    """The HTTP status in an error of aiohttp, gcsfs or huggingface_hub."""
+    # In this order: `code` of aiohttp's errors is deprecated.
+    for holder, name in ((cause, "status"), (getattr(cause, "response", None), "status_code"), (cause, "code")):
+        status = getattr(holder, name, None)
+        if isinstance(status, int) and status >= 300:
+            return status
+    return None
+
+
+def _unhidden(error: Exception) -> Exception:
+    """The true cause where fsspec's HTTP says that a file is missing whenever its size could not be had."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    return cause if isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp") else error
+
+
+def _reason(cause: Exception) -> str:
+    status = _status(cause)
+    if _is_missing(cause):
+        return "there is no such file"
+    if status is not None:
+        return f"the server answers with status {status}"
+    if isinstance(cause, PermissionError):
+        return f"access is denied ({first_line(cause)})"
+    return re.sub(r"\?[^\s'\")]*", "", first_line(cause)) or type(cause).__name__
