@@ -328,6 +328,7 @@ class RunConfig(Section):
 
     model: ModelConfig
     train_data: TrainDataConfig
+    storage: StorageConfig = StorageConfig()
     optimizer: OptimizerConfig
     engine: EngineConfig
     checkpoint: CheckpointConfig = CheckpointConfig()

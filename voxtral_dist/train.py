@@ -23,6 +23,7 @@ from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import StepBatches, TrainingSet, build_train_loader
 from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.storage import Storage
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
@@ -64,10 +65,11 @@ def train(config: RunConfig, world: World) -> int:
     """
     check_before_loading(config, world)
     prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    storage = Storage(config.storage)
     steps = build_train_loader(
-        config.train_data, prompts, config.seed, config.num_steps, rank=world.rank, world_size=world.size
+        config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size, storage
     )
-    test_sets = build_test_sets(config.evaluation, prompts)
+    test_sets = build_test_sets(config.evaluation, prompts, storage)
     model = load_voxtral(config.model)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = ZeroEngine(config, model, log_mel, world)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 
 from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own name pytest would collect it
+from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import RankError
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.report import ScoredUtterance, score_test_set, score_utterance, write_results
@@ -84,7 +85,7 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
 
 @pytest.fixture(scope="module")
 def held_out(shard_folder, prompts):
-    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts)
+    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts, Storage())
 
 
 def test_batches_hold_every_utterance_once_longest_first(held_out):

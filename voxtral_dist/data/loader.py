@@ -107,7 +107,13 @@ class TrainLoader:
 
 
 def build_train_loader(
-    config: TrainDataConfig, prompts: TranscriptionPrompts, seed: int, num_steps: int, rank: int, world_size: int
+    config: TrainDataConfig,
+    prompts: TranscriptionPrompts,
+    seed: int,
+    num_steps: int,
+    rank: int,
+    world_size: int,
+    storage: Storage | None = None,
 ) -> TrainLoader:
     """The stream of one rank of `world_size`.
 
@@ -115,7 +121,7 @@ def build_train_loader(
         UserError: shards are missing, no sample passes the filters, or there are more ranks than slots.
     """
     refuse_idle_ranks(config.slots_per_step, world_size)
-    storage = Storage()
+    storage = storage or Storage()
     training_set = build_training_set(config, prompts, seed, storage)
     augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
     reader = SampleReader(training_set.index, prompts, config.max_target_tokens, storage, augmentation)
@@ -133,7 +139,8 @@ def build_training_set(
     Raises:
         UserError: shards are missing, or no sample passes the filters.
     """
-    sets = {name: read_sets(patterns, storage or Storage()) for name, patterns in config.named_sets.items()}
+    used = storage or Storage()
+    sets = {name: read_sets(patterns, used) for name, patterns in config.named_sets.items()}
     index = ShardIndex(list(chain.from_iterable(sets.values())))
     counts = [sum(shard.num_samples for part in parts for shard in part.shards) for parts in sets.values()]
     sizes = ExampleSizes.of(prompts)

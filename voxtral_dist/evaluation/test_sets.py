@@ -12,6 +12,7 @@ from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import SampleError, SampleReader
+from voxtral_dist.data.storage import Storage
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError
@@ -33,25 +34,34 @@ class TestSet:
     batches: tuple[tuple[int, ...], ...]
 
 
-def build_test_sets(config: EvaluationConfig, prompts: TranscriptionPrompts) -> list[TestSet]:
+def build_test_sets(
+    config: EvaluationConfig, prompts: TranscriptionPrompts, storage: Storage | None = None
+) -> list[TestSet]:
     """All configured test sets, each cut into batches of similar cost, longest first."""
-    return [build_test_set(name, test_set, config.batch_size, prompts) for name, test_set in config.test_sets.items()]
+    return [
+        build_test_set(name, test_set, config.batch_size, prompts, storage or Storage())
+        for name, test_set in config.test_sets.items()
+    ]
 
 
-def build_test_set(name: str, config: TestSetConfig, batch_size: int, prompts: TranscriptionPrompts) -> TestSet:
+def build_test_set(
+    name: str, config: TestSetConfig, batch_size: int, prompts: TranscriptionPrompts, storage: Storage
+) -> TestSet:
     """One test set.
 
     Raises:
         UserError: its shards are missing or empty.
     """
-    index = read_index([config.shards])
+    index = read_index([config.shards], storage)
     if config.max_utterances is not None:
         index = index.first(config.max_utterances)
     sizes, records = ExampleSizes.of(prompts), index.records
     positions = sizes.positions(sizes.windows(records["duration_ms"]), records["num_text_tokens"])
     order = (-positions).argsort(kind="stable").tolist()
     batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
-    return TestSet(name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT, refuses_implausible=False), batches)
+    return TestSet(
+        name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT, storage, refuses_implausible=False), batches
+    )
 
 
 def evaluate_test_set(
