@@ -490,6 +490,15 @@ def test_an_object_that_changed_is_not_mixed_with_its_old_chunks(server, tmp_pat
     assert cached(tmp_path / "cache").read(Span(location, 0, 100)) == CONTENTS[::-1][:100]
 
 
+def test_caches_of_other_chunk_sizes_share_a_folder(server, tmp_path):
+    server.files[SHARD] = CONTENTS[: 3 * CHUNK_BYTES]
+    for num_chunks in (1, 2, 3):
+        storage = quick(cache_dir=tmp_path / "cache", cache_chunk_megabytes=num_chunks * CHUNK_MEGABYTES)
+        for index in range(3):
+            span = Span(f"{server.url}/{SHARD}", index * CHUNK_BYTES, CHUNK_BYTES)
+            assert storage.read(span) == expected(span)
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
 def test_a_damaged_chunk_is_fetched_again(server, tmp_path, damage):
     folder, span = tmp_path / "cache", Span(f"{server.url}/{SHARD}", 100, 1000)

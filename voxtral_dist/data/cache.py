@@ -110,7 +110,7 @@ class NodeCache:
         start = index * self._chunk_bytes
         assert file.num_bytes is not None
         length = min(self._chunk_bytes, file.num_bytes - start)
-        name = f"{file.key}-{index:06d}"
+        name = f"{file.key}-{self._chunk_bytes}-{index:06d}"
         fetched: list[bytes] = []
 
         def fill(descriptor: int) -> None:
