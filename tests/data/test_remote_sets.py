@@ -1,0 +1,91 @@
+"""Training from S3 and from a web server is training from local files, whatever goes wrong on the way."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from voxtral_dist.config import StorageConfig, TrainDataConfig
+from voxtral_dist.data.batches import MicroBatch
+from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.errors import UserError
+
+from servers import FileServer, file_server, s3_server
+
+
+@pytest.fixture(scope="module")
+def s3_folder(shard_folder: Path) -> Iterator[str]:
+    """The shards and their index on a real S3 server."""
+    with s3_server() as environment:
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        # The file systems of other tests point to servers that are gone.
+        s3 = fsspec.filesystem("s3", skip_instance_cache=True)
+        for file in shard_folder.iterdir():
+            s3.pipe(f"corpus/speech/{file.name}", file.read_bytes())
+        yield "s3://corpus/speech"
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture
+def web_server(shard_folder: Path) -> Iterator[FileServer]:
+    with file_server() as running:
+        running.files.update({f"speech/{file.name}": file.read_bytes() for file in shard_folder.iterdir()})
+        yield running
+
+
+def micro_batches(shards: str, prompts, storage: Storage, num_workers: int = 0) -> list[str]:
+    """A digest of each micro-batch of a pass and a bit."""
+    config = TrainDataConfig(
+        shards=(shards,), slots_per_step=2, max_examples=5, sort_window_steps=2, num_workers=num_workers
+    )
+    loader = build_train_loader(config, prompts, 0, 4, 0, 1, storage)
+    return [digest(batch) for batches in loader.starting_at(0) for batch in batches.micro_batches]
+
+
+def digest(batch: MicroBatch) -> str:
+    assert batch.bad_samples == ()
+    return hashlib.sha256(batch.pcm.numpy().tobytes() + batch.input_ids.numpy().tobytes()).hexdigest()
+
+
+def storage_in(folder: Path, **changes) -> Storage:
+    return Storage(StorageConfig(cache_dir=folder, timeout_seconds=2, **changes))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("shards", ["s3://corpus/speech", "s3://corpus/{speech,speech}", "s3://corpus/sp*"])
+def test_a_bucket_gives_the_batches_of_the_folder(s3_folder, shard_folder, prompts, tmp_path, shards, num_workers):
+    local = micro_batches(str(shard_folder), prompts, Storage())
+    assert micro_batches(shards, prompts, storage_in(tmp_path), num_workers) == local
+
+
+def test_a_brace_range_of_tars_in_a_bucket_is_a_part_of_the_set(s3_folder, shard_folder, prompts, tmp_path):
+    tars = "speech-{000000..000001}.tar"
+    local = micro_batches(f"{shard_folder}/{tars}", prompts, Storage())
+    assert micro_batches(f"{s3_folder}/{tars}", prompts, storage_in(tmp_path)) == local
+
+
+def test_a_web_server_with_faults_gives_the_batches_of_the_folder(web_server, shard_folder, prompts, tmp_path):
+    local = micro_batches(str(shard_folder), prompts, Storage())
+    web_server.faults.extend(["503", "short", "cut", "stall", "close", "503"])
+    assert micro_batches(f"{web_server.url}/speech", prompts, storage_in(tmp_path)) == local
+    assert not web_server.faults, "every fault was met"
+
+
+def test_a_second_pass_over_a_cached_set_asks_the_server_for_no_bytes(web_server, prompts, tmp_path):
+    first = micro_batches(f"{web_server.url}/speech", prompts, storage_in(tmp_path))
+    asked = web_server.ranges()
+    assert micro_batches(f"{web_server.url}/speech", prompts, storage_in(tmp_path)) == first
+    again = web_server.ranges() - asked
+    assert {path for path, _ in asked} > {path for path, _ in again}
+    assert {Path(path).name for path, _ in again} == {"shards.json"}, "the table is small, and read each time"
+
+
+def test_a_folder_that_is_not_in_the_bucket_is_refused(s3_folder, prompts, tmp_path):
+    with pytest.raises(UserError, match="s3://corpus/nothing"):
+        micro_batches("s3://corpus/nothing", prompts, storage_in(tmp_path, num_attempts=1))
