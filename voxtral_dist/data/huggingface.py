@@ -1,4 +1,4 @@
-"""Rows of Hugging Face datasets as utterances: from the hub as a stream, or from a folder; audio is never decoded here."""
+"""Rows of Hugging Face datasets as utterances: from the hub as a stream, or from a folder; audio stays encoded."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def open_dataset(source: str, split: str | None, config: str | None, names: Fiel
         opened = _open(source, config)
     except Exception as error:
         # Whatever a dataset's builder raises; it has no error class of its own for "this is not a dataset".
-        raise UserError(f"The dataset {source} cannot be opened ({type(error).__name__}: {first_line(error)}).") from error
+        raise UserError(
+            f"The dataset {source} cannot be opened ({type(error).__name__}: {first_line(error)})."
+        ) from error
     rows = _chosen_split(opened, split, source)
     if rows.features is None:
         rows = rows._resolve_features()

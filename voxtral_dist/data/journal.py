@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from voxtral_dist.data.index import RECORD, Records, Shard, write_index
+from voxtral_dist.data.left_out import LEFT_OUT_FILE, LeftOut, read_left_out, write_refusal
 from voxtral_dist.data.utterances import Refusal
 from voxtral_dist.errors import UserError
 
 JOURNAL_FILE = ".packing.jsonl"
 _RECORDS_FILE = ".packing.records"
-LEFT_OUT_FILE = "left_out.jsonl"
 
 
 class PackingJournal:
@@ -47,15 +47,18 @@ class PackingJournal:
 
     def leave_out(self, refusal: Refusal) -> None:
         """Name a line that is not packed."""
-        row = {"place": refusal.place, "key": refusal.key, "cause": refusal.cause, "reason": refusal.message}
-        self._left_out.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        write_refusal(self._left_out, refusal)
 
     def finish_shard(self, shard: Shard, records: Records, num_lines: int, languages: Sequence[str]) -> None:
         """Remember a shard that is on disk, and everything before it."""
         self._records.write(records.tobytes())
         _sync(self._records)
         _sync(self._left_out)
-        row = {"shard": asdict(replace(shard, location=shard.name)), "num_lines": num_lines, "languages": list(languages)}
+        row = {
+            "shard": asdict(replace(shard, location=shard.name)),
+            "num_lines": num_lines,
+            "languages": list(languages),
+        }
         sizes = {"record_bytes": self._records.tell(), "left_out_bytes": self._left_out.tell()}
         _append(self._journal, row | sizes)
         self.shards.append(shard)
@@ -74,9 +77,10 @@ class PackingJournal:
             (self._folder / LEFT_OUT_FILE).unlink()
         (self._folder / JOURNAL_FILE).unlink()
 
-    def flush(self) -> None:
-        """Let others read what was left out."""
+    def left_out(self) -> LeftOut:
+        """What was left out so far."""
         self._left_out.flush()
+        return read_left_out(self._folder / LEFT_OUT_FILE)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -96,8 +100,8 @@ class PackingJournal:
             _append(self._journal, identity)
         elif lines[0] != json.loads(json.dumps(identity)):
             raise UserError(
-                f"The folder {self._folder} holds an unfinished set that was packed {_differences(lines[0], identity)}: "
-                "run that command again, choose another folder, or remove this one first."
+                f"The folder {self._folder} holds an unfinished set that was packed {_differences(lines[0], identity)}"
+                ": run that command again, choose another folder, or remove this one first."
             )
         self._go_on(lines[1:])
 
@@ -106,7 +110,8 @@ class PackingJournal:
             shard = Shard(**(line["shard"] | {"location": str(self._folder / line["shard"]["location"])}))
             _check_shard(shard)
             self.shards.append(shard)
-        last = finished[-1] if finished else {"num_lines": 0, "languages": [], "record_bytes": 0, "left_out_bytes": 0}
+        start: dict[str, Any] = {"num_lines": 0, "languages": [], "record_bytes": 0, "left_out_bytes": 0}
+        last = finished[-1] if finished else start
         self.num_lines, self.languages = last["num_lines"], last["languages"]
         self._records.truncate(last["record_bytes"])
         self._left_out.truncate(last["left_out_bytes"])
@@ -122,7 +127,9 @@ def _locked(path: Path) -> BinaryIO:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         journal.close()
-        raise UserError(f"Another process packs into {path.parent} now: wait for it, or choose another folder.") from error
+        raise UserError(
+            f"Another process packs into {path.parent} now: wait for it, or choose another folder."
+        ) from error
     except OSError:
         # Some network file systems know no locks.
         return journal

@@ -47,9 +47,12 @@ def read_table(path: Path, names: FieldNames, delimiter: str) -> Iterator[Uttera
     """
     csv.field_size_limit(_LARGEST_CELL_BYTES)
     # Common Voice writes quotes as they are; a table with commas has to quote.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     with _open_text(path) as lines:
-        rows = csv.DictReader(_decoded(lines, path), delimiter=delimiter, quoting=quoting)
+        rows = csv.DictReader(
+            _decoded(lines, path),
+            delimiter=delimiter,
+            quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+        )
         _check_header(rows.fieldnames or [], names, path)
         clips = path.parent / "clips"
         base = clips if clips.is_dir() else path.parent
@@ -94,9 +97,7 @@ def _refused(place: str, key: str, error: UnusableError) -> Refusal:
     return Refusal(place, key_of(key) if key else "", error.cause, f"the sample {key} {error}" if key else str(error))
 
 
-def _table_rows(
-    rows: csv.DictReader[str], names: FieldNames, base: Path, path: Path
-) -> Iterator[Utterance | Refusal]:
+def _table_rows(rows: csv.DictReader[str], names: FieldNames, base: Path, path: Path) -> Iterator[Utterance | Refusal]:
     iterator = iter(rows)
     while True:
         try:
@@ -124,8 +125,8 @@ def _check_header(header: Any, names: FieldNames, path: Path) -> None:
     for what, wanted in (("audio", names.audio), ("text", names.text)):
         if not set(wanted) & set(header):
             raise UserError(
-                f"The table {path} has no column for the {what}, only {', '.join(header) or 'nothing'}: it needs one of "
-                f"{', '.join(wanted)}, or the name of the column in --{what}-field."
+                f"The table {path} has no column for the {what}, only {', '.join(header) or 'nothing'}: it needs one "
+                f"of {', '.join(wanted)}, or the name of the column in --{what}-field."
             )
 
 
@@ -155,11 +156,13 @@ def _is_cut(row: Mapping[str, Any]) -> bool:
 
 
 def _cut_utterance(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
-    """The utterance of a Lhotse MonoCut: its recording's part, and the texts of its supervisions one after the other."""
+    """The utterance of a Lhotse MonoCut: the part of its recording, and the texts of its supervisions in order."""
     said = [part for part in row.get("supervisions") or [] if isinstance(part, dict)]
     said.sort(key=lambda part: float(part.get("start") or 0.0))
     text = " ".join(part["text"].strip() for part in said if isinstance(part.get("text"), str))
-    spoken = first_of({str(number): part.get("language") for number, part in enumerate(said)}, map(str, range(len(said))))
+    spoken = first_of(
+        {str(number): part.get("language") for number, part in enumerate(said)}, map(str, range(len(said)))
+    )
     return Utterance(
         key=key_of(f"{row.get('id', 'cut')}.cut"),
         clip=_cut_clip(row, base),

@@ -17,7 +17,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from voxtral_dist.data.audio import AudioError, Waveform, decode_audio, to_pcm
 from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.members import AUDIO_SUFFIXES
+from voxtral_dist.data.index import LARGEST_COUNT, UNKNOWN_LANGUAGE
+from voxtral_dist.data.members import AUDIO_SUFFIXES, TAR_BLOCK_BYTES
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.data.tars import sample_bytes
 from voxtral_dist.data.utterances import Clip, Refusal, Utterance
@@ -56,6 +57,15 @@ class Measures:
 
 
 @dataclass(frozen=True)
+class SampleSpan:
+    """Where the members of a sample lie in their tar, and the checksum of their bytes."""
+
+    offset: int
+    num_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
 class PackedSample:
     """The tar members of one sample as bytes, and what the index says of them."""
 
@@ -89,8 +99,32 @@ def measure(utterance: Utterance, waveform: Waveform, rules: PackRules) -> Measu
         raise UnusableError(Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its source says {claimed:.2f} s")
     num_chars = len(utterance.text)
     if num_chars > max(rules.max_chars_per_second * seconds, ALWAYS_POSSIBLE_CHARS):
-        raise UnusableError(Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {num_chars} characters")
+        raise UnusableError(
+            Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {num_chars} characters"
+        )
     return Measures(round(seconds * 1000), _count_tokens(utterance.text), num_chars, utterance.language)
+
+
+def index_record(span: SampleSpan, measures: Measures, languages: list[str]) -> tuple[int, ...]:
+    """One `RECORD`; a language that is new is appended to the table."""
+    return (
+        span.offset // TAR_BLOCK_BYTES,
+        span.num_bytes // TAR_BLOCK_BYTES,
+        measures.duration_ms,
+        span.crc32,
+        min(measures.num_text_tokens, LARGEST_COUNT),
+        min(measures.num_chars, LARGEST_COUNT),
+        _number_of(measures.language, languages),
+        0,
+    )
+
+
+def _number_of(language: str | None, languages: list[str]) -> int:
+    if language is None:
+        return UNKNOWN_LANGUAGE
+    if language not in languages:
+        languages.append(language)
+    return languages.index(language)
 
 
 def _pack(utterance: Utterance, rules: PackRules) -> PackedSample:
@@ -118,7 +152,9 @@ def _read(clip: Clip) -> bytes:
 def _cut(clip: Clip) -> bytes:
     """The part of a recording, as FLAC at its own rate: only the part is read."""
     try:
-        opened = io.BytesIO(clip.contents) if clip.contents is not None else Storage().local_copy(clip.location).open("rb")
+        opened = (
+            io.BytesIO(clip.contents) if clip.contents is not None else Storage().local_copy(clip.location).open("rb")
+        )
         with opened, soundfile.SoundFile(opened) as file:
             return _cut_open(file, clip)
     except OSError as error:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,12 +13,13 @@ from typing import BinaryIO
 
 import numpy as np
 
-from voxtral_dist.data.index import LARGEST_COUNT, RECORD, SHARD_TABLE_FILE, UNKNOWN_LANGUAGE, Shard, read_index
-from voxtral_dist.data.journal import LEFT_OUT_FILE, PackingJournal
+from voxtral_dist.data.index import RECORD, SHARD_TABLE_FILE, Shard, read_index
+from voxtral_dist.data.journal import PackingJournal
+from voxtral_dist.data.left_out import LEFT_OUT_FILE, read_left_out
 from voxtral_dist.data.members import TAR_BLOCK_BYTES
-from voxtral_dist.data.packing import Measures, PackedSample, PackRules, pack_line
+from voxtral_dist.data.packing import PackedSample, PackRules, SampleSpan, index_record, pack_line
 from voxtral_dist.data.sources import Source, SourceOptions, open_source
-from voxtral_dist.data.summary import LeftOut, SetSummary, summarize
+from voxtral_dist.data.summary import SetSummary, summarize
 from voxtral_dist.data.tars import tar_end
 from voxtral_dist.data.workers import ordered_map
 from voxtral_dist.errors import UserError
@@ -42,7 +41,7 @@ class PackOptions:
 
 @dataclass
 class PackProgress:
-    """How far a packing is. num_lines: of the source, with those of an interrupted packing that this one goes on with."""
+    """How far a packing is. num_lines: of the source, with those of the packing that this one goes on with."""
 
     num_lines: int = 0
     num_left_out: int = 0
@@ -83,22 +82,7 @@ def pack(
         ) from error
     finally:
         journal.close()
-    return summarize(read_index([str(out_dir)]), read_left_out(out_dir))
-
-
-def read_left_out(folder: Path) -> LeftOut:
-    """What a packing named as left out, counted by cause."""
-    causes: Counter[str] = Counter()
-    first: list[str] = []
-    path = folder / LEFT_OUT_FILE
-    if path.exists():
-        with path.open(encoding="utf-8", errors="surrogatepass") as lines:
-            for line in lines:
-                row = json.loads(line)
-                causes[row["cause"]] += 1
-                if len(first) < LeftOut.NUM_NAMED:
-                    first.append(f"{row['place']}: {row['reason']}")
-    return LeftOut(causes, tuple(first))
+    return summarize(read_index([str(out_dir)]), read_left_out(out_dir / LEFT_OUT_FILE))
 
 
 def _identity(source: Source, out_dir: Path, options: PackOptions) -> dict[str, object]:
@@ -125,9 +109,7 @@ def _pack_into(
     try:
         _pack_lines(journal, source, writer, options, report)
         if not writer.has_samples:
-            raise UserError(
-                f"Nothing was packed into {out_dir}: no sample of the source could be used{_first_cause(journal, out_dir)}."
-            )
+            raise UserError(_nothing_packed(journal, out_dir))
         writer.finish_shard()
         journal.complete(writer.languages)
     except UserError:
@@ -163,10 +145,10 @@ def _pack_lines(
         report(progress)
 
 
-def _first_cause(journal: PackingJournal, out_dir: Path) -> str:
-    journal.flush()
-    left_out = read_left_out(out_dir)
-    return f" ({left_out.count} left out, the first: {left_out.named[0]})" if left_out.named else ""
+def _nothing_packed(journal: PackingJournal, out_dir: Path) -> str:
+    left_out = journal.left_out()
+    first = f" ({left_out.count} left out, the first: {left_out.first_reasons[0]})" if left_out.count else ""
+    return f"Nothing was packed into {out_dir}: no sample of the source could be used{first}."
 
 
 class _ShardWriter:
@@ -193,7 +175,8 @@ class _ShardWriter:
         """Append one sample, and finish the shard if it is full."""
         if self._file is None:
             self._file = self._temporary().open("wb")
-        self._records.append(_record(sample, self._offset, self.languages))
+        span = SampleSpan(self._offset, len(sample.contents), sample.crc32)
+        self._records.append(index_record(span, sample.measures, self.languages))
         self._write(sample.contents)
         if self._offset >= self._shard_bytes:
             self.finish_shard()
@@ -231,31 +214,3 @@ class _ShardWriter:
     def _temporary(self) -> Path:
         final = self._path()
         return final.with_name(f".{final.name}.tmp")
-
-
-def _record(sample: PackedSample, offset: int, languages: list[str]) -> tuple[int, ...]:
-    return index_record(sample.measures, offset, len(sample.contents), sample.crc32, languages)
-
-
-def index_record(
-    measures: Measures, offset: int, num_bytes: int, crc32: int, languages: list[str]
-) -> tuple[int, ...]:
-    """One `RECORD`; a language that is new is appended to the table."""
-    return (
-        offset // TAR_BLOCK_BYTES,
-        num_bytes // TAR_BLOCK_BYTES,
-        measures.duration_ms,
-        crc32,
-        min(measures.num_text_tokens, LARGEST_COUNT),
-        min(measures.num_chars, LARGEST_COUNT),
-        _number_of(measures.language, languages),
-        0,
-    )
-
-
-def _number_of(language: str | None, languages: list[str]) -> int:
-    if language is None:
-        return UNKNOWN_LANGUAGE
-    if language not in languages:
-        languages.append(language)
-    return languages.index(language)

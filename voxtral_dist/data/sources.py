@@ -16,7 +16,7 @@ from voxtral_dist.data.huggingface import HUB_PREFIX, is_saved_dataset, open_dat
 from voxtral_dist.data.manifests import read_json_lines, read_table
 from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, SampleMembers, sample_of
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.tars import TarDamage, TarSample, is_tar_pattern, read_samples, tar_locations
+from voxtral_dist.data.tars import TarDamage, TarSample, TarScan, is_tar_pattern, tar_locations
 from voxtral_dist.data.utterances import (
     Clip,
     FieldNames,
@@ -32,7 +32,15 @@ SourceFormat = Literal["jsonl", "csv", "tsv", "folder", "huggingface", "webdatas
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
 _TABLE_SUFFIXES: dict[str, SourceFormat] = {".csv": "csv", ".tsv": "tsv"}
 # Files of a folder that are surely audio; some of them libsndfile cannot decode, and then they are named as such.
-_AUDIO_FILE_SUFFIXES = {f".{name}" for name in AUDIO_SUFFIXES} | {".m4a", ".aac", ".wma", ".webm", ".mp4", ".sph", ".amr"}
+_AUDIO_FILE_SUFFIXES = {f".{name}" for name in AUDIO_SUFFIXES} | {
+    ".m4a",
+    ".aac",
+    ".wma",
+    ".webm",
+    ".mp4",
+    ".sph",
+    ".amr",
+}
 _CAUSE_OF_PART = {"audio": Cause.NO_AUDIO, "text": Cause.EMPTY_TEXT, "language": Cause.UNKNOWN_LANGUAGE}
 
 Line = Utterance | Refusal
@@ -68,8 +76,10 @@ class Source:
     def lines(self) -> Iterator[Line]:
         """Its utterances in its own order, with keys that differ, and those that are none."""
         for line in with_unique_keys(self._read()):
-            given = isinstance(line, Utterance) and line.language is None and self._language is not None
-            yield replace(line, language=self._language) if given else line
+            if isinstance(line, Utterance) and line.language is None:
+                yield replace(line, language=self._language)
+            else:
+                yield line
 
 
 def open_source(source: str, options: SourceOptions) -> Source:
@@ -189,15 +199,16 @@ def _webdataset(pattern: str, options: SourceOptions) -> Source:
 def _tar_lines(locations: Iterable[str], members: SampleMembers, storage: Storage) -> Iterator[Line]:
     for location in locations:
         try:
-            for found in read_samples(location, storage):
-                yield _tar_line(found, location, members)
+            for found in TarScan(location, storage):
+                yield tar_line(found, location, members)
         except OSError as error:
             raise UserError(f"The tar {location} cannot be read: {error.strerror or error}.") from error
 
 
-def _tar_line(found: TarSample | TarDamage, location: str, members: SampleMembers) -> Line:
+def tar_line(found: TarSample | TarDamage, location: str, members: SampleMembers) -> Line:
+    """The line of a part of a tar."""
     if isinstance(found, TarDamage):
-        return Refusal(location, "", Cause.DAMAGED_TAR, str(found).removeprefix(f"{location}: "))
+        return Refusal(location, "", Cause.DAMAGED_TAR, str(found))
     place = f"{location}:{found.offset}"
     try:
         return tar_utterance(found, place, members)

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.data.index import UNKNOWN_LANGUAGE, RecordChunk, ShardIndex
+from voxtral_dist.data.left_out import LeftOut
 
 DURATION_EDGES_SECONDS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, float("inf"))
 RATE_EDGES = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 25.0, 30.0, 40.0, float("inf"))
 _BAR_WIDTH = 40
 
 Counts = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What is not in a set though it was in its source: counts by cause, and the first ones named."""
-
-    NUM_NAMED: ClassVar[int] = 10
-
-    causes: Mapping[str, int] = field(default_factory=dict)
-    named: Sequence[str] = ()
-
-    @property
-    def count(self) -> int:
-        """Of all causes together."""
-        return sum(self.causes.values())
-
-    def lines(self) -> Iterator[str]:
-        """For a reader; nothing if nothing was left out."""
-        if not self.count:
-            return
-        causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.causes.items(), key=_largest_first))
-        yield f"left out {self.count}: {causes}"
-        yield from (f"  {reason}" for reason in self.named)
-        if self.count > len(self.named):
-            yield f"  and {self.count - len(self.named)} more"
 
 
 @dataclass(frozen=True)
@@ -80,7 +54,7 @@ class SetSummary:
         yield f"languages: {shares}"
         yield "duration in seconds:"
         yield from histogram_lines(DURATION_EDGES_SECONDS, self.duration_counts)
-        yield from self.left_out.lines()
+        yield from left_out_lines(self.left_out)
 
     def by_size(self) -> list[tuple[str, LanguageShare]]:
         """The languages, those with the most audio first."""
@@ -92,7 +66,7 @@ def summarize(index: ShardIndex, left_out: LeftOut | None = None) -> SetSummary:
     total = _Total(len(index.languages))
     for chunk in index.chunks():
         total.add(chunk)
-    names = {number: name for number, name in enumerate(index.languages)} | {len(index.languages): "unknown"}
+    names = dict(enumerate(index.languages)) | {len(index.languages): "unknown"}
     return SetSummary(
         num_shards=len(index.shards),
         num_samples=len(index),
@@ -120,6 +94,17 @@ def histogram_lines(edges: Sequence[float], counts: Counts) -> Iterator[str]:
         name = f"{low:g} and more" if high == float("inf") else f"{low:g} to {high:g}"
         bar = "█" * -(-int(counts[number]) * _BAR_WIDTH // int(counts.max()))
         yield f"  {name:>12} {bar:<{_BAR_WIDTH}} {counts[number]}"
+
+
+def left_out_lines(left_out: LeftOut) -> Iterator[str]:
+    """Counts by cause and the first reasons; nothing if nothing was left out."""
+    if not left_out.count:
+        return
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(left_out.causes.items(), key=_largest_first))
+    yield f"left out {left_out.count}: {causes}"
+    yield from (f"  {reason}" for reason in left_out.first_reasons)
+    if left_out.count > len(left_out.first_reasons):
+        yield f"  and {left_out.count - len(left_out.first_reasons)} more"
 
 
 def hours(seconds: float) -> str:
@@ -160,8 +145,3 @@ class _Total:
 
 def _largest_first(entry: tuple[str, int]) -> tuple[int, str]:
     return -entry[1], entry[0]
-
-
-def count_causes(causes: Sequence[str], named: Sequence[str]) -> LeftOut:
-    """What was left out, from the cause of each."""
-    return LeftOut(Counter(causes), tuple(named[: LeftOut.NUM_NAMED]))

@@ -7,6 +7,7 @@ the next whole header.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import re
 import tarfile
@@ -16,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.members import TAR_BLOCK_BYTES, split_name
 from voxtral_dist.data.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError, first_line
@@ -54,7 +56,7 @@ class TarDamage:
 
     def __str__(self) -> str:
         lost = f"{self.num_bytes} bytes are lost" if self.num_bytes else "no bytes are lost"
-        return f"{self.location}: at byte {self.offset} {self.message}; {lost}"
+        return f"at byte {self.offset} {self.message}; {lost}"
 
 
 @dataclass(frozen=True)
@@ -104,26 +106,49 @@ def is_tar_pattern(name: str) -> bool:
     return name.endswith((".tar", *COMPRESSED_SUFFIXES))
 
 
-def read_samples(location: str, storage: Storage) -> Iterator[TarSample | TarDamage]:
-    """The samples of a tar in its order, and the damage between them, in one pass.
+class TarScan:
+    """One pass over a tar: iterating gives its samples in their order, and the damage between them.
+
+    num_bytes, sha256: of all that was read; of the whole tar when the iteration is over.
 
     Raises:
         OSError: the tar cannot be read.
     """
-    stream, num_bytes = open_tar(location, storage)
-    group: list[_Member] = []
-    with closing(stream):
-        for found in _members(_Reader(stream, num_bytes), location):
-            ends = isinstance(found, TarDamage) or not group or not _belongs(found, group)
-            if ends and group:
-                yield _sample(group)
-                group = []
-            if isinstance(found, TarDamage):
-                yield found
-            elif found.name is not None:
-                group.append(found)
-    if group:
-        yield _sample(group)
+
+    def __init__(self, location: str, storage: Storage) -> None:
+        self._location = location
+        stream, num_bytes = open_tar(location, storage)
+        self._reader = _Reader(stream, num_bytes)
+
+    def __iter__(self) -> Iterator[TarSample | TarDamage]:
+        with closing(self._reader.stream):
+            yield from _samples(self._reader, self._location)
+
+    @property
+    def num_bytes(self) -> int:
+        """Read so far."""
+        return self._reader.position
+
+    @property
+    def sha256(self) -> str:
+        """Of these bytes."""
+        return self._reader.digest.hexdigest()
+
+
+def parse_span(contents: bytes) -> TarSample:
+    """The sample whose tar members these bytes are.
+
+    Raises:
+        UnusableError: they are not whole members of one sample.
+    """
+    ended = contents + tar_end(len(contents))
+    found = list(_samples(_Reader(io.BytesIO(ended), len(ended)), ""))
+    damage = next((part for part in found if isinstance(part, TarDamage)), None)
+    if damage is not None:
+        raise UnusableError(Cause.DAMAGED_TAR, f"is damaged: at byte {damage.offset} of it {damage.message}")
+    if len(found) != 1 or not isinstance(found[0], TarSample) or len(found[0].contents) != len(contents):
+        raise UnusableError(Cause.DAMAGED_TAR, f"must be the members of one sample, but {len(found)} samples are there")
+    return found[0]
 
 
 def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
@@ -201,12 +226,13 @@ def _sample(group: list[_Member]) -> TarSample:
 
 
 class _Reader:
-    """The bytes of a tar one after the other, counted."""
+    """The bytes of a tar one after the other, counted and digested."""
 
     def __init__(self, stream: BinaryIO, num_bytes: int | None) -> None:
-        self._stream = stream
-        self._num_bytes = num_bytes
+        self.stream = stream
+        self.digest = hashlib.sha256()
         self.position = 0
+        self._num_bytes = num_bytes
 
     @property
     def left(self) -> int:
@@ -216,12 +242,27 @@ class _Reader:
     def read(self, num_bytes: int) -> bytes:
         """These bytes, or less at the end of the tar."""
         try:
-            contents = self._stream.read(num_bytes)
+            contents = self.stream.read(num_bytes)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             # Cut off or garbled: what cannot be unpacked is not there.
             contents = b""
         self.position += len(contents)
+        self.digest.update(contents)
         return contents
+
+
+def _samples(reader: _Reader, location: str) -> Iterator[TarSample | TarDamage]:
+    group: list[_Member] = []
+    for found in _members(reader, location):
+        if group and (isinstance(found, TarDamage) or not _belongs(found, group)):
+            yield _sample(group)
+            group = []
+        if isinstance(found, TarDamage):
+            yield found
+        elif found.name is not None:
+            group.append(found)
+    if group:
+        yield _sample(group)
 
 
 def _members(reader: _Reader, location: str) -> Iterator[_Member | TarDamage]:
@@ -255,7 +296,7 @@ def _read_member(reader: _Reader, block: bytes, offset: int) -> _Member:
         header = _header(block)
         has_contents = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES or header.type in _EXTENDING_TYPES
         size = header.size if has_contents else 0
-        contents = _read_contents(reader, size)
+        contents = _read_contents(reader, header.name, size)
         raw += block + contents
         if header.type not in _EXTENDING_TYPES:
             return _Member(_name(header, raw, extended), offset, raw, contents[:size])
@@ -272,14 +313,14 @@ def _header(block: bytes) -> tarfile.TarInfo:
         raise _DamagedError(what) from error
 
 
-def _read_contents(reader: _Reader, size: int) -> bytes:
+def _read_contents(reader: _Reader, name: str, size: int) -> bytes:
     padded = size + _padding(size)
     left = reader.left
     if size < 0 or padded > left:
-        raise _DamagedError(f"a member claims {size} bytes, but {left} follow")
+        raise _DamagedError(f"the member {name} claims {size} bytes, but only {left} follow")
     contents = reader.read(padded)
     if len(contents) < padded:
-        raise _DamagedError(f"a member claims {size} bytes, but {len(contents)} follow")
+        raise _DamagedError(f"the member {name} claims {size} bytes, but only {len(contents)} follow")
     return contents
 
 

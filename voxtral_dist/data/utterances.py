@@ -69,7 +69,7 @@ class Utterance:
 
 @dataclass(frozen=True)
 class FieldNames:
-    """Columns by what they mean; of several the first that is filled counts. These are of NeMo, Common Voice and others."""
+    """Columns by what they mean; of several the first that is filled counts. NeMo's, Common Voice's and others."""
 
     audio: tuple[str, ...] = ("audio_filepath", "audio", "path", "file")
     text: tuple[str, ...] = ("text", "sentence", "transcript", "transcription")
