@@ -25,6 +25,9 @@ _HIGHEST_RATE = 96_000
 class AudioError(UnusableError):
     """The bytes of one sample are not usable audio; the message says why."""
 
+    def __init__(self, message: str, cause: Cause = Cause.UNDECODABLE) -> None:
+        super().__init__(cause, message)
+
 
 def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
     """Mono samples `(num_samples,)` in [-1, 1] at `sampling_rate` Hz, from any format that libsndfile reads.
@@ -47,7 +50,7 @@ def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
             return to_pcm(_decode(file, sampling_rate))
         pcm: Pcm = file.read(dtype="int16")
         if len(pcm) == 0:
-            raise AudioError(Cause.EMPTY_AUDIO, "holds no audio")
+            raise AudioError("holds no audio", Cause.EMPTY_AUDIO)
         return pcm
 
 
@@ -58,23 +61,23 @@ def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
             # A damaged header may claim any length, and memory is taken for what it claims.
             if file.frames > _LONGEST_CLIP_SECONDS * file.samplerate:
                 claimed = f"{file.frames / file.samplerate / 3600:.0f} h long"
-                raise AudioError(Cause.ABSURD_CLAIM, f"claims to be {claimed}")
+                raise AudioError(f"claims to be {claimed}", Cause.ABSURD_CLAIM)
             if file.samplerate > _HIGHEST_RATE:
-                raise AudioError(Cause.ABSURD_CLAIM, f"claims a sampling rate of {file.samplerate} Hz")
+                raise AudioError(f"claims a sampling rate of {file.samplerate} Hz", Cause.ABSURD_CLAIM)
             yield file
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         # libsndfile names the object in memory before the reason.
         what = str(error).rpartition(": ")[2].removesuffix(".")
-        raise AudioError(Cause.UNDECODABLE, f"does not decode ({what})") from error
+        raise AudioError(f"does not decode ({what})") from error
 
 
 def _decode(file: soundfile.SoundFile, sampling_rate: int) -> Waveform:
     waveform = file.read(dtype="float32", always_2d=True)
     mono: Waveform = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
     if len(mono) == 0:
-        raise AudioError(Cause.EMPTY_AUDIO, "holds no audio")
+        raise AudioError("holds no audio", Cause.EMPTY_AUDIO)
     if not np.isfinite(mono).all():
-        raise AudioError(Cause.NOT_FINITE, "holds samples that are not finite numbers")
+        raise AudioError("holds samples that are not finite numbers", Cause.NOT_FINITE)
     return resample(mono, file.samplerate, sampling_rate)
 
 

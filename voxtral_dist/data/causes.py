@@ -31,7 +31,3 @@ class UnusableError(Exception):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(message)
         self.cause = cause
-
-    def __reduce__(self) -> tuple[type[UnusableError], tuple[Cause, str]]:
-        # Exceptions are pickled by their message alone otherwise, and worker processes hand them over.
-        return type(self), (self.cause, str(self))

@@ -160,7 +160,7 @@ def _cut(clip: Clip) -> bytes:
     except OSError as error:
         raise _unreadable(error) from error
     except soundfile.SoundFileError as error:
-        raise AudioError(Cause.UNDECODABLE, f"does not decode ({first_line(error)})") from error
+        raise AudioError(f"does not decode ({first_line(error)})") from error
 
 
 def _cut_open(file: soundfile.SoundFile, clip: Clip) -> bytes:
