@@ -39,21 +39,13 @@ class IndexedShard:
     refusals: tuple[Refusal, ...]
 
 
-@dataclass(frozen=True)
-class IndexProgress:
-    """How far an indexing is."""
-
-    num_shards: int
-    total_shards: int
-
-
 def index_tars(
     pattern: str,
     out_dir: Path | None,
     members: SampleMembers,
     rules: PackRules,
     num_workers: int,
-    report: Callable[[IndexProgress], None] = lambda _: None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> SetSummary:
     """Write the index of the tars of a folder or pattern, beside them or into `out_dir`.
 
@@ -132,7 +124,7 @@ def _collect(
     records_path: Path,
     folder: Path,
     num_shards: int,
-    report: Callable[[IndexProgress], None],
+    report: Callable[[int, int], None],
 ) -> tuple[list[Shard], list[str]]:
     """Write the records of all shards one after the other, with one table of languages."""
     shards: list[Shard] = []
@@ -145,7 +137,7 @@ def _collect(
             for refusal in part.refusals:
                 write_refusal(left_out, refusal)
             shards.append(part.shard)
-            report(IndexProgress(len(shards), num_shards))
+            report(len(shards), num_shards)
     temporary.replace(folder / LEFT_OUT_FILE)
     if (folder / LEFT_OUT_FILE).stat().st_size == 0:
         (folder / LEFT_OUT_FILE).unlink()

@@ -99,7 +99,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
         case _:
             opened = _manifest(Path(source), source_format, options)
     identity = {"source": source, "format": source_format} | opened.identity
-    return replace(opened, identity=identity, _language=_default_language(options.language))
+    return replace(opened, identity=identity, _language=default_language(options.language))
 
 
 def _guess_format(source: str) -> SourceFormat:
@@ -123,7 +123,12 @@ def _guess_folder(folder: Path) -> SourceFormat:
     return "huggingface" if next(folder.glob("*/*.parquet"), None) else "folder"
 
 
-def _default_language(language: str | None) -> str | None:
+def default_language(language: str | None) -> str | None:
+    """The ISO 639-1 code that `--language` gives.
+
+    Raises:
+        UserError: there is no such language.
+    """
     try:
         return checked_language(language)
     except UnusableError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -39,25 +39,20 @@ class BrokenSample:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """Neighbouring samples after their check."""
+    """Neighbouring samples after their check, up to `last_id`."""
 
-    num_samples: int
+    last_id: int
     broken: tuple[BrokenSample, ...]
 
 
-def verify(
-    folder: str, num_workers: int, report: Callable[[CheckedRun], None] = lambda _: None
-) -> Iterator[BrokenSample]:
-    """The broken samples of a set, in its order, found by some processes.
+def verify(folder: str, num_workers: int) -> Iterator[CheckedRun]:
+    """All samples of a set in its order, checked by some processes.
 
     Raises:
         UserError: the folder holds no set that could be read.
     """
-    num_samples = len(read_index([folder]))
-    starts = range(0, num_samples, _RUN_LENGTH)
-    for run in ordered_map(partial(check_run, folder=folder), starts, num_workers, batch_size=1):
-        report(run)
-        yield from run.broken
+    starts = range(0, len(read_index([folder])), _RUN_LENGTH)
+    return ordered_map(partial(check_run, folder=folder), starts, num_workers, batch_size=1)
 
 
 def check_run(first_id: int, folder: str) -> CheckedRun:
@@ -66,7 +61,7 @@ def check_run(first_id: int, folder: str) -> CheckedRun:
     ids = range(first_id, min(first_id + _RUN_LENGTH, len(index)))
     storage.prefetch(index.span(sample_id) for sample_id in ids)
     broken = [found for sample_id in ids if (found := _check(sample_id, index, storage)) is not None]
-    return CheckedRun(len(ids), tuple(broken))
+    return CheckedRun(ids[-1], tuple(broken))
 
 
 @lru_cache(maxsize=4)

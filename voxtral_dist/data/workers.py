@@ -54,11 +54,6 @@ def ordered_map(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def default_num_workers() -> int:
-    """One process for each core that this one may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _results(
     executor: ProcessPoolExecutor,
     function: Callable[[Input], Result],
