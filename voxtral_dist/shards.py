@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 import soundfile
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from voxtral_dist.data.causes import UnusableError
 from voxtral_dist.data.index import ShardIndex, read_index
@@ -68,12 +69,7 @@ def index_shards(pattern: str, out_dir: Path | None, members: SampleMembers, rul
     """`shards index`: the index of tars that other tools made; prints what they hold and what is left out."""
     with _progress(f"index {pattern}", None) as display:
         summary = index_tars(
-            pattern,
-            out_dir,
-            members,
-            rules,
-            num_workers,
-            lambda at: display(at.num_shards, f"of {at.total_shards} shards"),
+            pattern, out_dir, members, rules, num_workers, lambda done, total: display(done, f"of {total} shards")
         )
     print("\n".join([f"{pattern}:", *summary.lines()]))
     return 0
@@ -82,11 +78,13 @@ def index_shards(pattern: str, out_dir: Path | None, members: SampleMembers, rul
 def inspect_shards(folders: Sequence[str]) -> int:
     """`shards inspect`: a table of sets and their languages, histograms of durations and of characters a second."""
     summaries = {folder: summarize(read_index([folder])) for folder in folders}
-    console = Console()
+    # Without a terminal there is no width to keep to, and no name should be cut.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(_sets_table(summaries))
     for folder, summary in summaries.items():
-        console.print(_languages_table(folder, summary))
-        print("\n".join(_shape_lines(folder, summary)))
+        print(f"{folder}: {summary.num_samples} utterances, {hours(summary.duration_seconds)}")
+        console.print(_languages_table(summary))
+        print("\n".join(_shape_lines(summary)))
     return 0
 
 
@@ -163,9 +161,9 @@ def _write_clip(utterance: Utterance, out: Path) -> Path:
 
 
 def _sets_table(summaries: dict[str, SetSummary]) -> Table:
-    table = Table("set")
+    table = Table(Column("set", overflow="fold"), box=SIMPLE_HEAD)
     for name in ("shards", "utterances", "hours", "MB", "text tokens", "longest", "shortest"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for folder, of in summaries.items():
         sizes = (of.num_shards, of.num_samples, f"{of.duration_seconds / 3600:.2f}", f"{of.num_bytes / 1e6:.1f}")
         ends = (f"{of.longest[1]:.2f} s (#{of.longest[0]})", f"{of.shortest[1]:.2f} s (#{of.shortest[0]})")
@@ -173,18 +171,17 @@ def _sets_table(summaries: dict[str, SetSummary]) -> Table:
     return table
 
 
-def _languages_table(folder: str, summary: SetSummary) -> Table:
-    table = Table("language", title=folder)
+def _languages_table(summary: SetSummary) -> Table:
+    table = Table("language", box=SIMPLE_HEAD)
     for name in ("utterances", "hours", "share"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, of in summary.by_size():
         share = of.duration_seconds / summary.duration_seconds if summary.duration_seconds else 0.0
         table.add_row(name, str(of.num_samples), f"{of.duration_seconds / 3600:.2f}", f"{100 * share:.1f} %")
     return table
 
 
-def _shape_lines(folder: str, summary: SetSummary) -> Iterator[str]:
-    yield f"{folder}: {summary.num_samples} utterances, {hours(summary.duration_seconds)}"
+def _shape_lines(summary: SetSummary) -> Iterator[str]:
     yield "duration in seconds:"
     yield from histogram_lines(DURATION_EDGES_SECONDS, summary.duration_counts)
     yield "characters a second:"
