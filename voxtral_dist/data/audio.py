@@ -18,8 +18,8 @@ Pcm = NDArray[np.int16]
 
 _INT16_SCALE = 32768.0
 _LONGEST_CLIP_SECONDS = 6 * 3600
-# Studios go no higher; a damaged header may.
-_HIGHEST_RATE = 96_000
+# Studios go no higher and telephones no lower; a damaged header may.
+_RATES = range(4_000, 96_001)
 
 
 class AudioError(UnusableError):
@@ -62,7 +62,7 @@ def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
             if file.frames > _LONGEST_CLIP_SECONDS * file.samplerate:
                 claimed = f"{file.frames / file.samplerate / 3600:.0f} h long"
                 raise AudioError(f"claims to be {claimed}", Cause.ABSURD_CLAIM)
-            if file.samplerate > _HIGHEST_RATE:
+            if file.samplerate not in _RATES:
                 raise AudioError(f"claims a sampling rate of {file.samplerate} Hz", Cause.ABSURD_CLAIM)
             yield file
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
