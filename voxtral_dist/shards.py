@@ -22,6 +22,7 @@ from rich.table import Column, Table
 from voxtral_dist.data.causes import UnusableError
 from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.indexing import index_tars
+from voxtral_dist.data.journal import count_finished_shards
 from voxtral_dist.data.lookup import find_sample
 from voxtral_dist.data.members import SampleMembers
 from voxtral_dist.data.packing import PackRules
@@ -57,7 +58,7 @@ def pack_shards(source: str, out_dir: Path, source_options: SourceOptions, optio
         with _progress(f"pack {out_dir.name}", opened.num_lines) as display:
             summary = pack(opened, out_dir, options, lambda at: display(at.num_lines, f"{at.num_left_out} left out"))
     except KeyboardInterrupt as error:
-        finished = len(list(out_dir.glob("*.tar")))
+        finished = count_finished_shards(out_dir)
         raise InterruptedPackingError(
             f"Interrupted: {finished} shards are finished in {out_dir}. The same command goes on behind them."
         ) from error
@@ -90,6 +91,8 @@ def inspect_shards(folders: Sequence[str]) -> int:
 
 def verify_shards(folders: Sequence[str], num_workers: int, json_file: Path | None) -> int:
     """`shards verify`: every broken sample by shard, key and reason; 1 if there are any, 0 if all are well."""
+    if json_file is not None:
+        _check_writable(json_file)
     runs = {folder: _verify_one(folder, num_workers) for folder in folders}
     broken = {folder: found for folder, (_, found) in runs.items()}
     num_samples = sum(count for count, _ in runs.values())
@@ -124,9 +127,10 @@ def show_sample(folder: str, key: str, out: Path | None) -> int:
         utterance = tar_utterance(sample, span.location, index.members(sample_id))
     except (UnusableError, OSError) as error:
         raise UserError(f"The sample {key} at byte {span.offset} of {span.location} {first_line(error)}.") from error
+    written = _write_clip(utterance, out) if out is not None else None
     print("\n".join(_sample_lines(index, sample_id, sample.key, utterance)))
-    if out is not None:
-        print(f"clip       {_write_clip(utterance, out)}")
+    if written is not None:
+        print(f"clip       {written}")
     return 0
 
 
@@ -197,8 +201,13 @@ def _write_report(path: Path, num_samples: int, broken: dict[str, list[BrokenSam
     rows = [{"folder": folder} | asdict(found) for folder, of_folder in broken.items() for found in of_folder]
     causes = Counter(str(row["cause"]) for row in rows)
     report = {"num_samples": num_samples, "num_broken": len(rows), "causes": dict(causes), "broken": rows}
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse before hours of reading what would fail after them."""
     try:
-        path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+        path.open("a").close()
     except OSError as error:
         raise UserError(f"The report {path} cannot be written: {error.strerror}.") from error
 

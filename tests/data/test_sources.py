@@ -202,7 +202,16 @@ def lines_of(source: Path, options: SourceOptions | None = None) -> list[Utteran
 
 @pytest.mark.parametrize(
     ("value", "code"),
-    [("de", "de"), ("DE", "de"), ("pt-BR", "pt"), ("zh_CN", "zh"), ("deu", "de"), ("German", "de"), (None, None), ("", None)],
+    [
+        ("de", "de"),
+        ("DE", "de"),
+        ("pt-BR", "pt"),
+        ("zh_CN", "zh"),
+        ("deu", "de"),
+        ("German", "de"),
+        (None, None),
+        ("", None),
+    ],
 )
 def test_languages_are_found_in_codes_locales_and_names(tmp_path, value, code):
     (line,) = lines_of(write_lines(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "x", "lang": value}]))

@@ -121,6 +121,12 @@ class PackingJournal:
             leftover.unlink()
 
 
+def count_finished_shards(folder: Path) -> int:
+    """Of an interrupted packing."""
+    path = folder / JOURNAL_FILE
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+
+
 def _locked(path: Path) -> BinaryIO:
     journal = path.open("a+b")
     try:
