@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from voxtral_dist.cli_shards import Commands, add_shards, positive
 from voxtral_dist.config import EvaluationConfig, ModelConfig, config_schema, dump_config, load_config
 from voxtral_dist.errors import RankError, UserError
 
-_DEFAULT_SHARD_MEGABYTES = 512
 _PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
 _NORMALIZERS = get_args(EvaluationConfig.model_fields["normalizer"].annotation)
 
@@ -66,17 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_transcribe(commands)
-    _add_shards(commands)
+    add_shards(commands)
     _add_config(commands)
     _add_tiny(commands)
     _add_doctor(commands)
     return parser
 
 
-_Commands = argparse._SubParsersAction  # the type has no public name
-
-
-def _add_train(commands: _Commands[argparse.ArgumentParser]) -> None:
+def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("train", help="train, or go on with, the run of a configuration")
     parser.add_argument("--config", type=Path, help="YAML file of the run")
     parser.add_argument(
@@ -100,12 +97,12 @@ def _train(parsed: argparse.Namespace) -> int:
         return train(config, world)
 
 
-def _add_evaluate(commands: _Commands[argparse.ArgumentParser]) -> None:
+def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("evaluate", help="word error rate of a model folder on shard folders")
     parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
     parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
-    parser.add_argument("--batch-size", type=_positive, default=8)
+    parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--normalizer", choices=_NORMALIZERS, default="basic")
     parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -125,7 +122,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_transcribe(commands: _Commands[argparse.ArgumentParser]) -> None:
+def _add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("transcribe", help="print the transcript of audio files")
     parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
     parser.add_argument("clips", type=Path, nargs="+", help="audio files")
@@ -145,27 +142,7 @@ def _transcribe(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_shards(commands: _Commands[argparse.ArgumentParser]) -> None:
-    shards = commands.add_parser("shards", help="make WebDataset shards").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    pack = shards.add_parser("pack", help="pack a JSONL manifest into tars with an index")
-    pack.add_argument("source", type=Path, help="JSON lines with audio_filepath, text and lang")
-    pack.add_argument("out", type=Path, help="folder to make")
-    pack.add_argument("--shard-megabytes", type=_positive, default=_DEFAULT_SHARD_MEGABYTES)
-    pack.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, and list them")
-    pack.set_defaults(run=_pack)
-
-
-def _pack(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.data.shards import pack_manifest
-
-    summary = pack_manifest(parsed.source, parsed.out, parsed.shard_megabytes * 10**6, parsed.skip_bad)
-    print("\n".join([f"{parsed.out}:", *summary.lines()]))
-    return 0
-
-
-def _add_config(commands: _Commands[argparse.ArgumentParser]) -> None:
+def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
     config = commands.add_parser("config", help="about configurations").add_subparsers(required=True, metavar="ACTION")
     schema = config.add_parser("schema", help="print the JSON schema, for editors")
     schema.set_defaults(run=_schema)
@@ -188,7 +165,7 @@ def _check(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_tiny(commands: _Commands[argparse.ArgumentParser]) -> None:
+def _add_tiny(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("tiny", help="make a tiny random Voxtral as a Hugging Face folder")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as encoder_width=128")
@@ -206,9 +183,9 @@ def _tiny(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _add_doctor(commands: _Commands[argparse.ArgumentParser]) -> None:
+def _add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("doctor", help="check this machine, and build DeepSpeed's extensions with a limit")
-    parser.add_argument("--build-timeout", type=_positive, default=900, metavar="SECONDS")
+    parser.add_argument("--build-timeout", type=positive, default=900, metavar="SECONDS")
     parser.add_argument("--with-offload", action="store_true", help="build also what offloading the optimizer needs")
     parser.set_defaults(run=_doctor)
 
@@ -217,10 +194,3 @@ def _doctor(parsed: argparse.Namespace) -> int:
     from voxtral_dist.doctor import examine
 
     return examine(parsed.build_timeout, parsed.with_offload)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, but is {text} instead")
-    return value

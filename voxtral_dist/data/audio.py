@@ -11,15 +11,22 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from voxtral_dist.data.causes import Cause, UnusableError
+
 Waveform = NDArray[np.float32]
 Pcm = NDArray[np.int16]
 
 _INT16_SCALE = 32768.0
 _LONGEST_CLIP_SECONDS = 6 * 3600
+# Studios go no higher and telephones no lower; a damaged header may.
+_RATES = range(4_000, 96_001)
 
 
-class AudioError(Exception):
+class AudioError(UnusableError):
     """The bytes of one sample are not usable audio; the message says why."""
+
+    def __init__(self, message: str, cause: Cause = Cause.UNDECODABLE) -> None:
+        super().__init__(cause, message)
 
 
 def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
@@ -43,7 +50,7 @@ def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
             return to_pcm(_decode(file, sampling_rate))
         pcm: Pcm = file.read(dtype="int16")
         if len(pcm) == 0:
-            raise AudioError("holds no audio")
+            raise AudioError("holds no audio", Cause.EMPTY_AUDIO)
         return pcm
 
 
@@ -53,20 +60,24 @@ def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
         with soundfile.SoundFile(io.BytesIO(contents)) as file:
             # A damaged header may claim any length, and memory is taken for what it claims.
             if file.frames > _LONGEST_CLIP_SECONDS * file.samplerate:
-                raise AudioError(f"claims to be {file.frames / file.samplerate / 3600:.0f} h long")
+                claimed = f"{file.frames / file.samplerate / 3600:.0f} h long"
+                raise AudioError(f"claims to be {claimed}", Cause.ABSURD_CLAIM)
+            if file.samplerate not in _RATES:
+                raise AudioError(f"claims a sampling rate of {file.samplerate} Hz", Cause.ABSURD_CLAIM)
             yield file
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         # libsndfile names the object in memory before the reason.
-        raise AudioError(f"does not decode ({str(error).rpartition(': ')[2].removesuffix('.')})") from error
+        what = str(error).rpartition(": ")[2].removesuffix(".")
+        raise AudioError(f"does not decode ({what})") from error
 
 
 def _decode(file: soundfile.SoundFile, sampling_rate: int) -> Waveform:
     waveform = file.read(dtype="float32", always_2d=True)
     mono: Waveform = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
     if len(mono) == 0:
-        raise AudioError("holds no audio")
+        raise AudioError("holds no audio", Cause.EMPTY_AUDIO)
     if not np.isfinite(mono).all():
-        raise AudioError("holds samples that are not finite numbers")
+        raise AudioError("holds samples that are not finite numbers", Cause.NOT_FINITE)
     return resample(mono, file.samplerate, sampling_rate)
 
 

@@ -1,104 +1,207 @@
-"""Lists of utterances on disk, as one stream: usable ones, and the others with their reason."""
+"""Lists of utterances in text files: JSON lines of NeMo, cuts of Lhotse, tables of Common Voice."""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from voxtral_dist.data.prompts import is_language_code
+from voxtral_dist.data.causes import Cause, UnusableError
+from voxtral_dist.data.storage import is_remote
+from voxtral_dist.data.utterances import (
+    Clip,
+    FieldNames,
+    Refusal,
+    Utterance,
+    checked_language,
+    checked_seconds,
+    checked_text,
+    first_of,
+    key_of,
+)
 from voxtral_dist.errors import UserError
 
-# Field names of NeMo, of Common Voice and of plain lists, by what they mean.
-_AUDIO_FIELDS = ("audio_filepath", "audio", "path")
-_TEXT_FIELDS = ("text", "sentence", "transcript")
-_LANGUAGE_FIELDS = ("lang", "language", "locale")
-_KNOWN_FIELDS = {*_AUDIO_FIELDS, *_TEXT_FIELDS, *_LANGUAGE_FIELDS}
+_LARGEST_CELL_BYTES = 2**27
 
 
-@dataclass(frozen=True)
-class Utterance:
-    """One line of a manifest: where its audio is, and the fields that are stored as the sample's json."""
-
-    key: str
-    audio_path: Path
-    fields: dict[str, Any]
-    place: str
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A line that is no utterance: where it stands and why, as one sentence."""
-
-    reason: str
-
-
-def read_manifest(path: Path) -> Iterator[Utterance | Refusal]:
-    """The lines of a JSONL manifest, in its order; audio paths are relative to the manifest. Keys are made unique.
+def read_json_lines(path: Path, names: FieldNames) -> Iterator[Utterance | Refusal]:
+    """The lines of a JSONL manifest or cut manifest, in its order; audio paths are relative to the manifest.
 
     Raises:
-        UserError: the file is missing or is not UTF-8 text.
+        UserError: the file is no UTF-8 text.
     """
-    if not path.is_file():
-        raise UserError(f"The manifest {path} does not exist: give a file of JSON lines with audio_filepath and text.")
-    used: set[str] = set()
+    with _open_text(path) as lines:
+        for number, line in enumerate(_decoded(lines, path), start=1):
+            if line.strip():
+                yield _parse_line(line, names, path.parent, f"{path}:{number}")
+
+
+def read_table(path: Path, names: FieldNames, delimiter: str) -> Iterator[Utterance | Refusal]:
+    """The rows of a table with a header, in its order; audio lies in `clips/` beside it, or relative to it.
+
+    Raises:
+        UserError: the file is no UTF-8 text, or has no column for audio or text.
+    """
+    csv.field_size_limit(_LARGEST_CELL_BYTES)
+    # Common Voice writes quotes as they are; a table with commas has to quote.
+    with _open_text(path) as lines:
+        rows = csv.DictReader(
+            _decoded(lines, path),
+            delimiter=delimiter,
+            quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+        )
+        _check_header(rows.fieldnames or [], names, path)
+        clips = path.parent / "clips"
+        base = clips if clips.is_dir() else path.parent
+        yield from _table_rows(rows, names, base, path)
+
+
+def row_utterance(row: Mapping[str, Any], names: FieldNames, base: Path, place: str) -> Utterance:
+    """The utterance of a row with a path to its audio.
+
+    Raises:
+        UnusableError: the row names no audio, no text, or no language that there is.
+    """
+    audio = _named_audio(row, names)
+    return Utterance(
+        key=_segment_key(audio, row),
+        clip=_clip(audio, row, base),
+        text=checked_text(first_of(row, names.text), names.text),
+        language=checked_language(first_of(row, names.language)),
+        place=place,
+        claimed_seconds=checked_seconds(row, "duration"),
+        extra=names.extra(row),
+    )
+
+
+def _parse_line(line: str, names: FieldNames, base: Path, place: str) -> Utterance | Refusal:
+    key = ""
     try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _unique(_parse_line(line, path, f"{path}:{number}"), used)
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise UnusableError(Cause.NOT_JSON, "the line is not a JSON object")
+        cut = _is_cut(row)
+        key = str(row.get("id", "")) if cut else str(first_of(row, names.audio) or "")
+        return _cut_utterance(row, base, place) if cut else row_utterance(row, names, base, place)
+    except (json.JSONDecodeError, RecursionError) as error:
+        message = getattr(error, "msg", "too deeply nested")
+        return Refusal(place, key, Cause.NOT_JSON, f"the line is not valid JSON ({message})")
+    except UnusableError as error:
+        return _refused(place, key, error)
+
+
+def _refused(place: str, key: str, error: UnusableError) -> Refusal:
+    return Refusal(place, key_of(key) if key else "", error.cause, f"the sample {key} {error}" if key else str(error))
+
+
+def _table_rows(rows: csv.DictReader[str], names: FieldNames, base: Path, path: Path) -> Iterator[Utterance | Refusal]:
+    iterator = iter(rows)
+    while True:
+        try:
+            row: dict[Any, Any] = next(iterator)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Refusal(f"{path}:{rows.line_num}", "", Cause.MALFORMED, f"the row cannot be read ({error})")
+            continue
+        yield _table_row(row, names, base, f"{path}:{rows.line_num}")
+
+
+def _table_row(row: dict[Any, Any], names: FieldNames, base: Path, place: str) -> Utterance | Refusal:
+    key = str(first_of(row, names.audio) or "")
+    if None in row or None in row.values():
+        return Refusal(place, key, Cause.MALFORMED, "the row has more or fewer cells than the header")
+    filled = {name: cell for name, cell in row.items() if cell != ""}
+    try:
+        return row_utterance(filled, names, base, place)
+    except UnusableError as error:
+        return _refused(place, key, error)
+
+
+def _check_header(header: Any, names: FieldNames, path: Path) -> None:
+    for what, wanted in (("audio", names.audio), ("text", names.text)):
+        if not set(wanted) & set(header):
+            raise UserError(
+                f"The table {path} has no column for the {what}, only {', '.join(header) or 'nothing'}: it needs one "
+                f"of {', '.join(wanted)}, or the name of the column in --{what}-field."
+            )
+
+
+def _named_audio(row: Mapping[str, Any], names: FieldNames) -> str:
+    audio = first_of(row, names.audio)
+    if not isinstance(audio, str):
+        needed = f"it needs one of the fields {', '.join(names.audio)}"
+        raise UnusableError(Cause.NO_AUDIO, f"the sample names no audio: {needed}")
+    return audio
+
+
+def _clip(audio: str, row: Mapping[str, Any], base: Path) -> Clip:
+    location = audio if is_remote(audio) else str(base / audio)
+    start_seconds = checked_seconds(row, "offset")
+    if start_seconds is None:
+        return Clip(location)
+    return Clip(location, None, start_seconds, checked_seconds(row, "duration"))
+
+
+def _segment_key(audio: str, row: Mapping[str, Any]) -> str:
+    offset_seconds = checked_seconds(row, "offset")
+    return key_of(audio) if offset_seconds is None else f"{key_of(audio)}-{round(offset_seconds * 1000):09d}"
+
+
+def _is_cut(row: Mapping[str, Any]) -> bool:
+    return "supervisions" in row or str(row.get("type", "")).endswith("Cut")
+
+
+def _cut_utterance(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
+    """The utterance of a Lhotse MonoCut: the part of its recording, and the texts of its supervisions in order."""
+    said = [part for part in row.get("supervisions") or [] if isinstance(part, dict)]
+    said.sort(key=lambda part: float(part.get("start") or 0.0))
+    text = " ".join(part["text"].strip() for part in said if isinstance(part.get("text"), str))
+    spoken = first_of(
+        {str(number): part.get("language") for number, part in enumerate(said)}, map(str, range(len(said)))
+    )
+    return Utterance(
+        key=key_of(f"{row.get('id', 'cut')}.cut"),
+        clip=_cut_clip(row, base),
+        text=checked_text(text, ("supervisions",)),
+        language=checked_language(spoken),
+        place=place,
+        claimed_seconds=checked_seconds(row, "duration"),
+        extra={"speaker": said[0]["speaker"]} if said[0].get("speaker") else {},
+    )
+
+
+def _cut_clip(row: Mapping[str, Any], base: Path) -> Clip:
+    recording = row.get("recording")
+    sources = recording.get("sources") if isinstance(recording, dict) else None
+    if not isinstance(recording, dict) or not sources or not isinstance(row.get("channel", 0), int):
+        raise UnusableError(Cause.NO_AUDIO, "names no audio: it must be a cut of one recording and one channel")
+    source = sources[0]
+    if len(sources) > 1 or source.get("type") not in ("file", "url") or not isinstance(source.get("source"), str):
+        raise UnusableError(Cause.NO_AUDIO, "names no audio: its recording must have one source of type file or url")
+    location = source["source"] if is_remote(source["source"]) else str(base / source["source"])
+    start_seconds, duration_seconds = checked_seconds(row, "start") or 0.0, checked_seconds(row, "duration")
+    several = len(source.get("channels") or [0]) > 1
+    whole = start_seconds == 0 and duration_seconds in (None, recording.get("duration")) and not several
+    if whole:
+        return Clip(location)
+    return Clip(location, None, start_seconds, duration_seconds, row.get("channel", 0) if several else None)
+
+
+def _open_text(path: Path) -> TextIO:
+    # A byte-order mark is no part of the first field.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _decoded(lines: TextIO, path: Path) -> Iterator[str]:
+    try:
+        yield from lines
     except UnicodeDecodeError as error:
         raise UserError(f"The manifest {path} is not UTF-8 text ({error.reason}): convert it first.") from error
-
-
-def _unique(line: Utterance | Refusal, used: set[str]) -> Utterance | Refusal:
-    """Keys name samples in reports, and WebDataset joins neighbours of one key: a repeated one gets a number."""
-    if isinstance(line, Refusal):
-        return line
-    key, repeat = line.key, 1
-    while key in used:
-        repeat += 1
-        key = f"{line.key}-{repeat}"
-    used.add(key)
-    return replace(line, key=key)
-
-
-def _parse_line(line: str, manifest: Path, place: str) -> Utterance | Refusal:
-    try:
-        return _utterance(json.loads(line), manifest, place)
-    except json.JSONDecodeError as error:
-        return Refusal(f"{place}: the line is not valid JSON ({error.msg})")
-    except ValueError as error:
-        return Refusal(f"{place}: {error}")
-
-
-def _utterance(row: Any, manifest: Path, place: str) -> Utterance:
-    if not isinstance(row, dict):
-        raise ValueError("the line is not a JSON object")
-    audio = _first_of(row, _AUDIO_FIELDS)
-    if not isinstance(audio, str) or not audio:
-        raise ValueError(f"the sample names no audio: it needs one of the fields {', '.join(_AUDIO_FIELDS)}")
-    text = _first_of(row, _TEXT_FIELDS)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"the sample {audio} has no text: it needs one of the fields {', '.join(_TEXT_FIELDS)}")
-    known = {"text": text, "lang": _language(_first_of(row, _LANGUAGE_FIELDS), audio)}
-    extra = {name: value for name, value in row.items() if name not in _KNOWN_FIELDS}
-    # WebDataset splits names at the first dot, and folders in keys only make tars longer.
-    key = Path(audio).with_suffix("").as_posix().strip("/").replace("/", "_").replace(".", "_")
-    return Utterance(key, manifest.parent / audio, known | extra, place)
-
-
-def _language(value: Any, audio: str) -> str | None:
-    """The ISO 639-1 part of a language or locale, such as `pt` of `pt-BR`."""
-    if value is None:
-        return None
-    code = value.replace("_", "-").partition("-")[0].lower() if isinstance(value, str) else ""
-    if not is_language_code(code):
-        raise ValueError(f"the sample {audio} has the language {value!r}, which is not an ISO 639-1 code such as 'en'")
-    return code
-
-
-def _first_of(row: dict[str, Any], names: Iterable[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"The manifest {path} is a damaged gzip file ({error}): copy it again.") from error

@@ -20,6 +20,14 @@ AUDIO_SUFFIXES = frozenset(
 )
 
 
+class MemberError(ValueError):
+    """A sample has not what the layout says; `part` is audio, text or language. The message goes on after its name."""
+
+    def __init__(self, part: str, message: str) -> None:
+        super().__init__(message)
+        self.part = part
+
+
 @dataclass(frozen=True)
 class Field:
     """A place in a sample: a member, and a key in it where it is json."""
@@ -102,21 +110,21 @@ def sample_of(key: str, members: Mapping[str, bytes], layout: SampleMembers) -> 
     suffix = _audio_suffix(members, layout.audio)
     text = _value(members, layout.text)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError("has no text")
+        raise MemberError("text", "has no text")
     language = _value(members, layout.language) if isinstance(layout.language, Field) else layout.language
     if language is not None and not isinstance(language, str):
-        raise ValueError(f"has the language {language!r}, which is not text")
+        raise MemberError("language", f"has the language {language!r}, which is not text")
     return Sample(key, members[suffix], suffix, text, language)
 
 
 def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
     if wanted is not None:
         if wanted not in members:
-            raise ValueError(f"has no {wanted} member with its audio, only {sorted(members)}")
+            raise MemberError("audio", f"has no {wanted} member with its audio, only {sorted(members)}")
         return wanted
     found = sorted(suffix for suffix in members if suffix.rpartition(".")[2] in AUDIO_SUFFIXES)
     if len(found) != 1:
-        raise ValueError(f"must have one audio member, but has {found or sorted(members)} instead")
+        raise MemberError("audio", f"must have one audio member, but has {found or sorted(members)} instead")
     return found[0]
 
 

@@ -15,15 +15,13 @@ from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.transcription.request import TranscriptionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from pydantic import TypeAdapter, ValidationError
-from pydantic_extra_types.language_code import LanguageAlpha2
+from pydantic import ValidationError
 from transformers import MistralCommonBackend
 
 from voxtral_dist.errors import UserError, first_line
 
 # The published model may begin its answer with the language it heard, as in "lang:en".
 _LANGUAGE_TAG = re.compile(r"^\s*lang:[a-z]{2}\b\s?")
-_LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
 
 
 class TranscriptionPrompts:
@@ -130,15 +128,6 @@ class TranscriptionPrompts:
         except ValidationError as error:
             raise ValueError(f"has the language {language!r}, which is not an ISO 639-1 code such as 'en'") from error
         return tuple(self._instruct.encode_transcription(request).tokens)
-
-
-def is_language_code(text: str) -> bool:
-    """Whether mistral-common takes the text as a language: ISO 639-1, two lower-case letters."""
-    try:
-        _LANGUAGE_CODE.validate_python(text)
-    except ValidationError:
-        return False
-    return True
 
 
 def _check_folder(path: str) -> None:

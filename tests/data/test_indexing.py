@@ -1,0 +1,331 @@
+"""The index of tars made by others equals what a packer would have written; damage is found, named and passed by."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from webdataset.writer import TarWriter
+
+from voxtral_dist.data.causes import Cause
+from voxtral_dist.data.index import read_index
+from voxtral_dist.data.indexing import index_tars
+from voxtral_dist.data.lookup import find_sample
+from voxtral_dist.data.members import Field, SampleMembers
+from voxtral_dist.data.packing import PackRules
+from voxtral_dist.data.shards import PackOptions, pack, pack_manifest
+from voxtral_dist.data.sources import SourceOptions, open_source
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.summary import SetSummary, summarize
+from voxtral_dist.data.verification import BrokenSample, verify
+from voxtral_dist.errors import UserError
+
+from corpora import SHARD_BYTES, tone, write_speech_manifest
+from stored import contents_of, samples_of, stored_in
+
+RATE = 16_000
+BLOCK = 512
+
+
+def index(
+    pattern: Path | str, out: Path | None = None, members: SampleMembers | None = None, workers: int = 1
+) -> SetSummary:
+    return index_tars(str(pattern), out, members or SampleMembers(), PackRules(), workers)
+
+
+def verified(folder: Path, workers: int = 1) -> list[BrokenSample]:
+    return [broken for run in verify(str(folder), workers) for broken in run.broken]
+
+
+@pytest.fixture
+def tars(shard_folder, tmp_path) -> Path:
+    """Our tars without their index."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for path in shard_folder.glob("*.tar"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def wav(seconds: float = 0.5, seed: int = 0) -> bytes:
+    contents = io.BytesIO()
+    soundfile.write(contents, tone(seconds, seed=seed), RATE, format="WAV")
+    return contents.getvalue()
+
+
+def write_tar(path: Path, samples: list[dict], mtime: float = 0) -> Path:
+    with path.open("wb") as file, TarWriter(file, mtime=mtime) as tar:
+        for number, sample in enumerate(samples):
+            tar.write({"__key__": f"s{number}"} | sample)
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_index_of_our_own_tars_is_that_of_the_packer(tars, shard_folder, workers):
+    index(tars, workers=workers)
+    ours, theirs = read_index([str(shard_folder)]), read_index([str(tars)])
+    assert theirs.languages == ours.languages
+    for name in ours.records.dtype.names:
+        np.testing.assert_array_equal(theirs.records[name], ours.records[name], name)
+    assert [shard.sha256 for shard in theirs.shards] == [shard.sha256 for shard in ours.shards]
+    assert contents_of(tars) == contents_of(shard_folder)
+
+
+def test_an_index_may_lie_in_another_folder(tars, shard_folder, tmp_path):
+    index(tars, tmp_path / "index")
+    assert {path.suffix for path in tars.iterdir()} == {".tar"}
+    assert stored_in(tmp_path / "index") == stored_in(shard_folder)
+    assert verified(tmp_path / "index") == []
+
+
+@pytest.mark.parametrize(
+    ("sample", "members", "expected"),
+    [
+        ({"wav": wav(), "txt": b"hello \n"}, SampleMembers(text=Field("txt"), language="en"), ("hello", "en")),
+        ({"wav": wav(), "cls": b"7"}, SampleMembers(text=Field("cls"), language=None), ("7", None)),
+        (
+            {"a.wav": wav(), "b.wav": wav(0.7), "json": b'{"said": "hi", "locale": "German"}'},
+            SampleMembers("b.wav", Field("json", "said"), Field("json", "locale")),
+            ("hi", "de"),
+        ),
+        ({"wav": wav(), "json": b'{"text": "hi"}', "png": b"no"}, SampleMembers(), ("hi", None)),
+    ],
+)
+def test_tars_of_other_layouts(tmp_path, sample, members, expected):
+    # A time with a fraction, as writers take it from the clock, makes an extended header for every member.
+    write_tar(tmp_path / "t.tar", [sample, sample], mtime=1234.5678)
+    summary = index(tmp_path, members=members)
+    assert [(one.text, one.language) for one in stored_in(tmp_path)] == [expected] * 2
+    assert summary.duration_seconds == (1.4 if "b.wav" in sample else 1.0)
+    assert verified(tmp_path) == []
+
+
+def test_members_that_are_no_samples_are_passed_by(tmp_path):
+    with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("deep", "deep/__meta__", "README", "deep/._one.wav"):
+            entry = tarfile.TarInfo(name)
+            entry.type = tarfile.DIRTYPE if name == "deep" else tarfile.REGTYPE
+            tar.addfile(entry)
+        for name, contents in ((f"deep/{'one' * 60}.wav", wav()), (f"deep/{'one' * 60}.json", b'{"text": "x"}')):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(contents)
+            tar.addfile(entry, io.BytesIO(contents))
+    assert index(tmp_path).num_samples == 1
+    assert samples_of(tmp_path)[0].key == f"deep/{'one' * 60}"
+    assert verified(tmp_path) == []
+
+
+def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
+    good = {"wav": wav(), "json": b'{"text": "good"}'}
+    samples = [good, good | {"wav": b"no audio"}, {"json": good["json"]}, good | {"json": b"{"}, good]
+    path = write_tar(tmp_path / "t.tar", samples)
+    summary = index(tmp_path)
+    assert [sample.key for sample in samples_of(tmp_path)] == ["s0", "s4"]
+    assert summary.left_out.causes == {Cause.UNDECODABLE: 1, Cause.NO_AUDIO: 1, Cause.NOT_JSON: 1}
+    rows = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == ["s1", "s2", "s3"]
+    assert all(row["place"].startswith(f"{path}:") for row in rows)
+    write_tar(path, [good])
+    index(tmp_path)
+    assert not (tmp_path / "left_out.jsonl").exists(), "of an index that is no more"
+
+
+# A tar of 6 samples, each with two members, is damaged; what remains, and what is said of it.
+
+
+def spans(folder: Path) -> list[tuple[int, int]]:
+    found = read_index([str(folder)])
+    spans = [found.span(number) for number in range(len(found))]
+    return [(span.offset, span.num_bytes) for span in spans]
+
+
+def garble_first_header(contents: bytearray, offset: int) -> None:
+    contents[offset + 10 : offset + 30] = b"?" * 20
+
+
+def garble_second_header(contents: bytearray, offset: int) -> None:
+    first = tarfile.TarInfo.frombuf(contents[offset : offset + BLOCK], "utf-8", "strict")
+    garble_first_header(contents, offset + BLOCK + -(-first.size // BLOCK) * BLOCK)
+
+
+def cut_off(contents: bytearray, offset: int) -> None:
+    del contents[offset + BLOCK + 100 :]
+
+
+def cut_between(contents: bytearray, offset: int) -> None:
+    del contents[offset:]
+
+
+def zeros(contents: bytearray, offset: int) -> None:
+    contents[offset : offset + 4 * BLOCK] = bytes(4 * BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept", "causes", "said"),
+    [
+        (garble_first_header, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.NO_AUDIO: 1}, "header is garbled"),
+        (garble_second_header, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.EMPTY_TEXT: 1}, "header is garbled"),
+        (cut_off, "s0 s1", {Cause.DAMAGED_TAR: 1}, "but only 100 follow; 612 bytes are lost"),
+        (cut_between, "s0 s1", {Cause.DAMAGED_TAR: 1}, "ends without the mark of its end"),
+        (zeros, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.NO_AUDIO: 1}, "goes on behind the mark of its end"),
+    ],
+)
+def test_a_damaged_tar_is_named_and_read_around_the_damage(tmp_path, damage, kept, causes, said):
+    sample = {"flac": wav(), "json": b'{"text": "x"}'}
+    path = write_tar(tmp_path / "t.tar", [sample] * 6)
+    index(tmp_path)
+    offset = spans(tmp_path)[2][0]
+    contents = bytearray(path.read_bytes())
+    damage(contents, offset)
+    path.write_bytes(contents)
+    summary = index(tmp_path)
+    assert [one.key for one in samples_of(tmp_path)] == kept.split()
+    assert summary.left_out.causes == causes
+    assert all(reason.startswith(str(path)) for reason in summary.left_out.first_reasons)
+    assert said in "\n".join(summary.left_out.first_reasons)
+    # As a source, the same is kept and left out.
+    packed = pack(open_source(str(path), SourceOptions()), tmp_path / "out", PackOptions(skip_bad=True))
+    assert packed.left_out.causes == causes
+    assert [one.key for one in samples_of(tmp_path / "out")] == kept.split()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: None, "There are no tars in"),
+        (lambda folder: (folder / "t.tar").write_bytes(b"no tar at all" * 100), "header is garbled"),
+        (lambda folder: (folder / "t.tar").touch(), "No sample in"),
+        (lambda folder: write_tar(folder / "t.tar", [{"wav": wav(), "txt": b"x"}]), "--text-member"),
+        (lambda folder: (folder / "t.tar.gz").touch(), "is compressed"),
+        (lambda folder: (folder / "t.tar").symlink_to(folder / "nowhere"), "There are no tars in"),
+    ],
+)
+def test_tars_that_cannot_be_indexed_are_one_sentence(tmp_path, make, sentence):
+    make(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError) as refused:
+        index(tmp_path)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert {path.name for path in tmp_path.iterdir()} - {"left_out.jsonl"} == before
+
+
+# `inspect`
+
+
+def test_the_summary_of_a_set_is_that_of_its_samples(shard_index):
+    summary = summarize(shard_index)
+    seconds = shard_index.duration_seconds
+    languages = [shard_index.language(number) or "unknown" for number in range(len(shard_index))]
+    assert {name: of.num_samples for name, of in summary.languages.items()} == {
+        name: languages.count(name) for name in set(languages)
+    }
+    for name, of in summary.languages.items():
+        assert of.duration_seconds == pytest.approx(sum(seconds[[other == name for other in languages]]))
+    assert summary.duration_counts.sum() == summary.rate_counts.sum() == len(shard_index)
+    assert summary.longest == (int(seconds.argmax()), seconds.max())
+    assert summary.shortest == (int(seconds.argmin()), seconds.min())
+    assert summary.num_text_tokens == shard_index.records["num_text_tokens"].sum()
+
+
+# `verify`
+
+
+def test_a_whole_set_is_verified(shard_folder):
+    assert verified(shard_folder) == verified(shard_folder, workers=2) == []
+
+
+def other_text(contents: bytearray, offset: int) -> None:
+    place = contents.index(b'"text": "', offset) + 9
+    contents[place : place + 1] = b"Z"
+
+
+def shorter_text(contents: bytearray, offset: int) -> None:
+    place = contents.index(b'"text": "', offset) + 9
+    contents[place : place + 6] = b"\\u005a"
+
+
+def other_language(contents: bytearray, offset: int) -> None:
+    place = contents.index(b'"lang": ', offset) + 9
+    contents[place : place + 2] = b"nl"
+
+
+def no_json(contents: bytearray, offset: int) -> None:
+    place = contents.index(b'{"text"', offset)
+    contents[place : place + 1] = b"!"
+
+
+def no_audio(contents: bytearray, offset: int) -> None:
+    contents[offset + BLOCK : offset + BLOCK + 2_000] = b"!" * 2_000
+
+
+def silence(contents: bytearray, offset: int) -> None:
+    size = tarfile.TarInfo.frombuf(contents[offset + 2 * BLOCK : offset + 3 * BLOCK], "utf-8", "strict").size
+    contents[offset + 3 * BLOCK + 44 : offset + 3 * BLOCK + size] = bytes(size - 44)
+
+
+def one_sample_off(contents: bytearray, offset: int) -> None:
+    contents[offset + 3 * BLOCK + 1_000] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause", "reason"),
+    [
+        (garble_first_header, Cause.DAMAGED_TAR, "header is garbled"),
+        (other_text, Cause.WRONG_INDEX, "its index says"),
+        (shorter_text, Cause.WRONG_INDEX, "num_chars"),
+        (other_language, Cause.WRONG_INDEX, "has the language nl, but its index says"),
+        (no_json, Cause.NOT_JSON, "cannot be read"),
+        (no_audio, Cause.UNDECODABLE, "does not decode"),
+        (silence, Cause.SILENT, "is silent"),
+        (one_sample_off, Cause.WRONG_INDEX, "checksum differs"),
+    ],
+)
+def test_a_sample_that_was_broken_is_found_and_named(tmp_path, spoil, cause, reason):
+    wav_first = [{"json": b'{"text": "hello world", "lang": "en"}', "wav": wav(seed=number)} for number in range(5)]
+    flac_first = [{"flac": wav(seed=number), "json": b'{"text": "hello world", "lang": "en"}'} for number in range(5)]
+    path = write_tar(tmp_path / "t.tar", wav_first if spoil in (silence, one_sample_off) else flac_first)
+    index(tmp_path)
+    contents = bytearray(path.read_bytes())
+    spoil(contents, spans(tmp_path)[3][0])
+    path.write_bytes(contents)
+    (broken,) = verified(tmp_path)
+    assert (broken.shard, broken.cause) == ("t.tar", cause)
+    assert broken.key == ("#3" if spoil is garble_first_header else "s3")
+    assert reason in broken.reason
+
+
+# `show`
+
+
+def test_every_key_finds_its_sample(shard_folder):
+    found = read_index([str(shard_folder)])
+    for number, sample in enumerate(samples_of(shard_folder)):
+        assert find_sample(found, sample.key, Storage()) == find_sample(found, f"#{number}", Storage()) == number
+
+
+def test_a_key_with_a_long_name_is_found(tmp_path):
+    manifest = write_speech_manifest(tmp_path, 3, max_seconds=0.5)
+    long = f"{'ü' * 90}"
+    shutil.copy(tmp_path / "audio" / "0_001.wav", tmp_path / f"{long}.wav")
+    manifest.write_text(manifest.read_text().replace("audio/0_001.wav", f"{long}.wav"))
+    pack_manifest(manifest, tmp_path / "out", SHARD_BYTES, skip_bad=False)
+    assert find_sample(read_index([str(tmp_path / "out")]), long, Storage()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("audio_0_0000", "did you mean"),
+        ("zzz", "the first is"),
+        ("#26", "from #0 to #25, but is #26"),
+        ("#x", "but is #x"),
+    ],
+)
+def test_a_key_that_there_is_not_is_one_sentence(shard_folder, key, sentence):
+    with pytest.raises(UserError, match=sentence):
+        find_sample(read_index([str(shard_folder)]), key, Storage())

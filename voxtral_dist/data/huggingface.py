@@ -1,0 +1,178 @@
+"""Rows of Hugging Face datasets as utterances: from the hub as a stream, or from a folder; audio stays encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from voxtral_dist.data.causes import Cause, UnusableError
+from voxtral_dist.data.utterances import (
+    Clip,
+    FieldNames,
+    Refusal,
+    Utterance,
+    checked_language,
+    checked_seconds,
+    checked_text,
+    first_of,
+    key_of,
+)
+from voxtral_dist.errors import UserError, first_line
+
+HUB_PREFIX = "hf:"
+# Values that json holds; others, such as arrays and dates, are not stored.
+_STORABLE = (str, int, float, bool)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset that is opened, the column of its audio, and how many rows it has, where that is known."""
+
+    rows: Iterable[Mapping[str, Any]]
+    audio: str
+    names: FieldNames
+    place: str
+    labels: Mapping[str, Sequence[str]]
+    num_rows: int | None
+    fingerprint: str
+
+    def lines(self) -> Iterator[Utterance | Refusal]:
+        """The rows in their order.
+
+        Raises:
+            UserError: the dataset breaks off.
+        """
+        number = 0
+        rows = iter(self.rows)
+        while True:
+            number += 1
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:
+                # Whatever the reader of its file format raises.
+                what = f"{type(error).__name__}: {first_line(error)}"
+                raise UserError(f"The dataset {self.place} breaks off at row {number} ({what}).") from error
+            yield _line(row, self, f"{self.place}:{number}", number)
+
+
+def open_dataset(source: str, split: str | None, config: str | None, names: FieldNames) -> HubDataset:
+    """A dataset of the hub (`hf:NAME`), of `save_to_disk`, or a folder that `load_dataset` reads.
+
+    Raises:
+        UserError: there is no such dataset, split or column.
+    """
+    try:
+        opened = _open(source, config)
+    except Exception as error:
+        # Whatever a dataset's builder raises; it has no error class of its own for "this is not a dataset".
+        raise UserError(
+            f"The dataset {source} cannot be opened ({type(error).__name__}: {first_line(error)})."
+        ) from error
+    rows = _chosen_split(opened, split, source)
+    if rows.features is None:
+        rows = rows._resolve_features()
+    audio = _audio_column(rows.features, names, source)
+    return HubDataset(
+        rows=_undecoded(rows, audio),
+        audio=audio,
+        names=names,
+        place=source,
+        labels={name: feature.names for name, feature in rows.features.items() if hasattr(feature, "int2str")},
+        num_rows=getattr(rows, "num_rows", None),
+        fingerprint=str(getattr(rows, "_fingerprint", "")) if not source.startswith(HUB_PREFIX) else "",
+    )
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `save_to_disk` made the folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _open(source: str, config: str | None) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if source.startswith(HUB_PREFIX):
+        return datasets.load_dataset(source.removeprefix(HUB_PREFIX), config, streaming=True)
+    if is_saved_dataset(Path(source)):
+        return datasets.load_from_disk(source)
+    # Streamed, so that nothing is copied into a cache first.
+    return datasets.load_dataset(source, config, streaming=True)
+
+
+def _chosen_split(opened: Any, split: str | None, source: str) -> Any:
+    if not isinstance(opened, dict):
+        if split is not None:
+            raise UserError(f"The dataset {source} has no splits: leave out --split.")
+        return opened
+    if split is None and len(opened) == 1:
+        return next(iter(opened.values()))
+    if split not in opened:
+        wrong = "must be given" if split is None else f"must be one of its splits, but is {split!r} instead"
+        raise UserError(f"`--split` of {source} {wrong}: it has {', '.join(map(str, opened))}.")
+    return opened[split]
+
+
+def _audio_column(features: Mapping[str, Any], names: FieldNames, source: str) -> str:
+    import datasets
+
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    found = next((name for name in (*names.audio, *typed) if name in features), None)
+    if found is None:
+        raise UserError(
+            f"The dataset {source} has no column with audio, only {', '.join(features)}: name it by --audio-field."
+        )
+    if not set(names.text) & set(features):
+        raise UserError(
+            f"The dataset {source} has no column with text, only {', '.join(features)}: name it by --text-field."
+        )
+    return found
+
+
+def _undecoded(rows: Any, audio: str) -> Any:
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, (datasets.Audio, datasets.Image)) and name != audio:
+            rows = rows.remove_columns(name)
+    return rows.cast_column(audio, datasets.Audio(decode=False))
+
+
+def _line(row: Mapping[str, Any], dataset: HubDataset, place: str, number: int) -> Utterance | Refusal:
+    audio = row.get(dataset.audio)
+    name = (audio or {}).get("path") or f"{number:09d}"
+    try:
+        if not audio or (audio.get("bytes") is None and audio.get("path") is None):
+            raise UnusableError(Cause.NO_AUDIO, "names no audio")
+        return _utterance(row, dataset, name, place)
+    except UnusableError as error:
+        return Refusal(place, key_of(name), error.cause, f"the sample {name} {error}")
+
+
+def _utterance(row: Mapping[str, Any], dataset: HubDataset, name: str, place: str) -> Utterance:
+    contents = row[dataset.audio].get("bytes")
+    extra = {key: value for key, value in dataset.names.extra(row).items() if isinstance(value, _STORABLE)}
+    extra.pop(dataset.audio, None)
+    return Utterance(
+        # Paths in a dataset are those of the machine that made it.
+        key=key_of(Path(name).name),
+        clip=Clip(name, contents),
+        text=checked_text(first_of(row, dataset.names.text), dataset.names.text),
+        language=checked_language(_label(row, dataset)),
+        place=place,
+        claimed_seconds=checked_seconds(row, "duration"),
+        extra=extra,
+    )
+
+
+def _label(row: Mapping[str, Any], dataset: HubDataset) -> Any:
+    """The language. A column of class labels holds numbers: the dataset's table says what they name."""
+    name = next((name for name in dataset.names.language if row.get(name) not in (None, "")), None)
+    if name is None:
+        return None
+    labels = dataset.labels.get(name)
+    return labels[row[name]] if labels else row[name]

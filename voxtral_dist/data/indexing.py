@@ -1,0 +1,190 @@
+"""The index of tars that other tools made: each is read once, by some processes at the same time."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxtral_dist.data.audio import decode_audio
+from voxtral_dist.data.causes import Cause, UnusableError
+from voxtral_dist.data.index import RECORD, UNKNOWN_LANGUAGE, Records, Shard, read_index, write_index
+from voxtral_dist.data.left_out import LEFT_OUT_FILE, read_left_out, write_refusal
+from voxtral_dist.data.members import SampleMembers
+from voxtral_dist.data.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
+from voxtral_dist.data.sources import tar_utterance
+from voxtral_dist.data.storage import Storage, is_remote
+from voxtral_dist.data.summary import SetSummary, summarize
+from voxtral_dist.data.tars import COMPRESSED_SUFFIXES, TarDamage, TarSample, TarScan, tar_locations
+from voxtral_dist.data.utterances import Refusal
+from voxtral_dist.data.workers import ordered_map
+from voxtral_dist.errors import UserError, first_line
+
+_RECORDS_FILE = ".indexing.records"
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """One tar: its records, which number languages by a table of their own, and what is left out."""
+
+    shard: Shard
+    records: Records
+    languages: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def index_tars(
+    pattern: str,
+    out_dir: Path | None,
+    members: SampleMembers,
+    rules: PackRules,
+    num_workers: int,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> SetSummary:
+    """Write the index of the tars of a folder or pattern, beside them or into `out_dir`.
+
+    Samples that cannot be used are left out and named, damaged tars too: what is whole before and behind the damage is
+    indexed.
+
+    Raises:
+        UserError: there are no tars, they cannot be read or indexed where they are, or no sample of them can be used.
+    """
+    locations = tar_locations(pattern, Storage())
+    folder = out_dir or _folder_of(locations)
+    locations = _as_stored(locations, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _records_file(folder) as records_path:
+            indexed = _index_all(locations, members, rules, num_workers)
+            shards, languages = _collect(indexed, records_path, folder, len(locations), report)
+            if not any(shard.num_samples for shard in shards):
+                raise UserError(_nothing_indexed(pattern, folder))
+            write_index(folder, shards, np.memmap(records_path, dtype=RECORD, mode="r"), languages, members)
+    except OSError as error:
+        raise UserError(
+            f"The index cannot be written into {folder}: {error.strerror}. Name another folder behind the pattern."
+        ) from error
+    return summarize(read_index([str(folder)]), read_left_out(folder / LEFT_OUT_FILE))
+
+
+def index_tar(location: str, members: SampleMembers, rules: PackRules) -> IndexedShard:
+    """One tar, read from its first byte to its last.
+
+    Raises:
+        UserError: it cannot be read at all.
+    """
+    rows: list[tuple[int, ...]] = []
+    languages: list[str] = []
+    refusals: list[Refusal] = []
+    try:
+        scan = TarScan(location, Storage())
+        for found in scan:
+            try:
+                rows.append(_row(found, location, members, rules, languages))
+            except UnusableError as error:
+                refusals.append(_refusal(found, location, error))
+    except OSError as error:
+        raise UserError(f"The tar {location} cannot be read: {error.strerror or first_line(error)}.") from error
+    shard = Shard(location, len(rows), scan.num_bytes, scan.sha256)
+    return IndexedShard(shard, np.array(rows, dtype=RECORD), tuple(languages), tuple(refusals))
+
+
+def _row(
+    found: TarSample | TarDamage, location: str, members: SampleMembers, rules: PackRules, languages: list[str]
+) -> tuple[int, ...]:
+    if isinstance(found, TarDamage):
+        raise UnusableError(Cause.DAMAGED_TAR, str(found))
+    utterance = tar_utterance(found, location, members)
+    measures = measure(utterance, decode_audio(utterance.clip.contents or b"", SAMPLING_RATE), rules)
+    span = SampleSpan(found.offset, len(found.contents), zlib.crc32(found.contents))
+    return index_record(span, measures, languages)
+
+
+def _refusal(found: TarSample | TarDamage, location: str, error: UnusableError) -> Refusal:
+    if isinstance(found, TarDamage):
+        return Refusal(location, "", error.cause, str(error))
+    return Refusal(f"{location}:{found.offset}", found.key, error.cause, f"the sample {found.key} {error}")
+
+
+def _index_all(
+    locations: list[str], members: SampleMembers, rules: PackRules, num_workers: int
+) -> Iterator[IndexedShard]:
+    one = partial(index_tar, members=members, rules=rules)
+    return ordered_map(one, locations, min(num_workers, len(locations)), batch_size=1)
+
+
+def _collect(
+    indexed: Iterator[IndexedShard],
+    records_path: Path,
+    folder: Path,
+    num_shards: int,
+    report: Callable[[int, int], None],
+) -> tuple[list[Shard], list[str]]:
+    """Write the records of all shards one after the other, with one table of languages."""
+    shards: list[Shard] = []
+    languages: list[str] = []
+    temporary = folder / f".{LEFT_OUT_FILE}.tmp"
+    with records_path.open("wb") as records, temporary.open("wb") as left_out:
+        for part in indexed:
+            languages += [language for language in part.languages if language not in languages]
+            records.write(_renumbered(part, languages).tobytes())
+            for refusal in part.refusals:
+                write_refusal(left_out, refusal)
+            shards.append(part.shard)
+            report(len(shards), num_shards)
+    temporary.replace(folder / LEFT_OUT_FILE)
+    if (folder / LEFT_OUT_FILE).stat().st_size == 0:
+        (folder / LEFT_OUT_FILE).unlink()
+    return shards, languages
+
+
+def _renumbered(part: IndexedShard, languages: list[str]) -> Records:
+    numbers: NDArray[np.uint16] = np.full(2**16, UNKNOWN_LANGUAGE, dtype=np.uint16)
+    numbers[: len(part.languages)] = [languages.index(language) for language in part.languages]
+    part.records["language"] = numbers[part.records["language"]]
+    return part.records
+
+
+def _folder_of(locations: list[str]) -> Path:
+    folders = {location.rpartition("/")[0] or "." for location in locations}
+    if len(folders) == 1 and not is_remote(locations[0]):
+        return Path(folders.pop())
+    where = "elsewhere" if is_remote(locations[0]) else "in several folders"
+    raise UserError(f"The tars lie {where}: name a folder for their index behind the pattern.")
+
+
+def _as_stored(locations: list[str], folder: Path) -> list[str]:
+    """The locations as the shard table holds them: such beside it by name, others in full."""
+    packed = next((location for location in locations if location.endswith(COMPRESSED_SUFFIXES)), None)
+    if packed is not None:
+        raise UserError(f"The tar {packed} is compressed, so no sample can be read alone: convert it by `shards pack`.")
+    return [
+        location
+        if is_remote(location)
+        else str(folder / Path(location).name)
+        if Path(location).resolve().parent == folder.resolve()
+        else str(Path(location).resolve())
+        for location in locations
+    ]
+
+
+@contextmanager
+def _records_file(folder: Path) -> Iterator[Path]:
+    path = folder / _RECORDS_FILE
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+        (folder / f".{LEFT_OUT_FILE}.tmp").unlink(missing_ok=True)
+
+
+def _nothing_indexed(pattern: str, folder: Path) -> str:
+    left_out = read_left_out(folder / LEFT_OUT_FILE)
+    first = f" ({left_out.count} left out, the first: {left_out.first_reasons[0]})" if left_out.count else ""
+    return f"No sample in {pattern} can be used{first}: say by --text-member and --audio-member where they hold what."

@@ -1,0 +1,167 @@
+"""What an interrupted packing has finished: shards, their records and what was left out, safe against SIGKILL."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from voxtral_dist.data.index import RECORD, Records, Shard, write_index
+from voxtral_dist.data.left_out import LEFT_OUT_FILE, LeftOut, read_left_out, write_refusal
+from voxtral_dist.data.utterances import Refusal
+from voxtral_dist.errors import UserError
+
+JOURNAL_FILE = ".packing.jsonl"
+_RECORDS_FILE = ".packing.records"
+
+
+class PackingJournal:
+    """The state of a packing that is under way in a folder, as it was when its last shard was finished.
+
+    shards: the finished ones. num_lines: how many lines of the source they and what was left out took. languages: the
+    table of the index so far.
+
+    Raises:
+        UserError: the folder holds an unfinished set of another source or other options, or is being packed into.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self._folder = folder
+        self.shards: list[Shard] = []
+        self.languages: list[str] = []
+        self.num_lines = 0
+        self._journal = _locked(folder / JOURNAL_FILE)
+        self._records = (folder / _RECORDS_FILE).open("ab")
+        self._left_out = (folder / LEFT_OUT_FILE).open("ab")
+        try:
+            self._read(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def leave_out(self, refusal: Refusal) -> None:
+        """Name a line that is not packed."""
+        write_refusal(self._left_out, refusal)
+
+    def finish_shard(self, shard: Shard, records: Records, num_lines: int, languages: Sequence[str]) -> None:
+        """Remember a shard that is on disk, and everything before it."""
+        self._records.write(records.tobytes())
+        _sync(self._records)
+        _sync(self._left_out)
+        row = {
+            "shard": asdict(replace(shard, location=shard.name)),
+            "num_lines": num_lines,
+            "languages": list(languages),
+        }
+        sizes = {"record_bytes": self._records.tell(), "left_out_bytes": self._left_out.tell()}
+        _append(self._journal, row | sizes)
+        self.shards.append(shard)
+
+    def complete(self, languages: Sequence[str]) -> None:
+        """Write the index of all shards, and forget the journal."""
+        _sync(self._left_out)
+        records = np.memmap(self._folder / _RECORDS_FILE, dtype=RECORD, mode="r")
+        write_index(self._folder, self.shards, records, list(languages))
+        self.discard()
+
+    def discard(self, everything: bool = False) -> None:
+        """Remove the files of the journal and an empty list of what was left out; or the list whatever it holds."""
+        (self._folder / _RECORDS_FILE).unlink()
+        if everything or self._left_out.tell() == 0:
+            (self._folder / LEFT_OUT_FILE).unlink()
+        (self._folder / JOURNAL_FILE).unlink()
+
+    def left_out(self) -> LeftOut:
+        """What was left out so far."""
+        self._left_out.flush()
+        return read_left_out(self._folder / LEFT_OUT_FILE)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in (self._records, self._left_out, self._journal):
+            file.close()
+
+    def _read(self, identity: dict[str, Any]) -> None:
+        self._journal.seek(0)
+        # A line that was cut off by the interruption does not count.
+        whole = [line for line in self._journal if line.endswith(b"\n")]
+        self._journal.truncate(sum(map(len, whole)))
+        lines = [json.loads(line) for line in whole]
+        if len(lines) <= 1:
+            # Nothing was finished, so nothing binds this packing to the source of that one.
+            self._journal.truncate(0)
+            lines = [identity]
+            _append(self._journal, identity)
+        elif lines[0] != json.loads(json.dumps(identity)):
+            raise UserError(
+                f"The folder {self._folder} holds an unfinished set that was packed {_differences(lines[0], identity)}"
+                ": run that command again, choose another folder, or remove this one first."
+            )
+        self._go_on(lines[1:])
+
+    def _go_on(self, finished: list[dict[str, Any]]) -> None:
+        for line in finished:
+            shard = Shard(**(line["shard"] | {"location": str(self._folder / line["shard"]["location"])}))
+            _check_shard(shard)
+            self.shards.append(shard)
+        start: dict[str, Any] = {"num_lines": 0, "languages": [], "record_bytes": 0, "left_out_bytes": 0}
+        last = finished[-1] if finished else start
+        self.num_lines, self.languages = last["num_lines"], last["languages"]
+        self._records.truncate(last["record_bytes"])
+        self._left_out.truncate(last["left_out_bytes"])
+        for file in (self._records, self._left_out):
+            file.seek(0, os.SEEK_END)
+        for leftover in self._folder.glob(".*.tar.tmp"):
+            leftover.unlink()
+
+
+def count_finished_shards(folder: Path) -> int:
+    """Of an interrupted packing."""
+    path = folder / JOURNAL_FILE
+    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+
+
+def _locked(path: Path) -> BinaryIO:
+    journal = path.open("a+b")
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        journal.close()
+        raise UserError(
+            f"Another process packs into {path.parent} now: wait for it, or choose another folder."
+        ) from error
+    except OSError:
+        # Some network file systems know no locks.
+        return journal
+    return journal
+
+
+def _append(journal: BinaryIO, row: dict[str, Any]) -> None:
+    journal.seek(0, os.SEEK_END)
+    journal.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    _sync(journal)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_shard(shard: Shard) -> None:
+    path = Path(shard.location)
+    if not path.is_file() or path.stat().st_size != shard.num_bytes:
+        raise UserError(f"The unfinished set in {path.parent} misses its shard {path.name}: remove the folder first.")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [name for name in {**before, **now} if before.get(name) != json.loads(json.dumps(now.get(name)))]
+    first = names[0]
+    if first in ("sha256", "fingerprint", "tars"):
+        return "from the same place with other contents"
+    return f"with `{first}` {before.get(first)!r} instead of {now.get(first)!r}"

@@ -1,0 +1,47 @@
+"""Languages as the models know them: ISO 639-1 codes, found in the many ways that corpora write them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pycountry
+from pydantic import TypeAdapter, ValidationError
+from pydantic_extra_types.language_code import LanguageAlpha2
+
+_LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
+
+
+def is_language_code(text: str) -> bool:
+    """Whether mistral-common takes the text as a language: ISO 639-1, two lower-case letters."""
+    try:
+        _LANGUAGE_CODE.validate_python(text)
+    except ValidationError:
+        return False
+    return True
+
+
+def language_code(value: Any) -> str | None:
+    """The ISO 639-1 code of a code, a locale or an English name: `pt` of `pt-BR`, `por` or `Portuguese`; None of None.
+
+    Raises:
+        ValueError: it is none of these; the sentence goes on after the name of the sample.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    code = _find_code(value) if isinstance(value, str) else None
+    if code is None:
+        raise ValueError(f"has the language {value!r}, which is not an ISO 639-1 code such as 'en'")
+    return code
+
+
+@lru_cache(maxsize=4096)
+def _find_code(text: str) -> str | None:
+    code = text.strip().replace("_", "-").partition("-")[0].lower()
+    if is_language_code(code):
+        return code
+    try:
+        found = pycountry.languages.lookup(code if len(code) == 3 else text.strip())
+    except LookupError:
+        return None
+    return getattr(found, "alpha_2", None)

@@ -1,0 +1,48 @@
+"""The file that names what is not in a set though it was in its source."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from voxtral_dist.data.utterances import Refusal
+
+LEFT_OUT_FILE = "left_out.jsonl"
+_NUM_NAMED = 10
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Counts by cause, and the reasons of the first ones."""
+
+    causes: Mapping[str, int] = field(default_factory=dict)
+    first_reasons: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Of all causes together."""
+        return sum(self.causes.values())
+
+
+def write_refusal(file: BinaryIO, refusal: Refusal) -> None:
+    """Append one line."""
+    row = {"place": refusal.place, "key": refusal.key, "cause": refusal.cause, "reason": refusal.message}
+    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+
+def read_left_out(path: Path) -> LeftOut:
+    """What the file names; nothing if there is none."""
+    causes: Counter[str] = Counter()
+    reasons: list[str] = []
+    if path.exists():
+        with path.open(encoding="utf-8", errors="surrogatepass") as lines:
+            for line in lines:
+                row = json.loads(line)
+                causes[row["cause"]] += 1
+                if len(reasons) < _NUM_NAMED:
+                    reasons.append(f"{row['place']}: {row['reason']}")
+    return LeftOut(causes, tuple(reasons))

@@ -1,0 +1,252 @@
+"""Where utterances come from: manifests, tables, folders, Hugging Face datasets and other tars, as one stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from voxtral_dist.data.causes import Cause, UnusableError
+from voxtral_dist.data.huggingface import HUB_PREFIX, is_saved_dataset, open_dataset
+from voxtral_dist.data.manifests import read_json_lines, read_table
+from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, SampleMembers, sample_of
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.tars import TarDamage, TarSample, TarScan, is_tar_pattern, tar_locations
+from voxtral_dist.data.utterances import (
+    Clip,
+    FieldNames,
+    Refusal,
+    Utterance,
+    checked_language,
+    key_of,
+    with_unique_keys,
+)
+from voxtral_dist.errors import UserError
+
+SourceFormat = Literal["jsonl", "csv", "tsv", "folder", "huggingface", "webdataset"]
+FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)
+_TABLE_SUFFIXES: dict[str, SourceFormat] = {".csv": "csv", ".tsv": "tsv"}
+# Files of a folder that are surely audio; some of them libsndfile cannot decode, and then they are named as such.
+_AUDIO_FILE_SUFFIXES = {f".{name}" for name in AUDIO_SUFFIXES} | {
+    ".m4a",
+    ".aac",
+    ".wma",
+    ".webm",
+    ".mp4",
+    ".sph",
+    ".amr",
+}
+_CAUSE_OF_PART = {"audio": Cause.NO_AUDIO, "text": Cause.EMPTY_TEXT, "language": Cause.UNKNOWN_LANGUAGE}
+
+Line = Utterance | Refusal
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the user says of a source, and what has to be guessed where he doesn't.
+
+    source_format: None guesses. language: of utterances that name none. members: where a tar holds what.
+    """
+
+    source_format: SourceFormat | None = None
+    language: str | None = None
+    names: FieldNames = field(default_factory=FieldNames)
+    members: SampleMembers = field(default_factory=SampleMembers)
+    split: str | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus that can be read from its start, any number of times.
+
+    identity: JSON values that are the same for the same corpus. num_lines: how many utterances at most, where known.
+    """
+
+    identity: dict[str, Any]
+    num_lines: int | None
+    _read: Callable[[], Iterable[Line]]
+    _language: str | None = None
+
+    def lines(self) -> Iterator[Line]:
+        """Its utterances in its own order, with keys that differ, and those that are none."""
+        for line in with_unique_keys(self._read()):
+            if isinstance(line, Utterance) and line.language is None:
+                yield replace(line, language=self._language)
+            else:
+                yield line
+
+
+def open_source(source: str, options: SourceOptions) -> Source:
+    """The corpus at a path, a location or a name.
+
+    Raises:
+        UserError: there is none, or it is not of the format.
+    """
+    source_format = options.source_format or _guess_format(source)
+    match source_format:
+        case "huggingface":
+            opened = _huggingface(source, options)
+        case "webdataset":
+            opened = _webdataset(source, options)
+        case "folder":
+            opened = _folder(Path(source))
+        case _:
+            opened = _manifest(Path(source), source_format, options)
+    identity = {"source": source, "format": source_format} | opened.identity
+    return replace(opened, identity=identity, _language=default_language(options.language))
+
+
+def _guess_format(source: str) -> SourceFormat:
+    if source.startswith(HUB_PREFIX) and not source.startswith(f"{HUB_PREFIX}//"):
+        return "huggingface"
+    if is_tar_pattern(source):
+        return "webdataset"
+    path = Path(source)
+    if path.is_dir():
+        return _guess_folder(path)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    return _TABLE_SUFFIXES.get(suffix.lower(), "jsonl")
+
+
+def _guess_folder(folder: Path) -> SourceFormat:
+    names = [entry.name for entry in os.scandir(folder)]
+    if is_saved_dataset(folder) or any(name.endswith(".parquet") for name in names):
+        return "huggingface"
+    if any(is_tar_pattern(name) for name in names):
+        return "webdataset"
+    return "huggingface" if next(folder.glob("*/*.parquet"), None) else "folder"
+
+
+def default_language(language: str | None) -> str | None:
+    """The ISO 639-1 code that `--language` gives.
+
+    Raises:
+        UserError: there is no such language.
+    """
+    try:
+        return checked_language(language)
+    except UnusableError as error:
+        raise UserError(f"`--language` {error}.") from error
+
+
+def _manifest(path: Path, source_format: SourceFormat, options: SourceOptions) -> Source:
+    if not path.is_file():
+        raise UserError(
+            f"The manifest {path} does not exist: give a file of JSON lines with audio_filepath and text, a table, a "
+            "folder of audio or of tars, or hf:NAME."
+        )
+    if source_format == "jsonl":
+        lines = partial(read_json_lines, path, options.names)
+    else:
+        lines = partial(read_table, path, options.names, "," if source_format == "csv" else "\t")
+    digest, num_lines = _digest_file(path)
+    return Source({"sha256": digest}, None if path.suffix == ".gz" else num_lines, lines)
+
+
+def _digest_file(path: Path) -> tuple[str, int]:
+    digest, num_lines = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as contents:
+            while part := contents.read(2**20):
+                digest.update(part)
+                num_lines += part.count(b"\n")
+    except OSError as error:
+        raise UserError(f"The manifest {path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest(), num_lines
+
+
+def _folder(folder: Path) -> Source:
+    if not folder.is_dir():
+        raise UserError(f"The folder {folder} does not exist: give a folder with audio files and their texts.")
+    # Sorted as text, so that the order is the same on every file system.
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in _AUDIO_FILE_SUFFIXES and path.is_file())
+    files = sorted(found, key=lambda path: path.as_posix())
+    if not files:
+        raise UserError(f"The folder {folder} holds no audio files, no tars and no dataset: correct the path.")
+    listing = "\n".join(f"{path.relative_to(folder).as_posix()}\t{path.stat().st_size}" for path in files)
+    digest = hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+    return Source({"sha256": digest}, len(files), lambda: (_file_line(path, folder) for path in files))
+
+
+def _file_line(path: Path, folder: Path) -> Line:
+    key, beside = key_of(path.relative_to(folder).as_posix()), path.with_suffix(".txt")
+    try:
+        text = beside.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return Refusal(str(path), key, Cause.EMPTY_TEXT, f"there is no text beside it: {beside.name} is missing")
+    except OSError as error:
+        return Refusal(str(path), key, Cause.UNREADABLE, f"its text {beside.name} cannot be read: {error.strerror}")
+    except UnicodeDecodeError as error:
+        return Refusal(str(path), key, Cause.EMPTY_TEXT, f"its text {beside.name} is not UTF-8 ({error.reason})")
+    if not text:
+        return Refusal(str(path), key, Cause.EMPTY_TEXT, f"its text {beside.name} is blank")
+    return Utterance(key, Clip(str(path)), text, None, str(path))
+
+
+def _huggingface(source: str, options: SourceOptions) -> Source:
+    dataset = open_dataset(source, options.split, options.config, options.names)
+    identity = {"split": options.split, "config": options.config, "fingerprint": dataset.fingerprint}
+    return Source(identity, dataset.num_rows, dataset.lines)
+
+
+def _webdataset(pattern: str, options: SourceOptions) -> Source:
+    storage = Storage()
+    locations = tar_locations(pattern, storage)
+    return Source({"tars": locations}, None, lambda: _tar_lines(locations, options.members, storage))
+
+
+def _tar_lines(locations: Iterable[str], members: SampleMembers, storage: Storage) -> Iterator[Line]:
+    for location in locations:
+        try:
+            for found in TarScan(location, storage):
+                yield tar_line(found, location, members)
+        except OSError as error:
+            raise UserError(f"The tar {location} cannot be read: {error.strerror or error}.") from error
+
+
+def tar_line(found: TarSample | TarDamage, location: str, members: SampleMembers) -> Line:
+    """The line of a part of a tar."""
+    if isinstance(found, TarDamage):
+        return Refusal(location, "", Cause.DAMAGED_TAR, str(found))
+    place = f"{location}:{found.offset}"
+    try:
+        return tar_utterance(found, place, members)
+    except UnusableError as error:
+        return Refusal(place, found.key, error.cause, f"the sample {found.key} {error}")
+
+
+def tar_utterance(found: TarSample, place: str, members: SampleMembers) -> Utterance:
+    """The utterance of a sample in a tar.
+
+    Raises:
+        UnusableError: a member is missing, or not what it should be.
+    """
+    try:
+        sample = sample_of(found.key, found.members, members)
+    except MemberError as error:
+        raise UnusableError(_CAUSE_OF_PART[error.part], str(error)) from error
+    except ValueError as error:
+        raise UnusableError(Cause.NOT_JSON, f"has a member that cannot be read ({error})") from error
+    return Utterance(
+        key=key_of(f"{sample.key}.tar"),
+        clip=Clip(f"{sample.key}.{sample.audio_suffix.rpartition('.')[2]}", sample.audio),
+        text=sample.text,
+        language=checked_language(sample.language),
+        place=place,
+        extra=_other_fields(found, members),
+    )
+
+
+def _other_fields(found: TarSample, members: SampleMembers) -> dict[str, Any]:
+    """What the json of a sample says besides text and language."""
+    if "json" not in found.members:
+        return {}
+    fields = json.loads(found.members["json"])
+    known = {place.key for place in (members.text, members.language) if isinstance(place, Field)}
+    return {name: value for name, value in fields.items() if name not in known} if isinstance(fields, dict) else {}

@@ -1,0 +1,147 @@
+"""What a shard set holds, in numbers and text histograms, from its index alone and a part of it at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from voxtral_dist.data.index import UNKNOWN_LANGUAGE, RecordChunk, ShardIndex
+from voxtral_dist.data.left_out import LeftOut
+
+DURATION_EDGES_SECONDS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, float("inf"))
+RATE_EDGES = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 25.0, 30.0, 40.0, float("inf"))
+_BAR_WIDTH = 40
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LanguageShare:
+    """The part of a set in one language."""
+
+    num_samples: int
+    duration_seconds: float
+
+
+@dataclass(frozen=True)
+class SetSummary:
+    """The contents of a shard set.
+
+    longest_id, shortest_id: their sample numbers. duration_counts, rate_counts: samples between neighbouring
+    `DURATION_EDGES_SECONDS` and `RATE_EDGES`; the rate is that of characters a second.
+    """
+
+    num_shards: int
+    num_samples: int
+    num_bytes: int
+    duration_seconds: float
+    num_text_tokens: int
+    languages: Mapping[str, LanguageShare]
+    duration_counts: Counts
+    rate_counts: Counts
+    longest: tuple[int, float]
+    shortest: tuple[int, float]
+    left_out: LeftOut
+
+    def lines(self) -> Iterator[str]:
+        """For a reader."""
+        shares = ", ".join(f"{name} {of.num_samples} ({hours(of.duration_seconds)})" for name, of in self.by_size())
+        total = f"{self.num_samples} utterances, {hours(self.duration_seconds)}"
+        yield f"{total}, {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB, {self.num_text_tokens} text tokens"
+        yield f"languages: {shares}"
+        yield "duration in seconds:"
+        yield from histogram_lines(DURATION_EDGES_SECONDS, self.duration_counts)
+        yield from left_out_lines(self.left_out)
+
+    def by_size(self) -> list[tuple[str, LanguageShare]]:
+        """The languages, those with the most audio first."""
+        return sorted(self.languages.items(), key=lambda entry: (-entry[1].duration_seconds, entry[0]))
+
+
+def summarize(index: ShardIndex, left_out: LeftOut | None = None) -> SetSummary:
+    """The summary of a whole index, in memory that does not grow with it."""
+    total = _Total(len(index.languages))
+    for chunk in index.chunks():
+        total.add(chunk)
+    names = dict(enumerate(index.languages)) | {len(index.languages): "unknown"}
+    return SetSummary(
+        num_shards=len(index.shards),
+        num_samples=len(index),
+        num_bytes=sum(shard.num_bytes for shard in index.shards),
+        duration_seconds=float(total.seconds_by_language.sum()),
+        num_text_tokens=total.num_text_tokens,
+        languages={
+            names[number]: LanguageShare(int(count), float(total.seconds_by_language[number]))
+            for number, count in enumerate(total.count_by_language)
+            if count
+        },
+        duration_counts=total.duration_counts,
+        rate_counts=total.rate_counts,
+        longest=total.longest,
+        shortest=total.shortest,
+        left_out=left_out or LeftOut(),
+    )
+
+
+def histogram_lines(edges: Sequence[float], counts: Counts) -> Iterator[str]:
+    """A bar for each range between neighbouring edges, without the empty ones at both ends."""
+    filled = np.flatnonzero(counts)
+    for number in range(filled[0], filled[-1] + 1) if len(filled) else ():
+        low, high = edges[number], edges[number + 1]
+        name = f"{low:g} and more" if high == float("inf") else f"{low:g} to {high:g}"
+        bar = "█" * -(-int(counts[number]) * _BAR_WIDTH // int(counts.max()))
+        yield f"  {name:>12} {bar:<{_BAR_WIDTH}} {counts[number]}"
+
+
+def left_out_lines(left_out: LeftOut) -> Iterator[str]:
+    """Counts by cause and the first reasons; nothing if nothing was left out."""
+    if not left_out.count:
+        return
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(left_out.causes.items(), key=_largest_first))
+    yield f"left out {left_out.count}: {causes}"
+    yield from (f"  {reason}" for reason in left_out.first_reasons)
+    if left_out.count > len(left_out.first_reasons):
+        yield f"  and {left_out.count - len(left_out.first_reasons)} more"
+
+
+def hours(seconds: float) -> str:
+    """A duration for a reader."""
+    return f"{seconds / 3600:.2f} h"
+
+
+class _Total:
+    """Sums over chunks of an index; the last of the languages is the unknown one."""
+
+    def __init__(self, num_languages: int) -> None:
+        self.count_by_language = np.zeros(num_languages + 1, dtype=np.int64)
+        self.seconds_by_language = np.zeros(num_languages + 1)
+        self.duration_counts: Counts = np.zeros(len(DURATION_EDGES_SECONDS) - 1, dtype=np.int64)
+        self.rate_counts: Counts = np.zeros(len(RATE_EDGES) - 1, dtype=np.int64)
+        self.num_text_tokens = 0
+        self.longest = (0, -1.0)
+        self.shortest = (0, float("inf"))
+
+    def add(self, chunk: RecordChunk) -> None:
+        """Count these records."""
+        seconds = chunk.records["duration_ms"] / 1000.0
+        languages = np.where(
+            chunk.languages == UNKNOWN_LANGUAGE, len(self.count_by_language) - 1, chunk.languages
+        ).astype(np.int64)
+        self.count_by_language += np.bincount(languages, minlength=len(self.count_by_language))
+        self.seconds_by_language += np.bincount(languages, seconds, minlength=len(self.count_by_language))
+        self.num_text_tokens += int(chunk.records["num_text_tokens"].sum(dtype=np.int64))
+        rates = chunk.records["num_chars"] / np.maximum(seconds, 0.001)
+        self.duration_counts += np.histogram(seconds, DURATION_EDGES_SECONDS)[0]
+        self.rate_counts += np.histogram(rates, RATE_EDGES)[0]
+        longest, shortest = int(seconds.argmax()), int(seconds.argmin())
+        if seconds[longest] > self.longest[1]:
+            self.longest = (chunk.first_id + longest, float(seconds[longest]))
+        if seconds[shortest] < self.shortest[1]:
+            self.shortest = (chunk.first_id + shortest, float(seconds[shortest]))
+
+
+def _largest_first(entry: tuple[str, int]) -> tuple[int, str]:
+    return -entry[1], entry[0]

@@ -1,0 +1,107 @@
+"""Everything in a shard set read and decoded once, and compared with its index."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+
+from voxtral_dist.data.audio import decode_audio
+from voxtral_dist.data.causes import Cause, UnusableError
+from voxtral_dist.data.index import RECORD, ShardIndex, read_index
+from voxtral_dist.data.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
+from voxtral_dist.data.sources import tar_utterance
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.tars import parse_span
+from voxtral_dist.data.workers import ordered_map
+from voxtral_dist.errors import first_line
+
+_RUN_LENGTH = 64
+_SAME_DURATION_SECONDS = 0.1
+_SAME_DURATION_SHARE = 0.01
+# Whoever packed it chose how much text an audio may have.
+_RULES = PackRules(max_chars_per_second=math.inf)
+
+
+@dataclass(frozen=True)
+class BrokenSample:
+    """A sample that is not what its index says. key: `#NUMBER` where its bytes do not tell it."""
+
+    shard: str
+    key: str
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """Neighbouring samples after their check, up to `last_id`."""
+
+    last_id: int
+    broken: tuple[BrokenSample, ...]
+
+
+def verify(folder: str, num_workers: int) -> Iterator[CheckedRun]:
+    """All samples of a set in its order, checked by some processes.
+
+    Raises:
+        UserError: the folder holds no set that could be read.
+    """
+    starts = range(0, len(read_index([folder])), _RUN_LENGTH)
+    return ordered_map(partial(check_run, folder=folder), starts, num_workers, batch_size=1)
+
+
+def check_run(first_id: int, folder: str) -> CheckedRun:
+    """The check of some neighbouring samples, from `first_id` on."""
+    index, storage = _opened(folder)
+    ids = range(first_id, min(first_id + _RUN_LENGTH, len(index)))
+    storage.prefetch(index.span(sample_id) for sample_id in ids)
+    broken = [found for sample_id in ids if (found := _check(sample_id, index, storage)) is not None]
+    return CheckedRun(ids[-1], tuple(broken))
+
+
+@lru_cache(maxsize=4)
+def _opened(folder: str) -> tuple[ShardIndex, Storage]:
+    storage = Storage()
+    return read_index([folder], storage), storage
+
+
+def _check(sample_id: int, index: ShardIndex, storage: Storage) -> BrokenSample | None:
+    span, key = index.span(sample_id), f"#{sample_id}"
+    try:
+        contents = storage.read(span)
+        sample = parse_span(contents)
+        key = sample.key
+        utterance = tar_utterance(sample, span.location, index.members(sample_id))
+        waveform = decode_audio(utterance.clip.contents or b"", SAMPLING_RATE)
+        measures = measure(utterance, waveform, _RULES)
+        row = index_record(SampleSpan(span.offset, len(contents), zlib.crc32(contents)), measures, [])
+        _compare(sample_id, index, np.array([row], dtype=RECORD)[0], measures.language)
+    except UnusableError as error:
+        return BrokenSample(index.shard(sample_id).name, key, error.cause, str(error))
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or first_line(error)}"
+        return BrokenSample(index.shard(sample_id).name, key, Cause.UNREADABLE, reason)
+    return None
+
+
+def _compare(sample_id: int, index: ShardIndex, found: np.void, language: str | None) -> None:
+    expected = index.record(sample_id)
+    seconds, expected_seconds = int(found["duration_ms"]) / 1000, int(expected["duration_ms"]) / 1000
+    if abs(seconds - expected_seconds) > _SAME_DURATION_SECONDS + _SAME_DURATION_SHARE * expected_seconds:
+        raise UnusableError(
+            Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its index says {expected_seconds:.2f} s"
+        )
+    if language != index.language(sample_id):
+        raise UnusableError(
+            Cause.WRONG_INDEX, f"has the language {language}, but its index says {index.language(sample_id)}"
+        )
+    for name in ("num_chars", "num_text_tokens"):
+        if found[name] != expected[name]:
+            raise UnusableError(Cause.WRONG_INDEX, f"has {name} {found[name]}, but its index says {expected[name]}")
+    if found["crc32"] != expected["crc32"]:
+        raise UnusableError(Cause.WRONG_INDEX, "has other bytes than when it was indexed: the checksum differs")

@@ -1,0 +1,106 @@
+"""A function on many inputs in several processes: results in the order of the inputs, few of them in memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from typing import TypeVar
+
+from voxtral_dist.errors import UserError
+
+Input = TypeVar("Input")
+Result = TypeVar("Result")
+
+# Handing over a batch costs about as much as decoding one second of audio.
+BATCH_SIZE = 8
+_BATCHES_IN_FLIGHT_PER_WORKER = 3
+# Imported once by the server that workers are forked from, because the imports cost more than a second.
+_PRELOADED = ["voxtral_dist.data.packing", "voxtral_dist.data.indexing", "voxtral_dist.data.verification"]
+
+
+def ordered_map(
+    function: Callable[[Input], Result],
+    inputs: Iterable[Input],
+    num_workers: int,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Result]:
+    """`map(function, inputs)`, computed by this many processes; by this one alone if it is one.
+
+    When the iteration ends early, by an error or Ctrl-C, the workers end with it; they also end when this process dies.
+
+    Raises:
+        UserError: a worker was killed, which mostly means that memory ran out.
+    """
+    if num_workers == 1:
+        yield from map(function, inputs)
+        return
+    executor = ProcessPoolExecutor(num_workers, _fork_server(), _prepare_worker)
+    try:
+        yield from _results(executor, function, _batches(inputs, batch_size), num_workers)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "A worker process was killed, perhaps because memory ran out: run the same command with fewer --workers."
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _results(
+    executor: ProcessPoolExecutor,
+    function: Callable[[Input], Result],
+    batches: Iterator[list[Input]],
+    num_workers: int,
+) -> Iterator[Result]:
+    waiting: deque[Future[list[Result]]] = deque()
+    for batch in batches:
+        waiting.append(executor.submit(_apply, function, batch))
+        if len(waiting) >= _BATCHES_IN_FLIGHT_PER_WORKER * num_workers:
+            yield from waiting.popleft().result()
+    while waiting:
+        yield from waiting.popleft().result()
+
+
+def _batches(inputs: Iterable[Input], batch_size: int) -> Iterator[list[Input]]:
+    iterator = iter(inputs)
+    while batch := list(islice(iterator, batch_size)):
+        yield batch
+
+
+def _apply(function: Callable[[Input], Result], batch: Sequence[Input]) -> list[Result]:
+    return [function(one) for one in batch]
+
+
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    """Workers forked from a process without threads: forking this one, with threads of its libraries, may hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    # Ctrl-C reaches the whole group of processes. The server, and so its workers from their first moment, ignore it.
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    try:
+        forkserver.ensure_running()
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+    return context
+
+
+def _prepare_worker() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker waits for its next batch forever, also when the process that would send it is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
