@@ -304,17 +304,18 @@ def test_a_dataset_without_audio_or_split_is_refused(tmp_path):
         ("t.jsonl.gz", b"no gzip", "is a damaged gzip file"),
         ("empty", "folder", "holds no audio files"),
         ("empty/*.tar", "folder", "*.tar"),
-        ("hf:", "folder", "cannot be opened"),
-        ("hf:nobody/nothing", "folder", "cannot be opened"),
+        ("s3://bucket/manifest.jsonl", "elsewhere", "must be a local file"),
+        ("hf:", "elsewhere", "cannot be opened"),
+        ("hf:nobody/nothing", "elsewhere", "cannot be opened"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_one_sentence(tmp_path, name, contents, sentence):
     (tmp_path / "empty").mkdir()
     path = tmp_path / name
-    if contents not in (None, "folder"):
+    if contents not in (None, "folder", "elsewhere"):
         path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
     with pytest.raises(UserError) as refused:
-        list(open_source(name if name.startswith("hf:") else str(path), SourceOptions()).lines())
+        list(open_source(name if contents == "elsewhere" else str(path), SourceOptions()).lines())
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -144,7 +144,7 @@ def _read(clip: Clip) -> bytes:
     if clip.contents is not None:
         return clip.contents
     try:
-        return Storage().read_all(clip.location) if is_remote(clip.location) else Path(clip.location).read_bytes()
+        return _storage().read_all(clip.location) if is_remote(clip.location) else Path(clip.location).read_bytes()
     except OSError as error:
         raise _unreadable(error) from error
 
@@ -153,7 +153,7 @@ def _cut(clip: Clip) -> bytes:
     """The part of a recording, as FLAC at its own rate: only the part is read."""
     try:
         opened = (
-            io.BytesIO(clip.contents) if clip.contents is not None else Storage().local_copy(clip.location).open("rb")
+            io.BytesIO(clip.contents) if clip.contents is not None else _storage().local_copy(clip.location).open("rb")
         )
         with opened, soundfile.SoundFile(opened) as file:
             return _cut_open(file, clip)
@@ -177,6 +177,12 @@ def _cut_open(file: soundfile.SoundFile, clip: Clip) -> bytes:
             raise UnusableError(Cause.NO_AUDIO, f"has {file.channels} channels, but not the channel {clip.channel}")
         samples = samples[:, clip.channel]
     return _flac(samples, file.samplerate, "PCM_24" if fine else "PCM_16")
+
+
+@cache
+def _storage() -> Storage:
+    """One for all clips of a process, so that connections are used again."""
+    return Storage()
 
 
 def _flac(samples: Any, rate: int, subtype: str) -> bytes:
