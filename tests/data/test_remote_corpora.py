@@ -1,7 +1,6 @@
 """Corpora and tars behind URLs are packed, indexed and verified as those in folders."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
