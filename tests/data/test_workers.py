@@ -33,7 +33,7 @@ def test_few_inputs_are_taken_before_their_results_are():
 
 
 def test_an_error_of_the_function_is_an_error_of_the_iteration():
-    with pytest.raises(ValueError, match="math domain error|nonnegative"):
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
         list(ordered_map(math.sqrt, [*range(50), -1, *range(50)], num_workers=2))
 
 
