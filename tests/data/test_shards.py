@@ -20,7 +20,8 @@ import webdataset
 from voxtral_dist.cli_shards import MAX_CHARS_PER_SECOND as GRAMMAR_MAX_CHARS
 from voxtral_dist.data.causes import Cause
 from voxtral_dist.data.index import read_index
-from voxtral_dist.data.packing import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND, PackRules
+from voxtral_dist.data.packing import PackRules
+from voxtral_dist.data.plausible import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND
 from voxtral_dist.data.shards import PackOptions, PackProgress, pack, pack_manifest
 from voxtral_dist.data.sources import SourceOptions, open_source
 from voxtral_dist.data.summary import SetSummary

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mistral_common
-import numpy as np
 import soundfile
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
@@ -19,6 +18,7 @@ from voxtral_dist.data.audio import AudioError, Waveform, decode_audio, to_pcm
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.index import LARGEST_COUNT, UNKNOWN_LANGUAGE
 from voxtral_dist.data.members import AUDIO_SUFFIXES, TAR_BLOCK_BYTES
+from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_silent, is_too_much_text
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.data.tars import sample_bytes
 from voxtral_dist.data.utterances import Clip, Refusal, Utterance
@@ -26,12 +26,6 @@ from voxtral_dist.errors import first_line
 
 # Durations are measured at the rate at which the models hear.
 SAMPLING_RATE = 16_000
-# 60 dB below full scale: the noise of a microphone in a quiet room is louder.
-SILENT_PEAK = 0.001
-# Nobody speaks so fast in any script; fast English has about 20.
-MAX_CHARS_PER_SECOND = 40.0
-# Texts up to this length are never too long: short clips are often cut tighter than their words.
-ALWAYS_POSSIBLE_CHARS = 50
 _LENGTH_TOLERANCE = 0.1
 _LENGTH_TOLERANCE_SECONDS = 0.5
 
@@ -92,17 +86,20 @@ def measure(utterance: Utterance, waveform: Waveform, rules: PackRules) -> Measu
         UnusableError: the audio is silent, or cannot be of this text or of the claimed duration.
     """
     seconds = len(waveform) / SAMPLING_RATE
-    if float(np.abs(waveform).max(initial=0.0)) < SILENT_PEAK:
+    if is_silent(waveform):
         raise UnusableError(Cause.SILENT, "is silent: it never reaches -60 dB of full scale")
     claimed = utterance.claimed_seconds
     if claimed is not None and abs(seconds - claimed) > max(_LENGTH_TOLERANCE * claimed, _LENGTH_TOLERANCE_SECONDS):
         raise UnusableError(Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its source says {claimed:.2f} s")
     num_chars = len(utterance.text)
-    if num_chars > max(rules.max_chars_per_second * seconds, ALWAYS_POSSIBLE_CHARS):
+    if is_too_much_text(num_chars, seconds, rules.max_chars_per_second):
         raise UnusableError(
             Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {num_chars} characters"
         )
-    return Measures(round(seconds * 1000), _count_tokens(utterance.text), num_chars, utterance.language)
+    # Rounded up: a clip that is longer than a window by one sample needs another one.
+    return Measures(
+        -(-1000 * len(waveform) // SAMPLING_RATE), _count_tokens(utterance.text), num_chars, utterance.language
+    )
 
 
 def index_record(span: SampleSpan, measures: Measures, languages: list[str]) -> tuple[int, ...]:

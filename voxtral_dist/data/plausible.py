@@ -12,7 +12,7 @@ _SILENT_PEAK = 0.001
 # Nobody speaks so fast in any script; fast English has about 20.
 MAX_CHARS_PER_SECOND = 40.0
 # Texts up to this length are never too long: short clips are often cut tighter than their words.
-_ALWAYS_POSSIBLE_CHARS = 50
+ALWAYS_POSSIBLE_CHARS = 50
 
 
 def is_silent(audio: NDArray[Any]) -> bool:
@@ -24,4 +24,4 @@ def is_silent(audio: NDArray[Any]) -> bool:
 
 def is_too_much_text(num_chars: int, duration_seconds: float, max_chars_per_second: float) -> bool:
     """Whether a text cannot be what is said in so short a time."""
-    return num_chars > max(max_chars_per_second * duration_seconds, _ALWAYS_POSSIBLE_CHARS)
+    return num_chars > max(max_chars_per_second * duration_seconds, ALWAYS_POSSIBLE_CHARS)
