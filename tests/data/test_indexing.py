@@ -100,6 +100,7 @@ def test_tars_of_other_layouts(tmp_path, sample, members, expected):
     write_tar(tmp_path / "t.tar", [sample, sample], mtime=1234.5678)
     summary = index(tmp_path, members=members)
     assert [(one.text, one.language) for one in stored_in(tmp_path)] == [expected] * 2
+    assert [(one.text, one.language) for one in samples_of(tmp_path)] == [expected] * 2
     assert summary.duration_seconds == (1.4 if "b.wav" in sample else 1.0)
     assert verified(tmp_path) == []
 

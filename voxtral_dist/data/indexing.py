@@ -21,7 +21,8 @@ from voxtral_dist.data.packing import SAMPLING_RATE, PackRules, SampleSpan, inde
 from voxtral_dist.data.sources import tar_utterance
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.data.summary import SetSummary, summarize
-from voxtral_dist.data.tars import COMPRESSED_SUFFIXES, TarDamage, TarSample, TarScan, tar_locations
+from voxtral_dist.data.tar_files import COMPRESSED_SUFFIXES, tar_locations
+from voxtral_dist.data.tars import TarDamage, TarSample, TarScan
 from voxtral_dist.data.utterances import Refusal
 from voxtral_dist.data.workers import ordered_map
 from voxtral_dist.errors import UserError, first_line

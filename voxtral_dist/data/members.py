@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from voxtral_dist.data.languages import language_code
+
 TAR_BLOCK_BYTES = 512
 # What libsndfile decodes. A sample may have other members, such as pictures, which are not looked at.
 AUDIO_SUFFIXES = frozenset(
@@ -111,10 +113,7 @@ def sample_of(key: str, members: Mapping[str, bytes], layout: SampleMembers) -> 
     text = _value(members, layout.text)
     if not isinstance(text, str) or not text.strip():
         raise MemberError("text", "has no text")
-    language = _value(members, layout.language) if isinstance(layout.language, Field) else layout.language
-    if language is not None and not isinstance(language, str):
-        raise MemberError("language", f"has the language {language!r}, which is not text")
-    return Sample(key, members[suffix], suffix, text, language)
+    return Sample(key, members[suffix], suffix, text, _language(members, layout))
 
 
 def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
@@ -126,6 +125,16 @@ def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
     if len(found) != 1:
         raise MemberError("audio", f"must have one audio member, but has {found or sorted(members)} instead")
     return found[0]
+
+
+def _language(members: Mapping[str, bytes], layout: SampleMembers) -> str | None:
+    """The code, also where a tool wrote a locale or a name: what is trained on is what the index says."""
+    try:
+        return language_code(
+            _value(members, layout.language) if isinstance(layout.language, Field) else layout.language
+        )
+    except ValueError as error:
+        raise MemberError("language", str(error)) from error
 
 
 def _value(members: Mapping[str, bytes], place: Field) -> Any:

@@ -16,7 +16,8 @@ from voxtral_dist.data.huggingface import HUB_PREFIX, is_saved_dataset, open_dat
 from voxtral_dist.data.manifests import read_json_lines, read_table
 from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, SampleMembers, sample_of
 from voxtral_dist.data.storage import Storage, is_remote
-from voxtral_dist.data.tars import TarDamage, TarSample, TarScan, is_tar_pattern, tar_locations
+from voxtral_dist.data.tar_files import is_tar_pattern, tar_locations
+from voxtral_dist.data.tars import TarDamage, TarSample, TarScan
 from voxtral_dist.data.utterances import (
     Clip,
     FieldNames,
@@ -240,7 +241,7 @@ def tar_utterance(found: TarSample, place: str, members: SampleMembers) -> Utter
         key=key_of(f"{sample.key}.tar"),
         clip=Clip(f"{sample.key}.{sample.audio_suffix.rpartition('.')[2]}", sample.audio),
         text=sample.text,
-        language=checked_language(sample.language),
+        language=sample.language,
         place=place,
         extra=_other_fields(found, members),
     )

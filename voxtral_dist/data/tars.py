@@ -15,14 +15,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.members import TAR_BLOCK_BYTES, split_name
-from voxtral_dist.data.storage import Span, Storage, is_remote, join
-from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.tar_files import open_tar
 
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz")
 _ZEROS = bytes(TAR_BLOCK_BYTES)
 # Extended headers stand before the header that they extend.
 _EXTENDING_TYPES = frozenset(
@@ -30,9 +29,6 @@ _EXTENDING_TYPES = frozenset(
 )
 # Where the length of a tar is not known, a member that claims more than this is taken for damage.
 _LARGEST_MEMBER_BYTES = 2**32
-_REMOTE_BLOCK_BYTES = 4 * 2**20
-# The one that is read, and those that are under way meanwhile.
-_NUM_REMOTE_BLOCKS = 4
 # As webdataset skips them: notes of a tool about the tar, not samples.
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
@@ -87,27 +83,6 @@ def tar_end(num_bytes: int) -> bytes:
     return bytes(padding + -(num_bytes + padding) % tarfile.RECORDSIZE)
 
 
-def tar_locations(pattern: str, storage: Storage) -> list[str]:
-    """The tars in a folder, or that a glob or brace range stands for, in the order of their names.
-
-    Raises:
-        UserError: there are none.
-    """
-    try:
-        found = [pattern] if is_tar_pattern(pattern) else [join(pattern, name) for name in storage.sizes(pattern)]
-        locations = [tar for name in found if is_tar_pattern(name) for tar in storage.expand(name)]
-    except OSError as error:
-        raise UserError(f"The tars {pattern} cannot be listed: {error.strerror or first_line(error)}.") from error
-    if not locations:
-        raise UserError(f"There are no tars in {pattern}: give a folder with tars, a glob or a brace range of them.")
-    return sorted(locations)
-
-
-def is_tar_pattern(name: str) -> bool:
-    """Whether a name is that of tars."""
-    return name.endswith((".tar", *COMPRESSED_SUFFIXES))
-
-
 class TarScan:
     """One pass over a tar: iterating gives its samples in their order, and the damage between them.
 
@@ -151,61 +126,6 @@ def parse_span(contents: bytes) -> TarSample:
     if len(found) != 1 or not isinstance(found[0], TarSample) or len(found[0].contents) != len(contents):
         raise UnusableError(Cause.DAMAGED_TAR, f"must be the members of one sample, but {len(found)} samples are there")
     return found[0]
-
-
-def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
-    """A tar as a stream of bytes, and how many they are; None for compressed ones, which tell it at their end.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if not is_remote(location):
-        path = storage.local_copy(location)
-        stream, num_bytes = path.open("rb"), path.stat().st_size
-        return _plain(stream, location, num_bytes)
-    folder, _, name = location.rpartition("/")
-    listed = storage.sizes(folder).get(name)
-    if listed is None:
-        # A web server tells no lengths of files in a folder.
-        copy = storage.local_copy(location)
-        return _plain(copy.open("rb"), location, copy.stat().st_size)
-    remote = io.BufferedReader(_RemoteFile(location, listed, storage))
-    return _plain(cast(BinaryIO, remote), location, listed)
-
-
-def _plain(stream: BinaryIO, location: str, num_bytes: int) -> tuple[BinaryIO, int | None]:
-    if location.endswith(COMPRESSED_SUFFIXES):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=stream)), None
-    return stream, num_bytes
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file elsewhere, read block after block, some of them ahead."""
-
-    def __init__(self, location: str, num_bytes: int, storage: Storage) -> None:
-        self._location = location
-        self._num_bytes = num_bytes
-        self._storage = storage
-        self._next_offset = 0
-        self._block = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        if not self._block and self._next_offset < self._num_bytes:
-            self._read_block()
-        taken = self._block[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._block = self._block[len(taken) :]
-        return len(taken)
-
-    def _read_block(self) -> None:
-        starts = range(self._next_offset, self._num_bytes, _REMOTE_BLOCK_BYTES)[:_NUM_REMOTE_BLOCKS]
-        blocks = [Span(self._location, at, min(_REMOTE_BLOCK_BYTES, self._num_bytes - at)) for at in starts]
-        self._storage.prefetch(blocks)
-        self._block = memoryview(self._storage.read(blocks[0]))
-        self._next_offset += len(self._block)
 
 
 def _member_bytes(name: str, contents: bytes) -> bytes:

@@ -1,0 +1,91 @@
+"""Tars as files: found by patterns, and opened as streams of bytes wherever they lie."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from typing import BinaryIO, cast
+
+from voxtral_dist.data.storage import Span, Storage, is_remote, join
+from voxtral_dist.errors import UserError, first_line
+
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz")
+_REMOTE_BLOCK_BYTES = 4 * 2**20
+# The one that is read, and those that are under way meanwhile.
+_NUM_REMOTE_BLOCKS = 4
+
+
+def tar_locations(pattern: str, storage: Storage) -> list[str]:
+    """The tars in a folder, or that a glob or brace range stands for, in the order of their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        found = [pattern] if is_tar_pattern(pattern) else [join(pattern, name) for name in storage.sizes(pattern)]
+        locations = [tar for name in found if is_tar_pattern(name) for tar in storage.expand(name)]
+    except OSError as error:
+        raise UserError(f"The tars {pattern} cannot be listed: {error.strerror or first_line(error)}.") from error
+    if not locations:
+        raise UserError(f"There are no tars in {pattern}: give a folder with tars, a glob or a brace range of them.")
+    return sorted(locations)
+
+
+def is_tar_pattern(name: str) -> bool:
+    """Whether a name is that of tars."""
+    return name.endswith((".tar", *COMPRESSED_SUFFIXES))
+
+
+def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
+    """A tar as a stream of bytes, and how many they are; None for compressed ones, which tell it at their end.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not is_remote(location):
+        path = storage.local_copy(location)
+        stream, num_bytes = path.open("rb"), path.stat().st_size
+        return _plain(stream, location, num_bytes)
+    folder, _, name = location.rpartition("/")
+    listed = storage.sizes(folder).get(name)
+    if listed is None:
+        # A web server tells no lengths of files in a folder.
+        copy = storage.local_copy(location)
+        return _plain(copy.open("rb"), location, copy.stat().st_size)
+    remote = io.BufferedReader(_RemoteFile(location, listed, storage))
+    return _plain(cast(BinaryIO, remote), location, listed)
+
+
+def _plain(stream: BinaryIO, location: str, num_bytes: int) -> tuple[BinaryIO, int | None]:
+    if location.endswith(COMPRESSED_SUFFIXES):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream)), None
+    return stream, num_bytes
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file elsewhere, read block after block, some of them ahead."""
+
+    def __init__(self, location: str, num_bytes: int, storage: Storage) -> None:
+        self._location = location
+        self._num_bytes = num_bytes
+        self._storage = storage
+        self._next_offset = 0
+        self._block = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        if not self._block and self._next_offset < self._num_bytes:
+            self._read_block()
+        taken = self._block[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._block = self._block[len(taken) :]
+        return len(taken)
+
+    def _read_block(self) -> None:
+        starts = range(self._next_offset, self._num_bytes, _REMOTE_BLOCK_BYTES)[:_NUM_REMOTE_BLOCKS]
+        blocks = [Span(self._location, at, min(_REMOTE_BLOCK_BYTES, self._num_bytes - at)) for at in starts]
+        self._storage.prefetch(blocks)
+        self._block = memoryview(self._storage.read(blocks[0]))
+        self._next_offset += len(self._block)
