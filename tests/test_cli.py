@@ -320,6 +320,7 @@ def test_shards_show_writes_the_clip_as_it_is_stored_or_as_wav(run, shard_folder
         (("pack", "{empty}", "{out}"), "holds no audio files"),
         (("pack", "{shards}", "{out}", "--language", "klingon"), "`--language` has the language 'klingon'"),
         (("pack", "{shards}", "{out}", "--text-member", "json"), "`--text-member` must say which key"),
+        (("pack", "{shards}", "{out}", "--name", "a/b"), "`--name` must be the beginning of file names"),
         (("index", "{empty}"), "There are no tars in"),
         (("index", "{nowhere}"), "cannot be listed"),
         (("index", "{shards}", "--language", "en", "--language-field", "lang"), "exclude each other"),

@@ -221,6 +221,11 @@ BAD_LINES = {
     "segment of text": ('{"path": "notes.wav", "text": "x", "offset": 1}', Cause.UNDECODABLE, "does not decode"),
     "segment of nothing": ('{"path": "nowhere.wav", "text": "x", "offset": 1}', Cause.UNREADABLE, "cannot be read"),
     "no number": ('{"path": "good1.wav", "text": "x", "duration": "long"}', Cause.MALFORMED, "not a number of seconds"),
+    "name of no file": (r'{"path": "a\u0000.wav", "text": "x"}', Cause.UNREADABLE, "cannot be read"),
+    "segment of no file": (r'{"path": "a\u0000.wav", "text": "x", "offset": 1}', Cause.UNREADABLE, "cannot be read"),
+    "half a character": (r'{"path": "\ud800.wav", "text": "x"}', Cause.UNREADABLE, "cannot be read"),
+    "text of half a character": (r'{"path": "good1.wav", "text": "\ud800"}', Cause.MALFORMED, "not Unicode"),
+    "NaN seconds": ('{"path": "good1.wav", "text": "x", "duration": NaN}', Cause.MALFORMED, "number of seconds"),
     "no language": ('{"path": "good1.wav", "text": "x", "lang": "klingon"}', Cause.UNKNOWN_LANGUAGE, "'klingon'"),
 }
 

@@ -235,6 +235,11 @@ def test_a_language_that_there_is_not_is_a_cause_of_its_own(tmp_path, value):
         ({"supervisions": []}, Cause.EMPTY_TEXT),
         ({"supervisions": None}, Cause.EMPTY_TEXT),
         ({"start": "soon"}, Cause.MALFORMED),
+        ({"supervisions": 7}, Cause.MALFORMED),
+        ({"supervisions": [{"start": "soon", "text": "x"}]}, Cause.MALFORMED),
+        ({"recording": {"sources": {"type": "file"}}}, Cause.MALFORMED),
+        ({"recording": {"sources": ["clip00.wav"]}}, Cause.MALFORMED),
+        ({"channel": [0, 1]}, Cause.NO_AUDIO),
     ],
 )
 def test_a_cut_that_is_no_part_of_one_recording_is_refused(tmp_path, change, cause):
@@ -263,6 +268,21 @@ def test_files_of_a_folder_without_a_text_are_named(tmp_path):
     lines = lines_of(tmp_path)
     assert [type(line) for line in lines] == [Refusal] * 3 + [Utterance] * 9 + [Refusal]
     assert {line.cause for line in lines if isinstance(line, Refusal)} == {Cause.EMPTY_TEXT}
+
+
+def test_a_file_name_that_is_not_unicode_is_packed(tmp_path):
+    audio_folder(tmp_path / "source")
+    name = b"caf\xe9.wav".decode("utf-8", "surrogateescape")
+    (tmp_path / "source" / "clip00.wav").rename(tmp_path / "source" / name)
+    with pytest.raises(UserError, match="there is no text beside it"):
+        pack(open_source(str(tmp_path / "source"), PORTUGUESE), tmp_path / "out", PackOptions())
+    source = open_source(str(tmp_path / "source"), PORTUGUESE)
+    summary = pack(source, tmp_path / "out", PackOptions(skip_bad=True))
+    assert summary.left_out.causes == {Cause.EMPTY_TEXT: 1}
+    assert rb"caf\udce9.wav" in "\n".join(summary.lines()).encode("utf-8")
+    (tmp_path / "source" / name).with_suffix(".txt").write_text("ao fim")
+    pack(open_source(str(tmp_path / "source"), PORTUGUESE), tmp_path / "again", PackOptions())
+    assert stored_in(tmp_path / "again")[0].key == "caf?"
 
 
 def test_a_tar_with_other_members_is_read_by_its_layout(tmp_path):
@@ -304,17 +324,18 @@ def test_a_dataset_without_audio_or_split_is_refused(tmp_path):
         ("t.jsonl.gz", b"no gzip", "is a damaged gzip file"),
         ("empty", "folder", "holds no audio files"),
         ("empty/*.tar", "folder", "*.tar"),
-        ("hf:", "folder", "cannot be opened"),
-        ("hf:nobody/nothing", "folder", "cannot be opened"),
+        ("s3://bucket/manifest.jsonl", "elsewhere", "must be a local file"),
+        ("hf:", "elsewhere", "cannot be opened"),
+        ("hf:nobody/nothing", "elsewhere", "cannot be opened"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_one_sentence(tmp_path, name, contents, sentence):
     (tmp_path / "empty").mkdir()
     path = tmp_path / name
-    if contents not in (None, "folder"):
+    if contents not in (None, "folder", "elsewhere"):
         path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
     with pytest.raises(UserError) as refused:
-        list(open_source(name if name.startswith("hf:") else str(path), SourceOptions()).lines())
+        list(open_source(name if contents == "elsewhere" else str(path), SourceOptions()).lines())
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -17,7 +17,7 @@ Waveform = NDArray[np.float32]
 Pcm = NDArray[np.int16]
 
 _INT16_SCALE = 32768.0
-_LONGEST_CLIP_SECONDS = 6 * 3600
+LONGEST_CLIP_SECONDS = 6 * 3600
 # Studios go no higher and telephones no lower; a damaged header may.
 _RATES = range(4_000, 96_001)
 
@@ -59,7 +59,7 @@ def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
     try:
         with soundfile.SoundFile(io.BytesIO(contents)) as file:
             # A damaged header may claim any length, and memory is taken for what it claims.
-            if file.frames > _LONGEST_CLIP_SECONDS * file.samplerate:
+            if file.frames > LONGEST_CLIP_SECONDS * file.samplerate:
                 claimed = f"{file.frames / file.samplerate / 3600:.0f} h long"
                 raise AudioError(f"claims to be {claimed}", Cause.ABSURD_CLAIM)
             if file.samplerate not in _RATES:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,8 +61,8 @@ def index_tars(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _records_file(folder) as records_path:
-            indexed = _index_all(locations, members, rules, num_workers)
-            shards, languages = _collect(indexed, records_path, folder, len(locations), report)
+            with closing(_index_all(locations, members, rules, num_workers)) as indexed:
+                shards, languages = _collect(indexed, records_path, folder, len(locations), report)
             if not any(shard.num_samples for shard in shards):
                 raise UserError(_nothing_indexed(pattern, folder))
             write_index(folder, shards, np.memmap(records_path, dtype=RECORD, mode="r"), languages, members)
@@ -114,7 +114,7 @@ def _refusal(found: TarSample | TarDamage, location: str, error: UnusableError) 
 
 def _index_all(
     locations: list[str], members: SampleMembers, rules: PackRules, num_workers: int
-) -> Iterator[IndexedShard]:
+) -> Generator[IndexedShard, None, None]:
     one = partial(index_tar, members=members, rules=rules)
     return ordered_map(one, locations, min(num_workers, len(locations)), batch_size=1)
 

@@ -144,7 +144,7 @@ def _locked(path: Path) -> BinaryIO:
 
 def _append(journal: BinaryIO, row: dict[str, Any]) -> None:
     journal.seek(0, os.SEEK_END)
-    journal.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    journal.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
     _sync(journal)
 
 

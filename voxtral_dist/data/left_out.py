@@ -31,7 +31,8 @@ class LeftOut:
 def write_refusal(file: BinaryIO, refusal: Refusal) -> None:
     """Append one line."""
     row = {"place": refusal.place, "key": refusal.key, "cause": refusal.cause, "reason": refusal.message}
-    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    # A name of a file may be no Unicode; JSON has escapes for such bytes.
+    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_left_out(path: Path) -> LeftOut:
@@ -39,10 +40,11 @@ def read_left_out(path: Path) -> LeftOut:
     causes: Counter[str] = Counter()
     reasons: list[str] = []
     if path.exists():
-        with path.open(encoding="utf-8", errors="surrogatepass") as lines:
+        with path.open(encoding="utf-8") as lines:
             for line in lines:
                 row = json.loads(line)
                 causes[row["cause"]] += 1
                 if len(reasons) < _NUM_NAMED:
-                    reasons.append(f"{row['place']}: {row['reason']}")
+                    reason = f"{row['place']}: {row['reason']}"
+                    reasons.append(reason.encode("utf-8", "backslashreplace").decode("utf-8"))
     return LeftOut(causes, tuple(reasons))

@@ -22,7 +22,7 @@ from voxtral_dist.data.utterances import (
     first_of,
     key_of,
 )
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, first_line
 
 _LARGEST_CELL_BYTES = 2**27
 
@@ -85,7 +85,7 @@ def _parse_line(line: str, names: FieldNames, base: Path, place: str) -> Utteran
             raise UnusableError(Cause.NOT_JSON, "the line is not a JSON object")
         cut = _is_cut(row)
         key = str(row.get("id", "")) if cut else str(first_of(row, names.audio) or "")
-        return _cut_utterance(row, base, place) if cut else row_utterance(row, names, base, place)
+        return _cut(row, base, place) if cut else row_utterance(row, names, base, place)
     except (json.JSONDecodeError, RecursionError) as error:
         message = getattr(error, "msg", "too deeply nested")
         return Refusal(place, key, Cause.NOT_JSON, f"the line is not valid JSON ({message})")
@@ -153,6 +153,14 @@ def _segment_key(audio: str, row: Mapping[str, Any]) -> str:
 
 def _is_cut(row: Mapping[str, Any]) -> bool:
     return "supervisions" in row or str(row.get("type", "")).endswith("Cut")
+
+
+def _cut(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
+    try:
+        return _cut_utterance(row, base, place)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UnusableError(Cause.MALFORMED, f"is not laid out as a cut of Lhotse ({what})") from error
 
 
 def _cut_utterance(row: Mapping[str, Any], base: Path, place: str) -> Utterance:

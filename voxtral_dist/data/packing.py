@@ -14,7 +14,7 @@ import mistral_common
 import soundfile
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from voxtral_dist.data.audio import AudioError, Waveform, decode_audio, to_pcm
+from voxtral_dist.data.audio import LONGEST_CLIP_SECONDS, AudioError, Waveform, decode_audio, to_pcm
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.index import LARGEST_COUNT, UNKNOWN_LANGUAGE
 from voxtral_dist.data.members import AUDIO_SUFFIXES, TAR_BLOCK_BYTES
@@ -141,8 +141,8 @@ def _read(clip: Clip) -> bytes:
     if clip.contents is not None:
         return clip.contents
     try:
-        return Storage().read_all(clip.location) if is_remote(clip.location) else Path(clip.location).read_bytes()
-    except OSError as error:
+        return _storage().read_all(clip.location) if is_remote(clip.location) else Path(clip.location).read_bytes()
+    except (OSError, ValueError) as error:
         raise _unreadable(error) from error
 
 
@@ -150,14 +150,14 @@ def _cut(clip: Clip) -> bytes:
     """The part of a recording, as FLAC at its own rate: only the part is read."""
     try:
         opened = (
-            io.BytesIO(clip.contents) if clip.contents is not None else Storage().local_copy(clip.location).open("rb")
+            io.BytesIO(clip.contents) if clip.contents is not None else _storage().local_copy(clip.location).open("rb")
         )
         with opened, soundfile.SoundFile(opened) as file:
             return _cut_open(file, clip)
-    except OSError as error:
-        raise _unreadable(error) from error
     except soundfile.SoundFileError as error:
-        raise AudioError(f"does not decode ({first_line(error)})") from error
+        raise AudioError(f"does not decode ({first_line(error).rpartition(': ')[2]})") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(error) from error
 
 
 def _cut_open(file: soundfile.SoundFile, clip: Clip) -> bytes:
@@ -165,6 +165,8 @@ def _cut_open(file: soundfile.SoundFile, clip: Clip) -> bytes:
     if start >= file.frames:
         claimed = f"it begins at {clip.start_seconds:.2f} s"
         raise UnusableError(Cause.WRONG_LENGTH, f"lasts {file.frames / file.samplerate:.2f} s, but {claimed} of it")
+    if clip.duration_seconds is None and file.frames - start > LONGEST_CLIP_SECONDS * file.samplerate:
+        raise AudioError(f"claims to be {file.frames / file.samplerate / 3600:.0f} h long", Cause.ABSURD_CLAIM)
     file.seek(start)
     num_frames = -1 if clip.duration_seconds is None else round(clip.duration_seconds * file.samplerate)
     fine = file.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
@@ -174,6 +176,12 @@ def _cut_open(file: soundfile.SoundFile, clip: Clip) -> bytes:
             raise UnusableError(Cause.NO_AUDIO, f"has {file.channels} channels, but not the channel {clip.channel}")
         samples = samples[:, clip.channel]
     return _flac(samples, file.samplerate, "PCM_24" if fine else "PCM_16")
+
+
+@cache
+def _storage() -> Storage:
+    """One for all clips of a process, so that connections are used again."""
+    return Storage()
 
 
 def _flac(samples: Any, rate: int, subtype: str) -> bytes:
@@ -190,12 +198,15 @@ def _suffix(clip: Clip) -> str:
     return suffix if suffix in AUDIO_SUFFIXES else "audio"
 
 
-def _unreadable(error: OSError) -> UnusableError:
-    return UnusableError(Cause.UNREADABLE, f"cannot be read: {error.strerror or first_line(error)}")
+def _unreadable(error: OSError | ValueError) -> UnusableError:
+    # A ValueError says that no file can have such a name.
+    why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return UnusableError(Cause.UNREADABLE, f"cannot be read: {why}")
 
 
 def _encode_fields(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    # Half a character has no UTF-8, but an escape in JSON.
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _count_tokens(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -45,7 +46,6 @@ class PackProgress:
 
     num_lines: int = 0
     num_left_out: int = 0
-    num_bytes: int = 0
 
 
 def pack_manifest(manifest: Path, out_dir: Path, shard_bytes: int, skip_bad: bool) -> SetSummary:
@@ -95,7 +95,10 @@ def _identity(source: Source, out_dir: Path, options: PackOptions) -> dict[str, 
 
 
 def _name(out_dir: Path, options: PackOptions) -> str:
-    return options.name or out_dir.resolve().name
+    name = options.name or out_dir.resolve().name
+    if Path(name).name != name or name.startswith("."):
+        raise UserError(f"`--name` must be the beginning of file names, but is {name!r} instead.")
+    return name
 
 
 def _pack_into(
@@ -131,18 +134,18 @@ def _pack_lines(
 ) -> None:
     progress = PackProgress(journal.num_lines)
     rest = islice(source.lines(), journal.num_lines, None)
-    for packed in ordered_map(partial(pack_line, rules=options.rules), rest, options.num_workers):
-        writer.num_lines += 1
-        if isinstance(packed, PackedSample):
-            writer.add(packed)
-            progress.num_bytes += len(packed.contents)
-        elif options.skip_bad:
-            journal.leave_out(packed)
-            progress.num_left_out += 1
-        else:
-            raise UserError(f"{packed.reason}. Correct it, or pass --skip-bad to leave such samples out.")
-        progress.num_lines = writer.num_lines
-        report(progress)
+    with closing(ordered_map(partial(pack_line, rules=options.rules), rest, options.num_workers)) as all_packed:
+        for packed in all_packed:
+            writer.num_lines += 1
+            if isinstance(packed, PackedSample):
+                writer.add(packed)
+            elif options.skip_bad:
+                journal.leave_out(packed)
+                progress.num_left_out += 1
+            else:
+                raise UserError(f"{packed.reason}. Correct it, or pass --skip-bad to leave such samples out.")
+            progress.num_lines = writer.num_lines
+            report(progress)
 
 
 def _nothing_packed(journal: PackingJournal, out_dir: Path) -> str:

@@ -15,7 +15,7 @@ from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.huggingface import HUB_PREFIX, is_saved_dataset, open_dataset
 from voxtral_dist.data.manifests import read_json_lines, read_table
 from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, SampleMembers, sample_of
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.data.tars import TarDamage, TarSample, TarScan, is_tar_pattern, tar_locations
 from voxtral_dist.data.utterances import (
     Clip,
@@ -97,7 +97,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
         case "folder":
             opened = _folder(Path(source))
         case _:
-            opened = _manifest(Path(source), source_format, options)
+            opened = _manifest(source, source_format, options)
     identity = {"source": source, "format": source_format} | opened.identity
     return replace(opened, identity=identity, _language=default_language(options.language))
 
@@ -105,7 +105,7 @@ def open_source(source: str, options: SourceOptions) -> Source:
 def _guess_format(source: str) -> SourceFormat:
     if source.startswith(HUB_PREFIX) and not source.startswith(f"{HUB_PREFIX}//"):
         return "huggingface"
-    if is_tar_pattern(source):
+    if is_tar_pattern(source) or (is_remote(source) and not Path(source).suffix):
         return "webdataset"
     path = Path(source)
     if path.is_dir():
@@ -135,7 +135,10 @@ def default_language(language: str | None) -> str | None:
         raise UserError(f"`--language` {error}.") from error
 
 
-def _manifest(path: Path, source_format: SourceFormat, options: SourceOptions) -> Source:
+def _manifest(source: str, source_format: SourceFormat, options: SourceOptions) -> Source:
+    path = Path(source)
+    if is_remote(source):
+        raise UserError(f"The manifest {source} must be a local file: copy it; the audio that it names may be remote.")
     if not path.is_file():
         raise UserError(
             f"The manifest {path} does not exist: give a file of JSON lines with audio_filepath and text, a table, a "

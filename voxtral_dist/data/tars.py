@@ -30,7 +30,9 @@ _EXTENDING_TYPES = frozenset(
 )
 # Where the length of a tar is not known, a member that claims more than this is taken for damage.
 _LARGEST_MEMBER_BYTES = 2**32
-_REMOTE_BUFFER_BYTES = 8 * 2**20
+_REMOTE_BLOCK_BYTES = 4 * 2**20
+# The one that is read, and those that are under way meanwhile.
+_NUM_REMOTE_BLOCKS = 4
 # As webdataset skips them: notes of a tool about the tar, not samples.
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
@@ -152,7 +154,7 @@ def parse_span(contents: bytes) -> TarSample:
 
 
 def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
-    """A tar as a stream of bytes, and how many they are; None for compressed ones.
+    """A tar as a stream of bytes, and how many they are; None for compressed ones, which tell it at their end.
 
     Raises:
         OSError: it cannot be read.
@@ -164,10 +166,10 @@ def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
     folder, _, name = location.rpartition("/")
     listed = storage.sizes(folder).get(name)
     if listed is None:
-        # The server lists no folders, so the length is found by reading.
-        contents = storage.read_all(location)
-        return _plain(io.BytesIO(contents), location, len(contents))
-    remote = io.BufferedReader(_RemoteFile(location, listed, storage), _REMOTE_BUFFER_BYTES)
+        # A web server tells no lengths of files in a folder.
+        copy = storage.local_copy(location)
+        return _plain(copy.open("rb"), location, copy.stat().st_size)
+    remote = io.BufferedReader(_RemoteFile(location, listed, storage))
     return _plain(cast(BinaryIO, remote), location, listed)
 
 
@@ -178,23 +180,32 @@ def _plain(stream: BinaryIO, location: str, num_bytes: int) -> tuple[BinaryIO, i
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file elsewhere, read range after range by the retries of `Storage`."""
+    """A file elsewhere, read block after block, some of them ahead."""
 
     def __init__(self, location: str, num_bytes: int, storage: Storage) -> None:
         self._location = location
         self._num_bytes = num_bytes
         self._storage = storage
-        self._offset = 0
+        self._next_offset = 0
+        self._block = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        wanted = min(len(buffer), self._num_bytes - self._offset)
-        if wanted:
-            buffer[:wanted] = self._storage.read(Span(self._location, self._offset, wanted))
-            self._offset += wanted
-        return wanted
+        if not self._block and self._next_offset < self._num_bytes:
+            self._read_block()
+        taken = self._block[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._block = self._block[len(taken) :]
+        return len(taken)
+
+    def _read_block(self) -> None:
+        starts = range(self._next_offset, self._num_bytes, _REMOTE_BLOCK_BYTES)[:_NUM_REMOTE_BLOCKS]
+        blocks = [Span(self._location, at, min(_REMOTE_BLOCK_BYTES, self._num_bytes - at)) for at in starts]
+        self._storage.prefetch(blocks)
+        self._block = memoryview(self._storage.read(blocks[0]))
+        self._next_offset += len(self._block)
 
 
 def _member_bytes(name: str, contents: bytes) -> bytes:

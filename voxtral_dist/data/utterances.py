@@ -104,6 +104,10 @@ def checked_text(value: Any, names: Iterable[str]) -> str:
     """
     if not isinstance(value, str) or not value.strip():
         raise UnusableError(Cause.EMPTY_TEXT, f"has no text: it needs one of the fields {', '.join(names)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnusableError(Cause.MALFORMED, f"has a text that is not Unicode ({error.reason})") from error
     return value
 
 
@@ -140,7 +144,8 @@ def checked_seconds(row: Mapping[str, Any], name: str) -> float | None:
 def key_of(audio: str) -> str:
     """A path as a key: WebDataset splits names at the first dot, and folders in keys only make tars longer."""
     path = audio.partition("://")[2] if is_remote(audio) else audio
-    return Path(path).with_suffix("").as_posix().strip("/").replace("/", "_").replace(".", "_") or "clip"
+    key = Path(path).with_suffix("").as_posix().strip("/").replace("/", "_").replace(".", "_") or "clip"
+    return key.encode("utf-8", "replace").decode("utf-8")
 
 
 def with_unique_keys(lines: Iterable[Utterance | Refusal]) -> Iterator[Utterance | Refusal]:
@@ -163,4 +168,4 @@ def with_unique_keys(lines: Iterable[Utterance | Refusal]) -> Iterator[Utterance
 
 
 def _digest(key: str) -> int:
-    return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(blake2b(key.encode("utf-8"), digest_size=8).digest(), "big")

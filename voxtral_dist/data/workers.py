@@ -7,10 +7,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import TypeVar
@@ -32,20 +32,22 @@ def ordered_map(
     inputs: Iterable[Input],
     num_workers: int,
     batch_size: int = BATCH_SIZE,
-) -> Iterator[Result]:
-    """`map(function, inputs)`, computed by this many processes; by this one alone if it is one.
+) -> Generator[Result, None, None]:
+    """`map(function, inputs)`, computed by this many processes; by this one alone if it is one, or for a single batch.
 
-    When the iteration ends early, by an error or Ctrl-C, the workers end with it; they also end when this process dies.
+    The workers end when the iteration ends or is closed, by Ctrl-C too, and when this process dies.
 
     Raises:
         UserError: a worker was killed, which mostly means that memory ran out.
     """
-    if num_workers == 1:
-        yield from map(function, inputs)
+    batches = _batches(inputs, batch_size)
+    first = list(islice(batches, 2))
+    if num_workers == 1 or len(first) < 2:
+        yield from map(function, chain.from_iterable(chain(first, batches)))
         return
     executor = ProcessPoolExecutor(num_workers, _fork_server(), _prepare_worker)
     try:
-        yield from _results(executor, function, _batches(inputs, batch_size), num_workers)
+        yield from _results(executor, function, chain(first, batches), num_workers)
     except BrokenProcessPool as error:
         raise UserError(
             "A worker process was killed, perhaps because memory ran out: run the same command with fewer --workers."

@@ -1,0 +1,122 @@
+"""Corpora and tars behind URLs are packed, indexed and verified as those in folders."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from voxtral_dist.data.index import read_index
+from voxtral_dist.data.indexing import index_tars
+from voxtral_dist.data.members import SampleMembers
+from voxtral_dist.data.packing import PackRules
+from voxtral_dist.data.shards import PackOptions, pack
+from voxtral_dist.data.sources import SourceOptions, open_source
+from voxtral_dist.data.summary import SetSummary
+from voxtral_dist.data.verification import verify
+from voxtral_dist.errors import UserError
+
+from corpora import write_lines
+from servers import file_server, s3_server
+from stored import stored_in
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Iterator[pytest.MonkeyPatch]:
+    """Copies of remote files lie in a folder of this test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def s3(environment, shard_folder) -> Iterator[str]:
+    with s3_server() as names:
+        for name, value in names.items():
+            environment.setenv(name, value)
+        # The file systems of other tests point to servers that are gone.
+        bucket = fsspec.filesystem("s3", skip_instance_cache=True)
+        for tar in shard_folder.glob("*.tar"):
+            bucket.pipe(f"corpus/tars/{tar.name}", tar.read_bytes())
+        yield "s3://corpus"
+
+
+@pytest.fixture(scope="module")
+def web(environment, shard_folder, speech_manifest) -> Iterator[str]:
+    with file_server() as running:
+        running.files.update({f"tars/{tar.name}": tar.read_bytes() for tar in shard_folder.glob("*.tar")})
+        audio = speech_manifest.parent / "audio"
+        running.files.update({f"audio/{clip.name}": clip.read_bytes() for clip in audio.iterdir()})
+        yield running.url
+
+
+def index(pattern: str, out: Path | None) -> SetSummary:
+    return index_tars(pattern, out, SampleMembers(), PackRules(), num_workers=1)
+
+
+@pytest.fixture(params=["s3 folder", "s3 glob", "web"])
+def tars(request, shard_folder) -> str:
+    if request.param == "web":
+        last = len(list(shard_folder.glob("*.tar"))) - 1
+        return f"{request.getfixturevalue('web')}/tars/speech-{{000000..{last:06d}}}.tar"
+    folder = f"{request.getfixturevalue('s3')}/tars"
+    return folder if request.param == "s3 folder" else f"{folder}/*-0*.tar"
+
+
+def test_the_index_of_remote_tars_is_that_of_local_ones(tars, shard_folder, tmp_path):
+    index(tars, tmp_path)
+    ours, theirs = read_index([str(shard_folder)]), read_index([str(tmp_path)])
+    assert [shard.sha256 for shard in theirs.shards] == [shard.sha256 for shard in ours.shards]
+    assert all(shard.location.startswith(tars.partition("/tars")[0]) for shard in theirs.shards)
+    np.testing.assert_array_equal(theirs.records, ours.records)
+    assert stored_in(tmp_path) == stored_in(shard_folder)
+    assert [broken for run in verify(str(tmp_path), 1) for broken in run.broken] == []
+
+
+def test_remote_tars_are_a_source(tars, shard_folder, tmp_path):
+    pack(open_source(tars, SourceOptions()), tmp_path / "out", PackOptions())
+    assert stored_in(tmp_path / "out") == stored_in(shard_folder)
+
+
+def test_a_manifest_may_name_audio_behind_urls(web, speech_manifest, tmp_path):
+    rows = [json.loads(line) for line in speech_manifest.read_text(encoding="utf-8").splitlines()][:6]
+    local = write_lines(tmp_path / "local.jsonl", [row | {"offset": 0.1, "duration": 0.2} for row in rows[3:]] + rows)
+    shutil.copytree(speech_manifest.parent / "audio", tmp_path / "audio")
+    remote = [
+        json.loads(line) | {"audio_filepath": f"{web}/{json.loads(line)['audio_filepath']}"}
+        for line in local.read_text(encoding="utf-8").splitlines()
+    ]
+    found = []
+    for manifest in (local, write_lines(tmp_path / "remote.jsonl", remote)):
+        out = tmp_path / manifest.stem
+        pack(open_source(str(manifest), SourceOptions()), out, PackOptions())
+        found.append([(one.text, one.language, one.pcm) for one in stored_in(out)])
+    assert found[0] == found[1]
+    assert len(found[0]) == 9
+
+
+def test_audio_that_a_server_has_not_is_left_out(web, tmp_path):
+    rows = [{"audio": f"{web}/audio/{name}", "text": "x"} for name in ("nowhere.wav", "0_001.wav")]
+    manifest = write_lines(tmp_path / "m.jsonl", rows)
+    summary = pack(open_source(str(manifest), SourceOptions()), tmp_path / "out", PackOptions(skip_bad=True))
+    assert (summary.num_samples, summary.left_out.causes) == (1, {"unreadable": 1})
+    assert "nowhere.wav" in summary.left_out.first_reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sentence"),
+    [
+        ("tars/speech-000000.tar", "name a folder for their index"),
+        ("tars/nowhere.tar", "nowhere.tar"),
+        ("nowhere", "nowhere"),
+    ],
+)
+def test_remote_tars_that_cannot_be_indexed_are_one_sentence(s3, tmp_path, pattern, sentence):
+    with pytest.raises(UserError) as refused:
+        index(f"{s3}/{pattern}", None if pattern.startswith("tars/s") else tmp_path)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
