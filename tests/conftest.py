@@ -1,5 +1,6 @@
 """Model folders and shards that many tests read; made once per session, never written to."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.tiny import build_tiny_voxtral
 
 from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, write_speech_manifest
+from servers import s3_server
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +51,13 @@ def shard_folder(tmp_path_factory: pytest.TempPathFactory, speech_manifest: Path
 @pytest.fixture(scope="session")
 def shard_index(shard_folder: Path) -> ShardIndex:
     return read_index([shard_folder])
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """The environment variables that lead to a real S3 server with the bucket `corpus`.
+
+    One for all tests: s3fs keeps its connections by what it was called with, and not by these variables.
+    """
+    with s3_server() as environment:
+        yield environment

@@ -20,7 +20,7 @@ from voxtral_dist.data.verification import verify
 from voxtral_dist.errors import UserError
 
 from corpora import write_lines
-from servers import file_server, s3_server
+from servers import file_server
 from stored import stored_in
 
 
@@ -33,15 +33,13 @@ def environment(tmp_path_factory) -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def s3(environment, shard_folder) -> Iterator[str]:
-    with s3_server() as names:
-        for name, value in names.items():
-            environment.setenv(name, value)
-        # The file systems of other tests point to servers that are gone.
-        bucket = fsspec.filesystem("s3", skip_instance_cache=True)
-        for tar in shard_folder.glob("*.tar"):
-            bucket.pipe(f"corpus/tars/{tar.name}", tar.read_bytes())
-        yield "s3://corpus"
+def s3(environment, s3_environment, shard_folder) -> str:
+    for name, value in s3_environment.items():
+        environment.setenv(name, value)
+    bucket = fsspec.filesystem("s3")
+    for tar in shard_folder.glob("*.tar"):
+        bucket.pipe(f"corpus/tars/{tar.name}", tar.read_bytes())
+    return "s3://corpus"
 
 
 @pytest.fixture(scope="module")

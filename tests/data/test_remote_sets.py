@@ -1,7 +1,6 @@
 """Training from S3 and from a web server is training from local files, whatever goes wrong on the way."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,22 +13,18 @@ from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import UserError
 
-from servers import FileServer, file_server, s3_server
+from servers import FileServer, file_server
 
 
-@pytest.fixture(scope="module")
-def s3_folder(shard_folder: Path) -> Iterator[str]:
+@pytest.fixture
+def s3_folder(s3_environment: dict[str, str], shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The shards and their index on a real S3 server."""
-    with s3_server() as environment:
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        # The file systems of other tests point to servers that are gone.
-        s3 = fsspec.filesystem("s3", skip_instance_cache=True)
-        for file in shard_folder.iterdir():
-            s3.pipe(f"corpus/speech/{file.name}", file.read_bytes())
-        yield "s3://corpus/speech"
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    s3 = fsspec.filesystem("s3")
+    for file in shard_folder.iterdir():
+        s3.pipe(f"corpus/speech/{file.name}", file.read_bytes())
+    return "s3://corpus/speech"
 
 
 @pytest.fixture

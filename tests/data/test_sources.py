@@ -135,6 +135,12 @@ def compressed_tars(folder: Path) -> tuple[str, SourceOptions]:
     return str(folder / "packed"), SourceOptions()
 
 
+def piped_tars(folder: Path) -> tuple[str, SourceOptions]:
+    source, _ = other_tars(folder)
+    last = len(list((folder / "tars").glob("*.tar"))) - 1
+    return f"pipe:cat '{Path(source).parent}/tars-{{000000..{last:06d}}}.tar'", SourceOptions()
+
+
 SOURCES = [
     nemo,
     nemo_gzip,
@@ -146,7 +152,14 @@ SOURCES = [
     saved_dataset,
     other_tars,
     compressed_tars,
+    piped_tars,
 ]
+
+
+def test_a_pipe_whose_command_fails_is_refused(tmp_path):
+    source = open_source("pipe:cat nowhere.tar", SourceOptions())
+    with pytest.raises(UserError, match=r"The tar pipe:cat nowhere\.tar cannot be read"):
+        pack(source, tmp_path / "out", PackOptions())
 
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)

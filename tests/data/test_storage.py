@@ -23,7 +23,7 @@ from voxtral_dist.config import StorageConfig
 from voxtral_dist.data.storage import MissingFileError, ShortReadError, Span, Storage, StorageError, is_remote, join
 from voxtral_dist.errors import UserError
 
-from servers import FileServer, file_server, s3_server
+from servers import FileServer, file_server
 
 CHUNK_MEGABYTES = 1 / 16
 CHUNK_BYTES = 1 << 16
@@ -61,12 +61,6 @@ def server() -> Iterator[FileServer]:
     with file_server() as running:
         running.files[SHARD] = CONTENTS
         yield running
-
-
-@pytest.fixture(scope="module")
-def s3_environment() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from voxtral_dist.data.packing import SAMPLING_RATE, PackRules, SampleSpan, inde
 from voxtral_dist.data.sources import tar_utterance
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.data.summary import SetSummary, summarize
-from voxtral_dist.data.tar_files import COMPRESSED_SUFFIXES, tar_locations
+from voxtral_dist.data.tar_files import COMPRESSED_SUFFIXES, PIPE_PREFIX, tar_locations
 from voxtral_dist.data.tars import TarDamage, TarSample, TarScan
 from voxtral_dist.data.utterances import Refusal
 from voxtral_dist.data.workers import ordered_map
@@ -162,9 +162,12 @@ def _folder_of(locations: list[str]) -> Path:
 
 def _as_stored(locations: list[str], folder: Path) -> list[str]:
     """The locations as the shard table holds them: such beside it by name, others in full."""
-    packed = next((location for location in locations if location.endswith(COMPRESSED_SUFFIXES)), None)
-    if packed is not None:
-        raise UserError(f"The tar {packed} is compressed, so no sample can be read alone: convert it by `shards pack`.")
+    for location in locations:
+        if location.startswith(PIPE_PREFIX) or location.endswith(COMPRESSED_SUFFIXES):
+            raise UserError(
+                f"The tar {location} is compressed or a pipe, so that no sample of it can be read alone: convert it by "
+                "`shards pack`."
+            )
     return [
         location
         if is_remote(location)

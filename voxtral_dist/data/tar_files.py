@@ -6,10 +6,14 @@ import gzip
 import io
 from typing import BinaryIO, cast
 
+from braceexpand import braceexpand
+
 from voxtral_dist.data.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError, first_line
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz")
+# As webdataset writes what a shell command prints: `pipe:aws s3 cp s3://bucket/x.tar -`.
+PIPE_PREFIX = "pipe:"
 _REMOTE_BLOCK_BYTES = 4 * 2**20
 # The one that is read, and those that are under way meanwhile.
 _NUM_REMOTE_BLOCKS = 4
@@ -21,6 +25,8 @@ def tar_locations(pattern: str, storage: Storage) -> list[str]:
     Raises:
         UserError: there are none.
     """
+    if pattern.startswith(PIPE_PREFIX):
+        return list(braceexpand(pattern))
     try:
         found = [pattern] if is_tar_pattern(pattern) else [join(pattern, name) for name in storage.sizes(pattern)]
         locations = [tar for name in found if is_tar_pattern(name) for tar in storage.expand(name)]
@@ -33,15 +39,17 @@ def tar_locations(pattern: str, storage: Storage) -> list[str]:
 
 def is_tar_pattern(name: str) -> bool:
     """Whether a name is that of tars."""
-    return name.endswith((".tar", *COMPRESSED_SUFFIXES))
+    return name.startswith(PIPE_PREFIX) or name.endswith((".tar", *COMPRESSED_SUFFIXES))
 
 
 def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
-    """A tar as a stream of bytes, and how many they are; None for compressed ones, which tell it at their end.
+    """A tar as a stream of bytes, and how many they are; None for compressed ones and pipes, which tell at their end.
 
     Raises:
         OSError: it cannot be read.
     """
+    if location.startswith(PIPE_PREFIX):
+        return _open_pipe(location), None
     if not is_remote(location):
         path = storage.local_copy(location)
         stream, num_bytes = path.open("rb"), path.stat().st_size
@@ -54,6 +62,14 @@ def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
         return _plain(copy.open("rb"), location, copy.stat().st_size)
     remote = io.BufferedReader(_RemoteFile(location, listed, storage))
     return _plain(cast(BinaryIO, remote), location, listed)
+
+
+def _open_pipe(location: str) -> BinaryIO:
+    # Imported here, because it takes seconds.
+    from webdataset import gopen
+
+    opened: BinaryIO = gopen(location)
+    return opened
 
 
 def _plain(stream: BinaryIO, location: str, num_bytes: int) -> tuple[BinaryIO, int | None]:
