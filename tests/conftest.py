@@ -7,10 +7,9 @@ import pytest
 
 from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.prompts import TranscriptionPrompts
-from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.tiny import build_tiny_voxtral
 
-from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, write_speech_manifest
+from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, pack_manifest, write_speech_manifest
 from servers import s3_server
 
 

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from voxtral_dist.data.audio import decode_audio, to_pcm
 from voxtral_dist.data.index import RECORD, UNKNOWN_LANGUAGE, Shard, ShardSet
 from voxtral_dist.data.members import SampleMembers
+from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.summary import SetSummary
+from voxtral_dist.shards.writing import PackOptions, pack
 from voxtral_dist.tiny import TinyShape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -123,3 +126,9 @@ def synthetic_set(num_samples: int, *, seed: int = 0, max_seconds: float = 29.0)
         longest_seconds=float(records["duration_ms"].max(initial=0)) / 1000,
         most_text_tokens=int(records["num_text_tokens"].max(initial=0)),
     )
+
+
+def pack_manifest(manifest: Path, out_dir: Path, shard_bytes: int, skip_bad: bool) -> SetSummary:
+    """The shards of a JSONL manifest, by this process alone; see `pack`."""
+    source = open_source(str(manifest), SourceOptions(source_format="jsonl"))
+    return pack(source, out_dir, PackOptions(shard_bytes, skip_bad))

@@ -15,11 +15,10 @@ import soundfile
 from voxtral_dist.data.index import INDEX_FILE, SHARD_TABLE_FILE, ShardIndex, read_index
 from voxtral_dist.data.members import Sample, parse_sample
 from voxtral_dist.data.samples import SampleReader
-from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.metrics import read_metrics
 
-from corpora import tone, write_lines
+from corpora import pack_manifest, tone, write_lines
 from runs import finish, launch, run_config
 
 NUM_SAMPLES = 200

@@ -13,11 +13,10 @@ import pytest
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.index import TAR_BLOCK_BYTES, read_index
-from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.metrics import read_metrics
 from voxtral_dist.train import EXIT_STOPPED
 
-from corpora import write_speech_manifest
+from corpora import pack_manifest, write_speech_manifest
 from runs import TIMEOUT_SECONDS, finish, kill_all, launch, launch_by_entrypoint, run_config
 
 NUM_STEPS = 20

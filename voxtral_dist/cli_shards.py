@@ -11,7 +11,7 @@ from voxtral_dist.errors import UserError
 
 if TYPE_CHECKING:
     from voxtral_dist.data.members import SampleMembers
-    from voxtral_dist.data.packing import PackRules
+    from voxtral_dist.shards.packing import PackRules
 
 # Kept here and not where they are used, because that costs a second of imports. Tests compare them.
 FORMATS = ("jsonl", "csv", "tsv", "folder", "huggingface", "webdataset")
@@ -131,10 +131,10 @@ def _num_cores() -> int:
 
 
 def _pack(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.data.shards import PackOptions
-    from voxtral_dist.data.sources import SourceOptions
-    from voxtral_dist.data.utterances import FieldNames
-    from voxtral_dist.shards import pack_shards
+    from voxtral_dist.shards.commands import pack_shards
+    from voxtral_dist.shards.sources import SourceOptions
+    from voxtral_dist.shards.utterances import FieldNames
+    from voxtral_dist.shards.writing import PackOptions
 
     source_options = SourceOptions(
         source_format=parsed.format,
@@ -155,8 +155,8 @@ def _pack(parsed: argparse.Namespace) -> int:
 
 
 def _index(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.data.sources import default_language
-    from voxtral_dist.shards import index_shards
+    from voxtral_dist.shards.commands import index_shards
+    from voxtral_dist.shards.sources import default_language
 
     if parsed.language is not None and parsed.language_field is not None:
         raise UserError("`--language` and `--language-field` exclude each other: a set has one or the other.")
@@ -165,25 +165,25 @@ def _index(parsed: argparse.Namespace) -> int:
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.shards import inspect_shards
+    from voxtral_dist.shards.commands import inspect_shards
 
     return inspect_shards(parsed.folders)
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.shards import verify_shards
+    from voxtral_dist.shards.commands import verify_shards
 
     return verify_shards(parsed.folders, parsed.workers, parsed.json)
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.shards import show_sample
+    from voxtral_dist.shards.commands import show_sample
 
     return show_sample(parsed.folder, parsed.key, parsed.out)
 
 
 def _rules(parsed: argparse.Namespace, encode: str | None = None) -> PackRules:
-    from voxtral_dist.data.packing import PackRules
+    from voxtral_dist.shards.packing import PackRules
 
     return PackRules("flac" if encode == "flac" else None, parsed.max_chars_per_second)
 

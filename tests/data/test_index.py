@@ -9,10 +9,9 @@ import pytest
 
 from voxtral_dist.data.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
 from voxtral_dist.data.samples import SampleReader
-from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.errors import UserError
 
-from corpora import SHARD_BYTES, write_speech_manifest
+from corpora import SHARD_BYTES, pack_manifest, write_speech_manifest
 
 
 @pytest.fixture

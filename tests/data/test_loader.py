@@ -15,10 +15,9 @@ from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch
 from voxtral_dist.data.index import SHARD_TABLE_FILE, read_index
 from voxtral_dist.data.loader import StepBatches, build_train_loader, build_training_set
 from voxtral_dist.data.samples import SampleReader
-from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.errors import UserError
 
-from corpora import write_speech_manifest
+from corpora import pack_manifest, write_speech_manifest
 
 SLOTS_PER_STEP, NUM_STEPS = 8, 7
 NOISE = AugmentationStep(name="AddGaussianSNR", arguments={"p": 0.7})

@@ -14,10 +14,9 @@ import soxr
 from voxtral_dist.data.audio import AudioError, decode_audio, resample, to_pcm
 from voxtral_dist.data.index import INDEX_FILE, ShardIndex, read_index
 from voxtral_dist.data.samples import SampleError, SampleReader, pad_to_windows
-from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.data.storage import Storage
 
-from corpora import tone, write_lines
+from corpora import pack_manifest, tone, write_lines
 
 RATE = 16_000
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import evaluate
 from voxtral_dist.evaluation.report import TestSetScore
 
-from corpora import write_speech_manifest
+from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
 
 NUM_UTTERANCES = 101

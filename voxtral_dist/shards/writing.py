@@ -15,15 +15,15 @@ from typing import BinaryIO
 import numpy as np
 
 from voxtral_dist.data.index import RECORD, SHARD_TABLE_FILE, Shard, read_index
-from voxtral_dist.data.journal import PackingJournal
-from voxtral_dist.data.left_out import LEFT_OUT_FILE, read_left_out
 from voxtral_dist.data.members import TAR_BLOCK_BYTES
-from voxtral_dist.data.packing import PackedSample, PackRules, SampleSpan, index_record, pack_line
-from voxtral_dist.data.sources import Source, SourceOptions, open_source
-from voxtral_dist.data.summary import SetSummary, summarize
-from voxtral_dist.data.tars import tar_end
-from voxtral_dist.data.workers import ordered_map
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.journal import PackingJournal
+from voxtral_dist.shards.left_out import LEFT_OUT_FILE, read_left_out
+from voxtral_dist.shards.packing import PackedSample, PackRules, SampleSpan, index_record, pack_line
+from voxtral_dist.shards.sources import Source
+from voxtral_dist.shards.summary import SetSummary, summarize
+from voxtral_dist.shards.tars import tar_end
+from voxtral_dist.shards.workers import ordered_map
 
 _OFFSET_LIMIT_BYTES = TAR_BLOCK_BYTES * (2**32 - 1)
 DEFAULT_SHARD_BYTES = 512 * 10**6
@@ -46,12 +46,6 @@ class PackProgress:
 
     num_lines: int = 0
     num_left_out: int = 0
-
-
-def pack_manifest(manifest: Path, out_dir: Path, shard_bytes: int, skip_bad: bool) -> SetSummary:
-    """The shards of a JSONL manifest, by this process alone; see `pack`."""
-    source = open_source(str(manifest), SourceOptions(source_format="jsonl"))
-    return pack(source, out_dir, PackOptions(shard_bytes, skip_bad))
 
 
 def pack(

@@ -13,18 +13,18 @@ from webdataset.writer import TarWriter
 
 from voxtral_dist.data.causes import Cause
 from voxtral_dist.data.index import read_index
-from voxtral_dist.data.indexing import index_tars
-from voxtral_dist.data.lookup import find_sample
 from voxtral_dist.data.members import Field, SampleMembers
-from voxtral_dist.data.packing import PackRules
-from voxtral_dist.data.shards import PackOptions, pack, pack_manifest
-from voxtral_dist.data.sources import SourceOptions, open_source
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.summary import SetSummary, summarize
-from voxtral_dist.data.verification import BrokenSample, verify
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.indexing import index_tars
+from voxtral_dist.shards.lookup import find_sample
+from voxtral_dist.shards.packing import PackRules
+from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.summary import SetSummary, summarize
+from voxtral_dist.shards.verification import BrokenSample, verify
+from voxtral_dist.shards.writing import PackOptions, pack
 
-from corpora import SHARD_BYTES, tone, write_speech_manifest
+from corpora import SHARD_BYTES, pack_manifest, tone, write_speech_manifest
 from stored import contents_of, samples_of, stored_in
 
 RATE = 16_000

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.utterances import (
+from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.shards.utterances import (
     Clip,
     FieldNames,
     Refusal,
@@ -19,7 +20,6 @@ from voxtral_dist.data.utterances import (
     first_of,
     key_of,
 )
-from voxtral_dist.errors import UserError, first_line
 
 HUB_PREFIX = "hf:"
 # Values that json holds; others, such as arrays and dates, are not stored.

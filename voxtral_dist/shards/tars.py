@@ -20,7 +20,7 @@ from typing import BinaryIO
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.members import TAR_BLOCK_BYTES, split_name
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.tar_files import open_tar
+from voxtral_dist.shards.tar_files import open_tar
 
 _ZEROS = bytes(TAR_BLOCK_BYTES)
 # Extended headers stand before the header that they extend.

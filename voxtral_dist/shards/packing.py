@@ -20,9 +20,9 @@ from voxtral_dist.data.index import LARGEST_COUNT, UNKNOWN_LANGUAGE
 from voxtral_dist.data.members import AUDIO_SUFFIXES, TAR_BLOCK_BYTES
 from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_silent, is_too_much_text
 from voxtral_dist.data.storage import Storage, is_remote
-from voxtral_dist.data.tars import sample_bytes
-from voxtral_dist.data.utterances import Clip, Refusal, Utterance
 from voxtral_dist.errors import first_line
+from voxtral_dist.shards.tars import sample_bytes
+from voxtral_dist.shards.utterances import Clip, Refusal, Utterance
 
 # Durations are measured at the rate at which the models hear.
 SAMPLING_RATE = 16_000

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from voxtral_dist.data.utterances import Refusal
+from voxtral_dist.shards.utterances import Refusal
 
 LEFT_OUT_FILE = "left_out.jsonl"
 _NUM_NAMED = 10

@@ -20,15 +20,13 @@ from typing import Any
 from braceexpand import braceexpand
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.background import Prefetch, pool_of
-from voxtral_dist.data.cache import NodeCache
-from voxtral_dist.data.cache_files import write_at
-from voxtral_dist.data.local import advise, local_error, local_path, read_local
-from voxtral_dist.data.remote import RANGE_BYTES, Remote, RemoteFile
-from voxtral_dist.data.spans import MissingFileError, ShortReadError, Span, StorageError, shown
+from voxtral_dist.data.storage.background import Prefetch, pool_of
+from voxtral_dist.data.storage.cache import NodeCache
+from voxtral_dist.data.storage.cache_files import write_at
+from voxtral_dist.data.storage.local import advise, local_error, local_path, read_local
+from voxtral_dist.data.storage.remote import RANGE_BYTES, Remote, RemoteFile
+from voxtral_dist.data.storage.spans import ShortReadError, Span, shown
 from voxtral_dist.errors import UserError
-
-__all__ = ["MissingFileError", "ShortReadError", "Span", "Storage", "StorageError", "is_remote", "join"]
 
 _MEBIBYTE = 1 << 20
 _GIGABYTE = 10**9

@@ -13,12 +13,12 @@ import numpy as np
 from voxtral_dist.data.audio import decode_audio
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.index import RECORD, ShardIndex, read_index
-from voxtral_dist.data.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
-from voxtral_dist.data.sources import tar_utterance
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.tars import parse_span
-from voxtral_dist.data.workers import ordered_map
 from voxtral_dist.errors import first_line
+from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
+from voxtral_dist.shards.sources import tar_utterance
+from voxtral_dist.shards.tars import parse_span
+from voxtral_dist.shards.workers import ordered_map
 
 _RUN_LENGTH = 64
 _SAME_DURATION_SECONDS = 0.1

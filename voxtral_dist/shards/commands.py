@@ -21,15 +21,15 @@ from rich.table import Column, Table
 
 from voxtral_dist.data.causes import UnusableError
 from voxtral_dist.data.index import ShardIndex, read_index
-from voxtral_dist.data.indexing import index_tars
-from voxtral_dist.data.journal import count_finished_shards
-from voxtral_dist.data.lookup import find_sample
 from voxtral_dist.data.members import SampleMembers
-from voxtral_dist.data.packing import PackRules
-from voxtral_dist.data.shards import PackOptions, pack
-from voxtral_dist.data.sources import SourceOptions, open_source, tar_utterance
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.summary import (
+from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.shards.indexing import index_tars
+from voxtral_dist.shards.journal import count_finished_shards
+from voxtral_dist.shards.lookup import find_sample
+from voxtral_dist.shards.packing import PackRules
+from voxtral_dist.shards.sources import SourceOptions, open_source, tar_utterance
+from voxtral_dist.shards.summary import (
     DURATION_EDGES_SECONDS,
     RATE_EDGES,
     SetSummary,
@@ -37,10 +37,10 @@ from voxtral_dist.data.summary import (
     hours,
     summarize,
 )
-from voxtral_dist.data.tars import parse_span
-from voxtral_dist.data.utterances import Utterance
-from voxtral_dist.data.verification import BrokenSample, verify
-from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.shards.tars import parse_span
+from voxtral_dist.shards.utterances import Utterance
+from voxtral_dist.shards.verification import BrokenSample, verify
+from voxtral_dist.shards.writing import PackOptions, pack
 
 _SECONDS_BETWEEN_LINES = 30.0
 

@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from voxtral_dist.data.audio import decode_audio
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.index import RECORD, UNKNOWN_LANGUAGE, Records, Shard, read_index, write_index
-from voxtral_dist.data.left_out import LEFT_OUT_FILE, read_left_out, write_refusal
 from voxtral_dist.data.members import SampleMembers
-from voxtral_dist.data.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
-from voxtral_dist.data.sources import tar_utterance
 from voxtral_dist.data.storage import Storage, is_remote
-from voxtral_dist.data.summary import SetSummary, summarize
-from voxtral_dist.data.tar_files import COMPRESSED_SUFFIXES, PIPE_PREFIX, tar_locations
-from voxtral_dist.data.tars import TarDamage, TarSample, TarScan
-from voxtral_dist.data.utterances import Refusal
-from voxtral_dist.data.workers import ordered_map
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.shards.left_out import LEFT_OUT_FILE, read_left_out, write_refusal
+from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
+from voxtral_dist.shards.sources import tar_utterance
+from voxtral_dist.shards.summary import SetSummary, summarize
+from voxtral_dist.shards.tar_files import COMPRESSED_SUFFIXES, PIPE_PREFIX, tar_locations
+from voxtral_dist.shards.tars import TarDamage, TarSample, TarScan
+from voxtral_dist.shards.utterances import Refusal
+from voxtral_dist.shards.workers import ordered_map
 
 _RECORDS_FILE = ".indexing.records"
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.huggingface import HUB_PREFIX, is_saved_dataset, open_dataset
-from voxtral_dist.data.manifests import read_json_lines, read_table
 from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, SampleMembers, sample_of
 from voxtral_dist.data.storage import Storage, is_remote
-from voxtral_dist.data.tar_files import is_tar_pattern, tar_locations
-from voxtral_dist.data.tars import TarDamage, TarSample, TarScan
-from voxtral_dist.data.utterances import (
+from voxtral_dist.errors import UserError
+from voxtral_dist.shards.huggingface import HUB_PREFIX, is_saved_dataset, open_dataset
+from voxtral_dist.shards.manifests import read_json_lines, read_table
+from voxtral_dist.shards.tar_files import is_tar_pattern, tar_locations
+from voxtral_dist.shards.tars import TarDamage, TarSample, TarScan
+from voxtral_dist.shards.utterances import (
     Clip,
     FieldNames,
     Refusal,
@@ -27,7 +28,6 @@ from voxtral_dist.data.utterances import (
     key_of,
     with_unique_keys,
 )
-from voxtral_dist.errors import UserError
 
 SourceFormat = Literal["jsonl", "csv", "tsv", "folder", "huggingface", "webdataset"]
 FORMATS: tuple[SourceFormat, ...] = get_args(SourceFormat)

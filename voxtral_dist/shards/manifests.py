@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.storage import is_remote
-from voxtral_dist.data.utterances import (
+from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.shards.utterances import (
     Clip,
     FieldNames,
     Refusal,
@@ -22,7 +23,6 @@ from voxtral_dist.data.utterances import (
     first_of,
     key_of,
 )
-from voxtral_dist.errors import UserError, first_line
 
 _LARGEST_CELL_BYTES = 2**27
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from voxtral_dist.data.index import read_index
-from voxtral_dist.data.indexing import index_tars
 from voxtral_dist.data.members import SampleMembers
-from voxtral_dist.data.packing import PackRules
-from voxtral_dist.data.shards import PackOptions, pack
-from voxtral_dist.data.sources import SourceOptions, open_source
-from voxtral_dist.data.summary import SetSummary
-from voxtral_dist.data.verification import verify
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.indexing import index_tars
+from voxtral_dist.shards.packing import PackRules
+from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.summary import SetSummary
+from voxtral_dist.shards.verification import verify
+from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import write_lines
 from servers import file_server

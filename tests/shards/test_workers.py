@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from voxtral_dist.data.workers import ordered_map
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.workers import ordered_map
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])

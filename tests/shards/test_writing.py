@@ -20,14 +20,14 @@ import webdataset
 from voxtral_dist.cli_shards import MAX_CHARS_PER_SECOND as GRAMMAR_MAX_CHARS
 from voxtral_dist.data.causes import Cause
 from voxtral_dist.data.index import read_index
-from voxtral_dist.data.packing import PackRules
 from voxtral_dist.data.plausible import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND
-from voxtral_dist.data.shards import PackOptions, PackProgress, pack, pack_manifest
-from voxtral_dist.data.sources import SourceOptions, open_source
-from voxtral_dist.data.summary import SetSummary
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.packing import PackRules
+from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.summary import SetSummary
+from voxtral_dist.shards.writing import PackOptions, PackProgress, pack
 
-from corpora import SHARD_BYTES, tone, write_lines, write_speech_manifest
+from corpora import SHARD_BYTES, pack_manifest, tone, write_lines, write_speech_manifest
 from stored import contents_of, samples_of, stored_in, tar_samples
 
 ALL = 10**9

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from voxtral_dist.data.index import RECORD, Records, Shard, write_index
-from voxtral_dist.data.left_out import LEFT_OUT_FILE, LeftOut, read_left_out, write_refusal
-from voxtral_dist.data.utterances import Refusal
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.left_out import LEFT_OUT_FILE, LeftOut, read_left_out, write_refusal
+from voxtral_dist.shards.utterances import Refusal
 
 JOURNAL_FILE = ".packing.jsonl"
 _RECORDS_FILE = ".packing.records"

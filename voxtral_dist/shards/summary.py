@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.data.index import UNKNOWN_LANGUAGE, RecordChunk, ShardIndex
-from voxtral_dist.data.left_out import LeftOut
+from voxtral_dist.shards.left_out import LeftOut
 
 DURATION_EDGES_SECONDS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, float("inf"))
 RATE_EDGES = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 25.0, 30.0, 40.0, float("inf"))

@@ -8,7 +8,7 @@ from voxtral_dist.data.audio import decode_audio, to_pcm
 from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.members import Sample, sample_of
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.tars import TarSample, parse_span
+from voxtral_dist.shards.tars import TarSample, parse_span
 
 
 @dataclass(frozen=True)

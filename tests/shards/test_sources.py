@@ -16,10 +16,10 @@ import soundfile
 from voxtral_dist.cli_shards import FORMATS
 from voxtral_dist.data.causes import Cause
 from voxtral_dist.data.members import Field, SampleMembers
-from voxtral_dist.data.shards import PackOptions, pack
-from voxtral_dist.data.sources import SourceFormat, SourceOptions, open_source
-from voxtral_dist.data.utterances import FieldNames, Refusal, Utterance
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.sources import SourceFormat, SourceOptions, open_source
+from voxtral_dist.shards.utterances import FieldNames, Refusal, Utterance
+from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import tone, write_lines
 from stored import Stored, samples_of, stored_in

@@ -1,0 +1,1 @@
+"""Getting data in: shard sets made from any source, indexed, looked at and checked."""
