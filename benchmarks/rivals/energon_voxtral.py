@@ -3,7 +3,8 @@
 Its preparation writes indexes beside the tars, so it gets links to them in a folder of its own. Resuming is done by
 `save_state_rank` and `restore_state_rank` of its savable loader. For another number of ranks it has `energon checkpoint
 redist`, which deals out the states of workers: so each of the two ranks that are stopped has two workers, and four
-ranks go on with one each.
+ranks go on with one each. Its training streams have no end; an epoch is counted here as the batches that hold as many
+samples as there are.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CannotDoError, Place, Stopped, answer
+from measure import CannotDoError, Place, Stopped, answer, sample_names
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
@@ -67,6 +69,8 @@ class ClipEncoder(DefaultTaskEncoder):
 class EnergonPath(VoxtralPath):
     """Energon's train dataset and savable loader."""
 
+    _loader: Any = None
+
     def prepare(self) -> dict[str, Any]:
         """Link the tars into a folder and index them by `energon prepare`."""
         folder = Path(self.request.prepared)
@@ -78,6 +82,9 @@ class EnergonPath(VoxtralPath):
 
     def open(self, place: Place) -> _Batches:
         """The batches of a rank."""
+        if place.resumed_from is not None:
+            _check_divisible(place.resumed_from, place.world_size)
+        self._end_workers()
         # The speed of one process is measured without workers, as for the others.
         num_workers = 0 if place.repeats else WORKERS_OF_ALL_RANKS // place.world_size
         workers = WorkerConfig(rank=place.rank, world_size=place.world_size, num_workers=num_workers)
@@ -88,35 +95,62 @@ class EnergonPath(VoxtralPath):
             shuffle_buffer_size=SHUFFLE_BUFFER,
             max_samples_per_sequence=None,
             task_encoder=ClipEncoder(),
-            repeat=place.repeats,
         )
-        loader = get_savable_loader(dataset)
-        if place.resumed_from is not None:
-            loader.restore_state_rank(_state_of_rank(place.resumed_from, place))
-        return _Batches(loader)
+        self._loader = loader = get_savable_loader(dataset)
+        if place.resumed_from is None:
+            return _Batches(loader, None if place.repeats else self._batches_per_epoch(place.world_size))
+        loader.restore_state_rank(_state_of_rank(place.resumed_from, place.rank, place.world_size))
+        return _Batches(loader, _batches_left(place.resumed_from, place.rank, num_workers))
+
+    def _batches_per_epoch(self, world_size: int) -> int:
+        num_samples = sum(1 for _ in sample_names(self.request.tars))
+        return -(-num_samples // (world_size * self.request.batch_size))
+
+    def _end_workers(self) -> None:
+        # Workers of the next loader are forks that inherit the pipes of the last one, and its workers then never end.
+        if self._loader is not None and self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
 
 
 class _Batches:
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, num_batches: int | None) -> None:
         self._loader = loader
+        self._num_batches = num_batches
+        self._has_begun = False
 
     def __iter__(self) -> Iterator[list[Clip]]:
-        return iter(self._loader)
+        for batch in islice(self._loader, self._num_batches):
+            self._has_begun = True
+            yield batch
 
     def state(self) -> Any:
-        """The library's own."""
-        return self._loader.save_state_rank()
+        """The library's own; None before the first batch, where asking for one would wait forever."""
+        return self._loader.save_state_rank() if self._has_begun else None
 
 
-def _state_of_rank(stopped: Stopped, place: Place) -> Any:
-    if len(stopped.states) == place.world_size:
-        return stopped.states[place.rank]
-    if WORKERS_OF_ALL_RANKS % place.world_size:
+def _batches_left(stopped: Stopped, rank: int, num_workers: int) -> int:
+    """Of the epoch: workers take turns, and those of all ranks are numbered through."""
+    workers_then = WORKERS_OF_ALL_RANKS // len(stopped.states)
+    left = 0
+    for number in range(rank * num_workers, (rank + 1) * num_workers):
+        rank_then, worker = divmod(number, workers_then)
+        left += len(range(stopped.batches_per_epoch[rank_then])[worker::workers_then])
+        left -= len(range(stopped.step)[worker::workers_then])
+    return left
+
+
+def _check_divisible(stopped: Stopped, world_size: int) -> None:
+    if len(stopped.states) != world_size and WORKERS_OF_ALL_RANKS % world_size:
         raise CannotDoError(
             f"`energon checkpoint redist` deals out whole workers: the {WORKERS_OF_ALL_RANKS} workers of all ranks are "
-            f"not divisible by {place.world_size} ranks"
+            f"not divisible by {world_size} ranks"
         )
-    return _redistributed(stopped, place.world_size)[place.rank]
+
+
+def _state_of_rank(stopped: Stopped, rank: int, world_size: int) -> Any:
+    if len(stopped.states) == world_size:
+        return stopped.states[rank]
+    return None if stopped.states[0] is None else _redistributed(stopped, world_size)[rank]
 
 
 def _redistributed(stopped: Stopped, world_size: int) -> list[Any]:
@@ -125,6 +159,7 @@ def _redistributed(stopped: Stopped, world_size: int) -> list[Any]:
         for file, state in zip(files, stopped.states, strict=True):
             torch.save(state, file)
         out = Path(folder) / "redistributed"
+        out.mkdir()
         _energon("checkpoint", "redist", "--new-world-size", str(world_size), *map(str, files), str(out))
         return [torch.load(out / f"state-{rank}.pt", weights_only=False) for rank in range(world_size)]
 

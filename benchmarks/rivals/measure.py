@@ -1,7 +1,8 @@
 """What every measured data path shares: the request on the command line, the clock, and the tasks.
 
     speed        core seconds for so many examples, from tars to collated batches, after a first batch that is not counted
-    exactness    one epoch that is stopped and resumed at some places: how many samples are missing and repeated
+    exactness    an epoch that is stopped and resumed at some places: how many samples are missing and repeated, compared
+                 with the run that was not stopped; and in that run, compared with what the tars hold
     first_batch  seconds from the start of the construction of a resumed loader to its first collated batch
     prepare      conversion of the shards to the framework's own layout, before anything is measured
 """
@@ -56,6 +57,7 @@ class Stopped:
 
     step: int
     states: list[Any]
+    batches_per_epoch: list[int]
 
 
 @dataclass(frozen=True)
@@ -138,37 +140,36 @@ def _core_seconds() -> float:
 
 
 def _exactness(request: Request, path: DataPath) -> dict[str, Any]:
-    wanted = _stored_keys(request.tars)
+    stored = Counter(sample_names(request.tars))
     ranks = range(request.world_size)
     whole = [_delivered(path, path.open(Place(rank, request.world_size))) for rank in ranks]
     num_steps = min(len(batches) for batches in whole)
     result: dict[str, Any] = {
-        "num_samples": len(wanted),
-        "not_stopped": _differences(wanted, whole),
+        "num_samples": len(stored),
+        "not_stopped": _differences(stored, whole),
         "stopped_at_percent": {},
     }
     for percent in request.percents:
-        stopped, before = _stop(path, request.world_size, round(num_steps * percent / 100))
+        stopped, before = _stop(path, [len(batches) for batches in whole], round(num_steps * percent / 100))
         (Path(request.states) / f"{percent}.pickle").write_bytes(pickle.dumps(stopped))
         row = {}
         for world_size in (request.world_size, *request.other_world_sizes):
-            row[str(world_size)] = _resume(path, wanted, whole, before, stopped, world_size)
+            row[str(world_size)] = _resume(path, whole, before, stopped, world_size)
         result["stopped_at_percent"][str(percent)] = row
     return result
 
 
-def _stop(path: DataPath, world_size: int, step: int) -> tuple[Stopped, list[list[list[str]]]]:
+def _stop(path: DataPath, batches_per_epoch: list[int], step: int) -> tuple[Stopped, list[list[list[str]]]]:
     states, before = [], []
-    for rank in range(world_size):
-        stream = path.open(Place(rank, world_size))
+    for rank in range(len(batches_per_epoch)):
+        stream = path.open(Place(rank, len(batches_per_epoch)))
         before.append([path.keys(batch) for batch in islice(stream, step)])
         states.append(stream.state())
-    return Stopped(step, states), before
+    return Stopped(step, states, batches_per_epoch), before
 
 
 def _resume(
     path: DataPath,
-    wanted: set[str],
     whole: list[list[list[str]]],
     before: list[list[list[str]]],
     stopped: Stopped,
@@ -178,7 +179,7 @@ def _resume(
         after = [_delivered(path, path.open(Place(rank, world_size, stopped))) for rank in range(world_size)]
     except CannotDoError as error:
         return {"cannot": str(error)}
-    result = _differences(wanted, before + after)
+    result = _differences(_samples(whole), before + after)
     if len(before) == world_size:
         joined = [early + late for early, late in zip(before, after, strict=True)]
         result["same_batches_as_not_stopped"] = joined == whole
@@ -189,12 +190,14 @@ def _delivered(path: DataPath, stream: Stream) -> list[list[str]]:
     return [path.keys(batch) for batch in stream]
 
 
-def _differences(wanted: set[str], parts: list[list[list[str]]]) -> dict[str, Any]:
-    counts = Counter(key for batches in parts for batch in batches for key in batch)
-    return {
-        "num_missing": len(wanted - set(counts)),
-        "num_repeated": sum(count - 1 for count in counts.values()),
-    }
+def _differences(wanted: Counter[str], parts: list[list[list[str]]]) -> dict[str, Any]:
+    """How far the samples of all ranks are from the ones that are wanted."""
+    got = _samples(parts)
+    return {"num_missing": (wanted - got).total(), "num_repeated": (got - wanted).total()}
+
+
+def _samples(parts: list[list[list[str]]]) -> Counter[str]:
+    return Counter(key for batches in parts for batch in batches for key in batch)
 
 
 def _first_batch(request: Request, path: DataPath) -> dict[str, Any]:
@@ -207,9 +210,8 @@ def _first_batch(request: Request, path: DataPath) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "step": stopped.step}
 
 
-def _stored_keys(tars: Sequence[str]) -> set[str]:
-    keys = set()
+def sample_names(tars: Sequence[str]) -> Iterator[str]:
+    """The keys in the order of the tars."""
     for tar_path in tars:
         with tarfile.open(tar_path) as tar:
-            keys |= {name.rpartition(".")[0] for name in tar.getnames() if name.endswith(".json")}
-    return keys
+            yield from (name.rpartition(".")[0] for name in tar.getnames() if name.endswith(".json"))
