@@ -10,6 +10,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ from numpy.typing import NDArray
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.loader import TrainLoader, build_plan, build_train_loader
+from voxtral_dist.data.loader import TrainLoader, build_train_loader, build_training_set
 from voxtral_dist.data.prompts import TranscriptionPrompts
 
 SLOTS_PER_STEP = 4
@@ -41,10 +41,9 @@ class OurPath:
         self._config = TrainDataConfig(
             shards=(request.shards,),
             slots_per_step=SLOTS_PER_STEP,
-            examples_per_slot=request.batch_size,
+            max_examples=request.batch_size,
             num_workers=0,
         )
-        self._key_of_audio: dict[int, str] = {}
 
     def prepare(self) -> dict[str, Any]:
         """The tars and their index are read as they are."""
@@ -53,7 +52,7 @@ class OurPath:
     def open(self, place: Place) -> _Stream:
         """The stream of a rank: its position is the number of the step."""
         first_step = 0 if place.resumed_from is None else place.resumed_from.states[0]
-        num_steps = MANY_STEPS if place.repeats else self._steps_per_epoch()
+        num_steps = MANY_STEPS if place.repeats else self._steps_per_epoch
         loader = build_train_loader(self._config, self._prompts, 0, num_steps, place.rank, place.world_size)
         return _Stream(loader, first_step)
 
@@ -62,21 +61,20 @@ class OurPath:
         if self._log_mel is not None:
             for micro_batch in batch:
                 self._log_mel(micro_batch.pcm, micro_batch.windows_per_example)
-        return sum(each.num_examples for each in batch), sum(each.audio_seconds for each in batch)
+        return sum(each.num_samples for each in batch), sum(each.audio_seconds for each in batch)
 
     def keys(self, batch: list[MicroBatch]) -> list[str]:
         """Of the micro-batches of a step, told by their audio."""
-        known = self._keys_by_audio()
-        return [known[_checksum(window)] for each in batch if each.num_examples for window in each.pcm.numpy()]
+        known = self._keys_by_audio
+        return [known[_checksum(window)] for each in batch if each.num_samples for window in each.pcm.numpy()]
 
+    @cached_property
     def _steps_per_epoch(self) -> int:
-        index = read_index(self._config.shards)
-        return build_plan(self._config, index, self._prompts, 0).steps_per_pass
+        return build_training_set(self._config, self._prompts, 0).plan.steps_per_pass
 
+    @cached_property
     def _keys_by_audio(self) -> dict[int, str]:
-        if not self._key_of_audio:
-            self._key_of_audio = {_checksum(pcm): key for key, pcm in _stored(self._request.tars)}
-        return self._key_of_audio
+        return {_checksum(pcm): key for key, pcm in _stored(self._request.tars)}
 
 
 class _Stream:
