@@ -11,9 +11,9 @@ measurement in a fresh process and after a first batch; medians of core seconds,
 because features are computed on the model's device, a GPU in training. `ratio_with_features` counts them on the same
 core, which is what a trainer without a GPU would see.
 
-Predicted before the first run, from 1,237 and 197 audio seconds per core second that were measured while the project was
-designed: a `ratio` of 6.3, and about 1.3 with features, because the Fourier transform then dominates both; (b), (c) and
-(d) within 20 % of (a) for the same reason.
+Predicted before the first run, from 1,237 and 197 audio seconds per core second that were measured while the project
+was designed: a `ratio` of 6.3, and about 1.3 with features, because the Fourier transform then dominates both; (b), (c)
+and (d) within 20 % of (a) for the same reason.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Hugging Face `datasets`, streaming the tars with its WebDataset reader, and VoxtralProcessor.
 
 Audio is decoded by soundfile from the bytes, because the library's own decoding needs torchcodec. It resumes by
-`IterableDataset.state_dict` and `load_state_dict`; the documentation says that a shuffle buffer is not part of the state.
+`IterableDataset.state_dict` and `load_state_dict`; its documentation says that a shuffle buffer is not part of the
+state.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import datasets
 from datasets.distributed import split_dataset_by_node
+
 from measure import CannotDoError, Place, answer
 from voxtral_examples import SEED, SHUFFLE_BUFFER, Clip, VoxtralPath, clip_of_members
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import CannotDoError, Place, Stopped, answer, sample_names
 from megatron.energon import (
     Cooker,
     DefaultTaskEncoder,
@@ -30,6 +29,8 @@ from megatron.energon import (
     get_train_dataset,
     stateless,
 )
+
+from measure import CannotDoError, Place, Stopped, answer, sample_names
 from voxtral_examples import SHUFFLE_BUFFER, Clip, VoxtralPath, clip_of_members
 
 WORKERS_OF_ALL_RANKS = 4

@@ -19,8 +19,9 @@ from lhotse import CutSet, Recording, SupervisionSegment
 from lhotse.cut import MonoCut
 from lhotse.dataset import DynamicBucketingSampler
 from lhotse.shar import SharWriter
-from measure import CannotDoError, Place, answer
 from numpy.typing import NDArray
+
+from measure import CannotDoError, Place, answer
 from voxtral_examples import SEED, SHUFFLE_BUFFER, Clip, VoxtralPath
 
 NUM_BUCKETS = 10
@@ -74,9 +75,10 @@ class LhotsePath(VoxtralPath):
             rank=place.rank,
         )
         if place.resumed_from is not None:
+            states = place.resumed_from.states
             try:
                 # It empties the dictionary that it is given.
-                sampler.load_state_dict(copy.deepcopy(place.resumed_from.states[place.rank % len(place.resumed_from.states)]))
+                sampler.load_state_dict(copy.deepcopy(states[place.rank % len(states)]))
             except AssertionError as error:
                 raise CannotDoError(str(error)) from error
         return _Batches(sampler)

@@ -1,10 +1,11 @@
 """What every measured data path shares: the request on the command line, the clock, and the tasks.
 
-    speed        core seconds for so many examples, from tars to collated batches, after a first batch that is not counted
-    exactness    an epoch that is stopped and resumed at some places: how many samples are missing and repeated, compared
-                 with the run that was not stopped; and in that run, compared with what the tars hold
-    first_batch  seconds from the start of the construction of a resumed loader to its first collated batch
-    prepare      conversion of the shards to the framework's own layout, before anything is measured
+speed        core seconds for so many examples, from tars to collated batches, after a first batch that is not counted
+exactness    an epoch that is stopped and resumed at some places: how many samples are missing and repeated, compared
+             with the run that was not stopped; and in that run, compared with what the tars hold
+stop         the states that a run leaves which is stopped at some places
+first_batch  seconds from the start of the construction of a resumed loader to its first collated batch
+prepare      conversion of the shards to the framework's own layout, before anything is measured
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ class Request:
     num_examples: int = 0
     mean_seconds: float = 0.0
     with_features: bool = False
-    rank: int = 0
     world_size: int = 2
     other_world_sizes: Sequence[int] = ()
     percents: Sequence[int] = ()
@@ -85,7 +85,12 @@ class Stream(Protocol):
 
 
 class DataPath(Protocol):
-    """A framework's way from shards to batches."""
+    """A framework's way from shards to batches.
+
+    examples_per_batch: of what `open` gives, about.
+    """
+
+    examples_per_batch: int
 
     def prepare(self) -> dict[str, Any]:
         """Convert the shards where the framework needs it."""
@@ -107,7 +112,13 @@ class DataPath(Protocol):
 def answer(path_class: Callable[[Request], DataPath]) -> None:
     """Do what the command line asks and print one line of JSON, the last of the output."""
     request = Request(**json.loads(sys.argv[1]))
-    tasks = {"prepare": _prepare, "speed": _speed, "exactness": _exactness, "first_batch": _first_batch}
+    tasks = {
+        "prepare": _prepare,
+        "speed": _speed,
+        "exactness": _exactness,
+        "stop": _stop,
+        "first_batch": _first_batch,
+    }
     print(json.dumps(tasks[request.task](request, path_class(request))), flush=True)
 
 
@@ -150,8 +161,8 @@ def _exactness(request: Request, path: DataPath) -> dict[str, Any]:
         "stopped_at_percent": {},
     }
     for percent in request.percents:
-        stopped, before = _stop(path, [len(batches) for batches in whole], round(num_steps * percent / 100))
-        (Path(request.states) / f"{percent}.pickle").write_bytes(pickle.dumps(stopped))
+        step = round(num_steps * percent / 100)
+        stopped, before = _stopped_at(step, path, [len(batches) for batches in whole])
         row = {}
         for world_size in (request.world_size, *request.other_world_sizes):
             row[str(world_size)] = _resume(path, whole, before, stopped, world_size)
@@ -159,7 +170,8 @@ def _exactness(request: Request, path: DataPath) -> dict[str, Any]:
     return result
 
 
-def _stop(path: DataPath, batches_per_epoch: list[int], step: int) -> tuple[Stopped, list[list[list[str]]]]:
+def _stopped_at(step: int, path: DataPath, batches_per_epoch: list[int]) -> tuple[Stopped, list[list[list[str]]]]:
+    """The states of all ranks and the keys of the batches that they had."""
     states, before = [], []
     for rank in range(len(batches_per_epoch)):
         stream = path.open(Place(rank, len(batches_per_epoch)))
@@ -200,12 +212,34 @@ def _samples(parts: list[list[list[str]]]) -> Counter[str]:
     return Counter(key for batches in parts for batch in batches for key in batch)
 
 
+def _stop(request: Request, path: DataPath) -> dict[str, Any]:
+    num_samples = sum(1 for _ in sample_names(request.tars))
+    steps_per_epoch = num_samples // (request.world_size * path.examples_per_batch)
+    places = [(percent, round(steps_per_epoch * percent / 100)) for percent in sorted(request.percents)]
+    states: dict[int, list[Any]] = {percent: [] for percent, _ in places}
+    for rank in range(request.world_size):
+        stream, taken = path.open(Place(rank, request.world_size)), 0
+        batches = iter(stream)
+        for percent, step in places:
+            for _ in islice(batches, step - taken):
+                pass
+            states[percent].append(stream.state())
+            taken = step
+    for percent, step in places:
+        stopped = Stopped(step, states[percent], [steps_per_epoch] * request.world_size)
+        (Path(request.states) / f"{percent}.pickle").write_bytes(pickle.dumps(stopped))
+    return {"steps": dict(places)}
+
+
 def _first_batch(request: Request, path: DataPath) -> dict[str, Any]:
     [percent] = request.percents
-    # Written by the `exactness` task of the same benchmark.
+    # Written by the `stop` task of the same benchmark.
     stopped = pickle.loads((Path(request.states) / f"{percent}.pickle").read_bytes())
     started = time.perf_counter()
-    stream = path.open(Place(request.rank, request.world_size, stopped))
+    try:
+        stream = path.open(Place(0, request.world_size, stopped))
+    except CannotDoError as error:
+        return {"cannot": str(error)}
     path.collate(next(iter(stream)))
     return {"seconds": time.perf_counter() - started, "step": stopped.step}
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from measure import Place, Request, answer
 from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
@@ -24,6 +23,8 @@ from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import TrainLoader, build_train_loader, build_training_set
 from voxtral_dist.data.prompts import TranscriptionPrompts
+
+from measure import Place, Request, answer
 
 SLOTS_PER_STEP = 4
 # More than any measurement takes: a stream that does not end.
@@ -36,6 +37,8 @@ class OurPath:
     def __init__(self, request: Request) -> None:
         torch.set_num_threads(1)
         self._request = request
+        # A step of a rank is what `open` gives: at least one slot.
+        self.examples_per_batch = request.batch_size * SLOTS_PER_STEP // request.world_size
         self._prompts = TranscriptionPrompts.from_pretrained(request.model)
         self._log_mel = LogMel.from_pretrained(request.model, torch.device("cpu")) if request.with_features else None
         self._config = TrainDataConfig(

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from measure import Request
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import VoxtralProcessor
+
+from measure import Request
 
 SAMPLING_RATE = 16_000
 SHUFFLE_BUFFER = 100
@@ -53,6 +54,7 @@ class VoxtralPath:
     def __init__(self, request: Request) -> None:
         torch.set_num_threads(1)
         self.request = request
+        self.examples_per_batch = request.batch_size
         self._processor = VoxtralProcessor.from_pretrained(request.model)
         self._text = self._processor.tokenizer.tokenizer.instruct_tokenizer.tokenizer
 

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import webdataset
+
 from measure import Place, answer
 from voxtral_examples import SEED, SHUFFLE_BUFFER, Clip, VoxtralPath, clip_of_members
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from voxtral_dist.data.shards import pack_manifest
 from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+
 from workloads.lengths import SHORTEST_SECONDS, WORDS_PER_SECOND, librispeech_durations
 
 AN4 = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data" / "an4"
@@ -35,7 +36,32 @@ PROCESSOR_SHAPE = TinyShape(
     text_kv_heads=1,
     text_ffn_width=16,
 )
-_WORDS = "the of and to in that was he his with as had for it not at but on be her from she they all".split()
+_WORDS = ("the", "of", "and", "to", "in", "that", "was", "with", "had", "for", "it", "not", "from", "she", "they")
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "that",
+    "was",
+    "he",
+    "his",
+    "with",
+    "as",
+    "had",
+    "for",
+    "it",
+    "not",
+    "at",
+    "but",
+    "on",
+    "be",
+    "her",
+    "from",
+    "she",
+    "they",
+    "all",
+]
 
 Pcm = NDArray[np.int16]
 
