@@ -37,31 +37,6 @@ PROCESSOR_SHAPE = TinyShape(
     text_ffn_width=16,
 )
 _WORDS = ("the", "of", "and", "to", "in", "that", "was", "with", "had", "for", "it", "not", "from", "she", "they")
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "that",
-    "was",
-    "he",
-    "his",
-    "with",
-    "as",
-    "had",
-    "for",
-    "it",
-    "not",
-    "at",
-    "but",
-    "on",
-    "be",
-    "her",
-    "from",
-    "she",
-    "they",
-    "all",
-]
 
 Pcm = NDArray[np.int16]
 
