@@ -41,6 +41,7 @@ from workloads.lengths import librispeech_durations, text_tokens
 from workloads.speech import Corpus, write_model, write_short_clips
 
 BATCH_SIZE = 8
+NUM_ROUNDS = 3
 WORLD_SIZE = 2
 OTHER_WORLD_SIZES = (3, 4)
 
@@ -73,7 +74,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     worlds = (WORLD_SIZE,) if is_quick else (WORLD_SIZE, max(OTHER_WORLD_SIZES))
     places = [(percent, world_size) for percent in percents for world_size in worlds]
     request = _request("stop", large, model, percents)
-    seconds = _first_batches(contenders, request, places, folder, num_rounds=1 if is_quick else 3)
+    seconds = _first_batches(contenders, request, places, folder, num_rounds=1 if is_quick else NUM_ROUNDS)
     medians = {name: {place: _median(rows) for place, rows in places.items()} for name, places in seconds.items()}
     place = f"at 50 %, {WORLD_SIZE} ranks"
     return {
