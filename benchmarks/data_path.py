@@ -15,9 +15,9 @@ Predicted before the first run, from 1,237 and 197 audio seconds per core second
 was designed: a `ratio` of 6.3, and about 1.3 with features, because the Fourier transform then dominates both; (b), (c)
 and (d) within 20 % of (a) for the same reason.
 
-Measured then: 5.4, and 1.4 with features; the rivals lie within 9 % of each other. Two thirds of our time are libFLAC's,
-which decodes 7,400 audio seconds per core second and sets a limit of 7.6. On AN4's short clips it is 9.9, because a rival
-transforms 30 s of silence for every clip.
+Measured then: 5.4, and 1.4 with features; the rivals lie within 9 % of each other. Two thirds of our time are
+libFLAC's, which decodes 7,400 audio seconds per core second and sets a limit of 7.6. On AN4's short clips it is 9.9,
+because a rival transforms 30 s of silence for every clip.
 """
 
 import argparse
