@@ -25,7 +25,7 @@ Measured then, on shards of 8,000 clips: ours 0.07 to 0.11 s anywhere and exact 
 time of others grows with the place: webdataset 0.15 to 0.40 s, lhotse 0.16 to 0.94, `datasets` 0.20 to 0.60, while
 energon takes 0.8 to 1.0 s and up to 3.0 with four ranks, for its workers. webdataset misses and repeats up to 28 % with
 other numbers of ranks, `datasets` misses up to 10 % with the same. For 100 million samples 0.6 s and 20 megabytes, more
-than predicted, because a plan looks at eight sort windows to know its steps; 2.4 s where the index has to be read first.
+than predicted, because a plan looks at eight sort windows to know its steps; 2.4 s where the index is read first.
 """
 
 import argparse
