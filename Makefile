@@ -7,7 +7,7 @@ SPEECH := ../shared/data
 CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits test test-slow lint bench clean
+.PHONY: help install demo digits test test-slow lint bench rivals clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -53,6 +53,14 @@ bench: install ## Run the benchmarks and write JSON files to build/benchmarks
 	for benchmark in benchmarks/*.py; do \
 	  $(CPU_ENV) $(BIN)/python $$benchmark --output build/benchmarks/$$(basename $$benchmark .py).json || exit 1; \
 	done
+
+# Wheels alone, so that pip never goes back to old versions that it would have to build.
+rivals: $(foreach name,webdataset datasets energon lhotse,.rivals/$(name)/.installed) ## Install what the benchmarks compare with, each in its own environment
+
+.rivals/%/.installed: benchmarks/rivals/%.txt
+	$(PYTHON) -m venv .rivals/$*
+	.rivals/$*/bin/pip install -q --only-binary :all: -r $<
+	touch $@
 
 clean: ## Remove what the demo and the tests made; keep .venv
 	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache
