@@ -9,7 +9,7 @@ from voxtral_dist.config import EvaluationConfig, TestSetConfig
 from voxtral_dist.data.audio import AudioError, decode_audio, to_pcm
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.prompts import TranscriptionPrompts
-from voxtral_dist.data.samples import Example, pad_to_windows
+from voxtral_dist.data.samples import Example
 from voxtral_dist.data.storage import is_remote
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
@@ -76,7 +76,8 @@ def clip_example(clip: Path, language: str | None, prompts: TranscriptionPrompts
     """An audio file as an example without a reference."""
     try:
         waveform = decode_audio(clip.read_bytes(), prompts.sampling_rate)
-        prompt = prompts.prompt(language, prompts.num_windows(len(waveform)))
+        num_windows = prompts.num_windows(len(waveform))
+        prompt = prompts.prompt(language, num_windows)
     except OSError as error:
         raise UserError(f"The clip {clip} cannot be read: {error.strerror}.") from error
     except (AudioError, ValueError) as error:
@@ -84,7 +85,8 @@ def clip_example(clip: Path, language: str | None, prompts: TranscriptionPrompts
     return Example(
         sample_id=0,
         key=clip.stem,
-        pcm=pad_to_windows(to_pcm(waveform), prompts.window_samples),
+        pcm=to_pcm(waveform),
+        num_windows=num_windows,
         prompt=prompt,
         completion=(prompts.eos_id,),
         reference="",

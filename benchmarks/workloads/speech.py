@@ -15,7 +15,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from voxtral_dist.data.shards import pack_manifest
+from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.writing import PackOptions, pack
 from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
 
 from workloads.lengths import SHORTEST_SECONDS, WORDS_PER_SECOND, librispeech_durations
@@ -93,7 +94,7 @@ def _pack(folder: Path, utterances: Sequence[Utterance]) -> Corpus:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     num_bytes = sum(file.stat().st_size for file in audio.iterdir())
-    pack_manifest(manifest, folder / "shards", max(1, num_bytes // NUM_SHARDS), skip_bad=False)
+    pack(open_source(str(manifest), SourceOptions()), folder / "shards", PackOptions(max(1, num_bytes // NUM_SHARDS)))
     seconds = sum(len(utterance.pcm) for utterance in utterances) / SAMPLING_RATE
     return Corpus(folder / "shards", len(utterances), seconds, "AN4" if AN4.is_dir() else "synthetic")
 

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left, weightless_micro_batch
+from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left, weightless_micro_batch, windows_of
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import BadSample, Example
 
 PAD = 11
+WINDOW_SAMPLES = 4
 
 
 def example(prompt: list[int], completion: list[int], num_windows: int = 1, loudness: int = 1) -> Example:
-    pcm = np.full((num_windows, 4), loudness, dtype=np.int16)
-    return Example(0, "key", pcm, tuple(prompt), tuple(completion), "text", duration_seconds=0.5 * num_windows)
+    pcm = np.full(num_windows * WINDOW_SAMPLES, loudness, dtype=np.int16)
+    duration_seconds = 0.5 * num_windows
+    return Example(0, "key", pcm, num_windows, tuple(prompt), tuple(completion), "text", duration_seconds)
 
 
 def test_pad_left_fills_before_the_sequences():
@@ -27,7 +29,11 @@ def test_pad_left_fills_before_the_sequences():
 
 
 def test_collate_aligns_completions_at_the_end():
-    batch = collate([example([1, 24, 24, 34], [7, 8, 2], 2, loudness=5), example([1, 24, 34], [9, 2], loudness=6)], PAD)
+    batch = collate(
+        [example([1, 24, 24, 34], [7, 8, 2], 2, loudness=5), example([1, 24, 34], [9, 2], loudness=6)],
+        PAD,
+        WINDOW_SAMPLES,
+    )
     assert batch.input_ids.tolist() == [[1, 24, 24, 34, 7, 8], [PAD, PAD, 1, 24, 34, 9]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
     assert batch.labels.tolist() == [[7, 8, 2], [IGNORED_LABEL, 9, 2]]
@@ -36,21 +42,31 @@ def test_collate_aligns_completions_at_the_end():
     assert (batch.num_samples, batch.audio_seconds, batch.num_targets) == (2, 1.5, 5)
 
 
+@pytest.mark.parametrize(("num_samples", "num_windows"), [(0, 1), (1, 1), (4, 1), (5, 2), (12, 3)])
+def test_windows_are_filled_with_silence_behind_the_audio(num_samples, num_windows):
+    pcm = np.arange(1, num_samples + 1, dtype=np.int16)
+    clips = [replace(example([1], [2], num_windows), pcm=pcm), example([1], [2], loudness=7)]
+    windows = windows_of(clips, WINDOW_SAMPLES)
+    assert windows.shape == (num_windows + 1, WINDOW_SAMPLES)
+    assert windows[:-1].flatten().tolist() == pcm.tolist() + [0] * (WINDOW_SAMPLES * num_windows - num_samples)
+    assert windows[-1].tolist() == [7] * WINDOW_SAMPLES
+
+
 def test_feature_masks_follow_the_windows_of_their_example():
     masks = np.array([[1, 0, 3, 9], [0, 1, 2, 4]])
     masked = [replace(example([1], [2], num_windows), feature_masks=masks) for num_windows in (2, 3)]
-    batch = collate([masked[0], example([1], [2]), masked[1]], PAD)
+    batch = collate([masked[0], example([1], [2]), masked[1]], PAD, WINDOW_SAMPLES)
     assert batch.feature_masks.tolist() == [[1, 0, 3, 9], [0, 1, 2, 4], [4, 0, 3, 9], [3, 1, 2, 4]]
-    assert collate([example([1], [2])], PAD).feature_masks.shape == (0, 4)
+    assert collate([example([1], [2])], PAD, WINDOW_SAMPLES).feature_masks.shape == (0, 4)
 
 
 def test_an_empty_transcript_trains_its_end_alone():
-    batch = collate([example([1, 34], [2])], PAD)
+    batch = collate([example([1, 34], [2])], PAD, WINDOW_SAMPLES)
     assert (batch.input_ids.tolist(), batch.labels.tolist(), batch.num_targets) == ([[1, 34]], [[2]], 1)
 
 
 def test_position_ids_count_from_the_first_real_token():
-    batch = collate([example([1, 24, 24, 34], [2]), example([1, 34], [2])], PAD)
+    batch = collate([example([1, 24, 24, 34], [2]), example([1, 34], [2])], PAD, WINDOW_SAMPLES)
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
 
 
@@ -58,7 +74,7 @@ def test_position_ids_count_from_the_first_real_token():
 def test_padding_changes_neither_targets_nor_positions(num_padding):
     one = example([1, 24, 34], [7, 8, 2])
     longer = example([1] * (3 + num_padding), [7, 8, 2])
-    alone, padded = collate([one], PAD), collate([one, longer], PAD)
+    alone, padded = collate([one], PAD, WINDOW_SAMPLES), collate([one, longer], PAD, WINDOW_SAMPLES)
     assert torch.equal(padded.labels[0], alone.labels[0])
     assert torch.equal(padded.position_ids[0, num_padding:], alone.position_ids[0])
     assert padded.num_targets == 2 * alone.num_targets
@@ -66,11 +82,11 @@ def test_padding_changes_neither_targets_nor_positions(num_padding):
 
 def test_a_batch_keeps_what_was_left_out_of_it():
     bad = BadSample("a.tar", "key", "does not decode")
-    assert collate([example([1], [2])], PAD, [bad]).bad_samples == (bad,)
+    assert collate([example([1], [2])], PAD, WINDOW_SAMPLES, [bad]).bad_samples == (bad,)
 
 
 def test_moving_a_batch_keeps_everything_but_the_device():
-    batch = collate([example([1, 24, 34], [7, 2])], PAD, [BadSample("a.tar", "key", "reason")])
+    batch = collate([example([1, 24, 34], [7, 2])], PAD, WINDOW_SAMPLES, [BadSample("a.tar", "key", "reason")])
     moved = batch.to(torch.device("meta"))
     for name in ("input_ids", "attention_mask", "labels", "pcm", "feature_masks"):
         assert getattr(moved, name).device.type == "meta", name

@@ -14,7 +14,7 @@ from transformers import VoxtralProcessor
 from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.prompts import TranscriptionPrompts
-from voxtral_dist.data.samples import Example, pad_to_windows
+from voxtral_dist.data.samples import Example
 from voxtral_dist.errors import UserError
 
 from corpora import REAL_SPEECH, real_speech, tone
@@ -58,6 +58,12 @@ def processed(folder: Path, clips: list[np.ndarray], languages: list[str | None]
     )
 
 
+def padded(pcm: np.ndarray, prompts: TranscriptionPrompts) -> torch.Tensor:
+    """A clip as whole windows."""
+    padding = -len(pcm) % prompts.window_samples
+    return torch.from_numpy(np.pad(pcm, (0, padding)).reshape(-1, prompts.window_samples))
+
+
 def assert_equal_to_processor(
     folder: Path, prompts: TranscriptionPrompts, clips: list[np.ndarray], languages: list[str | None], **arguments: Any
 ) -> None:
@@ -71,7 +77,7 @@ def assert_equal_to_processor(
         prompts.audio_tokens_per_window * sum(windows)
     )
 
-    pcm = torch.from_numpy(np.concatenate([pad_to_windows(clip, prompts.window_samples) for clip in clips]))
+    pcm = torch.cat([padded(clip, prompts) for clip in clips])
     features = LogMel.from_pretrained(str(folder), torch.device("cpu"))(pcm, windows)
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, expected["input_features"], rtol=0, atol=1e-4)
@@ -104,11 +110,9 @@ def test_a_short_window_equals_the_processors(tiny_model, prompts):
 
 def test_features_of_a_clip_do_not_depend_on_its_batch(tiny_model, prompts):
     log_mel = LogMel.from_pretrained(str(tiny_model), torch.device("cpu"))
-    clips = [
-        pad_to_windows(tone(seconds, seed=number), prompts.window_samples) for number, seconds in enumerate((3, 1, 2))
-    ]
-    together = log_mel(torch.from_numpy(np.concatenate(clips)), [len(clip) for clip in clips])
-    alone = [log_mel(torch.from_numpy(clip), [len(clip)]) for clip in clips]
+    clips = [padded(tone(seconds, seed=number), prompts) for number, seconds in enumerate((3, 1, 2))]
+    together = log_mel(torch.cat(clips), [len(clip) for clip in clips])
+    alone = [log_mel(clip, [len(clip)]) for clip in clips]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-6)
 
 
@@ -173,7 +177,8 @@ def example(prompts: TranscriptionPrompts, text: str, num_windows: int = 1, lang
     return Example(
         sample_id=0,
         key="clip",
-        pcm=np.zeros((num_windows, prompts.window_samples), dtype=np.int16),
+        pcm=np.zeros(num_windows * prompts.window_samples, dtype=np.int16),
+        num_windows=num_windows,
         prompt=prompts.prompt(language, num_windows),
         completion=tuple(prompts.completion(text)),
         reference=text,
@@ -183,7 +188,7 @@ def example(prompts: TranscriptionPrompts, text: str, num_windows: int = 1, lang
 
 def test_each_label_is_the_next_token_and_the_prompt_has_none(prompts):
     examples = [example(prompts, "short"), example(prompts, "a longer one", 2, None), example(prompts, "mid dle", 3)]
-    batch = collate(examples, prompts.pad_id)
+    batch = collate(examples, prompts.pad_id, prompts.window_samples)
     num_kept = batch.labels.shape[1]
     assert num_kept == max(len(one.completion) for one in examples)
     for one, ids, mask, labels in zip(examples, batch.input_ids, batch.attention_mask, batch.labels, strict=True):

@@ -13,7 +13,7 @@ import soxr
 
 from voxtral_dist.data.audio import AudioError, decode_audio, resample, to_pcm
 from voxtral_dist.data.index import INDEX_FILE, ShardIndex, read_index
-from voxtral_dist.data.samples import SampleError, SampleReader, pad_to_windows
+from voxtral_dist.data.samples import SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
 
 from corpora import pack_manifest, tone, write_lines
@@ -66,19 +66,12 @@ def test_pcm_is_clipped_not_wrapped():
         (encoded(np.array([0.0, np.nan, 0.1]), RATE, subtype="FLOAT"), "not finite"),
         (encoded(np.array([0.0, np.inf, 0.1]), RATE, subtype="FLOAT"), "not finite"),
     ],
+    ids=["nothing", "text", "no samples", "not a number", "infinity"],
 )
 def test_unusable_audio_is_an_audio_error(contents, sentence):
     with pytest.raises(AudioError, match=sentence) as refused:
         decode_audio(contents, RATE)
     assert " at 0x" not in str(refused.value), "an address says nothing to a reader"
-
-
-@pytest.mark.parametrize(("num_samples", "num_windows"), [(1, 1), (9, 1), (10, 1), (11, 2), (30, 3)])
-def test_windows_are_filled_with_silence_behind_the_audio(num_samples, num_windows):
-    pcm = np.arange(1, num_samples + 1, dtype=np.int16)
-    windows = pad_to_windows(pcm, 10)
-    assert windows.shape == (num_windows, 10)
-    assert windows.flatten().tolist() == pcm.tolist() + [0] * (10 * num_windows - num_samples)
 
 
 def test_an_example_is_the_utterance_as_the_model_takes_it(shard_index, prompts):
@@ -87,8 +80,8 @@ def test_an_example_is_the_utterance_as_the_model_takes_it(shard_index, prompts)
         sample, example = reader.read(sample_id), reader.example(sample_id)
         waveform = to_pcm(decode_audio(sample.audio, RATE))
         assert (example.sample_id, example.key, example.reference) == (sample_id, sample.key, sample.text)
-        assert np.array_equal(example.pcm.flatten()[: len(waveform)], waveform)
-        assert example.prompt == prompts.prompt(sample.language, len(example.pcm))
+        assert np.array_equal(example.pcm, waveform)
+        assert example.prompt == prompts.prompt(sample.language, example.num_windows)
         assert list(example.completion) == prompts.completion(sample.text)
         assert example.duration_seconds == len(waveform) / RATE
 

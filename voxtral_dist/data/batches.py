@@ -67,21 +67,19 @@ class MicroBatch:
         )
 
 
-def collate(examples: Sequence[Example], pad_id: int, bad_samples: Sequence[BadSample] = ()) -> MicroBatch:
+def collate(
+    examples: Sequence[Example], pad_id: int, window_samples: int, bad_samples: Sequence[BadSample] = ()
+) -> MicroBatch:
     """One micro-batch of at least one example."""
-    sequences = [(*example.prompt, *example.completion[:-1]) for example in examples]
-    input_ids, attention_mask = pad_left(sequences, pad_id)
-    num_kept = max(len(example.completion) for example in examples)
-    labels = torch.full((len(examples), num_kept), IGNORED_LABEL)
-    for row, example in zip(labels, examples, strict=True):
-        row[num_kept - len(example.completion) :] = torch.tensor(example.completion)
+    input_ids, attention_mask = pad_left([(*example.prompt, *example.completion[:-1]) for example in examples], pad_id)
+    labels, _ = pad_left([example.completion for example in examples], IGNORED_LABEL)
     return MicroBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        pcm=torch.from_numpy(np.concatenate([example.pcm for example in examples])),
+        pcm=windows_of(examples, window_samples),
         feature_masks=torch.from_numpy(_feature_masks(examples)),
-        windows_per_example=tuple(len(example.pcm) for example in examples),
+        windows_per_example=tuple(example.num_windows for example in examples),
         audio_seconds=sum(example.duration_seconds for example in examples),
         num_samples=sum(example.num_samples for example in examples),
         bad_samples=tuple(bad_samples),
@@ -90,7 +88,7 @@ def collate(examples: Sequence[Example], pad_id: int, bad_samples: Sequence[BadS
 
 def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
     """The masks of all examples, their windows counted over the batch."""
-    first_windows = np.cumsum([0, *(len(example.pcm) for example in examples[:-1])])
+    first_windows = np.cumsum([0, *(example.num_windows for example in examples[:-1])])
     return np.concatenate(
         [
             example.feature_masks + np.array([first_window, 0, 0, 0])
@@ -102,12 +100,22 @@ def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both int64 `(B, T)`, T being the longest of the sequences."""
     width = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(sequences), width), pad_id)
-    mask = torch.zeros_like(ids)
+    ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :] = torch.tensor(sequence)
+        ids[row, width - len(sequence) :] = sequence
         mask[row, width - len(sequence) :] = 1
-    return ids, mask
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def windows_of(examples: Sequence[Example], window_samples: int) -> Tensor:
+    """The audio of all examples, int16 `(C, S)`: each begins with a window of its own and is followed by silence."""
+    windows = np.zeros((sum(example.num_windows for example in examples), window_samples), dtype=np.int16)
+    first = 0
+    for example in examples:
+        windows[first : first + example.num_windows].reshape(-1)[: len(example.pcm)] = example.pcm
+        first += example.num_windows
+    return torch.from_numpy(windows)
 
 
 def weightless_micro_batch(prompts: TranscriptionPrompts, bad_samples: Sequence[BadSample] = ()) -> MicroBatch:
@@ -118,11 +126,12 @@ def weightless_micro_batch(prompts: TranscriptionPrompts, bad_samples: Sequence[
     silence = Example(
         sample_id=-1,
         key="",
-        pcm=np.zeros((1, prompts.window_samples), dtype=np.int16),
+        pcm=np.zeros(0, dtype=np.int16),
+        num_windows=1,
         prompt=prompts.prompt(None, 1),
         completion=(prompts.eos_id,),
         reference="",
         duration_seconds=0.0,
     )
-    batch = collate([silence], prompts.pad_id, bad_samples)
+    batch = collate([silence], prompts.pad_id, prompts.window_samples, bad_samples)
     return replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL), num_samples=0)

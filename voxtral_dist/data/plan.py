@@ -30,7 +30,8 @@ from voxtral_dist.data.permutation import hash_values, permute_blocks
 from voxtral_dist.data.streams import Streams
 from voxtral_dist.errors import UserError
 
-_NUM_PROBES = 8
+# The estimate of what a window takes is made of windows with about so many samples, and two of them at least.
+_PROBED_SAMPLES = 16_384
 _FIRST_PROBE_SAMPLES = 4096
 
 
@@ -166,7 +167,8 @@ class TrainPlan:
         first = self._draw(0, 0, min(_FIRST_PROBE_SAMPLES, self._num_draws), self._num_draws)
         per_cut = len(first.sample_ids) / len(first.cut(budget))
         probe_samples = min(self._num_draws, max(1, round(per_cut * slots * self._shape.sort_window_steps)))
-        starts = range(0, self._num_draws - probe_samples + 1, probe_samples)[:_NUM_PROBES]
+        num_probes = max(2, _PROBED_SAMPLES // probe_samples)
+        starts = range(0, self._num_draws - probe_samples + 1, probe_samples)[:num_probes]
         probes = [self._draw(0, start, start + probe_samples, self._num_draws) for start in starts]
         cuts = [len(probe.cut(budget)) for probe in probes]
         # A window has room for somewhat more than the largest of the probes, so that steps with a slot more are rare.

@@ -54,13 +54,15 @@ class Clip:
 class Example:
     """One utterance, or several packed ones, as the model takes it.
 
-    pcm is `(num_windows, S)`, int16, padded with silence; `completion` ends with `</s>`. `sample_id` and `key` are
-    those of the first utterance. feature_masks are those of `draw_feature_masks`, and none in evaluations.
+    pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` ends with `</s>`.
+    `sample_id` and `key` are those of the first utterance. feature_masks are those of `draw_feature_masks`, and none in
+    evaluations.
     """
 
     sample_id: int
     key: str
     pcm: Pcm
+    num_windows: int
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     reference: str
@@ -161,13 +163,15 @@ class SampleReader:
                 raise ValueError(
                     f"has {len(completion)} target tokens, more than the limit of {self._max_target_tokens}"
                 )
-            prompt = self._prompts.prompt(first.language, self._prompts.num_windows(len(pcm)))
+            num_windows = self._prompts.num_windows(len(pcm))
+            prompt = self._prompts.prompt(first.language, num_windows)
         except ValueError as error:
             raise self._unusable(first.sample_id, first.key, error) from error
         return Example(
             sample_id=first.sample_id,
             key=first.key,
-            pcm=pad_to_windows(pcm, self._prompts.window_samples),
+            pcm=pcm,
+            num_windows=num_windows,
             prompt=prompt,
             completion=completion,
             reference=text,
@@ -200,12 +204,6 @@ class SampleReader:
 
     def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
         return SampleError(BadSample(self._index.shard(sample_id).name, key, str(error)))
-
-
-def pad_to_windows(pcm: Pcm, window_samples: int) -> Pcm:
-    """`(num_samples,)` -> `(num_windows, window_samples)`, with silence behind the audio."""
-    padding = -len(pcm) % window_samples
-    return np.pad(pcm, (0, padding)).reshape(-1, window_samples)
 
 
 def _reason(span: Span, error: Exception) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from voxtral_dist.data.batches import pad_left
+from voxtral_dist.data.batches import pad_left, windows_of
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import Example
@@ -43,12 +43,12 @@ class Transcriber:
         """One hypothesis for each example, in their order."""
         device = next(self._model.parameters()).device
         input_ids, attention_mask = pad_left([example.prompt for example in examples], self._prompts.pad_id)
-        pcm = torch.cat([torch.from_numpy(example.pcm) for example in examples]).to(device)
+        pcm = windows_of(examples, self._prompts.window_samples).to(device)
         limits = [self._limit(example) for example in examples]
         generated: Tensor = self._model.generate(  # type: ignore[operator]
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
-            input_features=self._log_mel(pcm, [len(example.pcm) for example in examples]),
+            input_features=self._log_mel(pcm, [example.num_windows for example in examples]),
             max_new_tokens=max(limits),
             do_sample=False,
             num_beams=1,
