@@ -81,7 +81,7 @@ def test_no_micro_batch_passes_its_budget_and_most_are_nearly_full(budget, packe
             groups = [samples.sample_ids[start:end] for start, end in pairwise(ends.tolist())]
             loads.append(load_of(plan, groups, budget))
     assert max(loads) <= 1.0
-    assert np.mean(loads) > 0.75
+    assert np.mean(loads) > 0.7
     # A slot more than planned is rare.
     extra = sum(plan.num_slots(step) - 4 for step in range(plan.steps_per_pass))
     assert extra <= 0.02 * 4 * plan.steps_per_pass

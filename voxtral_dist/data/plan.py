@@ -171,8 +171,8 @@ class TrainPlan:
         starts = range(0, self._num_draws - probe_samples + 1, probe_samples)[:num_probes]
         probes = [self._draw(0, start, start + probe_samples, self._num_draws) for start in starts]
         cuts = [len(probe.cut(budget)) for probe in probes]
-        # A window has room for somewhat more than the largest of the probes, so that steps with a slot more are rare.
-        room = 2 * max(cuts) - sum(cuts) / len(cuts)
+        # Two standard deviations of room, so that steps with a slot more are rare.
+        room = float(np.mean(cuts) + 2 * np.std(cuts))
         num_steps = max(1, math.ceil(self._num_draws / probe_samples * room / slots - 1e-6))
         return num_steps, _figures(probes, num_steps * slots / self._num_draws * probe_samples, budget)
 
