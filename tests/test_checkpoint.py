@@ -37,7 +37,7 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     loader = build_train_loader(config.train_data, prompts, config.seed, last_step, world.rank, world.size)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = ZeroEngine(config, load_voxtral(config.model), log_mel, world)
-    checkpoints = CheckpointDirectory(config, loader.training_set.index.fingerprint, world)
+    checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     losses = [
         train_step(config, engine, batches, False, world).metrics.loss for batches in loader.starting_at(progress.step)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
+from pydantic_extra_types.language_code import LanguageAlpha2
 
 from voxtral_dist.errors import UserError
 
@@ -27,6 +28,10 @@ class Section(BaseModel):
 
 Argument = float | int | str | bool
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+
+
+def _sorted_set(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(set(values)))
 
 
 class ModelConfig(Section):
@@ -162,8 +167,8 @@ class TrainDataConfig(Section):
     length. 1 sorts within a step only."""
 
     shuffle_block_size: int = Field(default=1, gt=0)
-    """Neighbouring samples of a shard that stay together when the set is shuffled. Larger blocks read disks and
-    object stores more sequentially."""
+    """Neighbouring samples of a shard that are drawn in the same sort window. Larger blocks make a `storage.cache_dir`
+    and the page cache of a disk more useful; requests to an object store without a cache stay one for each sample."""
 
     min_duration_seconds: float | None = Field(default=None, gt=0)
     """Shorter utterances are left out, and their number is reported at the start."""
@@ -177,7 +182,7 @@ class TrainDataConfig(Section):
     max_chars_per_second: float | None = Field(default=None, gt=0)
     """Utterances with more characters of text per second of audio are left out: their audio misses something."""
 
-    languages: tuple[str, ...] | None = None
+    languages: Annotated[tuple[LanguageAlpha2, ...], AfterValidator(_sorted_set)] | None = None
     """Only utterances of these languages (ISO 639-1) are drawn."""
 
     augmentation: tuple[AugmentationStep, ...] = ()
@@ -222,8 +227,9 @@ class TrainDataConfig(Section):
 
     @property
     def mixes_sets(self) -> bool:
-        """Whether sets have other shares than what they hold."""
-        return len(self.sets) > 1 and (self.set_temperature != 1 or any(one.weight for one in self.sets.values()))
+        """Whether sets have shares of their own, or languages have shares inside each set."""
+        weighted = any(one.weight for one in self.sets.values())
+        return len(self.sets) > 1 and (weighted or self.set_temperature != 1 or self.mixes_languages)
 
     @property
     def mixes_languages(self) -> bool:
@@ -323,7 +329,7 @@ class RunConfig(Section):
     num_steps: int = Field(gt=0)
     """Optimizer updates in total."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the order of the data, of augmentation and of dropout."""
 
     model: ModelConfig

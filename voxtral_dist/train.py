@@ -69,11 +69,12 @@ def train(config: RunConfig, world: World) -> int:
     steps = build_train_loader(
         config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size, storage
     )
+    refuse_different_data(steps.training_set.fingerprint, world)
     test_sets = build_test_sets(config.evaluation, prompts, storage)
     model = load_voxtral(config.model)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = ZeroEngine(config, model, log_mel, world)
-    checkpoints = CheckpointDirectory(config, steps.training_set.index.fingerprint, world)
+    checkpoints = CheckpointDirectory(config, steps.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
 
@@ -123,6 +124,21 @@ def check_before_loading(config: RunConfig, world: World) -> None:
         raise UserError(f"`run_dir`: {config.run_dir} cannot be written: change its owner or choose another.")
     if world.is_first:
         _lock_run_dir(config.run_dir)
+
+
+def refuse_different_data(fingerprint: str, world: World) -> None:
+    """Refuse ranks whose plans differ: their steps would not fit together, and in the end they would wait forever.
+
+    Raises:
+        UserError: a rank sees other shards or another index than rank 0.
+    """
+    gathered = gather_on_first(fingerprint, world)
+    different = from_first_rank([rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]], world)
+    if different:
+        raise UserError(
+            f"`train_data`: the ranks {different[:8]} see other shards than rank 0, or another index of them: copy the "
+            "shard sets to all nodes again, or put them on storage that all nodes share."
+        )
 
 
 def _lock_run_dir(run_dir: Path) -> None:

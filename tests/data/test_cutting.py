@@ -71,7 +71,7 @@ def test_packing_holds_its_limits_and_each_clip_once(seed):
     rng = np.random.default_rng(seed)
     duration_ms, tokens = rng.integers(300, 34_000, 400), rng.integers(1, 200, 400)
     languages = rng.integers(0, 3, 400).astype(np.uint16)
-    groups = pack_into_windows(duration_ms, tokens, languages, window_ms=30_000, max_tokens=448)
+    groups = pack_into_windows(duration_ms, tokens, languages, np.arange(400), window_ms=30_000, max_tokens=448)
     assert sorted(position for group in groups for position in group) == list(range(400))
     for group in groups:
         assert len(group) == 1 or duration_ms[group].sum() <= 30_000
@@ -84,12 +84,20 @@ def test_packing_is_within_the_bound_of_best_fit_decreasing():
     """At most 11/9 of the optimum and one window (Johnson 1973); the audio itself bounds the optimum from below."""
     duration_ms = np.random.default_rng(0).integers(1000, 15_000, 500)
     same = np.zeros(500, dtype=np.uint16)
-    groups = pack_into_windows(duration_ms, np.ones(500, dtype=np.int64), same, window_ms=30_000, max_tokens=10**6)
+    groups = pack_into_windows(duration_ms, np.ones(500, dtype=np.int64), same, np.arange(500), 30_000, 10**6)
     fewest = -(-int(duration_ms.sum()) // 30_000)
     assert len(groups) <= 11 / 9 * fewest + 1
 
 
 def test_best_fit_leaves_the_least_room():
     duration_ms = np.array([20_000, 25_000, 5_000])
-    groups = pack_into_windows(duration_ms, np.ones(3, dtype=np.int64), np.zeros(3, dtype=np.uint16), 30_000, 100)
-    assert sorted(groups) == [[0], [1, 2]]
+    ones, same = np.ones(3, dtype=np.int64), np.zeros(3, dtype=np.uint16)
+    assert sorted(pack_into_windows(duration_ms, ones, same, np.arange(3), 30_000, 100)) == [[0], [1, 2]]
+
+
+def test_an_utterance_is_never_packed_with_itself():
+    ones, same = np.ones(40, dtype=np.int64), np.zeros(40, dtype=np.uint16)
+    sample_ids = np.arange(40) % 7
+    groups = pack_into_windows(1000 * ones, ones, same, sample_ids, 30_000, 448)
+    assert all(len(set(sample_ids[group].tolist())) == len(group) for group in groups)
+    assert len(groups) == 6, "as many as draws of the most frequent one"

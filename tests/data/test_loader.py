@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
 from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch, windows_of
-from voxtral_dist.data.index import SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.index import INDEX_FILE, SHARD_TABLE_FILE, read_index, write_index
 from voxtral_dist.data.loader import StepBatches, build_train_loader, build_training_set
+from voxtral_dist.data.members import Field, SampleMembers
 from voxtral_dist.data.samples import Example, SampleReader
 from voxtral_dist.errors import UserError
 
@@ -71,7 +73,11 @@ def examples_in(batch: MicroBatch) -> list[tuple]:
             tuple(ids[mask].tolist()),
             tuple(labels[labels != IGNORED_LABEL].tolist()),
             hashlib.sha256(pcm.numpy().tobytes()).hexdigest(),
-            str([row for row in batch.feature_masks.tolist() if end - len(pcm) <= row[0] < end]).count("["),
+            tuple(
+                (window - (end - len(pcm)), *rest)
+                for window, *rest in batch.feature_masks.tolist()
+                if end - len(pcm) <= window < end
+            ),
         )
         for ids, mask, labels, pcm, end in rows
     ]
@@ -198,6 +204,97 @@ def test_a_bad_utterance_of_a_packed_example_is_taken_out_of_it(tmp_path, prompt
         tar.write(b"\xff" * 64)
     batch = steps_of(config, prompts, num_steps=1)[0].micro_batches[0]
     assert (batch.num_samples, len(batch.bad_samples)) == (11, 1)
+
+
+def test_every_utterance_of_a_packed_example_that_is_too_long_is_used_or_named(uneven_folders, prompts):
+    """The tiny model's tokens are many more than those that the index counts with the published vocabulary."""
+    config = TrainDataConfig(
+        shards=tuple(uneven_folders), slots_per_step=2, max_windows=8, packing=True, num_workers=0, max_target_tokens=40
+    )
+    steps_per_pass = build_training_set(config, prompts, 1).plan.steps_per_pass
+    batches = [batch for step in steps_of(config, prompts, num_steps=steps_per_pass) for batch in step.micro_batches]
+    bad = [one for batch in batches for one in batch.bad_samples]
+    assert len(bad) > 0
+    assert sum(batch.num_samples for batch in batches) + len({(one.shard, one.key) for one in bad}) == 37
+
+
+@pytest.mark.parametrize("prefetching", [1, 3])
+def test_workers_run_two_steps_ahead_and_no_further(uneven_folders, prompts, prefetching, monkeypatch):
+    config = TrainDataConfig(
+        shards=tuple(uneven_folders), slots_per_step=6, max_examples=1, num_workers=prefetching, sort_window_steps=2
+    )
+    loader = build_train_loader(config, prompts, 0, 50, 0, 1)
+    asked = []
+    plan = loader.training_set.plan
+    whole = plan.slot
+    monkeypatch.setattr(plan, "slot", lambda step, slot: asked.append(step) or whole(step, slot))
+    stream = loader.starting_at(0)
+    next(stream)
+    # The step in use, two that are being made, and one of which the first requests are known.
+    assert max(asked) <= 4
+    del stream
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / INDEX_FILE).write_bytes((folder / INDEX_FILE).read_bytes()),
+        lambda folder: rename_shards(folder),
+    ],
+    ids=["nothing", "place"],
+)
+def test_the_place_of_shards_is_not_in_the_fingerprint(shard_folder, prompts, tmp_path, change):
+    copied = shutil.copytree(shard_folder, tmp_path / "copied")
+    change(copied)
+    assert fingerprint([copied], prompts) == fingerprint([shard_folder], prompts)
+
+
+def rename_shards(folder: Path) -> None:
+    folder.rename(folder.with_name("renamed"))
+    shutil.copytree(folder.with_name("renamed"), folder)
+
+
+def test_other_records_other_members_and_other_sets_have_other_fingerprints(uneven_folders, prompts, tmp_path):
+    before = fingerprint(uneven_folders, prompts)
+    copied = shutil.copytree(uneven_folders[0], tmp_path / "copied")
+    index = read_index([str(copied)])
+    records = np.load(copied / INDEX_FILE)
+    records["num_text_tokens"][3] += 1
+    shards, languages = index.sets[0].shards, index.sets[0].languages
+    write_index(copied, shards, records, languages)
+    after_records = fingerprint([copied, uneven_folders[1]], prompts)
+    records["num_text_tokens"][3] -= 1
+    write_index(copied, shards, records, languages, SampleMembers(text=Field("txt")))
+    after_members = fingerprint([copied, uneven_folders[1]], prompts)
+    write_index(copied, shards, records, languages)
+    assert fingerprint([copied, uneven_folders[1]], prompts) == before
+    named = {"many": {"shards": uneven_folders[:1]}, "one": {"shards": uneven_folders[1:]}}
+    in_sets = build_training_set(TrainDataConfig(sets=named, max_examples=2), prompts, 0).fingerprint
+    assert len({before, after_records, after_members, in_sets}) == 4
+
+
+def fingerprint(shards: list, prompts) -> str:
+    config = TrainDataConfig(shards=tuple(map(str, shards)), max_examples=2)
+    return build_training_set(config, prompts, 0).fingerprint
+
+
+def test_a_shard_that_is_named_twice_is_refused(uneven_folders, prompts):
+    many = uneven_folders[0]
+    config = TrainDataConfig(shards=(many, f"{many}/many-00000[01].tar"), max_examples=1)
+    with pytest.raises(UserError, match=r"many-000000\.tar is named by two patterns"):
+        build_training_set(config, prompts, 0)
+
+
+def test_shards_without_samples_are_refused(uneven_folders, prompts):
+    config = TrainDataConfig(shards=(f"{uneven_folders[0]}/many-empty.tar",), max_examples=1)
+    with pytest.raises(UserError, match=r"`train_data\.shards`: its shards hold no samples"):
+        build_training_set(config, prompts, 0)
+
+
+def test_a_language_that_no_sample_has_is_refused(uneven_folders, prompts):
+    config = TrainDataConfig(shards=tuple(uneven_folders), max_examples=1, languages=("pt",))
+    with pytest.raises(UserError, match="no sample has the language 'pt'; the index knows de, en, fr"):
+        build_training_set(config, prompts, 0)
 
 
 def test_more_ranks_than_slots_are_refused_before_anything_is_read(prompts):

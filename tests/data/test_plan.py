@@ -11,7 +11,8 @@ import pytest
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.cutting import Budget
 from voxtral_dist.data.filters import ExampleSizes
-from voxtral_dist.data.index import ShardIndex
+from voxtral_dist.data.index import UNKNOWN_LANGUAGE, ShardIndex
+from voxtral_dist.data.loader import _max_packed_tokens
 from voxtral_dist.data.plan import PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
 from voxtral_dist.data.streams import Stream, Streams, build_streams
 from voxtral_dist.errors import UserError
@@ -100,6 +101,30 @@ def load_of(plan: TrainPlan, groups: list[tuple[int, ...]], budget: Budget) -> f
     return max(shares)
 
 
+@pytest.mark.parametrize("window", [1, 4, 16])
+@pytest.mark.parametrize("slots", [1, 2, 8])
+def test_few_slots_are_empty_and_steps_never_are(slots, window):
+    budget = Budget(None, 4, None)
+    plan = make_plan(4000, PlanShape(slots, budget, window, 1), max_seconds=70.0)
+    steps = [[plan.slot(step, slot) for slot in range(plan.num_slots(step))] for step in range(plan.steps_per_pass)]
+    assert all(any(slot.sample_ids for slot in step) for step in steps)
+    used = sum(bool(slot.sample_ids) for step in steps for slot in step)
+    assert used >= 0.95 * sum(map(len, steps))
+
+
+def test_packed_examples_hold_the_budget_of_a_micro_batch():
+    """A packed example is as long as a micro-batch at most, or it would be alone in one that is too large."""
+    sizes_config = TrainDataConfig(shards=("x",), max_tokens=450, packing=True)
+    limit = _max_packed_tokens(sizes_config, SIZES)
+    plan = make_plan(2000, PlanShape(4, Budget(None, None, 450), 8, 1, limit), max_seconds=6.0)
+    for step in range(plan.steps_per_pass):
+        for slot in range(plan.num_slots(step)):
+            samples = plan.slot(step, slot)
+            ends = np.cumsum([0, *samples.example_sizes]).tolist()
+            groups = [samples.sample_ids[start:end] for start, end in pairwise(ends)]
+            assert load_of(plan, groups, Budget(None, None, 450)) <= 1.0
+
+
 def test_packing_fills_windows_and_keeps_languages_apart():
     apart, packed = (
         make_plan(3000, replace(SHAPE, max_packed_tokens=limit), max_seconds=14.0) for limit in (None, 448)
@@ -164,7 +189,7 @@ def test_more_ranks_than_slots_are_refused():
 
 # Mixtures: several sets, and languages inside them.
 
-SET_SIZES = {"clean": 700, "noisy": 150, "tiny": 9}
+SET_SIZES = {"clean": 2900, "noisy": 1500, "tiny": 9}
 MIXTURES = {
     "weights": {"weights": {"clean": 0.5, "noisy": 0.4, "tiny": 0.1}},
     "temperature over sets": {"set_temperature": 3.0},
@@ -241,16 +266,46 @@ def test_weights_are_shares_of_the_audio():
     np.testing.assert_allclose(hours / hours.sum(), [0.5, 0.4, 0.1], atol=0.002)
 
 
-def test_a_temperature_of_languages_gives_roots_of_hours():
-    _, index, streams = mixture(language_temperature=2.0)
-    rows = []
+@pytest.mark.parametrize("set_temperature", [1.0, 3.0])
+def test_temperatures_give_roots_of_hours_of_sets_and_of_languages_inside_them(set_temperature):
+    _, index, streams = mixture(language_temperature=2.0, set_temperature=set_temperature)
+    held, drawn = {}, {}
     for number, stream in enumerate(streams.streams):
         records = index.gather(streams.sample_ids(number, np.arange(stream.num_samples)))
-        rows.append((stream.name, records["duration_ms"].sum(), stream.num_draws * records["duration_ms"].mean()))
-    held = np.array([row[1] for row in rows])
-    drawn = np.array([row[2] for row in rows])
-    np.testing.assert_allclose(drawn / drawn.sum(), np.sqrt(held) / np.sqrt(held).sum(), atol=0.005)
-    assert {name for name, *_ in rows} == {"all/de", "all/en", "all/unknown"}
+        held[stream.name] = float(records["duration_ms"].sum())
+        drawn[stream.name] = stream.num_draws * float(records["duration_ms"].mean())
+        assert stream.drawn_seconds == pytest.approx(drawn[stream.name] / 1000)
+    assert set(held) == {f"{name}/{language}" for name in SET_SIZES for language in ("de", "en", "unknown")}
+    hours_of_set = {name: sum(held[f"{name}/{one}"] for one in ("de", "en", "unknown")) for name in SET_SIZES}
+    weights = {name: hours ** (1 / set_temperature) for name, hours in hours_of_set.items()}
+    roots = {name: sum(held[f"{name}/{one}"] ** 0.5 for one in ("de", "en", "unknown")) for name in SET_SIZES}
+    for name, hours in held.items():
+        set_name = name.partition("/")[0]
+        share = weights[set_name] / sum(weights.values()) * hours**0.5 / roots[set_name]
+        assert drawn[name] / sum(drawn.values()) == pytest.approx(share, abs=0.002)
+
+
+def test_samples_of_a_stream_are_those_of_its_set_and_language():
+    _, index, streams = mixture(language_temperature=2.0)
+    ends = np.cumsum(list(SET_SIZES.values()))
+    records, languages = index.records, {"de": 0, "en": 1, "unknown": UNKNOWN_LANGUAGE}
+    for number, stream in enumerate(streams.streams):
+        set_name, _, language = stream.name.partition("/")
+        end = ends[list(SET_SIZES).index(set_name)]
+        in_set = np.arange(end - SET_SIZES[set_name], end)
+        expected = in_set[records["language"][in_set] == languages[language]]
+        assert streams.sample_ids(number, np.arange(stream.num_samples)).tolist() == expected.tolist()
+
+
+def test_a_scan_in_many_parts_finds_the_same(monkeypatch):
+    whole = mixture(language_temperature=2.0, max_duration_seconds=20.0)[2]
+    monkeypatch.setattr(ShardIndex.chunks, "__defaults__", (100,))
+    parts = mixture(language_temperature=2.0, max_duration_seconds=20.0)[2]
+    assert parts.streams == whole.streams
+    assert parts.left_out == whole.left_out
+    for number, stream in enumerate(whole.streams):
+        everything = np.arange(stream.num_samples)
+        assert np.array_equal(parts.sample_ids(number, everything), whole.sample_ids(number, everything))
 
 
 def test_temperature_one_draws_every_sample_once_a_pass():
@@ -281,6 +336,6 @@ def test_exactly_the_samples_that_pass_all_filters_are_drawn(names):
 
 def test_a_set_that_is_filtered_away_is_refused():
     with pytest.raises(
-        UserError, match=r"none of the samples passes the filters .859 longer than `max_duration_seconds`"
+        UserError, match=r"none of the samples passes the filters .4409 longer than `max_duration_seconds`"
     ):
         mixture(max_duration_seconds=0.01)

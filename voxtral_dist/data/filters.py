@@ -54,9 +54,9 @@ class Filters:
         """Reasons, each with the records of the chunk that it refuses; a record may have several reasons."""
         config, duration_ms = self.config, chunk.records["duration_ms"]
         if config.max_duration_seconds is not None:
-            yield "longer than `max_duration_seconds`", duration_ms > 1000 * config.max_duration_seconds
+            yield "longer than `max_duration_seconds`", duration_ms > round(1000 * config.max_duration_seconds)
         if config.min_duration_seconds is not None:
-            yield "shorter than `min_duration_seconds`", duration_ms < 1000 * config.min_duration_seconds
+            yield "shorter than `min_duration_seconds`", duration_ms < round(1000 * config.min_duration_seconds)
         if config.max_chars_per_second is not None:
             limit = config.max_chars_per_second / 1000
             yield "more than `max_chars_per_second`", chunk.records["num_chars"] > limit * duration_ms

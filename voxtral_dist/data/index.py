@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -71,7 +72,7 @@ class ShardSet:
     """The index of one folder, or of some of its shards.
 
     first_rows: for each shard, the row of its first sample in `records`; `(num_shards,)`.
-    longest_seconds, most_text_tokens: bounds on every record of the folder.
+    longest_seconds, most_text_tokens: bounds on every record of the folder. records_sha256: of all its records.
     """
 
     shards: tuple[Shard, ...]
@@ -81,6 +82,13 @@ class ShardSet:
     members: SampleMembers
     longest_seconds: float
     most_text_tokens: int
+    records_sha256: str
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same shards and records in the same order, and practically no others."""
+        known = (self.records_sha256, self.members, [shard.sha256 for shard in self.shards])
+        return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -144,12 +152,6 @@ class ShardIndex:
     def duration_seconds(self) -> NDArray[np.float64]:
         """Of all samples, `(N,)`, in memory."""
         return self.records["duration_ms"] / 1000.0
-
-    @property
-    def fingerprint(self) -> str:
-        """The same for the same shards in the same order, and practically no others."""
-        joined = " ".join(shard.sha256 for shard in self.shards)
-        return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
     def shard(self, sample_id: int) -> Shard:
         """The tar that holds a sample."""
@@ -222,6 +224,7 @@ def write_index(
         "duration_seconds": round(float(records["duration_ms"].sum(dtype=np.int64)) / 1000.0, 3),
         "longest_seconds": float(records["duration_ms"].max(initial=0)) / 1000.0,
         "most_text_tokens": int(records["num_text_tokens"].max(initial=0)),
+        "records_sha256": hashlib.sha256(np.ascontiguousarray(records).data).hexdigest(),
         "shards": [asdict(shard) | {"location": _relative(shard, folder)} for shard in shards],
     }
     temporary = folder / f".{SHARD_TABLE_FILE}.tmp"
@@ -247,6 +250,24 @@ def read_index(patterns: Sequence[str], storage: Storage | None = None) -> Shard
 def read_sets(patterns: Sequence[str], storage: Storage) -> list[ShardSet]:
     """The shard sets of all patterns; see `read_index`."""
     return [part for pattern in patterns for part in _sets_of(str(pattern), storage)]
+
+
+def refuse_unusable(name: str, parts: Sequence[ShardSet]) -> None:
+    """Refuse what cannot be one training set.
+
+    Raises:
+        UserError: there are no samples in it, or the same shard is in it twice.
+    """
+    locations = [shard.location for part in parts for shard in part.shards]
+    twice = next((location for location, count in Counter(locations).items() if count > 1), None)
+    where = "`train_data.shards`" if name == "all" else f"`train_data.sets.{name}`"
+    if twice is not None:
+        raise UserError(
+            f"{where}: the shard {twice} is named by two patterns, so that its samples would be drawn twice: make them "
+            "exclude each other. To draw a set more often, give it a weight in `train_data.sets`."
+        )
+    if not any(shard.num_samples for part in parts for shard in part.shards):
+        raise UserError(f"{where}: its shards hold no samples: correct the patterns.")
 
 
 def _sets_of(pattern: str, storage: Storage) -> list[ShardSet]:
@@ -311,6 +332,7 @@ def _load_set(folder: str, storage: Storage) -> ShardSet:
         members=SampleMembers.from_json(table["members"]),
         longest_seconds=float(table["longest_seconds"]),
         most_text_tokens=int(table["most_text_tokens"]),
+        records_sha256=str(table["records_sha256"]),
     )
 
 

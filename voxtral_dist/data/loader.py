@@ -7,10 +7,11 @@ its next one, so that reading it goes on while it decodes the first.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 
@@ -20,9 +21,10 @@ from voxtral_dist.config import SpecAugmentConfig, TrainDataConfig
 from voxtral_dist.data.augmentation import Augmentation, check_spec_augment, draw_feature_masks
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
 from voxtral_dist.data.cutting import Budget
+from voxtral_dist.data.examples import SlotSamples
 from voxtral_dist.data.filters import ExampleSizes
-from voxtral_dist.data.index import ShardIndex, read_sets
-from voxtral_dist.data.plan import PlanShape, SlotSamples, TrainPlan, rank_slots, refuse_idle_ranks
+from voxtral_dist.data.index import ShardIndex, ShardSet, read_sets, refuse_unusable
+from voxtral_dist.data.plan import PLAN_VERSION, PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import BadSample, Clip, Example, SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
@@ -46,18 +48,20 @@ class TrainingSet:
     index: ShardIndex
     streams: Streams
     plan: TrainPlan
+    fingerprint: str
 
     def lines(self) -> Iterator[str]:
         """What a user should know before the run: what is left out, the mixture, and how full micro-batches are."""
         if self.streams.left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.streams.left_out.items())
             yield f"left out {sum(self.streams.left_out.values())} of {len(self.index)} utterances: {reasons}"
-        num_draws = sum(stream.num_draws for stream in self.streams.streams)
         if len(self.streams.streams) > 1:
+            drawn_seconds = sum(stream.drawn_seconds for stream in self.streams.streams)
             for stream in self.streams.streams:
                 yield (
-                    f"{stream.name}: {stream.num_samples} utterances, {100 * stream.num_draws / num_draws:.1f} % of "
-                    f"what is drawn, each {stream.num_draws / stream.num_samples:.2f} times a pass"
+                    f"{stream.name}: {stream.num_samples} utterances, each drawn "
+                    f"{stream.num_draws / stream.num_samples:.2f} times a pass: "
+                    f"{100 * stream.drawn_seconds / drawn_seconds:.1f} % of the audio"
                 )
         figures = self.plan.figures
         yield (
@@ -90,7 +94,10 @@ class TrainLoader:
             batch_size=None,
             num_workers=self._num_workers,
             worker_init_fn=_ignore_stop_signals,
-            prefetch_factor=2 * per_step if self._num_workers else None,
+            # Two steps ahead over all workers, and one micro-batch for each worker while it makes the next.
+            prefetch_factor=max(2, -(-2 * per_step // self._num_workers)) if self._num_workers else None,
+            # Forked workers share the index and the tokenizer with the rank.
+            multiprocessing_context="fork" if self._num_workers else None,
         )
         batches = iter(stream)
         for step in steps:
@@ -141,6 +148,8 @@ def build_training_set(
     """
     used = storage or Storage()
     sets = {name: read_sets(patterns, used) for name, patterns in config.named_sets.items()}
+    for name, parts in sets.items():
+        refuse_unusable(name, parts)
     index = ShardIndex(list(chain.from_iterable(sets.values())))
     counts = [sum(shard.num_samples for part in parts for shard in part.shards) for parts in sets.values()]
     sizes = ExampleSizes.of(prompts)
@@ -150,9 +159,23 @@ def build_training_set(
         budget=Budget(config.max_examples, config.max_windows, config.max_tokens),
         sort_window_steps=config.sort_window_steps,
         shuffle_block_size=config.shuffle_block_size,
-        max_packed_tokens=config.max_target_tokens if config.packing else None,
+        max_packed_tokens=_max_packed_tokens(config, sizes) if config.packing else None,
     )
-    return TrainingSet(index, streams, TrainPlan(index, streams, sizes, shape, (seed,)))
+    plan = TrainPlan(index, streams, sizes, shape, (seed,))
+    return TrainingSet(index, streams, plan, _fingerprint(sets, sizes, plan))
+
+
+def _max_packed_tokens(config: TrainDataConfig, sizes: ExampleSizes) -> int:
+    """Text tokens of a packed example: as many as a target may have, and as a micro-batch of this example alone."""
+    if config.max_tokens is None:
+        return config.max_target_tokens
+    return min(config.max_target_tokens, config.max_tokens - sizes.audio_tokens_per_window - sizes.num_prompt_tokens)
+
+
+def _fingerprint(sets: Mapping[str, Sequence[ShardSet]], sizes: ExampleSizes, plan: TrainPlan) -> str:
+    """The same for the same samples in the same sets and order, whatever their place, and practically no others."""
+    known = [(name, [part.fingerprint for part in parts]) for name, parts in sets.items()]
+    return hashlib.sha256(repr((PLAN_VERSION, plan.steps_per_pass, sizes, known)).encode()).hexdigest()[:16]
 
 
 def _ignore_stop_signals(_worker: int) -> None:
@@ -212,11 +235,14 @@ class _SlotDataset(Dataset[MicroBatch]):
         for size in samples.example_sizes:
             members = list(islice(drawn, size))
             clips = list(self._clips(members, bad))
-            try:
-                if clips:
+            while clips:
+                try:
                     yield self._masked(self._reader.join(clips), members[0][1])
-            except SampleError as error:
-                bad.append(error.bad)
+                    break
+                except SampleError as error:
+                    # Where the tokens of a packed text are more than the index says, its last utterances do not fit.
+                    dropped = clips.pop()
+                    bad.append(replace(error.bad, key=dropped.key, shard=self._reader.shard_name(dropped.sample_id)))
 
     def _clips(self, members: Sequence[tuple[int, int]], bad: list[BadSample]) -> Iterator[Clip]:
         for sample_id, pass_index in members:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 _U64 = np.uint64
 _NUM_ROUNDS = 4
+# Networks of few bits are far from random: below this size the permutation is the order of hashes.
+_LARGEST_TABLE = 4096
 
 
 def permute_blocks(positions: Ids, num_samples: int, block_size: int, key: Sequence[int]) -> Ids:
@@ -34,11 +36,15 @@ def permute_blocks(positions: Ids, num_samples: int, block_size: int, key: Seque
 
 def permute(values: Ids, size: int, key: Sequence[int]) -> Ids:
     """A keyed bijection of 0..size-1, computed for `values` alone."""
+    if size <= _LARGEST_TABLE:
+        return _table(size, key)[values]
     return _walk(values, size, _round_keys(key))
 
 
 def _place_of(value: int, size: int, key: Sequence[int]) -> int:
     """The inverse of `permute`: a Feistel network runs backwards with reversed round keys and swapped halves."""
+    if size <= _LARGEST_TABLE:
+        return int(np.flatnonzero(_table(size, key) == value)[0])
     half_bits = _half_bits(size)
     keys = _round_keys(key)[::-1]
     current = np.array([value])
@@ -46,6 +52,10 @@ def _place_of(value: int, size: int, key: Sequence[int]) -> int:
         current = _swap(_encrypt(_swap(current, half_bits), half_bits, keys), half_bits)
         if current[0] < size:
             return int(current[0])
+
+
+def _table(size: int, key: Sequence[int]) -> Ids:
+    return np.argsort(hash_values(np.arange(size), (*key, 3)), kind="stable")
 
 
 def _walk(values: Ids, size: int, keys: NDArray[np.uint64]) -> Ids:

@@ -23,13 +23,16 @@ from functools import lru_cache
 
 import numpy as np
 
-from voxtral_dist.data.cutting import Budget, cut, pack_into_windows
+from voxtral_dist.data.cutting import Budget
+from voxtral_dist.data.examples import SlotSamples, SortedExamples, sort_examples
 from voxtral_dist.data.filters import ExampleSizes
-from voxtral_dist.data.index import Ids, ShardIndex
+from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.permutation import hash_values, permute_blocks
 from voxtral_dist.data.streams import Streams
 from voxtral_dist.errors import UserError
 
+# Changes when equal samples and configurations give another order.
+PLAN_VERSION = 2
 # The estimate of what a window takes is made of windows with about so many samples, and two of them at least.
 _PROBED_SAMPLES = 16_384
 _FIRST_PROBE_SAMPLES = 4096
@@ -47,20 +50,6 @@ class PlanShape:
     sort_window_steps: int
     shuffle_block_size: int
     max_packed_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class SlotSamples:
-    """The examples of one slot of one step.
-
-    sample_ids: of all examples, one after the other.
-    passes: how often the stream of each sample was gone through before; with the sample it keys augmentation.
-    example_sizes: how many of the samples each example takes; other than 1 only where samples are packed.
-    """
-
-    sample_ids: tuple[int, ...]
-    passes: tuple[int, ...]
-    example_sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -93,21 +82,29 @@ class TrainPlan:
         if self._num_draws == 0:
             raise ValueError("a plan needs at least one sample")
         self._window = lru_cache(maxsize=2)(self._build_window)
+        # Numbers only, and many of them: workers run ahead of the step that is asked about by several windows.
+        self._slots_of_window = lru_cache(maxsize=4096)(self._count_slots)
         self.steps_per_pass, self.figures = self._measure()
 
     def num_slots(self, step: int) -> int:
         """Of a step: `slots_per_step`, or more where the budgets demand it."""
-        return len(self._step(step))
+        pass_index, window, step_of_window = self._place(step)
+        return self._slots_of_window(pass_index, window)[step_of_window]
 
     def slot(self, step: int, slot: int) -> SlotSamples:
         """The examples of a slot: none where a pass has fewer examples than slots."""
-        return self._step(step)[slot]
+        pass_index, window, step_of_window = self._place(step)
+        return self._window(pass_index, window)[step_of_window][slot]
 
-    def _step(self, step: int) -> list[SlotSamples]:
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """The pass of a step, its window in the pass, and its place in the window."""
         pass_index, step_of_pass = divmod(step, self.steps_per_pass)
         # The windows of a pass are as equal as whole steps allow: window w begins at step floor(w * steps / windows).
         window = ((step_of_pass + 1) * self._num_windows - 1) // self.steps_per_pass
-        return self._window(pass_index, window)[step_of_pass - self._first_step(window)]
+        return pass_index, window, step_of_pass - self._first_step(window)
+
+    def _count_slots(self, pass_index: int, window: int) -> tuple[int, ...]:
+        return tuple(len(slots) for slots in self._window(pass_index, window))
 
     @property
     def _num_windows(self) -> int:
@@ -134,7 +131,7 @@ class TrainPlan:
             for step in range(end - first)
         ]
 
-    def _draw(self, pass_index: int, start: int, end: int, denominator: int) -> _Drawn:
+    def _draw(self, pass_index: int, start: int, end: int, denominator: int) -> SortedExamples:
         """What all streams give between two points of a pass, which are fractions `start / denominator` of it.
 
         A stream with D draws in a pass has given floor(D * point + constant) at a point. So its number in a window
@@ -159,7 +156,9 @@ class TrainPlan:
                 )
                 ids.append(self._streams.sample_ids(number, places))
             passes.append(stream_passes)
-        return _Drawn.of(np.concatenate(ids), np.concatenate(passes), self._index, self._sizes, self._shape, self._key)
+        key = (*self._key, pass_index, start, 2)
+        packed = self._shape.max_packed_tokens
+        return sort_examples(np.concatenate(ids), np.concatenate(passes), self._index, self._sizes, packed, key)
 
     def _measure(self) -> tuple[int, PlanFigures]:
         """How many steps a pass takes, from windows that are cut as tightly as the budget allows."""
@@ -170,9 +169,9 @@ class TrainPlan:
         num_probes = max(2, _PROBED_SAMPLES // probe_samples)
         starts = range(0, self._num_draws - probe_samples + 1, probe_samples)[:num_probes]
         probes = [self._draw(0, start, start + probe_samples, self._num_draws) for start in starts]
-        cuts = [len(probe.cut(budget)) for probe in probes]
-        # Two standard deviations of room, so that steps with a slot more are rare.
-        room = float(np.mean(cuts) + 2 * np.std(cuts))
+        # A slot more than planned costs a whole round of all ranks, a slot too many one micro-batch: so of all windows
+        # one in `slots` may be larger than planned (the newsvendor's quantile, for as many ranks as slots).
+        room = float(np.quantile([len(probe.cut(budget)) for probe in probes], 1 - 1 / slots))
         num_steps = max(1, math.ceil(self._num_draws / probe_samples * room / slots - 1e-6))
         return num_steps, _figures(probes, num_steps * slots / self._num_draws * probe_samples, budget)
 
@@ -196,80 +195,13 @@ def refuse_idle_ranks(slots_per_step: int, world_size: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """Samples of a window as examples, longest first.
-
-    sample_ids, passes: of each sample. examples: of each example, the places of its samples. windows, positions: what
-    each example costs the encoder and the language model. audio_ms: of all samples.
-    """
-
-    sample_ids: Ids
-    passes: Ids
-    examples: list[list[int]]
-    windows: Ids
-    positions: Ids
-    audio_ms: int
-    window_ms: int
-
-    @classmethod
-    def of(
-        cls, ids: Ids, passes: Ids, index: ShardIndex, sizes: ExampleSizes, shape: PlanShape, key: Sequence[int]
-    ) -> _Drawn:
-        # Shuffled, so that samples of equal cost and of different streams mix.
-        order = np.argsort(hash_values(ids, (*key, int(passes[:1].sum()), 2)), kind="stable")
-        ids, passes = ids[order], passes[order]
-        records = index.gather(ids)
-        duration_ms, text_tokens = (records[name].astype(np.int64) for name in ("duration_ms", "num_text_tokens"))
-        if shape.max_packed_tokens is None:
-            examples = [[place] for place in range(len(ids))]
-        else:
-            # A joint or an end takes a token too.
-            limits = (sizes.window_ms, shape.max_packed_tokens)
-            examples = pack_into_windows(duration_ms, text_tokens + 1, records["language"], *limits)
-        windows = sizes.windows(_sums(duration_ms, examples))
-        joints = np.array([len(example) - 1 for example in examples], dtype=np.int64)
-        positions = sizes.positions(windows, _sums(text_tokens, examples) + joints)
-        longest_first = np.argsort(-positions, kind="stable")
-        return cls(
-            sample_ids=ids,
-            passes=passes,
-            examples=[examples[place] for place in longest_first.tolist()],
-            windows=windows[longest_first],
-            positions=positions[longest_first],
-            audio_ms=int(duration_ms.sum()),
-            window_ms=sizes.window_ms,
-        )
-
-    def cut(self, budget: Budget, num_cuts: int | None = None) -> list[slice]:
-        return cut(self.windows, self.positions, budget, num_cuts)
-
-    def slot(self, run: slice) -> SlotSamples:
-        examples = self.examples[run]
-        places = [place for example in examples for place in example]
-        return SlotSamples(
-            sample_ids=tuple(self.sample_ids[places].tolist()),
-            passes=tuple(self.passes[places].tolist()),
-            example_sizes=tuple(len(example) for example in examples),
-        )
-
-
-def _sums(values: Ids, groups: list[list[int]]) -> Ids:
-    """The sum of the values of each group, `(num_groups,)`."""
-    if not groups:
-        return np.zeros(0, dtype=np.int64)
-    flat = np.array([place for group in groups for place in group], dtype=np.int64)
-    starts = np.cumsum([0, *(len(group) for group in groups[:-1])])
-    return np.asarray(np.add.reduceat(values[flat], starts), dtype=np.int64)
-
-
-def _figures(probes: Sequence[_Drawn], num_cuts: float, budget: Budget) -> PlanFigures:
+def _figures(probes: Sequence[SortedExamples], num_cuts: float, budget: Budget) -> PlanFigures:
     """Of the probes, when each is cut into so many micro-batches."""
     cuts = [(probe, run) for probe in probes for run in probe.cut(budget, max(1, round(num_cuts)))]
     padded = sum(int(probe.positions[run].max()) * (run.stop - run.start) for probe, run in cuts)
     return PlanFigures(
         num_samples=sum(len(probe.sample_ids) for probe in probes) / len(cuts),
-        num_examples=sum(len(probe.examples) for probe in probes) / len(cuts),
+        num_examples=sum(len(probe.ends) for probe in probes) / len(cuts),
         window_fill=sum(probe.audio_ms for probe in probes)
         / sum(int(probe.windows.sum()) * probe.window_ms for probe in probes),
         token_fill=sum(int(probe.positions.sum()) for probe in probes) / padded,

@@ -105,6 +105,10 @@ class SampleReader:
         """Start to read what is going to be asked for."""
         self._storage.prefetch([self._index.span(sample_id) for sample_id in sample_ids])
 
+    def shard_name(self, sample_id: int) -> str:
+        """The file that holds a sample."""
+        return self._index.shard(sample_id).name
+
     def read(self, sample_id: int) -> Sample:
         """The stored utterance.
 
@@ -120,7 +124,7 @@ class SampleReader:
             return parse_sample(contents, self._index.members(sample_id))
         except (OSError, tarfile.TarError, ValueError) as error:
             key = _key_in(contents) or f"#{sample_id}"
-            raise SampleError(BadSample(self._index.shard(sample_id).name, key, _reason(span, error))) from error
+            raise SampleError(BadSample(self.shard_name(sample_id), key, _reason(span, error))) from error
 
     def clip(self, sample_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> Clip:
         """The utterance with decoded, checked and augmented audio.
@@ -203,7 +207,7 @@ class SampleReader:
             raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(text)} characters")
 
     def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
-        return SampleError(BadSample(self._index.shard(sample_id).name, key, str(error)))
+        return SampleError(BadSample(self.shard_name(sample_id), key, str(error)))
 
 
 def _reason(span: Span, error: Exception) -> str:

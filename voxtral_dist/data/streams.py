@@ -27,7 +27,7 @@ _LEFT_OUT = 255
 class Stream:
     """Samples that have a share of their own.
 
-    name: of the shard set, and the language where languages are mixed.
+    name: of the shard set, and the language where languages are mixed. mean_seconds: of its samples, where it is known.
     num_samples: different ones. num_draws: drawn in one pass of the plan; a stream with more draws than samples is gone
     through again and again, each time in another order and without replacement.
     """
@@ -35,6 +35,12 @@ class Stream:
     name: str
     num_samples: int
     num_draws: int
+    mean_seconds: float = 0.0
+
+    @property
+    def drawn_seconds(self) -> float:
+        """Audio that is drawn in a pass."""
+        return self.num_draws * self.mean_seconds
 
 
 class Streams:
@@ -72,14 +78,17 @@ def build_streams(
     filters = Filters(config, sizes, index.languages)
     if not config.mixes_sets and not config.mixes_languages and not filters.can_refuse(index):
         return Streams([Stream("all", len(index), len(index))], {}, None)
+    _refuse_unknown_languages(config, index)
     scan = _scan(index, filters, set_ends if config.mixes_sets else {"all": len(index)}, config.mixes_languages)
     _refuse_empty_sets(scan)
     draws = _draws(config, scan)
     streams = [
-        Stream(scan.name(cell, index.languages), count, drawn)
-        for cell, count, drawn in zip(scan.cells, scan.counts.tolist(), draws, strict=False)
+        Stream(scan.name(cell, index.languages), count, drawn, seconds / count)
+        for cell, count, drawn, seconds in zip(
+            scan.cells, scan.counts.tolist(), draws, (scan.milliseconds / 1000.0).tolist(), strict=False
+        )
     ]
-    return Streams(streams, scan.left_out, _StreamTable(scan.stream_of_sample, len(streams)))
+    return Streams(streams, sum(scan.left_out.values(), Counter()), _StreamTable(scan.stream_of_sample, len(streams)))
 
 
 # A set, and a language of it: None where its languages are not told apart.
@@ -90,15 +99,15 @@ _Cell = tuple[str, int | None]
 class _Scan:
     """What one look at all records finds.
 
-    stream_of_sample: the number of a cell, or `_LEFT_OUT`; uint8 `(N,)`. counts, seconds: of each cell.
+    stream_of_sample: the number of a cell, or `_LEFT_OUT`; uint8 `(N,)`. counts, milliseconds: of each cell.
     """
 
     set_ends: Mapping[str, int]
     stream_of_sample: NDArray[np.uint8]
     cells: list[_Cell] = field(default_factory=list)
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
-    seconds: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
-    left_out: Counter[str] = field(default_factory=Counter)
+    milliseconds: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
+    left_out: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, chunk: RecordChunk, kept: NDArray[np.bool_], set_name: str, by_language: bool) -> None:
         """Divide the kept records of a chunk, which are all of one set, among its cells."""
@@ -110,7 +119,8 @@ class _Scan:
         codes = np.where(kept, number_of_language[chunk.languages], np.uint8(_LEFT_OUT))
         self.stream_of_sample[chunk.first_id : chunk.first_id + len(codes)] = codes
         self.counts += np.bincount(codes, minlength=256)
-        self.seconds += np.bincount(codes, weights=chunk.records["duration_ms"], minlength=256) / 1000.0
+        # Whole numbers, so that their sum does not depend on how records are divided into chunks.
+        self.milliseconds += np.bincount(codes, weights=chunk.records["duration_ms"], minlength=256)
 
     def name(self, cell: _Cell, languages: Sequence[str]) -> str:
         """Such as `podcasts/de`."""
@@ -134,26 +144,40 @@ class _Scan:
 def _scan(index: ShardIndex, filters: Filters, set_ends: Mapping[str, int], by_language: bool) -> _Scan:
     scan = _Scan(set_ends, np.empty(len(index), dtype=np.uint8))
     for chunk in index.chunks():
-        kept = np.ones(len(chunk.records), dtype=bool)
-        for reason, refused in filters.refused(chunk):
-            # A sample is counted by the first of its reasons.
-            if count := int((kept & refused).sum()):
-                scan.left_out[reason] += count
-                kept &= ~refused
         start = 0
         for set_name, end in set_ends.items():
             mine = slice(max(start - chunk.first_id, 0), max(end - chunk.first_id, 0))
             start = end
             part = RecordChunk(chunk.first_id + mine.start, chunk.records[mine], chunk.languages[mine])
             if len(part.records):
-                scan.add(part, kept[mine], set_name, by_language)
+                left_out = scan.left_out.setdefault(set_name, Counter())
+                scan.add(part, _kept(filters, part, left_out), set_name, by_language)
     return scan
+
+
+def _kept(filters: Filters, chunk: RecordChunk, left_out: Counter[str]) -> NDArray[np.bool_]:
+    """Which records pass all filters; the others are counted by the first reason that refuses them."""
+    kept = np.ones(len(chunk.records), dtype=bool)
+    for reason, refused in filters.refused(chunk):
+        if count := int((kept & refused).sum()):
+            left_out[reason] += count
+            kept &= ~refused
+    return kept
+
+
+def _refuse_unknown_languages(config: TrainDataConfig, index: ShardIndex) -> None:
+    for language in config.languages or ():
+        if language not in index.languages:
+            raise UserError(
+                f"`train_data.languages`: no sample has the language {language!r}; the index knows "
+                f"{', '.join(index.languages) or 'none'}."
+            )
 
 
 def _refuse_empty_sets(scan: _Scan) -> None:
     for set_name in scan.set_ends:
         if not any(cell_set == set_name for cell_set, _ in scan.cells):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in scan.left_out.items())
+            reasons = ", ".join(f"{count} {reason}" for reason, count in scan.left_out[set_name].items())
             where = "" if set_name == "all" else f" of the set `{set_name}`"
             raise UserError(
                 f"`train_data`: none of the samples{where} passes the filters ({reasons}), so there is nothing to "
@@ -168,7 +192,7 @@ def _draws(config: TrainDataConfig, scan: _Scan) -> list[int]:
     has (hours)^(1/T). This is the temperature of multilingual BERT and XLM-R (Conneau et al., arXiv 1911.02116, section
     3.1, with alpha = 1/T), applied to hours. A share of audio becomes one of samples by the mean length of the stream.
     """
-    seconds, counts = scan.seconds[: len(scan.cells)], scan.counts[: len(scan.cells)]
+    seconds, counts = scan.milliseconds[: len(scan.cells)] / 1000.0, scan.counts[: len(scan.cells)]
     set_names = [set_name for set_name, _ in scan.cells]
     share = np.zeros(len(counts))
     for set_name in dict.fromkeys(set_names):
@@ -178,13 +202,13 @@ def _draws(config: TrainDataConfig, scan: _Scan) -> list[int]:
         share[mine] = weight * by_language / by_language.sum()
     # Streams without any weight in samples would never be drawn: a pass draws at least one of each.
     ideal = share / (seconds / counts)
-    return _largest_remainders(ideal / ideal.sum() * counts.sum(), int(counts.sum()))
+    # Rounded, because powers differ in their last digits between kinds of processors, and ranks must agree.
+    return _largest_remainders(np.round(ideal / ideal.sum() * counts.sum(), 3), int(counts.sum()))
 
 
 def _largest_remainders(ideal: NDArray[np.float64], total: int) -> list[int]:
     """Whole numbers of at least 1 next to the ideal ones that add up to `total`, where that can be."""
-    # Products of shares that are whole numbers but for rounding errors stay the numbers that they are.
-    floors = np.maximum(1, np.floor(ideal + 1e-6)).astype(int)
+    floors = np.maximum(1, np.floor(ideal)).astype(int)
     order = np.argsort(-(ideal - floors), kind="stable")
     missing = max(0, total - int(floors.sum()))
     floors[order[:missing]] += 1

@@ -1,0 +1,120 @@
+"""The samples of a sort window as examples, sorted by what the model pays for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from voxtral_dist.data.cutting import Budget, cut, pack_into_windows
+from voxtral_dist.data.filters import ExampleSizes
+from voxtral_dist.data.index import Ids, ShardIndex
+from voxtral_dist.data.permutation import hash_values
+
+# A word behind a space may take more tokens than at the start of a text: up to two more in Voxtral's vocabulary.
+TOKENS_PER_JOINT = 3
+
+
+@dataclass(frozen=True)
+class SlotSamples:
+    """The examples of one slot of one step.
+
+    sample_ids: of all examples, one after the other.
+    passes: how often the stream of each sample was gone through before; with the sample it keys augmentation.
+    example_sizes: how many of the samples each example takes; other than 1 only where samples are packed.
+    """
+
+    sample_ids: tuple[int, ...]
+    passes: tuple[int, ...]
+    example_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SortedExamples:
+    """Examples, longest first.
+
+    sample_ids, passes: of the samples of all examples, one after the other. ends: where those of each example end.
+    windows, positions: what each example costs the encoder and, at most, the language model. audio_ms: of all samples.
+    """
+
+    sample_ids: Ids
+    passes: Ids
+    ends: Ids
+    windows: Ids
+    positions: Ids
+    audio_ms: int
+    window_ms: int
+
+    def cut(self, budget: Budget, num_cuts: int | None = None) -> list[slice]:
+        """Micro-batches as runs of examples; see `cutting.cut`."""
+        return cut(self.windows, self.positions, budget, num_cuts)
+
+    def slot(self, run: slice) -> SlotSamples:
+        """The samples of a run of examples."""
+        first = int(self.ends[run.start - 1]) if run.start else 0
+        samples = slice(first, int(self.ends[run.stop - 1]))
+        return SlotSamples(
+            sample_ids=tuple(self.sample_ids[samples].tolist()),
+            passes=tuple(self.passes[samples].tolist()),
+            example_sizes=tuple(np.diff(self.ends[run], prepend=first).tolist()),
+        )
+
+
+def sort_examples(
+    ids: Ids, passes: Ids, index: ShardIndex, sizes: ExampleSizes, max_packed_tokens: int | None, key: Sequence[int]
+) -> SortedExamples:
+    """Samples as examples, longest first; those of equal cost are shuffled, so that different streams mix.
+
+    Args:
+        ids: samples, `(n,)`.
+        passes: how often the stream of each was gone through before, `(n,)`.
+        index: holds their records.
+        sizes: what they cost.
+        max_packed_tokens: how many text tokens packed examples have at most; None packs nothing.
+        key: what the shuffling depends on.
+    """
+    # The pass takes the upper bits: two draws of one sample are not neighbours.
+    order = np.argsort(hash_values(ids | passes << 40, key), kind="stable")
+    ids, passes = ids[order], passes[order]
+    records = index.gather(ids)
+    duration_ms, tokens = (records[name].astype(np.int64) for name in ("duration_ms", "num_text_tokens"))
+    if max_packed_tokens is None:
+        ends = np.arange(1, len(ids) + 1)
+    else:
+        groups = pack_into_windows(
+            duration_ms, tokens + TOKENS_PER_JOINT, records["language"], ids, sizes.window_ms, max_packed_tokens
+        )
+        grouped = np.array([place for group in groups for place in group], dtype=np.int64)
+        ids, passes, duration_ms, tokens = (values[grouped] for values in (ids, passes, duration_ms, tokens))
+        ends = np.array(list(accumulate(map(len, groups))), dtype=np.int64)
+    counts = np.diff(ends, prepend=0)
+    windows = sizes.windows(_sums(duration_ms, ends))
+    positions = sizes.positions(windows, _sums(tokens, ends) + TOKENS_PER_JOINT * (counts - 1))
+    longest_first = np.argsort(-positions, kind="stable")
+    samples = _samples_of(longest_first, ends, counts)
+    return SortedExamples(
+        sample_ids=ids[samples],
+        passes=passes[samples],
+        ends=np.cumsum(counts[longest_first]),
+        windows=windows[longest_first],
+        positions=positions[longest_first],
+        audio_ms=int(duration_ms.sum()),
+        window_ms=sizes.window_ms,
+    )
+
+
+def _sums(values: Ids, ends: Ids) -> Ids:
+    """The sum of the values of each example, `(num_examples,)`."""
+    totals = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
+    return np.diff(totals[ends], prepend=0)
+
+
+def _samples_of(examples: Ids, ends: Ids, counts: Ids) -> Ids:
+    """The places of the samples of some examples, one example after the other."""
+    chosen = counts[examples]
+    first_of_chosen = np.cumsum(chosen) - chosen
+    # Each place is the start of its example plus how far it is inside.
+    starts = np.repeat((ends - counts)[examples] - first_of_chosen, chosen)
+    return np.asarray(starts + np.arange(len(starts)), dtype=np.int64)
