@@ -20,15 +20,13 @@ libFLAC's, which decodes 7,400 audio seconds per core second and sets a limit of
 because a rival transforms 30 s of silence for every clip.
 """
 
-import argparse
-import json
 import statistics
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rivals.launch import Contender, ours, prepare, rivals
+from workloads.command import run
 from workloads.speech import Corpus, write_librispeech_like, write_model, write_short_clips
 
 BATCH_SIZE = 8
@@ -40,18 +38,6 @@ NOTES = {
     "ours": "int16 windows: features are computed on the model's device",
     "ours_with_features": "the same and log-mel features on the same core",
 }
-
-
-def main() -> None:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a smoke run, whose figures mean nothing")
-    parsed = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), is_quick=parsed.quick)
-    parsed.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: result[name] for name in ("ratio", "ratio_with_features", "median")}))
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
@@ -116,4 +102,4 @@ def _median(rows: Sequence[dict[str, Any]]) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, ("ratio", "ratio_with_features", "median"))

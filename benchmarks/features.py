@@ -11,8 +11,6 @@ caches. With as many clips at a time as make 30 s of audio: 1.0. So nothing is w
 meant for GPUs, where the features of a batch are one call.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,24 +22,16 @@ from transformers import WhisperFeatureExtractor
 
 from voxtral_dist.data.features import LogMel
 
+from workloads.command import run
+
 SAMPLING_RATE = 16_000
 WINDOW_SECONDS = 30
 
 
-def main() -> None:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a smoke run, whose figures mean nothing")
-    parsed = parser.parse_args()
-    torch.set_num_threads(1)
-    result = measure(num_clips=2 if parsed.quick else 16, num_rounds=2 if parsed.quick else 9)
-    parsed.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-
-
-def measure(num_clips: int, num_rounds: int) -> dict[str, object]:
+def measure(_: Path, is_quick: bool) -> dict[str, object]:
     """Seconds of CPU for the same batch, in turns."""
+    torch.set_num_threads(1)
+    num_clips, num_rounds = (2, 2) if is_quick else (16, 9)
     extractor = WhisperFeatureExtractor(feature_size=128)
     log_mel = LogMel(extractor, torch.device("cpu"))
     noise = np.random.default_rng(0).normal(0, 0.1, (num_clips, WINDOW_SECONDS * SAMPLING_RATE))
@@ -79,4 +69,4 @@ def cpu_seconds(function: Callable[[], object]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, ("ratio", "audio_seconds_per_core_second"))

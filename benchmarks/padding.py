@@ -21,9 +21,7 @@ among the utterances of a whole sort window leaves almost nothing, which the pre
 to 1.00; on AN4 7.7). Sorting alone makes 0.49 of 0.47: it takes padding from 4.5 % to 0.1 %.
 """
 
-import argparse
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +37,7 @@ from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.loader import build_training_set
 from voxtral_dist.data.prompts import TranscriptionPrompts
 
+from workloads.command import run
 from workloads.indexes import write_bare_set
 from workloads.lengths import librispeech_durations, text_tokens
 from workloads.speech import AN4, write_model
@@ -64,20 +63,9 @@ class Lengths:
 Batch = list[list[int]]
 
 
-def main() -> None:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a smoke run, whose figures mean nothing")
-    parsed = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), num_utterances=2000 if parsed.quick else 100_000)
-    parsed.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
-
-
-def measure(folder: Path, num_utterances: int) -> dict[str, Any]:
+def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     """The shares of both parts of the model, for each corpus and each way of making batches."""
+    num_utterances = 2000 if is_quick else 100_000
     prompts = TranscriptionPrompts.from_pretrained(str(write_model(folder / "model")))
     durations = librispeech_durations(num_utterances, seed=0)
     corpora = {"librispeech_like": Lengths(durations, text_tokens(durations, seed=1))}
@@ -158,4 +146,4 @@ def _useful(batches: Iterable[Batch], lengths: Lengths, sizes: ExampleSizes) -> 
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, ("ratio", "shares"))

@@ -28,13 +28,11 @@ other numbers of ranks, `datasets` misses up to 10 % with the same. For 100 mill
 than predicted, because a plan looks at eight sort windows to know its steps; 2.4 s where the index is read first.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,7 @@ import numpy as np
 from voxtral_dist.data.index import INDEX_FILE, Records
 
 from rivals.launch import REPOSITORY, Contender, ours, prepare, rivals
+from workloads.command import run
 from workloads.indexes import write_generated_set
 from workloads.lengths import librispeech_durations, text_tokens
 from workloads.speech import Corpus, write_model, write_short_clips
@@ -52,18 +51,6 @@ BATCH_SIZE = 8
 NUM_ROUNDS = 3
 WORLD_SIZE = 2
 OTHER_WORLD_SIZES = (3, 4)
-
-
-def main() -> None:
-    """Measure and write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="a smoke run, whose figures mean nothing")
-    parsed = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), is_quick=parsed.quick)
-    parsed.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({name: result[name] for name in ("ratio", "first_batch_seconds", "large_index")}))
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
@@ -180,4 +167,4 @@ def _described(corpus: Corpus) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, ("ratio", "first_batch_seconds", "large_index"))

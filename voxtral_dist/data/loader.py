@@ -25,6 +25,7 @@ from voxtral_dist.data.examples import SlotSamples
 from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.index import ShardIndex, ShardSet, read_sets, refuse_unusable
 from voxtral_dist.data.plan import PLAN_VERSION, PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
+from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.data.samples import BadSample, Clip, Example, SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
@@ -131,7 +132,8 @@ def build_train_loader(
     storage = storage or Storage()
     training_set = build_training_set(config, prompts, seed, storage)
     augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
-    reader = SampleReader(training_set.index, prompts, config.max_target_tokens, storage, augmentation)
+    most_text = config.max_chars_per_second or MAX_CHARS_PER_SECOND
+    reader = SampleReader(training_set.index, prompts, config.max_target_tokens, storage, augmentation, most_text)
     if config.spec_augment is not None:
         check_spec_augment(config.spec_augment, prompts.num_mel_bins)
     dataset = _SlotDataset(reader, prompts, config.spec_augment, seed)

@@ -81,7 +81,7 @@ class SampleReader:
         max_target_tokens: int,
         storage: Storage | None = None,
         augmentation: Augmentation | None = None,
-        refuses_implausible: bool = True,
+        max_chars_per_second: float | None = MAX_CHARS_PER_SECOND,
     ) -> None:
         """A reader.
 
@@ -91,15 +91,15 @@ class SampleReader:
             max_target_tokens: longer transcripts are unusable.
             storage: what reads the bytes.
             augmentation: of every clip.
-            refuses_implausible: whether silent clips and impossibly long transcripts are unusable. A test set is scored
-                as it is.
+            max_chars_per_second: longer transcripts, and silent clips, are unusable. None takes both: a test set is
+                scored as it is.
         """
         self._index = index
         self._prompts = prompts
         self._max_target_tokens = max_target_tokens
         self._storage = storage or Storage()
         self._augmentation = augmentation
-        self._refuses_implausible = refuses_implausible
+        self._max_chars_per_second = max_chars_per_second
 
     def prefetch(self, sample_ids: Sequence[int]) -> None:
         """Start to read what is going to be asked for."""
@@ -201,9 +201,11 @@ class SampleReader:
         expected = float(self._index.record(sample_id)["duration_ms"]) / 1000.0
         if abs(seconds - expected) > _DURATION_TOLERANCE_SECONDS + 0.01 * expected:
             raise AudioError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
-        if self._refuses_implausible and is_silent(audio):
+        if self._max_chars_per_second is None:
+            return
+        if is_silent(audio):
             raise AudioError("is silent: it never reaches -60 dB of full scale")
-        if self._refuses_implausible and is_too_much_text(len(text), seconds, MAX_CHARS_PER_SECOND):
+        if is_too_much_text(len(text), seconds, self._max_chars_per_second):
             raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(text)} characters")
 
     def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:

@@ -60,7 +60,7 @@ def build_test_set(
     order = (-positions).argsort(kind="stable").tolist()
     batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
     return TestSet(
-        name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT, storage, refuses_implausible=False), batches
+        name, index, SampleReader(index, prompts, _NO_TARGET_LIMIT, storage, max_chars_per_second=None), batches
     )
 
 
