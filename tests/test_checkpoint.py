@@ -96,7 +96,7 @@ def test_resuming_on_other_ranks_or_stages_is_the_unbroken_run(
 
 @pytest.fixture(scope="module")
 def fingerprint(shard_index: ShardIndex) -> str:
-    return shard_index.fingerprint
+    return shard_index.sets[0].fingerprint
 
 
 class FrozenShapes:

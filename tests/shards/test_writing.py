@@ -396,7 +396,7 @@ def long_manifest(tmp_path_factory) -> Path:
     """Many lines with few files: long enough to be stopped on its way."""
     folder = tmp_path_factory.mktemp("long")
     rows = rows_of(write_speech_manifest(folder, 40, min_seconds=1.5, max_seconds=2.0, seed=9))
-    return write_lines(folder / "manifest.jsonl", rows * 15)
+    return write_lines(folder / "manifest.jsonl", rows * 75)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ memory-mapped: all processes of a node share them through the page cache, 24 byt
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import mmap
@@ -193,7 +194,13 @@ class ShardIndex:
         return self.sets[int(self._set_of_shard[self._shard_number(sample_id)])]
 
     def _shard_number(self, sample_id: int) -> int:
-        return int(np.searchsorted(self._ends, sample_id, side="right"))
+        # For one number, this is ten times as fast as numpy's search.
+        return bisect.bisect_right(self._ends_as_list, sample_id)
+
+    @cached_property
+    def _ends_as_list(self) -> list[int]:
+        ends: list[int] = self._ends.tolist()
+        return ends
 
     def _neighbouring_shards(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """Runs of shards whose records are neighbours in one memory map: (set, first and end of the shards)."""

@@ -88,7 +88,32 @@ def parse_sample(contents: bytes, layout: SampleMembers) -> Sample:
 
 
 def read_members(contents: bytes) -> tuple[str, dict[str, bytes]]:
-    """The key of a run of tar members, and their contents by suffix."""
+    """The key of a run of tar members, and their contents by suffix.
+
+    Raises:
+        tarfile.TarError, ValueError: these bytes are not tar members.
+    """
+    return _plain_members(contents) or _any_members(contents)
+
+
+def _plain_members(contents: bytes) -> tuple[str, dict[str, bytes]] | None:
+    """The same from plain headers alone, at a tenth of the price; None where there are others, as for long names."""
+    members: dict[str, bytes] = {}
+    key, offset = "", 0
+    while offset < len(contents):
+        header = contents[offset : offset + TAR_BLOCK_BYTES]
+        offset += TAR_BLOCK_BYTES
+        if header[156:157] != tarfile.REGTYPE or header[257:263] != b"ustar\0" or header[124] >= 0x80:
+            return None
+        size = int(header[124:136].rstrip(b"\0 "), 8)
+        prefix, name = header[345:500].rstrip(b"\0"), header[:100].rstrip(b"\0")
+        key, suffix = split_name((prefix + b"/" + name if prefix else name).decode("utf-8"))
+        members[suffix] = contents[offset : offset + size]
+        offset += size + -size % TAR_BLOCK_BYTES
+    return key, members
+
+
+def _any_members(contents: bytes) -> tuple[str, dict[str, bytes]]:
     members: dict[str, bytes] = {}
     key = ""
     with tarfile.open(fileobj=io.BytesIO(contents + bytes(2 * TAR_BLOCK_BYTES)), mode="r:") as tar:
