@@ -11,8 +11,7 @@ import torch
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.loader import build_train_loader, build_training_set
 from voxtral_dist.data.prompts import TranscriptionPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
@@ -95,8 +94,8 @@ def test_resuming_on_other_ranks_or_stages_is_the_unbroken_run(
 
 
 @pytest.fixture(scope="module")
-def fingerprint(shard_index: ShardIndex) -> str:
-    return shard_index.sets[0].fingerprint
+def fingerprint(config: RunConfig, prompts: TranscriptionPrompts) -> str:
+    return build_training_set(config.train_data, prompts, config.seed).fingerprint
 
 
 class FrozenShapes:
@@ -135,7 +134,7 @@ def test_a_checkpoint_of_other_batches_or_data_is_refused(
 ) -> None:
     other = config.model_copy(update={"train_data": config.train_data.model_copy(update={"slots_per_step": 4})})
     assert "`train_data.slots_per_step` = 3, but it is 4 now" in refused_sentence(other, tiny_model, fingerprint)
-    assert "`fingerprint of train_data.shards` = " in refused_sentence(config, tiny_model, "of other shards")
+    assert "`fingerprint of the shards and their index` = " in refused_sentence(config, tiny_model, "of other shards")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(

@@ -13,10 +13,13 @@ import pytest
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.index import TAR_BLOCK_BYTES, read_index
+from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import UserError
 from voxtral_dist.metrics import read_metrics
-from voxtral_dist.train import EXIT_STOPPED
+from voxtral_dist.train import EXIT_STOPPED, refuse_different_data
 
 from corpora import pack_manifest, write_speech_manifest
+from ranks import run_ranks
 from runs import TIMEOUT_SECONDS, finish, kill_all, launch, launch_by_entrypoint, run_config
 
 NUM_STEPS = 20
@@ -144,3 +147,18 @@ def garble(path: Path, offset: int) -> None:
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * 64)
+
+
+def refusal_of_fingerprint(world: World, fingerprints: list[str]) -> str | None:
+    try:
+        refuse_different_data(fingerprints[world.rank], world)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_with_other_data_than_rank_0_are_refused_on_all_ranks() -> None:
+    assert run_ranks(2, refusal_of_fingerprint, ["same", "same"]) == [None, None]
+    sentences = run_ranks(2, refusal_of_fingerprint, ["these", "those"])
+    assert sentences[0] == sentences[1]
+    assert "the ranks [1] see other shards than rank 0" in sentences[0]

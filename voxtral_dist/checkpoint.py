@@ -162,9 +162,10 @@ def _data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     train_data = config.train_data.model_dump(mode="json", exclude=_WHERE_AND_HOW_FAST)
     return {
         "seed": config.seed,
-        "fingerprint of the training set": data_fingerprint,
         "train_data.sets": {name: one.weight for name, one in config.train_data.sets.items()},
         **{f"train_data.{name}": value for name, value in train_data.items()},
+        # Last, because it differs too where one of the others does, and they say more.
+        "fingerprint of the shards and their index": data_fingerprint,
     }
 
 
