@@ -33,9 +33,10 @@ from voxtral_dist.errors import UserError
 
 # Changes when equal samples and configurations give another order.
 PLAN_VERSION = 2
-# The estimate of what a window takes is made of windows with about so many samples, and two of them at least.
-_PROBED_SAMPLES = 16_384
-_FIRST_PROBE_SAMPLES = 4096
+# The estimate of what a window takes is made of so many samples or a few more: each may be a read of a cold disk. Large
+# windows are probed by smaller ones, which have the same costs on the average.
+_PROBED_SAMPLES = 8192
+_LARGEST_PROBE_SAMPLES = 4096
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,10 @@ class TrainPlan:
     def _measure(self) -> tuple[int, PlanFigures]:
         """How many steps a pass takes, from windows that are cut as tightly as the budget allows."""
         budget, slots = self._shape.budget, self._shape.slots_per_step
-        first = self._draw(0, 0, min(_FIRST_PROBE_SAMPLES, self._num_draws), self._num_draws)
+        first = self._draw(0, 0, min(_LARGEST_PROBE_SAMPLES, self._num_draws), self._num_draws)
         per_cut = len(first.sample_ids) / len(first.cut(budget))
-        probe_samples = min(self._num_draws, max(1, round(per_cut * slots * self._shape.sort_window_steps)))
+        window_samples = max(1, round(per_cut * slots * self._shape.sort_window_steps))
+        probe_samples = min(self._num_draws, window_samples, _LARGEST_PROBE_SAMPLES)
         num_probes = max(2, _PROBED_SAMPLES // probe_samples)
         starts = range(0, self._num_draws - probe_samples + 1, probe_samples)[:num_probes]
         probes = [self._draw(0, start, start + probe_samples, self._num_draws) for start in starts]
