@@ -21,12 +21,12 @@ it reads all tars up to there, exact with as many ranks and off by a fourth with
 buffer; lhotse exact, as slow as webdataset, and refuses other numbers of ranks; energon exact and below a second. For
 100 million samples 0.1 s and some megabytes.
 
-Measured then, on shards of 8,000 clips: ours 0.07 to 0.15 s anywhere and exact everywhere, so a `ratio` of 3.4 to 3.8. The
-time of others grows with the place: webdataset 0.15 to 0.40 s, lhotse 0.15 to 1.6, `datasets` 0.20 to 0.60, while
-energon takes 0.8 to 1.3 s and up to 3.3 with four ranks, for its workers. webdataset misses and repeats up to 28 % with
-other numbers of ranks, `datasets` misses up to 10 % with the same. For 100 million samples first 0.6 s and 20 megabytes,
-more than predicted, because a plan looked at eight whole sort windows to know its steps, and 2.4 s where the index is
-read first; with fewer and smaller probes 0.1 s and 5 megabytes.
+Measured then, on shards of 8,000 clips: ours 0.07 to 0.15 s anywhere and exact everywhere, so a `ratio` of 3.4 to 3.8.
+The time of others grows with the place: webdataset 0.15 to 0.40 s, lhotse 0.15 to 1.6, `datasets` 0.20 to 0.60, while
+energon takes 0.8 to 1.3 s and up to 3.3 with four ranks, for its workers. webdataset misses and repeats up to 28 %
+with other numbers of ranks, `datasets` misses up to 10 % with the same. For 100 million samples first 0.6 s and 20
+megabytes, more than predicted, because a plan looked at eight whole sort windows to know its steps, and 2.4 s where
+the index is read first; with fewer and smaller probes 0.1 s and 5 megabytes.
 """
 
 import json
