@@ -111,7 +111,7 @@ class ShardIndex:
         self.sets = tuple(sets)
         self.shards = tuple(shard for part in self.sets for shard in part.shards)
         self.languages = tuple(sorted({language for part in self.sets for language in part.languages}))
-        self._renumbered = [_language_numbers(part.languages, self.languages) for part in self.sets]
+        self._renumbered = [language_numbers(part.languages, self.languages) for part in self.sets]
         self._ends = np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)
         self._set_of_shard = np.repeat(np.arange(len(self.sets)), [len(part.shards) for part in self.sets])
         starts = self._ends - [shard.num_samples for shard in self.shards]
@@ -183,10 +183,10 @@ class ShardIndex:
         """The index without the samples after the first `num_samples`."""
         sets, left = [], num_samples
         for part in self.sets:
-            kept = [replace(shard, num_samples=0) for shard in part.shards]
-            for position, shard in enumerate(part.shards):
-                kept[position] = replace(shard, num_samples=min(left, shard.num_samples))
-                left -= kept[position].num_samples
+            kept = []
+            for shard in part.shards:
+                kept.append(replace(shard, num_samples=min(left, shard.num_samples)))
+                left -= kept[-1].num_samples
             sets.append(replace(part, shards=tuple(kept)))
         return ShardIndex(sets)
 
@@ -390,7 +390,7 @@ def _absolute(location: str, folder: str) -> str:
     return location if "/" in location else join(folder, location)
 
 
-def _language_numbers(own: Sequence[str], merged: Sequence[str]) -> NDArray[np.uint16]:
+def language_numbers(own: Sequence[str], merged: Sequence[str]) -> NDArray[np.uint16]:
     """The position in `merged` of each position in `own`; unknown ones stay unknown. `(65536,)`."""
     numbers = np.full(2**16, UNKNOWN_LANGUAGE, dtype=np.uint16)
     numbers[: len(own)] = [merged.index(language) for language in own]

@@ -1,4 +1,4 @@
-"""What no utterance can be: silence that has a transcript, and more text than anybody says in the time."""
+"""What no utterance can be: of another length than its index says, silent, or with more text than anybody says."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ _SILENT_PEAK = 0.001
 MAX_CHARS_PER_SECOND = 40.0
 # Texts up to this length are never too long: short clips are often cut tighter than their words.
 ALWAYS_POSSIBLE_CHARS = 50
+_DURATION_TOLERANCE_SECONDS = 0.1
+
+
+def is_same_duration(seconds: float, expected_seconds: float) -> bool:
+    """Whether decoded audio is as long as its index says, but for what encoders pad and headers round."""
+    return abs(seconds - expected_seconds) <= _DURATION_TOLERANCE_SECONDS + 0.01 * expected_seconds
 
 
 def is_silent(audio: NDArray[Any]) -> bool:

@@ -14,12 +14,9 @@ from voxtral_dist.data.audio import AudioError, Pcm, Waveform, decode_audio, dec
 from voxtral_dist.data.augmentation import Augmentation
 from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.members import Sample, parse_sample, read_members
-from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_silent, is_too_much_text
+from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
 from voxtral_dist.data.prompts import TranscriptionPrompts
-from voxtral_dist.data.storage import Span, Storage
-
-# Encoders pad, and headers round: decoded audio may differ by this much from what the index says.
-_DURATION_TOLERANCE_SECONDS = 0.1
+from voxtral_dist.data.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,8 @@ class SampleReader:
             return parse_sample(contents, self._index.members(sample_id))
         except (OSError, tarfile.TarError, ValueError) as error:
             key = _key_in(contents) or f"#{sample_id}"
-            raise SampleError(BadSample(self.shard_name(sample_id), key, _reason(span, error))) from error
+            reason = f"cannot be read at byte {span.offset}: {error}"
+            raise SampleError(BadSample(self.shard_name(sample_id), key, reason)) from error
 
     def clip(self, sample_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> Clip:
         """The utterance with decoded, checked and augmented audio.
@@ -199,7 +197,7 @@ class SampleReader:
         # Truncated mp3 and wav decode short without an error.
         seconds = len(audio) / self._prompts.sampling_rate
         expected = float(self._index.record(sample_id)["duration_ms"]) / 1000.0
-        if abs(seconds - expected) > _DURATION_TOLERANCE_SECONDS + 0.01 * expected:
+        if not is_same_duration(seconds, expected):
             raise AudioError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
         if self._max_chars_per_second is None:
             return
@@ -210,10 +208,6 @@ class SampleReader:
 
     def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
         return SampleError(BadSample(self.shard_name(sample_id), key, str(error)))
-
-
-def _reason(span: Span, error: Exception) -> str:
-    return f"cannot be read at byte {span.offset}: {error}"
 
 
 def _key_in(contents: bytes) -> str | None:

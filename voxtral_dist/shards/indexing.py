@@ -10,11 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from voxtral_dist.data.audio import decode_audio
 from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.index import RECORD, UNKNOWN_LANGUAGE, Records, Shard, read_index, write_index
+from voxtral_dist.data.index import RECORD, Records, Shard, language_numbers, read_index, write_index
 from voxtral_dist.data.members import SampleMembers
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.errors import UserError, first_line
@@ -134,7 +133,8 @@ def _collect(
     with records_path.open("wb") as records, temporary.open("wb") as left_out:
         for part in indexed:
             languages += [language for language in part.languages if language not in languages]
-            records.write(_renumbered(part, languages).tobytes())
+            part.records["language"] = language_numbers(part.languages, languages)[part.records["language"]]
+            records.write(part.records.tobytes())
             for refusal in part.refusals:
                 write_refusal(left_out, refusal)
             shards.append(part.shard)
@@ -143,13 +143,6 @@ def _collect(
     if (folder / LEFT_OUT_FILE).stat().st_size == 0:
         (folder / LEFT_OUT_FILE).unlink()
     return shards, languages
-
-
-def _renumbered(part: IndexedShard, languages: list[str]) -> Records:
-    numbers: NDArray[np.uint16] = np.full(2**16, UNKNOWN_LANGUAGE, dtype=np.uint16)
-    numbers[: len(part.languages)] = [languages.index(language) for language in part.languages]
-    part.records["language"] = numbers[part.records["language"]]
-    return part.records
 
 
 def _folder_of(locations: list[str]) -> Path:

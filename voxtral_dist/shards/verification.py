@@ -13,6 +13,7 @@ import numpy as np
 from voxtral_dist.data.audio import decode_audio
 from voxtral_dist.data.causes import Cause, UnusableError
 from voxtral_dist.data.index import RECORD, ShardIndex, read_index
+from voxtral_dist.data.plausible import is_same_duration
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import first_line
 from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
@@ -21,8 +22,6 @@ from voxtral_dist.shards.tars import parse_span
 from voxtral_dist.shards.workers import ordered_map
 
 _RUN_LENGTH = 64
-_SAME_DURATION_SECONDS = 0.1
-_SAME_DURATION_SHARE = 0.01
 # Whoever packed it chose how much text an audio may have.
 _RULES = PackRules(max_chars_per_second=math.inf)
 
@@ -92,7 +91,7 @@ def _check(sample_id: int, index: ShardIndex, storage: Storage) -> BrokenSample 
 def _compare(sample_id: int, index: ShardIndex, found: np.void, language: str | None) -> None:
     expected = index.record(sample_id)
     seconds, expected_seconds = int(found["duration_ms"]) / 1000, int(expected["duration_ms"]) / 1000
-    if abs(seconds - expected_seconds) > _SAME_DURATION_SECONDS + _SAME_DURATION_SHARE * expected_seconds:
+    if not is_same_duration(seconds, expected_seconds):
         raise UnusableError(
             Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its index says {expected_seconds:.2f} s"
         )
