@@ -63,4 +63,4 @@ rivals: $(foreach name,webdataset datasets energon lhotse,.rivals/$(name)/.insta
 	touch $@
 
 clean: ## Remove what the demo and the tests made; keep .venv
-	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.loader import build_training_set
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 
 from workloads.command import run
 from workloads.indexes import write_bare_set
@@ -66,7 +66,7 @@ Batch = list[list[int]]
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     """The shares of both parts of the model, for each corpus and each way of making batches."""
     num_utterances = 2000 if is_quick else 100_000
-    prompts = TranscriptionPrompts.from_pretrained(str(write_model(folder / "model")))
+    prompts = VoxtralPrompts.from_pretrained(str(write_model(folder / "model")))
     durations = librispeech_durations(num_utterances, seed=0)
     corpora = {"librispeech_like": Lengths(durations, text_tokens(durations, seed=1))}
     if AN4.is_dir():
@@ -92,7 +92,7 @@ def _an4() -> Lengths:
     )
 
 
-def _shares(lengths: Lengths, prompts: TranscriptionPrompts, folder: Path) -> dict[str, dict[str, float]]:
+def _shares(lengths: Lengths, prompts: VoxtralPrompts, folder: Path) -> dict[str, dict[str, float]]:
     shards = str(write_bare_set(folder, lengths.durations, lengths.tokens))
     sizes = ExampleSizes.of(prompts)
     return {
@@ -108,7 +108,7 @@ def _random_batches(num_utterances: int) -> Iterator[Batch]:
         yield [[utterance] for utterance in order[start : start + EXAMPLES_PER_BATCH]]
 
 
-def _planned_batches(shards: str, prompts: TranscriptionPrompts, packing: bool) -> Iterator[Batch]:
+def _planned_batches(shards: str, prompts: VoxtralPrompts, packing: bool) -> Iterator[Batch]:
     """One pass of the plan of a training run."""
     config = TrainDataConfig(
         shards=(shards,), slots_per_step=SLOTS_PER_STEP, max_examples=EXAMPLES_PER_BATCH, packing=packing

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.data.index import ShardIndex, read_index
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.tiny import build_tiny_voxtral
 
 from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, pack_manifest, write_speech_manifest
@@ -30,8 +30,8 @@ def real_window_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prompts(tiny_model: Path) -> TranscriptionPrompts:
-    return TranscriptionPrompts.from_pretrained(str(tiny_model))
+def prompts(tiny_model: Path) -> VoxtralPrompts:
+    return VoxtralPrompts.from_pretrained(str(tiny_model))
 
 
 @pytest.fixture(scope="session")

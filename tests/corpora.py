@@ -126,6 +126,7 @@ def synthetic_set(num_samples: int, *, seed: int = 0, max_seconds: float = 29.0)
         members=SampleMembers(),
         longest_seconds=float(records["duration_ms"].max(initial=0)) / 1000,
         most_text_tokens=int(records["num_text_tokens"].max(initial=0)),
+        most_instruction_tokens=0,
         records_sha256=hashlib.sha256(records.tobytes()).hexdigest(),
     )
 

@@ -12,7 +12,7 @@ import torch
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import build_train_loader, build_training_set
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import load_voxtral
@@ -32,7 +32,7 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     from voxtral_dist.engine.zero import ZeroEngine
     from voxtral_dist.train import train_step
 
-    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, last_step, world.rank, world.size)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = ZeroEngine(config, load_voxtral(config.model), log_mel, world)
@@ -94,7 +94,7 @@ def test_resuming_on_other_ranks_or_stages_is_the_unbroken_run(
 
 
 @pytest.fixture(scope="module")
-def fingerprint(config: RunConfig, prompts: TranscriptionPrompts) -> str:
+def fingerprint(config: RunConfig, prompts: VoxtralPrompts) -> str:
     return build_training_set(config.train_data, prompts, config.seed).fingerprint
 
 

@@ -36,7 +36,7 @@ _FORMAT = 1
 log = logging.getLogger(__name__)
 
 # Keys of `train_data` that change neither what is drawn nor its order: shards may move, and are known by fingerprint.
-_WHERE_AND_HOW_FAST = {"shards", "sets", "num_workers", "max_bad_fraction", "max_bad_in_a_row"}
+_WHERE_AND_HOW_FAST = {"shards", "sets", "num_workers", "max_bad_fraction", "max_bad_in_a_row", "too_long"}
 
 # A rank holds this much on the CPU before it writes a part.
 _PART_BYTES = 2 * 2**30
@@ -160,12 +160,15 @@ class CheckpointDirectory:
 def _data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
     """What the place in the data and what it holds depend on, as it reads back from JSON."""
     train_data = config.train_data.model_dump(mode="json", exclude=_WHERE_AND_HOW_FAST)
+    if train_data["context"]:
+        # A file that may move too: what it holds is part of the fingerprint.
+        del train_data["context"]["words"]
     return {
         "seed": config.seed,
         "train_data.sets": {name: one.weight for name, one in config.train_data.sets.items()},
         **{f"train_data.{name}": value for name, value in train_data.items()},
         # Last, because it differs too where one of the others does, and they say more.
-        "fingerprint of the shards and their index": data_fingerprint,
+        "fingerprint of the shards, their index and the words of contexts": data_fingerprint,
     }
 
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn, get_args
 
 from voxtral_dist.cli_shards import Commands, add_shards, positive
-from voxtral_dist.config import EvaluationConfig, ModelConfig, config_schema, dump_config, load_config
+from voxtral_dist.config import (
+    EvaluationConfig,
+    ModelConfig,
+    TestContextConfig,
+    TextStep,
+    config_schema,
+    dump_config,
+    load_config,
+)
 from voxtral_dist.errors import RankError, UserError
 
 _PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
@@ -104,6 +114,12 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--normalizer", choices=_NORMALIZERS, default="basic")
+    parser.add_argument("--target-text", choices=get_args(TextStep), nargs="+", default=[], help="as in training")
+    parser.add_argument("--detect-language", action="store_true", help="do not tell the language; count what is named")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="decode with lists of words too, and report B-WER")
+    parser.add_argument(
+        "--distractors", type=_count, nargs="+", metavar="N", help="of the lists, besides true words (default: 0 100)"
+    )
     parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(run=_evaluate)
@@ -111,15 +127,29 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _evaluate(parsed: argparse.Namespace) -> int:
     from voxtral_dist.distributed.world import joined_world
-    from voxtral_dist.evaluate import evaluate
+    from voxtral_dist.evaluate import EvaluationOptions, evaluate
 
-    settings = EvaluationConfig(batch_size=parsed.batch_size, normalizer=parsed.normalizer)
+    if parsed.distractors and parsed.words is None:
+        raise UserError("`--distractors` are words of a list: name its file by `--words`.")
+    sizes = {"num_distractors": tuple(parsed.distractors)} if parsed.distractors else {}
+    options = EvaluationOptions(
+        settings=EvaluationConfig(batch_size=parsed.batch_size, normalizer=parsed.normalizer),
+        detect_language=parsed.detect_language,
+        context=TestContextConfig(words=parsed.words, **sizes) if parsed.words else None,
+        target_text=tuple(parsed.target_text),
+    )
     with joined_world() as world:
-        for name, score in evaluate(parsed.model, parsed.shards, settings, parsed.precision, parsed.out, world):
+        for name, score in evaluate(parsed.model, parsed.shards, options, parsed.precision, parsed.out, world):
             if world.is_first:
-                wer = "n/a" if score.wer is None else f"{100 * score.wer:.2f} %"
-                print(f"{name}: WER {wer}, {score.num_utterances} utterances, normalizer {score.normalizer}")
+                print(f"{name}: {score}")
     return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, but is {text} instead")
+    return value
 
 
 def _add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -127,18 +157,24 @@ def _add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
     parser.add_argument("clips", type=Path, nargs="+", help="audio files")
     parser.add_argument("--language", help="ISO 639-1 code; without it the model is asked to detect the language")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="words that are likely, one in each line")
+    parser.add_argument("--previous-text", metavar="TEXT", help="what was said before")
+    parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio instead of a transcript")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each file, with the detected language")
     parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
     parser.set_defaults(run=_transcribe)
 
 
 def _transcribe(parsed: argparse.Namespace) -> int:
     from voxtral_dist.distributed.world import alone
-    from voxtral_dist.evaluate import transcribe_files
+    from voxtral_dist.evaluate import Question, transcribe_files
 
-    for clip, text in transcribe_files(
-        parsed.model, parsed.clips, parsed.language, EvaluationConfig(), parsed.precision, alone()
+    question = Question.of(parsed.language, parsed.words, parsed.previous_text, parsed.instruction)
+    for clip, answer in transcribe_files(
+        parsed.model, parsed.clips, question, EvaluationConfig(), parsed.precision, alone()
     ):
-        print(f"{clip}\t{text}")
+        line = json.dumps({"clip": str(clip)} | asdict(answer), ensure_ascii=False)
+        print(line if parsed.json else f"{clip}\t{answer.text}", flush=True)
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from voxtral_dist.errors import UserError
 if TYPE_CHECKING:
     from voxtral_dist.data.members import SampleMembers
     from voxtral_dist.shards.packing import PackRules
+    from voxtral_dist.shards.sources import Instruction
 
 # Kept here and not where they are used, because that costs a second of imports. Tests compare them.
 FORMATS = ("jsonl", "csv", "tsv", "folder", "huggingface", "webdataset")
@@ -62,6 +64,8 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     pack.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, and name them")
     pack.add_argument("--audio-field", metavar="NAME", help="column with the audio")
     pack.add_argument("--text-field", metavar="NAME", help="column with the text")
+    pack.add_argument("--instruction", metavar="TEXT", help="that all texts answer; without it they are transcripts")
+    pack.add_argument("--instruction-field", metavar="NAME", help="column with the instruction that the text answers")
     pack.add_argument("--split", help="of a Hugging Face dataset")
     pack.add_argument("--config", metavar="NAME", help="of a Hugging Face dataset")
     _add_rules(pack)
@@ -73,6 +77,8 @@ def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
     index = actions.add_parser("index", help="make the index of tars that other tools made")
     index.add_argument("pattern", help="folder, glob, brace range or URL of tars")
     index.add_argument("out", type=Path, nargs="?", help="folder for the index, where it cannot lie beside the tars")
+    index.add_argument("--instruction", metavar="TEXT", help="that all texts answer; without it they are transcripts")
+    index.add_argument("--instruction-field", metavar="NAME", help="key in the json with the instruction")
     _add_rules(index)
     _add_members(index)
     index.set_defaults(run=_index)
@@ -97,6 +103,10 @@ def _add_show(actions: Commands[argparse.ArgumentParser]) -> None:
     show.add_argument("folder", help="shard set with an index")
     show.add_argument("key", help="of the sample, or #NUMBER")
     show.add_argument("--out", type=Path, metavar="FILE", help="where to write the clip: as stored, or .wav")
+    show.add_argument("--tokens", action="store_true", help="print prompt and completion token by token")
+    show.add_argument("--model", metavar="PATH", help="whose tokenizer --tokens takes: a folder or hub name")
+    show.add_argument("--config", type=Path, metavar="FILE", help="or the run whose model and prompts it takes")
+    show.add_argument("--pass", type=int, default=0, dest="pass_index", metavar="N", help="of the run (default: 0)")
     show.set_defaults(run=_show)
 
 
@@ -143,6 +153,7 @@ def _pack(parsed: argparse.Namespace) -> int:
         members=_members(parsed),
         split=parsed.split,
         config=parsed.config,
+        instruction=_instruction(parsed),
     )
     options = PackOptions(
         shard_bytes=parsed.shard_megabytes * 10**6,
@@ -155,12 +166,16 @@ def _pack(parsed: argparse.Namespace) -> int:
 
 
 def _index(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.data.members import Field
     from voxtral_dist.shards.commands import index_shards
     from voxtral_dist.shards.sources import default_language
 
     if parsed.language is not None and parsed.language_field is not None:
         raise UserError("`--language` and `--language-field` exclude each other: a set has one or the other.")
     members = _members(parsed, default_language(parsed.language))
+    if (instruction := _instruction(parsed)) is not None:
+        place = Field("json", instruction.column) if instruction.column else instruction.text
+        members = replace(members, instruction=place)
     return index_shards(parsed.pattern, parsed.out, members, _rules(parsed), parsed.workers)
 
 
@@ -178,14 +193,30 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 def _show(parsed: argparse.Namespace) -> int:
     from voxtral_dist.shards.commands import show_sample
+    from voxtral_dist.shards.tokens import Viewer
 
-    return show_sample(parsed.folder, parsed.key, parsed.out)
+    if not parsed.tokens and (parsed.model or parsed.config):
+        raise UserError("`--model` and `--config` say how --tokens splits a sample: add `--tokens`, or leave them out.")
+    viewer = Viewer.of(parsed.model, parsed.config, parsed.pass_index) if parsed.tokens else None
+    return show_sample(parsed.folder, parsed.key, parsed.out, viewer)
 
 
 def _rules(parsed: argparse.Namespace, encode: str | None = None) -> PackRules:
     from voxtral_dist.shards.packing import PackRules
 
     return PackRules("flac" if encode == "flac" else None, parsed.max_chars_per_second)
+
+
+def _instruction(parsed: argparse.Namespace) -> Instruction | None:
+    from voxtral_dist.shards.sources import Instruction
+
+    if parsed.instruction is not None and parsed.instruction_field is not None:
+        raise UserError("`--instruction` and `--instruction-field` exclude each other: a set has one or the other.")
+    if parsed.instruction is not None and not parsed.instruction.strip():
+        raise UserError("`--instruction` is blank: say what the texts answer, or leave it out for transcripts.")
+    if parsed.instruction is None and parsed.instruction_field is None:
+        return None
+    return Instruction(parsed.instruction, parsed.instruction_field)
 
 
 def _members(parsed: argparse.Namespace, language: str | None = None) -> SampleMembers:

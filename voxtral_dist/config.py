@@ -27,10 +27,11 @@ class Section(BaseModel):
 
 
 Argument = float | int | str | bool
+TextStep = Literal["lower_case", "no_punctuation"]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 
 
-def _sorted_set(values: tuple[str, ...]) -> tuple[str, ...]:
+def _sorted_set(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(sorted(set(values)))
 
 
@@ -49,6 +50,10 @@ class ModelConfig(Section):
     activation_checkpointing: bool = False
     """Keep only the input of each block in the forward pass and compute it again in the backward pass: about a third
     more computation, and activation memory that grows with one block instead of all."""
+
+    encoder_windows_per_pass: int = Field(default=16, gt=0)
+    """Windows (30 s each) that the encoder takes at a time. Micro-batches with more of them on some rank go through it
+    in several passes, each computed again in the backward pass: its memory does not grow with the length of clips."""
 
 
 class AugmentationStep(Section):
@@ -88,6 +93,45 @@ class SpecAugmentConfig(Section):
 
     max_frequency_mask_bins: int = Field(default=27, ge=0)
     """The width of a band is uniform between nothing and this many mel bins, of which the published models have 128."""
+
+
+class ContextConfig(Section):
+    """Words and previous text that prompts tell the model, so that it learns to use them; see docs/context.md.
+
+    The idea: a list of words in the prompt, in training with true ones and distractors (arXiv 2506.06252).
+    """
+
+    words: Path | None = None
+    """A text file with a word or a phrase in each line. Those that stand in a transcript are its true words, and
+    distractors are drawn from the others."""
+
+    words_field: str | None = None
+    """A key of the sample's json with a list of words, or a text of them with commas between, such as the names of its
+    meeting; those that its transcript holds are true words, the others distractors that always come with them."""
+
+    previous_text_field: str | None = None
+    """A key of the sample's json with the text that was said before it."""
+
+    fraction: float = Field(default=0.5, ge=0, le=1)
+    """Of the samples whose prompts have a context. The others keep the model good without one."""
+
+    true_word_fraction: float = Field(default=0.9, ge=0, le=1)
+    """Each true word is in the list with this probability: a list does not promise to be complete."""
+
+    max_distractors: int = Field(default=20, ge=0)
+    """Words of the file that the transcript does not hold: from none to so many, uniformly."""
+
+    max_tokens: int = Field(default=256, gt=0)
+    """Of a context. Words that do not fit are not in the list, and previous text loses its beginning. Micro-batches are
+    cut as if every sample had so many."""
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Self:
+        if self.words is None and self.words_field is None and self.previous_text_field is None:
+            raise ValueError(
+                "`train_data.context` must name `words`, `words_field` or `previous_text_field`, but names none instead"
+            )
+        return self
 
 
 class StorageConfig(Section):
@@ -192,8 +236,23 @@ class TrainDataConfig(Section):
     spec_augment: SpecAugmentConfig | None = None
     """Masks on the features, drawn in the same way. None: no masks. Never applied in evaluations."""
 
+    target_text: tuple[TextStep, ...] = ()
+    """Steps that make targets of transcripts, in this order; none: as they are. `no_punctuation` keeps apostrophes and
+    hyphens inside words, and symbols. References and hypotheses go through the same before they are scored."""
+
     max_target_tokens: int = Field(default=448, gt=0)
-    """A transcript with more tokens counts as a bad sample: targets are never cut."""
+    """Of a transcript, `</s>` included. Targets are never cut: see `too_long`."""
+
+    too_long: Literal["leave_out", "refuse"] = "leave_out"
+    """What becomes of samples with more than `max_target_tokens`, or with more positions than the model has: they are
+    left out and counted, or the run is refused."""
+
+    untagged_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Of the samples whose prompts do not tell the language; their completions begin with it (`lang:xx`), so that the
+    model keeps detecting languages. Samples of unknown language have no tag at all."""
+
+    context: ContextConfig | None = None
+    """Words and previous text in prompts, for context biasing."""
 
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read and decode audio. The stream of batches does not depend on it."""
@@ -289,6 +348,20 @@ class CheckpointConfig(Section):
     """Complete checkpoints that stay on disk; older ones are removed after a newer one is complete."""
 
 
+class TestContextConfig(Section):
+    """Lists of words in the prompts of a test set, which is decoded once without a list and once with each size.
+
+    The list of an utterance has all words of the file that its reference holds, and distractors (Le et al., arXiv
+    2104.02194). Results are those of NAME, and of `NAME-distractors-N` for each size.
+    """
+
+    words: Path
+    """As `train_data.context.words`. Their error rate in references is the B-WER, that of all other words the U-WER."""
+
+    num_distractors: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(_sorted_set)] = (0, 100)
+    """Sizes of the lists, besides the true words."""
+
+
 class TestSetConfig(Section):
     """One shard folder whose word error rate is measured."""
 
@@ -297,6 +370,12 @@ class TestSetConfig(Section):
 
     max_utterances: int | None = Field(default=None, gt=0)
     """Only the first utterances in the order of the index: for quick looks while training."""
+
+    detect_language: bool = False
+    """Prompts do not tell the language, and the accuracy of the detected ones is reported."""
+
+    context: TestContextConfig | None = None
+    """Decode the set with lists of words too."""
 
 
 class EvaluationConfig(Section):

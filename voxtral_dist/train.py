@@ -22,14 +22,16 @@ from voxtral_dist.config import RunConfig, TrainDataConfig, dump_config
 from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import StepBatches, TrainingSet, build_train_loader
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, sum_over_ranks
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
+from voxtral_dist.engine.encoder import num_passes
 from voxtral_dist.engine.extensions import refuse_old_locks
 from voxtral_dist.engine.zero import ZeroEngine, read_deepspeed_file, zero_stage
 from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.export import export_hugging_face
@@ -54,6 +56,7 @@ class StepResult:
     metrics: StepMetrics
     num_samples: int
     num_bad_samples: int
+    num_too_long: int
     must_stop: bool
 
 
@@ -64,7 +67,7 @@ def train(config: RunConfig, world: World) -> int:
         0 at the end, `EXIT_STOPPED` when a signal asked the run to stop before it; its state is saved.
     """
     check_before_loading(config, world)
-    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
     storage = Storage(config.storage)
     steps = build_train_loader(
         config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size, storage
@@ -166,12 +169,13 @@ def train_step(
     Raises:
         UserError: the loss or the gradient is not finite; all ranks see it alike, and nothing of it is saved.
     """
-    micro_batches = batches.micro_batches
-    num_targets, num_samples, num_bad, audio_seconds, stop = sum_over_ranks(
+    micro_batches = _with_equal_passes(config, batches.micro_batches, world)
+    num_targets, num_samples, num_bad, num_too_long, audio_seconds, stop = sum_over_ranks(
         [
             sum(batch.num_targets for batch in micro_batches),
             sum(batch.num_samples for batch in micro_batches),
             sum(len(batch.bad_samples) for batch in micro_batches),
+            sum(bad.is_too_long for batch in micro_batches for bad in batch.bad_samples),
             sum(batch.audio_seconds for batch in micro_batches),
             float(stop_requested),
         ],
@@ -188,7 +192,19 @@ def train_step(
     update = engine.step(learning_rate(config.optimizer, batches.step, config.num_steps))
     _refuse_not_finite("norm of the gradient", update.grad_norm, batches.step)
     metrics = StepMetrics(mean_loss, int(num_targets), audio_seconds, update.learning_rate, update.grad_norm, 0.0)
-    return StepResult(metrics, int(num_samples), int(num_bad), stop > 0)
+    return StepResult(metrics, int(num_samples), int(num_bad), int(num_too_long), stop > 0)
+
+
+def _with_equal_passes(config: RunConfig, micro_batches: Sequence[MicroBatch], world: World) -> list[MicroBatch]:
+    """The micro-batches with as many passes of the encoder as the rank with the most windows needs.
+
+    Sharded engines exchange weights in every pass, so all ranks must make equally many.
+    """
+    most_windows = max_over_ranks([batch.num_windows for batch in micro_batches], world)
+    return [
+        replace(batch, num_encoder_passes=num_passes(most, config.model.encoder_windows_per_pass))
+        for batch, most in zip(micro_batches, most_windows, strict=True)
+    ]
 
 
 def _refuse_not_finite(name: str, value: float, step: int) -> None:
@@ -225,7 +241,7 @@ class _Evaluator:
     def __init__(
         self,
         config: RunConfig,
-        prompts: TranscriptionPrompts,
+        prompts: VoxtralPrompts,
         log_mel: LogMel,
         test_sets: Sequence[TestSet],
         world: World,
@@ -246,22 +262,21 @@ class _Evaluator:
         """Whether the state that a run starts with is due and was not measured, as by a run killed after its save."""
         rows = read_metrics(self._config.run_dir / "metrics.jsonl")
         done = {row["name"] for row in rows if row["kind"] == "evaluation" and row["step"] == step}
-        return self.is_due(step) and not from_first_rank(done, self._world).issuperset(
-            self._config.evaluation.test_sets
-        )
+        wanted = {test_set.name for test_set in self._test_sets}
+        return self.is_due(step) and not from_first_rank(done, self._world).issuperset(wanted)
 
     def evaluate_if(self, condition: bool, engine: Engine, step: int, log: MetricsLog) -> None:
         if not condition or not self._test_sets:
             return
         settings = self._config.evaluation
+        used = normalizer(settings.normalizer, self._config.train_data.target_text)
         out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
         with engine.full_weights() as model:
             transcriber = Transcriber(model, self._prompts, self._log_mel, settings.max_tokens_per_second)
             for test_set in self._test_sets:
-                score = evaluate_test_set(test_set, transcriber, settings, out_dir, self._world)
-                counted = {"num_utterances": score.num_utterances}
-                log.write("evaluation", step, {"name": test_set.name, "wer": score.wer, "cer": score.cer} | counted)
-                log.say(f"step {step}: WER {percent(score.wer)} on {test_set.name}, {score.num_utterances} utterances")
+                score = evaluate_test_set(test_set, transcriber, used, out_dir, self._world)
+                log.write("evaluation", step, {"name": test_set.name} | score.figures())
+                log.say(f"step {step}: {test_set.name}: {score}")
 
 
 class _BadSampleLimits:
@@ -287,6 +302,12 @@ class _BadSampleLimits:
         for bad in (bad for part in gather_on_first(mine, world) for bad in part):
             log.write("event", progress.step, {"event": "bad_sample", **asdict(bad)})
             log.say(f"step {progress.step}: left out the sample {bad.key} of {bad.shard}: it {bad.reason}")
+        if result.num_too_long and self._config.too_long == "refuse":
+            raise UserError(
+                f"`train_data.too_long` is `refuse`, and {result.num_too_long} samples of step {progress.step} are too "
+                "long: metrics.jsonl names each. Raise `max_target_tokens`, cut the recordings, or set "
+                "`too_long: leave_out`."
+            )
         fraction = progress.num_bad_samples / (progress.num_samples_seen + progress.num_bad_samples)
         seen = progress.num_samples_seen + progress.num_bad_samples
         if seen >= _MIN_SAMPLES_FOR_FRACTION and fraction > self._config.max_bad_fraction:
@@ -321,11 +342,6 @@ def _stop_signals() -> Iterator[_StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def percent(rate: float | None) -> str:
-    """A rate for a reader, such as `4.8 %`."""
-    return "n/a" if rate is None else f"{100 * rate:.1f} %"
 
 
 def _announce(

@@ -22,7 +22,7 @@ from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import TrainLoader, build_train_loader, build_training_set
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 
 from measure import Place, Request, answer
 
@@ -39,7 +39,7 @@ class OurPath:
         self._request = request
         # A step of a rank is what `open` gives: at least one slot.
         self.examples_per_batch = request.batch_size * SLOTS_PER_STEP // request.world_size
-        self._prompts = TranscriptionPrompts.from_pretrained(request.model)
+        self._prompts = VoxtralPrompts.from_pretrained(request.model)
         self._log_mel = LogMel.from_pretrained(request.model, torch.device("cpu")) if request.with_features else None
         self._config = TrainDataConfig(
             shards=(request.shards,),

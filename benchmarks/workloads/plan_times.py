@@ -11,13 +11,13 @@ from pathlib import Path
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.index import read_index
 from voxtral_dist.data.loader import build_training_set
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 
 
 def main() -> None:
     """Measure once, because a second time in one process would find everything in memory."""
     shards, model, percent = sys.argv[1:]
-    prompts = TranscriptionPrompts.from_pretrained(model)
+    prompts = VoxtralPrompts.from_pretrained(model)
     config = TrainDataConfig(shards=(shards,), slots_per_step=64, max_examples=16)
     memory = _resident_bytes()
     started = time.perf_counter()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left, weightless_micro_batch, windows_of
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import BadSample, Example
 
 PAD = 11
@@ -95,12 +95,12 @@ def test_moving_a_batch_keeps_everything_but_the_device():
     assert moved.bad_samples == batch.bad_samples
 
 
-def test_a_weightless_micro_batch_runs_and_counts_for_nothing(prompts: TranscriptionPrompts):
+def test_a_weightless_micro_batch_runs_and_counts_for_nothing(prompts: VoxtralPrompts):
     bad = BadSample("a.tar", "key", "reason")
     batch = weightless_micro_batch(prompts, [bad])
     assert (batch.num_targets, batch.num_samples, batch.audio_seconds) == (0, 0, 0.0)
     assert batch.bad_samples == (bad,)
-    assert tuple(batch.input_ids[0].tolist()) == prompts.prompt(None, 1)
+    assert tuple(batch.input_ids[0].tolist()) == prompts.transcription(None, 1)
     assert batch.pcm.shape == (1, prompts.window_samples)
     assert not batch.pcm.any()
     # One position of logits is computed, so that every module takes part in the backward pass.

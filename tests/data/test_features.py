@@ -8,7 +8,7 @@ from voxtral_dist.config import ModelConfig, SpecAugmentConfig, TrainDataConfig
 from voxtral_dist.data.features import LogMel, mask_features
 from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import SampleReader
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.model import load_voxtral
@@ -63,7 +63,7 @@ def loader_of(shard_folder, prompts, spec_augment=None):
     return build_train_loader(config, prompts, seed=0, num_steps=20, rank=0, world_size=1)
 
 
-def test_training_sees_masked_features(tiny_model, shard_folder, prompts: TranscriptionPrompts):
+def test_training_sees_masked_features(tiny_model, shard_folder, prompts: VoxtralPrompts):
     model = load_voxtral(ModelConfig(path=str(tiny_model), precision="float32")).eval()
     log_mel = LogMel.from_pretrained(str(tiny_model), torch.device("cpu"))
     seen = []
@@ -81,7 +81,7 @@ def test_training_sees_masked_features(tiny_model, shard_folder, prompts: Transc
         assert torch.equal(seen[1], mask_features(seen[0], batch.feature_masks))
 
 
-def test_time_masks_of_the_loader_lie_inside_the_audio(shard_folder, prompts: TranscriptionPrompts):
+def test_time_masks_of_the_loader_lie_inside_the_audio(shard_folder, prompts: VoxtralPrompts):
     masked = SpecAugmentConfig(num_time_masks=4, max_time_mask_fraction=0.5, num_frequency_masks=0)
     frames = prompts.window_samples // prompts.hop_samples
     num_masks = 0
@@ -95,5 +95,5 @@ def test_time_masks_of_the_loader_lie_inside_the_audio(shard_folder, prompts: Tr
     assert num_masks > 100
 
 
-def test_examples_of_evaluations_have_no_masks(shard_index: ShardIndex, prompts: TranscriptionPrompts):
+def test_examples_of_evaluations_have_no_masks(shard_index: ShardIndex, prompts: VoxtralPrompts):
     assert SampleReader(shard_index, prompts, 448).example(0).feature_masks.shape == (0, 4)

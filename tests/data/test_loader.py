@@ -184,7 +184,7 @@ def test_packed_examples_hold_the_audio_and_text_of_their_utterances(uneven_fold
                 joined = np.concatenate([clip.pcm for clip in clips])
                 assert np.array_equal(audio[row].flatten()[: len(joined)].numpy(), joined)
                 targets = batch.labels[row][batch.labels[row] != IGNORED_LABEL].tolist()
-                assert prompts.decode(targets) == " ".join(clip.text for clip in clips)
+                assert prompts.transcript(targets).text == " ".join(clip.text for clip in clips)
                 assert len({clip.language for clip in clips}) == 1
     assert num_packed > 0
 

@@ -20,7 +20,7 @@ from voxtral_dist.errors import UserError
 from corpora import synthetic_set
 
 SHAPE = PlanShape(slots_per_step=4, budget=Budget(3, None, None), sort_window_steps=5, shuffle_block_size=2)
-SIZES = ExampleSizes(window_ms=30_000, audio_tokens_per_window=375, num_prompt_tokens=8)
+SIZES = ExampleSizes(window_ms=30_000, audio_tokens_per_window=375, num_prompt_tokens=8, max_positions=131_072)
 
 
 def make_plan(num_samples: int, shape: PlanShape = SHAPE, seed: int = 0, max_seconds: float = 29.0) -> TrainPlan:

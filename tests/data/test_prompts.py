@@ -13,7 +13,7 @@ from transformers import VoxtralProcessor
 
 from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left
 from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import Transcript, VoxtralPrompts
 from voxtral_dist.data.samples import Example
 from voxtral_dist.errors import UserError
 
@@ -42,8 +42,8 @@ def processor(folder: Path) -> Any:
 
 
 @cache
-def real_window_prompts(folder: Path) -> TranscriptionPrompts:
-    return TranscriptionPrompts.from_pretrained(str(folder))
+def real_window_prompts(folder: Path) -> VoxtralPrompts:
+    return VoxtralPrompts.from_pretrained(str(folder))
 
 
 def processed(folder: Path, clips: list[np.ndarray], languages: list[str | None], **arguments: Any) -> Any:
@@ -58,18 +58,18 @@ def processed(folder: Path, clips: list[np.ndarray], languages: list[str | None]
     )
 
 
-def padded(pcm: np.ndarray, prompts: TranscriptionPrompts) -> torch.Tensor:
+def padded(pcm: np.ndarray, prompts: VoxtralPrompts) -> torch.Tensor:
     """A clip as whole windows."""
     padding = -len(pcm) % prompts.window_samples
     return torch.from_numpy(np.pad(pcm, (0, padding)).reshape(-1, prompts.window_samples))
 
 
 def assert_equal_to_processor(
-    folder: Path, prompts: TranscriptionPrompts, clips: list[np.ndarray], languages: list[str | None], **arguments: Any
+    folder: Path, prompts: VoxtralPrompts, clips: list[np.ndarray], languages: list[str | None], **arguments: Any
 ) -> None:
     expected = processed(folder, clips, languages, **arguments)
     windows = [prompts.num_windows(len(clip)) for clip in clips]
-    ids = [prompts.prompt(language, count) for language, count in zip(languages, windows, strict=True)]
+    ids = [prompts.transcription(language, count) for language, count in zip(languages, windows, strict=True)]
     input_ids, attention_mask = pad_left(ids, prompts.pad_id)
     assert torch.equal(input_ids, expected["input_ids"])
     assert torch.equal(attention_mask, expected["attention_mask"])
@@ -136,7 +136,7 @@ def test_num_windows(real_window_model, num_samples, num_windows):
 
 @pytest.mark.parametrize("text", [*TEXTS, *LOOK_ALIKES])
 def test_a_transcript_survives_its_tokens(prompts, text):
-    assert prompts.decode(prompts.completion(text)) == text.strip()
+    assert prompts.decode(prompts.completion(text)) == text
 
 
 @pytest.mark.parametrize("text", [*TEXTS, *LOOK_ALIKES])
@@ -152,16 +152,16 @@ def test_text_holds_no_special_token_but_the_end(prompts, tiny_model, text):
 
 def test_decoding_stops_showing_special_tokens_and_the_detected_language(prompts):
     detected = [prompts.eos_id, *prompts.completion("lang:en hello"), prompts.pad_id]
-    assert prompts.decode(detected) == "hello"
-    assert prompts.decode(prompts.completion("lang:english")) == "lang:english"
-    assert prompts.decode(prompts.completion("said lang:en hello")) == "said lang:en hello"
-    assert prompts.decode([]) == ""
+    assert prompts.transcript(detected) == Transcript("hello", "en")
+    assert prompts.transcript(prompts.completion("lang:english")) == Transcript("lang:english", None)
+    assert prompts.transcript(prompts.completion("said lang:en hello")) == Transcript("said lang:en hello", None)
+    assert prompts.transcript([]) == Transcript("", None)
 
 
 def test_the_prompt_ends_with_the_request_to_transcribe(prompts, tiny_model):
     tokenizer = processor(tiny_model).tokenizer.tokenizer.instruct_tokenizer.tokenizer
     for language in LANGUAGES:
-        text = tokenizer.decode(list(prompts.prompt(language, 2)), special_token_policy=SpecialTokenPolicy.KEEP)
+        text = tokenizer.decode(list(prompts.transcription(language, 2)), special_token_policy=SpecialTokenPolicy.KEEP)
         tag = f"lang:{language}" if language else ""
         assert text.startswith("<s>[INST][BEGIN_AUDIO][AUDIO]")
         assert text.endswith(f"[AUDIO][/INST]{tag}[TRANSCRIBE]")
@@ -170,16 +170,16 @@ def test_the_prompt_ends_with_the_request_to_transcribe(prompts, tiny_model):
 @pytest.mark.parametrize("language", ["klingon", "xx", "EN-us", ""])
 def test_an_unknown_language_is_named(prompts, language):
     with pytest.raises(ValueError, match=f"has the language '{language}', which is not an ISO 639-1 code"):
-        prompts.prompt(language, 1)
+        prompts.transcription(language, 1)
 
 
-def example(prompts: TranscriptionPrompts, text: str, num_windows: int = 1, language: str | None = "en") -> Example:
+def example(prompts: VoxtralPrompts, text: str, num_windows: int = 1, language: str | None = "en") -> Example:
     return Example(
         sample_id=0,
         key="clip",
         pcm=np.zeros(num_windows * prompts.window_samples, dtype=np.int16),
         num_windows=num_windows,
-        prompt=prompts.prompt(language, num_windows),
+        prompt=prompts.transcription(language, num_windows),
         completion=tuple(prompts.completion(text)),
         reference=text,
         duration_seconds=1.0,
@@ -217,7 +217,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tiny_model, tmp_path, sp
     folder = shutil.copytree(tiny_model, tmp_path / "spoilt")
     spoil(folder)
     with pytest.raises(UserError, match=sentence) as refused:
-        TranscriptionPrompts.from_pretrained(str(folder))
+        VoxtralPrompts.from_pretrained(str(folder))
     assert "\n" not in str(refused.value)
 
 
@@ -225,5 +225,5 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tiny_model, tmp_path, sp
 def test_a_missing_model_folder_is_refused(tmp_path, absolute):
     path = str(tmp_path / "nowhere") if absolute else "./nowhere"
     with pytest.raises(UserError, match="nowhere") as refused:
-        TranscriptionPrompts.from_pretrained(path)
+        VoxtralPrompts.from_pretrained(path)
     assert "\n" not in str(refused.value)

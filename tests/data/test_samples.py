@@ -81,7 +81,7 @@ def test_an_example_is_the_utterance_as_the_model_takes_it(shard_index, prompts)
         waveform = to_pcm(decode_audio(sample.audio, RATE))
         assert (example.sample_id, example.key, example.reference) == (sample_id, sample.key, sample.text)
         assert np.array_equal(example.pcm, waveform)
-        assert example.prompt == prompts.prompt(sample.language, example.num_windows)
+        assert example.prompt == prompts.transcription(sample.language, example.num_windows)
         assert list(example.completion) == prompts.completion(sample.text)
         assert example.duration_seconds == len(waveform) / RATE
 

@@ -13,7 +13,7 @@ from voxtral_dist.config import RunConfig
 from voxtral_dist.data.batches import IGNORED_LABEL
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.model import load_voxtral
 from voxtral_dist.optim import learning_rate, parameter_groups
@@ -31,7 +31,7 @@ def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
     from voxtral_dist.engine.zero import ZeroEngine
     from voxtral_dist.train import train_step
 
-    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, world.rank, world.size)
     engine = ZeroEngine(
         config, load_voxtral(config.model), LogMel.from_pretrained(config.model.path, world.device), world
@@ -45,7 +45,7 @@ def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
 
 def train_plainly(config: RunConfig) -> tuple[Curve, Weights]:
     """The same steps by torch alone: one process, one backward pass over the mean of the whole batch."""
-    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, 0, 1)
     model = load_voxtral(config.model)
     log_mel = LogMel.from_pretrained(config.model.path, torch.device("cpu"))
@@ -96,7 +96,7 @@ def plain(config: RunConfig) -> tuple[Curve, Weights]:
 
 
 def test_target_counts_are_uneven(config: RunConfig) -> None:
-    prompts = TranscriptionPrompts.from_pretrained(config.model.path)
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, 1, 0, 1)
     counts = [batch.num_targets for batch in next(iter(loader.starting_at(0))).micro_batches]
     assert len(set(counts)) > 1
@@ -123,6 +123,26 @@ def test_zero_equals_one_plain_process(
     staged = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": _file_of(stage)})})
     for result in run_ranks(world_size, train_sharded, staged):
         assert_same(result, plain)
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 1), (2, 2), (3, 2), (3, 3)])
+def test_passes_of_the_encoder_equal_one_plain_process(
+    config: RunConfig, plain: tuple[Curve, Weights], stage: int, world_size: int
+) -> None:
+    # Two windows at a time: micro-batches have one to eight, and differ between ranks, down to a silent one.
+    passes = config.model.model_copy(update={"encoder_windows_per_pass": 2})
+    engine = config.engine.model_copy(update={"deepspeed": _file_of(stage)})
+    staged = config.model_copy(update={"engine": engine, "model": passes})
+    for result in run_ranks(world_size, train_sharded, staged):
+        assert_same(result, plain)
+
+
+def test_ranks_have_unequal_numbers_of_windows(config: RunConfig) -> None:
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    loaders = [build_train_loader(config.train_data, prompts, config.seed, 1, rank, 3) for rank in range(3)]
+    steps = [next(iter(loader.starting_at(0))).micro_batches for loader in loaders]
+    windows = [[batch.num_windows for batch in micro_batches] for micro_batches in steps]
+    assert any(len({-(-count // 2) for count in together}) > 1 for together in zip(*windows, strict=True))
 
 
 def _file_of(stage: int) -> Path:

@@ -9,7 +9,7 @@ import pytest
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluate import evaluate
+from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.report import TestSetScore
 
 from corpora import pack_manifest, write_speech_manifest
@@ -21,7 +21,8 @@ Rows = list[dict[str, object]]
 
 def evaluate_on(world: World, model: str, shards: Path, batch_size: int, out_dir: Path) -> TestSetScore:
     settings = EvaluationConfig(batch_size=batch_size, max_tokens_per_second=2.0)
-    return dict(evaluate(model, [str(shards)], settings, "float32", out_dir, world))[shards.name]
+    options = EvaluationOptions(settings)
+    return dict(evaluate(model, [str(shards)], options, "float32", out_dir, world))[shards.name]
 
 
 @pytest.fixture(scope="module")

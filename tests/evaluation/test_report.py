@@ -9,7 +9,13 @@ from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own n
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import RankError
 from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.report import ScoredUtterance, score_test_set, score_utterance, write_results
+from voxtral_dist.evaluation.report import (
+    DecodedUtterance,
+    ScoredUtterance,
+    score_test_set,
+    score_utterance,
+    write_results,
+)
 from voxtral_dist.evaluation.test_sets import build_test_set, check_whole
 from voxtral_dist.evaluation.word_errors import ErrorCounts
 
@@ -26,7 +32,16 @@ PAIRS = (
 
 
 def scored(sample_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en") -> ScoredUtterance:
-    return score_utterance(sample_id, f"key-{sample_id}", language, 1.5, reference, hypothesis, sample_id == 1, BASIC)
+    decoded = DecodedUtterance(
+        sample_id=sample_id,
+        key=f"key-{sample_id}",
+        language=language,
+        duration_seconds=1.5,
+        reference=reference,
+        hypothesis=hypothesis,
+        hit_limit=sample_id == 1,
+    )
+    return score_utterance(decoded, BASIC)
 
 
 @pytest.fixture
@@ -85,7 +100,7 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
 
 @pytest.fixture(scope="module")
 def held_out(shard_folder, prompts):
-    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts, Storage())
+    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts, Storage())[0]
 
 
 def test_batches_hold_every_utterance_once_longest_first(held_out):

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import BadSample, Example
 
 # What torch's cross entropy ignores by default.
@@ -33,6 +33,7 @@ class MicroBatch:
     labels: int64 `(B, K)`: the token that follows each of the last K positions, `IGNORED_LABEL` before the completion.
     pcm: int16 `(C, S)`: the windows of the examples, in order.
     feature_masks: int64 `(N, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
+    num_encoder_passes: in how many parts the encoder takes the windows; ranks that share weights agree on it.
     """
 
     input_ids: Tensor
@@ -44,6 +45,12 @@ class MicroBatch:
     audio_seconds: float
     num_samples: int
     bad_samples: tuple[BadSample, ...] = ()
+    num_encoder_passes: int = 1
+
+    @property
+    def num_windows(self) -> int:
+        """Of all examples, C."""
+        return len(self.pcm)
 
     @property
     def num_targets(self) -> int:
@@ -118,7 +125,7 @@ def windows_of(examples: Sequence[Example], window_samples: int) -> Tensor:
     return torch.from_numpy(windows)
 
 
-def weightless_micro_batch(prompts: TranscriptionPrompts, bad_samples: Sequence[BadSample] = ()) -> MicroBatch:
+def weightless_micro_batch(prompts: VoxtralPrompts, bad_samples: Sequence[BadSample] = ()) -> MicroBatch:
     """One window of silence without a target, for a slot that has nothing to train on.
 
     Sharded engines exchange weights in every forward and backward pass, so all ranks must run equally many.
@@ -128,7 +135,7 @@ def weightless_micro_batch(prompts: TranscriptionPrompts, bad_samples: Sequence[
         key="",
         pcm=np.zeros(0, dtype=np.int16),
         num_windows=1,
-        prompt=prompts.prompt(None, 1),
+        prompt=prompts.transcription(None, 1),
         completion=(prompts.eos_id,),
         reference="",
         duration_seconds=0.0,

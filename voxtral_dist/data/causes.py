@@ -20,6 +20,7 @@ class Cause(StrEnum):
     WRONG_LENGTH = "wrong length"
     EMPTY_TEXT = "empty text"
     TEXT_TOO_LONG = "text too long for its audio"
+    NO_INSTRUCTION = "no instruction"
     UNKNOWN_LANGUAGE = "unknown language"
     DAMAGED_TAR = "damaged tar"
     WRONG_INDEX = "differs from its index"

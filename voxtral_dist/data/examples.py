@@ -9,7 +9,7 @@ from itertools import accumulate
 import numpy as np
 
 from voxtral_dist.data.cutting import Budget, cut, pack_into_windows
-from voxtral_dist.data.filters import ExampleSizes
+from voxtral_dist.data.filters import ExampleSizes, text_tokens
 from voxtral_dist.data.index import Ids, ShardIndex
 from voxtral_dist.data.permutation import hash_values
 
@@ -79,12 +79,14 @@ def sort_examples(
     order = np.argsort(hash_values(ids | passes << 40, key), kind="stable")
     ids, passes = ids[order], passes[order]
     records = index.gather(ids)
-    duration_ms, tokens = (records[name].astype(np.int64) for name in ("duration_ms", "num_text_tokens"))
+    duration_ms, tokens = records["duration_ms"].astype(np.int64), text_tokens(records)
     if max_packed_tokens is None:
         ends = np.arange(1, len(ids) + 1)
     else:
+        # An instruction is about one clip: such a sample fills its window alone.
+        taken_ms = np.where(records["num_instruction_tokens"] > 0, sizes.window_ms, duration_ms)
         groups = pack_into_windows(
-            duration_ms, tokens + TOKENS_PER_JOINT, records["language"], ids, sizes.window_ms, max_packed_tokens
+            taken_ms, tokens + TOKENS_PER_JOINT, records["language"], ids, sizes.window_ms, max_packed_tokens
         )
         grouped = np.array([place for group in groups for place in group], dtype=np.int64)
         ids, passes, duration_ms, tokens = (values[grouped] for values in (ids, passes, duration_ms, tokens))

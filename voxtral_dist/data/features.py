@@ -21,6 +21,8 @@ _DYNAMIC_RANGE_LOG10 = 8.0
 _INT16_SCALE = 32768.0
 # A spectrum of more than this much audio leaves the caches of a CPU, and takes twice the time.
 _CPU_SAMPLES_AT_ONCE = 480_000
+# Elsewhere the limit is memory: a spectrum takes about 24 bytes a sample.
+_DEVICE_SAMPLES_AT_ONCE = 64 * 480_000
 
 
 class LogMel:
@@ -50,8 +52,13 @@ class LogMel:
             windows_per_clip: how many of the C windows belong to each clip.
 
         Returns:
-            Float32, `(C, M, F)`: M mel bins, F frames of a window (3,000 for 30 s).
+            Float32, `(C, M, F)`: M mel bins, F frames of a window (3,000 for 30 s); under autocast too, because a
+            spectrum in bfloat16 would be off by up to 0.1.
         """
+        with torch.autocast(pcm.device.type, enabled=False):
+            return self._features(pcm, windows_per_clip)
+
+    def _features(self, pcm: Tensor, windows_per_clip: Sequence[int]) -> Tensor:
         num_windows, window_samples = pcm.shape
         features = torch.empty((num_windows, self.num_mel_bins, window_samples // self._hop_samples), device=pcm.device)
         first_windows = np.cumsum([0, *windows_per_clip[:-1]])
@@ -63,9 +70,8 @@ class LogMel:
         return features
 
     def _clips_at_once(self, pcm: Tensor, count: int) -> int:
-        if pcm.device.type != "cpu":
-            return len(pcm)
-        return max(1, _CPU_SAMPLES_AT_ONCE // (count * pcm.shape[1]))
+        samples_at_once = _CPU_SAMPLES_AT_ONCE if pcm.device.type == "cpu" else _DEVICE_SAMPLES_AT_ONCE
+        return max(1, samples_at_once // (count * pcm.shape[1]))
 
     def _clips_of_equal_length(self, pcm: Tensor, count: int) -> Tensor:
         """Features of clips of `count` windows each: `(N * count, S)` -> `(N * count, M, F)`."""

@@ -10,36 +10,54 @@ from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.index import RecordChunk, Records, ShardIndex
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 
 Mask = NDArray[np.bool_]
+
+TOO_MANY_TARGETS = "with more tokens than `max_target_tokens`"
+TOO_MANY_POSITIONS = "with more positions than the model has"
 
 
 @dataclass(frozen=True)
 class ExampleSizes:
     """What examples cost the model, from their records alone.
 
-    window_ms: the length of a window. num_prompt_tokens: of a prompt, besides its audio tokens.
+    window_ms: the length of a window. num_prompt_tokens: of a prompt with a context, besides its audio and instruction.
+    max_positions: of the language model.
     """
 
     window_ms: int
     audio_tokens_per_window: int
     num_prompt_tokens: int
+    max_positions: int
 
     @classmethod
-    def of(cls, prompts: TranscriptionPrompts) -> ExampleSizes:
-        """The sizes of one checkpoint's windows and prompts; a prompt with a language is the longer one."""
-        window_tokens = prompts.audio_tokens_per_window
-        longest = max(len(prompts.prompt(language, 1)) for language in (None, "en"))
-        return cls(round(prompts.window_seconds * 1000), window_tokens, longest - window_tokens)
+    def of(cls, prompts: VoxtralPrompts, max_context_tokens: int = 0) -> ExampleSizes:
+        """The sizes of one checkpoint's windows and prompts, the longest prompts there are."""
+        return cls(
+            window_ms=round(prompts.window_seconds * 1000),
+            audio_tokens_per_window=prompts.audio_tokens_per_window,
+            num_prompt_tokens=prompts.num_prompt_tokens + max_context_tokens,
+            max_positions=prompts.max_positions,
+        )
 
     def windows(self, duration_ms: NDArray[np.integer]) -> NDArray[np.int64]:
         """Windows that clips fill: what the encoder pays."""
         return np.maximum(1, -(-duration_ms.astype(np.int64) // self.window_ms))
 
     def positions(self, num_windows: NDArray[np.int64], num_text_tokens: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Input positions of the language model: audio tokens, prompt and transcript."""
+        """Input positions of the language model: audio tokens, prompt, and the tokens of instruction and answer."""
         return num_windows * self.audio_tokens_per_window + self.num_prompt_tokens + num_text_tokens.astype(np.int64)
+
+    def positions_of(self, records: Records) -> NDArray[np.int64]:
+        """Input positions of samples that are examples of their own."""
+        return self.positions(self.windows(records["duration_ms"]), text_tokens(records))
+
+
+def text_tokens(records: Records) -> NDArray[np.int64]:
+    """Tokens of instruction and answer."""
+    tokens: NDArray[np.int64] = records["num_text_tokens"].astype(np.int64) + records["num_instruction_tokens"]
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -57,16 +75,23 @@ class Filters:
             yield "longer than `max_duration_seconds`", duration_ms > round(1000 * config.max_duration_seconds)
         if config.min_duration_seconds is not None:
             yield "shorter than `min_duration_seconds`", duration_ms < round(1000 * config.min_duration_seconds)
+        # Answers to instructions are as long as they are, whatever the audio lasts.
+        is_transcript = chunk.records["num_instruction_tokens"] == 0
+        num_chars = chunk.records["num_chars"]
         if config.max_chars_per_second is not None:
             limit = config.max_chars_per_second / 1000
-            yield "more than `max_chars_per_second`", chunk.records["num_chars"] > limit * duration_ms
+            yield "more than `max_chars_per_second`", is_transcript & (num_chars > limit * duration_ms)
         if config.min_chars_per_second is not None:
             limit = config.min_chars_per_second / 1000
-            yield "fewer than `min_chars_per_second`", chunk.records["num_chars"] < limit * duration_ms
+            yield (
+                "fewer than `min_chars_per_second`",
+                is_transcript & (num_chars < limit * duration_ms),
+            )
         if config.languages is not None:
             is_wanted = np.zeros(2**16, dtype=bool)
             is_wanted[[number for number, name in enumerate(self.languages) if name in config.languages]] = True
             yield "not in `languages`", ~is_wanted[chunk.languages]
+        yield from self._too_long(chunk.records)
         yield from self._larger_than_a_micro_batch(chunk.records)
 
     def can_refuse(self, index: ShardIndex) -> bool:
@@ -79,12 +104,18 @@ class Filters:
         bounds = np.zeros(1, dtype=index.sets[0].records.dtype)
         bounds["duration_ms"] = min(2**32 - 1, round(longest * 1000))
         bounds["num_text_tokens"] = max(part.most_text_tokens for part in index.sets)
+        bounds["num_instruction_tokens"] = max(part.most_instruction_tokens for part in index.sets)
         return any(mask.any() for _, mask in self.refused(RecordChunk(0, bounds, bounds["language"])))
+
+    def _too_long(self, records: Records) -> Iterator[tuple[str, Mask]]:
+        # What the steps of `target_text` leave of a transcript is known when it is read.
+        if not self.config.target_text:
+            yield TOO_MANY_TARGETS, records["num_text_tokens"] >= self.config.max_target_tokens
+        yield TOO_MANY_POSITIONS, self.sizes.positions_of(records) > self.sizes.max_positions
 
     def _larger_than_a_micro_batch(self, records: Records) -> Iterator[tuple[str, Mask]]:
         reason = "larger than a micro-batch may be"
         if self.config.max_windows is not None:
             yield reason, records["duration_ms"] > self.config.max_windows * self.sizes.window_ms
         if self.config.max_tokens is not None:
-            windows = self.sizes.windows(records["duration_ms"])
-            yield reason, self.sizes.positions(windows, records["num_text_tokens"]) > self.config.max_tokens
+            yield reason, self.sizes.positions_of(records) > self.config.max_tokens

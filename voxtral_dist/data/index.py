@@ -42,7 +42,7 @@ RECORD = np.dtype(
         ("num_text_tokens", "<u2"),  # counted with Voxtral's published vocabulary, `</s>` not included
         ("num_chars", "<u2"),  # of the text
         ("language", "<u2"),  # position in the table of languages, or UNKNOWN_LANGUAGE
-        ("flags", "<u2"),  # reserved, 0
+        ("num_instruction_tokens", "<u2"),  # counted alike; 0 for a transcription
     ]
 )
 
@@ -73,7 +73,8 @@ class ShardSet:
     """The index of one folder, or of some of its shards.
 
     first_rows: for each shard, the row of its first sample in `records`; `(num_shards,)`.
-    longest_seconds, most_text_tokens: bounds on every record of the folder. records_sha256: of all its records.
+    longest_seconds, most_text_tokens, most_instruction_tokens: bounds on every record of the folder. records_sha256: of
+    all its records.
     """
 
     shards: tuple[Shard, ...]
@@ -83,6 +84,7 @@ class ShardSet:
     members: SampleMembers
     longest_seconds: float
     most_text_tokens: int
+    most_instruction_tokens: int
     records_sha256: str
 
     @property
@@ -231,6 +233,7 @@ def write_index(
         "duration_seconds": round(float(records["duration_ms"].sum(dtype=np.int64)) / 1000.0, 3),
         "longest_seconds": float(records["duration_ms"].max(initial=0)) / 1000.0,
         "most_text_tokens": int(records["num_text_tokens"].max(initial=0)),
+        "most_instruction_tokens": int(records["num_instruction_tokens"].max(initial=0)),
         "records_sha256": hashlib.sha256(np.ascontiguousarray(records).data).hexdigest(),
         "shards": [asdict(shard) | {"location": _relative(shard, folder)} for shard in shards],
     }
@@ -329,7 +332,7 @@ def _load_set(folder: str, storage: Storage) -> ShardSet:
         )
     shards = tuple(Shard(**(row | {"location": _absolute(row["location"], folder)})) for row in table["shards"])
     counts = [shard.num_samples for shard in shards]
-    records = np.load(storage.local_copy(join(folder, INDEX_FILE)), mmap_mode="r")
+    records = _as_named_now(np.load(storage.local_copy(join(folder, INDEX_FILE)), mmap_mode="r"))
     _will_be_read(records, in_order=False)
     return ShardSet(
         shards=shards,
@@ -339,8 +342,17 @@ def _load_set(folder: str, storage: Storage) -> ShardSet:
         members=SampleMembers.from_json(table["members"]),
         longest_seconds=float(table["longest_seconds"]),
         most_text_tokens=int(table["most_text_tokens"]),
+        # Indices from before there were instructions have no such key.
+        most_instruction_tokens=int(table.get("most_instruction_tokens", 0)),
         records_sha256=str(table["records_sha256"]),
     )
+
+
+def _as_named_now(records: Records) -> Records:
+    """Records in which the last field was reserved, and 0, have the layout of today."""
+    if (records.dtype.names or ())[-1:] == ("flags",) and records.dtype.itemsize == RECORD.itemsize:
+        return records.view(RECORD)
+    return records
 
 
 def _sizes(folder: str, storage: Storage) -> dict[str, int] | None:
@@ -378,8 +390,9 @@ def _check_size(shard: Shard, folder: str, sizes: dict[str, int] | None) -> None
 
 def _will_be_read(records: Records, in_order: bool) -> None:
     """Tell the kernel: records that are drawn at random would each read 128 kB of their neighbours from a cold disk."""
-    if isinstance(records.base, mmap.mmap):
-        records.base.madvise(mmap.MADV_SEQUENTIAL if in_order else mmap.MADV_RANDOM)
+    owner = records.base.base if isinstance(records.base, np.memmap) else records.base
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_SEQUENTIAL if in_order else mmap.MADV_RANDOM)
 
 
 def _relative(shard: Shard, folder: Path) -> str:

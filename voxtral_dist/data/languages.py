@@ -11,6 +11,11 @@ from pydantic_extra_types.language_code import LanguageAlpha2
 
 _LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
 
+# Every ISO 639-1 code, in alphabetical order: what mistral-common takes as the language of a transcription.
+LANGUAGE_CODES: tuple[str, ...] = tuple(
+    sorted(language.alpha_2 for language in pycountry.languages if hasattr(language, "alpha_2"))
+)
+
 
 def is_language_code(text: str) -> bool:
     """Whether mistral-common takes the text as a language: ISO 639-1, two lower-case letters."""

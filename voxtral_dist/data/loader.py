@@ -20,13 +20,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from voxtral_dist.config import SpecAugmentConfig, TrainDataConfig
 from voxtral_dist.data.augmentation import Augmentation, check_spec_augment, draw_feature_masks
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
+from voxtral_dist.data.context import WordList
 from voxtral_dist.data.cutting import Budget
 from voxtral_dist.data.examples import SlotSamples
 from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.index import ShardIndex, ShardSet, read_sets, refuse_unusable
 from voxtral_dist.data.plan import PLAN_VERSION, PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
 from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompting import Prompting
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import BadSample, Clip, Example, SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.data.streams import Streams, build_streams
@@ -116,7 +118,7 @@ class TrainLoader:
 
 def build_train_loader(
     config: TrainDataConfig,
-    prompts: TranscriptionPrompts,
+    prompts: VoxtralPrompts,
     seed: int,
     num_steps: int,
     rank: int,
@@ -131,17 +133,29 @@ def build_train_loader(
     refuse_idle_ranks(config.slots_per_step, world_size)
     storage = storage or Storage()
     training_set = build_training_set(config, prompts, seed, storage)
-    augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
-    most_text = config.max_chars_per_second or MAX_CHARS_PER_SECOND
-    reader = SampleReader(training_set.index, prompts, config.max_target_tokens, storage, augmentation, most_text)
+    reader = training_reader(config, training_set.index, prompts, storage)
     if config.spec_augment is not None:
         check_spec_augment(config.spec_augment, prompts.num_mel_bins)
     dataset = _SlotDataset(reader, prompts, config.spec_augment, seed)
     return TrainLoader(training_set, dataset, config.num_workers, num_steps, rank, world_size)
 
 
+def training_reader(
+    config: TrainDataConfig, index: ShardIndex, prompts: VoxtralPrompts, storage: Storage
+) -> SampleReader:
+    """What makes examples of the samples of a training set.
+
+    Raises:
+        UserError: an augmentation cannot be built, or the words of contexts cannot be read.
+    """
+    augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
+    most_text = config.max_chars_per_second or MAX_CHARS_PER_SECOND
+    prompting = Prompting.of_training(config, prompts)
+    return SampleReader(index, prompts, config.max_target_tokens, storage, augmentation, most_text, prompting)
+
+
 def build_training_set(
-    config: TrainDataConfig, prompts: TranscriptionPrompts, seed: int, storage: Storage | None = None
+    config: TrainDataConfig, prompts: VoxtralPrompts, seed: int, storage: Storage | None = None
 ) -> TrainingSet:
     """The samples and their order, the same on every rank.
 
@@ -154,7 +168,7 @@ def build_training_set(
         refuse_unusable(name, parts)
     index = ShardIndex(list(chain.from_iterable(sets.values())))
     counts = [sum(shard.num_samples for part in parts for shard in part.shards) for parts in sets.values()]
-    sizes = ExampleSizes.of(prompts)
+    sizes = ExampleSizes.of(prompts, config.context.max_tokens if config.context else 0)
     streams = build_streams(config, index, dict(zip(sets, accumulate(counts), strict=True)), sizes)
     shape = PlanShape(
         slots_per_step=config.slots_per_step,
@@ -164,7 +178,7 @@ def build_training_set(
         max_packed_tokens=_max_packed_tokens(config, sizes) if config.packing else None,
     )
     plan = TrainPlan(index, streams, sizes, shape, (seed,))
-    return TrainingSet(index, streams, plan, _fingerprint(sets, sizes, plan))
+    return TrainingSet(index, streams, plan, _fingerprint(config, sets, sizes, plan))
 
 
 def _max_packed_tokens(config: TrainDataConfig, sizes: ExampleSizes) -> int:
@@ -174,10 +188,14 @@ def _max_packed_tokens(config: TrainDataConfig, sizes: ExampleSizes) -> int:
     return min(config.max_target_tokens, config.max_tokens - sizes.audio_tokens_per_window - sizes.num_prompt_tokens)
 
 
-def _fingerprint(sets: Mapping[str, Sequence[ShardSet]], sizes: ExampleSizes, plan: TrainPlan) -> str:
-    """The same for the same samples in the same sets and order, whatever their place, and practically no others."""
+def _fingerprint(
+    config: TrainDataConfig, sets: Mapping[str, Sequence[ShardSet]], sizes: ExampleSizes, plan: TrainPlan
+) -> str:
+    """The same for the same samples in the same sets and order, and the same words, whatever their place."""
     known = [(name, [part.fingerprint for part in parts]) for name, parts in sets.items()]
-    return hashlib.sha256(repr((PLAN_VERSION, plan.steps_per_pass, sizes, known)).encode()).hexdigest()[:16]
+    words = config.context.words if config.context else None
+    listed = WordList.read(words, "train_data.context.words").fingerprint if words else ""
+    return hashlib.sha256(repr((PLAN_VERSION, plan.steps_per_pass, sizes, known, listed)).encode()).hexdigest()[:16]
 
 
 def _ignore_stop_signals(_worker: int) -> None:
@@ -216,7 +234,7 @@ class _SlotDataset(Dataset[MicroBatch]):
     """Micro-batches by the samples that they are made of."""
 
     def __init__(
-        self, reader: SampleReader, prompts: TranscriptionPrompts, spec_augment: SpecAugmentConfig | None, seed: int
+        self, reader: SampleReader, prompts: VoxtralPrompts, spec_augment: SpecAugmentConfig | None, seed: int
     ) -> None:
         self._reader = reader
         self._prompts = prompts
@@ -239,7 +257,7 @@ class _SlotDataset(Dataset[MicroBatch]):
             clips = list(self._clips(members, bad))
             while clips:
                 try:
-                    yield self._masked(self._reader.join(clips), members[0][1])
+                    yield self._masked(self._reader.join(clips, (self._seed, members[0][1])), members[0][1])
                     break
                 except SampleError as error:
                     # Where the tokens of a packed text are more than the index says, its last utterances do not fit.

@@ -23,7 +23,10 @@ AUDIO_SUFFIXES = frozenset(
 
 
 class MemberError(ValueError):
-    """A sample has not what the layout says; `part` is audio, text or language. The message goes on after its name."""
+    """A sample has not what the layout says; the message goes on after its name.
+
+    part: audio, text, instruction or language.
+    """
 
     def __init__(self, part: str, message: str) -> None:
         super().__init__(message)
@@ -45,11 +48,14 @@ class SampleMembers:
     audio: the suffix of the member with the audio; None where every sample has one audio member.
     text: where the transcript is.
     language: where its ISO 639-1 code is; a text is the language of the whole set, None says that it is not known.
+    instruction: where the instruction is that the text answers; a text is that of the whole set, None says that samples
+    are transcribed.
     """
 
     audio: str | None = None
     text: Field = field(default=Field("json", "text"))
     language: Field | str | None = field(default=Field("json", "lang"))
+    instruction: Field | str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the shard table."""
@@ -58,23 +64,29 @@ class SampleMembers:
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> SampleMembers:
         """From the shard table."""
-        language = table["language"]
         return cls(
             audio=table["audio"],
             text=Field(**table["text"]),
-            language=Field(**language) if isinstance(language, dict) else language,
+            language=_place(table["language"]),
+            # Indices from before there were instructions have no such key.
+            instruction=_place(table.get("instruction")),
         )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One utterance as stored: encoded audio, its text, and its language where that is known."""
+    """One utterance as stored: encoded audio, its text, and its language where that is known.
+
+    instruction: what the text answers; None where it is a transcript. fields: all that its json says.
+    """
 
     key: str
     audio: bytes
     audio_suffix: str
     text: str
     language: str | None
+    instruction: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_sample(contents: bytes, layout: SampleMembers) -> Sample:
@@ -135,10 +147,60 @@ def split_name(name: str) -> tuple[str, str]:
 def sample_of(key: str, members: Mapping[str, bytes], layout: SampleMembers) -> Sample:
     """The sample with these members; see `parse_sample` for errors."""
     suffix = _audio_suffix(members, layout.audio)
-    text = _value(members, layout.text)
-    if not isinstance(text, str) or not text.strip():
-        raise MemberError("text", "has no text")
-    return Sample(key, members[suffix], suffix, text, _language(members, layout))
+    found = _Places(members)
+    text = _checked_text(found.value(layout.text), "text")
+    instruction = None
+    if layout.instruction is not None:
+        instruction = _checked_text(found.value(layout.instruction), "instruction")
+    language = _language(found, layout)
+    return Sample(key, members[suffix], suffix, text, language, instruction, found.other_fields())
+
+
+class _Places:
+    """The values at places in the members of a sample, each json read once."""
+
+    def __init__(self, members: Mapping[str, bytes]) -> None:
+        self._members = members
+        self._fields: dict[str, Mapping[str, Any]] = {}
+
+    def value(self, place: Field | str | None) -> Any:
+        """What stands at a place, or the value of the whole set; None where nothing does."""
+        if not isinstance(place, Field):
+            return place
+        contents = self._members.get(place.member)
+        if contents is None:
+            return None
+        if place.key is None:
+            return contents.decode("utf-8").strip()
+        return self.fields(place.member).get(place.key)
+
+    def other_fields(self) -> Mapping[str, Any]:
+        """What the json says of the sample; nothing where the layout needs none of it and it cannot be read."""
+        try:
+            return self.fields("json")
+        except ValueError:
+            return {}
+
+    def fields(self, member: str) -> Mapping[str, Any]:
+        """A json member; empty where there is none."""
+        if member not in self._members:
+            return {}
+        if member not in self._fields:
+            fields = json.loads(self._members[member])
+            if not isinstance(fields, dict):
+                raise ValueError(f"has a {member} member that is no JSON object")
+            self._fields[member] = fields
+        return self._fields[member]
+
+
+def _checked_text(value: Any, part: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise MemberError(part, f"has no {part}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise MemberError(part, f"has {part} that is not Unicode ({error.reason})") from error
+    return value
 
 
 def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
@@ -152,24 +214,13 @@ def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
     return found[0]
 
 
-def _language(members: Mapping[str, bytes], layout: SampleMembers) -> str | None:
+def _language(found: _Places, layout: SampleMembers) -> str | None:
     """The code, also where a tool wrote a locale or a name: what is trained on is what the index says."""
     try:
-        return language_code(
-            _value(members, layout.language) if isinstance(layout.language, Field) else layout.language
-        )
+        return language_code(found.value(layout.language))
     except ValueError as error:
         raise MemberError("language", str(error)) from error
 
 
-def _value(members: Mapping[str, bytes], place: Field) -> Any:
-    """What stands at a place; None where nothing does."""
-    contents = members.get(place.member)
-    if contents is None:
-        return None
-    if place.key is None:
-        return contents.decode("utf-8").strip()
-    fields = json.loads(contents)
-    if not isinstance(fields, dict):
-        raise ValueError(f"has a {place.member} member that is no JSON object")
-    return fields.get(place.key)
+def _place(stored: Any) -> Field | str | None:
+    return Field(**stored) if isinstance(stored, dict) else stored

@@ -1,4 +1,14 @@
-"""Token ids of a transcription: Mistral's own prompt, the transcript behind it, and the way back to text."""
+"""Token ids of what Voxtral is asked and should answer, and the way back to text: Mistral's own formats.
+
+    transcription   <s>[INST][BEGIN_AUDIO][AUDIO]...CONTEXT[/INST]lang:en[TRANSCRIBE]   TRANSCRIPT</s>
+    detection       <s>[INST][BEGIN_AUDIO][AUDIO]...CONTEXT[/INST][TRANSCRIBE]          lang:enTRANSCRIPT</s>
+    instruction     <s>[INST][BEGIN_AUDIO][AUDIO]...INSTRUCTION[/INST]                  ANSWER</s>
+
+The frames around audio come from mistral-common's `encode_transcription` and `encode_instruct`. A context is text of
+the user behind the audio, as in Mistral's own example of a transcription with a text prompt (mistral-common's test
+`test_tokenize_transcribe_with_lang_and_text_prompt`). Text is encoded without special tokens, so what looks like one
+stays text: nothing in a transcript, a context or an instruction can close a turn or begin another.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +16,82 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import AudioChunk, TextChunk
+from mistral_common.protocol.instruct.messages import UserMessage
+from mistral_common.protocol.instruct.request import InstructRequest
 from mistral_common.protocol.transcription.request import TranscriptionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from pydantic import ValidationError
-from transformers import MistralCommonBackend
+from transformers import MistralCommonBackend, VoxtralConfig
 
+from voxtral_dist.data.languages import LANGUAGE_CODES
 from voxtral_dist.errors import UserError, first_line
 
-# The published model may begin its answer with the language it heard, as in "lang:en".
-_LANGUAGE_TAG = re.compile(r"^\s*lang:[a-z]{2}\b\s?")
+# A tag in other tokens than those that Mistral encodes it by, as an undertrained model may write it.
+_WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})\b")
+# Any text finds the place where a user's text goes; this one is a token in every vocabulary.
+_PROBE = "a"
 
 
-class TranscriptionPrompts:
-    """The tokenizer of one Voxtral checkpoint, as far as transcription needs it.
+@dataclass(frozen=True)
+class Transcript:
+    """What a model answered: the text, and the language that it named before it; None where it named none."""
 
-    A prompt depends on the language and the number of windows alone, so each is built once by mistral-common's
-    `encode_transcription` on silence, and audio is never encoded to be decoded again.
+    text: str
+    language: str | None
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A prompt around one window of audio and a text of the user."""
+
+    before: tuple[int, ...]
+    window: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def around(self, num_windows: int, text_ids: Sequence[int]) -> tuple[int, ...]:
+        return (*self.before, *self.window * num_windows, *text_ids, *self.after)
+
+
+class VoxtralPrompts:
+    """The tokenizer of one Voxtral checkpoint, as far as questions about audio need it.
+
+    max_positions: of the language model: prompt and completion together have at most as many tokens.
     """
 
-    def __init__(self, tokenizer: MistralTokenizer) -> None:
+    def __init__(self, tokenizer: MistralTokenizer, max_positions: int) -> None:
         self._instruct = tokenizer.instruct_tokenizer
         self._text = self._instruct.tokenizer
         if self._instruct.audio_encoder is None:
             raise UserError("The tokenizer has no `audio` section: `model.path` must lead to a Voxtral checkpoint.")
+        self.max_positions = max_positions
         self._audio_config = self._instruct.audio_encoder.audio_config
-        self._prompt = lru_cache(maxsize=4096)(self._build_prompt)
+        self._plain_transcription = lru_cache(maxsize=4096)(self._build_transcription)
+        self._transcription_frame = cache(self._build_transcription_frame)
 
     @classmethod
-    def from_pretrained(cls, path: str) -> TranscriptionPrompts:
+    def from_pretrained(cls, path: str) -> VoxtralPrompts:
         """The prompts of a Hugging Face folder or hub name.
 
         Raises:
-            UserError: there is no `tekken.json`, or it is not Voxtral's.
+            UserError: there is no `tekken.json` or `config.json`, or it is not Voxtral's.
         """
         _check_folder(path)
         try:
-            return cls(MistralCommonBackend.from_pretrained(path).tokenizer)
+            tokenizer = MistralCommonBackend.from_pretrained(path).tokenizer
         except (OSError, ValueError, KeyError, AssertionError, MistralCommonException) as error:
             raise UserError(
                 f"`model.path`: {path!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)})."
             ) from error
+        return cls(tokenizer, _max_positions(path))
 
     @property
     def sampling_rate(self) -> int:
@@ -79,11 +118,10 @@ class TranscriptionPrompts:
         """Audio samples from one frame of the features to the next."""
         return int(self._audio_config.encoding_config.hop_length)
 
-    @cached_property
+    @property
     def audio_tokens_per_window(self) -> int:
         """Positions of the language model that one window takes: 375 for 30 s."""
-        audio_id = self._instruct.audio_encoder.audio_token
-        return sum(token == audio_id for token in self.prompt(None, 1))
+        return len(self._instruction_frame.window)
 
     @property
     def pad_id(self) -> int:
@@ -99,35 +137,125 @@ class TranscriptionPrompts:
         """Windows that audio of this many samples fills; the last one is padded with silence."""
         return -(-num_samples // self.window_samples)
 
-    def prompt(self, language: str | None, num_windows: int) -> tuple[int, ...]:
-        """The ids up to and with `[TRANSCRIBE]`; without a language the model is asked to detect it.
+    def transcription(self, language: str | None, num_windows: int, context: str = "") -> tuple[int, ...]:
+        """The ids of a request to transcribe, up to and with `[TRANSCRIBE]`.
+
+        Args:
+            language: of the speech, as its ISO 639-1 code; without it the model is asked to detect it.
+            num_windows: of the audio.
+            context: what the transcript is likely to hold or to follow; see `data.context`.
 
         Raises:
             ValueError: mistral-common doesn't know the language as an ISO 639-1 code.
         """
-        ids: tuple[int, ...] = self._prompt(language, num_windows)
-        return ids
+        if not context:
+            ids: tuple[int, ...] = self._plain_transcription(language, num_windows)
+            return ids
+        return self._transcription_frame(language).around(num_windows, self.encode(context))
+
+    def instruction(self, text: str, num_windows: int) -> tuple[int, ...]:
+        """The ids of a question about audio, or of another instruction, up to and with `[/INST]`."""
+        return self._instruction_frame.around(num_windows, self.encode(text))
 
     def completion(self, text: str) -> list[int]:
-        """The ids of a transcript and `</s>`. Text that looks like a special token stays text."""
-        ids: list[int] = self._text.encode(text, bos=False, eos=True)
+        """The ids of an answer and `</s>`."""
+        return [*self.encode(text), self.eos_id]
+
+    def tag(self, language: str) -> tuple[int, ...]:
+        """The ids of `lang:xx`, which a detecting model writes before a transcript; a transcript's own stay the same.
+
+        Raises:
+            KeyError: the language is no ISO 639-1 code.
+        """
+        return self._tags[language]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text. What looks like a special token stays text."""
+        ids: list[int] = self._text.encode(text, bos=False, eos=False)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The transcript in generated ids: without special tokens and without the tag of a detected language."""
+        """The text of ids, without special tokens: what was encoded, exactly."""
         text: str = self._text.decode(list(ids), special_token_policy=SpecialTokenPolicy.IGNORE)
-        return _LANGUAGE_TAG.sub("", text, count=1).strip()
+        return text
 
-    def _build_prompt(self, language: str | None, num_windows: int) -> tuple[int, ...]:
-        silence = np.zeros(num_windows * self.window_samples, dtype=np.int16)
-        wav = io.BytesIO()
-        soundfile.write(wav, silence, self.sampling_rate, format="WAV", subtype="PCM_16")
-        audio = base64.b64encode(wav.getvalue()).decode("ascii")
+    def transcript(self, ids: Sequence[int]) -> Transcript:
+        """The transcript and the detected language in the generated ids of a transcription.
+
+        The tag of a language is never part of the text. So a text that itself begins with `lang:` and a code loses
+        them; no published transcript does.
+        """
+        plain = [token for token in ids if not self._text.is_special(token)]
+        for language, tag in self._tags.items():
+            if tuple(plain[: len(tag)]) == tag:
+                return Transcript(self.decode(plain[len(tag) :]).strip(), language)
+        text = self.decode(plain)
+        written = _WRITTEN_TAG.match(text)
+        if written is None or written[1] not in LANGUAGE_CODES:
+            return Transcript(text.strip(), None)
+        return Transcript(text[written.end() :].strip(), written[1])
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Each id as a reader sees it: `[AUDIO]` for a special token, and bytes of a broken character as `\\xf0`."""
+        return [
+            self._text.id_to_byte_piece(token, SpecialTokenPolicy.KEEP).decode("utf-8", "backslashreplace")
+            for token in ids
+        ]
+
+    @cached_property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of a prompt at most, besides those of audio and of a user's text: with the longest tag of a language.
+
+        It also bounds what a detecting prompt and the tag in its completion take together.
+        """
+        return len(self.transcription(None, 0)) + max(map(len, self._tags.values()))
+
+    @cached_property
+    def _tags(self) -> dict[str, tuple[int, ...]]:
+        # As mistral-common writes it between `[/INST]` and `[TRANSCRIBE]`, and transformers takes it off answers.
+        return {language: tuple(self.encode(f"lang:{language}")) for language in LANGUAGE_CODES}
+
+    def _build_transcription(self, language: str | None, num_windows: int) -> tuple[int, ...]:
+        return self._transcription_frame(language).around(num_windows, ())
+
+    def _build_transcription_frame(self, language: str | None) -> _Frame:
         try:
-            request = TranscriptionRequest(audio=audio, language=language)
+            request = TranscriptionRequest(audio=self._silence, language=language)
         except ValidationError as error:
             raise ValueError(f"has the language {language!r}, which is not an ISO 639-1 code such as 'en'") from error
-        return tuple(self._instruct.encode_transcription(request).tokens)
+        return self._frame(self._instruct.encode_transcription(request).tokens, ())
+
+    @cached_property
+    def _instruction_frame(self) -> _Frame:
+        content = [AudioChunk(input_audio=self._silence), TextChunk(text=_PROBE)]
+        request = InstructRequest(messages=[UserMessage(content=content)])
+        return self._frame(self._instruct.encode_instruct(request).tokens, self.encode(_PROBE))
+
+    def _frame(self, tokens: Sequence[int], text_ids: Sequence[int]) -> _Frame:
+        """The prompt of one window, taken apart around its audio and its text."""
+        audio_id = self._instruct.audio_encoder.audio_token
+        start = tokens.index(audio_id)
+        end = start + sum(token == audio_id for token in tokens)
+        after = end + len(text_ids)
+        assert list(tokens[end:after]) == list(text_ids), "mistral-common puts a user's text behind the audio"
+        return _Frame(tuple(tokens[:start]), tuple(tokens[start:end]), tuple(tokens[after:]))
+
+    @cached_property
+    def _silence(self) -> str:
+        """One window."""
+        wav = io.BytesIO()
+        samples = np.zeros(self.window_samples, dtype=np.int16)
+        soundfile.write(wav, samples, self.sampling_rate, format="WAV", subtype="PCM_16")
+        return base64.b64encode(wav.getvalue()).decode("ascii")
+
+
+def _max_positions(path: str) -> int:
+    try:
+        return int(VoxtralConfig.from_pretrained(path).text_config.max_position_embeddings)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"`model.path`: {path!r} has no usable config.json ({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 def _check_folder(path: str) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +16,23 @@ from voxtral_dist.data.augmentation import Augmentation
 from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.members import Sample, parse_sample, read_members
 from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompting import Prompting
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.texts import apply_steps
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used: where it is stored, and why."""
+    """A sample that could not be used: where it is stored, and why.
+
+    is_too_long: for the limit of target tokens, or for the positions of the model.
+    """
 
     shard: str
     key: str
     reason: str
+    is_too_long: bool = False
 
 
 class SampleError(Exception):
@@ -36,15 +43,24 @@ class SampleError(Exception):
         self.bad = bad
 
 
+class _TooLongError(ValueError):
+    """An example does not fit into the limits of targets or of the model."""
+
+
 @dataclass(frozen=True)
 class Clip:
-    """The audio of one utterance, `(num_samples,)` at the model's rate, and its text."""
+    """The audio of one utterance, `(num_samples,)` at the model's rate, and its text.
+
+    text: the target. instruction: what it answers; None where it is a transcript. fields: the json of the sample.
+    """
 
     sample_id: int
     key: str
     pcm: Pcm
     text: str
     language: str | None
+    instruction: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,8 +68,9 @@ class Example:
     """One utterance, or several packed ones, as the model takes it.
 
     pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` ends with `</s>`.
-    `sample_id` and `key` are those of the first utterance. feature_masks are those of `draw_feature_masks`, and none in
-    evaluations.
+    `sample_id` and `key` are those of the first utterance. is_transcription: whether the completion is a transcript,
+    and not the answer to an instruction. is_untagged: whether the prompt does not tell the language. context: that of
+    the prompt. feature_masks are those of `draw_feature_masks`, and none in evaluations.
     """
 
     sample_id: int
@@ -65,6 +82,9 @@ class Example:
     reference: str
     duration_seconds: float
     num_samples: int = 1
+    is_transcription: bool = True
+    is_untagged: bool = False
+    context: str = ""
     feature_masks: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
 
 
@@ -74,11 +94,12 @@ class SampleReader:
     def __init__(
         self,
         index: ShardIndex,
-        prompts: TranscriptionPrompts,
+        prompts: VoxtralPrompts,
         max_target_tokens: int,
         storage: Storage | None = None,
         augmentation: Augmentation | None = None,
         max_chars_per_second: float | None = MAX_CHARS_PER_SECOND,
+        prompting: Prompting | None = None,
     ) -> None:
         """A reader.
 
@@ -90,6 +111,8 @@ class SampleReader:
             augmentation: of every clip.
             max_chars_per_second: longer transcripts, and silent clips, are unusable. None takes both: a test set is
                 scored as it is.
+            prompting: what prompts tell the model, and what targets are made of texts; None tells languages and
+                keeps texts.
         """
         self._index = index
         self._prompts = prompts
@@ -97,6 +120,7 @@ class SampleReader:
         self._storage = storage or Storage()
         self._augmentation = augmentation
         self._max_chars_per_second = max_chars_per_second
+        self._prompting = prompting or Prompting()
 
     def prefetch(self, sample_ids: Sequence[int]) -> None:
         """Start to read what is going to be asked for."""
@@ -138,9 +162,12 @@ class SampleReader:
         sample = self.read(sample_id)
         try:
             pcm = self._pcm(sample_id, sample, key, is_packed)
-        except AudioError as error:
+            text = apply_steps(self._prompting.target_text, sample.text)
+            if not text:
+                raise ValueError("has no text after the steps of `target_text`")
+        except (AudioError, ValueError) as error:
             raise self._unusable(sample_id, sample.key, error) from error
-        return Clip(sample_id, sample.key, pcm, sample.text, sample.language)
+        return Clip(sample_id, sample.key, pcm, text, sample.language, sample.instruction, sample.fields)
 
     def example(self, sample_id: int) -> Example:
         """The utterance as an example of its own.
@@ -150,50 +177,77 @@ class SampleReader:
         """
         return self.join([self.clip(sample_id)])
 
-    def join(self, clips: Sequence[Clip]) -> Example:
+    def join(self, clips: Sequence[Clip], key: tuple[int, ...] = ()) -> Example:
         """Utterances of one language as one example: their audio and their texts one after the other.
 
+        Args:
+            clips: one or more; a clip with an instruction comes alone.
+            key: (seed, pass), which makes what is drawn for the prompt reproducible.
+
         Raises:
-            SampleError: the text is too long, or the language is none.
+            SampleError: the text or the whole example is too long, or the language is none.
         """
         first = clips[0]
         text = " ".join(clip.text.strip() for clip in clips) if len(clips) > 1 else first.text
-        completion = tuple(self._prompts.completion(text))
         pcm = np.concatenate([clip.pcm for clip in clips]) if len(clips) > 1 else first.pcm
-        try:
-            if len(completion) > self._max_target_tokens:
-                raise ValueError(
-                    f"has {len(completion)} target tokens, more than the limit of {self._max_target_tokens}"
-                )
-            num_windows = self._prompts.num_windows(len(pcm))
-            prompt = self._prompts.prompt(first.language, num_windows)
-        except ValueError as error:
-            raise self._unusable(first.sample_id, first.key, error) from error
-        return Example(
+        example = Example(
             sample_id=first.sample_id,
             key=first.key,
             pcm=pcm,
-            num_windows=num_windows,
-            prompt=prompt,
-            completion=completion,
+            num_windows=self._prompts.num_windows(len(pcm)),
+            prompt=(),
+            completion=tuple(self._prompts.completion(text)),
             reference=text,
             duration_seconds=len(pcm) / self._prompts.sampling_rate,
             num_samples=len(clips),
+            is_transcription=first.instruction is None,
         )
+        try:
+            self._check_targets(example)
+            example = self._with_prompt(example, first, (*key, first.sample_id))
+            self._check_positions(example)
+        except ValueError as error:
+            raise self._unusable(first.sample_id, first.key, error) from error
+        return example
+
+    def _with_prompt(self, example: Example, first: Clip, key: tuple[int, ...]) -> Example:
+        """The example with what it is asked, and with the tag of its language where the model has to find it."""
+        if first.instruction is not None:
+            return replace(example, prompt=self._prompts.instruction(first.instruction, example.num_windows))
+        context = self._prompting.context(example.reference, first.fields, key)
+        is_untagged = first.language is None or self._prompting.is_untagged(key)
+        prompt = self._prompts.transcription(None if is_untagged else first.language, example.num_windows, context)
+        tag = self._prompts.tag(first.language) if is_untagged and first.language is not None else ()
+        completion = (*tag, *example.completion)
+        return replace(example, prompt=prompt, completion=completion, is_untagged=is_untagged, context=context)
+
+    def _check_targets(self, example: Example) -> None:
+        if len(example.completion) > self._max_target_tokens:
+            raise _TooLongError(
+                f"has {len(example.completion)} target tokens, more than the limit of {self._max_target_tokens}"
+            )
+
+    def _check_positions(self, example: Example) -> None:
+        # The last token is predicted, and never read.
+        num_positions = len(example.prompt) + len(example.completion) - 1
+        if num_positions > self._prompts.max_positions:
+            raise _TooLongError(
+                f"takes {num_positions} positions of the language model, which has {self._prompts.max_positions}"
+            )
 
     def _pcm(self, sample_id: int, sample: Sample, key: tuple[int, ...], is_packed: bool) -> Pcm:
         rate = self._prompts.sampling_rate
         if self._augmentation is None:
             pcm = decode_pcm(sample.audio, rate)
-            self._check(sample_id, pcm, sample.text)
+            self._check(sample_id, pcm, sample)
             return pcm
         waveform = decode_audio(sample.audio, rate)
-        self._check(sample_id, waveform, sample.text)
+        self._check(sample_id, waveform, sample)
         windows = self._prompts.num_windows(len(waveform)) * self._prompts.window_samples
         max_samples = len(waveform) if is_packed else windows
         return to_pcm(self._augmentation(waveform, rate, (*key, sample_id), max_samples))
 
-    def _check(self, sample_id: int, audio: Waveform | Pcm, text: str) -> None:
+    def _check(self, sample_id: int, audio: Waveform | Pcm, sample: Sample) -> None:
         # Truncated mp3 and wav decode short without an error.
         seconds = len(audio) / self._prompts.sampling_rate
         expected = float(self._index.record(sample_id)["duration_ms"]) / 1000.0
@@ -203,11 +257,11 @@ class SampleReader:
             return
         if is_silent(audio):
             raise AudioError("is silent: it never reaches -60 dB of full scale")
-        if is_too_much_text(len(text), seconds, self._max_chars_per_second):
-            raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(text)} characters")
+        if sample.instruction is None and is_too_much_text(len(sample.text), seconds, self._max_chars_per_second):
+            raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(sample.text)} characters")
 
     def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
-        return SampleError(BadSample(self.shard_name(sample_id), key, str(error)))
+        return SampleError(BadSample(self.shard_name(sample_id), key, str(error), isinstance(error, _TooLongError)))
 
 
 def _key_in(contents: bytes) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.filters import ExampleSizes, Filters
+from voxtral_dist.data.filters import TOO_MANY_POSITIONS, TOO_MANY_TARGETS, ExampleSizes, Filters
 from voxtral_dist.data.index import UNKNOWN_LANGUAGE, Ids, RecordChunk, ShardIndex
 from voxtral_dist.errors import UserError
 
@@ -80,6 +80,7 @@ def build_streams(
         return Streams([Stream("all", len(index), len(index))], {}, None)
     _refuse_unknown_languages(config, index)
     scan = _scan(index, filters, set_ends if config.mixes_sets else {"all": len(index)}, config.mixes_languages)
+    _refuse_too_long(config, scan)
     _refuse_empty_sets(scan)
     draws = _draws(config, scan)
     streams = [
@@ -172,6 +173,19 @@ def _refuse_unknown_languages(config: TrainDataConfig, index: ShardIndex) -> Non
                 f"`train_data.languages`: no sample has the language {language!r}; the index knows "
                 f"{', '.join(index.languages) or 'none'}."
             )
+
+
+def _refuse_too_long(config: TrainDataConfig, scan: _Scan) -> None:
+    if config.too_long == "leave_out":
+        return
+    for set_name, left_out in scan.left_out.items():
+        for reason in (TOO_MANY_TARGETS, TOO_MANY_POSITIONS):
+            if left_out[reason]:
+                where = "" if set_name == "all" else f" of the set `{set_name}`"
+                raise UserError(
+                    f"`train_data.too_long` is `refuse`, and {left_out[reason]} samples{where} are {reason}: raise "
+                    "`max_target_tokens`, cut the recordings, or set `too_long: leave_out`."
+                )
 
 
 def _refuse_empty_sets(scan: _Scan) -> None:

@@ -23,6 +23,15 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def max_over_ranks(values: Sequence[int], world: World) -> list[int]:
+    """The element-wise maximum over all ranks, which pass in equally many values."""
+    if world.size == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.int64, device=world.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return [int(value) for value in largest.tolist()]
+
+
 def sum_tensor_over_ranks(tensor: Tensor, world: World) -> None:
     """Replace a tensor by its sum over all ranks, in place."""
     if world.size > 1:

@@ -29,6 +29,7 @@ from voxtral_dist.data.features import LogMel
 from voxtral_dist.distributed.collectives import sum_tensor_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import ParameterState, StepUpdate
+from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import fill_skeleton, skeleton
@@ -122,6 +123,8 @@ class ZeroEngine:
         self.stage = int(settings["zero_optimization"]["stage"])
         self._world = world
         self._loss = LossOfMicroBatch(log_mel)
+        self._windows_per_pass = config.model.encoder_windows_per_pass
+        self._encoder = EncoderPasses(model, self._windows_per_pass)
         self._optimizer = _build_optimizer(config, model, settings, world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config={"steps_per_print": _NEVER} | settings | _filled_in(config)
@@ -130,6 +133,7 @@ class ZeroEngine:
 
     def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages gradients over ranks, hence the factor of the world size."""
+        self._encoder.num_passes = batch.num_encoder_passes
         loss_sum = self._loss(self._engine, batch.to(self._world.device))
         self._engine.backward(loss_sum * (self._world.size / num_targets), scale_wrt_gas=False)
         return loss_sum.detach()
@@ -146,6 +150,7 @@ class ZeroEngine:
         """See `Engine`. Under stage 3 a copy is gathered, parameter by parameter, and lives as long as the context."""
         if self.stage < 3:
             self._module.eval()
+            self._encoder.num_passes = None
             try:
                 yield self._module
             finally:
@@ -186,6 +191,7 @@ class ZeroEngine:
         copy = skeleton(self._module.config)
         copy.generation_config = self._module.generation_config
         fill_skeleton(copy, self._gathered_parameters(), self._module.named_buffers())
+        EncoderPasses(copy, self._windows_per_pass)
         return copy.eval()
 
     def _gathered_parameters(self) -> Iterator[tuple[str, Tensor]]:

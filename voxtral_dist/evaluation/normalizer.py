@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from voxtral_dist.config import TextStep
+from voxtral_dist.data.texts import apply_steps, even_spaces, fold
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """A function on text, and the name and version that reports give it."""
+    """A function on text, and the name and version that reports give it.
+
+    target_text: the steps that were applied to the targets in training, which come before it.
+    """
 
     name: str
     version: int
-    apply: Callable[[str], str]
+    function: Callable[[str], str]
+    target_text: tuple[TextStep, ...] = ()
 
     @property
     def label(self) -> str:
-        """Such as `basic-1`."""
-        return f"{self.name}-{self.version}"
+        """Such as `basic-1`, or `lower_case+basic-1` after a step of target text."""
+        return "+".join([*self.target_text, f"{self.name}-{self.version}"])
+
+    def apply(self, text: str) -> str:
+        """The text as it is compared."""
+        return self.function(apply_steps(self.target_text, text))
 
 
-def normalizer(name: Literal["none", "basic"]) -> Normalizer:
-    """The normalizer of a name.
+def normalizer(name: Literal["none", "basic"], target_text: Sequence[TextStep] = ()) -> Normalizer:
+    """The normalizer of a name, for references and hypotheses alike, behind the steps that targets went through.
 
     `none` only evens out white space. `basic` also applies Unicode NFKC, lower case, and turns every mark of
     punctuation and every symbol into a space, except an apostrophe inside a word. Format characters vanish.
     """
     match name:
         case "none":
-            return Normalizer("none", 1, _even_spaces)
+            return Normalizer("none", 1, even_spaces, tuple(target_text))
         case "basic":
-            return Normalizer("basic", 1, _basic)
-
-
-def _even_spaces(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _basic(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
-    # Invisible format characters stand inside words of many scripts: they are no breaks.
-    visible = "".join(character for character in folded if unicodedata.category(character) != "Cf")
-    kept = (character if _belongs_to_word(visible, place) else " " for place, character in enumerate(visible))
-    return _even_spaces("".join(kept))
-
-
-def _belongs_to_word(text: str, place: int) -> bool:
-    character = text[place]
-    if character == "'":
-        return 0 < place < len(text) - 1 and text[place - 1].isalnum() and text[place + 1].isalnum()
-    # Letters, marks (vowel signs of many scripts) and numbers.
-    return unicodedata.category(character)[0] in "LMN"
+            return Normalizer("basic", 1, fold, tuple(target_text))

@@ -11,18 +11,23 @@ from torch import Tensor, nn
 
 from voxtral_dist.data.batches import pad_left, windows_of
 from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import TranscriptionPrompts
+from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import Example
 
 # Even the shortest clip may have this many tokens.
-_MIN_NEW_TOKENS = 16
+MIN_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A decoded transcript; `hit_limit` says that it was ended by the limit of tokens, not by the model."""
+    """A decoded transcript or answer.
+
+    detected_language: that the model named before a transcript; never part of the text. hit_limit: whether it was ended
+    by the limit of tokens, and not by the model.
+    """
 
     text: str
+    detected_language: str | None
     num_tokens: int
     hit_limit: bool
 
@@ -31,7 +36,7 @@ class Transcriber:
     """A whole model with its tokenizer and features, decoding batches of examples."""
 
     def __init__(
-        self, model: nn.Module, prompts: TranscriptionPrompts, log_mel: LogMel, max_tokens_per_second: float
+        self, model: nn.Module, prompts: VoxtralPrompts, log_mel: LogMel, max_tokens_per_second: float
     ) -> None:
         self._model = model
         self._prompts = prompts
@@ -57,15 +62,23 @@ class Transcriber:
             eos_token_id=self._prompts.eos_id,
         )
         completions = generated[:, input_ids.shape[1] :].tolist()
-        return [self._hypothesis(ids, limit) for ids, limit in zip(completions, limits, strict=True)]
+        return [
+            self._hypothesis(example, ids, limit)
+            for example, ids, limit in zip(examples, completions, limits, strict=True)
+        ]
 
     def _limit(self, example: Example) -> int:
-        return _MIN_NEW_TOKENS + math.ceil(self._max_tokens_per_second * example.duration_seconds)
+        by_length = MIN_NEW_TOKENS + math.ceil(self._max_tokens_per_second * example.duration_seconds)
+        # The model has no positions for more.
+        return min(by_length, self._prompts.max_positions - len(example.prompt))
 
-    def _hypothesis(self, ids: list[int], limit: int) -> Hypothesis:
+    def _hypothesis(self, example: Example, ids: list[int], limit: int) -> Hypothesis:
         # The batch runs to its largest limit: each utterance is cut at its own, so that its neighbours do not matter.
         own = ids[:limit]
         hit_limit = self._prompts.eos_id not in own
         if not hit_limit:
             own = own[: own.index(self._prompts.eos_id)]
-        return Hypothesis(self._prompts.decode(own), len(own), hit_limit)
+        if not example.is_transcription:
+            return Hypothesis(self._prompts.decode(own).strip(), None, len(own), hit_limit)
+        transcript = self._prompts.transcript(own)
+        return Hypothesis(transcript.text, transcript.language, len(own), hit_limit)

@@ -38,6 +38,7 @@ from voxtral_dist.shards.summary import (
     summarize,
 )
 from voxtral_dist.shards.tars import parse_span
+from voxtral_dist.shards.tokens import Viewer
 from voxtral_dist.shards.utterances import Utterance
 from voxtral_dist.shards.verification import BrokenSample, verify
 from voxtral_dist.shards.writing import PackOptions, pack
@@ -116,8 +117,8 @@ def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenSample]]
     return num_samples, broken
 
 
-def show_sample(folder: str, key: str, out: Path | None) -> int:
-    """`shards show`: what is stored of one sample; with `out` its clip is written."""
+def show_sample(folder: str, key: str, out: Path | None, viewer: Viewer | None = None) -> int:
+    """`shards show`: what is stored of one sample; with `out` its clip is written, with a viewer its tokens follow."""
     storage = Storage()
     index = read_index([folder], storage)
     sample_id = find_sample(index, key, storage)
@@ -131,6 +132,8 @@ def show_sample(folder: str, key: str, out: Path | None) -> int:
     print("\n".join(_sample_lines(index, sample_id, sample.key, utterance)))
     if written is not None:
         print(f"clip       {written}")
+    if viewer is not None:
+        print("\n".join(["", *viewer.lines(index, sample_id, storage)]))
     return 0
 
 
@@ -138,6 +141,8 @@ def _sample_lines(index: ShardIndex, sample_id: int, key: str, utterance: Uttera
     span = index.span(sample_id)
     yield f"key        {key}"
     yield f"number     #{sample_id}"
+    if utterance.instruction is not None:
+        yield f"instruction {utterance.instruction}"
     yield f"text       {utterance.text}"
     yield f"language   {utterance.language or 'unknown'}"
     yield f"duration   {int(index.record(sample_id)['duration_ms']) / 1000:.3f} s"

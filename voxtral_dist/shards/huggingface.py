@@ -22,7 +22,7 @@ from voxtral_dist.shards.utterances import (
 )
 
 HUB_PREFIX = "hf:"
-# Values that json holds; others, such as arrays and dates, are not stored.
+# Values that json holds, and lists of them; others, such as arrays and dates, are not stored.
 _STORABLE = (str, int, float, bool)
 
 
@@ -153,9 +153,15 @@ def _line(row: Mapping[str, Any], dataset: HubDataset, place: str, number: int) 
         return Refusal(place, key_of(name), error.cause, f"the sample {name} {error}")
 
 
+def _is_storable(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, _STORABLE) for part in value)
+    return isinstance(value, _STORABLE)
+
+
 def _utterance(row: Mapping[str, Any], dataset: HubDataset, name: str, place: str) -> Utterance:
     contents = row[dataset.audio].get("bytes")
-    extra = {key: value for key, value in dataset.names.extra(row).items() if isinstance(value, _STORABLE)}
+    extra = {key: value for key, value in dataset.names.extra(row).items() if _is_storable(value)}
     extra.pop(dataset.audio, None)
     return Utterance(
         # Paths in a dataset are those of the machine that made it.

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from voxtral_dist.data.index import RECORD, Records, Shard, write_index
+from voxtral_dist.data.members import SampleMembers
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.left_out import LEFT_OUT_FILE, LeftOut, read_left_out, write_refusal
 from voxtral_dist.shards.utterances import Refusal
@@ -63,11 +64,11 @@ class PackingJournal:
         _append(self._journal, row | sizes)
         self.shards.append(shard)
 
-    def complete(self, languages: Sequence[str]) -> None:
-        """Write the index of all shards, and forget the journal."""
+    def complete(self, languages: Sequence[str], members: SampleMembers) -> None:
+        """Write the index of all shards, whose samples are laid out like this, and forget the journal."""
         _sync(self._left_out)
         records = np.memmap(self._folder / _RECORDS_FILE, dtype=RECORD, mode="r")
-        write_index(self._folder, self.shards, records, list(languages))
+        write_index(self._folder, self.shards, records, list(languages), members)
         self.discard()
 
     def discard(self, everything: bool = False) -> None:

@@ -178,8 +178,15 @@ def _cut_utterance(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
         language=checked_language(spoken),
         place=place,
         claimed_seconds=checked_seconds(row, "duration"),
-        extra={"speaker": said[0]["speaker"]} if said[0].get("speaker") else {},
+        extra=_cut_extra(row, said[0]),
     )
+
+
+def _cut_extra(row: Mapping[str, Any], supervision: Mapping[str, Any]) -> dict[str, Any]:
+    """What users attach to a cut and to its first supervision, and the speaker."""
+    attached = [part["custom"] for part in (row, supervision) if isinstance(part.get("custom"), dict)]
+    speaker = {"speaker": supervision["speaker"]} if supervision.get("speaker") else {}
+    return {name: value for fields in [*attached, speaker] for name, value in fields.items()}
 
 
 def _cut_clip(row: Mapping[str, Any], base: Path) -> Clip:

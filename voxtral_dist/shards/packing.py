@@ -48,6 +48,7 @@ class Measures:
     num_text_tokens: int
     num_chars: int
     language: str | None
+    num_instruction_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,17 @@ def measure(utterance: Utterance, waveform: Waveform, rules: PackRules) -> Measu
     if claimed is not None and abs(seconds - claimed) > max(_LENGTH_TOLERANCE * claimed, _LENGTH_TOLERANCE_SECONDS):
         raise UnusableError(Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its source says {claimed:.2f} s")
     num_chars = len(utterance.text)
-    if is_too_much_text(num_chars, seconds, rules.max_chars_per_second):
+    if utterance.instruction is None and is_too_much_text(num_chars, seconds, rules.max_chars_per_second):
         raise UnusableError(
             Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {num_chars} characters"
         )
     # Rounded up: a clip that is longer than a window by one sample needs another one.
     return Measures(
-        -(-1000 * len(waveform) // SAMPLING_RATE), _count_tokens(utterance.text), num_chars, utterance.language
+        duration_ms=-(-1000 * len(waveform) // SAMPLING_RATE),
+        num_text_tokens=_count_tokens(utterance.text),
+        num_chars=num_chars,
+        language=utterance.language,
+        num_instruction_tokens=_count_tokens(utterance.instruction or ""),
     )
 
 
@@ -112,7 +117,7 @@ def index_record(span: SampleSpan, measures: Measures, languages: list[str]) -> 
         min(measures.num_text_tokens, LARGEST_COUNT),
         min(measures.num_chars, LARGEST_COUNT),
         _number_of(measures.language, languages),
-        0,
+        min(measures.num_instruction_tokens, LARGEST_COUNT),
     )
 
 
@@ -133,6 +138,8 @@ def _pack(utterance: Utterance, rules: PackRules) -> PackedSample:
     if rules.encode is not None:
         audio, suffix = _flac(to_pcm(waveform), SAMPLING_RATE, "PCM_16"), "flac"
     fields = {"text": utterance.text, "lang": utterance.language} | utterance.extra
+    if utterance.instruction is not None:
+        fields["instruction"] = utterance.instruction
     contents = sample_bytes(utterance.key, {suffix: audio, "json": _encode_fields(fields)})
     return PackedSample(contents, zlib.crc32(contents), measures)
 

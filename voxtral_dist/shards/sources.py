@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, SampleMembers, sample_of
+from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, Sample, SampleMembers, sample_of
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.huggingface import HUB_PREFIX, is_saved_dataset, open_dataset
@@ -42,7 +41,12 @@ _AUDIO_FILE_SUFFIXES = {f".{name}" for name in AUDIO_SUFFIXES} | {
     ".sph",
     ".amr",
 }
-_CAUSE_OF_PART = {"audio": Cause.NO_AUDIO, "text": Cause.EMPTY_TEXT, "language": Cause.UNKNOWN_LANGUAGE}
+_CAUSE_OF_PART = {
+    "audio": Cause.NO_AUDIO,
+    "text": Cause.EMPTY_TEXT,
+    "instruction": Cause.NO_INSTRUCTION,
+    "language": Cause.UNKNOWN_LANGUAGE,
+}
 
 Line = Utterance | Refusal
 
@@ -51,7 +55,8 @@ Line = Utterance | Refusal
 class SourceOptions:
     """What the user says of a source, and what has to be guessed where he doesn't.
 
-    source_format: None guesses. language: of utterances that name none. members: where a tar holds what.
+    source_format: None guesses. language: of utterances that name none. members: where a tar holds what. instruction:
+    that texts answer, or the name of the column that holds it; None says that texts are transcripts.
     """
 
     source_format: SourceFormat | None = None
@@ -60,6 +65,26 @@ class SourceOptions:
     members: SampleMembers = field(default_factory=SampleMembers)
     split: str | None = None
     config: str | None = None
+    instruction: Instruction | None = None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the texts of a corpus answer: one instruction for all of them, or a column of instructions."""
+
+    text: str | None = None
+    column: str | None = None
+
+    def put_to(self, line: Utterance) -> Line:
+        """The utterance with its instruction; refused where it has none."""
+        if self.column is None:
+            return replace(line, instruction=self.text)
+        found = line.extra.get(self.column)
+        if not isinstance(found, str) or not found.strip():
+            message = f"the sample has no instruction: its field {self.column} is absent or empty"
+            return Refusal(line.place, line.key, Cause.NO_INSTRUCTION, message)
+        others = {name: value for name, value in line.extra.items() if name != self.column}
+        return replace(line, instruction=found, extra=others)
 
 
 @dataclass(frozen=True)
@@ -73,14 +98,17 @@ class Source:
     num_lines: int | None
     _read: Callable[[], Iterable[Line]]
     _language: str | None = None
+    instruction: Instruction | None = None
 
     def lines(self) -> Iterator[Line]:
         """Its utterances in its own order, with keys that differ, and those that are none."""
         for line in with_unique_keys(self._read()):
-            if isinstance(line, Utterance) and line.language is None:
-                yield replace(line, language=self._language)
-            else:
-                yield line
+            yield self._completed(line) if isinstance(line, Utterance) else line
+
+    def _completed(self, line: Utterance) -> Line:
+        """With what the user says of all utterances."""
+        with_language = line if line.language is not None else replace(line, language=self._language)
+        return with_language if self.instruction is None else self.instruction.put_to(with_language)
 
 
 def open_source(source: str, options: SourceOptions) -> Source:
@@ -100,7 +128,14 @@ def open_source(source: str, options: SourceOptions) -> Source:
         case _:
             opened = _manifest(source, source_format, options)
     identity = {"source": source, "format": source_format} | opened.identity
-    return replace(opened, identity=identity, _language=default_language(options.language))
+    if options.instruction is not None:
+        identity["instruction"] = asdict(options.instruction)
+    return replace(
+        opened,
+        identity=identity,
+        _language=default_language(options.language),
+        instruction=options.instruction,
+    )
 
 
 def _guess_format(source: str) -> SourceFormat:
@@ -243,14 +278,13 @@ def tar_utterance(found: TarSample, place: str, members: SampleMembers) -> Utter
         text=sample.text,
         language=sample.language,
         place=place,
-        extra=_other_fields(found, members),
+        instruction=sample.instruction,
+        extra=_other_fields(sample, members),
     )
 
 
-def _other_fields(found: TarSample, members: SampleMembers) -> dict[str, Any]:
-    """What the json of a sample says besides text and language."""
-    if "json" not in found.members:
-        return {}
-    fields = json.loads(found.members["json"])
-    known = {place.key for place in (members.text, members.language) if isinstance(place, Field)}
-    return {name: value for name, value in fields.items() if name not in known} if isinstance(fields, dict) else {}
+def _other_fields(sample: Sample, members: SampleMembers) -> dict[str, Any]:
+    """What the json of a sample says besides what the layout names."""
+    places = (members.text, members.language, members.instruction)
+    known = {place.key for place in places if isinstance(place, Field) and place.member == "json"}
+    return {name: value for name, value in sample.fields.items() if name not in known}

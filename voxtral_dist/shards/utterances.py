@@ -51,7 +51,8 @@ class Clip:
 class Utterance:
     """One usable line of a corpus.
 
-    claimed_seconds: the duration that the corpus states, if it does. extra: what else is stored in the sample's json.
+    instruction: what the text answers; None where it is a transcript. claimed_seconds: the duration that the corpus
+    states, if it does. extra: what else is stored in the sample's json.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Utterance:
     text: str
     language: str | None
     place: str
+    instruction: str | None = None
     claimed_seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 

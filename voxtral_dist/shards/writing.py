@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from voxtral_dist.data.index import RECORD, SHARD_TABLE_FILE, Shard, read_index
-from voxtral_dist.data.members import TAR_BLOCK_BYTES
+from voxtral_dist.data.members import TAR_BLOCK_BYTES, Field, SampleMembers
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.journal import PackingJournal
 from voxtral_dist.shards.left_out import LEFT_OUT_FILE, read_left_out
@@ -108,7 +108,8 @@ def _pack_into(
         if not writer.has_samples:
             raise UserError(_nothing_packed(journal, out_dir))
         writer.finish_shard()
-        journal.complete(writer.languages)
+        instruction = Field("json", "instruction") if source.instruction is not None else None
+        journal.complete(writer.languages, SampleMembers(instruction=instruction))
     except UserError:
         if not journal.shards:
             # Nothing that would be worth to go on from.

@@ -1,0 +1,233 @@
+"""Context biasing: what a prompt tells the model about words that are likely, and about what was said before.
+
+    Previous text: ... and then we met Siobhan.
+    Keywords: Siobhan, Xiaomi, ibuprofen
+
+stands behind the audio in the user's turn. In training, lists hold true words (those of the transcript) and distractors
+(words that it does not hold), so that the model learns to use a word where it hears it, and no other: the idea of
+prompt biasing, "Lightweight Prompt Biasing for Contextualized End-to-End ASR Systems" (arXiv 2506.06252).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from voxtral_dist.config import ContextConfig
+from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.texts import even_spaces, fold
+from voxtral_dist.errors import UserError
+
+# What the draws of a sample's context are keyed by, besides the sample: other draws have other numbers.
+_DRAW = 1
+
+
+def context_text(words: Sequence[str], previous_text: str = "") -> str:
+    """A context as the model reads it; empty without words and without previous text."""
+    lines = []
+    if previous_text.strip():
+        lines.append(f"Previous text: {even_spaces(previous_text)}")
+    if words:
+        lines.append(f"Keywords: {', '.join(words)}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """An entry in a text: its number, and the words that it takes, from `start` to `end` (exclusive)."""
+
+    entry: int
+    start: int
+    end: int
+
+
+class WordList:
+    """Words and phrases, found in texts whatever their case and the punctuation around them."""
+
+    def __init__(self, entries: Sequence[str]) -> None:
+        """A list; entries that fold to nothing or to an earlier one are dropped."""
+        by_words: dict[tuple[str, ...], str] = {}
+        for entry in entries:
+            words = tuple(fold(entry).split())
+            if words:
+                by_words.setdefault(words, even_spaces(entry))
+        self.entries = tuple(by_words.values())
+        self._numbers = {words: number for number, words in enumerate(by_words)}
+        self._lengths = sorted({len(words) for words in by_words}, reverse=True)
+
+    @classmethod
+    def read(cls, path: Path, setting: str) -> WordList:
+        """The list in a text file, a word or a phrase in each line.
+
+        Args:
+            path: the file.
+            setting: what names it in the configuration, for the sentence of an error.
+
+        Raises:
+            UserError: the file cannot be read, or holds no words.
+        """
+        try:
+            words = cls(path.read_text(encoding="utf-8-sig").splitlines())
+        except OSError as error:
+            raise UserError(f"`{setting}`: {path} cannot be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"`{setting}`: {path} is not UTF-8 ({error.reason}).") from error
+        if not words.entries:
+            raise UserError(f"`{setting}`: {path} holds no words: it needs one in each line.")
+        return words
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same entries in the same order."""
+        return hashlib.sha256("\n".join(self.entries).encode()).hexdigest()
+
+    def find(self, words: Sequence[str]) -> list[Occurrence]:
+        """The entries in a folded text, from left to right; of those that begin at a word, the longest."""
+        found, start = [], 0
+        while start < len(words):
+            longest = next((length for length in self._lengths if self._entry(words, start, length) is not None), 0)
+            if longest:
+                entry = self._entry(words, start, longest)
+                assert entry is not None
+                found.append(Occurrence(entry, start, start + longest))
+            start += longest or 1
+        return found
+
+    def entries_in(self, text: str) -> list[int]:
+        """The numbers of the entries in a text, each once."""
+        return list(dict.fromkeys(occurrence.entry for occurrence in self.find(fold(text).split())))
+
+    def _entry(self, words: Sequence[str], start: int, length: int) -> int | None:
+        return self._numbers.get(tuple(words[start : start + length]))
+
+
+class Contexts(Protocol):
+    """Makes the contexts of clips."""
+
+    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
+        """The context of a clip; empty for none.
+
+        Args:
+            text: its transcript.
+            fields: the json of its sample.
+            key: whole numbers that the draws depend on.
+        """
+
+
+class TrainingContexts:
+    """Contexts with drawn words, of at most `max_tokens` tokens."""
+
+    def __init__(self, config: ContextConfig, prompts: VoxtralPrompts) -> None:
+        """Contexts of a run.
+
+        Raises:
+            UserError: the file of words is missing or empty.
+        """
+        self._config = config
+        self._prompts = prompts
+        self._num_tokens = lru_cache(maxsize=2**16)(self._count_tokens)
+        self.words = WordList([]) if config.words is None else WordList.read(config.words, "train_data.context.words")
+
+    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
+        """See `Contexts`."""
+        config, generator = self._config, np.random.default_rng([*key, _DRAW])
+        if generator.random() >= config.fraction:
+            return ""
+        words = self._fitting(self._draw(text, fields, generator))
+        generator.shuffle(words)
+        said = fields.get(config.previous_text_field) if config.previous_text_field else None
+        return context_text(words, self._last_words(said, words) if isinstance(said, str) else "")
+
+    def _draw(self, text: str, fields: Mapping[str, Any], generator: np.random.Generator) -> list[str]:
+        """True words, and then distractors: what comes first fits first."""
+        own = WordList(_words_in(fields, self._config.words_field))
+        own_true, true = own.entries_in(text), self.words.entries_in(text)
+        told = [own.entries[number] for number in own_true] + [self.words.entries[number] for number in true]
+        told = [word for word in told if generator.random() < self._config.true_word_fraction]
+        others = [word for number, word in enumerate(own.entries) if number not in set(own_true)]
+        count = int(generator.integers(0, self._config.max_distractors, endpoint=True))
+        drawn = [self.words.entries[number] for number in distractors(len(self.words.entries), true, count, generator)]
+        # The sample's own list and the file may both have a word.
+        return list(dict.fromkeys([*told, *others, *drawn]))
+
+    def _fitting(self, words: Sequence[str]) -> list[str]:
+        room = self._config.max_tokens - self._count_tokens("Keywords:")
+        kept = []
+        for word in words:
+            if (cost := self._num_tokens(f", {word}")) <= room:
+                kept.append(word)
+                room -= cost
+        # Tokens of a joined text are those of its parts for nearly all words.
+        while kept and self._count_tokens(context_text(kept)) > self._config.max_tokens:
+            kept.pop()
+        return kept
+
+    def _last_words(self, text: str, words: Sequence[str]) -> str:
+        """The end of a text that fits beside the words."""
+        said = text.split()
+        while said:
+            excess = self._count_tokens(context_text(words, " ".join(said))) - self._config.max_tokens
+            if excess <= 0:
+                break
+            # Words have a token or more, mostly fewer than four.
+            said = said[max(1, excess // 4) :]
+        return " ".join(said)
+
+    def _count_tokens(self, text: str) -> int:
+        return len(self._prompts.encode(text))
+
+
+class TestContexts:
+    """Contexts with all true words and a number of distractors, of any length.
+
+    The distractors of a shorter list are among those of a longer one, so that sizes can be compared.
+    """
+
+    __test__ = False  # pytest takes it for a test
+
+    def __init__(self, words: WordList, num_distractors: int, largest: int) -> None:
+        """Contexts of one size; `largest` is the largest of all sizes that are compared."""
+        self.words = words
+        self._num_distractors = num_distractors
+        self._largest = largest
+
+    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
+        """See `Contexts`."""
+        generator = np.random.default_rng([*key, _DRAW])
+        true = self.words.entries_in(text)
+        drawn = distractors(len(self.words.entries), true, self._largest, generator)
+        listed = [*true, *drawn[: self._num_distractors]]
+        return context_text([self.words.entries[listed[place]] for place in generator.permutation(len(listed))])
+
+
+class FixedContext:
+    """The same context for every clip, as a user gives it."""
+
+    def __init__(self, context: str) -> None:
+        self._context = context
+
+    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
+        """See `Contexts`."""
+        return self._context
+
+
+def distractors(num_entries: int, true: Sequence[int], count: int, generator: np.random.Generator) -> list[int]:
+    """Numbers of `count` entries that are not true words, or of all there are, in a random order."""
+    wanted = min(num_entries, count + len(true))
+    held = set(true)
+    drawn = generator.choice(num_entries, size=wanted, replace=False).tolist() if wanted else []
+    return [number for number in drawn if number not in held][:count]
+
+
+def _words_in(fields: Mapping[str, Any], name: str | None) -> list[str]:
+    """The words that a field lists, or has with commas between them; a field that is absent lists none."""
+    listed = fields.get(name) if name else None
+    if isinstance(listed, str):
+        return listed.split(",")
+    return [word for word in listed if isinstance(word, str)] if isinstance(listed, list) else []

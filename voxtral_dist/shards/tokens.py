@@ -1,0 +1,82 @@
+"""What the model reads and learns of one sample, token by token, as `shards show --tokens` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from voxtral_dist.config import RunConfig, load_config
+from voxtral_dist.data.batches import IGNORED_LABEL, collate
+from voxtral_dist.data.index import ShardIndex
+from voxtral_dist.data.loader import training_reader
+from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.samples import Example, SampleError, SampleReader
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.errors import UserError
+
+_NO_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Makes the example of a sample as a run would, or with a tokenizer alone: language told, text as it is."""
+
+    prompts: VoxtralPrompts
+    config: RunConfig | None
+    pass_index: int
+
+    @classmethod
+    def of(cls, model: str | None, config: Path | None, pass_index: int = 0) -> Viewer:
+        """A viewer for the samples of a run, or for a model.
+
+        Raises:
+            UserError: neither or both are given, or they cannot be read.
+        """
+        if (model is None) == (config is None):
+            raise UserError("`--tokens` needs a tokenizer: give either `--model PATH` or the `--config FILE` of a run.")
+        run = None if config is None else load_config(config)
+        path = run.model.path if run is not None else str(model)
+        return cls(VoxtralPrompts.from_pretrained(path), run, pass_index)
+
+    def lines(self, index: ShardIndex, sample_id: int, storage: Storage) -> Iterator[str]:
+        """A line for each token: its position, id and piece, and what the model learns to say after it.
+
+        Raises:
+            UserError: the sample cannot be used; the sentence says why.
+        """
+        try:
+            example = self._example(index, sample_id, storage)
+        except SampleError as error:
+            raise UserError(f"The {error}.") from error
+        batch = collate([example], self.prompts.pad_id, self.prompts.window_samples)
+        yield from self._summary(example, batch.num_targets)
+        yield "position      id  token                 learns to say"
+        ids = batch.input_ids[0].tolist()
+        labels = [IGNORED_LABEL] * (len(ids) - batch.labels.shape[1]) + batch.labels[0].tolist()
+        yield from self._token_lines(ids, labels)
+
+    def _example(self, index: ShardIndex, sample_id: int, storage: Storage) -> Example:
+        if self.config is None:
+            return SampleReader(index, self.prompts, _NO_LIMIT, storage).example(sample_id)
+        reader = training_reader(self.config.train_data, index, self.prompts, storage)
+        key = (self.config.seed, self.pass_index)
+        return reader.join([reader.clip(sample_id, key)], key)
+
+    def _summary(self, example: Example, num_targets: int) -> Iterator[str]:
+        num_positions = len(example.prompt) + len(example.completion) - 1
+        yield (
+            f"{num_positions} positions of {self.prompts.max_positions}: {example.num_windows} windows of audio with "
+            f"{example.num_windows * self.prompts.audio_tokens_per_window} tokens, and {num_targets} targets"
+        )
+
+    def _token_lines(self, ids: list[int], labels: list[int]) -> Iterator[str]:
+        """The same piece many times, as for audio, takes one line."""
+        pieces = self.prompts.pieces(ids)
+        rows = list(enumerate(zip(ids, pieces, labels, strict=True)))
+        for (token, piece, label), run in groupby(rows, key=lambda row: row[1]):
+            positions = [position for position, _ in run]
+            where = f"{positions[0]:>8}" if len(positions) == 1 else f"{positions[0]:>8} to {positions[-1]}"
+            learned = "" if label == IGNORED_LABEL else f"{self.prompts.pieces([label])[0]!r} ({label})"
+            yield f"{where}  {token:>6}  {piece!r:<20}  {learned}".rstrip()
