@@ -124,7 +124,9 @@ def test_a_run_that_goes_on_with_other_ranks_is_the_run_that_never_stopped(
 
 def test_three_workers_of_two_ranks_read_every_sample_once_a_pass(uneven_folders, prompts):
     """With fewer shards in a set than workers, an empty shard, and a number of samples that divides by nothing."""
-    config = TrainDataConfig(shards=tuple(uneven_folders), slots_per_step=4, max_examples=2, num_workers=3)
+    config = TrainDataConfig(
+        shards=tuple(uneven_folders), slots_per_step=4, max_examples=2, num_workers=3, untagged_fraction=0
+    )
     index = read_index(uneven_folders)
     assert len(index) == 37
     steps_per_pass = build_training_set(config, prompts, 1).plan.steps_per_pass

@@ -153,7 +153,8 @@ def test_text_holds_no_special_token_but_the_end(prompts, tiny_model, text):
 def test_decoding_stops_showing_special_tokens_and_the_detected_language(prompts):
     detected = [prompts.eos_id, *prompts.completion("lang:en hello"), prompts.pad_id]
     assert prompts.transcript(detected) == Transcript("hello", "en")
-    assert prompts.transcript(prompts.completion("lang:english")) == Transcript("lang:english", None)
+    assert prompts.transcript(prompts.completion("language:en")) == Transcript("language:en", None)
+    assert prompts.transcript(prompts.completion("lang:xx yes")) == Transcript("lang:xx yes", None)
     assert prompts.transcript(prompts.completion("said lang:en hello")) == Transcript("said lang:en hello", None)
     assert prompts.transcript([]) == Transcript("", None)
 

@@ -11,7 +11,7 @@ prompt biasing, "Lightweight Prompt Biasing for Contextualized End-to-End ASR Sy
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -89,22 +89,26 @@ class WordList:
 
     def find(self, words: Sequence[str]) -> list[Occurrence]:
         """The entries in a folded text, from left to right; of those that begin at a word, the longest."""
-        found, start = [], 0
+        found: list[Occurrence] = []
+        start = 0
         while start < len(words):
-            longest = next((length for length in self._lengths if self._entry(words, start, length) is not None), 0)
-            if longest:
-                entry = self._entry(words, start, longest)
-                assert entry is not None
-                found.append(Occurrence(entry, start, start + longest))
-            start += longest or 1
+            here = next(self._occurrences_at(words, start), None)
+            if here is not None:
+                found.append(here)
+            start = here.end if here is not None else start + 1
         return found
 
     def entries_in(self, text: str) -> list[int]:
         """The numbers of the entries in a text, each once."""
         return list(dict.fromkeys(occurrence.entry for occurrence in self.find(fold(text).split())))
 
-    def _entry(self, words: Sequence[str], start: int, length: int) -> int | None:
-        return self._numbers.get(tuple(words[start : start + length]))
+    def _occurrences_at(self, words: Sequence[str], start: int) -> Iterator[Occurrence]:
+        """The entries that begin at a word, the longest first."""
+        for length in self._lengths:
+            end = start + length
+            entry = self._numbers.get(tuple(words[start:end])) if end <= len(words) else None
+            if entry is not None:
+                yield Occurrence(entry, start, end)
 
 
 class Contexts(Protocol):

@@ -77,6 +77,8 @@ class BiasedScore:
 class TestSetScore:
     """`NAME.json`: counts over a whole test set, and their rates. A rate of nothing is None."""
 
+    __test__ = False  # pytest takes it for a test
+
     wer: float | None
     wer_interval: tuple[float, float] | None
     cer: float | None

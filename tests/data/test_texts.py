@@ -1,0 +1,37 @@
+"""The named steps that make targets of transcripts."""
+
+import pytest
+
+from voxtral_dist.data.texts import apply_steps, fold
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Hello, World! How are you?", "Hello World How are you"),
+        ("l'été, don't, dogs' 'tis", "l'été don't dogs tis"),
+        ("well-known – e—mail - so", "well-known e mail so"),
+        ("3.14, 1,000. 5 % of 20 € & more", "3.14 1,000 5 % of 20 € & more"),
+        ("«Ja», sagte er; „nein“…", "Ja sagte er nein"),
+        ("यह हिन्दी है। मर्ज़ी-से", "यह हिन्दी है मर्ज़ी-से"),
+        ("السلام، عليكم؟", "السلام عليكم"),
+        ("... ?!", ""),
+        ("a.b 1.a .5 5.", "a b 1 a 5 5"),
+    ],
+)
+def test_no_punctuation(text, expected):
+    assert apply_steps(["no_punctuation"], text) == expected
+
+
+def test_lower_case():
+    assert apply_steps(["lower_case"], "Über STRASSE, ÉTÉ") == "über strasse, été"
+
+
+def test_steps_follow_each_other_and_no_step_changes_nothing():
+    assert apply_steps(["lower_case", "no_punctuation"], "  Oh,  No! ") == "oh no"
+    assert apply_steps([], "  Oh,  No! ") == "  Oh,  No! "
+
+
+@pytest.mark.parametrize("text", ["Hello, World", "l'été 3.14", "well-known", "5 €"])
+def test_words_that_are_compared_do_not_depend_on_the_steps(text):
+    assert fold(apply_steps(["lower_case", "no_punctuation"], text)) == fold(text)
