@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 import soundfile
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.cli import main
 from voxtral_dist.config import load_config
+from voxtral_dist.data.index import read_index
 
 from corpora import tone, write_lines
 
@@ -310,6 +312,58 @@ def test_shards_show_writes_the_clip_as_it_is_stored_or_as_wav(run, shard_folder
     assert str(nowhere) in run("shards", "show", shard_folder, "#0", "--out", nowhere).refusal()
 
 
+def test_shards_show_prints_what_the_model_reads_and_learns(run, shard_folder, tiny_model, prompts, recipe):
+    result = run("shards", "show", shard_folder, "audio_0_000", "--tokens", "--model", tiny_model)
+    assert result.code == 0
+    table = result.out.partition("learns to say\n")[2].splitlines()
+    completion = prompts.completion("seven green bottles 0")
+    learned = [int(line.rpartition("(")[2].rstrip(")")) for line in table if line.endswith(")")]
+    assert learned == completion
+    assert "'<s>'" in table[0]
+    assert any("[AUDIO]" in line and " to " in line for line in table)
+    # What is learned first is learned at the last token of the prompt.
+    first = next(line for line in table if line.endswith(")"))
+    assert "'[TRANSCRIBE]'" in first
+    assert f"{len(completion)} targets" in result.out
+
+
+def test_shards_show_takes_the_prompts_of_a_run(run, shard_folder, recipe, tmp_path):
+    tree = yaml.safe_load(recipe.read_text())
+    tree["train_data"] |= {"untagged_fraction": 1.0, "target_text": ["lower_case"]}
+    (tmp_path / "words.txt").write_text("fährt\n", encoding="utf-8")
+    tree["train_data"]["context"] = {"words": str(tmp_path / "words.txt"), "fraction": 1, "true_word_fraction": 1}
+    recipe.write_text(yaml.safe_dump(tree))
+    result = run("shards", "show", shard_folder, "#1", "--tokens", "--config", recipe)
+    assert result.code == 0
+    table = result.out.partition("learns to say\n")[2].splitlines()
+    pieces = "".join(line.split("'")[1] for line in table)
+    assert "Keywords: f" in pieces
+    learned = "".join(line.rpartition("  ")[2].split("'")[1] for line in table if line.endswith(")"))
+    assert learned.startswith("lang:de")
+    assert "Zug" not in learned
+    assert "zug" in learned
+    assert "either `--model PATH` or" in run("shards", "show", shard_folder, "#1", "--tokens").refusal()
+    assert "add `--tokens`" in run("shards", "show", shard_folder, "#1", "--config", recipe).refusal()
+
+
+@pytest.mark.parametrize("by_field", [True, False])
+def test_instructions_reach_the_index_by_both_commands(run, clip, tmp_path, by_field):
+    row = {"audio_filepath": clip.name, "text": "eins", "lang": "en", "question": "Say it in German."}
+    manifest = write_lines(tmp_path / "m.jsonl", [row])
+    option = ["--instruction-field", "question"] if by_field else ["--instruction", "Say it in German."]
+    assert run("shards", "pack", manifest, tmp_path / "packed", *option).code == 0
+    assert run("shards", "pack", manifest, tmp_path / "foreign").code == 0
+    for file in ("index.npy", "shards.json"):
+        (tmp_path / "foreign" / file).unlink()
+    assert run("shards", "index", tmp_path / "foreign", *option).code == 0
+    for folder in ("packed", "foreign"):
+        shown = run("shards", "show", tmp_path / folder, "#0").out
+        assert "instruction Say it in German." in shown
+        assert int(read_index([str(tmp_path / folder)]).record(0)["num_instruction_tokens"]) > 0
+    both = ["--instruction", "a", "--instruction-field", "b"]
+    assert "exclude each other" in run("shards", "pack", manifest, tmp_path / "x", *both).refusal()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -376,6 +430,28 @@ def test_a_clip_that_cannot_be_transcribed_is_one_sentence(run, tiny_model, clip
     assert " at 0x" not in refused
 
 
+def test_transcribe_takes_context_or_an_instruction_and_writes_json(run, tiny_model, clip):
+    (clip.parent / "words.txt").write_text("Siobhan\nXiaomi\n")
+    contexts = ["--words", clip.parent / "words.txt", "--previous-text", "what was said"]
+    for asked in (contexts, ["--instruction", "What is this?"], []):
+        result = run("transcribe", tiny_model, clip, "--json", *asked)
+        assert result.code == 0
+        row = json.loads(result.out)
+        assert row.keys() == {"clip", "text", "detected_language", "num_tokens", "hit_limit"}
+        assert row["clip"] == str(clip)
+    refused = run("transcribe", tiny_model, clip, "--instruction", "What?", "--language", "en").refusal()
+    assert "`--instruction` asks something else than a transcript" in refused
+    assert "`--words`: " in run("transcribe", tiny_model, clip, "--words", clip.parent / "nowhere.txt").refusal()
+
+
+def test_a_clip_that_is_longer_than_the_model_has_positions_is_refused(run, tiny_model, tmp_path):
+    # 4,096 positions, and 12.5 a second.
+    soundfile.write(tmp_path / "long.flac", np.tile(tone(10.0), 33), 16_000)
+    refused = run("transcribe", tiny_model, tmp_path / "long.flac").refusal()
+    assert "long.flac lasts 330 s, and its prompt takes 41" in refused
+    assert "of the model's 4096 positions" in refused
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -421,6 +497,38 @@ def test_the_configuration_of_another_model_is_refused_before_it_is_built(
 def test_a_missing_model_is_one_sentence(run, clip, model):
     path = model.format(folder=clip.parent)
     assert path in run("transcribe", path, clip).refusal()
+
+
+def test_evaluate_detects_languages_and_takes_lists_of_words(run, tiny_model, shard_folder, tmp_path):
+    (tmp_path / "words.txt").write_text("bottles\nGenève\nXiaomi\nSiobhan\n", encoding="utf-8")
+    options = ["--words", tmp_path / "words.txt", "--distractors", "0", "2", "--detect-language"]
+    steps = ["--target-text", "lower_case", "--normalizer", "none"]
+    result = run("evaluate", tiny_model, shard_folder, "--out", tmp_path / "out", *options, *steps)
+    assert (result.code, len(result.out.splitlines())) == (0, 3)
+    for name, size in (("speech", None), ("speech-distractors-0", 0), ("speech-distractors-2", 2)):
+        score = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+        assert score["normalizer"] == "lower_case+none-1"
+        assert score["biased"]["num_distractors"] == size
+        # Of 26 utterances, seven have bottles, six have Genève, and six are of unknown language.
+        assert score["biased"]["biased_words"]["reference_length"] == 13
+        assert score["language_identification"]["num_utterances"] == 20
+        assert len(rows) == 26
+        assert all(row["asks_for_language"] and "lang:" not in row["hypothesis"] for row in rows)
+        for row in rows:
+            listed = row["context"].removeprefix("Keywords: ").split(", ") if row["context"] else []
+            true = {"bottles", "Genève"} & set(row["reference"].replace(",", "").split())
+            assert len(listed) == (0 if size is None else size + len(true))
+            assert size is None or true <= set(listed)
+    assert "name its file by `--words`" in run("evaluate", tiny_model, shard_folder, "--distractors", "3").refusal()
+
+
+def test_a_test_set_with_an_utterance_beyond_the_models_positions_is_refused(run, tiny_model, tmp_path):
+    soundfile.write(tmp_path / "long.flac", np.tile(tone(10.0), 33), 16_000)
+    rows = [{"audio_filepath": "long.flac", "text": "one two", "lang": "en"}]
+    assert run("shards", "pack", write_lines(tmp_path / "m.jsonl", rows), tmp_path / "set").code == 0
+    refused = run("evaluate", tiny_model, tmp_path / "set", "--out", tmp_path / "out").refusal()
+    assert "1 utterances take more positions than the 4096 of the model, the longest (#0, 330 s) 41" in refused
 
 
 def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_path):

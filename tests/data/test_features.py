@@ -13,6 +13,8 @@ from voxtral_dist.data.samples import SampleReader
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.model import load_voxtral
 
+from corpora import tone
+
 WINDOWS, BINS, FRAMES = 5, 12, 40
 
 
@@ -97,3 +99,13 @@ def test_time_masks_of_the_loader_lie_inside_the_audio(shard_folder, prompts: Vo
 
 def test_examples_of_evaluations_have_no_masks(shard_index: ShardIndex, prompts: VoxtralPrompts):
     assert SampleReader(shard_index, prompts, 448).example(0).feature_masks.shape == (0, 4)
+
+
+def test_features_are_the_same_under_autocast(tiny_model, prompts):
+    log_mel = LogMel.from_pretrained(str(tiny_model), torch.device("cpu"))
+    pcm = torch.from_numpy(np.stack([tone(prompts.window_seconds, seed=number) for number in range(3)]))
+    expected = log_mel(pcm, [2, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = log_mel(pcm, [2, 1])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

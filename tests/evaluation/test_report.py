@@ -1,16 +1,20 @@
 """Every utterance is scored exactly once, and the report adds up."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
 from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own name pytest would collect it
+from voxtral_dist.data.context import WordList
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import RankError
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.report import (
+    BiasedScore,
     DecodedUtterance,
+    LanguageIdentification,
     ScoredUtterance,
     score_test_set,
     score_utterance,
@@ -79,6 +83,52 @@ def test_a_score_does_not_depend_on_the_order(utterances):
     )
 
 
+def detected(number: int, language: str | None, named: str | None, asked: bool = True) -> ScoredUtterance:
+    return replace(scored(number, language=language), detected_language=named, asks_for_language=asked)
+
+
+def test_detected_languages_are_counted_where_they_were_asked_for_and_are_known():
+    found = [("en", "en"), ("en", "de"), ("de", "de"), ("de", None), (None, "en")]
+    utterances = [detected(number, *pair) for number, pair in enumerate(found)]
+    assert score_test_set(utterances, BASIC).language_identification == LanguageIdentification(4, 2, 1, 0.5)
+    told = [detected(number, language, None, asked=False) for number, (language, _) in enumerate(found)]
+    assert score_test_set(told, BASIC).language_identification is None
+    assert "language right in 50.00 %" in str(score_test_set(utterances, BASIC))
+    assert score_test_set(utterances, BASIC).figures()["language_accuracy"] == 0.5
+
+
+def test_listed_words_have_a_rate_of_their_own_and_the_rest_another():
+    decoded = [("call siobhan now", "call chevon now please"), ("siobhan", "siobhan"), ("not now", "now")]
+    utterances = [
+        score_utterance(
+            DecodedUtterance(
+                sample_id=number,
+                key="key",
+                language=None,
+                duration_seconds=1.0,
+                reference=reference,
+                hypothesis=hypothesis,
+                hit_limit=False,
+            ),
+            BASIC,
+            WordList(["Siobhan"]),
+        )
+        for number, (reference, hypothesis) in enumerate(decoded)
+    ]
+    score = score_test_set(utterances, BASIC, num_distractors=7)
+    assert score.biased == BiasedScore(7, 1 / 2, 2 / 4, ErrorCounts(1, 0, 0, 2))
+    assert score.wer == 3 / 6
+    assert score.figures()["biased_wer"] == 0.5
+    assert score_test_set([scored(0)], BASIC).biased is None
+
+
+def test_the_steps_of_target_text_come_before_the_normalizer_and_are_named():
+    lowered = normalizer("none", ("lower_case", "no_punctuation"))
+    assert lowered.label == "lower_case+no_punctuation+none-1"
+    assert lowered.apply("Hello,  World") == "hello world"
+    assert normalizer("none").apply("Hello,  World") == "Hello, World"
+
+
 def test_a_test_set_without_words_has_no_rate():
     score = score_test_set([scored(0, "?", "!")], BASIC)
     assert (score.wer, score.wer_interval, score.cer, score.num_utterances) == (None, None, None, 1)
@@ -100,9 +150,8 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
 
 @pytest.fixture(scope="module")
 def held_out(shard_folder, prompts):
-    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts, Storage())[
-        0
-    ]
+    config = ShardsToTest(shards=str(shard_folder), max_utterances=7)
+    return build_test_set("held_out", config, 3, prompts, Storage())[0]
 
 
 def test_batches_hold_every_utterance_once_longest_first(held_out):

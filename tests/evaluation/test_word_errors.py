@@ -1,13 +1,17 @@
 """Edits are integers that equal jiwer's; nothing is dropped, and the only division comes last."""
 
 import random
+from collections import Counter
 
 import jiwer
+import numpy as np
 import pytest
 
+from voxtral_dist.data.context import WordList
 from voxtral_dist.evaluation.word_errors import (
     ErrorCounts,
     bootstrap_interval,
+    count_biased_errors,
     count_character_errors,
     count_word_errors,
 )
@@ -133,3 +137,55 @@ def test_the_interval_of_equal_utterances_is_their_rate():
 def test_there_is_no_interval_of_nothing():
     assert bootstrap_interval([]) is None
     assert bootstrap_interval([ErrorCounts(0, 0, 3, 0)]) is None
+
+
+# Words of a list: B-WER and U-WER.
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "biased", "unbiased"),
+    [
+        ("call siobhan now", "call siobhan now", ErrorCounts(0, 0, 0, 1), ErrorCounts(0, 0, 0, 2)),
+        ("call siobhan now", "call chevon now", ErrorCounts(1, 0, 0, 1), ErrorCounts(0, 0, 0, 2)),
+        ("call siobhan now", "call now", ErrorCounts(0, 1, 0, 1), ErrorCounts(0, 0, 0, 2)),
+        ("call siobhan now", "please call siobhan", ErrorCounts(0, 0, 0, 1), ErrorCounts(0, 1, 1, 2)),
+        # An insertion counts where the reference has the word: a list says nothing about other utterances.
+        ("call siobhan now", "call siobhan siobhan now", ErrorCounts(0, 0, 1, 1), ErrorCounts(0, 0, 0, 2)),
+        ("call now", "call siobhan now", ErrorCounts(), ErrorCounts(0, 0, 1, 2)),
+        # Phrases count word by word, and parts of them are no entries.
+        ("to saint petersburg", "to saint peters", ErrorCounts(1, 0, 0, 2), ErrorCounts(0, 0, 0, 1)),
+        ("a saint", "a saint", ErrorCounts(), ErrorCounts(0, 0, 0, 2)),
+        ("siobhan", "", ErrorCounts(0, 1, 0, 1), ErrorCounts()),
+        ("", "siobhan", ErrorCounts(), ErrorCounts(0, 0, 1, 0)),
+        ("", "", ErrorCounts(), ErrorCounts()),
+        # As without a normalizer: case and punctuation are edits, but change nothing about what is listed.
+        ("Call Siobhan, now", "Call siobhan, now", ErrorCounts(1, 0, 0, 1), ErrorCounts(0, 0, 0, 2)),
+    ],
+)
+def test_edits_of_listed_words_and_of_all_others(reference, hypothesis, biased, unbiased):
+    listed = WordList(["Siobhan", "Saint Petersburg", "Zürich"])
+    counted = count_biased_errors(reference, hypothesis, listed)
+    assert counted == biased
+    assert count_word_errors(reference, hypothesis) - counted == unbiased
+
+
+def test_the_rates_are_those_of_the_published_definition():
+    """Each word alone decides, as in the scoring script of Le et al. (arXiv 2104.02194), which knows single words."""
+    rng = np.random.default_rng(0)
+    vocabulary = [f"w{number}" for number in range(12)]
+    listed = WordList(vocabulary[:5])
+    for _ in range(200):
+        reference = rng.choice(vocabulary, rng.integers(1, 9)).tolist()
+        hypothesis = rng.choice(vocabulary, rng.integers(1, 9)).tolist()
+        rare = set(reference) & set(vocabulary[:5])
+        aligned = jiwer.process_words(" ".join(reference), " ".join(hypothesis)).alignments[0]
+        edits = Counter()
+        for chunk in aligned:
+            words = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            if chunk.type != "insert":
+                words = reference[chunk.ref_start_idx : chunk.ref_end_idx]
+            edits[chunk.type] += sum(word in rare for word in words)
+        expected = ErrorCounts(
+            edits["substitute"], edits["delete"], edits["insert"], sum(word in rare for word in reference)
+        )
+        assert count_biased_errors(" ".join(reference), " ".join(hypothesis), listed) == expected
