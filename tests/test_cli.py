@@ -319,11 +319,11 @@ def test_shards_show_prints_what_the_model_reads_and_learns(run, shard_folder, t
     completion = prompts.completion("seven green bottles 0")
     learned = [int(line.rpartition("(")[2].rstrip(")")) for line in table if line.endswith(")")]
     assert learned == completion
-    assert "'<s>'" in table[0]
+    assert table[0].split() == ["0", "1", "<s>"]
     assert any("[AUDIO]" in line and " to " in line for line in table)
     # What is learned first is learned at the last token of the prompt.
     first = next(line for line in table if line.endswith(")"))
-    assert "'[TRANSCRIBE]'" in first
+    assert "[TRANSCRIBE]" in first
     assert f"{len(completion)} targets" in result.out
 
 
@@ -336,9 +336,10 @@ def test_shards_show_takes_the_prompts_of_a_run(run, shard_folder, recipe, tmp_p
     result = run("shards", "show", shard_folder, "#1", "--tokens", "--config", recipe)
     assert result.code == 0
     table = result.out.partition("learns to say\n")[2].splitlines()
-    pieces = "".join(line.split("'")[1] for line in table)
+    pieces = "".join(line.split("'")[1] for line in table if "'" in line)
     assert "Keywords: f" in pieces
-    learned = "".join(line.rpartition("  ")[2].split("'")[1] for line in table if line.endswith(")"))
+    last = [line.rpartition("  ")[2] for line in table if line.endswith(")")]
+    learned = "".join(piece.split("'")[1] for piece in last if "'" in piece)
     assert learned.startswith("lang:de")
     assert "Zug" not in learned
     assert "zug" in learned

@@ -196,11 +196,17 @@ class VoxtralPrompts:
         return Transcript(text[written.end() :].strip(), written[1])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each id as a reader sees it: `[AUDIO]` for a special token, and bytes of a broken character as `\\xf0`."""
-        return [
-            self._text.id_to_byte_piece(token, SpecialTokenPolicy.KEEP).decode("utf-8", "backslashreplace")
-            for token in ids
-        ]
+        """Each id as a reader sees it: `[AUDIO]` of a special token, `'text'`, and `'\\xf0'` of a broken character."""
+        return [self._piece(token) for token in ids]
+
+    def _piece(self, token: int) -> str:
+        contents: bytes = self._text.id_to_byte_piece(token, SpecialTokenPolicy.KEEP)
+        if self._text.is_special(token):
+            return contents.decode("utf-8")
+        try:
+            return repr(contents.decode("utf-8"))
+        except UnicodeDecodeError:
+            return repr(contents).removeprefix("b")
 
     @cached_property
     def num_prompt_tokens(self) -> int:

@@ -52,7 +52,7 @@ class Viewer:
             raise UserError(f"The {error}.") from error
         batch = collate([example], self.prompts.pad_id, self.prompts.window_samples)
         yield from self._summary(example, batch.num_targets)
-        yield "position      id  token                 learns to say"
+        yield "      position      id  token                 learns to say"
         ids = batch.input_ids[0].tolist()
         labels = [IGNORED_LABEL] * (len(ids) - batch.labels.shape[1]) + batch.labels[0].tolist()
         yield from self._token_lines(ids, labels)
@@ -77,6 +77,6 @@ class Viewer:
         rows = list(enumerate(zip(ids, pieces, labels, strict=True)))
         for (token, piece, label), run in groupby(rows, key=lambda row: row[1]):
             positions = [position for position, _ in run]
-            where = f"{positions[0]:>8}" if len(positions) == 1 else f"{positions[0]:>8} to {positions[-1]}"
-            learned = "" if label == IGNORED_LABEL else f"{self.prompts.pieces([label])[0]!r} ({label})"
-            yield f"{where}  {token:>6}  {piece!r:<20}  {learned}".rstrip()
+            where = str(positions[0]) if len(positions) == 1 else f"{positions[0]} to {positions[-1]}"
+            learned = "" if label == IGNORED_LABEL else f"{self.prompts.pieces([label])[0]} ({label})"
+            yield f"{where:>14}  {token:>6}  {piece:<20}  {learned}".rstrip()
