@@ -161,3 +161,16 @@ def test_unusual_audio_is_not_broken(whole, prompts):
     reader = SampleReader(index, prompts, 448)
     for sample_id in range(len(index)):
         assert reader.example(sample_id).duration_seconds == pytest.approx(0.5 + sample_id % 7 / 10, abs=0.001)
+
+
+def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_finds_it(whole, tiny_model, tmp_path):
+    """The index counts with the published vocabulary; a tiny one makes more tokens of the same text."""
+    config = run_config(tmp_path / "run", tiny_model, whole, num_steps=1000)
+    process = launch(config, 2, "num_steps=5", "train_data.max_target_tokens=6", "train_data.too_long=refuse")
+    output = finish(process)
+    assert process.returncode == 2, output
+    assert output.count("`train_data.too_long` is `refuse`, and") == 1
+    assert "samples of step 1 are too long: metrics.jsonl names each" in output
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert any("more than the limit of 6" in row["reason"] for row in rows if row.get("event") == "bad_sample")
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

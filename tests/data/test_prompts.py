@@ -98,7 +98,9 @@ def test_a_batch_of_several_languages_equals_the_processors(real_window_model):
 @pytest.mark.skipif(not REAL_SPEECH.is_dir(), reason="the real speech in ../shared/data is absent")
 def test_real_speech_equals_the_processors(real_window_model):
     clips = [real_speech(3.0), real_speech(31.0), real_speech(12.0)[RATE:], real_speech(125.0)]
-    assert_equal_to_processor(real_window_model, real_window_prompts(real_window_model), clips, ["en", None, "fr", "de"])
+    assert_equal_to_processor(
+        real_window_model, real_window_prompts(real_window_model), clips, ["en", None, "fr", "de"]
+    )
 
 
 def test_a_short_window_equals_the_processors(tiny_model, prompts):
