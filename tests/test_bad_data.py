@@ -174,3 +174,14 @@ def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_find
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert any("more than the limit of 6" in row["reason"] for row in rows if row.get("event") == "bad_sample")
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_what_is_too_long_is_left_out_and_is_no_sign_of_broken_data(whole, tiny_model, tmp_path):
+    """All of it: more than any limit of bad samples allows."""
+    config = run_config(tmp_path / "run", tiny_model, whole, num_steps=1000)
+    limits = {"max_target_tokens": 7, "max_bad_fraction": 0, "slots_per_step": 4, "max_examples": 30}
+    process = launch(config, 2, "num_steps=4", *(f"train_data.{name}={value}" for name, value in limits.items()))
+    output = finish(process)
+    assert process.returncode == 0, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["num_too_long"] == summary["num_bad_samples"] > 200

@@ -21,6 +21,7 @@ from transformers import VoxtralForConditionalGeneration
 from voxtral_dist.cli import main
 from voxtral_dist.config import load_config
 from voxtral_dist.data.index import read_index
+from voxtral_dist.data.prompting import Prompting
 
 from corpora import tone, write_lines
 
@@ -343,6 +344,22 @@ def test_shards_show_takes_the_prompts_of_a_run(run, shard_folder, recipe, tmp_p
     assert learned.startswith("lang:de")
     assert "Zug" not in learned
     assert "zug" in learned
+    # The second set of a run: its samples have other numbers there, and so other draws.
+    other = shutil.copytree(shard_folder, tmp_path / "other")
+    tree["train_data"] |= {"shards": [str(other), str(shard_folder)], "untagged_fraction": 0.5}
+    recipe.write_text(yaml.safe_dump(tree))
+    config = load_config(recipe)
+    prompting = Prompting(untagged_fraction=0.5)
+    for number in range(8):
+        shown = run("shards", "show", shard_folder, f"#{number}", "--tokens", "--config", recipe).out
+        language = ("en", "de", "fr", None)[number % 4]
+        is_told = language is not None and not prompting.is_untagged((config.seed, 0, 26 + number))
+        told = shown.partition("[/INST]")[2].partition("[TRANSCRIBE]")[0]
+        assert ("':'" in told) == is_told
+    tree["train_data"]["shards"] = [str(other)]
+    recipe.write_text(yaml.safe_dump(tree))
+    refused = run("shards", "show", shard_folder, "#0", "--tokens", "--config", recipe).refusal()
+    assert "is not in the shards of the run" in refused
     assert "either `--model PATH` or" in run("shards", "show", shard_folder, "#1", "--tokens").refusal()
     assert "add `--tokens`" in run("shards", "show", shard_folder, "#1", "--config", recipe).refusal()
 
@@ -522,6 +539,38 @@ def test_evaluate_detects_languages_and_takes_lists_of_words(run, tiny_model, sh
             assert len(listed) == (0 if size is None else size + len(true))
             assert size is None or true <= set(listed)
     assert "name its file by `--words`" in run("evaluate", tiny_model, shard_folder, "--distractors", "3").refusal()
+
+
+@pytest.mark.parametrize(
+    ("test_sets", "sentence"),
+    [
+        (
+            {"a": {"context": {"num_distractors": [2]}}, "a-distractors-2": {}},
+            "the name `a-distractors-2` is that of a",
+        ),
+        ({"a": {"context": {"num_distractors": [3000]}}}, "3000 words may take"),
+    ],
+)
+def test_lists_of_words_that_cannot_be_are_refused_at_the_start(
+    run, recipe, shard_folder, tmp_path, test_sets, sentence
+):
+    (tmp_path / "words.txt").write_text("".join(f"word{number}\n" for number in range(3000)))
+    for one in test_sets.values():
+        one["shards"] = str(shard_folder)
+        if "context" in one:
+            one["context"]["words"] = str(tmp_path / "words.txt")
+    tree = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump(tree | {"evaluation": {"test_sets": test_sets}}))
+    assert sentence in run("train", "--config", recipe).refusal()
+
+
+def test_answers_have_no_lists_and_no_language_to_detect(run, tiny_model, clip, tmp_path):
+    manifest = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": clip.name, "text": "Yes.", "lang": "en"}])
+    assert run("shards", "pack", manifest, tmp_path / "set", "--instruction", "Is it loud?").code == 0
+    result = run("evaluate", tiny_model, tmp_path / "set", "--out", tmp_path / "out", "--target-text", "lower_case")
+    assert "normalizer basic-1" in result.out
+    refused = run("evaluate", tiny_model, tmp_path / "set", "--detect-language").refusal()
+    assert "its texts are answers to instructions" in refused
 
 
 def test_a_test_set_with_an_utterance_beyond_the_models_positions_is_refused(run, tiny_model, tmp_path):

@@ -44,11 +44,15 @@ _PART_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far a run has come. `step` updates were made; the next one has this index."""
+    """How far a run has come. `step` updates were made; the next one has this index.
+
+    num_too_long: of the bad samples, those that no limit of bad samples counts.
+    """
 
     step: int = 0
     num_samples_seen: int = 0
     num_bad_samples: int = 0
+    num_too_long: int = 0
     audio_seconds: float = 0.0
     train_seconds: float = 0.0
 
@@ -150,9 +154,14 @@ class CheckpointDirectory:
 
     def _check_data(self, folder: Path, saved: dict[str, Any]) -> None:
         for key, value in self._identity.items():
-            if saved.get(key) != value:
+            if key not in saved:
                 raise UserError(
-                    f"The checkpoint {folder} was made with `{key}` = {saved.get(key)!r}, but it is {value!r} now, so "
+                    f"The checkpoint {folder} is from an older version, which knew no `{key}`, so its position in the "
+                    "data has no meaning: choose another `run_dir`."
+                )
+            if saved[key] != value:
+                raise UserError(
+                    f"The checkpoint {folder} was made with `{key}` = {saved[key]!r}, but it is {value!r} now, so "
                     "its position in the data has no meaning: restore that value, or choose another `run_dir`."
                 )
 

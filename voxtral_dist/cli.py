@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from voxtral_dist.cli_shards import Commands, add_shards, positive
+from voxtral_dist.cli_shards import Commands, add_shards, count, positive
 from voxtral_dist.config import (
     EvaluationConfig,
     ModelConfig,
@@ -118,7 +118,7 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--detect-language", action="store_true", help="do not tell the language; count what is named")
     parser.add_argument("--words", type=Path, metavar="FILE", help="decode with lists of words too, and report B-WER")
     parser.add_argument(
-        "--distractors", type=_count, nargs="+", metavar="N", help="of the lists, besides true words (default: 0 100)"
+        "--distractors", type=count, nargs="+", metavar="N", help="of the lists, besides true words (default: 0 100)"
     )
     parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -143,13 +143,6 @@ def _evaluate(parsed: argparse.Namespace) -> int:
             if world.is_first:
                 print(f"{name}: {score}")
     return 0
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, but is {text} instead")
-    return value
 
 
 def _add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:

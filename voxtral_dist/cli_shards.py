@@ -36,9 +36,16 @@ def add_shards(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def positive(text: str) -> int:
     """A whole number from 1, for argparse."""
-    value = int(text)
-    if value <= 0:
+    if (value := count(text)) == 0:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, but is {text} instead")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number from 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number that is not negative, but is {text} instead")
     return value
 
 

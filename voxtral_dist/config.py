@@ -200,7 +200,8 @@ class TrainDataConfig(Section):
     """Windows of the encoder in a micro-batch at most. A longer utterance is left out."""
 
     max_tokens: int | None = Field(default=None, gt=0)
-    """Positions of the language model in a micro-batch at most, padding included. A longer utterance is left out."""
+    """Positions of the language model in a micro-batch at most, padding included, by the tokens of the stored texts
+    (`target_text` may make some more). A longer utterance is left out."""
 
     packing: bool = False
     """Join short utterances of one language into examples of up to one window. Fewer windows are computed, but the
@@ -238,7 +239,8 @@ class TrainDataConfig(Section):
 
     target_text: tuple[TextStep, ...] = ()
     """Steps that make targets of transcripts, in this order; none: as they are. `no_punctuation` keeps apostrophes and
-    hyphens inside words, and symbols. References and hypotheses go through the same before they are scored."""
+    hyphens inside words, and symbols. References and hypotheses go through the same before they are scored. Answers to
+    instructions stay as they are."""
 
     max_target_tokens: int = Field(default=448, gt=0)
     """Of a transcript, `</s>` included. Targets are never cut: see `too_long`."""

@@ -143,7 +143,8 @@ def clip_example(clip: Path, question: Question, prompts: VoxtralPrompts) -> Exa
     if len(prompt) + MIN_NEW_TOKENS > prompts.max_positions:
         raise UserError(
             f"The clip {clip} lasts {duration_seconds:.0f} s, and its prompt takes {len(prompt)} of the model's "
-            f"{prompts.max_positions} positions, which leaves no room for an answer: cut it into shorter clips."
+            f"{prompts.max_positions} positions, which leaves no room for an answer: cut it into shorter clips, or "
+            "tell fewer words."
         )
     return Example(
         sample_id=0,

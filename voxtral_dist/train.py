@@ -139,8 +139,8 @@ def refuse_different_data(fingerprint: str, world: World) -> None:
     different = from_first_rank([rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]], world)
     if different:
         raise UserError(
-            f"`train_data`: the ranks {different[:8]} see other shards than rank 0, or another index of them: copy the "
-            "shard sets to all nodes again, or put them on storage that all nodes share."
+            f"`train_data`: the ranks {different[:8]} see other shards than rank 0, another index of them, or other "
+            "words of contexts: copy shard sets and words to all nodes again, or put them on storage that all share."
         )
 
 
@@ -229,6 +229,7 @@ def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> N
         "audio_seconds_per_second": round(progress.audio_seconds / progress.train_seconds, 2),
         "num_steps": progress.step,
         "num_bad_samples": progress.num_bad_samples,
+        "num_too_long": progress.num_too_long,
         "world_size": world.size,
         "zero_stage": zero_stage(config.engine.deepspeed),
     }
@@ -308,11 +309,12 @@ class _BadSampleLimits:
                 "long: metrics.jsonl names each. Raise `max_target_tokens`, cut the recordings, or set "
                 "`too_long: leave_out`."
             )
-        fraction = progress.num_bad_samples / (progress.num_samples_seen + progress.num_bad_samples)
-        seen = progress.num_samples_seen + progress.num_bad_samples
-        if seen >= _MIN_SAMPLES_FOR_FRACTION and fraction > self._config.max_bad_fraction:
+        # What is too long is left out as the configuration says, and no sign of broken data.
+        num_broken = progress.num_bad_samples - progress.num_too_long
+        seen = progress.num_samples_seen + num_broken
+        if seen >= _MIN_SAMPLES_FOR_FRACTION and num_broken / seen > self._config.max_bad_fraction:
             raise UserError(
-                f"{progress.num_bad_samples} of {seen} samples could not be used, more than "
+                f"{num_broken} of {seen} samples could not be used, more than "
                 f"`train_data.max_bad_fraction` ({self._config.max_bad_fraction}) allows: metrics.jsonl names each."
             )
         if self._in_a_row > self._config.max_bad_in_a_row:
@@ -370,6 +372,7 @@ def _advance(progress: TrainProgress, result: StepResult, step_seconds: float) -
         step=progress.step + 1,
         num_samples_seen=progress.num_samples_seen + result.num_samples,
         num_bad_samples=progress.num_bad_samples + result.num_bad_samples,
+        num_too_long=progress.num_too_long + result.num_too_long,
         audio_seconds=progress.audio_seconds + result.metrics.audio_seconds,
         train_seconds=progress.train_seconds + step_seconds,
     )

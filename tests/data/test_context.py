@@ -6,7 +6,7 @@ import pytest
 
 from voxtral_dist.config import ContextConfig
 from voxtral_dist.data.context import TestContexts as ContextsOfTests  # under its own name pytest would collect it
-from voxtral_dist.data.context import TrainingContexts, WordList, context_text
+from voxtral_dist.data.context import TrainingContexts, WordList, context_text, training_words
 from voxtral_dist.errors import UserError
 
 TEXT = "Yesterday Siobhan flew to Saint Petersburg; Zürich was closed."
@@ -28,8 +28,12 @@ def listed(context: str) -> list[str]:
     return lines[0].removeprefix("Keywords: ").split(", ") if lines else []
 
 
+def made_by(config: ContextConfig, prompts) -> TrainingContexts:
+    return TrainingContexts(config, prompts, training_words(config))
+
+
 def contexts(words_file, prompts, **settings) -> TrainingContexts:
-    return TrainingContexts(ContextConfig(words=words_file, **{"fraction": 1.0} | settings), prompts)
+    return made_by(ContextConfig(words=words_file, **{"fraction": 1.0} | settings), prompts)
 
 
 def test_the_text_of_a_context():
@@ -58,10 +62,11 @@ def test_a_list_has_the_true_words_and_other_words_that_the_transcript_does_not_
     made = contexts(words_file, prompts, true_word_fraction=1.0, max_distractors=8)
     sizes, places = Counter(), Counter()
     for sample_id in range(200):
-        words = listed(made(TEXT, {}, (0, 0, sample_id)))
+        words = listed(made(TEXT, [{}], (0, 0, sample_id)))
         assert set(words) >= TRUE
         assert len(set(words)) == len(words)
-        assert set(words) <= set(POOL)
+        # Not even as a distractor: it stands in the transcript too.
+        assert set(words) <= set(POOL) - {"Petersburg"}
         sizes[len(words) - len(TRUE)] += 1
         places[words.index("Siobhan") / len(words) < 0.5] += 1
     assert set(sizes) == set(range(9))
@@ -71,23 +76,23 @@ def test_a_list_has_the_true_words_and_other_words_that_the_transcript_does_not_
 
 def test_true_words_may_be_missing_and_samples_without_any_have_a_list_too(words_file, prompts):
     made = contexts(words_file, prompts, true_word_fraction=0.5, max_distractors=4)
-    shown = Counter(word for key in range(300) for word in listed(made(TEXT, {}, (0, 0, key))) if word in TRUE)
+    shown = Counter(word for key in range(300) for word in listed(made(TEXT, [{}], (0, 0, key))) if word in TRUE)
     assert all(110 < shown[word] < 190 for word in TRUE)
-    assert any(listed(made("nothing of it", {}, (0, 0, key))) for key in range(9))
+    assert any(listed(made("nothing of it", [{}], (0, 0, key))) for key in range(9))
 
 
 def test_the_share_of_samples_with_a_context(words_file, prompts):
     made = contexts(words_file, prompts, fraction=0.3)
-    num_with = sum(bool(made(TEXT, {}, (5, 1, sample_id))) for sample_id in range(1000))
+    num_with = sum(bool(made(TEXT, [{}], (5, 1, sample_id))) for sample_id in range(1000))
     assert 250 < num_with < 350
-    assert not any(contexts(words_file, prompts, fraction=0)(TEXT, {}, (0, 0, key)) for key in range(50))
+    assert not any(contexts(words_file, prompts, fraction=0)(TEXT, [{}], (0, 0, key)) for key in range(50))
 
 
 def test_a_context_depends_on_seed_pass_and_sample_alone(words_file, prompts):
     one, other = contexts(words_file, prompts), contexts(words_file, prompts)
     keys = [(seed, number, sample) for seed in range(2) for number in range(2) for sample in range(5)]
-    first = [one(TEXT, {}, key) for key in keys]
-    assert [other(TEXT, {}, key) for key in reversed(keys)] == first[::-1]
+    first = [one(TEXT, [{}], key) for key in keys]
+    assert [other(TEXT, [{}], key) for key in reversed(keys)] == first[::-1]
     assert len(set(first)) == len(keys)
 
 
@@ -97,44 +102,66 @@ def test_a_context_never_has_more_tokens_than_it_may(words_file, prompts, max_to
         words_file, prompts, max_tokens=max_tokens, max_distractors=60, true_word_fraction=1, previous_text_field="said"
     )
     said = "It was the best of times, it was the worst of times. " * 9
-    lengths = [len(prompts.encode(made(TEXT, {"said": said}, (0, 0, sample)))) for sample in range(40)]
+    lengths = [len(prompts.encode(made(TEXT, [{"said": said}], (0, 0, sample)))) for sample in range(40)]
     assert max(lengths) <= max_tokens
     assert max_tokens < 60 or max(lengths) > 0.6 * max_tokens, "the room is used"
 
 
 def test_true_words_come_before_distractors_where_room_is_short(words_file, prompts):
     made = contexts(words_file, prompts, max_tokens=60, max_distractors=100, true_word_fraction=1)
-    assert all(set(listed(made(TEXT, {}, (0, 0, sample)))) >= TRUE for sample in range(40))
+    assert all(set(listed(made(TEXT, [{}], (0, 0, sample)))) >= TRUE for sample in range(40))
 
 
 def test_previous_text_keeps_its_end(prompts):
-    made = TrainingContexts(ContextConfig(previous_text_field="before", fraction=1, max_tokens=40), prompts)
+    made = made_by(ContextConfig(previous_text_field="before", fraction=1, max_tokens=40), prompts)
     said = "one two three four five six seven eight nine ten eleven twelve and then she came"
-    context = made("hello", {"before": said}, (0, 0, 0))
+    context = made("hello", [{"before": said}], (0, 0, 0))
     assert context.startswith("Previous text: ")
     assert said.endswith(context.removeprefix("Previous text: "))
     assert context.endswith("then she came")
-    assert made("hello", {}, (0, 0, 0)) == ""
-    assert made("hello", {"before": None}, (0, 0, 0)) == ""
+    assert made("hello", [{}], (0, 0, 0)) == ""
+    assert made("hello", [{"before": None}], (0, 0, 0)) == ""
+
+
+def test_previous_text_without_spaces_keeps_its_end_too(prompts):
+    made = made_by(ContextConfig(previous_text_field="before", fraction=1, max_tokens=60), prompts)
+    said = "天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往秋收冬藏" * 4
+    kept = made("hello", [{"before": said}], (0, 0, 0)).removeprefix("Previous text: ")
+    assert len(kept) > 5
+    assert said.endswith(kept)
+
+
+def test_packed_clips_share_the_words_of_all_and_the_previous_text_of_the_first(prompts):
+    config = ContextConfig(words_field="names", previous_text_field="before", fraction=1, true_word_fraction=1)
+    fields = [{"names": ["Siobhan"], "before": "first"}, {"names": ["Zürich", "Ngozi"], "before": "second"}]
+    context = made_by(config, prompts)(TEXT, fields, (0, 0, 0))
+    assert set(listed(context)) == {"Siobhan", "Zürich", "Ngozi"}
+    assert context.startswith("Previous text: first\n")
+
+
+def test_a_true_word_of_both_lists_is_drawn_once(words_file, prompts):
+    made = contexts(words_file, prompts, words_field="names", true_word_fraction=0.5, max_distractors=0)
+    contexts_made = [made(TEXT, [{"names": ["SIOBHAN"]}], (0, 0, key)) for key in range(400)]
+    assert 160 < sum("siobhan" in context.lower() for context in contexts_made) < 240
 
 
 @pytest.mark.parametrize("names", [["Siobhan", "Ngozi"], "Siobhan, Ngozi"])
 def test_words_of_the_sample_itself_are_true_words_or_distractors(prompts, names):
-    made = TrainingContexts(ContextConfig(words_field="names", fraction=1, true_word_fraction=0), prompts)
-    assert listed(made(TEXT, {"names": names}, (0, 0, 0))) == ["Ngozi"]
-    made = TrainingContexts(ContextConfig(words_field="names", fraction=1, true_word_fraction=1), prompts)
-    assert set(listed(made(TEXT, {"names": names}, (0, 0, 0)))) == {"Siobhan", "Ngozi"}
+    made = made_by(ContextConfig(words_field="names", fraction=1, true_word_fraction=0), prompts)
+    assert listed(made(TEXT, [{"names": names}], (0, 0, 0))) == ["Ngozi"]
+    made = made_by(ContextConfig(words_field="names", fraction=1, true_word_fraction=1), prompts)
+    assert set(listed(made(TEXT, [{"names": names}], (0, 0, 0)))) == {"Siobhan", "Ngozi"}
 
 
 def test_lists_of_a_test_set_have_all_true_words_and_grow_into_each_other(words_file):
     words = WordList.read(words_file, "words")
     for sample_id in range(20):
-        lists = {size: listed(ContextsOfTests(words, size, 50)(TEXT, {}, (sample_id,))) for size in (0, 5, 50)}
+        lists = {size: listed(ContextsOfTests(words, size, 50)(TEXT, [{}], (sample_id,))) for size in (0, 5, 50)}
         assert set(lists[0]) == TRUE
         assert {size: len(found) for size, found in lists.items()} == {0: 3, 5: 8, 50: 53}
         assert set(lists[0]) < set(lists[5]) < set(lists[50])
-    everything = ContextsOfTests(words, 10_000, 10_000)(TEXT, {}, (0,))
-    assert set(listed(everything)) == set(words.entries)
+    everything = ContextsOfTests(words, 10_000, 10_000)(TEXT, [{}], (0,))
+    assert set(listed(everything)) == set(words.entries) - {"Petersburg"}
 
 
 @pytest.mark.parametrize(

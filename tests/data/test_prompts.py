@@ -156,6 +156,9 @@ def test_decoding_stops_showing_special_tokens_and_the_detected_language(prompts
     detected = [prompts.eos_id, *prompts.completion("lang:en hello"), prompts.pad_id]
     assert prompts.transcript(detected) == Transcript("hello", "en")
     assert prompts.transcript(prompts.completion("language:en")) == Transcript("language:en", None)
+    # In tokens that Mistral would not choose, and without a space, as completions are trained.
+    split = [token for letter in "lang:de" for token in prompts.encode(letter)]
+    assert prompts.transcript([*split, *prompts.completion("Hallo")]) == Transcript("Hallo", "de")
     assert prompts.transcript(prompts.completion("lang:xx yes")) == Transcript("lang:xx yes", None)
     assert prompts.transcript(prompts.completion("said lang:en hello")) == Transcript("said lang:en hello", None)
     assert prompts.transcript([]) == Transcript("", None)

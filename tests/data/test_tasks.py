@@ -19,6 +19,7 @@ from voxtral_dist.data.samples import SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.sources import Instruction, SourceOptions, open_source
+from voxtral_dist.shards.utterances import FieldNames
 from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import pack_manifest, tone, write_lines
@@ -135,6 +136,23 @@ def test_an_index_from_before_there_were_instructions_is_read(tmp_path, speech_m
     assert (then.prompt, then.completion) == (now.prompt, now.completion)
 
 
+def test_a_column_with_our_name_that_is_not_chosen_does_not_replace_what_is(tmp_path, prompts):
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
+    row = {"audio_filepath": "a.wav", "text": "yes", "lang": "en", "german": "ja", "sprache": "de"}
+    names = FieldNames.chosen(None, "german", "sprache")
+    source = open_source(str(write_lines(tmp_path / "manifest.jsonl", [row])), SourceOptions(names=names))
+    pack(source, tmp_path / "set", PackOptions())
+    sample = SampleReader(read_index([str(tmp_path / "set")]), prompts, 448).read(0)
+    assert (sample.text, sample.language) == ("ja", "de")
+    assert (sample.fields["original_text"], sample.fields["original_lang"]) == ("yes", "en")
+
+
+def test_answers_keep_their_case_and_marks_whatever_targets_lose(tmp_path, prompts):
+    index = read_index([str(packed_questions(tmp_path))])
+    reader = SampleReader(index, prompts, 448, prompting=Prompting(target_text=("lower_case", "no_punctuation")))
+    assert reader.example(1).reference == "answer 1 and so on, and so on, at length "
+
+
 # Detection.
 
 
@@ -220,7 +238,7 @@ def test_limits_are_kept_when_a_sample_is_read_too(shard_index, prompts, monkeyp
 
 def test_targets_are_made_by_the_configured_steps(shard_folder, prompts):
     config = config_of(shard_folder, target_text=("lower_case", "no_punctuation"), untagged_fraction=0)
-    reader = training_reader(config, read_index([str(shard_folder)]), prompts, Storage())
+    reader = training_reader(config, read_index([str(shard_folder)]), prompts, Storage(), None)
     texts = {reader.read(sample_id).text for sample_id in range(26)}
     assert "Übermorgen fährt der Zug früher 1" in texts
     targets = {prompts.transcript(targets).text for _, targets in examples_of(config, prompts, 9)}

@@ -99,8 +99,13 @@ class WordList:
         return found
 
     def entries_in(self, text: str) -> list[int]:
-        """The numbers of the entries in a text, each once."""
+        """The numbers of the entries that `find` finds in a text, each once."""
         return list(dict.fromkeys(occurrence.entry for occurrence in self.find(fold(text).split())))
+
+    def all_entries_in(self, text: str) -> set[int]:
+        """The numbers of all entries in a text, those inside of others too."""
+        words = fold(text).split()
+        return {found.entry for start in range(len(words)) for found in self._occurrences_at(words, start)}
 
     def _occurrences_at(self, words: Sequence[str], start: int) -> Iterator[Occurrence]:
         """The entries that begin at a word, the longest first."""
@@ -114,12 +119,12 @@ class WordList:
 class Contexts(Protocol):
     """Makes the contexts of clips."""
 
-    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
-        """The context of a clip; empty for none.
+    def __call__(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
+        """The context of a clip, or of several that are packed together; empty for none.
 
         Args:
-            text: its transcript.
-            fields: the json of its sample.
+            text: the transcript of all of them.
+            fields: the json of the sample of each.
             key: whole numbers that the draws depend on.
         """
 
@@ -127,38 +132,34 @@ class Contexts(Protocol):
 class TrainingContexts:
     """Contexts with drawn words, of at most `max_tokens` tokens."""
 
-    def __init__(self, config: ContextConfig, prompts: VoxtralPrompts) -> None:
-        """Contexts of a run.
-
-        Raises:
-            UserError: the file of words is missing or empty.
-        """
+    def __init__(self, config: ContextConfig, prompts: VoxtralPrompts, words: WordList | None) -> None:
+        """Contexts of a run with these words, as `training_words` reads them."""
         self._config = config
         self._prompts = prompts
         self._num_tokens = lru_cache(maxsize=2**16)(self._count_tokens)
-        self.words = WordList([]) if config.words is None else WordList.read(config.words, "train_data.context.words")
+        self._words = words or WordList([])
 
-    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
-        """See `Contexts`."""
+    def __call__(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
+        """See `Contexts`; previous text is that of the first clip."""
         config, generator = self._config, np.random.default_rng([*key, _DRAW])
         if generator.random() >= config.fraction:
             return ""
         words = self._fitting(self._draw(text, fields, generator))
         generator.shuffle(words)
-        said = fields.get(config.previous_text_field) if config.previous_text_field else None
-        return context_text(words, self._last_words(said, words) if isinstance(said, str) else "")
+        said = fields[0].get(config.previous_text_field) if config.previous_text_field else None
+        return context_text(words, self._end_of(said, words) if isinstance(said, str) else "")
 
-    def _draw(self, text: str, fields: Mapping[str, Any], generator: np.random.Generator) -> list[str]:
+    def _draw(self, text: str, fields: Sequence[Mapping[str, Any]], generator: np.random.Generator) -> list[str]:
         """True words, and then distractors: what comes first fits first."""
-        own = WordList(_words_in(fields, self._config.words_field))
-        own_true, true = own.entries_in(text), self.words.entries_in(text)
-        told = [own.entries[number] for number in own_true] + [self.words.entries[number] for number in true]
-        told = [word for word in told if generator.random() < self._config.true_word_fraction]
-        others = [word for number, word in enumerate(own.entries) if number not in set(own_true)]
+        pool, own = self._words, WordList([word for one in fields for word in _words_in(one, self._config.words_field)])
+        # The samples' own lists and the file may both have a word, which is drawn once.
+        true = WordList([words.entries[number] for words in (own, pool) for number in words.entries_in(text)]).entries
+        told = [word for word in true if generator.random() < self._config.true_word_fraction]
+        own_held = own.all_entries_in(text)
+        others = [word for number, word in enumerate(own.entries) if number not in own_held]
         count = int(generator.integers(0, self._config.max_distractors, endpoint=True))
-        drawn = [self.words.entries[number] for number in distractors(len(self.words.entries), true, count, generator)]
-        # The sample's own list and the file may both have a word.
-        return list(dict.fromkeys([*told, *others, *drawn]))
+        drawn = distractors(len(pool.entries), pool.all_entries_in(text), count, generator)
+        return list(WordList([*told, *others, *(pool.entries[number] for number in drawn)]).entries)
 
     def _fitting(self, words: Sequence[str]) -> list[str]:
         room = self._config.max_tokens - self._count_tokens("Keywords:")
@@ -172,16 +173,17 @@ class TrainingContexts:
             kept.pop()
         return kept
 
-    def _last_words(self, text: str, words: Sequence[str]) -> str:
-        """The end of a text that fits beside the words."""
-        said = text.split()
-        while said:
-            excess = self._count_tokens(context_text(words, " ".join(said))) - self._config.max_tokens
-            if excess <= 0:
-                break
-            # Words have a token or more, mostly fewer than four.
-            said = said[max(1, excess // 4) :]
-        return " ".join(said)
+    def _end_of(self, text: str, words: Sequence[str]) -> str:
+        """The end of a text that fits beside the words, from the beginning of a word where there are spaces."""
+        end = even_spaces(text)
+        ids = self._prompts.encode(end)
+        while end and (excess := self._count_tokens(context_text(words, end)) - self._config.max_tokens) > 0:
+            ids = ids[excess:]
+            # The first token may be the end of a character, and of a word.
+            rest = self._prompts.decode(ids).lstrip("\ufffd")
+            begins_inside = not rest.startswith(" ") and " " in rest
+            end = (rest.partition(" ")[2] if begins_inside else rest).strip()
+        return end
 
     def _count_tokens(self, text: str) -> int:
         return len(self._prompts.encode(text))
@@ -201,30 +203,27 @@ class TestContexts:
         self._num_distractors = num_distractors
         self._largest = largest
 
-    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
+    def __call__(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
         """See `Contexts`."""
         generator = np.random.default_rng([*key, _DRAW])
-        true = self.words.entries_in(text)
-        drawn = distractors(len(self.words.entries), true, self._largest, generator)
-        listed = [*true, *drawn[: self._num_distractors]]
+        held = self.words.all_entries_in(text)
+        drawn = distractors(len(self.words.entries), held, self._largest, generator)
+        listed = [*self.words.entries_in(text), *drawn[: self._num_distractors]]
         return context_text([self.words.entries[listed[place]] for place in generator.permutation(len(listed))])
 
 
-class FixedContext:
-    """The same context for every clip, as a user gives it."""
+def training_words(config: ContextConfig) -> WordList | None:
+    """The words of a run's contexts.
 
-    def __init__(self, context: str) -> None:
-        self._context = context
-
-    def __call__(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
-        """See `Contexts`."""
-        return self._context
+    Raises:
+        UserError: their file is missing or empty.
+    """
+    return None if config.words is None else WordList.read(config.words, "train_data.context.words")
 
 
-def distractors(num_entries: int, true: Sequence[int], count: int, generator: np.random.Generator) -> list[int]:
-    """Numbers of `count` entries that are not true words, or of all there are, in a random order."""
-    wanted = min(num_entries, count + len(true))
-    held = set(true)
+def distractors(num_entries: int, held: set[int], count: int, generator: np.random.Generator) -> list[int]:
+    """Numbers of `count` entries that a text does not hold, or of all there are, in a random order."""
+    wanted = min(num_entries, count + len(held))
     drawn = generator.choice(num_entries, size=wanted, replace=False).tolist() if wanted else []
     return [number for number in drawn if number not in held][:count]
 

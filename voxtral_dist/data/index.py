@@ -166,6 +166,16 @@ class ShardIndex:
         offset, num_blocks = int(record["offset_blocks"]), int(record["num_blocks"])
         return Span(self.shard(sample_id).location, offset * TAR_BLOCK_BYTES, num_blocks * TAR_BLOCK_BYTES)
 
+    def find(self, span: Span) -> int | None:
+        """The sample that is stored at a span; None where the index does not have it."""
+        for shard, end in zip(self.shards, self._ends_as_list, strict=True):
+            if _is_same_place(shard.location, span.location):
+                ids = np.arange(end - shard.num_samples, end)
+                there = np.flatnonzero(self.gather(ids)["offset_blocks"] == span.offset // TAR_BLOCK_BYTES)
+                if len(there):
+                    return int(ids[there[0]])
+        return None
+
     def record(self, sample_id: int) -> np.void:
         """The record of one sample, with the language as its own set numbers it."""
         shard = self._shard_number(sample_id)
@@ -393,6 +403,12 @@ def _will_be_read(records: Records, in_order: bool) -> None:
     owner = records.base.base if isinstance(records.base, np.memmap) else records.base
     if isinstance(owner, mmap.mmap):
         owner.madvise(mmap.MADV_SEQUENTIAL if in_order else mmap.MADV_RANDOM)
+
+
+def _is_same_place(location: str, other: str) -> bool:
+    if is_remote(location) or is_remote(other):
+        return location == other
+    return Path(location).resolve() == Path(other).resolve()
 
 
 def _relative(shard: Shard, folder: Path) -> str:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from voxtral_dist.config import SpecAugmentConfig, TrainDataConfig
 from voxtral_dist.data.augmentation import Augmentation, check_spec_augment, draw_feature_masks
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
-from voxtral_dist.data.context import WordList
+from voxtral_dist.data.context import WordList, training_words
 from voxtral_dist.data.cutting import Budget
 from voxtral_dist.data.examples import SlotSamples
 from voxtral_dist.data.filters import ExampleSizes
@@ -46,12 +46,13 @@ class StepBatches:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """An index, what of it is drawn, and in which order: the same on every rank."""
+    """An index, what of it is drawn, and in which order: the same on every rank. words: of contexts."""
 
     index: ShardIndex
     streams: Streams
     plan: TrainPlan
     fingerprint: str
+    words: WordList | None = None
 
     def lines(self) -> Iterator[str]:
         """What a user should know before the run: what is left out, the mixture, and how full micro-batches are."""
@@ -133,7 +134,7 @@ def build_train_loader(
     refuse_idle_ranks(config.slots_per_step, world_size)
     storage = storage or Storage()
     training_set = build_training_set(config, prompts, seed, storage)
-    reader = training_reader(config, training_set.index, prompts, storage)
+    reader = training_reader(config, training_set.index, prompts, storage, training_set.words)
     if config.spec_augment is not None:
         check_spec_augment(config.spec_augment, prompts.num_mel_bins)
     dataset = _SlotDataset(reader, prompts, config.spec_augment, seed)
@@ -141,16 +142,16 @@ def build_train_loader(
 
 
 def training_reader(
-    config: TrainDataConfig, index: ShardIndex, prompts: VoxtralPrompts, storage: Storage
+    config: TrainDataConfig, index: ShardIndex, prompts: VoxtralPrompts, storage: Storage, words: WordList | None
 ) -> SampleReader:
-    """What makes examples of the samples of a training set.
+    """What makes examples of the samples of a training set; `words` are those of contexts.
 
     Raises:
-        UserError: an augmentation cannot be built, or the words of contexts cannot be read.
+        UserError: an augmentation cannot be built.
     """
     augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
     most_text = config.max_chars_per_second or MAX_CHARS_PER_SECOND
-    prompting = Prompting.of_training(config, prompts)
+    prompting = Prompting.of_training(config, prompts, words)
     return SampleReader(index, prompts, config.max_target_tokens, storage, augmentation, most_text, prompting)
 
 
@@ -178,7 +179,8 @@ def build_training_set(
         max_packed_tokens=_max_packed_tokens(config, sizes) if config.packing else None,
     )
     plan = TrainPlan(index, streams, sizes, shape, (seed,))
-    return TrainingSet(index, streams, plan, _fingerprint(config, sets, sizes, plan))
+    words = None if config.context is None else training_words(config.context)
+    return TrainingSet(index, streams, plan, _fingerprint(sets, sizes, plan, words), words)
 
 
 def _max_packed_tokens(config: TrainDataConfig, sizes: ExampleSizes) -> int:
@@ -189,12 +191,11 @@ def _max_packed_tokens(config: TrainDataConfig, sizes: ExampleSizes) -> int:
 
 
 def _fingerprint(
-    config: TrainDataConfig, sets: Mapping[str, Sequence[ShardSet]], sizes: ExampleSizes, plan: TrainPlan
+    sets: Mapping[str, Sequence[ShardSet]], sizes: ExampleSizes, plan: TrainPlan, words: WordList | None
 ) -> str:
     """The same for the same samples in the same sets and order, and the same words, whatever their place."""
     known = [(name, [part.fingerprint for part in parts]) for name, parts in sets.items()]
-    words = config.context.words if config.context else None
-    listed = WordList.read(words, "train_data.context.words").fingerprint if words else ""
+    listed = "" if words is None else words.fingerprint
     return hashlib.sha256(repr((PLAN_VERSION, plan.steps_per_pass, sizes, known, listed)).encode()).hexdigest()[:16]
 
 
@@ -260,9 +261,18 @@ class _SlotDataset(Dataset[MicroBatch]):
                     yield self._masked(self._reader.join(clips, (self._seed, members[0][1])), members[0][1])
                     break
                 except SampleError as error:
-                    # Where the tokens of a packed text are more than the index says, its last utterances do not fit.
-                    dropped = clips.pop()
-                    bad.append(replace(error.bad, key=dropped.key, shard=self._reader.shard_name(dropped.sample_id)))
+                    bad.append(self._dropped(clips, error.bad))
+
+    def _dropped(self, clips: list[Clip], bad: BadSample) -> BadSample:
+        """Take out the last of some clips that make no example."""
+        dropped = clips.pop()
+        if not clips:
+            return bad
+        # Where the tokens of a packed text are more than the index says, its last utterances do not fit.
+        shard = self._reader.shard_name(dropped.sample_id)
+        return BadSample(
+            shard, dropped.key, f"does not fit into the example that it is packed into, which {bad.reason}"
+        )
 
     def _clips(self, members: Sequence[tuple[int, int]], bad: list[BadSample]) -> Iterator[Clip]:
         for sample_id, pass_index in members:

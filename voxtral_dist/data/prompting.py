@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from voxtral_dist.config import TextStep, TrainDataConfig
-from voxtral_dist.data.context import Contexts, TrainingContexts
+from voxtral_dist.data.context import Contexts, TrainingContexts, WordList
 from voxtral_dist.data.permutation import hash_values
 from voxtral_dist.data.prompts import VoxtralPrompts
 
@@ -30,13 +30,9 @@ class Prompting:
     target_text: tuple[TextStep, ...] = ()
 
     @classmethod
-    def of_training(cls, config: TrainDataConfig, prompts: VoxtralPrompts) -> Prompting:
-        """That of a run.
-
-        Raises:
-            UserError: the file of words is missing or empty.
-        """
-        contexts = None if config.context is None else TrainingContexts(config.context, prompts)
+    def of_training(cls, config: TrainDataConfig, prompts: VoxtralPrompts, words: WordList | None) -> Prompting:
+        """That of a run with these words of contexts."""
+        contexts = None if config.context is None else TrainingContexts(config.context, prompts, words)
         return cls(config.untagged_fraction, contexts, config.target_text)
 
     def is_untagged(self, key: Sequence[int]) -> bool:
@@ -44,6 +40,6 @@ class Prompting:
         drawn = int(hash_values(np.zeros(1, dtype=np.int64), (*key, _DRAW))[0])
         return drawn < self.untagged_fraction * 2**64
 
-    def context(self, text: str, fields: Mapping[str, Any], key: Sequence[int]) -> str:
-        """The context of a clip, drawn by the same key; empty for none."""
+    def context(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
+        """The context of clips, drawn by the same key; empty for none. See `Contexts`."""
         return "" if self.contexts is None else self.contexts(text, fields, key)

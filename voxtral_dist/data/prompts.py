@@ -36,7 +36,7 @@ from voxtral_dist.data.languages import LANGUAGE_CODES
 from voxtral_dist.errors import UserError, first_line
 
 # A tag in other tokens than those that Mistral encodes it by, as an undertrained model may write it.
-_WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})\b")
+_WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})")
 # Any text finds the place where a user's text goes; this one is a token in every vocabulary.
 _PROBE = "a"
 
@@ -74,7 +74,7 @@ class VoxtralPrompts:
             raise UserError("The tokenizer has no `audio` section: `model.path` must lead to a Voxtral checkpoint.")
         self.max_positions = max_positions
         self._audio_config = self._instruct.audio_encoder.audio_config
-        self._plain_transcription = lru_cache(maxsize=4096)(self._build_transcription)
+        self._plain_transcription = lru_cache(maxsize=512)(self._build_transcription)
         self._transcription_frame = cache(self._build_transcription_frame)
 
     @classmethod

@@ -162,7 +162,9 @@ class SampleReader:
         sample = self.read(sample_id)
         try:
             pcm = self._pcm(sample_id, sample, key, is_packed)
-            text = apply_steps(self._prompting.target_text, sample.text)
+            # An answer is as it is: its case and its marks were asked for.
+            steps = self._prompting.target_text if sample.instruction is None else ()
+            text = apply_steps(steps, sample.text)
             if not text:
                 raise ValueError("has no text after the steps of `target_text`")
         except (AudioError, ValueError) as error:
@@ -204,17 +206,18 @@ class SampleReader:
         )
         try:
             self._check_targets(example)
-            example = self._with_prompt(example, first, (*key, first.sample_id))
+            example = self._with_prompt(example, clips, (*key, first.sample_id))
             self._check_positions(example)
         except ValueError as error:
             raise self._unusable(first.sample_id, first.key, error) from error
         return example
 
-    def _with_prompt(self, example: Example, first: Clip, key: tuple[int, ...]) -> Example:
+    def _with_prompt(self, example: Example, clips: Sequence[Clip], key: tuple[int, ...]) -> Example:
         """The example with what it is asked, and with the tag of its language where the model has to find it."""
+        first = clips[0]
         if first.instruction is not None:
             return replace(example, prompt=self._prompts.instruction(first.instruction, example.num_windows))
-        context = self._prompting.context(example.reference, first.fields, key)
+        context = self._prompting.context(example.reference, [clip.fields for clip in clips], key)
         is_untagged = first.language is None or self._prompting.is_untagged(key)
         prompt = self._prompts.transcription(None if is_untagged else first.language, example.num_windows, context)
         tag = self._prompts.tag(first.language) if is_untagged and first.language is not None else ()

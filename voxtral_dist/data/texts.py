@@ -12,7 +12,7 @@ from voxtral_dist.config import TextStep
 
 # Punctuation by Unicode, but spoken or part of a word.
 _SPOKEN_MARKS = "%‰&@#§"
-_APOSTROPHES = "'\u2019\u02bc"
+_APOSTROPHES = "'\u2019"
 _HYPHENS = "-\u2010\u2011"
 _DECIMAL_MARKS = ".,"
 
@@ -46,8 +46,7 @@ def _belongs_to_word(text: str, place: int) -> bool:
     character = text[place]
     if character == "'":
         return _is_between(str.isalnum, text, place)
-    # Letters, marks (vowel signs of many scripts) and numbers.
-    return unicodedata.category(character)[0] in "LMN"
+    return _is_letter_or_digit(character)
 
 
 def _lower_case(text: str) -> str:
@@ -75,6 +74,7 @@ def _is_punctuation(text: str, place: int) -> bool:
 
 
 def _is_letter_or_digit(character: str) -> bool:
+    """Also of marks, such as the vowel signs of many scripts."""
     return unicodedata.category(character)[0] in "LMN"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,8 @@ _NO_TARGET_LIMIT = 2**31 - 1
 class TestSet:
     """The utterances of one index and how they are read.
 
-    words: those whose B-WER is measured. num_distractors: of the lists in the prompts; None gives no lists.
+    has_answers: whether its texts are answers to instructions. words: those whose B-WER is measured. num_distractors:
+    of the lists in the prompts; None gives no lists.
     """
 
     __test__ = False  # pytest takes it for a test
@@ -48,6 +49,7 @@ class TestSet:
     index: ShardIndex
     reader: SampleReader
     batches: tuple[tuple[int, ...], ...]
+    has_answers: bool = False
     words: WordList | None = None
     num_distractors: int | None = None
 
@@ -57,11 +59,18 @@ def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: 
 
     A set with lists of words comes once without a list, under its own name, and once for each size of the lists.
     """
-    return [
+    built = [
         sized
         for name, test_set in config.test_sets.items()
         for sized in build_test_set(name, test_set, config.batch_size, prompts, storage or Storage())
     ]
+    names = Counter(test_set.name for test_set in built)
+    twice = next((name for name, count in names.items() if count > 1), None)
+    if twice is not None:
+        raise UserError(
+            f"`evaluation.test_sets`: the name `{twice}` is that of a set and of lists of words too: rename the set."
+        )
+    return built
 
 
 def build_test_set(
@@ -75,15 +84,18 @@ def build_test_set(
     index = read_index([config.shards], storage)
     if config.max_utterances is not None:
         index = index.first(config.max_utterances)
-    positions = ExampleSizes.of(prompts).positions_of(index.records)
-    _refuse_too_long(name, index, positions, prompts)
-    order = (-positions).argsort(kind="stable").tolist()
-    batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
+    has_answers = _has_answers(name, index, config)
     words: WordList | None = None
     sizes: tuple[int, ...] = ()
     if config.context is not None:
         words = WordList.read(config.context.words, f"evaluation.test_sets.{name}.context.words")
         sizes = config.context.num_distractors
+    positions = ExampleSizes.of(prompts).positions_of(index.records)
+    _refuse_too_long(name, index, positions, prompts)
+    if words is not None:
+        _refuse_long_lists(name, words, max(sizes, default=0), positions, prompts)
+    order = (-positions).argsort(kind="stable").tolist()
+    batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
     return [
         TestSet(
             name=name if size is None else f"{name}-distractors-{size}",
@@ -100,11 +112,41 @@ def build_test_set(
                 ),
             ),
             batches=batches,
+            has_answers=has_answers,
             words=words,
             num_distractors=size,
         )
         for size in (None, *sizes)
     ]
+
+
+def _has_answers(name: str, index: ShardIndex, config: TestSetConfig) -> bool:
+    kinds = {part.members.instruction is not None for part in index.sets}
+    if len(kinds) > 1:
+        raise UserError(
+            f"`evaluation.test_sets.{name}`: some of its shards hold transcripts, and some answers to instructions: "
+            "give them sets of their own."
+        )
+    if kinds == {True} and (config.detect_language or config.context is not None):
+        raise UserError(
+            f"`evaluation.test_sets.{name}`: its texts are answers to instructions, whose prompts have no language and "
+            "no list of words: leave out `detect_language` and `context`."
+        )
+    return kinds == {True}
+
+
+def _refuse_long_lists(
+    name: str, words: WordList, num_distractors: int, positions: Ids, prompts: VoxtralPrompts
+) -> None:
+    """Refuse lists that may take more positions than the longest utterance leaves, judged by the longest words."""
+    lengths = sorted((len(prompts.encode(f", {entry}")) for entry in words.entries), reverse=True)
+    room = prompts.max_positions - MIN_NEW_TOKENS - int(positions.max())
+    needed = sum(lengths[:num_distractors])
+    if needed > room:
+        raise UserError(
+            f"`evaluation.test_sets.{name}.context.num_distractors`: {num_distractors} words may take {needed} "
+            f"positions, but the longest utterance leaves {room} of the model's {prompts.max_positions}: ask for fewer."
+        )
 
 
 def _refuse_too_long(name: str, index: ShardIndex, positions: Ids, prompts: VoxtralPrompts) -> None:
@@ -129,6 +171,9 @@ def evaluate_test_set(
     Raises:
         RankError: an utterance of the test set is unusable; a smaller test set would be another test set.
     """
+    if test_set.has_answers:
+        # The steps of target text are for transcripts.
+        used = replace(used, target_text=())
     mine = [_decode(test_set, batch, transcriber, used) for batch in test_set.batches[world.rank :: world.size]]
     gathered = gather_on_first([utterance for batch in mine for utterance in batch], world)
     score = None

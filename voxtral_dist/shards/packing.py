@@ -137,11 +137,17 @@ def _pack(utterance: Utterance, rules: PackRules) -> PackedSample:
     suffix = _suffix(clip)
     if rules.encode is not None:
         audio, suffix = _flac(to_pcm(waveform), SAMPLING_RATE, "PCM_16"), "flac"
-    fields = {"text": utterance.text, "lang": utterance.language} | utterance.extra
-    if utterance.instruction is not None:
-        fields["instruction"] = utterance.instruction
-    contents = sample_bytes(utterance.key, {suffix: audio, "json": _encode_fields(fields)})
+    contents = sample_bytes(utterance.key, {suffix: audio, "json": _encode_fields(_fields(utterance))})
     return PackedSample(contents, zlib.crc32(contents), measures)
+
+
+def _fields(utterance: Utterance) -> dict[str, Any]:
+    """What the json of a sample says; columns that have our names but are not chosen get others."""
+    ours: dict[str, Any] = {"text": utterance.text, "lang": utterance.language}
+    if utterance.instruction is not None:
+        ours["instruction"] = utterance.instruction
+    others = {f"original_{name}" if name in ours else name: value for name, value in utterance.extra.items()}
+    return ours | others
 
 
 def _read(clip: Clip) -> bytes:

@@ -1,4 +1,7 @@
-"""What the model reads and learns of one sample, token by token, as `shards show --tokens` prints it."""
+"""What the model reads and learns of one sample, token by token, as `shards show --tokens` prints it.
+
+Draws of a run are keyed by the number of the sample in all shards of the run: so there the sample is looked for.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.data.batches import IGNORED_LABEL, collate
-from voxtral_dist.data.index import ShardIndex
+from voxtral_dist.data.context import training_words
+from voxtral_dist.data.index import ShardIndex, read_index
 from voxtral_dist.data.loader import training_reader
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import Example, SampleError, SampleReader
@@ -60,9 +64,18 @@ class Viewer:
     def _example(self, index: ShardIndex, sample_id: int, storage: Storage) -> Example:
         if self.config is None:
             return SampleReader(index, self.prompts, _NO_LIMIT, storage).example(sample_id)
-        reader = training_reader(self.config.train_data, index, self.prompts, storage)
+        train_data = self.config.train_data
+        patterns = [pattern for patterns in train_data.named_sets.values() for pattern in patterns]
+        drawn_from = read_index(patterns, storage)
+        drawn = drawn_from.find(index.span(sample_id))
+        if drawn is None:
+            raise UserError(
+                f"The sample is not in the shards of the run ({', '.join(patterns)}): correct the folder or `--config`."
+            )
+        words = None if train_data.context is None else training_words(train_data.context)
+        reader = training_reader(train_data, drawn_from, self.prompts, storage, words)
         key = (self.config.seed, self.pass_index)
-        return reader.join([reader.clip(sample_id, key)], key)
+        return reader.join([reader.clip(drawn, key)], key)
 
     def _summary(self, example: Example, num_targets: int) -> Iterator[str]:
         num_positions = len(example.prompt) + len(example.completion) - 1
@@ -70,6 +83,8 @@ class Viewer:
             f"{num_positions} positions of {self.prompts.max_positions}: {example.num_windows} windows of audio with "
             f"{example.num_windows * self.prompts.audio_tokens_per_window} tokens, and {num_targets} targets"
         )
+        if self.config is not None and self.config.train_data.packing and example.is_transcription:
+            yield "The run may pack it with others into one example; here it is alone."
 
     def _token_lines(self, ids: list[int], labels: list[int]) -> Iterator[str]:
         """The same piece many times, as for audio, takes one line."""

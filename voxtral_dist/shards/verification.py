@@ -99,7 +99,7 @@ def _compare(sample_id: int, index: ShardIndex, found: np.void, language: str | 
         raise UnusableError(
             Cause.WRONG_INDEX, f"has the language {language}, but its index says {index.language(sample_id)}"
         )
-    for name in ("num_chars", "num_text_tokens"):
+    for name in ("num_chars", "num_text_tokens", "num_instruction_tokens"):
         if found[name] != expected[name]:
             raise UnusableError(Cause.WRONG_INDEX, f"has {name} {found[name]}, but its index says {expected[name]}")
     if found["crc32"] != expected["crc32"]:
