@@ -12,6 +12,11 @@ fresh process, in turns; its peak of resident memory over that before the step, 
 Predicted before the first run: a `ratio` of 4.5 in both precisions. Logits of 484 positions against 100 are 4.8; both
 hold three float32 copies at the peak (the logarithm of the softmax, and the gradients before and after it), 6.1 GB
 against 1.3 GB, and ours has about 100 MB of the encoder beside them.
+
+Measured then: 4.8 in bfloat16 and 4.7 in float32, 6.13 GB against 1.29 and 1.30 GB: three copies in both, and about
+40 MB beside them, because so narrow an encoder keeps less than was predicted. Not predicted: a step takes a tenth of
+the core seconds, 1.6 against 16 in bfloat16; half of the whole run's were the system's, which gives and takes back
+memory. The losses differ by 5e-6 in bfloat16 and 3e-8 in float32.
 """
 
 import statistics

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import VoxtralProcessor
 
-SAMPLING_RATE = 16_000
-IGNORED_LABEL = -100
+from voxtral_dist.data.batches import IGNORED_LABEL
+
+from workloads.speech import SAMPLING_RATE
+
 END_OF_INSTRUCTION = 4
 TRANSCRIBE = 34
 
