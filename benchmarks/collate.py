@@ -18,7 +18,7 @@ libFLAC takes, and 1.6 with features; on short clips 17 and 1.3. The aim was 8.
 Measured then: 90, and 1.7 with features, which flattered ours: the silence of its windows had not been touched. With
 the copy 57 and 1.7, and in a second run, which the figures in the documentation come from, 61 and 1.6 (126 ms against
 2.1 ms a batch, of which the copy is 0.9); on short clips 65 and 1.3. The prediction was too
-low because most of what it took for our collating was reading tars. Of the rival's 126 ms, features are 75; the rest is
+low because much of what it took for our collating is reading tars. Of the rival's 126 ms, features are 75; the rest is
 writing and reading a WAV file, and decoding every prompt to text that nobody reads: 25 times ours without features. The
 features are the same bits, because the same library makes the spectrum.
 """

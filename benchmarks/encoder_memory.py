@@ -17,8 +17,8 @@ more time than one pass, as checkpointed layers do.
 Measured then: 1.0, 3.6 and a `ratio` of 11.7. One pass takes 122 MB a window, 7.29 GB at 60; ours 488, 535 and 622 MB,
 2.4 MB for every window more, of which features and embeddings are 1.9 and the joint of the embeddings the rest.
 Checkpointed layers take 0.19, 0.76 and 2.86 GB: more at 60 than predicted, and less than ours at 4, where there is a
-single pass and nothing to drop. Ours takes 40 % more core seconds at 16 windows, and 9 % at 60, where one pass spends
-time on getting memory. The norms of the gradients agree to 1e-7.
+single pass and nothing to drop. Ours takes 40 % more core seconds at 16 windows, and 9 % at 60, a single
+run, where one pass probably spends time on getting memory. The norms of the gradients agree to 1e-7.
 """
 
 import statistics
