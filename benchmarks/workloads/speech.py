@@ -1,4 +1,4 @@
-"""Speech that the benchmarks read: made on the fly at 16 kHz, packed into FLAC shards, with a model folder beside it.
+"""Speech that the benchmarks read: made on the fly at 16 kHz, or packed into FLAC shards, and a model folder for it.
 
 It is real speech from the AN4 corpus in `../shared/data` where that is present, and else noise with the rhythm of
 syllables, which compresses and decodes at about the same speed. Every result says which of the two it was.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -64,23 +65,43 @@ class Utterance:
     pcm: Pcm
     text: str
 
+    @property
+    def seconds(self) -> float:
+        """Of audio."""
+        return len(self.pcm) / SAMPLING_RATE
 
-def write_model(folder: Path) -> Path:
+
+def source() -> str:
+    """What the speech is: `AN4`, or `synthetic`."""
+    return "AN4" if AN4.is_dir() else "synthetic"
+
+
+def write_model(folder: Path, vocab_size: int = PROCESSOR_SHAPE.vocab_size) -> Path:
     """A folder with Voxtral's tokenizer and processor files and a window of 30 s."""
-    build_tiny_voxtral(folder, PROCESSOR_SHAPE)
+    build_tiny_voxtral(folder, replace(PROCESSOR_SHAPE, vocab_size=vocab_size))
     return folder
 
 
-def write_short_clips(folder: Path, num_utterances: int) -> Corpus:
+def short_clips(num_utterances: int) -> list[Utterance]:
     """Utterances as they are in AN4: 2.7 s on average."""
-    return _pack(folder, [next_one for next_one, _ in zip(_speech(), range(num_utterances), strict=False)])
+    return list(islice(_speech(), num_utterances))
 
 
-def write_librispeech_like(folder: Path, num_utterances: int) -> Corpus:
+def librispeech_like(num_utterances: int) -> list[Utterance]:
     """Utterances with the durations of LibriSpeech, made of shorter ones that are joined and cut."""
     speech = _speech()
     durations = librispeech_durations(num_utterances, seed=0)
-    return _pack(folder, [_joined(speech, round(seconds * SAMPLING_RATE)) for seconds in durations])
+    return [_joined(speech, round(seconds * SAMPLING_RATE)) for seconds in durations]
+
+
+def write_short_clips(folder: Path, num_utterances: int) -> Corpus:
+    """The packed `short_clips`."""
+    return _pack(folder, short_clips(num_utterances))
+
+
+def write_librispeech_like(folder: Path, num_utterances: int) -> Corpus:
+    """The packed `librispeech_like`."""
+    return _pack(folder, librispeech_like(num_utterances))
 
 
 def _pack(folder: Path, utterances: Sequence[Utterance]) -> Corpus:
@@ -95,8 +116,8 @@ def _pack(folder: Path, utterances: Sequence[Utterance]) -> Corpus:
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     num_bytes = sum(file.stat().st_size for file in audio.iterdir())
     pack(open_source(str(manifest), SourceOptions()), folder / "shards", PackOptions(max(1, num_bytes // NUM_SHARDS)))
-    seconds = sum(len(utterance.pcm) for utterance in utterances) / SAMPLING_RATE
-    return Corpus(folder / "shards", len(utterances), seconds, "AN4" if AN4.is_dir() else "synthetic")
+    seconds = sum(utterance.seconds for utterance in utterances)
+    return Corpus(folder / "shards", len(utterances), seconds, source())
 
 
 def _speech() -> Iterator[Utterance]:

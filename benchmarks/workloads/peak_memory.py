@@ -1,0 +1,57 @@
+"""The memory that a step adds to its process, at its peak, and the fresh process that it is measured in.
+
+It is the kernel's high-water mark of resident memory, which is reset before the step. The `ru_maxrss` of `getrusage`
+cannot be reset, and begins with what the parent process had.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Every larger block is mapped on its own and returned when it is freed: else it would stay in the heap, and be counted.
+MMAP_THRESHOLD_BYTES = 65_536
+
+
+def in_fresh_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """What a function of a benchmark's module returns, called in a process that has done nothing before.
+
+    Raises:
+        BrokenProcessPool: it was killed, as by a lack of memory.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD_BYTES)
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as one:
+        return one.submit(measure, *arguments).result()
+
+
+def added_peak(step: Callable[[], float], warm_up: Callable[[], float]) -> dict[str, Any]:
+    """Bytes that a step adds to what the process has before it; core seconds; and the value that the step returns.
+
+    The warm-up is a small step, after which gradients and the libraries' own buffers are there.
+    """
+    warm_up()
+    gc.collect()
+    # Documented in proc(5): sets the high-water mark to the present size.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before, started = _status_bytes("VmRSS"), time.process_time()
+    value = step()
+    return {
+        "added_peak_bytes": _status_bytes("VmHWM") - before,
+        "core_seconds": time.process_time() - started,
+        "value": value,
+    }
+
+
+def _status_bytes(name: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
+    return int(lines[name].split()[0]) * 1024
