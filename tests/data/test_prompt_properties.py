@@ -24,7 +24,11 @@ from voxtral_dist.data.samples import Example
 # Tests share models of the session, and the first example pays for what is cached. The examples are the same in each
 # run; a larger `max_examples` without `derandomize` looks further.
 settings.register_profile(
-    "prompts", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], print_blob=True
+    "prompts",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    print_blob=True,
 )
 settings.load_profile("prompts")
 

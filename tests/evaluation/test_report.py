@@ -100,7 +100,9 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
 
 @pytest.fixture(scope="module")
 def held_out(shard_folder, prompts):
-    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts, Storage())[0]
+    return build_test_set("held_out", ShardsToTest(shards=str(shard_folder), max_utterances=7), 3, prompts, Storage())[
+        0
+    ]
 
 
 def test_batches_hold_every_utterance_once_longest_first(held_out):
