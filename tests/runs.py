@@ -59,10 +59,10 @@ def launch_by_entrypoint(config: RunConfig, world_size: int) -> subprocess.Popen
     return _start(["docker/entrypoint"], config, (), variables)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], timeout_seconds: float = TIMEOUT_SECONDS) -> str:
     """Wait for a run; all that it and its ranks have printed."""
     try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        output, _ = process.communicate(timeout=timeout_seconds)
     finally:
         kill_all(process)
     return output

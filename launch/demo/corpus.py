@@ -133,8 +133,13 @@ def plan_split(split: str, num_utterances: int, variants: list[str], seed: int) 
     for index in range(num_utterances):
         draw = random.Random(f"{seed}/{split}/{index}")
         language = ("en", "de")[index % 2]
-        manner = Manner(f"{language}+{draw.choice(variants)}", draw.randint(*WORDS_PER_MINUTE), draw.randint(*PITCH))
+        manner = draw_manner(draw, language, variants)
         yield Utterance(f"{split}/{index:05d}.flac", draw_text(draw, language), language, manner)
+
+
+def draw_manner(draw: random.Random, language: str, variants: list[str]) -> Manner:
+    """One of the voices, at any rate and pitch of the corpus."""
+    return Manner(f"{language}+{draw.choice(variants)}", draw.randint(*WORDS_PER_MINUTE), draw.randint(*PITCH))
 
 
 def draw_text(draw: random.Random, language: str) -> str:

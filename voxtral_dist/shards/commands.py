@@ -128,12 +128,13 @@ def show_sample(folder: str, key: str, out: Path | None, viewer: Viewer | None =
         utterance = tar_utterance(sample, span.location, index.members(sample_id))
     except (UnusableError, OSError) as error:
         raise UserError(f"The sample {key} at byte {span.offset} of {span.location} {first_line(error)}.") from error
+    tokens = ["", *viewer.lines(index, sample_id, storage)] if viewer is not None else []
     written = _write_clip(utterance, out) if out is not None else None
     print("\n".join(_sample_lines(index, sample_id, sample.key, utterance)))
     if written is not None:
         print(f"clip       {written}")
-    if viewer is not None:
-        print("\n".join(["", *viewer.lines(index, sample_id, storage)]))
+    if tokens:
+        print("\n".join(tokens))
     return 0
 
 
