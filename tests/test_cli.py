@@ -378,6 +378,11 @@ def test_instructions_reach_the_index_by_both_commands(run, clip, tmp_path, by_f
         shown = run("shards", "show", tmp_path / folder, "#0").out
         assert "instruction Say it in German." in shown
         assert int(read_index([str(tmp_path / folder)]).record(0)["num_instruction_tokens"]) > 0
+    # The answers are never taken for transcripts.
+    again = ("shards", "pack", tmp_path / "packed", tmp_path / "again")
+    assert "are answers to instructions" in run(*again).refusal()
+    assert run(*again, "--instruction-field", "instruction").code == 0
+    assert "instruction Say it in German." in run("shards", "show", tmp_path / "again", "#0").out
     both = ["--instruction", "a", "--instruction-field", "b"]
     assert "exclude each other" in run("shards", "pack", manifest, tmp_path / "x", *both).refusal()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from voxtral_dist.data.causes import Cause, UnusableError
+from voxtral_dist.data.index import SHARD_TABLE_FILE, read_index
 from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, Sample, SampleMembers, sample_of
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.errors import UserError
@@ -237,7 +238,20 @@ def _huggingface(source: str, options: SourceOptions) -> Source:
 def _webdataset(pattern: str, options: SourceOptions) -> Source:
     storage = Storage()
     locations = tar_locations(pattern, storage)
+    if options.instruction is None:
+        _refuse_to_lose_instructions(locations)
     return Source({"tars": locations}, None, lambda: _tar_lines(locations, options.members, storage))
+
+
+def _refuse_to_lose_instructions(locations: Iterable[str]) -> None:
+    """Our own indices say whether the texts beside them are answers; as transcripts they would be wrong."""
+    for folder in sorted({Path(location).parent for location in locations if not is_remote(location)}):
+        table = folder / SHARD_TABLE_FILE
+        if table.is_file() and read_index([str(folder)]).sets[0].members.instruction is not None:
+            raise UserError(
+                f"The texts in {folder} are answers to instructions, and not transcripts: pass --instruction-field "
+                "instruction, or --instruction TEXT."
+            )
 
 
 def _tar_lines(locations: Iterable[str], members: SampleMembers, storage: Storage) -> Iterator[Line]:
