@@ -383,6 +383,10 @@ def test_instructions_reach_the_index_by_both_commands(run, clip, tmp_path, by_f
     assert "are answers to instructions" in run(*again).refusal()
     assert run(*again, "--instruction-field", "instruction").code == 0
     assert "instruction Say it in German." in run("shards", "show", tmp_path / "again", "#0").out
+    # An index that does not fit, or cannot be read, is nothing that packing needs.
+    for damage in ('{"format": 1}', "no json"):
+        (tmp_path / "foreign" / "shards.json").write_text(damage)
+        assert run("shards", "pack", tmp_path / "foreign", tmp_path / f"of {len(damage)}").code == 0
     both = ["--instruction", "a", "--instruction-field", "b"]
     assert "exclude each other" in run("shards", "pack", manifest, tmp_path / "x", *both).refusal()
 

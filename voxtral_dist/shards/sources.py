@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.index import SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.index import SHARD_TABLE_FILE
 from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, Sample, SampleMembers, sample_of
 from voxtral_dist.data.storage import Storage, is_remote
 from voxtral_dist.errors import UserError
@@ -246,12 +247,19 @@ def _webdataset(pattern: str, options: SourceOptions) -> Source:
 def _refuse_to_lose_instructions(locations: Iterable[str]) -> None:
     """Our own indices say whether the texts beside them are answers; as transcripts they would be wrong."""
     for folder in sorted({Path(location).parent for location in locations if not is_remote(location)}):
-        table = folder / SHARD_TABLE_FILE
-        if table.is_file() and read_index([str(folder)]).sets[0].members.instruction is not None:
+        if _says_answers(folder / SHARD_TABLE_FILE):
             raise UserError(
                 f"The texts in {folder} are answers to instructions, and not transcripts: pass --instruction-field "
                 "instruction, or --instruction TEXT."
             )
+
+
+def _says_answers(table: Path) -> bool:
+    """Whether a shard table says that its texts are answers; one that is missing or damaged says nothing."""
+    try:
+        return json.loads(table.read_text(encoding="utf-8"))["members"]["instruction"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _tar_lines(locations: Iterable[str], members: SampleMembers, storage: Storage) -> Iterator[Line]:
