@@ -166,8 +166,8 @@ def _transcribe(parsed: argparse.Namespace) -> int:
     for clip, answer in transcribe_files(
         parsed.model, parsed.clips, question, EvaluationConfig(), parsed.precision, alone()
     ):
-        line = json.dumps({"clip": str(clip)} | asdict(answer), ensure_ascii=False)
-        print(line if parsed.json else f"{clip}\t{answer.text}", flush=True)
+        row = {"clip": str(clip)} | asdict(answer)
+        print(json.dumps(row, ensure_ascii=False) if parsed.json else f"{clip}\t{answer.text}", flush=True)
     return 0
 
 

@@ -71,8 +71,6 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     pack.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, and name them")
     pack.add_argument("--audio-field", metavar="NAME", help="column with the audio")
     pack.add_argument("--text-field", metavar="NAME", help="column with the text")
-    pack.add_argument("--instruction", metavar="TEXT", help="that all texts answer; without it they are transcripts")
-    pack.add_argument("--instruction-field", metavar="NAME", help="column with the instruction that the text answers")
     pack.add_argument("--split", help="of a Hugging Face dataset")
     pack.add_argument("--config", metavar="NAME", help="of a Hugging Face dataset")
     _add_rules(pack)
@@ -84,8 +82,6 @@ def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
     index = actions.add_parser("index", help="make the index of tars that other tools made")
     index.add_argument("pattern", help="folder, glob, brace range or URL of tars")
     index.add_argument("out", type=Path, nargs="?", help="folder for the index, where it cannot lie beside the tars")
-    index.add_argument("--instruction", metavar="TEXT", help="that all texts answer; without it they are transcripts")
-    index.add_argument("--instruction-field", metavar="NAME", help="key in the json with the instruction")
     _add_rules(index)
     _add_members(index)
     index.set_defaults(run=_index)
@@ -137,6 +133,8 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 def _add_members(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--language", help="ISO 639-1 code of samples that name none; of all, for `index`")
     parser.add_argument("--language-field", metavar="NAME", help="column, or key in the json, with the language")
+    parser.add_argument("--instruction", metavar="TEXT", help="that all texts answer; without it they are transcripts")
+    parser.add_argument("--instruction-field", metavar="NAME", help="column, or key in the json, with the instruction")
     parser.add_argument(
         "--text-member", default="json:text", metavar="MEMBER[:KEY]", help="of tars: json:text (default), txt, cls"
     )

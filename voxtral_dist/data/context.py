@@ -212,13 +212,15 @@ class TestContexts:
         return context_text([self.words.entries[listed[place]] for place in generator.permutation(len(listed))])
 
 
-def training_words(config: ContextConfig) -> WordList | None:
-    """The words of a run's contexts.
+def training_words(config: ContextConfig | None) -> WordList | None:
+    """The words of a run's contexts; None without a file of them.
 
     Raises:
         UserError: their file is missing or empty.
     """
-    return None if config.words is None else WordList.read(config.words, "train_data.context.words")
+    if config is None or config.words is None:
+        return None
+    return WordList.read(config.words, "train_data.context.words")
 
 
 def distractors(num_entries: int, held: set[int], count: int, generator: np.random.Generator) -> list[int]:

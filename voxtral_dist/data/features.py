@@ -52,8 +52,8 @@ class LogMel:
             windows_per_clip: how many of the C windows belong to each clip.
 
         Returns:
-            Float32, `(C, M, F)`: M mel bins, F frames of a window (3,000 for 30 s); under autocast too, because a
-            spectrum in bfloat16 would be off by up to 0.1.
+            Float32, `(C, M, F)`: M mel bins, F frames of a window (3,000 for 30 s); under autocast too, which would
+            else multiply filters and spectrum in bfloat16.
         """
         with torch.autocast(pcm.device.type, enabled=False):
             return self._features(pcm, windows_per_clip)

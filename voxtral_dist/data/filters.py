@@ -60,6 +60,11 @@ def text_tokens(records: Records) -> NDArray[np.int64]:
     return tokens
 
 
+def _are_transcripts(records: Records) -> Mask:
+    are_transcripts: Mask = records["num_instruction_tokens"] == 0
+    return are_transcripts
+
+
 @dataclass(frozen=True)
 class Filters:
     """What is not drawn, and why, by the limits of the configuration."""
@@ -76,17 +81,12 @@ class Filters:
         if config.min_duration_seconds is not None:
             yield "shorter than `min_duration_seconds`", duration_ms < round(1000 * config.min_duration_seconds)
         # Answers to instructions are as long as they are, whatever the audio lasts.
-        is_transcript = chunk.records["num_instruction_tokens"] == 0
-        num_chars = chunk.records["num_chars"]
         if config.max_chars_per_second is not None:
-            limit = config.max_chars_per_second / 1000
-            yield "more than `max_chars_per_second`", is_transcript & (num_chars > limit * duration_ms)
+            too_many = chunk.records["num_chars"] > config.max_chars_per_second / 1000 * duration_ms
+            yield "more than `max_chars_per_second`", too_many & _are_transcripts(chunk.records)
         if config.min_chars_per_second is not None:
-            limit = config.min_chars_per_second / 1000
-            yield (
-                "fewer than `min_chars_per_second`",
-                is_transcript & (num_chars < limit * duration_ms),
-            )
+            too_few = chunk.records["num_chars"] < config.min_chars_per_second / 1000 * duration_ms
+            yield "fewer than `min_chars_per_second`", too_few & _are_transcripts(chunk.records)
         if config.languages is not None:
             is_wanted = np.zeros(2**16, dtype=bool)
             is_wanted[[number for number, name in enumerate(self.languages) if name in config.languages]] = True

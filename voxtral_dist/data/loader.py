@@ -179,7 +179,7 @@ def build_training_set(
         max_packed_tokens=_max_packed_tokens(config, sizes) if config.packing else None,
     )
     plan = TrainPlan(index, streams, sizes, shape, (seed,))
-    words = None if config.context is None else training_words(config.context)
+    words = training_words(config.context)
     return TrainingSet(index, streams, plan, _fingerprint(sets, sizes, plan, words), words)
 
 

@@ -95,7 +95,7 @@ class SampleReader:
         self,
         index: ShardIndex,
         prompts: VoxtralPrompts,
-        max_target_tokens: int,
+        max_target_tokens: int | None,
         storage: Storage | None = None,
         augmentation: Augmentation | None = None,
         max_chars_per_second: float | None = MAX_CHARS_PER_SECOND,
@@ -106,7 +106,7 @@ class SampleReader:
         Args:
             index: the samples.
             prompts: makes token ids, and knows the length of windows.
-            max_target_tokens: longer transcripts are unusable.
+            max_target_tokens: longer transcripts are unusable. None takes any.
             storage: what reads the bytes.
             augmentation: of every clip.
             max_chars_per_second: longer transcripts, and silent clips, are unusable. None takes both: a test set is
@@ -225,7 +225,7 @@ class SampleReader:
         return replace(example, prompt=prompt, completion=completion, is_untagged=is_untagged, context=context)
 
     def _check_targets(self, example: Example) -> None:
-        if len(example.completion) > self._max_target_tokens:
+        if self._max_target_tokens is not None and len(example.completion) > self._max_target_tokens:
             raise _TooLongError(
                 f"has {len(example.completion)} target tokens, more than the limit of {self._max_target_tokens}"
             )

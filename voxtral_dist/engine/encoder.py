@@ -1,7 +1,8 @@
 """The encoder in passes over some windows at a time: its memory does not grow with the length of clips.
 
 A pass is checkpointed where there are several: its activations are dropped, and computed again in the backward pass.
-What stays of a window is its input and its audio tokens, a hundredth of what the encoder needs to compute them.
+What stays of a window is its input and its audio tokens, a small part of what the encoder needs to compute them
+(`benchmarks/encoder_memory.py`).
 
 Engines that shard weights gather them in every pass, so all ranks must make equally many. A rank with fewer windows
 than passes fills up with passes over one silent window of weight zero.
@@ -12,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -44,10 +44,10 @@ class EncoderPasses:
         count = self.num_passes or num_passes(len(input_features), self._windows_per_pass)
         if count == 1:
             return BaseModelOutputWithPooling(pooler_output=self._embed(input_features))
-        passes = [part for part in np.array_split(np.arange(len(input_features)), count) if len(part)]
-        embedded = [self._checkpointed(input_features[part[0] : part[-1] + 1]) for part in passes]
+        parts = [part for part in input_features.tensor_split(count) if len(part)]
+        embedded = [self._checkpointed(part) for part in parts]
         silent = torch.zeros_like(input_features[:1])
-        weightless = [self._checkpointed(silent).sum() * 0.0 for _ in range(count - len(passes))]
+        weightless = [self._checkpointed(silent).sum() * 0.0 for _ in range(count - len(parts))]
         return BaseModelOutputWithPooling(pooler_output=sum(weightless, torch.cat(embedded)))
 
     def _checkpointed(self, features: Tensor) -> Tensor:

@@ -31,9 +31,6 @@ from voxtral_dist.evaluation.report import (
 )
 from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Transcriber
 
-# References of any length can be scored.
-_NO_TARGET_LIMIT = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class TestSet:
@@ -103,8 +100,8 @@ def build_test_set(
             reader=SampleReader(
                 index,
                 prompts,
-                _NO_TARGET_LIMIT,
-                storage,
+                max_target_tokens=None,
+                storage=storage,
                 max_chars_per_second=None,
                 prompting=Prompting(
                     untagged_fraction=float(config.detect_language),

@@ -20,8 +20,6 @@ from voxtral_dist.data.samples import Example, SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import UserError
 
-_NO_LIMIT = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class Viewer:
@@ -63,7 +61,7 @@ class Viewer:
 
     def _example(self, index: ShardIndex, sample_id: int, storage: Storage) -> Example:
         if self.config is None:
-            return SampleReader(index, self.prompts, _NO_LIMIT, storage).example(sample_id)
+            return SampleReader(index, self.prompts, None, storage).example(sample_id)
         train_data = self.config.train_data
         patterns = [pattern for patterns in train_data.named_sets.values() for pattern in patterns]
         drawn_from = read_index(patterns, storage)
@@ -72,7 +70,7 @@ class Viewer:
             raise UserError(
                 f"The sample is not in the shards of the run ({', '.join(patterns)}): correct the folder or `--config`."
             )
-        words = None if train_data.context is None else training_words(train_data.context)
+        words = training_words(train_data.context)
         reader = training_reader(train_data, drawn_from, self.prompts, storage, words)
         key = (self.config.seed, self.pass_index)
         return reader.join([reader.clip(drawn, key)], key)
