@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from voxtral_dist.config import ModelConfig
+from voxtral_dist.config import ActivationCheckpointingConfig, ModelConfig
 from voxtral_dist.engine.encoder import EncoderPasses
-from voxtral_dist.model import load_voxtral
 from voxtral_dist.tiny import NUM_MEL_BINS, TinyShape, build_tiny_voxtral
+from voxtral_dist.weights import load_voxtral
 
 from workloads.command import run
 from workloads.peak_memory import added_peak, in_fresh_process
@@ -79,7 +79,8 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
 
 def _step(model: str, shape: TinyShape, name: str, num_windows: int) -> dict[str, Any]:
     is_checkpointed = name == "one_pass_checkpointed_layers"
-    voxtral = load_voxtral(ModelConfig(path=model, precision="float32", activation_checkpointing=is_checkpointed))
+    checkpointing = ActivationCheckpointingConfig(encoder=int(is_checkpointed))
+    voxtral = load_voxtral(ModelConfig(path=model, precision="float32", activation_checkpointing=checkpointing))
     if name == "passes":
         EncoderPasses(voxtral, WINDOWS_PER_PASS)
 

@@ -34,8 +34,8 @@ from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import Example
 from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.model import load_voxtral
 from voxtral_dist.tiny import MAX_VOCAB_SIZE, NUM_SPECIAL_TOKENS
+from voxtral_dist.weights import load_voxtral
 
 from workloads.command import run
 from workloads.peak_memory import added_peak, in_fresh_process
@@ -84,7 +84,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
 def _last_positions(model: str, precision: str, num_examples: int, num_targets: int) -> dict[str, Any]:
     """Ours."""
     prompts, voxtral, log_mel = _load(model, precision)
-    loss_of = LossOfMicroBatch(log_mel)
+    loss_of = LossOfMicroBatch(log_mel, ModelConfig.model_fields["loss_chunk_tokens"].default)
 
     def step(examples: list[Example]) -> float:
         loss = loss_of(voxtral, collate(examples, prompts.pad_id, prompts.window_samples))

@@ -15,8 +15,8 @@ from voxtral_dist.data.loader import build_train_loader, build_training_set
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import load_voxtral
 from voxtral_dist.tiny import build_tiny_voxtral
+from voxtral_dist.weights import load_voxtral
 
 from corpora import TINY_SHAPE
 from ranks import run_ranks
@@ -29,13 +29,13 @@ SAVED_STEP = 3
 def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Resume if there is something to resume from, train, save; the losses of this part and all state at its end."""
     from voxtral_dist.checkpoint import CheckpointDirectory, TrainProgress
-    from voxtral_dist.engine.zero import ZeroEngine
+    from voxtral_dist.engine.build import build_engine
     from voxtral_dist.train import train_step
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, last_step, world.rank, world.size)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
-    engine = ZeroEngine(config, load_voxtral(config.model), log_mel, world)
+    engine = build_engine(config, log_mel, world)
     checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     losses = [
@@ -44,8 +44,9 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     checkpoints.save(engine, TrainProgress(step=last_step))
     states = {}
     for state in engine.parameter_states():
-        states |= {state.name: state.weight, f"{state.name}//exp_avg": state.exp_avg}
-    return losses, {name: tensor for name, tensor in states.items() if tensor is not None}
+        states |= {state.name: state.weight}
+        states |= {f"{state.name}//{key}": moment for key, moment in state.moments.items()}
+    return losses, states
 
 
 def with_stage(config: RunConfig, stage: int, run_dir: Path) -> RunConfig:
@@ -105,7 +106,9 @@ class FrozenShapes:
         from voxtral_dist.config import ModelConfig
 
         loaded = load_voxtral(ModelConfig(path=str(model), precision="float32"))
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in loaded.named_parameters()}
+        self._shapes = {
+            name: tuple(parameter.shape) for name, parameter in loaded.named_parameters() if parameter.requires_grad
+        }
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes

@@ -10,9 +10,11 @@ from transformers import VoxtralConfig
 
 from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.model import skeleton
-from voxtral_dist.optim import learning_rate, parameter_groups
+from voxtral_dist.optim import learning_rate, parameter_groups, set_learning_rate
+from voxtral_dist.trainable import COMPONENTS, component_of
 
 PEAK, NUM_STEPS = 2e-3, 111
+DECAYING = OptimizerConfig(learning_rate=PEAK, weight_decay=0.1)
 
 
 def config(schedule: str = "cosine", warmup_steps: int = 10, floor: float = 0.1) -> OptimizerConfig:
@@ -68,7 +70,7 @@ def model(tiny_model) -> nn.Module:
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(model):
-    groups = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, DECAYING)
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert len(grouped) == len(set(grouped))
@@ -76,7 +78,9 @@ def test_every_trainable_parameter_is_in_exactly_one_group(model):
 
 
 def test_norms_biases_and_embeddings_do_not_decay(model):
-    decay_of = {id(one): group["weight_decay"] for group in parameter_groups(model, 0.1) for one in group["params"]}
+    decay_of = {
+        id(one): group["weight_decay"] for group in parameter_groups(model, DECAYING) for one in group["params"]
+    }
     decays = {name: decay_of[id(one)] for name, one in model.named_parameters() if id(one) in decay_of}
     assert set(decays.values()) == {0.0, 0.1}
     for name, decay in decays.items():
@@ -87,12 +91,12 @@ def test_norms_biases_and_embeddings_do_not_decay(model):
 def test_frozen_parameters_are_in_no_group():
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Embedding(4, 3))
     model[0].requires_grad_(False)
-    grouped = [parameter for group in parameter_groups(model, 0.1) for parameter in group["params"]]
+    grouped = [parameter for group in parameter_groups(model, DECAYING) for parameter in group["params"]]
     assert {id(one) for one in grouped} == {id(one) for one in [*model[1].parameters(), model[2].weight]}
 
 
 def test_a_group_without_parameters_is_left_out():
-    assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(3), 0.1)] == [0.0]
+    assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(3), DECAYING)] == [0.0]
 
 
 def test_a_parameter_emptied_by_zero_3_keeps_its_group():
@@ -100,6 +104,23 @@ def test_a_parameter_emptied_by_zero_3_keeps_its_group():
     model = nn.Linear(2, 3)
     model.weight.data = torch.empty(0)
     model.weight.ds_shape, model.bias.ds_shape = torch.Size([3, 2]), torch.Size([3])
-    decayed, plain = parameter_groups(model, 0.1)
+    decayed, plain = parameter_groups(model, DECAYING)
     assert (decayed["weight_decay"], [id(one) for one in decayed["params"]]) == (0.1, [id(model.weight)])
     assert [id(one) for one in plain["params"]] == [id(model.bias)]
+
+
+def test_components_with_a_rate_of_their_own_keep_its_proportion(model):
+    settings = OptimizerConfig(
+        learning_rate=PEAK, component_learning_rates={"encoder": PEAK / 10, "projector": PEAK * 3}
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), lr=PEAK)
+    set_learning_rate(optimizer, PEAK / 2)
+    rate_of = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    rates = {component: set() for component in COMPONENTS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rates[component_of(name)].add(rate_of[id(parameter)])
+    expected = {"encoder": PEAK / 20, "projector": PEAK * 1.5, "language_model": PEAK / 2}
+    assert {component: pytest.approx(expected[component]) for component in rates} == {
+        component: one for component, [one] in rates.items()
+    }

@@ -65,7 +65,7 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
     assert {path.name for path in (folder / "evaluations").iterdir()} == {"step-0000000", "step-0000020"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_utterances"] == 7
-    assert (summary["world_size"], summary["zero_stage"], summary["num_steps"]) == (2, 3, NUM_STEPS)
+    assert (summary["world_size"], summary["engine"], summary["num_steps"]) == (2, "ZeRO-3", NUM_STEPS)
     score = json.loads((folder / "evaluations" / "step-0000020" / "same.json").read_text())
     assert summary["wer_after"] == score["wer"]
     counts = score["words"]

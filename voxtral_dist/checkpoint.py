@@ -1,7 +1,7 @@
 """Everything a run needs to go on, saved whole or not at all, for any number of ranks and any engine.
 
     checkpoints/step-0000100/
-        state-RRRRR-PPPPP.safetensors   written by rank R: NAME, NAME//exp_avg, NAME//exp_avg_sq; float32, full shape
+        state-RRRRR-PPPPP.safetensors   written by rank R: NAME, and NAME//exp_avg and the like; float32, full shape
         config.yaml                     the run's configuration
         complete.json                   progress, data identity, and which file holds which tensor; written last
 
@@ -32,7 +32,7 @@ from voxtral_dist.engine.base import Engine, ParameterState
 from voxtral_dist.errors import UserError
 
 _COMPLETE = "complete.json"
-_FORMAT = 1
+_FORMAT = 2
 log = logging.getLogger(__name__)
 
 # Keys of `train_data` that change neither what is drawn nor its order: shards may move, and are known by fingerprint.
@@ -105,6 +105,7 @@ class CheckpointDirectory:
         self._check_data(folder, contents["data"])
         progress = TrainProgress(**contents["progress"])
         engine.load_parameter_states(_read_states(folder, contents), progress.step)
+        engine.load_scalars(contents["scalars"])
         return progress
 
     def save(self, engine: Engine, progress: TrainProgress) -> Path:
@@ -133,6 +134,7 @@ class CheckpointDirectory:
             "progress": asdict(progress),
             "data": self._identity,
             "shapes": engine.parameter_shapes(),
+            "scalars": engine.scalars(),
             "files": files,
             "tensors": placed,
         }
@@ -212,8 +214,7 @@ class _PartWriter:
 
 
 def _tensors_of(state: ParameterState) -> dict[str, Tensor]:
-    moments = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    stored = {f"{state.name}//{key}": moment.contiguous() for key, moment in moments.items() if moment is not None}
+    stored = {f"{state.name}//{key}": moment.contiguous() for key, moment in state.moments.items()}
     return {state.name: state.weight.contiguous()} | stored
 
 
@@ -263,10 +264,12 @@ def _read_states(folder: Path, contents: dict[str, Any]) -> Iterator[ParameterSt
     files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in contents["files"]}
     placed: dict[str, str] = contents["tensors"]
 
-    def tensor(name: str) -> Tensor | None:
-        return files[placed[name]].get_tensor(name) if name in placed else None
-
-    for name in contents["shapes"]:
-        weight = tensor(name)
-        assert weight is not None, f"complete.json lists the shape of {name}, but no file holds it"
-        yield ParameterState(name, weight, tensor(f"{name}//exp_avg"), tensor(f"{name}//exp_avg_sq"))
+    moments: dict[str, list[str]] = {name: [] for name in contents["shapes"]}
+    for stored in placed:
+        name, _, moment = stored.partition("//")
+        if moment:
+            moments[name].append(moment)
+    for name, keys in moments.items():
+        assert name in placed, f"complete.json lists the shape of {name}, but no file holds it"
+        read = {key: files[placed[f"{name}//{key}"]].get_tensor(f"{name}//{key}") for key in keys}
+        yield ParameterState(name, files[placed[name]].get_tensor(name), read)

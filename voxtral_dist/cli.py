@@ -186,11 +186,12 @@ def _schema(_: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.engine.zero import zero_stage
+    from voxtral_dist.engine.build import check_engine, engine_name
 
     for path in parsed.configs:
         config = load_config(path)
-        print(f"{path}: {config.num_steps} steps of {config.model.path}, ZeRO-{zero_stage(config.engine.deepspeed)}")
+        check_engine(config)
+        print(f"{path}: {config.num_steps} steps of {config.model.path}, {engine_name(config.engine)}")
     return 0
 
 

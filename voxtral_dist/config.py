@@ -28,11 +28,25 @@ class Section(BaseModel):
 
 Argument = float | int | str | bool
 TextStep = Literal["lower_case", "no_punctuation"]
+Component = Literal["encoder", "projector", "language_model"]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 
 
 def _sorted_set(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(sorted(set(values)))
+
+
+class ActivationCheckpointingConfig(Section):
+    """Blocks that keep only their input in the forward pass and compute the rest again in the backward pass.
+
+    About a third more computation for such a block, and activation memory of one block instead of all.
+    """
+
+    encoder: int = Field(default=0, ge=0)
+    """Every n-th block of the encoder: 1 takes all of them, 2 every other one, 0 none."""
+
+    language_model: int = Field(default=0, ge=0)
+    """Every n-th block of the language model."""
 
 
 class ModelConfig(Section):
@@ -41,19 +55,74 @@ class ModelConfig(Section):
     path: str
     """A Hugging Face folder or hub name of a Voxtral checkpoint: weights, `tekken.json` and processor files."""
 
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights in forward and backward passes. The optimizer's own copy is float32 in any case."""
+    precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Of the weights in forward and backward passes. The optimizer's own copy is float32 in any case. `float16` is for
+    GPUs without bfloat16: its loss is scaled, and steps whose gradients overflow are left out."""
 
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention kernel. `flash_attention_2` needs the package flash-attn and a GPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention kernel. `flash_attention_2` needs the package flash-attn, a GPU and half precision; `auto` takes it
+    where it is there, and torch's `sdpa` elsewhere. What is used is said at the start."""
 
-    activation_checkpointing: bool = False
-    """Keep only the input of each block in the forward pass and compute it again in the backward pass: about a third
-    more computation, and activation memory that grows with one block instead of all."""
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    """Which blocks trade computation for memory."""
+
+    compile_blocks: bool = False
+    """Compile each block by `torch.compile`: minutes at the start, and less memory traffic after. Not under ZeRO-3,
+    whose hooks inside of blocks leave nothing to fuse."""
+
+    loss_chunk_tokens: int = Field(default=2048, gt=0)
+    """Target tokens whose logits over the vocabulary are computed at a time, and again in the backward pass: the memory
+    of the loss does not grow with the batch."""
 
     encoder_windows_per_pass: int = Field(default=16, gt=0)
     """Windows (30 s each) that the encoder takes at a time. Micro-batches with more of them on some rank go through it
     in several passes, each computed again in the backward pass: its memory does not grow with the length of clips."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA: Hu et al., arXiv 2106.09685) by the package peft, beside weights that are frozen."""
+
+    rank: int = Field(default=16, gt=0)
+    """Of the two matrices of an adapter."""
+
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's output is scaled by `alpha / rank`."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of the adapter's input."""
+
+    use_dora: bool = False
+    """Train the magnitudes of the weight's columns too (DoRA: Liu et al., arXiv 2402.09353)."""
+
+    targets: dict[Component, tuple[str, ...]] = Field(
+        default={"language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
+        min_length=1,
+    )
+    """Names of the linear layers that get adapters, by component. The encoder has `q_proj`, `k_proj`, `v_proj`,
+    `out_proj`, `fc1` and `fc2`; the projector `linear_1` and `linear_2`."""
+
+    trained_whole: Annotated[tuple[Component, ...], AfterValidator(_sorted_set)] = ()
+    """Components whose own weights are trained beside the adapters. All others are frozen."""
+
+    @model_validator(mode="after")
+    def _is_either(self) -> Self:
+        for component in self.trained_whole:
+            if component in self.targets:
+                raise ValueError(
+                    f"`trainable.lora`: `{component}` must be in `targets` or `trained_whole`, but is in both instead"
+                )
+        return self
+
+
+class TrainableConfig(Section):
+    """Which parameters are trained; the table of them is printed at the start. Default: all."""
+
+    frozen: tuple[str, ...] = ()
+    """Components (`encoder`, `projector`, `language_model`) and patterns of parameter names with `*`, such as
+    `*.embed_tokens.*`, that keep their weights. A pattern that fits no parameter is refused."""
+
+    lora: LoraConfig | None = None
+    """Train adapters instead of weights."""
 
 
 class AugmentationStep(Section):
@@ -305,10 +374,18 @@ class TrainDataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) and its learning rate over the steps."""
+    """The optimizer and its learning rate over the steps."""
+
+    algorithm: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    """`adamw` (Loshchilov and Hutter, arXiv 1711.05101), fused on GPUs and DeepSpeed's own on the CPU under offload;
+    `adamw_8bit` keeps its moments in 8 bits (the package bitsandbytes, GPUs only); `muon` updates the matrices of
+    blocks by Muon (torch's, or DeepSpeed's under ZeRO) and all else by AdamW."""
 
     learning_rate: float = Field(gt=0)
     """The peak, reached after `warmup_steps`."""
+
+    component_learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Other peaks for some components, which warm up and fall in the same proportion."""
 
     betas: tuple[float, float] = (0.9, 0.98)
     """Decay rates of the running means of the gradient and of its square."""
@@ -332,12 +409,40 @@ class OptimizerConfig(Section):
     """Gradients are scaled down to this global L2 norm. 0 switches clipping off."""
 
 
-class EngineConfig(Section):
-    """What shards and updates the model."""
+class Fsdp2Config(Section):
+    """torch's `fully_shard` (FSDP2): weights, gradients and optimizer states are sharded over ranks, block by block."""
 
-    deepspeed: Path
+    reshard_after_forward: bool = True
+    """Give gathered weights back after each block's forward pass, as ZeRO-3 does. False keeps them until the backward
+    pass: one gather less, and memory for the whole model, as under ZeRO-2."""
+
+    ranks_per_replica: int | None = Field(default=None, gt=0)
+    """Ranks that share one copy of the model (hybrid sharding), such as the GPUs of a node: weights then travel inside
+    nodes alone. Must divide the number of ranks. None: all ranks share one."""
+
+    reduce_precision: Literal["float32", "bfloat16"] = "float32"
+    """Of gradients while they are summed over ranks."""
+
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer states in host memory, where the update is computed too."""
+
+
+class EngineConfig(Section):
+    """What shards and updates the model: DeepSpeed or FSDP2."""
+
+    deepspeed: Path | None = None
     """DeepSpeed's own file, such as `ds_configs/zero3.json`. Batch size, accumulation, precision, optimizer and
     clipping belong to this configuration; a file that sets one of them too is refused."""
+
+    fsdp2: Fsdp2Config | None = None
+    """FSDP2 instead; `{}` takes its defaults."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.deepspeed is None) == (self.fsdp2 is None):
+            has = "none" if self.deepspeed is None else "both"
+            raise ValueError(f"`engine` must have either `engine.deepspeed` or `engine.fsdp2`, but has {has} instead")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -402,6 +507,17 @@ class EvaluationConfig(Section):
     """Applied to reference and hypothesis before words are compared."""
 
 
+class MetricsConfig(Section):
+    """What is recorded of a run besides `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """Write scalars to `run_dir/tensorboard`, where the package tensorboard is installed."""
+
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Dense 10^12 operations per second of one rank's device in the model's precision, which the model FLOPs
+    utilisation is measured against. None: the data sheet's figure where the device is known, else no utilisation."""
+
+
 class RunConfig(Section):
     """Everything that determines a run."""
 
@@ -415,12 +531,14 @@ class RunConfig(Section):
     """Of the order of the data, of augmentation and of dropout."""
 
     model: ModelConfig
+    trainable: TrainableConfig = TrainableConfig()
     train_data: TrainDataConfig
     storage: StorageConfig = StorageConfig()
     optimizer: OptimizerConfig
     engine: EngineConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
 from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import Engine, ParameterState
+from voxtral_dist.engine.base import Engine
 from voxtral_dist.model import fill_skeleton, skeleton
 
 # Everything in a Voxtral folder that training does not change.
@@ -32,22 +33,22 @@ def export_hugging_face(engine: Engine, model_path: str, out_dir: Path, dtype: t
 
     All ranks call it together; rank 0 holds one copy of the weights on the CPU and writes.
     """
-    states = engine.parameter_states()
+    weights = engine.weights()
     if world.is_first:
-        model = assemble(VoxtralConfig.from_pretrained(model_path), states, dtype)
+        model = assemble(VoxtralConfig.from_pretrained(model_path), weights, dtype)
         write_folder(model, model_path, out_dir)
     else:
-        for _ in states:
+        for _ in weights:
             pass
     wait_for_all(world)
 
 
 def assemble(
-    config: VoxtralConfig, states: Iterator[ParameterState], dtype: torch.dtype
+    config: VoxtralConfig, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype
 ) -> VoxtralForConditionalGeneration:
-    """A model on the CPU with the weights of `states`, which come in the order of its parameters."""
+    """A model on the CPU with weights that come in the order of its parameters."""
     model = skeleton(config)
-    fill_skeleton(model, ((state.name, state.weight.to(dtype)) for state in states))
+    fill_skeleton(model, ((name, weight.to(dtype)) for name, weight in weights))
     model.config.dtype = dtype
     return model
 

@@ -1,37 +1,191 @@
-"""Load Voxtral, whole or as a skeleton without weights."""
+"""Voxtral's modules: as a skeleton without weights that an engine fills, or whole, as it is served."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalGeneration
 from transformers.utils.logging import disable_progress_bar
 
-from voxtral_dist.config import ModelConfig
+from voxtral_dist.config import Component, ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.trainable import choose_trainable
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": "auto"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# FlashAttention's kernels need a GPU of this generation (Ampere) or newer.
+_FLASH_CAPABILITY = (8, 0)
 
 
-def load_voxtral(config: ModelConfig) -> VoxtralForConditionalGeneration:
-    """The checkpoint's weights in the configured precision, ready to be trained.
+class TargetLogits(nn.Linear):
+    """The last layer, which also sums the loss of targets, some at a time.
+
+    It is one call of one module, so that an engine that shards weights gathers the layer's once, on each rank alike,
+    however many targets there are.
+    """
+
+    def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+        """The cross entropy of N labels given `(N, width)` states, summed in float32: a scalar, 0 without labels."""
+        chunks = zip(torch.split(hidden, chunk_tokens), torch.split(labels, chunk_tokens), strict=True)
+        return sum((self._chunk(*chunk) for chunk in chunks), torch.zeros((), device=hidden.device))
+
+    def forward(self, input: Tensor, labels: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:  # noqa: A002
+        """Logits, or the summed loss where there are labels."""
+        if labels is None:
+            return super().forward(input)
+        return self.summed_cross_entropy(input, labels, chunk_tokens)
+
+    def _chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = checkpoint(self._loss, hidden, labels, use_reentrant=False)
+        return loss
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(super().forward(hidden).float(), labels, reduction="sum")
+
+
+class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # of a package without types
+    """A Voxtral whose forward pass also gives the loss of some positions, without logits of the others."""
+
+    def __init__(self, config: VoxtralConfig) -> None:
+        super().__init__(config)
+        self.lm_head = TargetLogits(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+
+    def forward(
+        self, *, labels: Tensor | None = None, label_places: Tensor | None = None, chunk_tokens: int = 0, **inputs: Any
+    ) -> Any:
+        """What the published class gives; with labels the summed cross entropy of these.
+
+        Args:
+            labels: int64 `(N)`, all of them targets.
+            label_places: int64 `(N)`, their positions in the flattened `(B, T)` input; each predicts its label.
+            chunk_tokens: labels whose logits are computed at a time.
+            inputs: of the published class.
+        """
+        if labels is None or label_places is None:
+            return super().forward(**inputs)
+        hidden = self.model(**inputs).last_hidden_state
+        return self.lm_head(hidden.flatten(0, 1)[label_places], labels, chunk_tokens)
+
+
+def trained_skeleton(config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype) -> TrainedVoxtral:
+    """The model of a run on the meta device, in training mode: frozen, adapted and checkpointed as configured.
+
+    Raises:
+        UserError: the path leads to no Voxtral, or the configuration does not fit it.
+    """
+    voxtral_config = read_voxtral_config(config.path)
+    voxtral_config._attn_implementation = chosen_attention(config)
+    with torch.device("meta"):
+        model: TrainedVoxtral = TrainedVoxtral(voxtral_config).to(dtype)
+    model.generation_config = _generation_config(config.path, voxtral_config)
+    choose_trainable(model, trainable)
+    _wrap_blocks(model, config)
+    model.train()
+    return model
+
+
+def _generation_config(path: str, config: VoxtralConfig) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_model_config(config)
+
+
+def read_voxtral_config(path: str) -> VoxtralConfig:
+    """The description of a checkpoint, without its weights.
 
     Raises:
         UserError: the path leads to no Voxtral checkpoint.
     """
-    model = _load(config.path, dtype=_DTYPES[config.precision], attn_implementation=config.attention)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    try:
+        kind = VoxtralConfig.get_config_dict(path)[0].get("model_type")
+        if kind != VoxtralConfig.model_type:
+            # transformers would warn, and fill a billion-parameter Voxtral with random numbers.
+            raise ValueError(f"its config.json says model_type {kind!r}")
+        return VoxtralConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loaded(path, error) from error
+
+
+def chosen_attention(config: ModelConfig) -> str:
+    """The kernel that `model.attention` means on this machine.
+
+    Raises:
+        UserError: FlashAttention was asked for, and is not there.
+    """
+    has_flash = (
+        find_spec("flash_attn") is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= _FLASH_CAPABILITY
+        and config.precision != "float32"
+    )
+    if config.attention == "flash_attention_2" and not has_flash:
+        raise UserError(
+            "`model.attention` is `flash_attention_2`, which needs the package flash-attn, a GPU of the Ampere "
+            "generation or newer and half precision: set it to `auto`."
+        )
+    if config.attention != "auto":
+        return config.attention
+    return "flash_attention_2" if has_flash else "sdpa"
+
+
+def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn.Module]]:
+    """The transformer layers of each component in order: the units of sharding, checkpointing and compilation."""
+    return {
+        "encoder": list(model.model.audio_tower.layers),
+        "projector": [],
+        "language_model": list(model.model.language_model.layers),
+    }
+
+
+def _wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) -> None:
+    """Put compilation and checkpointing around the forward methods of blocks, inside of an engine's hooks."""
+    every = {
+        "encoder": config.activation_checkpointing.encoder,
+        "language_model": config.activation_checkpointing.language_model,
+    }
+    for component, blocks in blocks_of(model).items():
+        for number, block in enumerate(blocks):
+            if config.compile_blocks:
+                block.forward = torch.compile(block.forward)
+            if every[component] and number % every[component] == 0:
+                block.forward = _checkpointed(block.forward, block)
+
+
+def _checkpointed(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+    def checkpointed(*inputs: Any, **named: Any) -> Any:
+        if block.training and torch.is_grad_enabled():
+            return checkpoint(forward, *inputs, use_reentrant=False, **named)
+        return forward(*inputs, **named)
+
+    return checkpointed
+
+
+def initialize_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give a skeleton's buffers, none of which are stored, their values: rotary frequencies, in float32."""
+    for module in model.modules():
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            fresh = type(module)(module.config)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
 
 def load_for_inference(path: str, device: torch.device, precision: str) -> VoxtralForConditionalGeneration:
     """A checkpoint as it is served: in evaluation mode, on the device; `auto` is the precision that it is stored in."""
-    return _load(path, dtype=_DTYPES[precision]).to(device).eval()
+    read_voxtral_config(path)
+    # Every rank would draw a bar of its own through the display of the run.
+    disable_progress_bar()
+    try:
+        model = VoxtralForConditionalGeneration.from_pretrained(path, dtype=DTYPES.get(precision, precision))
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _not_loaded(path, error) from error
+    return model.to(device).eval()
 
 
 def skeleton(config: VoxtralConfig) -> VoxtralForConditionalGeneration:
@@ -62,16 +216,7 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, value)
 
 
-def _load(path: str, **arguments: Any) -> VoxtralForConditionalGeneration:
-    # Every rank would draw a bar of its own through the display of the run.
-    disable_progress_bar()
-    try:
-        kind = VoxtralConfig.get_config_dict(path)[0].get("model_type")
-        if kind != VoxtralConfig.model_type:
-            # transformers would warn, and fill a billion-parameter Voxtral with random numbers.
-            raise ValueError(f"its config.json says model_type {kind!r}")
-        return VoxtralForConditionalGeneration.from_pretrained(path, **arguments)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"`model.path`: {path!r} cannot be loaded as a Voxtral ({type(error).__name__}: {first_line(error)})."
-        ) from error
+def _not_loaded(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"`model.path`: {path!r} cannot be loaded as a Voxtral ({type(error).__name__}: {first_line(error)})."
+    )

@@ -5,22 +5,42 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
-from voxtral_dist.config import OptimizerConfig
+from voxtral_dist.config import Component, OptimizerConfig
+from voxtral_dist.trainable import component_of
+
+# In each group: its learning rate over that of the configuration.
+_FACTOR = "learning_rate_factor"
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups of the trainable parameters: matrices and kernels decay; norms, biases and embeddings don't."""
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trained parameters by weight decay and learning rate, in the form that torch's optimizers take.
+
+    Matrices and kernels decay; norms, biases and embeddings don't.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    groups: dict[tuple[Component | None, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            own = component_of(name) if component_of(name) in config.component_learning_rates else None
             is_plain = _num_dimensions(parameter) < 2 or id(parameter) in embeddings
-            (plain if is_plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((own, 0.0 if is_plain else config.weight_decay), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            _FACTOR: config.component_learning_rates[own] / config.learning_rate if own else 1.0,
+        }
+        for (own, decay), parameters in groups.items()
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give each group its part of the rate of a step, see `learning_rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group[_FACTOR]
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -27,16 +27,15 @@ from voxtral_dist.data.storage import Storage
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
+from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.encoder import num_passes
 from voxtral_dist.engine.extensions import refuse_old_locks
-from voxtral_dist.engine.zero import ZeroEngine, read_deepspeed_file, zero_stage
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.export import export_hugging_face
 from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
-from voxtral_dist.model import load_voxtral
 from voxtral_dist.optim import learning_rate
 
 log = logging.getLogger(__name__)
@@ -74,9 +73,8 @@ def train(config: RunConfig, world: World) -> int:
     )
     refuse_different_data(steps.training_set.fingerprint, world)
     test_sets = build_test_sets(config.evaluation, prompts, storage)
-    model = load_voxtral(config.model)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
-    engine = ZeroEngine(config, model, log_mel, world)
+    engine = build_engine(config, log_mel, world)
     checkpoints = CheckpointDirectory(config, steps.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
@@ -117,7 +115,7 @@ def check_before_loading(config: RunConfig, world: World) -> None:
         UserError: DeepSpeed's file is not usable, a killed build left its lock, or `run_dir` cannot be written or
             another process writes there.
     """
-    read_deepspeed_file(config.engine.deepspeed)
+    check_engine(config)
     refuse_old_locks()
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -190,7 +188,8 @@ def train_step(
     mean_loss = sum_over_ranks([float(loss_sum)], world)[0] / max(1.0, num_targets)
     _refuse_not_finite("loss", mean_loss, batches.step)
     update = engine.step(learning_rate(config.optimizer, batches.step, config.num_steps))
-    _refuse_not_finite("norm of the gradient", update.grad_norm, batches.step)
+    if not update.is_skipped:
+        _refuse_not_finite("norm of the gradient", update.grad_norm, batches.step)
     metrics = StepMetrics(mean_loss, int(num_targets), audio_seconds, update.learning_rate, update.grad_norm, 0.0)
     return StepResult(metrics, int(num_samples), int(num_bad), int(num_too_long), stop > 0)
 
@@ -231,7 +230,7 @@ def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> N
         "num_bad_samples": progress.num_bad_samples,
         "num_too_long": progress.num_too_long,
         "world_size": world.size,
-        "zero_stage": zero_stage(config.engine.deepspeed),
+        "engine": engine_name(config.engine),
     }
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
@@ -363,7 +362,7 @@ def _announce(
     where = f"from step {progress.step} " if progress.step else ""
     log.say(
         f"Training {where}on {training_set.streams.num_samples} utterances, {world.size} ranks, "
-        f"ZeRO-{zero_stage(config.engine.deepspeed)}, {world.device.type}, {config.model.precision}"
+        f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}"
     )
 
 

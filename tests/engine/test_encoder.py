@@ -11,7 +11,7 @@ from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import ModelConfig
 from voxtral_dist.engine.encoder import EncoderPasses, num_passes
-from voxtral_dist.model import load_voxtral
+from voxtral_dist.weights import load_voxtral
 
 NUM_FRAMES = 128
 

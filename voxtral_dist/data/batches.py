@@ -1,7 +1,7 @@
 """Examples padded together into what one forward pass of one rank takes.
 
     B examples   C windows of all examples   S samples of a window   T input positions   K positions that carry targets
-    N feature masks
+    N targets   M feature masks
 
 Prompts are padded on the left, so that all completions end at the last position. Then logits are needed for the last K
 positions alone, where K is the longest completion: not for hundreds of audio positions over the whole vocabulary.
@@ -31,14 +31,18 @@ class MicroBatch:
     input_ids: int64 `(B, T)`: prompt and completion, without the last `</s>`, which predicts nothing.
     attention_mask: int64 `(B, T)`: 0 on padding.
     labels: int64 `(B, K)`: the token that follows each of the last K positions, `IGNORED_LABEL` before the completion.
+    target_places: int64 `(N)`: the places of all targets in the flattened `(B, T)` positions; each predicts its target.
+    target_ids: int64 `(N)`: the labels there.
     pcm: int16 `(C, S)`: the windows of the examples, in order.
-    feature_masks: int64 `(N, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
+    feature_masks: int64 `(M, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
     num_encoder_passes: in how many parts the encoder takes the windows; ranks that share weights agree on it.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    target_places: Tensor
+    target_ids: Tensor
     pcm: Tensor
     feature_masks: Tensor
     windows_per_example: tuple[int, ...]
@@ -55,7 +59,7 @@ class MicroBatch:
     @property
     def num_targets(self) -> int:
         """Labels that count in the loss."""
-        return int((self.labels != IGNORED_LABEL).sum())
+        return len(self.target_ids)
 
     @property
     def position_ids(self) -> Tensor:
@@ -69,6 +73,8 @@ class MicroBatch:
             input_ids=self.input_ids.to(device, non_blocking=True),
             attention_mask=self.attention_mask.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            target_places=self.target_places.to(device, non_blocking=True),
+            target_ids=self.target_ids.to(device, non_blocking=True),
             pcm=self.pcm.to(device, non_blocking=True),
             feature_masks=self.feature_masks.to(device, non_blocking=True),
         )
@@ -84,6 +90,8 @@ def collate(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
+        target_places=_target_places(labels, input_ids.shape[1]),
+        target_ids=labels[labels != IGNORED_LABEL],
         pcm=windows_of(examples, window_samples),
         feature_masks=torch.from_numpy(_feature_masks(examples)),
         windows_per_example=tuple(example.num_windows for example in examples),
@@ -91,6 +99,12 @@ def collate(
         num_samples=sum(example.num_samples for example in examples),
         bad_samples=tuple(bad_samples),
     )
+
+
+def _target_places(labels: Tensor, num_positions: int) -> Tensor:
+    """Where the labels that count stand: found here, because a GPU would have to be waited for."""
+    rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
+    return rows * num_positions + num_positions - labels.shape[1] + places
 
 
 def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
@@ -141,4 +155,6 @@ def weightless_micro_batch(prompts: VoxtralPrompts, bad_samples: Sequence[BadSam
         duration_seconds=0.0,
     )
     batch = collate([silence], prompts.pad_id, prompts.window_samples, bad_samples)
-    return replace(batch, labels=torch.full_like(batch.labels, IGNORED_LABEL), num_samples=0)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    labels = torch.full_like(batch.labels, IGNORED_LABEL)
+    return replace(batch, labels=labels, target_places=nothing, target_ids=nothing, num_samples=0)

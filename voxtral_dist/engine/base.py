@@ -14,28 +14,30 @@ from voxtral_dist.data.batches import MicroBatch
 
 @dataclass(frozen=True)
 class StepUpdate:
-    """What one optimizer update did."""
+    """What one optimizer update did.
+
+    is_skipped: gradients overflowed in float16, so nothing was updated and the loss is scaled less from now on.
+    """
 
     grad_norm: float
     learning_rate: float
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True)
 class ParameterState:
     """One parameter with what the optimizer knows of it: float32, full shape, on the CPU.
 
-    A frozen parameter has no moments. `exp_avg` and `exp_avg_sq` are AdamW's running means of the gradient and of its
-    square.
+    moments: the optimizer's running means by their names in torch, such as AdamW's `exp_avg` and `exp_avg_sq`.
     """
 
     name: str
     weight: Tensor
-    exp_avg: Tensor | None
-    exp_avg_sq: Tensor | None
+    moments: dict[str, Tensor]
 
 
 class Engine(Protocol):
-    """A sharded model and its optimizer. Implemented by `engine.zero.ZeroEngine`."""
+    """A sharded model and its optimizer. Implemented by `engine.zero.ZeroEngine` and `engine.fsdp2.Fsdp2Engine`."""
 
     def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
         """Accumulate the gradient of one micro-batch; the loss summed over its targets on this rank, detached.
@@ -53,10 +55,19 @@ class Engine(Protocol):
         """A whole model in evaluation mode with the current weights: every rank can generate on its own."""
 
     def parameter_states(self) -> Iterator[ParameterState]:
-        """Every parameter in a fixed order. All ranks must go through it together; each gets the full tensors."""
+        """Every trained parameter in a fixed order. All ranks must go through it together; each gets full tensors."""
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         """Take over weights and moments, in the order of `parameter_states`, after `num_updates` updates."""
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The full shape of each parameter, in the order of `parameter_states`, without communication."""
+        """The full shape of each trained parameter, in the order of `parameter_states`, without communication."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter, frozen ones too, as in `parameter_states`: what an exported model is made of."""
+
+    def scalars(self) -> dict[str, float]:
+        """What else the next update depends on, such as the scale of a float16 loss; the same on all ranks."""
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        """Take over what `scalars` gave."""

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch
+from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel, mask_features
 
 
 class LossOfMicroBatch:
-    """The summed cross entropy of a micro-batch's targets, in float32, for a model or an engine around it."""
+    """The summed cross entropy of a micro-batch's targets, in float32, of a `TrainedVoxtral` or an engine around it."""
 
-    def __init__(self, log_mel: LogMel) -> None:
+    def __init__(self, log_mel: LogMel, chunk_tokens: int) -> None:
+        """Logits are computed for so many targets at a time."""
         self._log_mel = log_mel
+        self._chunk_tokens = chunk_tokens
 
     def __call__(self, model: nn.Module, batch: MicroBatch) -> Tensor:
         """The sum over all targets, a scalar with gradient; 0 without targets. `batch` is on the model's device.
 
-        Logits are computed for the last K positions only, and the model is called without `labels`: what is divided by
-        what is the caller's decision.
+        What is divided by what is the caller's decision.
         """
         features = mask_features(self._log_mel(batch.pcm, batch.windows_per_example), batch.feature_masks)
-        outputs: Any = model(
+        loss: Tensor = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             input_features=features,
-            logits_to_keep=batch.labels.shape[1],
+            labels=batch.target_ids,
+            label_places=batch.target_places,
+            chunk_tokens=self._chunk_tokens,
             use_cache=False,
         )
-        logits = outputs.logits.float()
-        return F.cross_entropy(
-            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+        return loss

@@ -32,8 +32,9 @@ from voxtral_dist.engine.base import ParameterState, StepUpdate
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import fill_skeleton, skeleton
-from voxtral_dist.optim import parameter_groups
+from voxtral_dist.model import DTYPES, TrainedVoxtral, fill_skeleton, initialize_buffers, trained_skeleton
+from voxtral_dist.optim import parameter_groups, set_learning_rate
+from voxtral_dist.weights import InitialWeights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NEVER = 2**31 - 1
@@ -55,12 +56,13 @@ _OURS = {
 }
 
 
-def read_deepspeed_file(path: Path) -> dict[str, Any]:
+def read_deepspeed_file(path: Path | None) -> dict[str, Any]:
     """DeepSpeed's own settings.
 
     Raises:
         UserError: no JSON object, a key that belongs to `RunConfig`, or a stage other than 1, 2 and 3.
     """
+    assert path is not None, "`engine` names one of its engines"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -116,20 +118,26 @@ def zero_stage(path: Path) -> int:
 class ZeroEngine:
     """A model whose optimizer state (stage 1), gradients (2) and weights (3) are sharded over ranks."""
 
-    def __init__(
-        self, config: RunConfig, model: VoxtralForConditionalGeneration, log_mel: LogMel, world: World
-    ) -> None:
+    def __init__(self, config: RunConfig, log_mel: LogMel, world: World) -> None:
+        """Build the model of a run, sharded as DeepSpeed's file says.
+
+        Raises:
+            UserError: the configuration, the checkpoint and this machine do not fit together.
+        """
         settings = read_deepspeed_file(config.engine.deepspeed)
         self.stage = int(settings["zero_optimization"]["stage"])
+        self._config = config
         self._world = world
-        self._loss = LossOfMicroBatch(log_mel)
-        self._windows_per_pass = config.model.encoder_windows_per_pass
-        self._encoder = EncoderPasses(model, self._windows_per_pass)
+        self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
+        model = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
+        initialize_buffers(model, world.device)
+        InitialWeights(config.model.path, model, config.seed).fill(model, world.device)
+        self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
         self._optimizer = _build_optimizer(config, model, settings, world.device)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config={"steps_per_print": _NEVER} | settings | _filled_in(config)
         )
-        self._module: VoxtralForConditionalGeneration = self._engine.module
+        self._module: TrainedVoxtral = self._engine.module
 
     def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages gradients over ranks, hence the factor of the world size."""
@@ -140,8 +148,7 @@ class ZeroEngine:
 
     def step(self, learning_rate: float) -> StepUpdate:
         """See `Engine`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer, learning_rate)
         self._engine.step()
         return StepUpdate(float(self._engine.get_global_grad_norm()), learning_rate)
 
@@ -160,38 +167,51 @@ class ZeroEngine:
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad:
-                moments = [self._full_moment(parameter, key) for key in _MOMENTS]
-                yield ParameterState(name, _cpu(safe_get_full_fp32_param(parameter)), *moments)
-            else:
-                with self._gathered([parameter]):
-                    weight = _cpu(parameter)
-                yield ParameterState(name, weight, None, None)
+        for name, parameter in self._trained():
+            moments = {key: self._full_moment(parameter, key) for key in _MOMENTS}
+            yield ParameterState(name, _cpu(safe_get_full_fp32_param(parameter)), moments)
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         """See `Engine`."""
         self._create_moments(num_updates)
-        for (name, parameter), state in zip(self._module.named_parameters(), states, strict=True):
+        load = self._load_stage3 if self.stage == 3 else self._load_stage12
+        for (name, parameter), state in zip(self._trained(), states, strict=True):
             assert name == state.name, f"checkpoints keep the order of parameters, but {state.name} came for {name}"
             self._load_weight(parameter, state.weight)
-            if parameter.requires_grad and state.exp_avg is not None and state.exp_avg_sq is not None:
-                load = self._load_stage3 if self.stage == 3 else self._load_stage12
-                load(parameter, state.weight, {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq})
+            load(parameter, state.weight, state.moments)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Engine`."""
-        return {name: _full_shape(parameter) for name, parameter in self._module.named_parameters()}
+        return {name: _full_shape(parameter) for name, parameter in self._trained()}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`."""
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad:
+                yield name, _cpu(safe_get_full_fp32_param(parameter))
+            else:
+                with self._gathered([parameter]):
+                    weight = _cpu(parameter)
+                yield name, weight
+
+    def scalars(self) -> dict[str, float]:
+        """See `Engine`."""
+        return {}
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        """See `Engine`."""
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad)
 
     def _gathered(self, parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Any:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank, enabled=self.stage == 3)
 
     @torch.no_grad()
     def _gathered_copy(self) -> VoxtralForConditionalGeneration:
-        copy = skeleton(self._module.config)
-        copy.generation_config = self._module.generation_config
+        copy = trained_skeleton(self._config.model, self._config.trainable, DTYPES[self._config.model.precision])
         fill_skeleton(copy, self._gathered_parameters(), self._module.named_buffers())
-        EncoderPasses(copy, self._windows_per_pass)
+        EncoderPasses(copy, self._config.model.encoder_windows_per_pass)
         return copy.eval()
 
     def _gathered_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -272,7 +292,7 @@ class ZeroEngine:
 def _build_optimizer(
     config: RunConfig, model: nn.Module, settings: dict[str, Any], device: torch.device
 ) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, config.optimizer.weight_decay)
+    groups = parameter_groups(model, config.optimizer)
     arguments: dict[str, Any] = {
         "lr": config.optimizer.learning_rate,
         "betas": config.optimizer.betas,

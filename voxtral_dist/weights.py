@@ -1,0 +1,145 @@
+"""The value that each parameter starts with, one parameter at a time: so that no process ever holds the whole model."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
+
+from voxtral_dist.config import ModelConfig, TrainableConfig
+from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.model import DTYPES, TrainedVoxtral, initialize_buffers, skeleton, trained_skeleton
+from voxtral_dist.trainable import is_adapter
+
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_ADAPTED = ".base_layer."
+
+
+class InitialWeights:
+    """Weights of a checkpoint's safetensors files by the names of a model's parameters, and what adapters begin with.
+
+    Nothing is read before it is asked for, and of a matrix the asked rows alone.
+    """
+
+    def __init__(self, path: str, model: TrainedVoxtral, seed: int) -> None:
+        """Find every parameter of a model, which may be on the meta device, in a folder or the hub's cache.
+
+        Raises:
+            UserError: a file is missing or damaged, or holds no parameter of that name and shape.
+        """
+        self._path = path
+        self._seed = seed
+        self._stored = self._find(model)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._check()
+
+    def __call__(self, name: str) -> Tensor:
+        """A parameter's first value on the CPU, in the precision that it is stored in."""
+        return self.rows(name, 0, self._shapes[name][0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """A part of it along the first dimension."""
+        if not is_adapter(name):
+            file, key = self._stored[name]
+            values: Tensor = file.get_slice(key)[start:stop]
+            return values
+        return self._adapter(name)[start:stop]
+
+    def fill(self, model: nn.Module, device: torch.device) -> None:
+        """Give all parameters of a skeleton their first values, in its precision."""
+        for name, parameter in list(model.named_parameters()):
+            value = self(name).to(device, parameter.dtype)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+    def _adapter(self, name: str) -> Tensor:
+        """What peft gives an adapter: A random, B zero, so that it changes nothing; DoRA's magnitudes from the weight.
+
+        A is drawn from (seed, name), so that all ranks and engines begin alike.
+        """
+        if ".lora_B." in name:
+            return torch.zeros(self._shapes[name])
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed((self._seed + zlib.crc32(name.encode())) % 2**63)
+            drawn = torch.empty(self._shapes[name])
+            torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            return drawn
+        layer = name.partition(".lora_magnitude_vector.")[0]
+        norms: Tensor = torch.linalg.vector_norm(self(f"{layer}.base_layer.weight").float(), dim=1)
+        return norms
+
+    def _find(self, model: TrainedVoxtral) -> dict[str, tuple[Any, str]]:
+        """File and key of each stored tensor, by the name that this version of transformers gives it."""
+        try:
+            files = [safe_open(file, framework="pt") for file in weight_files(self._path)]
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"`model.path`: the weights of {self._path!r} cannot be read ({type(error).__name__}: "
+                f"{first_line(error)})."
+            ) from error
+        rename = _renaming(model)
+        return {rename(key): (file, key) for file in files for key in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+
+    def _check(self) -> None:
+        stored = {name.replace(_ADAPTED, "."): place for name, place in self._stored.items()}
+        self._stored = {}
+        for name, shape in self._shapes.items():
+            if is_adapter(name):
+                continue
+            place = stored.get(name.replace(_ADAPTED, "."))
+            found = None if place is None else tuple(place[0].get_slice(place[1]).get_shape())
+            if place is None or found != shape:
+                raise UserError(
+                    f"`model.path`: the weights of {self._path!r} must hold `{name}` with the shape {shape}, but "
+                    f"{'lack it' if found is None else f'have {found}'} instead: download or export the model again."
+                )
+            self._stored[name] = place
+
+
+def load_voxtral(config: ModelConfig, trainable: TrainableConfig | None = None, seed: int = 0) -> TrainedVoxtral:
+    """The model that a run begins with, whole and on the CPU: for one process, without an engine.
+
+    Raises:
+        UserError: the path leads to no Voxtral checkpoint, or the configuration does not fit it.
+    """
+    model = trained_skeleton(config, trainable or TrainableConfig(), DTYPES[config.precision])
+    initialize_buffers(model, torch.device("cpu"))
+    InitialWeights(config.path, model, seed).fill(model, torch.device("cpu"))
+    return model
+
+
+def weight_files(path: str) -> list[Path]:
+    """The safetensors files of a folder or of a model in the hub's cache, which are downloaded if they are not there.
+
+    Raises:
+        FileNotFoundError: there are none, or one of them is missing.
+    """
+    folder = (
+        Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["model*.safetensors*"]))
+    )
+    if (folder / _INDEX).is_file():
+        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = [_WHOLE]
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing")
+    return [folder / name for name in names]
+
+
+def _renaming(model: TrainedVoxtral) -> Callable[[str], str]:
+    """Published checkpoints call some tensors by older names: transformers' own table tells the new ones."""
+    # Known for published classes alone.
+    mapping = get_model_conversion_mapping(skeleton(model.config))
+    return lambda key: rename_source_key(key, mapping, [])[0]
