@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import LoraConfig, OptimizerConfig, RunConfig, TrainableConfig
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import build_train_loader, build_training_set
 from voxtral_dist.data.prompts import VoxtralPrompts
@@ -140,6 +140,20 @@ def test_a_checkpoint_of_other_batches_or_data_is_refused(
     assert "`fingerprint of the shards, their index and the words of contexts` = " in refused_sentence(
         config, tiny_model, "of other shards"
     )
+
+
+def test_a_checkpoint_of_another_training_is_refused(
+    config: RunConfig, saved: Path, tiny_model: Path, fingerprint: str, tmp_path: Path
+) -> None:
+    adapted = config.model_copy(update={"trainable": TrainableConfig(lora=LoraConfig())})
+    assert "`trainable` = {'frozen': [], 'lora': None}" in refused_sentence(adapted, tiny_model, fingerprint)
+    moved = OptimizerConfig(learning_rate=1e-3, algorithm="muon")
+    other = config.model_copy(update={"optimizer": moved})
+    assert "`optimizer.algorithm` = 'adamw', but it is 'muon' now" in refused_sentence(other, tiny_model, fingerprint)
+    build_tiny_voxtral(tmp_path / "other", TINY_SHAPE, seed=1)
+    model = config.model.model_copy(update={"path": str(tmp_path / "other")})
+    begun = config.model_copy(update={"model": model})
+    assert "`fingerprint of the weights of model.path`" in refused_sentence(begun, tiny_model, fingerprint)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(

@@ -3,11 +3,12 @@
     checkpoints/step-0000100/
         state-RRRRR-PPPPP.safetensors   written by rank R: NAME, and NAME//exp_avg and the like; float32, full shape
         config.yaml                     the run's configuration
-        complete.json                   progress, data identity, and which file holds which tensor; written last
+        complete.json                   progress, what data and model it belongs to, which file holds what; written last
 
 The folder is written under a temporary name and renamed; without `complete.json` it does not exist for `latest()`.
-Parameters are stored whole, one after the other, so nothing in a checkpoint depends on how the model was sharded. There
-is no random state in it: the order of data, augmentation and dropout are functions of (seed, step, slot).
+What is trained is stored whole, one parameter after the other, and frozen weights are not stored: so nothing in a
+checkpoint depends on how the model was sharded. There is no random state in it: the order of data, augmentation and
+dropout are functions of (seed, step, slot).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from voxtral_dist.distributed.collectives import from_first_rank, gather_on_firs
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine, ParameterState
 from voxtral_dist.errors import UserError
+from voxtral_dist.weights import fingerprint
 
 _COMPLETE = "complete.json"
 _FORMAT = 2
@@ -66,6 +68,7 @@ class CheckpointDirectory:
         self._config = config
         self._identity = _data_identity(config, data_fingerprint)
         self._world = world
+        self._model_identity = from_first_rank(_model_identity(config) if world.is_first else {}, world)
 
     def latest(self) -> Path | None:
         """The complete checkpoint with the most steps whose files are whole, as rank 0 sees the disk.
@@ -101,6 +104,7 @@ class CheckpointDirectory:
             raise UserError(
                 f"The checkpoint {folder} has format {contents.get('format')!r}, but this version reads {_FORMAT}."
             )
+        self._check_model_identity(folder, contents["model"])
         _check_model(folder, contents["shapes"], engine.parameter_shapes())
         self._check_data(folder, contents["data"])
         progress = TrainProgress(**contents["progress"])
@@ -133,6 +137,7 @@ class CheckpointDirectory:
             "format": _FORMAT,
             "progress": asdict(progress),
             "data": self._identity,
+            "model": self._model_identity,
             "shapes": engine.parameter_shapes(),
             "scalars": engine.scalars(),
             "files": files,
@@ -153,6 +158,14 @@ class CheckpointDirectory:
         for folder in [*self._folder.glob(".step-*.tmp"), *self._folder.glob("step-*")]:
             if not (folder.name.startswith("step-") and (folder / _COMPLETE).is_file()):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _check_model_identity(self, folder: Path, saved: dict[str, Any]) -> None:
+        for key, value in self._model_identity.items():
+            if saved.get(key) != value:
+                raise UserError(
+                    f"The checkpoint {folder} was made with `{key}` = {saved.get(key)!r}, but it is {value!r} now, so "
+                    "it holds the state of another training: restore that value, or choose another `run_dir`."
+                )
 
     def _check_data(self, folder: Path, saved: dict[str, Any]) -> None:
         for key, value in self._identity.items():
@@ -180,6 +193,15 @@ def _data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
         **{f"train_data.{name}": value for name, value in train_data.items()},
         # Last, because it differs too where one of the others does, and they say more.
         "fingerprint of the shards, their index and the words of contexts": data_fingerprint,
+    }
+
+
+def _model_identity(config: RunConfig) -> dict[str, Any]:
+    """What the stored parameters and moments belong to: frozen weights are not in a checkpoint."""
+    return {
+        "trainable": config.trainable.model_dump(mode="json"),
+        "optimizer.algorithm": config.optimizer.algorithm,
+        "fingerprint of the weights of model.path": fingerprint(config.model.path),
     }
 
 

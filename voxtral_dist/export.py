@@ -1,4 +1,8 @@
-"""The trained model as a normal Hugging Face folder, which transformers, vLLM and this package load alike."""
+"""The trained model as a normal Hugging Face folder, which transformers, vLLM and this package load alike.
+
+export/    the whole model; adapters are merged into the weights that they are beside
+adapter/   what was trained with adapters, as peft stores it: small, for the model that training began with
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,12 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
+from voxtral_dist.adapters import is_trained, merge_adapters, save_adapters
+from voxtral_dist.config import LoraConfig, RunConfig
 from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
-from voxtral_dist.model import fill_skeleton, skeleton
+from voxtral_dist.model import fill_skeleton, read_voxtral_config, skeleton
 
 # Everything in a Voxtral folder that training does not change.
 _COMPANION_FILES = (
@@ -28,19 +34,38 @@ _COMPANION_FILES = (
 )
 
 
-def export_hugging_face(engine: Engine, model_path: str, out_dir: Path, dtype: torch.dtype, world: World) -> None:
-    """Write weights (safetensors, in `dtype`), configuration, tokenizer and processor files of the trained model.
+def export_trained(engine: Engine, config: RunConfig, dtype: torch.dtype, world: World) -> None:
+    """Write the folders above into `run_dir`, the weights of `export` in `dtype`.
 
     All ranks call it together; rank 0 holds one copy of the weights on the CPU and writes.
     """
     weights = engine.weights()
     if world.is_first:
-        model = assemble(VoxtralConfig.from_pretrained(model_path), weights, dtype)
-        write_folder(model, model_path, out_dir)
+        _write(weights, config, dtype)
     else:
         for _ in weights:
             pass
     wait_for_all(world)
+
+
+def _write(weights: Iterator[tuple[str, Tensor]], config: RunConfig, dtype: torch.dtype) -> None:
+    path, lora = config.model.path, config.trainable.lora
+    trained: dict[str, Tensor] = {}
+    if lora is not None:
+        weights = merge_adapters(_collecting(weights, lora, trained), lora)
+    write_folder(assemble(read_voxtral_config(path), weights, dtype), path, config.run_dir / "export")
+    if lora is not None:
+        save_adapters(trained, lora, path, config.run_dir / "adapter")
+
+
+def _collecting(
+    weights: Iterator[tuple[str, Tensor]], lora: LoraConfig, trained: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same weights, of which those that were trained are kept too."""
+    for name, value in weights:
+        if is_trained(name, lora):
+            trained[name] = value
+        yield name, value
 
 
 def assemble(

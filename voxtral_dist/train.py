@@ -34,8 +34,9 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
-from voxtral_dist.export import export_hugging_face
+from voxtral_dist.export import export_trained
 from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
+from voxtral_dist.model import chosen_attention
 from voxtral_dist.optim import learning_rate
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def train(config: RunConfig, world: World) -> int:
     evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
 
     with _stop_signals() as stop, MetricsLog(config.run_dir, config.num_steps, progress.step, world) as log:
-        _announce(config, progress, steps.training_set, world, log)
+        _announce(config, progress, steps.training_set, engine.parameter_table(), world, log)
         evaluator.evaluate_if(evaluator.is_owed(progress.step), engine, progress.step, log)
         bad = _BadSampleLimits(config.train_data)
         started = time.monotonic()
@@ -101,7 +102,7 @@ def train(config: RunConfig, world: World) -> int:
                 return EXIT_STOPPED
             evaluator.evaluate_if(is_due, engine, progress.step, log)
             started = time.monotonic()
-        export_hugging_face(engine, config.model.path, config.run_dir / "export", _export_dtype(config), world)
+        export_trained(engine, config, _export_dtype(config), world)
         if world.is_first:
             write_summary(config, progress, world)
         log.say(f"Done: the model is in {config.run_dir / 'export'}, the summary in {config.run_dir / 'summary.json'}.")
@@ -346,7 +347,12 @@ def _stop_signals() -> Iterator[_StopRequest]:
 
 
 def _announce(
-    config: RunConfig, progress: TrainProgress, training_set: TrainingSet, world: World, log: MetricsLog
+    config: RunConfig,
+    progress: TrainProgress,
+    training_set: TrainingSet,
+    parameters: Sequence[str],
+    world: World,
+    log: MetricsLog,
 ) -> None:
     """Store the configuration and say what is about to happen."""
     if world.is_first:
@@ -357,12 +363,13 @@ def _announce(
         "left_out": training_set.streams.left_out,
     }
     log.write("event", progress.step, {"event": "resumed" if progress.step else "started", **values})
-    for line in training_set.lines():
+    for line in [*training_set.lines(), *parameters]:
         log.say(line)
     where = f"from step {progress.step} " if progress.step else ""
     log.say(
         f"Training {where}on {training_set.streams.num_samples} utterances, {world.size} ranks, "
-        f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}"
+        f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}, "
+        f"attention by {chosen_attention(config.model)}"
     )
 
 

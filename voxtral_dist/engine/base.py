@@ -66,6 +66,9 @@ class Engine(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter, frozen ones too, as in `parameter_states`: what an exported model is made of."""
 
+    def parameter_table(self) -> list[str]:
+        """Lines that say which parameters are trained: see `trainable.parameter_table`."""
+
     def scalars(self) -> dict[str, float]:
         """What else the next update depends on, such as the scale of a float16 loss; the same on all ranks."""
 

@@ -34,6 +34,7 @@ from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import DTYPES, TrainedVoxtral, fill_skeleton, initialize_buffers, trained_skeleton
 from voxtral_dist.optim import parameter_groups, set_learning_rate
+from voxtral_dist.trainable import parameter_table
 from voxtral_dist.weights import InitialWeights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -130,6 +131,7 @@ class ZeroEngine:
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
         model = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
+        self._table = parameter_table(model)
         initialize_buffers(model, world.device)
         InitialWeights(config.model.path, model, config.seed).fill(model, world.device)
         self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
@@ -193,6 +195,10 @@ class ZeroEngine:
                 with self._gathered([parameter]):
                     weight = _cpu(parameter)
                 yield name, weight
+
+    def parameter_table(self) -> list[str]:
+        """See `Engine`."""
+        return self._table
 
     def scalars(self) -> dict[str, float]:
         """See `Engine`."""

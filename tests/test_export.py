@@ -1,0 +1,89 @@
+"""What is exported of a run with adapters computes what was trained: merged, and as peft loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import VoxtralForConditionalGeneration
+
+from voxtral_dist.config import LoraConfig, RunConfig, TrainableConfig
+from voxtral_dist.distributed.world import alone
+from voxtral_dist.export import export_trained
+from voxtral_dist.model import TrainedVoxtral
+from voxtral_dist.weights import load_voxtral
+
+from runs import run_config
+
+
+class OneProcess:
+    """An engine as far as exports need it."""
+
+    def __init__(self, model: TrainedVoxtral) -> None:
+        self._model = model
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach()) for name, parameter in self._model.named_parameters())
+
+
+def inputs_of(model: VoxtralForConditionalGeneration) -> dict[str, Tensor]:
+    num_positions = model.config.audio_config.max_source_positions
+    audio = [model.config.audio_token_id] * (num_positions // 4)
+    features = torch.randn((1, 128, 2 * num_positions), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": torch.tensor([[1, 3, 25, *audio, 4, 34, 300, 301]]), "input_features": features}
+
+
+@torch.no_grad()
+def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    logits: Tensor = model.eval()(**inputs).logits
+    return logits
+
+
+@pytest.fixture(params=["lora", "dora"])
+def trained(request: pytest.FixtureRequest, tiny_model: Path, shard_folder: Path, tmp_path: Path) -> Any:
+    """A run's configuration, and a model whose trained parameters have moved away from their first values."""
+    lora = LoraConfig(
+        rank=3,
+        alpha=5,
+        use_dora=request.param == "dora",
+        targets={"encoder": ["q_proj", "k_proj", "fc2"], "language_model": ["v_proj", "down_proj"]},
+        trained_whole=["projector"],
+    )
+    config = run_config(
+        tmp_path / "run", tiny_model, shard_folder, num_steps=5, trainable=TrainableConfig(lora=lora).model_dump()
+    )
+    model = load_voxtral(config.model, config.trainable)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return config, model
+
+
+def test_adapters_are_merged_into_a_plain_model_and_stored_for_peft(trained: tuple[RunConfig, TrainedVoxtral]) -> None:
+    config, model = trained
+    export_trained(OneProcess(model), config, torch.float32, alone("cpu"))  # type: ignore[arg-type]
+    expected = logits_of(model, inputs_of(model))
+    base = VoxtralForConditionalGeneration.from_pretrained(config.model.path)
+    assert not torch.allclose(logits_of(base, inputs_of(model)), expected, atol=0.1)
+    merged = VoxtralForConditionalGeneration.from_pretrained(config.run_dir / "export")
+    torch.testing.assert_close(logits_of(merged, inputs_of(model)), expected, rtol=1e-4, atol=1e-4)
+    by_peft = peft.PeftModel.from_pretrained(base, config.run_dir / "adapter")
+    torch.testing.assert_close(logits_of(by_peft, inputs_of(model)), expected, rtol=1e-4, atol=1e-4)
+    small = (config.run_dir / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert small < 0.5 * (config.run_dir / "export" / "model.safetensors").stat().st_size
+
+
+def test_without_adapters_there_is_no_adapter_folder(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=5)
+    model = load_voxtral(config.model)
+    export_trained(OneProcess(model), config, torch.bfloat16, alone("cpu"))  # type: ignore[arg-type]
+    exported = VoxtralForConditionalGeneration.from_pretrained(config.run_dir / "export", dtype="auto")
+    for name, value in exported.state_dict().items():
+        assert torch.equal(value.float(), model.state_dict()[name].bfloat16().float()), name
+    assert not (config.run_dir / "adapter").exists()

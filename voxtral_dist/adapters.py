@@ -1,0 +1,98 @@
+"""Trained adapters on their way out: merged into the weights beside them, and as peft stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from voxtral_dist.config import Component, LoraConfig
+from voxtral_dist.trainable import ADAPTER_NAME, component_of, is_adapter, peft_config
+
+_BASE = ".base_layer."
+_MAGNITUDE = ".lora_magnitude_vector."
+_ADAPTER_SUFFIX = f".{ADAPTER_NAME}."
+# How peft calls the model that adapters are beside.
+_PEFT_PREFIX = "base_model.model."
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+_MODULES: dict[Component, tuple[str, ...]] = {
+    "encoder": ("audio_tower",),
+    "projector": ("multi_modal_projector",),
+    "language_model": ("language_model", "lm_head"),
+}
+
+
+def merge_adapters(weights: Iterable[tuple[str, Tensor]], lora: LoraConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a model without adapters that computes the same, by its own names.
+
+    W + alpha / rank * B A (LoRA), and the rows of that scaled to the trained magnitudes (DoRA); in float32. A layer's
+    parameters come together, its own weight first: one of them is held at a time.
+    """
+    layer = _Layer(lora)
+    for name, value in weights:
+        if is_adapter(name):
+            layer.add(name, value)
+            continue
+        if not name.startswith(layer.prefix):
+            yield from layer.merged()
+            layer = _Layer(lora)
+        if _BASE in name:
+            layer.prefix = f"{name.partition(_BASE)[0]}."
+            layer.own[name.replace(_BASE, ".")] = value
+        else:
+            yield name, value
+    yield from layer.merged()
+
+
+class _Layer:
+    """A layer with an adapter beside it, of which some parameters have come."""
+
+    def __init__(self, lora: LoraConfig) -> None:
+        self.prefix = ""
+        self.own: dict[str, Tensor] = {}
+        self._adapter: dict[str, Tensor] = {}
+        self._scale = lora.alpha / lora.rank
+
+    def add(self, name: str, value: Tensor) -> None:
+        """A parameter of the adapter: `A`, `B` or DoRA's magnitudes."""
+        self._adapter[name.removeprefix(self.prefix).partition(".")[0]] = value
+
+    def merged(self) -> Iterator[tuple[str, Tensor]]:
+        """The layer's own parameters, with what the adapter adds to its weight."""
+        for name, value in self.own.items():
+            yield name, self._with_adapter(value) if name == f"{self.prefix}weight" else value
+
+    def _with_adapter(self, weight: Tensor) -> Tensor:
+        total = weight + self._scale * (self._adapter["lora_B"] @ self._adapter["lora_A"])
+        if "lora_magnitude_vector" not in self._adapter:
+            return total
+        norms: Tensor = torch.linalg.vector_norm(total, dim=1)
+        return total * (self._adapter["lora_magnitude_vector"] / norms)[:, None]
+
+
+def save_adapters(trained: dict[str, Tensor], lora: LoraConfig, model_path: str, folder: Path) -> None:
+    """Write what was trained (all of it, by the names of parameters) as `PeftModel.from_pretrained` loads it."""
+    layers = [name.partition(".lora_A.")[0] for name in trained if ".lora_A." in name]
+    described = peft_config(lora, layers)
+    described.base_model_name_or_path = model_path
+    described.inference_mode = True
+    described.modules_to_save = [module for part in lora.trained_whole for module in _MODULES[part]] or None
+    folder.mkdir(parents=True, exist_ok=True)
+    described.save_pretrained(folder)
+    save_file({_peft_name(name): value.contiguous() for name, value in trained.items()}, folder / _PEFT_WEIGHTS)
+
+
+def _peft_name(name: str) -> str:
+    """Without the name of the adapter; of magnitudes, which are a layer's weight in peft, without that too."""
+    if not is_adapter(name):
+        return _PEFT_PREFIX + name
+    stored = name.replace(_ADAPTER_SUFFIX, ".")
+    return _PEFT_PREFIX + (stored.removesuffix(".weight") if _MAGNITUDE in name else stored)
+
+
+def is_trained(name: str, lora: LoraConfig) -> bool:
+    """Whether a parameter is an adapter or of a component that is trained whole."""
+    return is_adapter(name) or component_of(name) in lora.trained_whole
