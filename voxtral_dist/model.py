@@ -69,7 +69,8 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         """
         if labels is None or label_places is None:
             return super().forward(**inputs)
-        hidden = self.model(**inputs).last_hidden_state
+        # A cache would be extended a second time where blocks are computed again.
+        hidden = self.model(**inputs, use_cache=False).last_hidden_state
         return self.lm_head(hidden.flatten(0, 1)[label_places], labels, chunk_tokens)
 
 

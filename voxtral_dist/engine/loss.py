@@ -30,6 +30,5 @@ class LossOfMicroBatch:
             labels=batch.target_ids,
             label_places=batch.target_places,
             chunk_tokens=self._chunk_tokens,
-            use_cache=False,
         )
         return loss
