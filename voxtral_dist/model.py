@@ -155,8 +155,13 @@ def _wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) ->
         for number, block in enumerate(blocks):
             if config.compile_blocks:
                 block.forward = torch.compile(block.forward)
-            if every[component] and number % every[component] == 0:
+            if is_checkpointed(number, every[component]):
                 block.forward = _checkpointed(block.forward, block)
+
+
+def is_checkpointed(block_number: int, every: int) -> bool:
+    """Whether every n-th block takes this one; `every` 0 takes none."""
+    return every > 0 and block_number % every == 0
 
 
 def _checkpointed(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
