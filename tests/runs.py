@@ -77,6 +77,15 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
+def scalars_of(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run: (step, value) by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 def _start(
     command: list[str], config: RunConfig, overrides: tuple[str, ...], variables: dict[str, str]
 ) -> subprocess.Popen[str]:

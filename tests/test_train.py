@@ -20,7 +20,7 @@ from voxtral_dist.train import EXIT_STOPPED, refuse_different_data
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
-from runs import TIMEOUT_SECONDS, finish, kill_all, launch, launch_by_entrypoint, run_config
+from runs import TIMEOUT_SECONDS, finish, kill_all, launch, launch_by_entrypoint, run_config, scalars_of
 
 NUM_STEPS = 20
 
@@ -50,6 +50,7 @@ def unbroken(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.Temp
         num_steps=NUM_STEPS,
         checkpoint={"every_steps": 6, "keep": 2},
         evaluation={"test_sets": {"same": {"shards": str(shard_folder), "max_utterances": 7}}, "batch_size": 2},
+        metrics={"peak_tflops": 0.1},
     )
     process = launch(config, 2)
     output = finish(process)
@@ -66,11 +67,18 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_utterances"] == 7
     assert (summary["world_size"], summary["engine"], summary["num_steps"]) == (2, "ZeRO-3", NUM_STEPS)
+    # The peak that the configuration tells: small, so that what a tiny model reaches of it can be seen.
+    assert 0 < summary["model_flops_utilization"] < 1
+    assert 0 <= summary["waiting_fraction"] < 1
+    assert summary["memory_gigabytes"] > 0.1
     score = json.loads((folder / "evaluations" / "step-0000020" / "same.json").read_text())
     assert summary["wer_after"] == score["wer"]
     counts = score["words"]
     errors = counts["substitutions"] + counts["deletions"] + counts["insertions"]
     assert score["wer"] == errors / counts["reference_length"]
+    assert [value for _, value in scalars_of(folder)["evaluation/same/wer"]] == pytest.approx(
+        [summary["wer_before"], summary["wer_after"]]
+    )
     assert (folder / "config.yaml").is_file()
     assert (folder / "export" / "model.safetensors").is_file()
 
@@ -87,6 +95,14 @@ def test_killed_in_the_middle_and_started_again_is_the_run_that_never_stopped(un
     assert second.returncode == 0, output
     assert "Training from step" in output
     assert losses(config.run_dir) == losses(unbroken.run_dir)
+    # In TensorBoard the steps that were done twice appear once.
+    shown = scalars_of(config.run_dir)["train/loss"]
+    assert shown == [(step, pytest.approx(loss)) for step, loss in losses(unbroken.run_dir).items()]
+    rows = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    known = [row["model_flops"] for row in read_metrics(unbroken.run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["model_flops"] for row in rows] == known
+    assert all(0 <= row["waiting_seconds"] < row["step_seconds"] for row in rows)
+    assert all(row["model_flops_utilization"] > 0 for row in rows)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(unbroken: RunConfig) -> None:

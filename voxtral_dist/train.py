@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import StepBatches, TrainingSet, build_train_loader
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.storage import Storage
+from voxtral_dist.devices import peak_flops, peak_memory_bytes
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
@@ -35,8 +37,9 @@ from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.export import export_trained
+from voxtral_dist.flops import BatchShape, TrainingFlops
 from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
-from voxtral_dist.model import chosen_attention
+from voxtral_dist.model import DTYPES, chosen_attention, trained_skeleton
 from voxtral_dist.optim import learning_rate
 
 log = logging.getLogger(__name__)
@@ -76,17 +79,18 @@ def train(config: RunConfig, world: World) -> int:
     test_sets = build_test_sets(config.evaluation, prompts, storage)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = build_engine(config, log_mel, world)
+    flops = training_flops(config)
     checkpoints = CheckpointDirectory(config, steps.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
     evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
 
-    with _stop_signals() as stop, MetricsLog(config.run_dir, config.num_steps, progress.step, world) as log:
+    with _stop_signals() as stop, _metrics_log(config, progress, world) as log:
         _announce(config, progress, steps.training_set, engine.parameter_table(), world, log)
         evaluator.evaluate_if(evaluator.is_owed(progress.step), engine, progress.step, log)
         bad = _BadSampleLimits(config.train_data)
         started = time.monotonic()
         for batches in steps.starting_at(progress.step):
-            result = train_step(config, engine, batches, stop.requested, world)
+            result = train_step(config, engine, batches, stop.requested, world, flops)
             # With the time that was spent waiting for the data of the step.
             step_seconds = time.monotonic() - started
             progress = _advance(progress, result, step_seconds)
@@ -160,22 +164,56 @@ def _lock_run_dir(run_dir: Path) -> None:
             return log.warning("%s is on a file system without locks: nothing keeps a second run out.", run_dir)
 
 
+def training_flops(config: RunConfig) -> TrainingFlops:
+    """What counts the floating point operations of a run's batches."""
+    skeleton = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
+    return TrainingFlops(skeleton, config.model)
+
+
+def _metrics_log(config: RunConfig, progress: TrainProgress, world: World) -> MetricsLog:
+    peak_of_rank = peak_flops(world.device, config.model.precision, config.metrics.peak_tflops)
+    return MetricsLog(
+        config.run_dir,
+        config.num_steps,
+        progress.step,
+        world,
+        peak_flops=peak_of_rank and peak_of_rank * world.size,
+        with_tensorboard=config.metrics.tensorboard,
+    )
+
+
 def train_step(
-    config: RunConfig, engine: Engine, batches: StepBatches, stop_requested: bool, world: World
+    config: RunConfig,
+    engine: Engine,
+    batches: StepBatches,
+    stop_requested: bool,
+    world: World,
+    flops: TrainingFlops | None = None,
 ) -> StepResult:
-    """One update in which every target token of the global batch weighs the same.
+    """One update in which every target token of the global batch weighs the same; its `step_seconds` are 0.
+
+    Args:
+        config: of the run.
+        engine: that holds the model.
+        batches: of this rank.
+        stop_requested: whether a signal asked this rank to stop.
+        world: all ranks.
+        flops: what counts the operations of the model; None counts none.
 
     Raises:
         UserError: the loss or the gradient is not finite; all ranks see it alike, and nothing of it is saved.
     """
-    micro_batches = _with_equal_passes(config, batches.micro_batches, world)
-    num_targets, num_samples, num_bad, num_too_long, audio_seconds, stop = sum_over_ranks(
+    micro_batches, most = _with_equal_passes(config, batches, world)
+    needed = _needed_by(micro_batches)
+    num_targets, num_tokens, model_flops, audio_seconds, num_samples, num_bad, num_too_long, stop = sum_over_ranks(
         [
             sum(batch.num_targets for batch in micro_batches),
+            needed.num_positions,
+            flops.model(needed) if flops else 0.0,
+            sum(batch.audio_seconds for batch in micro_batches),
             sum(batch.num_samples for batch in micro_batches),
             sum(len(batch.bad_samples) for batch in micro_batches),
             sum(bad.is_too_long for batch in micro_batches for bad in batch.bad_samples),
-            sum(batch.audio_seconds for batch in micro_batches),
             float(stop_requested),
         ],
         world,
@@ -191,20 +229,59 @@ def train_step(
     update = engine.step(learning_rate(config.optimizer, batches.step, config.num_steps))
     if not update.is_skipped:
         _refuse_not_finite("norm of the gradient", update.grad_norm, batches.step)
-    metrics = StepMetrics(mean_loss, int(num_targets), audio_seconds, update.learning_rate, update.grad_norm, 0.0)
+    metrics = StepMetrics(
+        loss=mean_loss,
+        num_target_tokens=int(num_targets),
+        num_tokens=int(num_tokens),
+        audio_seconds=audio_seconds,
+        model_flops=model_flops,
+        learning_rate=update.learning_rate,
+        grad_norm=update.grad_norm,
+        step_seconds=0.0,
+        waiting_seconds=most.waiting_seconds,
+        memory_gigabytes=most.memory_gigabytes,
+    )
     return StepResult(metrics, int(num_samples), int(num_bad), int(num_too_long), stop > 0)
 
 
-def _with_equal_passes(config: RunConfig, micro_batches: Sequence[MicroBatch], world: World) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class _Most:
+    """On the rank that has most of it."""
+
+    waiting_seconds: float
+    memory_gigabytes: float
+
+
+def _with_equal_passes(config: RunConfig, batches: StepBatches, world: World) -> tuple[list[MicroBatch], _Most]:
     """The micro-batches with as many passes of the encoder as the rank with the most windows needs.
 
-    Sharded engines exchange weights in every pass, so all ranks must make equally many.
+    Sharded engines exchange weights in every pass, so all ranks must make equally many. In the same maximum over ranks
+    they tell each other how long they waited for data, and how much memory they needed so far.
     """
-    most_windows = max_over_ranks([batch.num_windows for batch in micro_batches], world)
-    return [
+    waiting_microseconds = round(1e6 * batches.waiting_seconds)
+    *most_windows, waiting, memory = max_over_ranks(
+        [
+            *(batch.num_windows for batch in batches.micro_batches),
+            waiting_microseconds,
+            peak_memory_bytes(world.device),
+        ],
+        world,
+    )
+    micro_batches = [
         replace(batch, num_encoder_passes=num_passes(most, config.model.encoder_windows_per_pass))
-        for batch, most in zip(micro_batches, most_windows, strict=True)
+        for batch, most in zip(batches.micro_batches, most_windows, strict=True)
     ]
+    return micro_batches, _Most(waiting / 1e6, memory / 1e9)
+
+
+def _needed_by(micro_batches: Sequence[MicroBatch]) -> BatchShape:
+    """What the mathematics of a step needs on this rank: neither padding nor micro-batches of weight zero."""
+    shapes = (
+        BatchShape.needed(batch.num_windows, batch.positions_per_example, batch.num_targets)
+        for batch in micro_batches
+        if batch.num_samples
+    )
+    return sum(shapes, BatchShape())
 
 
 def _refuse_not_finite(name: str, value: float, step: int) -> None:
@@ -217,9 +294,9 @@ def _refuse_not_finite(name: str, value: float, step: int) -> None:
 
 def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> None:
     """Write `summary.json` from what the run recorded: before and after, on the first test set."""
-    evaluations = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row["kind"] == "evaluation"]
+    recorded = read_metrics(config.run_dir / "metrics.jsonl")
     first_set = next(iter(config.evaluation.test_sets), None)
-    rows = [row for row in evaluations if row["name"] == first_set]
+    rows = [row for row in recorded if row["kind"] == "evaluation" and row["name"] == first_set]
     summary = {
         "test_set": first_set,
         "wer_before": rows[0]["wer"] if rows and rows[0]["step"] == 0 else None,
@@ -227,6 +304,7 @@ def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> N
         "num_utterances": rows[-1]["num_utterances"] if rows else 0,
         "train_seconds": round(progress.train_seconds, 2),
         "audio_seconds_per_second": round(progress.audio_seconds / progress.train_seconds, 2),
+        **_efficiency([row for row in recorded if row["kind"] == "train"]),
         "num_steps": progress.step,
         "num_bad_samples": progress.num_bad_samples,
         "num_too_long": progress.num_too_long,
@@ -234,6 +312,20 @@ def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> N
         "engine": engine_name(config.engine),
     }
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def _efficiency(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Means over the time of training, and the most memory, of the rows that have these figures."""
+    rows = [row for row in rows if "waiting_seconds" in row]
+    measured = [row for row in rows if row["model_flops_utilization"] is not None]
+    seconds = sum(row["step_seconds"] for row in measured)
+    used = sum(row["model_flops_utilization"] * row["step_seconds"] for row in measured)
+    waiting = sum(row["waiting_seconds"] for row in rows)
+    return {
+        "model_flops_utilization": round(used / seconds, 4) if seconds else None,
+        "waiting_fraction": round(waiting / sum(row["step_seconds"] for row in rows), 4) if rows else None,
+        "memory_gigabytes": max((row["memory_gigabytes"] for row in rows), default=None),
+    }
 
 
 class _Evaluator:

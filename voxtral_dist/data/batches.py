@@ -57,6 +57,12 @@ class MicroBatch:
         return len(self.pcm)
 
     @property
+    def positions_per_example(self) -> list[int]:
+        """Without padding. Asked of a batch on a GPU, it waits for the GPU."""
+        counts: list[int] = self.attention_mask.sum(dim=1).tolist()
+        return counts
+
+    @property
     def num_targets(self) -> int:
         """Labels that count in the loss."""
         return len(self.target_ids)

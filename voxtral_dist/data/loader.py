@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,10 +39,14 @@ _NOTHING = SlotSamples((), (), ())
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What one rank runs in one step: as many micro-batches as every other rank."""
+    """What one rank runs in one step: as many micro-batches as every other rank.
+
+    waiting_seconds: from asking for them until they were there.
+    """
 
     step: int
     micro_batches: list[MicroBatch]
+    waiting_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ class TrainLoader:
         )
         batches = iter(stream)
         for step in steps:
-            yield StepBatches(step, list(islice(batches, self._num_micro_batches(step))))
+            asked = time.monotonic()
+            micro_batches = list(islice(batches, self._num_micro_batches(step)))
+            yield StepBatches(step, micro_batches, time.monotonic() - asked)
 
     def _num_micro_batches(self, step: int) -> int:
         return -(-self.training_set.plan.num_slots(step) // self._world_size)
