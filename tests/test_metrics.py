@@ -61,16 +61,18 @@ def measured(world: World, config: RunConfig) -> list[StepMetrics]:
 def test_sums_do_not_depend_on_ranks_and_the_slowest_rank_tells_the_wait(
     tiny_model: Path, shard_folder: Path, tmp_path: Path
 ) -> None:
-    # 5 slots on 3 ranks: one of them runs a micro-batch of weight zero, which nothing is counted of.
+    # 5 slots on 2 ranks: one of them runs a micro-batch of weight zero, which nothing is counted of.
     config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=3, slots_per_step=5)
-    [one] = run_ranks(1, measured, config)
-    three = run_ranks(3, measured, config)
-    for metrics in three:
-        assert [replace(step, waiting_seconds=0.0, memory_gigabytes=0.0) for step in metrics] == [
-            replace(step, waiting_seconds=0.0, memory_gigabytes=0.0) for step in one
-        ]
-        assert [step.waiting_seconds for step in metrics] == [2.0, 2.0]
-    assert len({step.memory_gigabytes for metrics in three for step in metrics[:1]}) == 1
+    one = measured(alone("cpu"), config)
+    both = run_ranks(2, measured, config)
+    for metrics in both:
+        for step, expected in zip(metrics, one, strict=True):
+            assert step.num_tokens == expected.num_tokens
+            assert step.num_target_tokens == expected.num_target_tokens
+            assert step.model_flops == expected.model_flops > 0
+            assert step.audio_seconds == pytest.approx(expected.audio_seconds)
+            assert step.waiting_seconds == 1.0
+    assert len({metrics[0].memory_gigabytes for metrics in both}) == 1
     assert all(0.1 < step.memory_gigabytes < 10 for step in one)
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, 2, 0, 1)
@@ -124,11 +126,12 @@ def test_a_cpu_has_no_utilization_unless_its_peak_is_told() -> None:
 def test_resident_memory_is_a_high_water_mark() -> None:
     cpu = torch.device("cpu")
     before = peak_memory_bytes(cpu)
-    block = torch.ones(2**26)
+    block = torch.ones(before // 4 + 2**20)
     with_block = peak_memory_bytes(cpu)
+    assert with_block > before
     del block
-    assert with_block >= before
-    assert peak_memory_bytes(cpu) >= with_block >= 2**28
+    # Linux counts pages in batches for each core, so the mark wavers by some of them.
+    assert peak_memory_bytes(cpu) > with_block - 2**22
 
 
 def test_lines_of_a_run_leave_out_the_first_step_and_tell_much_waiting(
