@@ -8,7 +8,7 @@ import torch
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import ModelConfig
-from voxtral_dist.model import fill_skeleton, skeleton
+from voxtral_dist.model import fill_skeleton, load_for_inference, skeleton
 from voxtral_dist.weights import load_voxtral
 
 
@@ -27,3 +27,16 @@ def test_a_filled_skeleton_is_its_source_and_keeps_buffers_in_float32(tiny_model
             assert torch.equal(value, expected)
     assert {buffer.dtype for name, buffer in copy.named_buffers() if name.endswith("inv_freq")} == {torch.float32}
     assert torch.bfloat16 in {parameter.dtype for parameter in copy.parameters()}
+
+
+def test_a_trained_model_generates_as_the_published_class_does(tiny_model: Path) -> None:
+    trained = load_voxtral(ModelConfig(path=str(tiny_model), precision="float32")).eval()
+    published = load_for_inference(str(tiny_model), torch.device("cpu"), "float32")
+    audio = trained.config.audio_config
+    num_tokens = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+    inputs = {
+        "input_ids": torch.tensor([[7, *[trained.config.audio_token_id] * num_tokens, 9]]),
+        "input_features": torch.randn(1, audio.num_mel_bins, 2 * audio.max_source_positions),
+    }
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 11}
+    assert torch.equal(trained.generate(**inputs, **options), published.generate(**inputs, **options))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -72,6 +73,9 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         # A cache would be extended a second time where blocks are computed again.
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
         return self.lm_head(hidden.flatten(0, 1)[label_places], labels, chunk_tokens)
+
+    # `generate` reads there what it may pass on, and whether logits of some positions can be had.
+    forward.__signature__ = signature(VoxtralForConditionalGeneration.forward)  # type: ignore[attr-defined]
 
 
 def trained_skeleton(config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype) -> TrainedVoxtral:
