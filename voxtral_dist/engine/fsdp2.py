@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from voxtral_dist.engine.copies import evaluation_copy
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import LossScale
+from voxtral_dist.engine.shard_files import read_shards, write_shards
 from voxtral_dist.engine.sharding import (
     build_mesh,
     fill_shards,
@@ -137,9 +139,7 @@ class Fsdp2Engine:
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
         for name, parameter in self._trained.items():
-            state = self._optimizer.state.get(parameter)
-            # Nothing has been updated yet: AdamW makes its moments at the first step.
-            moments = {key: self._whole(state[key]) if state else torch.zeros(parameter.shape) for key in _MOMENTS}
+            moments = {key: self._whole(moment) for key, moment in self._moments(parameter).items()}
             yield ParameterState(name, self._whole(parameter), moments)
 
     @torch.no_grad()
@@ -147,15 +147,21 @@ class Fsdp2Engine:
         """See `Engine`."""
         for (name, parameter), state in zip(self._trained.items(), states, strict=True):
             assert name == state.name, f"checkpoints keep the order of parameters, but {state.name} came for {name}"
-            rows, local = rows_of(parameter), local_part(parameter)
-            local.copy_(state.weight[rows])
-            self._optimizer.state[parameter] = {
-                "step": torch.tensor(float(num_updates), device=local.device),
-                **{
-                    key: with_local(parameter, state.moments[key][rows].to(local.device, torch.float32, copy=True))
-                    for key in _MOMENTS
-                },
-            }
+            rows = rows_of(parameter)
+            local_part(parameter).copy_(state.weight[rows])
+            self._set_moments(parameter, {key: state.moments[key][rows] for key in _MOMENTS}, num_updates)
+
+    def save_shards(self, folder: Path) -> None:
+        """See `ShardFiles`."""
+        write_shards(self._shards(), folder)
+
+    @torch.no_grad()
+    def load_shards(self, folder: Path, num_updates: int) -> None:
+        """See `ShardFiles`."""
+        for parameter in self._trained.values():
+            nothing = torch.zeros_like(local_part(parameter))
+            self._set_moments(parameter, dict.fromkeys(_MOMENTS, nothing), num_updates)
+        read_shards(self._shards(), folder)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Engine`."""
@@ -176,6 +182,27 @@ class Fsdp2Engine:
             state["step"] -= self._num_skipped
         if self._scale is not None:
             self._scale.load_scalars(scalars)
+
+    def _shards(self) -> dict[str, Tensor]:
+        """All that `parameter_states` gives, sharded, by its names on disk; memory is shared with what is trained."""
+        shards: dict[str, Tensor] = {}
+        for name, parameter in self._trained.items():
+            shards[name] = parameter.detach()
+            shards |= {f"{name}//{key}": moment for key, moment in self._moments(parameter).items()}
+        return shards
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self._optimizer.state.get(parameter)
+        # Nothing has been updated yet: AdamW makes its moments at the first step.
+        return {key: state[key] if state else torch.zeros_like(parameter.detach()) for key in _MOMENTS}
+
+    def _set_moments(self, parameter: nn.Parameter, local: dict[str, Tensor], num_updates: int) -> None:
+        """Give the optimizer copies of this rank's rows of its moments."""
+        device = local_part(parameter).device
+        self._optimizer.state[parameter] = {
+            "step": torch.tensor(float(num_updates), device=device),
+            **{key: with_local(parameter, one.to(device, torch.float32, copy=True)) for key, one in local.items()},
+        }
 
     def _whole(self, value: Tensor) -> Tensor:
         return gathered(value, torch.float32, self._world.device).cpu()

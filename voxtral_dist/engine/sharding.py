@@ -65,7 +65,6 @@ def shard_model(model: TrainedVoxtral, mesh: DeviceMesh, settings: Fsdp2Config, 
 def fill_shards(model: TrainedVoxtral, initial: InitialWeights, device: torch.device) -> None:
     """Give a sharded skeleton its first values: each rank reads its own rows and nothing else."""
     for name, parameter in list(model.named_parameters()):
-        assert isinstance(parameter, DTensor), f"{name} belongs to no unit of sharding"
         rows = rows_of(parameter)
         # A copy, because what was read may be a view of the file's pages.
         local = initial.rows(name, rows.start, rows.stop).to(device, parameter.dtype, copy=True)
@@ -74,33 +73,36 @@ def fill_shards(model: TrainedVoxtral, initial: InitialWeights, device: torch.de
         setattr(model.get_submodule(owner), leaf, filled)
 
 
-def rows_of(value: DTensor) -> slice:
+def sharded(value: Tensor) -> DTensor:
+    """The same, known to be what every parameter is here, and its gradient and moments with it."""
+    assert isinstance(value, DTensor), "it belongs to no unit of sharding"
+    return value
+
+
+def rows_of(value: Tensor) -> slice:
     """The rows of the whole tensor that lie on this rank; none where there are fewer rows than ranks."""
-    mesh = value.device_mesh
+    mesh = sharded(value).device_mesh
     num_rows, num_ranks = value.shape[0], mesh.size(mesh.ndim - 1)
     chunk = -(-num_rows // num_ranks)
     start = min(mesh.get_local_rank(_SHARD if mesh.ndim > 1 else 0) * chunk, num_rows)
     return slice(start, min(start + chunk, num_rows))
 
 
-def with_local(like: DTensor, local: Tensor) -> DTensor:
+def with_local(like: Tensor, local: Tensor) -> DTensor:
     """A tensor that is sharded as another one, of this rank's rows; without communication."""
-    return DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    mesh, placements = sharded(like).device_mesh, sharded(like).placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def local_part(value: Tensor) -> Tensor:
     """This rank's rows, sharing memory with the whole."""
-    assert isinstance(value, DTensor), "every parameter is sharded, and its gradient and moments with it"
-    local: Tensor = value.to_local()
+    local: Tensor = sharded(value).to_local()
     return local
 
 
 @torch.no_grad()
 def gathered(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A copy of the whole tensor on every rank, on a device that ranks communicate on; all of them call it together."""
-    assert isinstance(value, DTensor), "every parameter is sharded, and its gradient and moments with it"
     # Cast first: what is sent is as small as what is asked for.
-    whole: Tensor = with_local(value, value.to_local().to(device, dtype, copy=True)).full_tensor()
+    whole: Tensor = with_local(value, local_part(value).to(device, dtype, copy=True)).full_tensor()
     return whole
