@@ -53,6 +53,12 @@ def launch(config: RunConfig, world_size: int, *overrides: str) -> subprocess.Po
     return _start([*launcher, f"--master_port={_free_port()}", "launch/train.py"], config, overrides, {})
 
 
+def launch_by_torchrun(config: RunConfig, world_size: int, variables: dict[str, str]) -> subprocess.Popen[str]:
+    """Start a run by torch's own command."""
+    launcher = [str(Path(sys.executable).with_name("torchrun")), f"--nproc_per_node={world_size}"]
+    return _start([*launcher, f"--master_port={_free_port()}", "launch/train.py"], config, (), variables)
+
+
 def launch_by_entrypoint(config: RunConfig, world_size: int) -> subprocess.Popen[str]:
     """Start a run as containers and schedulers do."""
     variables = {"PROCS_PER_NODE": str(world_size), "MASTER_PORT": str(_free_port())}

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from voxtral_dist.config import LoraConfig, OptimizerConfig, RunConfig, TrainableConfig
+from voxtral_dist.config import (
+    EngineConfig,
+    Fsdp2Config,
+    LoraConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainableConfig,
+)
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import build_train_loader, build_training_set
 from voxtral_dist.data.prompts import VoxtralPrompts
@@ -49,6 +56,14 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     return losses, states
 
 
+def with_fsdp2(config: RunConfig, run_dir: Path) -> RunConfig:
+    return config.model_copy(update={"run_dir": run_dir, "engine": EngineConfig(fsdp2=Fsdp2Config())})
+
+
+def with_engine(config: RunConfig, name: str, run_dir: Path) -> RunConfig:
+    return with_fsdp2(config, run_dir) if name == "fsdp2" else with_stage(config, int(name), run_dir)
+
+
 def with_stage(config: RunConfig, stage: int, run_dir: Path) -> RunConfig:
     file = config.engine.deepspeed.with_name(f"zero{stage}.json")
     return config.model_copy(
@@ -76,17 +91,36 @@ def unbroken(
     return run_ranks(2, train_to, with_stage(config, 3, tmp_path_factory.mktemp("unbroken")), LAST_STEP)[0]
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(3, 2), (1, 1), (2, 3)])
-def test_resuming_on_other_ranks_or_stages_is_the_unbroken_run(
+@pytest.fixture(scope="module")
+def saved_by_fsdp2(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in shards, by FSDP2."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    run_ranks(2, train_to, with_fsdp2(config, folder), SAVED_STEP)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("saver", "engine", "world_size"),
+    [
+        ("saved", "3", 2),
+        ("saved", "1", 1),
+        ("saved", "2", 3),
+        ("saved", "fsdp2", 1),
+        ("saved_by_fsdp2", "3", 1),
+        ("saved_by_fsdp2", "fsdp2", 3),
+    ],
+)
+def test_resuming_on_other_ranks_or_engines_is_the_unbroken_run(
     config: RunConfig,
-    saved: Path,
+    saver: str,
     unbroken: tuple[list[float], dict[str, torch.Tensor]],
-    stage: int,
+    engine: str,
     world_size: int,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    shutil.copytree(saved, tmp_path / "run")
-    for losses, states in run_ranks(world_size, train_to, with_stage(config, stage, tmp_path / "run"), LAST_STEP):
+    shutil.copytree(request.getfixturevalue(saver), tmp_path / "run")
+    for losses, states in run_ranks(world_size, train_to, with_engine(config, engine, tmp_path / "run"), LAST_STEP):
         assert losses == pytest.approx(unbroken[0][SAVED_STEP:], rel=1e-5)
         assert states.keys() == unbroken[1].keys()
         for name, expected in unbroken[1].items():

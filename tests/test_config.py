@@ -219,7 +219,11 @@ def test_recipes_load_and_fit_the_schema(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_deepspeed_file_of_a_recipe_exists_and_sets_the_stage_alone(recipe):
-    path = REPOSITORY / load_config(recipe).engine.deepspeed
+    engine = load_config(recipe).engine
+    if engine.fsdp2 is not None:
+        assert engine.deepspeed is None
+        return
+    path = REPOSITORY / engine.deepspeed
     settings = json.loads(path.read_text(encoding="utf-8"))
     assert settings["zero_optimization"]["stage"] in (1, 2, 3)
     assert not settings.keys() & {"train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "fp16", "optimizer"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import EngineConfig, Fsdp2Config, RunConfig
 from voxtral_dist.data.index import TAR_BLOCK_BYTES, read_index
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
@@ -20,7 +21,16 @@ from voxtral_dist.train import EXIT_STOPPED, refuse_different_data
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
-from runs import TIMEOUT_SECONDS, finish, kill_all, launch, launch_by_entrypoint, run_config, scalars_of
+from runs import (
+    TIMEOUT_SECONDS,
+    finish,
+    kill_all,
+    launch,
+    launch_by_entrypoint,
+    launch_by_torchrun,
+    run_config,
+    scalars_of,
+)
 
 NUM_STEPS = 20
 
@@ -129,6 +139,26 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken: RunConfig) -> None
     output = finish(second)
     assert second.returncode == 0, output
     assert losses(config.run_dir) == losses(unbroken.run_dir)
+
+
+def test_fsdp2_started_by_torchrun_is_the_same_run(unbroken: RunConfig, tmp_path: Path) -> None:
+    # What a killed build of DeepSpeed left is none of its business.
+    lock = tmp_path / "extensions" / "deepspeed_cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, 0))
+    run_dir = unbroken.run_dir.with_name("torchrun")
+    config = unbroken.model_copy(update={"run_dir": run_dir, "engine": EngineConfig(fsdp2=Fsdp2Config())})
+    process = launch_by_torchrun(config, 2, {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")})
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert losses(run_dir) == pytest.approx(losses(unbroken.run_dir), rel=1e-4)
+    assert json.loads((run_dir / "summary.json").read_text())["engine"] == "FSDP2"
+    for result in ("step-0000020/same.jsonl", "step-0000000/same.jsonl"):
+        theirs = (unbroken.run_dir / "evaluations" / result).read_text()
+        assert (run_dir / "evaluations" / result).read_text() == theirs
+    sizes = [(folder / "export" / "model.safetensors").stat().st_size for folder in (run_dir, unbroken.run_dir)]
+    assert sizes[0] == sizes[1]
 
 
 def test_too_many_bad_samples_end_the_run(unbroken: RunConfig, tmp_path: Path) -> None:

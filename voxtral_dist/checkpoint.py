@@ -2,13 +2,14 @@
 
     checkpoints/step-0000100/
         state-RRRRR-PPPPP.safetensors   written by rank R: NAME, and NAME//exp_avg and the like; float32, full shape
+        __R_0.distcp, .metadata         or the same tensors in shards, where the engine can write these (`ShardFiles`)
         config.yaml                     the run's configuration
         complete.json                   progress, what data and model it belongs to, which file holds what; written last
 
 The folder is written under a temporary name and renamed; without `complete.json` it does not exist for `latest()`.
-What is trained is stored whole, one parameter after the other, and frozen weights are not stored: so nothing in a
-checkpoint depends on how the model was sharded. There is no random state in it: the order of data, augmentation and
-dropout are functions of (seed, step, slot).
+Tensors have their full shapes, whole or put together from shards, so a run goes on under any engine and on any number
+of ranks. Frozen weights are not stored. There is no random state in it: the order of data, augmentation and dropout are
+functions of (seed, step, slot).
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ from torch import Tensor
 from voxtral_dist.config import RunConfig, dump_config
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, wait_for_all
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import Engine, ParameterState
+from voxtral_dist.engine.base import Engine, ParameterState, ShardFiles
+from voxtral_dist.engine.shard_files import read_whole
 from voxtral_dist.errors import UserError
 from voxtral_dist.weights import fingerprint
 
 _COMPLETE = "complete.json"
 _FORMAT = 2
+# How tensors lie on disk: each in one safetensors file, or in shards of several ranks (`engine.shard_files`).
+_WHOLE = "whole"
+_SHARDS = "dcp"
 log = logging.getLogger(__name__)
 
 # Keys of `train_data` that change neither what is drawn nor its order: shards may move, and are known by fingerprint.
@@ -108,7 +113,7 @@ class CheckpointDirectory:
         _check_model(folder, contents["shapes"], engine.parameter_shapes())
         self._check_data(folder, contents["data"])
         progress = TrainProgress(**contents["progress"])
-        engine.load_parameter_states(_read_states(folder, contents), progress.step)
+        self._load(engine, folder, contents, progress.step)
         engine.load_scalars(contents["scalars"])
         return progress
 
@@ -120,19 +125,35 @@ class CheckpointDirectory:
             self._sweep()
             temporary.mkdir(parents=True)
         wait_for_all(self._world)
-        placed = gather_on_first(_PartWriter(temporary, self._world).write(engine.parameter_states()), self._world)
+        layout = self._write(engine, temporary)
         if self._world.is_first:
-            self._complete(temporary, progress, engine, {name: file for part in placed for name, file in part.items()})
+            self._complete(temporary, progress, engine, layout)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             self._remove_old()
         wait_for_all(self._world)
         return final
 
-    def _complete(self, folder: Path, progress: TrainProgress, engine: Engine, placed: dict[str, str]) -> None:
+    def _write(self, engine: Engine, folder: Path) -> dict[str, Any]:
+        """Write weights and moments; on rank 0, what a reader must know of their files."""
+        if isinstance(engine, ShardFiles):
+            engine.save_shards(folder)
+            return {"layout": _SHARDS}
+        placed = gather_on_first(_PartWriter(folder, self._world).write(engine.parameter_states()), self._world)
+        return {"layout": _WHOLE, "tensors": {name: file for part in placed for name, file in part.items()}}
+
+    def _load(self, engine: Engine, folder: Path, contents: dict[str, Any], num_updates: int) -> None:
+        if contents.get("layout", _WHOLE) == _WHOLE:
+            engine.load_parameter_states(_read_states(folder, contents), num_updates)
+        elif isinstance(engine, ShardFiles):
+            engine.load_shards(folder, num_updates)
+        else:
+            engine.load_parameter_states(read_whole(folder, contents["shapes"]), num_updates)
+
+    def _complete(self, folder: Path, progress: TrainProgress, engine: Engine, layout: dict[str, Any]) -> None:
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        assert files.keys() >= set(layout.get("tensors", {}).values()), "every file that a rank wrote is there"
         (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
-        files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-        assert files.keys() == set(placed.values()), "every file that a rank wrote is there"
         contents = {
             "format": _FORMAT,
             "progress": asdict(progress),
@@ -141,7 +162,7 @@ class CheckpointDirectory:
             "shapes": engine.parameter_shapes(),
             "scalars": engine.scalars(),
             "files": files,
-            "tensors": placed,
+            **layout,
         }
         (folder / _COMPLETE).write_text(json.dumps(contents, indent=1), encoding="utf-8")
         for path in [*folder.iterdir(), folder]:

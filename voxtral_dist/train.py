@@ -120,8 +120,9 @@ def check_before_loading(config: RunConfig, world: World) -> None:
         UserError: DeepSpeed's file is not usable, a killed build left its lock, or `run_dir` cannot be written or
             another process writes there.
     """
-    check_engine(config)
-    refuse_old_locks()
+    check_engine(config, world.size)
+    if config.engine.deepspeed is not None:
+        refuse_old_locks()
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

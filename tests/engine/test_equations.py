@@ -41,13 +41,14 @@ def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
     return curve, dict(engine.weights())
 
 
-def train_plainly(config: RunConfig) -> tuple[Curve, Weights]:
-    """The same steps by torch alone: one process, one backward pass over the mean of the whole batch."""
+def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | None = None) -> tuple[Curve, Weights]:
+    """The same steps by torch alone: one process, one backward pass over the mean of the whole batch.
+
+    model: another one than that of the library with all weights trained, such as one with adapters.
+    """
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, 0, 1)
-    model = VoxtralForConditionalGeneration.from_pretrained(config.model.path, dtype=torch.float32).train()
-    # Whisper's sinusoids: the class freezes them, and loading forgets that.
-    model.model.audio_tower.embed_positions.requires_grad_(False)
+    model = model or whole_model(config)
     log_mel = LogMel.from_pretrained(config.model.path, torch.device("cpu"))
     settings = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=settings.betas, eps=settings.epsilon)
@@ -74,12 +75,20 @@ def train_plainly(config: RunConfig) -> tuple[Curve, Weights]:
     return curve, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def assert_same(actual: tuple[Curve, Weights], expected: tuple[Curve, Weights]) -> None:
-    assert torch.tensor(actual[0]) == pytest.approx(torch.tensor(expected[0]), rel=2e-5)
-    assert actual[1].keys() == expected[1].keys()
+def whole_model(config: RunConfig) -> VoxtralForConditionalGeneration:
+    """The library's own model with all weights trained."""
+    model = VoxtralForConditionalGeneration.from_pretrained(config.model.path, dtype=torch.float32).train()
+    # Whisper's sinusoids: the class freezes them, and loading forgets that.
+    model.model.audio_tower.embed_positions.requires_grad_(False)
+    return model
+
+
+def assert_same(actual: tuple[Curve, Weights], expected: tuple[Curve, Weights], variant: str = "") -> None:
+    assert torch.tensor(actual[0]) == pytest.approx(torch.tensor(expected[0]), rel=2e-5), variant
+    assert actual[1].keys() == expected[1].keys(), variant
     for name, weight in expected[1].items():
         difference = float((actual[1][name] - weight).abs().max())
-        assert difference < 2e-6, f"{name} differs by {difference}"
+        assert difference < 2e-6, f"{name} differs by {difference} {variant}"
 
 
 @pytest.fixture(scope="module")

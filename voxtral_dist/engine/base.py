@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -74,3 +75,14 @@ class Engine(Protocol):
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
         """Take over what `scalars` gave."""
+
+
+@runtime_checkable
+class ShardFiles(Protocol):
+    """What an engine has besides, if its ranks can write their shards side by side. Implemented by `Fsdp2Engine`."""
+
+    def save_shards(self, folder: Path) -> None:
+        """Write what `parameter_states` gives, so that `shard_files` reads it; all ranks call it together."""
+
+    def load_shards(self, folder: Path, num_updates: int) -> None:
+        """Take over what `save_shards` wrote on any number of ranks, after `num_updates` updates."""

@@ -1,4 +1,4 @@
-"""Which engine a configuration asks for."""
+"""Which engine a configuration asks for. Only that one is imported: DeepSpeed's import takes seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from voxtral_dist.config import EngineConfig, RunConfig
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
-from voxtral_dist.engine.zero import ZeroEngine, read_deepspeed_file
 
 
 def build_engine(config: RunConfig, log_mel: LogMel, world: World) -> Engine:
@@ -15,19 +14,36 @@ def build_engine(config: RunConfig, log_mel: LogMel, world: World) -> Engine:
     Raises:
         UserError: the configuration, the checkpoint and this machine do not fit together.
     """
-    check_engine(config)
+    check_engine(config, world.size)
+    if config.engine.fsdp2 is not None:
+        from voxtral_dist.engine.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(config, config.engine.fsdp2, log_mel, world)
+    from voxtral_dist.engine.zero import ZeroEngine
+
     return ZeroEngine(config, log_mel, world)
 
 
-def check_engine(config: RunConfig) -> None:
-    """Refuse, before a model is built, what the engine cannot do.
+def check_engine(config: RunConfig, world_size: int | None = None) -> None:
+    """Refuse, before a model is built, what the engine cannot do: on any number of ranks, where it is not known yet.
 
     Raises:
         UserError: DeepSpeed's file is not usable, or an option does not go with the engine.
     """
-    read_deepspeed_file(config.engine.deepspeed)
+    if config.engine.fsdp2 is not None:
+        from voxtral_dist.engine.fsdp2 import check_fsdp2
+
+        check_fsdp2(config, config.engine.fsdp2, world_size)
+    else:
+        from voxtral_dist.engine.zero import read_deepspeed_file
+
+        read_deepspeed_file(config.engine.deepspeed)
 
 
 def engine_name(config: EngineConfig) -> str:
     """For logs: `ZeRO-3`, `FSDP2`."""
+    if config.fsdp2 is not None:
+        return "FSDP2"
+    from voxtral_dist.engine.zero import read_deepspeed_file
+
     return f"ZeRO-{read_deepspeed_file(config.deepspeed)['zero_optimization']['stage']}"

@@ -21,7 +21,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
-from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.batches import MicroBatch
@@ -29,10 +28,11 @@ from voxtral_dist.data.features import LogMel
 from voxtral_dist.distributed.collectives import sum_tensor_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import ParameterState, StepUpdate
+from voxtral_dist.engine.copies import evaluation_copy
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import DTYPES, TrainedVoxtral, fill_skeleton, initialize_buffers, trained_skeleton
+from voxtral_dist.model import DTYPES, TrainedVoxtral, initialize_buffers, trained_skeleton
 from voxtral_dist.optim import parameter_groups, set_learning_rate
 from voxtral_dist.trainable import parameter_table
 from voxtral_dist.weights import InitialWeights
@@ -165,7 +165,7 @@ class ZeroEngine:
             finally:
                 self._module.train()
         else:
-            yield self._gathered_copy()
+            yield evaluation_copy(self._config, self._gathered_parameters(), self._module.named_buffers())
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
@@ -212,13 +212,6 @@ class ZeroEngine:
 
     def _gathered(self, parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Any:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank, enabled=self.stage == 3)
-
-    @torch.no_grad()
-    def _gathered_copy(self) -> VoxtralForConditionalGeneration:
-        copy = trained_skeleton(self._config.model, self._config.trainable, DTYPES[self._config.model.precision])
-        fill_skeleton(copy, self._gathered_parameters(), self._module.named_buffers())
-        EncoderPasses(copy, self._config.model.encoder_windows_per_pass)
-        return copy.eval()
 
     def _gathered_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._module.named_parameters():

@@ -1,0 +1,197 @@
+"""FSDP2 on any number of ranks trains as one plain process does on the whole batch, in float32, however it is set."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from voxtral_dist.config import ModelConfig, RunConfig
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.build import check_engine
+from voxtral_dist.engine.loss_scale import LossScale
+from voxtral_dist.errors import UserError
+from voxtral_dist.tiny import build_tiny_voxtral
+from voxtral_dist.weights import load_voxtral
+
+from corpora import TINY_SHAPE
+from ranks import run_ranks
+from runs import run_config
+from test_equations import NUM_STEPS, Curve, Weights, assert_same, train_plainly, train_sharded
+
+CHECKPOINTED = {"activation_checkpointing": {"encoder": 1, "language_model": 2}, "loss_chunk_tokens": 3}
+# Two windows at a time: micro-batches have one to eight, and differ between ranks, down to a silent one.
+IN_PASSES = {"encoder_windows_per_pass": 2}
+FROZEN = {"frozen": ("encoder",)}
+# With fewer rows than there are ranks, some of which hold none of an adapter.
+ADAPTERS = {"lora": {"rank": 2, "targets": {"language_model": ("q_proj", "down_proj"), "projector": ("linear_2",)}}}
+DORA = {"lora": {**ADAPTERS["lora"], "use_dora": True, "trained_whole": ("encoder",)}}
+
+# By the number of ranks and a name: settings of FSDP2, of the model, and what is trained.
+VARIANTS: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    (1, "alone"): ({"cpu_offload": True}, IN_PASSES, {}),
+    (1, "alone with adapters"): ({}, {}, ADAPTERS),
+    (2, "as it is"): ({}, {}, {}),
+    (2, "in passes and checkpointed"): ({"reshard_after_forward": False}, CHECKPOINTED | IN_PASSES, {}),
+    (2, "offloaded replicas"): ({"ranks_per_replica": 1, "cpu_offload": True}, {}, {}),
+    (2, "frozen encoder in passes"): ({}, CHECKPOINTED | IN_PASSES, FROZEN),
+    (2, "magnitudes beside a whole encoder"): ({}, CHECKPOINTED | IN_PASSES, DORA),
+    (3, "as it is"): ({}, CHECKPOINTED | IN_PASSES, {}),
+    (3, "adapters"): ({}, IN_PASSES, ADAPTERS),
+    (4, "replicas"): ({"ranks_per_replica": 2}, IN_PASSES, {}),
+}
+
+
+def variant(config: RunConfig, key: tuple[int, str]) -> RunConfig:
+    engine, model, trainable = VARIANTS[key]
+    tree = config.model_dump()
+    changed = {"engine": {"fsdp2": engine}, "model": tree["model"] | model, "trainable": trainable}
+    return RunConfig.model_validate(tree | changed)
+
+
+def train_all(world: World, configs: list[RunConfig]) -> list[tuple[Curve, Weights]]:
+    return [train_sharded(world, config) for config in configs]
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    # 5 slots: 2 and 3 ranks have unequal shares, so that one of them runs a micro-batch of weight zero.
+    return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_fsdp2_equals_one_plain_process(config: RunConfig, world_size: int) -> None:
+    keys = [key for key in VARIANTS if key[0] == world_size]
+    # One start of processes for all: their imports take longer than their training.
+    of_ranks = run_ranks(world_size, train_all, [variant(config, key) for key in keys])
+    for number, (_, name) in enumerate(keys):
+        trainable = variant(config, keys[number]).trainable
+        expected = train_plainly(config, load_voxtral(config.model, trainable, config.seed))
+        for results in of_ranks:
+            assert_same(results[number], expected, name)
+
+
+# 45 million parameters: 180 MB, many times what libraries allocate by the way.
+LARGER_SHAPE = replace(TINY_SHAPE, text_width=1024, text_heads=8, text_kv_heads=8, text_ffn_width=3072)
+NUM_SHARDS = 8
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def peak_of_building(small: RunConfig, large: RunConfig, rank: int | None) -> int:
+    """Bytes that one rank of eight adds to its process, at its peak, while it builds; None: that loads all of it."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from voxtral_dist.engine.build import build_engine
+
+    torch.set_num_threads(1)
+    # Sends nothing and receives nothing: what waited for other ranks would go on with garbage.
+    dist.init_process_group("fake", store=FakeStore(), rank=rank or 0, world_size=NUM_SHARDS)
+    world = World(rank or 0, NUM_SHARDS, 0, torch.device("cpu"))
+
+    def build(config: RunConfig) -> object:
+        if rank is None:
+            return load_voxtral(config.model)
+        return build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
+
+    build(small)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    built = build(large)
+    peak = status_bytes("VmHWM") - before
+    del built
+    return peak
+
+
+def in_fresh_process(*arguments: Any) -> int:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as one:
+        return one.submit(peak_of_building, *arguments).result()
+
+
+def test_no_rank_ever_holds_more_than_its_part_of_the_model(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "MALLOC_MMAP_THRESHOLD_", "65536")
+    build_tiny_voxtral(tmp_path / "larger", LARGER_SHAPE)
+    small = variant(config, (2, "as it is"))
+    large = small.model_copy(update={"model": ModelConfig(path=str(tmp_path / "larger"), precision="float32")})
+    num_bytes = (tmp_path / "larger" / "model.safetensors").stat().st_size
+    # Its rows, and the pages of the file that they were read from.
+    for rank in (0, NUM_SHARDS - 1):
+        assert in_fresh_process(small, large, rank) < (2 / NUM_SHARDS + 0.1) * num_bytes
+    assert in_fresh_process(small, large, None) > num_bytes
+
+
+def full_weights_alone(world: World, config: RunConfig) -> dict[str, torch.Tensor] | None:
+    """What rank 0 computes by itself, while the other ranks have left the context and wait for nothing."""
+    from voxtral_dist.engine.build import build_engine
+
+    engine = build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
+    with engine.full_weights() as model:
+        assert not model.training
+        if not world.is_first:
+            return None
+        logits = model(input_ids=torch.arange(300, 320)[None]).logits
+        return {"logits": logits, **dict(model.named_parameters())}
+
+
+def test_the_model_of_evaluations_is_whole_and_needs_no_other_rank(config: RunConfig) -> None:
+    trainable = variant(config, (2, "magnitudes beside a whole encoder")).trainable
+    expected = load_voxtral(config.model, trainable, config.seed).eval()
+    adapted = variant(config, (2, "magnitudes beside a whole encoder"))
+    found = run_ranks(2, full_weights_alone, adapted)[0]
+    logits = expected(input_ids=torch.arange(300, 320)[None]).logits
+    torch.testing.assert_close(found.pop("logits"), logits.detach())
+    assert list(found) == [name for name, _ in expected.named_parameters()]
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(found[name], parameter), name
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw_8bit"])
+def test_optimizers_that_do_not_know_shards_are_refused(config: RunConfig, algorithm: str) -> None:
+    tree = variant(config, (2, "as it is")).model_dump()
+    other = RunConfig.model_validate(tree | {"optimizer": tree["optimizer"] | {"algorithm": algorithm}})
+    with pytest.raises(UserError, match=f"`optimizer.algorithm` must be `adamw` .* but is `{algorithm}` instead"):
+        check_engine(other)
+
+
+def test_replicas_that_do_not_fill_the_world_are_refused_as_soon_as_it_is_known(config: RunConfig) -> None:
+    replicas = variant(config, (4, "replicas"))
+    check_engine(replicas)
+    check_engine(replicas, 4)
+    with pytest.raises(UserError, match=r"must divide the number of ranks \(3\), but is 2 instead"):
+        check_engine(replicas, 3)
+
+
+def test_the_loss_scale_halves_on_overflow_doubles_after_good_steps_and_goes_on_after_a_restart() -> None:
+    scale = LossScale(num_steps_to_growth=3)
+    first = scale.value
+    scale.update(is_finite=False)
+    assert scale.value == first / 2
+    for _ in range(2):
+        scale.update(is_finite=True)
+    restarted = LossScale(num_steps_to_growth=3)
+    restarted.load_scalars(scale.scalars())
+    for one in (scale, restarted):
+        assert one.value == first / 2
+        one.update(is_finite=True)
+        assert one.value == first
+
+
+def test_gradients_that_are_never_finite_exhaust_the_loss_scale() -> None:
+    scale = LossScale()
+    for _ in range(100):
+        scale.update(is_finite=False)
+    assert scale.is_exhausted
+    assert scale.value == 1.0

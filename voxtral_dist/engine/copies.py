@@ -1,0 +1,24 @@
+"""A plain copy of a sharded model: it has no hooks of an engine, so ranks decode without waiting for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.engine.encoder import EncoderPasses
+from voxtral_dist.model import DTYPES, TrainedVoxtral, fill_skeleton, trained_skeleton
+
+
+@torch.no_grad()
+def evaluation_copy(
+    config: RunConfig, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
+) -> TrainedVoxtral:
+    """The model of a run in evaluation mode, with weights that come in the order of its parameters."""
+    copy = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
+    fill_skeleton(copy, weights, buffers)
+    EncoderPasses(copy, config.model.encoder_windows_per_pass)
+    copy.eval()
+    return copy

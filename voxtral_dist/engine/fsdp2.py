@@ -1,0 +1,230 @@
+"""torch's FSDP2 (`fully_shard`; FSDP: Zhao et al., arXiv 2304.11277) behind the `Engine` protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from voxtral_dist.config import Fsdp2Config, RunConfig
+from voxtral_dist.data.batches import MicroBatch
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.base import ParameterState, StepUpdate
+from voxtral_dist.engine.copies import evaluation_copy
+from voxtral_dist.engine.encoder import EncoderPasses
+from voxtral_dist.engine.loss import LossOfMicroBatch
+from voxtral_dist.engine.loss_scale import LossScale
+from voxtral_dist.engine.shard_files import read_shards, write_shards
+from voxtral_dist.engine.sharding import (
+    build_mesh,
+    fill_shards,
+    gathered,
+    local_part,
+    rows_of,
+    shard_group,
+    shard_model,
+    with_local,
+)
+from voxtral_dist.errors import UserError
+from voxtral_dist.model import DTYPES, initialize_buffers, trained_skeleton
+from voxtral_dist.optim import parameter_groups, set_learning_rate
+from voxtral_dist.trainable import parameter_table
+from voxtral_dist.weights import InitialWeights
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_NUM_SKIPPED = "num_skipped_steps"
+# As in torch.nn.utils.clip_grad_norm_.
+_CLIPPING_EPSILON = 1e-6
+
+
+def check_fsdp2(config: RunConfig, settings: Fsdp2Config, world_size: int | None) -> None:
+    """Refuse what FSDP2 cannot do; the world size is None where it is not known yet.
+
+    Raises:
+        UserError: an optimizer that needs whole matrices or plain tensors, or replicas that do not fill the world.
+    """
+    if config.optimizer.algorithm != "adamw":
+        raise UserError(
+            f"`optimizer.algorithm` must be `adamw` with `engine.fsdp2`, but is `{config.optimizer.algorithm}` "
+            "instead, which does not work on FSDP2's shards: choose `adamw`, or `engine.deepspeed`."
+        )
+    per_replica = settings.ranks_per_replica
+    if world_size is not None and per_replica is not None and world_size % per_replica != 0:
+        raise UserError(
+            f"`engine.fsdp2.ranks_per_replica` must divide the number of ranks ({world_size}), but is {per_replica} "
+            "instead."
+        )
+
+
+class Fsdp2Engine:
+    """A model whose weights, gradients and optimizer states are sharded over ranks, and gathered block by block."""
+
+    def __init__(self, config: RunConfig, settings: Fsdp2Config, log_mel: LogMel, world: World) -> None:
+        """Build the model of a run; no rank ever holds more than its own shard of the weights.
+
+        Raises:
+            UserError: the configuration, the checkpoint and this machine do not fit together.
+        """
+        self._config = config
+        self._world = world
+        self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
+        self._mesh = build_mesh(world, settings.ranks_per_replica)
+        # Sums over micro-batches lose small gradients in bfloat16: then each is summed over replicas, in float32 after.
+        self._sums_before_replicas = self._mesh.ndim > 1 and settings.reduce_precision == "float32"
+        model = trained_skeleton(config.model, config.trainable, torch.float32)
+        self._table = parameter_table(model)
+        initialize_buffers(model, world.device)
+        initial = InitialWeights(config.model.path, model, config.seed)
+        shard_model(model, self._mesh, settings, DTYPES[config.model.precision])
+        fill_shards(model, initial, torch.device("cpu") if settings.cpu_offload else world.device)
+        self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
+        self._model = model
+        # Taken once: while a block is gathered, its module has other parameters.
+        self._parameters = dict(model.named_parameters())
+        self._trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.optimizer),
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.epsilon,
+            fused=True,
+        )
+        self._scale = LossScale() if config.model.precision == "float16" else None
+        self._num_skipped = 0
+
+    def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
+        """See `Engine`. FSDP2 averages gradients over ranks, hence the factor of the world size.
+
+        Every micro-batch reduces its gradients to shards. Waiting for the last one (`set_requires_gradient_sync`) would
+        send less, but keep 4 bytes a parameter on every rank, where all that is sharded takes 16 over the number of
+        ranks. What replicas exchange does wait for the last one, because it waits in shards.
+        """
+        if self._sums_before_replicas:
+            self._model.set_requires_all_reduce(is_last)
+        self._encoder.num_passes = batch.num_encoder_passes
+        loss_sum = self._loss(self._model, batch.to(self._world.device))
+        scale = self._scale.value if self._scale else 1.0
+        (loss_sum * (scale * self._world.size / num_targets)).backward()  # type: ignore[no-untyped-call]
+        return loss_sum.detach()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> StepUpdate:
+        """See `Engine`. Nothing is updated by gradients that are not finite."""
+        gradients = [local_part(one.grad) for one in self._trained.values() if one.grad is not None]
+        scale = self._scale.value if self._scale else 1.0
+        grad_norm = self._norm_over_ranks(gradients) / scale
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            _multiply(gradients, _clipping_factor(grad_norm, self._config.optimizer.max_grad_norm) / scale)
+            set_learning_rate(self._optimizer, learning_rate)
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        is_skipped = not is_finite and self._scale is not None and not self._scale.is_exhausted
+        self._num_skipped += is_skipped
+        if self._scale is not None:
+            self._scale.update(is_finite)
+        return StepUpdate(grad_norm, learning_rate, is_skipped)
+
+    @contextmanager
+    def full_weights(self) -> Iterator[nn.Module]:
+        """See `Engine`. A copy is gathered, parameter by parameter, and lives as long as the context."""
+        dtype = DTYPES[self._config.model.precision]
+        whole = ((name, gathered(one, dtype, self._world.device)) for name, one in self._parameters.items())
+        yield evaluation_copy(self._config, whole, self._model.named_buffers())
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """See `Engine`."""
+        for name, parameter in self._trained.items():
+            moments = {key: self._whole(moment) for key, moment in self._moments(parameter).items()}
+            yield ParameterState(name, self._whole(parameter), moments)
+
+    @torch.no_grad()
+    def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
+        """See `Engine`."""
+        for (name, parameter), state in zip(self._trained.items(), states, strict=True):
+            assert name == state.name, f"checkpoints keep the order of parameters, but {state.name} came for {name}"
+            rows = rows_of(parameter)
+            local_part(parameter).copy_(state.weight[rows])
+            self._set_moments(parameter, {key: state.moments[key][rows] for key in _MOMENTS}, num_updates)
+
+    def save_shards(self, folder: Path) -> None:
+        """See `ShardFiles`."""
+        write_shards(self._shards(), folder)
+
+    @torch.no_grad()
+    def load_shards(self, folder: Path, num_updates: int) -> None:
+        """See `ShardFiles`."""
+        for parameter in self._trained.values():
+            nothing = torch.zeros_like(local_part(parameter))
+            self._set_moments(parameter, dict.fromkeys(_MOMENTS, nothing), num_updates)
+        read_shards(self._shards(), folder)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Engine`."""
+        return {name: tuple(parameter.shape) for name, parameter in self._trained.items()}
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine`."""
+        return ((name, self._whole(parameter)) for name, parameter in self._parameters.items())
+
+    def parameter_table(self) -> list[str]:
+        """See `Engine`."""
+        return self._table
+
+    def scalars(self) -> dict[str, float]:
+        """See `Engine`: the scale of a float16 loss, and how many of the steps it has cost."""
+        return {_NUM_SKIPPED: float(self._num_skipped), **(self._scale.scalars() if self._scale else {})}
+
+    def load_scalars(self, scalars: dict[str, float]) -> None:
+        """See `Engine`. Follows `load_parameter_states`, which counts skipped steps as updates."""
+        self._num_skipped = int(scalars.get(_NUM_SKIPPED, 0))
+        for state in self._optimizer.state.values():
+            state["step"] -= self._num_skipped
+        if self._scale is not None:
+            self._scale.load_scalars(scalars)
+
+    def _shards(self) -> dict[str, Tensor]:
+        """All that `parameter_states` gives, sharded, by its names on disk; memory is shared with what is trained."""
+        shards: dict[str, Tensor] = {}
+        for name, parameter in self._trained.items():
+            shards[name] = parameter.detach()
+            shards |= {f"{name}//{key}": moment for key, moment in self._moments(parameter).items()}
+        return shards
+
+    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self._optimizer.state.get(parameter)
+        # Nothing has been updated yet: AdamW makes its moments at the first step.
+        return {key: state[key] if state else torch.zeros_like(parameter.detach()) for key in _MOMENTS}
+
+    def _set_moments(self, parameter: nn.Parameter, local: dict[str, Tensor], num_updates: int) -> None:
+        """Give the optimizer copies of this rank's rows of its moments."""
+        device = local_part(parameter).device
+        self._optimizer.state[parameter] = {
+            "step": torch.tensor(float(num_updates), device=device),
+            **{key: with_local(parameter, one.to(device, torch.float32, copy=True)) for key, one in local.items()},
+        }
+
+    def _whole(self, value: Tensor) -> Tensor:
+        return gathered(value, torch.float32, self._world.device).cpu()
+
+    def _norm_over_ranks(self, gradients: list[Tensor]) -> float:
+        """The L2 norm of all gradients: each value lies on one rank of a replica."""
+        square = torch.nn.utils.get_total_norm(gradients).to(self._world.device, torch.float64).square()
+        dist.all_reduce(square, group=shard_group(self._mesh))
+        return math.sqrt(float(square))
+
+
+def _clipping_factor(grad_norm: float, max_grad_norm: float) -> float:
+    return min(1.0, max_grad_norm / (grad_norm + _CLIPPING_EPSILON)) if max_grad_norm else 1.0
+
+
+def _multiply(gradients: list[Tensor], factor: float) -> None:
+    if factor != 1.0:
+        for gradient in gradients:
+            gradient.mul_(factor)
