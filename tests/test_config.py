@@ -86,7 +86,7 @@ def test_misspelt_keys_of_a_file_are_all_named(smallest):
         ("optimizer.betas=[0.9]", "optimizer.betas.1"),
         ("optimizer.schedule=cosin", "optimizer.schedule"),
         ("optimizer.warmup_steps=200", "optimizer.warmup_steps"),
-        ("model.precision=float16", "model.precision"),
+        ("model.precision=float8", "model.precision"),
         ("train_data.shards=[]", "train_data.shards"),
         ("train_data.slots_per_step=0", "train_data.slots_per_step"),
         ("train_data.max_bad_fraction=1.5", "train_data.max_bad_fraction"),
@@ -99,6 +99,21 @@ def test_misspelt_keys_of_a_file_are_all_named(smallest):
 )
 def test_a_value_out_of_its_range_is_named(smallest, override, key):
     assert f"`{key}`" in refusal(smallest, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("engine={}", "`engine` must have either `engine.deepspeed` or `engine.fsdp2`, but has none"),
+        ("engine={deepspeed: a.json, fsdp2: {}}", "`engine.fsdp2`, but has both"),
+        ("trainable.lora={trained_whole: [language_model]}", "`language_model` must be in `targets` or"),
+        ("trainable.lora={targets: {decoder: [q_proj]}}", "`trainable.lora.targets.decoder"),
+        ("optimizer.component_learning_rates={encoder: 0}", "`optimizer.component_learning_rates.encoder`"),
+        ("model.activation_checkpointing=true", "`model.activation_checkpointing`"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_in_one_sentence(smallest, override, sentence):
+    assert sentence in refusal(smallest, override)
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "/top", ""])
@@ -193,7 +208,7 @@ def schema() -> dict[str, Any]:
 
 def test_the_schema_describes_every_key():
     sections = [schema(), *schema()["$defs"].values()]
-    assert len(sections) == 14
+    assert len(sections) == 19
     for section in sections:
         assert section["description"], section["title"]
         for key, field in section["properties"].items():
