@@ -41,10 +41,15 @@ def test_offloading_everything_equals_one_plain_process_and_resumes(config: RunC
     assert_resumes(offloaded, tmp_path, relative=1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bfloat16_follows_float32_and_resumes_to_the_last_digit(config: RunConfig, tmp_path: Path, stage: int) -> None:
-    model = config.model.model_copy(update={"precision": "bfloat16"})
-    half = test_checkpoint.with_stage(config.model_copy(update={"model": model}), stage, tmp_path / "half")
+@pytest.mark.parametrize(
+    ("engine", "precision"),
+    [("1", "bfloat16"), ("2", "bfloat16"), ("3", "bfloat16"), ("fsdp2", "bfloat16"), ("fsdp2", "float16")],
+)
+def test_half_precision_follows_float32_and_resumes_to_the_last_digit(
+    config: RunConfig, tmp_path: Path, engine: str, precision: str
+) -> None:
+    model = config.model.model_copy(update={"precision": precision})
+    half = test_checkpoint.with_engine(config.model_copy(update={"model": model}), engine, tmp_path / "half")
     curve, _ = run_ranks(2, test_equations.train_sharded, half)[0]
     expected, _ = test_equations.train_plainly(config)
     assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in expected], rel=5e-3)

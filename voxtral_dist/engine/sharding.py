@@ -81,10 +81,9 @@ def sharded(value: Tensor) -> DTensor:
 
 def rows_of(value: Tensor) -> slice:
     """The rows of the whole tensor that lie on this rank; none where there are fewer rows than ranks."""
-    mesh = sharded(value).device_mesh
-    num_rows, num_ranks = value.shape[0], mesh.size(mesh.ndim - 1)
-    chunk = -(-num_rows // num_ranks)
-    start = min(mesh.get_local_rank(_SHARD if mesh.ndim > 1 else 0) * chunk, num_rows)
+    ranks, num_rows = sharded(value).device_mesh[_SHARD], value.shape[0]
+    chunk = -(-num_rows // ranks.size())
+    start = min(ranks.get_local_rank() * chunk, num_rows)
     return slice(start, min(start + chunk, num_rows))
 
 
