@@ -1,4 +1,4 @@
-"""A checkpoint goes on exactly where it was made, on any number of ranks and under any engine, and refuses strangers."""
+"""A checkpoint goes on exactly where it was made, on any number of ranks, under any engine, and refuses strangers."""
 
 from __future__ import annotations
 
