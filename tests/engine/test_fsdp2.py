@@ -81,6 +81,8 @@ def test_fsdp2_equals_one_plain_process(config: RunConfig, world_size: int) -> N
 # 30 million parameters: 119 MB, many times what libraries allocate by the way.
 LARGER_SHAPE = replace(TINY_SHAPE, text_width=1024, text_heads=8, text_kv_heads=8, text_ffn_width=3072)
 NUM_SHARDS = 8
+# What is no weight: Python's modules and hooks. Measured: 20 MB.
+MODULES_BYTES = 32 * 2**20
 
 
 def status_bytes(name: str) -> int:
@@ -122,11 +124,11 @@ def test_no_rank_ever_holds_more_than_its_part_of_the_model(
     small = variant(config, (2, "as it is"))
     large = small.model_copy(update={"model": ModelConfig(path=str(tmp_path / "larger"), precision="float32")})
     num_bytes = (tmp_path / "larger" / "model.safetensors").stat().st_size
+    # All rows, and the pages of the file that they were read from.
     whole = in_fresh_process(small, large, 0, 1)
     assert whole > num_bytes
-    # The rows of a rank, and the pages of the file that they were read from.
     for rank in (0, NUM_SHARDS - 1):
-        assert in_fresh_process(small, large, rank, NUM_SHARDS) < (2 / NUM_SHARDS + 0.1) * num_bytes
+        assert in_fresh_process(small, large, rank, NUM_SHARDS) < whole / NUM_SHARDS + MODULES_BYTES < num_bytes
 
 
 def full_weights_alone(world: World, config: RunConfig) -> dict[str, torch.Tensor] | None:
