@@ -19,7 +19,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import ParameterState, StepUpdate
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.engine.zero_building import build_model
+from voxtral_dist.engine.zero_building import fill_model
 from voxtral_dist.engine.zero_optimizers import build_optimizer
 from voxtral_dist.engine.zero_settings import complete_settings, zero_stage
 from voxtral_dist.engine.zero_states import full_shape, master_states
@@ -40,12 +40,13 @@ class ZeroEngine:
         Raises:
             UserError: the configuration, the checkpoint and this machine do not fit together.
         """
-        settings = complete_settings(config)
+        model = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
+        settings = complete_settings(config, model, world.size)
         self.stage = zero_stage(settings)
         self._config = config
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
-        model = build_model(config, settings, world)
+        fill_model(model, config, settings, world)
         self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
         self._optimizer = build_optimizer(config, model, settings, world.device)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)

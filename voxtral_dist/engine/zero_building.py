@@ -11,27 +11,28 @@ from torch import Tensor, nn
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.zero_settings import zero_stage
-from voxtral_dist.model import DTYPES, TrainedVoxtral, initialize_buffers, trained_skeleton
+from voxtral_dist.model import TrainedVoxtral, initialize_buffers
 from voxtral_dist.weights import InitialWeights
 
 
-def build_model(config: RunConfig, settings: dict[str, Any], world: World) -> TrainedVoxtral:
-    """The model with its initial weights, on this rank's device or, under stage 3, wherever the settings keep its part.
+def fill_model(model: TrainedVoxtral, config: RunConfig, settings: dict[str, Any], world: World) -> None:
+    """Give a skeleton its first weights, on this rank's device or, under stage 3, wherever the settings keep its part.
 
     Args:
-        settings: DeepSpeed's, complete: where parts are kept (`offload_param`), and which group of ranks shares them.
+        model: on the meta device.
+        config: of the run.
+        settings: DeepSpeed's, complete: where parts are kept (`offload_param`), and which ranks share them.
+        world: this rank among all.
 
     Raises:
-        UserError: the checkpoint and the configuration do not fit together.
+        UserError: the checkpoint does not fit the skeleton.
     """
-    model = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
     initialize_buffers(model, world.device)
     weights = InitialWeights(config.model.path, model, config.seed)
     if zero_stage(settings) < 3:
         weights.fill(model, world.device)
     else:
         _fill_sharded(model, weights, settings, world)
-    return model
 
 
 def _fill_sharded(model: nn.Module, weights: InitialWeights, settings: dict[str, Any], world: World) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
+from torch import nn
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.errors import UserError
@@ -71,11 +72,21 @@ def check_zero(config: RunConfig) -> None:
         _check_nvme(config, settings)
 
 
-def complete_settings(config: RunConfig) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets: the user's file, and what DeepSpeed has to know of our configuration."""
+def complete_settings(config: RunConfig, model: nn.Module, world_size: int) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets: the user's file, and what DeepSpeed has to know of our configuration.
+
+    Args:
+        config: of the run.
+        model: its skeleton.
+        world_size: ranks that share the model.
+    """
     settings = read_deepspeed_file(config.engine.deepspeed)
     is_half = config.model.precision != "float32"
     zero = _with_nvme_path(config, settings["zero_optimization"])
+    if offload_device(settings, "offload_param") == "nvme":
+        # DeepSpeed's own default is less than the embeddings of a Voxtral.
+        largest = max(parameter.numel() for parameter in model.parameters())
+        zero["offload_param"] = {"buffer_size": -(-largest // world_size)} | zero["offload_param"]
     if config.optimizer.algorithm == "muon":
         # Muon needs gradients of whole matrices.
         zero["reduce_scatter"] = False
@@ -95,8 +106,6 @@ def complete_settings(config: RunConfig) -> dict[str, Any]:
             "fp16": _FLOAT16 | {"enabled": config.model.precision == "float16"},
             # Sums over micro-batches lose small gradients in half precision.
             **({"data_types": {"grad_accum_dtype": "fp32"}} if is_half else {}),
-            # 8-bit Adam is none of the optimizers that DeepSpeed's own tests cover.
-            "zero_allow_untested_optimizer": config.optimizer.algorithm == "adamw_8bit",
         }
     )
 
@@ -139,8 +148,8 @@ def refuse_without_libaio() -> None:
     """
     if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
         raise UserError(
-            "Offloading to NVMe needs libaio with its headers (Debian: `apt install libaio-dev`; elsewhere set CFLAGS and "
-            "LDFLAGS to it), then `voxtral-dist doctor --with-nvme` builds DeepSpeed's extension."
+            "Offloading to NVMe needs libaio with its headers (Debian: `apt install libaio-dev`; elsewhere set CFLAGS "
+            "and LDFLAGS to it), then `voxtral-dist doctor --with-nvme` builds DeepSpeed's extension."
         )
 
 
@@ -215,14 +224,12 @@ def _check_model(config: RunConfig, settings: dict[str, Any]) -> None:
 
 
 def _check_optimizer(config: RunConfig, settings: dict[str, Any]) -> None:
-    offload = offload_device(settings, "offload_optimizer")
-    algorithm = config.optimizer.algorithm
-    if algorithm != "adamw" and offload != "none":
+    if config.optimizer.algorithm == "adamw_8bit":
         raise UserError(
-            f"`optimizer.algorithm`: {algorithm} cannot be offloaded to {offload}: choose adamw, or take "
-            "`offload_optimizer` out of DeepSpeed's file."
+            "`optimizer.algorithm`: adamw_8bit does not go with DeepSpeed, because moments of 8 bits in its flat "
+            "partitions cannot be saved so that a resumed run is the unbroken one: choose adamw, and offload it."
         )
-    if algorithm == "muon":
+    if config.optimizer.algorithm == "muon":
         _check_muon(config, settings)
 
 
@@ -231,6 +238,11 @@ def _check_muon(config: RunConfig, settings: dict[str, Any]) -> None:
     if stage != 3:
         raise UserError(
             f"`optimizer.algorithm`: muon needs ZeRO-3 or FSDP2, but DeepSpeed's file asks for the stage {stage}."
+        )
+    if offload_device(settings, "offload_optimizer") != "none":
+        raise UserError(
+            "`optimizer.algorithm`: muon cannot be offloaded: choose adamw, or take `offload_optimizer` out of "
+            "DeepSpeed's file."
         )
     if config.optimizer.max_grad_norm:
         raise UserError(
