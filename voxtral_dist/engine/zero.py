@@ -10,22 +10,22 @@ from typing import Any
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import ParameterState, StepUpdate
+from voxtral_dist.engine.copies import evaluation_copy
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.zero_building import fill_model
 from voxtral_dist.engine.zero_optimizers import build_optimizer
 from voxtral_dist.engine.zero_settings import complete_settings, zero_stage
 from voxtral_dist.engine.zero_states import full_shape, master_states
-from voxtral_dist.errors import UserError
-from voxtral_dist.model import DTYPES, TrainedVoxtral, fill_skeleton, trained_skeleton
+from voxtral_dist.model import DTYPES, TrainedVoxtral, trained_skeleton
 from voxtral_dist.optim import set_learning_rate
+from voxtral_dist.trainable import parameter_table
 
 # Of `scalars`, as the other engines call them.
 _NUM_SKIPPED, _SCALE, _NUM_GOOD = "num_skipped_steps", "loss_scale", "num_good_steps"
@@ -41,6 +41,7 @@ class ZeroEngine:
             UserError: the configuration, the checkpoint and this machine do not fit together.
         """
         model = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
+        self._table = parameter_table(model)
         settings = complete_settings(config, model, world.size)
         self.stage = zero_stage(settings)
         self._config = config
@@ -59,7 +60,7 @@ class ZeroEngine:
             # DeepSpeed clips there too, but tells no norm.
             self._optimizer.register_step_pre_hook(self._clip)
         if self._scaler is not None:
-            # `step` says it in a sentence.
+            # The caller says it in a sentence.
             self._scaler.raise_error_at_min_scale = False
 
     def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
@@ -70,24 +71,15 @@ class ZeroEngine:
         return loss_sum.detach()
 
     def step(self, learning_rate: float) -> StepUpdate:
-        """See `Engine`.
-
-        Raises:
-            UserError: gradients overflow in float16, however little the loss is scaled.
-        """
+        """See `Engine`. DeepSpeed updates nothing by gradients that are not finite."""
         set_learning_rate(self._optimizer, learning_rate)
-        was_smallest = self._scaler is not None and self._scaler.cur_scale <= self._scaler.min_scale
+        can_scale_less = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
         self._engine.step()
         if self._engine.was_step_applied():
             return StepUpdate(self._norm(), learning_rate)
-        if was_smallest:
-            raise UserError(
-                "The gradients overflow in float16 although the loss is not scaled any more: set `model.precision` to "
-                "bfloat16 or float32."
-            )
-        self._num_skipped += 1
-        # Without a scaler it is no matter of scaling: the caller refuses the norm.
-        return StepUpdate(math.inf, learning_rate, is_skipped=self._scaler is not None)
+        self._num_skipped += can_scale_less
+        # Otherwise it is no matter of the scale, and the caller refuses the norm.
+        return StepUpdate(math.inf, learning_rate, is_skipped=can_scale_less)
 
     def _norm(self) -> float:
         return self._grad_norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
@@ -113,7 +105,7 @@ class ZeroEngine:
             finally:
                 self._module.train()
         else:
-            yield self._gathered_copy()
+            yield evaluation_copy(self._config, self._gathered_parameters(), self._module.named_buffers())
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
@@ -143,6 +135,10 @@ class ZeroEngine:
                     weight = parameter.detach().to("cpu", torch.float32, copy=True)
                 yield name, weight
 
+    def parameter_table(self) -> list[str]:
+        """See `Engine`."""
+        return self._table
+
     def scalars(self) -> dict[str, float]:
         """See `Engine`: the scale of a float16 loss, and how many of the steps it has cost."""
         skipped = {_NUM_SKIPPED: float(self._num_skipped)}
@@ -165,13 +161,6 @@ class ZeroEngine:
 
     def _gathered(self, parameters: Sequence[nn.Parameter], modifier_rank: int | None = None) -> Any:
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank, enabled=self.stage == 3)
-
-    @torch.no_grad()
-    def _gathered_copy(self) -> VoxtralForConditionalGeneration:
-        copy = trained_skeleton(self._config.model, self._config.trainable, DTYPES[self._config.model.precision])
-        fill_skeleton(copy, self._gathered_parameters(), self._module.named_buffers())
-        EncoderPasses(copy, self._config.model.encoder_windows_per_pass)
-        return copy.eval()
 
     def _gathered_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._module.named_parameters():
