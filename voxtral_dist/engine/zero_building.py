@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from voxtral_dist.config import RunConfig
@@ -61,7 +62,12 @@ class _Sharding:
 
     def __call__(self, parameter: nn.Parameter) -> None:
         if self._first is None:
-            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=self._settings)
+            deepspeed.zero.Init(
+                module=nn.ParameterList([parameter]),
+                config_dict_or_path=self._settings,
+                # DeepSpeed makes ZeRO++'s groups once in a process.
+                zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+            )
             self._first = parameter
         else:
             # What DeepSpeed does with parameters that are added later.
