@@ -12,6 +12,7 @@ from torch import nn
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.engine.zero_settings import offload_device
+from voxtral_dist.engine.zero_states import full_shape
 from voxtral_dist.model import TrainedVoxtral, blocks_of
 from voxtral_dist.optim import parameter_groups, scale_learning_rate
 
@@ -49,7 +50,7 @@ def _muon(model: TrainedVoxtral, groups: list[dict[str, Any]], adam: dict[str, A
 def _block_matrices(model: TrainedVoxtral) -> Iterator[nn.Parameter]:
     for blocks in blocks_of(model).values():
         for block in blocks:
-            yield from (parameter for parameter in block.parameters() if len(parameter.ds_shape) == 2)
+            yield from (parameter for parameter in block.parameters() if len(full_shape(parameter)) == 2)
 
 
 def _split(group: dict[str, Any], adam: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -61,7 +62,7 @@ def _split(group: dict[str, Any], adam: dict[str, Any]) -> Iterator[dict[str, An
     """
     by_columns: dict[int, list[nn.Parameter]] = {}
     for parameter in group["params"]:
-        by_columns.setdefault(parameter.ds_shape[1] if parameter.use_muon else 0, []).append(parameter)
+        by_columns.setdefault(full_shape(parameter)[1] if parameter.use_muon else 0, []).append(parameter)
     for columns, parameters in by_columns.items():
         part = group | {"params": parameters, "use_muon": columns > 0, "lr": adam["lr"]}
         if columns:
