@@ -94,17 +94,19 @@ def train_in_float16(world: World, config: RunConfig, first_scale_power: int) ->
     return train_and_resume(world, config)[:2]
 
 
-def train_and_resume(world: World, config: RunConfig) -> tuple[list[float], dict[str, float], list[str]]:
+def train_and_resume(
+    world: World, config: RunConfig, tolerance: float = 0.0
+) -> tuple[list[float], dict[str, float], list[str]]:
     """Losses, scalars and the names of states of a run that never stops; one that stops half-way ends the same."""
     unbroken = config.model_copy(update={"run_dir": config.run_dir / "unbroken"})
     broken = config.model_copy(update={"run_dir": config.run_dir / "broken"})
     losses, states = test_checkpoint.train_to(world, unbroken, LAST_STEP)
     first, _ = test_checkpoint.train_to(world, broken, 3)
     rest, resumed = test_checkpoint.train_to(world, broken, LAST_STEP)
-    assert first + rest == losses
+    assert first + rest == pytest.approx(losses, rel=tolerance, abs=0.0)
     assert states.keys() == resumed.keys()
     for name, state in states.items():
-        assert torch.equal(state, resumed[name]), name
+        assert float((state - resumed[name]).abs().max()) <= tolerance, name
     saved = sorted(unbroken.run_dir.glob("checkpoints/*/complete.json"))[-1]
     return losses, json.loads(saved.read_text())["scalars"], sorted(states)
 
