@@ -217,10 +217,11 @@ def _add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("doctor", help="check this machine, and build DeepSpeed's extensions with a limit")
     parser.add_argument("--build-timeout", type=positive, default=900, metavar="SECONDS")
     parser.add_argument("--with-offload", action="store_true", help="build also what offloading the optimizer needs")
+    parser.add_argument("--with-nvme", action="store_true", help="build also what offloading to NVMe needs")
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
     from voxtral_dist.doctor import examine
 
-    return examine(parsed.build_timeout, parsed.with_offload)
+    return examine(parsed.build_timeout, parsed.with_offload, parsed.with_nvme)

@@ -434,6 +434,10 @@ class EngineConfig(Section):
     """DeepSpeed's own file, such as `ds_configs/zero3.json`. Batch size, accumulation, precision, optimizer and
     clipping belong to this configuration; a file that sets one of them too is refused."""
 
+    nvme_dir: Path | None = None
+    """A folder on a local drive of each node for what DeepSpeed's file offloads to `nvme` without an `nvme_path` of its
+    own. What lies there is of no use after the run; checkpoints hold it too."""
+
     fsdp2: Fsdp2Config | None = None
     """FSDP2 instead; `{}` takes its defaults."""
 

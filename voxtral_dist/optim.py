@@ -43,6 +43,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group[_FACTOR]
 
 
+def scale_learning_rate(group: dict[str, Any], factor: float) -> None:
+    """Give a group of `parameter_groups` another rate; what decays of its weights in a step stays the same."""
+    group[_FACTOR] *= factor
+    group["weight_decay"] /= factor
+
+
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """The rate of the update with index `step` of `num_steps`: a pure function, so it has no state to save.
 

@@ -7,8 +7,8 @@ import json
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,6 +30,15 @@ _FINGERPRINT_PIECES = 64
 _FINGERPRINT_PIECE_BYTES = 65_536
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is stored, and its shape there."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
 class InitialWeights:
     """Weights of a checkpoint's safetensors files by the names of a model's parameters, and what adapters begin with.
 
@@ -44,9 +53,8 @@ class InitialWeights:
         """
         self._path = path
         self._seed = seed
-        self._stored = self._find(model)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        self._check()
+        self._stored = self._check(self._find(model))
 
     def __call__(self, name: str) -> Tensor:
         """A parameter's first value on the CPU, in the precision that it is stored in."""
@@ -55,8 +63,10 @@ class InitialWeights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """A part of it along the first dimension."""
         if not is_adapter(name):
-            file, key = self._stored[name]
-            values: Tensor = file.get_slice(key)[start:stop]
+            place = self._stored[name]
+            # The file is opened for these rows alone: pages of an open one would count as this process's memory.
+            with safe_open(place.file, framework="pt") as file:
+                values: Tensor = file.get_slice(place.key)[start:stop]
             return values
         return self._adapter(name)[start:stop]
 
@@ -83,32 +93,38 @@ class InitialWeights:
         norms: Tensor = torch.linalg.vector_norm(self(f"{layer}.base_layer.weight").float(), dim=1)
         return norms
 
-    def _find(self, model: TrainedVoxtral) -> dict[str, tuple[Any, str]]:
-        """File and key of each stored tensor, by the name that this version of transformers gives it."""
+    def _find(self, model: TrainedVoxtral) -> dict[str, _Place]:
+        """Where each stored tensor is, by the name that this version of transformers gives it."""
+        rename = _renaming(model)
+        found = {}
         try:
-            files = [safe_open(file, framework="pt") for file in weight_files(self._path)]
+            for path in weight_files(self._path):
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118
+                        found[rename(key)] = _Place(path, key, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"`model.path`: the weights of {self._path!r} cannot be read ({type(error).__name__}: "
                 f"{first_line(error)})."
             ) from error
-        rename = _renaming(model)
-        return {rename(key): (file, key) for file in files for key in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
+        return found
 
-    def _check(self) -> None:
-        stored = {name.replace(_ADAPTED, "."): place for name, place in self._stored.items()}
-        self._stored = {}
+    def _check(self, found: dict[str, _Place]) -> dict[str, _Place]:
+        """The places of the model's own parameters."""
+        stored = {name.replace(_ADAPTED, "."): place for name, place in found.items()}
+        places = {}
         for name, shape in self._shapes.items():
             if is_adapter(name):
                 continue
             place = stored.get(name.replace(_ADAPTED, "."))
-            found = None if place is None else tuple(place[0].get_slice(place[1]).get_shape())
-            if place is None or found != shape:
+            if place is None or place.shape != shape:
                 raise UserError(
                     f"`model.path`: the weights of {self._path!r} must hold `{name}` with the shape {shape}, but "
-                    f"{'lack it' if found is None else f'have {found}'} instead: download or export the model again."
+                    f"{'lack it' if place is None else f'have {place.shape}'} instead: download or export the model "
+                    "again."
                 )
-            self._stored[name] = place
+            places[name] = place
+        return places
 
 
 def fingerprint(path: str) -> str:

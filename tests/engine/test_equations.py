@@ -124,7 +124,7 @@ def test_weights_that_are_never_kept_whole_equal_one_plain_process(
         assert_same(result, plain)
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(1, 2), (2, 2), (3, 2), (3, 1), (3, 3)])
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 2), (2, 2), (3, 2), (3, 1), (3, 3)])
 def test_zero_equals_one_plain_process(
     config: RunConfig, plain: tuple[Curve, Weights], stage: int, world_size: int
 ) -> None:

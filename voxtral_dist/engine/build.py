@@ -35,15 +35,15 @@ def check_engine(config: RunConfig, world_size: int | None = None) -> None:
 
         check_fsdp2(config, config.engine.fsdp2, world_size)
     else:
-        from voxtral_dist.engine.zero import read_deepspeed_file
+        from voxtral_dist.engine.zero_settings import check_zero
 
-        read_deepspeed_file(config.engine.deepspeed)
+        check_zero(config)
 
 
 def engine_name(config: EngineConfig) -> str:
     """For logs: `ZeRO-3`, `FSDP2`."""
     if config.fsdp2 is not None:
         return "FSDP2"
-    from voxtral_dist.engine.zero import read_deepspeed_file
+    from voxtral_dist.engine.zero_settings import read_deepspeed_file, zero_stage
 
-    return f"ZeRO-{read_deepspeed_file(config.deepspeed)['zero_optimization']['stage']}"
+    return f"ZeRO-{zero_stage(read_deepspeed_file(config.deepspeed))}"

@@ -1,0 +1,201 @@
+"""What DeepSpeed's file asks for is done or refused: building in parts, stage 0, adapters, float16, Muon, groups."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.build import check_engine
+from voxtral_dist.errors import UserError
+from voxtral_dist.weights import load_voxtral
+
+import test_checkpoint
+import test_equations
+from ranks import run_ranks
+from runs import run_config
+
+LAST_STEP = test_equations.NUM_STEPS
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=LAST_STEP, slots_per_step=3)
+
+
+def with_zero(config: RunConfig, folder: Path, zero: dict[str, Any], **sections: Any) -> RunConfig:
+    """The same run under other settings of DeepSpeed's, and with some sections changed."""
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    tree = config.model_dump()
+    for name, section in ({"engine": {"deepspeed": file}, "run_dir": folder / "run"} | sections).items():
+        tree[name] = tree[name] | section if isinstance(section, dict) else section
+    return RunConfig.model_validate(tree)
+
+
+def build_in_parts(world: World, config: RunConfig) -> dict[str, tuple[bool, tuple[int, ...], int, torch.Tensor]]:
+    """Of each parameter: whether it is trained, its shape, elements of this rank, and the gathered value."""
+    import deepspeed
+
+    from voxtral_dist.engine.zero_building import fill_model
+    from voxtral_dist.engine.zero_settings import complete_settings
+    from voxtral_dist.model import trained_skeleton
+
+    model = trained_skeleton(config.model, config.trainable, torch.float32)
+    fill_model(model, config, complete_settings(config, model, world.size), world)
+    built = {}
+    for name, parameter in model.named_parameters():
+        own, shape = parameter.ds_tensor.numel(), tuple(parameter.ds_shape)
+        assert parameter.numel() == 0, f"{name} is whole on a rank"
+        with deepspeed.zero.GatheredParameters([parameter]):
+            built[name] = (parameter.requires_grad, shape, own, parameter.detach().clone())
+    return built
+
+
+def test_a_model_that_is_built_in_parts_is_the_stored_one(config: RunConfig, tmp_path: Path) -> None:
+    trainable = {"frozen": ["projector"], "lora": {"rank": 4, "use_dora": True, "trained_whole": ["encoder"]}}
+    adapted = with_zero(config, tmp_path, {"stage": 3}, trainable=trainable)
+    whole = dict(load_voxtral(adapted.model, adapted.trainable, adapted.seed).named_parameters())
+    for built in run_ranks(2, build_in_parts, adapted):
+        assert built.keys() == whole.keys()
+        for name, (is_trained, shape, own, value) in built.items():
+            assert (is_trained, shape) == (whole[name].requires_grad, tuple(whole[name].shape)), name
+            assert own == -(-whole[name].numel() // 2), name
+            assert torch.equal(value, whole[name]), name
+
+
+ADAPTERS = {"lora": {"rank": 4, "use_dora": True, "trained_whole": ["encoder"]}, "frozen": ["projector"]}
+
+
+@pytest.mark.parametrize(("stage", "trainable"), [(1, {"frozen": ["encoder"]}), (2, {"lora": {}}), (3, ADAPTERS)])
+def test_adapters_and_frozen_parts_equal_one_plain_process(
+    config: RunConfig, tmp_path: Path, stage: int, trainable: dict[str, Any]
+) -> None:
+    adapted = with_zero(config, tmp_path, {"stage": stage}, trainable=trainable)
+    model = load_voxtral(adapted.model, adapted.trainable, adapted.seed)
+    plain = test_equations.train_plainly(adapted, model)
+    for result in run_ranks(2, test_equations.train_sharded, adapted):
+        test_equations.assert_same(result, plain)
+
+
+def train_in_float16(world: World, config: RunConfig, first_scale_power: int) -> tuple[list[float], dict[str, float]]:
+    """As `train_and_resume`, where DeepSpeed believes that this CPU computes in float16, which it does slowly."""
+    from deepspeed.accelerator import get_accelerator
+
+    from voxtral_dist.engine import zero_settings
+
+    get_accelerator().is_fp16_supported = lambda: True
+    zero_settings._FLOAT16["initial_scale_power"] = first_scale_power
+    return train_and_resume(world, config)[:2]
+
+
+def train_and_resume(
+    world: World, config: RunConfig, tolerance: float = 0.0
+) -> tuple[list[float], dict[str, float], list[str]]:
+    """Losses, scalars and the names of states of a run that never stops; one that stops half-way ends the same."""
+    unbroken = config.model_copy(update={"run_dir": config.run_dir / "unbroken"})
+    broken = config.model_copy(update={"run_dir": config.run_dir / "broken"})
+    losses, states = test_checkpoint.train_to(world, unbroken, LAST_STEP)
+    first, _ = test_checkpoint.train_to(world, broken, 3)
+    rest, resumed = test_checkpoint.train_to(world, broken, LAST_STEP)
+    assert first + rest == pytest.approx(losses, rel=tolerance, abs=0.0)
+    assert states.keys() == resumed.keys()
+    for name, state in states.items():
+        assert float((state - resumed[name]).abs().max()) <= tolerance, name
+    saved = sorted(unbroken.run_dir.glob("checkpoints/*/complete.json"))[-1]
+    return losses, json.loads(saved.read_text())["scalars"], sorted(states)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_float16_leaves_out_steps_that_overflow_and_resumes_to_the_last_digit(
+    config: RunConfig, tmp_path: Path, stage: int
+) -> None:
+    half = with_zero(config, tmp_path, {"stage": stage}, model={"precision": "float16"})
+    # The largest float16 is below 2^16: a loss of several nats overflows in the first steps.
+    losses, scalars = run_ranks(2, train_in_float16, half, 24)[0]
+    num_skipped = scalars["num_skipped_steps"]
+    assert 1 <= num_skipped < LAST_STEP
+    assert scalars["loss_scale"] == 2.0 ** (24 - num_skipped)
+    assert scalars["num_good_steps"] == LAST_STEP - num_skipped
+    assert losses[int(num_skipped)] == pytest.approx(losses[0], rel=0.2)
+
+
+@pytest.mark.slow
+def test_float16_follows_float32(config: RunConfig, tmp_path: Path) -> None:
+    half = with_zero(config, tmp_path, {"stage": 3}, model={"precision": "float16"})
+    losses, scalars = run_ranks(2, train_in_float16, half, 8)[0]
+    assert scalars["num_skipped_steps"] == 0
+    expected, _ = test_equations.train_plainly(config)
+    assert losses == pytest.approx([loss for loss, _ in expected], rel=5e-3)
+
+
+@pytest.mark.slow
+def test_muon_moves_matrices_as_far_as_adamw_and_resumes_to_the_last_digit(config: RunConfig, tmp_path: Path) -> None:
+    muon = with_zero(config, tmp_path, {"stage": 3}, optimizer={"algorithm": "muon", "max_grad_norm": 0.0})
+    losses, _, states = run_ranks(2, train_and_resume, muon)[0]
+    assert losses[-1] < losses[0]
+    moments = {name.partition("//")[0]: name.partition("//")[2] for name in states if "//" in name}
+    matrix = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert moments[matrix] == "momentum_buffer"
+    assert moments["lm_head.weight"] == "exp_avg_sq"
+    assert moments["model.language_model.layers.0.input_layernorm.weight"] == "exp_avg_sq"
+
+
+@pytest.mark.slow
+def test_secondary_groups_of_zero_plus_plus_equal_one_plain_process_and_resume(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    zero = {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+    grouped = with_zero(config, tmp_path, zero, train_data={"slots_per_step": 5})
+    for result in run_ranks(4, test_equations.train_sharded, grouped):
+        test_equations.assert_same(result, test_equations.train_plainly(grouped))
+    run_ranks(4, train_and_resume, grouped)
+
+
+@pytest.mark.parametrize(
+    ("zero", "sections", "sentence"),
+    [
+        ({"stage": 3}, {"model": {"compile_blocks": True}}, "`model.compile_blocks` does not go with ZeRO-3"),
+        ({"stage": 0}, {"model": {"precision": "bfloat16"}}, "choose the stage 1"),
+        ({"stage": 4}, {}, "must be 0, 1, 2 or 3, but is 4"),
+        ({"stage": 1, "overlap_comm": True}, {}, "`overlap_comm`"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "needs the stage 3"),
+        ({"stage": 3, "reduce_bucket_sise": 1}, {}, "`zero_optimization.reduce_bucket_sise`"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, {}, "`engine.nvme_dir` must name a folder"),
+        ({"stage": 3}, {"optimizer": {"algorithm": "muon"}}, "`optimizer.max_grad_norm` must be 0"),
+        ({"stage": 2}, {"optimizer": {"algorithm": "muon"}}, "muon needs ZeRO-3"),
+        ({"stage": 3}, {"optimizer": {"algorithm": "adamw_8bit"}}, "adamw_8bit does not go with DeepSpeed"),
+        ({"stage": 3}, {"model": {"precision": "float16"}}, "no float16 on this device"),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_before_a_model_is_built(
+    config: RunConfig,
+    tmp_path: Path,
+    zero: dict[str, Any],
+    sections: dict[str, Any],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    with pytest.raises(UserError) as refusal:
+        check_engine(with_zero(config, tmp_path, zero, **sections))
+    assert sentence in str(refusal.value)
+
+
+def test_a_machine_without_libaio_is_told_so_before_a_model_is_built(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepspeed.ops.op_builder.cpu.AsyncIOBuilder.is_compatible", lambda self: False)
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme"}}
+    offloaded = with_zero(
+        config, tmp_path, zero, engine={"nvme_dir": tmp_path, "deepspeed": tmp_path / "deepspeed.json"}
+    )
+    with pytest.raises(UserError, match="needs libaio"):
+        check_engine(offloaded)

@@ -1,0 +1,70 @@
+"""The optimizer that DeepSpeed wraps, by the run's configuration and where its states are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import nn
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.engine.zero_settings import offload_device
+from voxtral_dist.engine.zero_states import full_shape
+from voxtral_dist.model import TrainedVoxtral, blocks_of
+from voxtral_dist.optim import parameter_groups, scale_learning_rate
+
+
+def build_optimizer(
+    config: RunConfig, model: TrainedVoxtral, settings: dict[str, Any], device: torch.device
+) -> torch.optim.Optimizer:
+    """An optimizer over the trained parameters, which may be sharded already."""
+    groups = parameter_groups(model, config.optimizer)
+    arguments: dict[str, Any] = {
+        "lr": config.optimizer.learning_rate,
+        "betas": config.optimizer.betas,
+        "eps": config.optimizer.epsilon,
+    }
+    optimizer: torch.optim.Optimizer
+    if config.optimizer.algorithm == "muon":
+        return _muon(model, groups, arguments)
+    if offload_device(settings, "offload_optimizer") != "none":
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+        return optimizer
+    return torch.optim.AdamW(groups, fused=device.type == "cuda", **arguments)
+
+
+def _muon(model: TrainedVoxtral, groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:
+    # Its import compiles kernels.
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    matrices = {id(parameter) for parameter in _block_matrices(model)}
+    for parameter in model.parameters():
+        parameter.use_muon = id(parameter) in matrices
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam([part for group in groups for part in _split(group, adam)])
+    return optimizer
+
+
+def _block_matrices(model: TrainedVoxtral) -> Iterator[nn.Parameter]:
+    for blocks in blocks_of(model).values():
+        for block in blocks:
+            yield from (parameter for parameter in block.parameters() if len(full_shape(parameter)) == 2)
+
+
+def _split(group: dict[str, Any], adam: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What AdamW updates of a group, and what Muon does: matrices with equally many columns together.
+
+    DeepSpeed scales the update of a matrix by the root of rows over columns, if there are more rows. With a rate that
+    is 0.2 times the root of the columns, its root mean square is that of AdamW (Liu et al., arXiv 2502.16982), so both
+    take the same rate.
+    """
+    by_columns: dict[int, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        by_columns.setdefault(full_shape(parameter)[1] if parameter.use_muon else 0, []).append(parameter)
+    for columns, parameters in by_columns.items():
+        part = group | {"params": parameters, "use_muon": columns > 0, "lr": adam["lr"]}
+        if columns:
+            scale_learning_rate(part, 0.2 * math.sqrt(columns))
+        yield part if columns else part | adam

@@ -1,0 +1,224 @@
+"""Where DeepSpeed keeps the float32 weights and moments of a parameter: in flat partitions, or in files on a drive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from voxtral_dist.distributed.collectives import sum_tensor_over_ranks
+from voxtral_dist.distributed.world import World
+
+_ADAM = ("exp_avg", "exp_avg_sq")
+_MUON = ("momentum_buffer",)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of a parameter's weight or moment.
+
+    inside: its positions in the flattened parameter.
+    values: a view of them where DeepSpeed updates them, with one dimension.
+    """
+
+    inside: slice
+    values: Tensor
+
+
+class MasterStates:
+    """Full float32 weights and moments of trained parameters, read from and written to what ranks hold of them.
+
+    All ranks must go through the parameters together.
+    """
+
+    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, world: World) -> None:
+        self._engine = engine
+        self._optimizer = optimizer
+        self._world = world
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """The full weight, on the CPU."""
+        return self._full(parameter, self._weight_fragment(parameter))
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The full moments by name, on the CPU; zeros before the first update."""
+        keys = _moments_of(getattr(parameter, "use_muon", False))
+        return {key: self._full(parameter, self._moment_fragment(parameter, key)) for key in keys}
+
+    @torch.no_grad()
+    def load(self, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
+        """Take over this rank's part of a full weight and its moments, which must have been created."""
+        _write(self._weight_fragment(parameter), weight)
+        for key, moment in moments.items():
+            fragment = self._moment_fragment(parameter, key)
+            _write(fragment, moment)
+
+    def create_moments(self, num_updates: int) -> None:
+        """Give the optimizer the states that it would otherwise make at its first step."""
+        for partition, group in self._partitions():
+            self._create_state(partition, group, num_updates)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """How many updates Adam's corrections of its means count."""
+        for partition, _ in self._partitions():
+            self._optimizer.state[partition]["step"] = self._step_value(partition, num_updates)
+
+    def _create_state(self, partition: Tensor, group: dict[str, Any], num_updates: int) -> None:
+        state = self._optimizer.state[partition]
+        state["step"] = self._step_value(partition, num_updates)
+        for key in _moments_of(group.get("use_muon", False)):
+            # DeepSpeed makes Muon's before the first step, in the precision that it wants.
+            if key not in state:
+                state[key] = torch.zeros_like(partition)
+
+    def _step_value(self, partition: Tensor, num_updates: int) -> Any:
+        if not isinstance(self._optimizer, torch.optim.AdamW):
+            return num_updates
+        # torch's fused AdamW counts on the device of the weights, the plain one on the CPU.
+        device = partition.device if self._optimizer.defaults["fused"] else "cpu"
+        return torch.tensor(float(num_updates), device=device)
+
+    def _full(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
+        whole = torch.zeros(full_shape(parameter), device=self._world.device)
+        if fragment is not None:
+            whole.view(-1)[fragment.inside].copy_(fragment.values)
+        sum_tensor_over_ranks(whole, self._world)
+        return whole.cpu()
+
+    def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """The tensors that the optimizer updates on this rank, each with its group."""
+        raise NotImplementedError
+
+    def _weight_fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        raise NotImplementedError
+
+    def _moment_fragment(self, parameter: nn.Parameter, key: str) -> Fragment | None:
+        raise NotImplementedError
+
+
+class ReplicatedStates(MasterStates):
+    """Stage 0: every rank updates whole parameters."""
+
+    def _full(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
+        if fragment is None:
+            return torch.zeros(full_shape(parameter))
+        return fragment.values.detach().to("cpu", copy=True).view(full_shape(parameter))
+
+    def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((parameter, group) for group in self._optimizer.param_groups for parameter in group["params"])
+
+    def _weight_fragment(self, parameter: nn.Parameter) -> Fragment:
+        return Fragment(slice(None), parameter.view(-1))
+
+    def _moment_fragment(self, parameter: nn.Parameter, key: str) -> Fragment | None:
+        moment = self._optimizer.state[parameter].get(key)
+        return None if moment is None else Fragment(slice(None), moment.view(-1))
+
+
+class FlatStates(MasterStates):
+    """Stages 1 and 2: the parameters of a group lie one after the other, and each rank updates an equal part."""
+
+    def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((group["params"][0], group) for group in self._optimizer.param_groups)
+
+    def _weight_fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        return self._fragment(parameter, None)
+
+    def _moment_fragment(self, parameter: nn.Parameter, key: str) -> Fragment | None:
+        return self._fragment(parameter, key)
+
+    def _fragment(self, parameter: nn.Parameter, key: str | None) -> Fragment | None:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed puts it there
+        if mapping is None:
+            return None
+        partition = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
+        # DeepSpeed links moments to parameters too, but only when it loads or saves its own checkpoints.
+        whole = partition if key is None else self._optimizer.state[partition].get(key)
+        if whole is None:
+            return None
+        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Fragment(slice(inside.start, inside.start + inside.numel), whole.narrow(0, flat.start, flat.numel))
+
+
+class ShardedStates(MasterStates):
+    """Stage 3: each rank has an equal slice of every flattened parameter, which ZeRO pads at the end.
+
+    The slices of some parameters form a sub-group, which is updated, and moved between memory and drive, as a whole.
+    """
+
+    def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        groups = self._engine.optimizer.sub_group_to_group_id
+        for number, partition in enumerate(self._engine.optimizer.fp32_partitioned_groups_flat):
+            yield partition, self._optimizer.param_groups[groups[number]]
+
+    def create_moments(self, num_updates: int) -> None:
+        """See `MasterStates`. On a drive they are created sub-group by sub-group, as DeepSpeed's first step does."""
+        for number, (partition, group) in enumerate(self._partitions()):
+            if self._is_swapped(number):
+                self._engine.optimizer.optimizer_swapper.swap_in_optimizer_state(partition)
+                self._create_state(partition, group, num_updates)
+                self._engine.optimizer.optimizer_swapper.swap_out_optimizer_state(partition)
+            else:
+                self._create_state(partition, group, num_updates)
+
+    def _weight_fragment(self, parameter: nn.Parameter) -> Fragment:
+        number, start, size = self._place(parameter)
+        partition = self._engine.optimizer.fp32_partitioned_groups_flat[number]
+        whole = self._mapped(number, partition) if self._is_swapped(number) else partition
+        return self._slice(parameter, whole, start, size)
+
+    def _moment_fragment(self, parameter: nn.Parameter, key: str) -> Fragment | None:
+        number, start, size = self._place(parameter)
+        partition = self._engine.optimizer.fp32_partitioned_groups_flat[number]
+        state = self._optimizer.state.get(partition, {})
+        if key not in state:
+            return None
+        whole = self._mapped(number, state[key]) if self._is_swapped(number) else state[key]
+        return self._slice(parameter, whole, start, size)
+
+    def _place(self, parameter: nn.Parameter) -> tuple[int, int, int]:
+        """The number of the sub-group, and where in it the parameter's slice begins, with padding how long it is."""
+        number, start, size = self._engine.optimizer.grad_position[self._engine.optimizer.get_param_id(parameter)]
+        return number, int(start), int(size)
+
+    def _slice(self, parameter: nn.Parameter, whole: Tensor, start: int, size: int) -> Fragment:
+        first = self._world.rank * size
+        own = max(0, min(size, parameter.ds_numel - first))  # type: ignore[attr-defined]  # DeepSpeed puts it there
+        return Fragment(slice(first, first + own), whole.narrow(0, start, own))
+
+    def _is_swapped(self, number: int) -> bool:
+        return bool(self._engine.optimizer._swappable_optimizer_subgroup(number))
+
+    def _mapped(self, number: int, tensor: Tensor) -> Tensor:
+        """A sub-group's weights or one of its moments in DeepSpeed's file on the drive.
+
+        It is mapped, so a parameter costs the reading or writing of its own slice: DeepSpeed's way to one is to swap
+        the whole sub-group in and out.
+        """
+        sub_group = self._engine.optimizer.fp32_partitioned_groups_flat[number]
+        swapped = self._engine.optimizer.optimizer_swapper.swap_params_info[sub_group.ds_id]
+        path = next(one.swap_path for one in swapped.tensors if one.compute_tensor is tensor)
+        return torch.from_file(path, shared=True, size=swapped.numel(), dtype=torch.float32)
+
+
+def master_states(engine: Any, optimizer: torch.optim.Optimizer, stage: int, world: World) -> MasterStates:
+    """How to reach the states of a DeepSpeed engine of that stage."""
+    kind = {0: ReplicatedStates, 3: ShardedStates}.get(stage, FlatStates)
+    return kind(engine, optimizer, world)
+
+
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter that may be sharded: stage 3 empties parameters and keeps their shape beside them."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _moments_of(is_muon: bool) -> tuple[str, ...]:
+    return _MUON if is_muon else _ADAM
+
+
+def _write(fragment: Fragment | None, full: Tensor) -> None:
+    if fragment is not None:
+        fragment.values.copy_(full.flatten()[fragment.inside])
