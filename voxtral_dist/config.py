@@ -376,10 +376,9 @@ class TrainDataConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer and its learning rate over the steps."""
 
-    algorithm: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
+    algorithm: Literal["adamw", "muon"] = "adamw"
     """`adamw` (Loshchilov and Hutter, arXiv 1711.05101), fused on GPUs and DeepSpeed's own on the CPU under offload;
-    `adamw_8bit` keeps its moments in 8 bits (the package bitsandbytes, GPUs only); `muon` updates the matrices of
-    blocks by Muon (torch's, or DeepSpeed's under ZeRO) and all else by AdamW."""
+    `muon` updates the matrices of blocks by DeepSpeed's Muon and all else by AdamW: ZeRO-3 alone, without clipping."""
 
     learning_rate: float = Field(gt=0)
     """The peak, reached after `warmup_steps`."""

@@ -34,6 +34,7 @@ class StepMetrics:
     loss: the mean over target tokens, in nats.
     num_tokens: positions of the language model without padding.
     model_flops: floating point operations that the update needs; see `flops`.
+    grad_norm: None where gradients overflowed in float16, so that the step was left out.
     step_seconds: with the time that was spent waiting for data.
     waiting_seconds: of them, on the rank that waited longest.
     memory_gigabytes: 10^9 bytes; the most that any rank had ever held before this update (`devices.peak_memory_bytes`).
@@ -45,7 +46,7 @@ class StepMetrics:
     audio_seconds: float
     model_flops: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     step_seconds: float
     waiting_seconds: float
     memory_gigabytes: float

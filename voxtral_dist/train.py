@@ -237,7 +237,7 @@ def train_step(
         audio_seconds=audio_seconds,
         model_flops=model_flops,
         learning_rate=update.learning_rate,
-        grad_norm=update.grad_norm,
+        grad_norm=None if update.is_skipped else update.grad_norm,
         step_seconds=0.0,
         waiting_seconds=most.waiting_seconds,
         memory_gigabytes=most.memory_gigabytes,

@@ -156,11 +156,10 @@ def test_the_model_of_evaluations_is_whole_and_needs_no_other_rank(config: RunCo
         assert torch.equal(found[name], parameter), name
 
 
-@pytest.mark.parametrize("algorithm", ["muon", "adamw_8bit"])
-def test_optimizers_that_do_not_know_shards_are_refused(config: RunConfig, algorithm: str) -> None:
+def test_an_optimizer_that_does_not_know_shards_is_refused(config: RunConfig) -> None:
     tree = variant(config, (2, "as it is")).model_dump()
-    other = RunConfig.model_validate(tree | {"optimizer": tree["optimizer"] | {"algorithm": algorithm}})
-    with pytest.raises(UserError, match=f"`optimizer.algorithm` must be `adamw` .* but is `{algorithm}` instead"):
+    other = RunConfig.model_validate(tree | {"optimizer": tree["optimizer"] | {"algorithm": "muon"}})
+    with pytest.raises(UserError, match="`optimizer.algorithm` must be `adamw` .* but is `muon` instead"):
         check_engine(other)
 
 

@@ -67,7 +67,8 @@ def check_zero(config: RunConfig) -> None:
     settings = read_deepspeed_file(config.engine.deepspeed)
     _check_by_deepspeed(config.engine.deepspeed, settings)
     _check_model(config, settings)
-    _check_optimizer(config, settings)
+    if config.optimizer.algorithm == "muon":
+        _check_muon(config, settings)
     if is_on_nvme(settings):
         _check_nvme(config, settings)
 
@@ -223,21 +224,11 @@ def _check_model(config: RunConfig, settings: dict[str, Any]) -> None:
         raise UserError("`model.precision`: DeepSpeed knows no float16 on this device: choose bfloat16 or float32.")
 
 
-def _check_optimizer(config: RunConfig, settings: dict[str, Any]) -> None:
-    if config.optimizer.algorithm == "adamw_8bit":
-        raise UserError(
-            "`optimizer.algorithm`: adamw_8bit does not go with DeepSpeed, because moments of 8 bits in its flat "
-            "partitions cannot be saved so that a resumed run is the unbroken one: choose adamw, and offload it."
-        )
-    if config.optimizer.algorithm == "muon":
-        _check_muon(config, settings)
-
-
 def _check_muon(config: RunConfig, settings: dict[str, Any]) -> None:
     stage = zero_stage(settings)
     if stage != 3:
         raise UserError(
-            f"`optimizer.algorithm`: muon needs ZeRO-3 or FSDP2, but DeepSpeed's file asks for the stage {stage}."
+            f"`optimizer.algorithm`: muon needs ZeRO-3, but DeepSpeed's file asks for the stage {stage}."
         )
     if offload_device(settings, "offload_optimizer") != "none":
         raise UserError(
