@@ -159,7 +159,7 @@ def test_the_model_of_evaluations_is_whole_and_needs_no_other_rank(config: RunCo
 def test_an_optimizer_that_does_not_know_shards_is_refused(config: RunConfig) -> None:
     tree = variant(config, (2, "as it is")).model_dump()
     other = RunConfig.model_validate(tree | {"optimizer": tree["optimizer"] | {"algorithm": "muon"}})
-    with pytest.raises(UserError, match="`optimizer.algorithm` must be `adamw` .* but is `muon` instead"):
+    with pytest.raises(UserError, match=r"`optimizer.algorithm` must be `adamw` .* but is `muon` instead"):
         check_engine(other)
 
 
