@@ -155,13 +155,14 @@ class Activations:
         """Both residual inputs, q, k, v, the output of attention, and the input of the GELU: 11 D values a position;
         and where the layer behind is trained, the outputs of both norms, of heads joined, and of the GELU: 6 D.
 
-        Backward, gradients of both sides of the GELU and two of the residual come to it, while the output of the GELU goes:
+        Backward, gradients of both sides of the GELU and two of the residual come to it while the GELU's output goes:
         6 D more.
         """
         attention, width, size = block.self_attn, self._audio_config.hidden_size, self._itemsize
         ffn = self._audio_config.intermediate_size
         places = num_windows * self._audio_config.max_source_positions
-        values = 6 * width + ffn
+        # The product with values is kept by `sdpa`, not by `eager`.
+        values = (5 if self._attention == "eager" else 6) * width + ffn
         values += width * _is_trained(attention.q_proj, attention.k_proj, attention.v_proj)
         values += (
             width * _is_trained(attention.out_proj) + width * _is_trained(block.fc1) + ffn * _is_trained(block.fc2)
@@ -197,7 +198,7 @@ class Activations:
         2 x 4 E bytes and 2 Q + 2 K + 3 G values; where the layer behind is trained, 2 x 2 E values of the norms and G.
 
         `sdpa` with a mask wants keys and values for each query (2 Q instead of 2 K), and the mask as B T T values.
-        Backward, gradients of the product and both factors and two of the residual come to it, while the product goes:
+        Backward, gradients of the product, both factors and two of the residual come to it while the product goes:
         2 G + 2 E more.
         """
         attention, mlp, size = block.self_attn, block.mlp, self._itemsize

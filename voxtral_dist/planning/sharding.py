@@ -99,35 +99,37 @@ def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
     stage = int(zero["stage"])
     optimizer, weights = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
     overlap = zero.get("overlap_comm")
-    given = {
-        "reduce_bucket": zero.get("reduce_bucket_size"),
-        "prefetch_bucket": zero.get("stage3_prefetch_bucket_size"),
-        "max_live": zero.get("stage3_max_live_parameters"),
-        "max_reuse": zero.get("stage3_max_reuse_distance"),
-        "persistent_size": zero.get("stage3_param_persistence_threshold"),
-        "sub_group": zero.get("sub_group_size"),
-        "num_swap_buffers": optimizer.get("buffer_count"),
-    }
-    plain = ZeroSharding(
+    plain = ZeroSharding(stage)
+
+    def size(key: str, default: int) -> int:
+        # Integers may be written as 5e7.
+        return int(zero.get(key, default))
+
+    return ZeroSharding(
         stage=stage,
         optimizer_place=_PLACES[optimizer.get("device", "none")],
         weights_place=_PLACES[weights.get("device", "none")],
         has_overlap=stage == 3 if overlap is None else bool(overlap),
+        reduce_bucket=size("reduce_bucket_size", plain.reduce_bucket),
+        prefetch_bucket=size("stage3_prefetch_bucket_size", plain.prefetch_bucket),
+        max_live=size("stage3_max_live_parameters", plain.max_live),
+        max_reuse=size("stage3_max_reuse_distance", plain.max_reuse),
+        persistent_size=size("stage3_param_persistence_threshold", plain.persistent_size),
+        sub_group=size("sub_group_size", plain.sub_group),
+        num_swap_buffers=int(optimizer.get("buffer_count", plain.num_swap_buffers)),
     )
-    # Integers may be written as 5e7.
-    return replace(plain, **{name: int(value) for name, value in given.items() if value is not None})
 
 
-# What ds_configs/ sets where DeepSpeed's own defaults are made for larger machines.
-_OURS = {"reduce_bucket": 50_000_000, "persistent_size": 10_000, "has_overlap": True}
+# With the buckets of ds_configs/, where DeepSpeed's own defaults are made for larger machines.
+_ZERO3 = ZeroSharding(3, has_overlap=True, reduce_bucket=50_000_000, persistent_size=10_000)
 STANDARD_SHARDINGS: tuple[Sharding, ...] = (
     ZeroSharding(0),
     ZeroSharding(1),
     ZeroSharding(2, has_overlap=True, reduce_bucket=50_000_000),
-    ZeroSharding(3, **_OURS),  # type: ignore[arg-type]
-    ZeroSharding(3, "host", **_OURS),  # type: ignore[arg-type]
-    ZeroSharding(3, "host", "host", **_OURS),  # type: ignore[arg-type]
-    ZeroSharding(3, "nvme", "nvme", sub_group=100_000_000, **_OURS),  # type: ignore[arg-type]
+    _ZERO3,
+    replace(_ZERO3, optimizer_place="host"),
+    replace(_ZERO3, optimizer_place="host", weights_place="host"),
+    replace(_ZERO3, optimizer_place="nvme", weights_place="nvme", sub_group=100_000_000),
     Fsdp2Sharding(),
     Fsdp2Sharding(reshards=False),
     Fsdp2Sharding(is_offloaded=True),
