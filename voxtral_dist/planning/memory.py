@@ -193,6 +193,7 @@ class _Zero:
             activations=backward_peak(self._parts, growth),
             gathered=self._live(self._sharding.max_reuse // visits),
             flight=0.0 if self._sharding.stage < 2 or self._fills_one_bucket else self._reduced_copy(),
+            has_buckets=True,
         )
 
     def _reduction(self) -> Moment:
@@ -204,7 +205,9 @@ class _Zero:
         if self._setting.device == "cpu" and self._sharding.stage == 2:
             flight += self._bucket * self._size
         gathered = self._live(self._sharding.max_reuse // 2)
-        return self._moment("reduction of gradients", gradients=gradients, gathered=gathered, flight=flight)
+        return self._moment(
+            "reduction of gradients", gradients=gradients, gathered=gathered, flight=flight, has_buckets=True
+        )
 
     def _update(self) -> Moment:
         """Gradients of what is updated together are copied into one float32 tensor; those of weights are gone.
@@ -238,15 +241,18 @@ class _Zero:
         activations: float = 0.0,
         gathered: float = 0.0,
         flight: float = 0.0,
+        has_buckets: bool = False,
     ) -> Moment:
+        """has_buckets: whether gradients are on their way, so that stages 1 and 2 have buckets for them too."""
         weights = self._weights()
+        buckets = self._buckets() if has_buckets or self._sharding.stage == 3 else 0.0
         device = {
             "weights": weights["device"],
             "gradients": gradients if self._sharding.optimizer_place == "device" else 0.0,
             "optimizer": self._optimizer()["device"],
             "activations": activations,
             "gathered weights": gathered,
-            "buffers": self._buckets() + flight,
+            "buffers": buckets + flight,
             "checkpoint": self._mapped(),
             "libraries": library_bytes(self._setting),
         }

@@ -83,11 +83,13 @@ class Planner:
     def row(self, found: MemoryEstimate) -> Row:
         """A line of the table."""
         ranks = self.machine.ranks_of_node
-        host, nvme = found.host_bytes * ranks, found.nvme_bytes * ranks
-        limits = [(found.device_bytes, self.machine.gpu_memory), (host, self.machine.host_memory)]
+        nvme, of_rank, host = found.nvme_bytes * ranks, found.device_bytes, found.host_bytes * ranks
+        if self.machine.device == "cpu":
+            of_rank, host = found.process_bytes, found.process_bytes * ranks
+        limits = [(of_rank, self.machine.gpu_memory), (host, self.machine.host_memory)]
         known = [needed <= limit for needed, limit in limits if limit is not None]
         fits = all(known) if known else None
-        return Row(found.sharding.name, found.peak.name, found.device_bytes, host, nvme, fits)
+        return Row(found.sharding.name, found.peak.name, of_rank, host, nvme, fits)
 
     def standard_shardings(self) -> list[Sharding]:
         """Those that an engine runs in this precision: stage 0 would sum gradients in half precision."""
