@@ -44,7 +44,11 @@ class Report:
         del tree["parameter_lines"]
         workload = tree.pop("workload")
         data = {key: workload[key] for key in ("source", "data", "missing")}
-        unit = "not yet measured on a GPU" if self.machine.device == "gpu" else "measured on CPU ranks"
+        unit = (
+            "not yet measured on a GPU"
+            if self.machine.device == "gpu"
+            else "compared with CPU ranks under ZeRO (docs/benchmarks.md)"
+        )
         return {**tree, "workload": data, "estimate_is": unit}
 
     def lines(self) -> Iterator[str]:
