@@ -13,7 +13,8 @@ memory as the ranks take: else the kernel takes back pages of files, and the pea
 Predicted before the first run: 0.85 or better everywhere.
 
 Measured then, single runs of the rows that a busy machine had time for: the small model 1.00, 0.98 and 0.98 under ZeRO
-1, 2 and 3, 0.98 with all in host memory, and the middle one 0.96 under ZeRO 3. The other rows are not measured yet.
+1, 2 and 3, 0.98 with all in host memory, and the middle one 0.99 and
+0.96 under ZeRO 1 and 3. The other rows are not measured yet.
 """
 
 import json
