@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from voxtral_dist.cli_plan import add_plan
 from voxtral_dist.cli_shards import Commands, add_shards, count, positive
 from voxtral_dist.config import (
     EvaluationConfig,
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_transcribe(commands)
     add_shards(commands)
+    add_plan(commands)
     _add_config(commands)
     _add_tiny(commands)
     _add_doctor(commands)

@@ -49,7 +49,8 @@ def count(text: str) -> int:
     return value
 
 
-def _positive_number(text: str) -> float:
+def positive_number(text: str) -> float:
+    """A number above 0, for argparse."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a positive number, but is {text} instead")
@@ -116,7 +117,7 @@ def _add_show(actions: Commands[argparse.ArgumentParser]) -> None:
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-chars-per-second",
-        type=_positive_number,
+        type=positive_number,
         default=MAX_CHARS_PER_SECOND,
         metavar="NUMBER",
         help="longer texts cannot belong to their audio (default: %(default)g)",

@@ -1,0 +1,155 @@
+"""Peaks of resident memory of the ranks of a real run on a CPU, and what the planner says of them.
+
+Each rank is a fresh process, forked by a server that has imported the package and done nothing else. What it had when
+it had joined the others and loaded its tokenizer is taken off.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.samples import Example
+from voxtral_dist.model import DTYPES, trained_skeleton
+from voxtral_dist.planning.activations import Activations, MicroBatchShape
+from voxtral_dist.planning.memory import ModelSizes, Setting, estimate
+from voxtral_dist.planning.sharding import configured_sharding
+from voxtral_dist.tiny import NUM_SPECIAL_TOKENS
+
+from workloads.peak_memory import MMAP_THRESHOLD_BYTES, status_bytes
+
+NUM_STEPS = 3
+MICRO_BATCHES_PER_STEP = 2
+NUM_RANKS = 2
+_TIMEOUT_SECONDS = 1800
+
+
+def examples_of(prompts: VoxtralPrompts, num_examples: int, num_targets: int) -> list[Example]:
+    """Noise of a window each, and transcripts of byte tokens; every other one is shorter, so that there is padding."""
+    rng = np.random.default_rng(0)
+    lengths = [num_targets - number % 2 for number in range(num_examples)]
+    return [
+        Example(
+            sample_id=number,
+            key="",
+            pcm=rng.normal(0, 3000, prompts.window_samples).astype(np.int16),
+            num_windows=1,
+            prompt=prompts.transcription("en", 1),
+            completion=(
+                *rng.integers(NUM_SPECIAL_TOKENS, NUM_SPECIAL_TOKENS + 256, length - 1).tolist(),
+                prompts.eos_id,
+            ),
+            reference="",
+            duration_seconds=prompts.window_seconds,
+        )
+        for number, length in enumerate(lengths)
+    ]
+
+
+def run_config(model: Path, zero: dict[str, Any], folder: Path, **model_settings: Any) -> RunConfig:
+    """A run of `NUM_STEPS` under a DeepSpeed file with this `zero_optimization`."""
+    deepspeed = folder / "deepspeed.json"
+    deepspeed.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
+    return RunConfig.model_validate(
+        {
+            "run_dir": folder / "run",
+            "num_steps": NUM_STEPS,
+            "model": {"path": str(model), "precision": "float32"} | model_settings,
+            "train_data": {"shards": ["none"], "max_examples": 1},
+            "optimizer": {"learning_rate": 1e-4, "warmup_steps": 1},
+            "engine": {"deepspeed": deepspeed},
+        }
+    )
+
+
+def compare(config: RunConfig, num_examples: int, num_targets: int) -> dict[str, Any]:
+    """Measured and predicted bytes of the rank with most of them, and their agreement: the smaller over the larger."""
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    examples = examples_of(prompts, num_examples, num_targets)
+    peaks = measured_peaks(config, num_examples, num_targets)
+    predicted = predicted_moments(config, examples)
+    measured, expected = max(peaks), max(predicted.values())
+    return {
+        "parameters": sum(ModelSizes.of(trained_skeleton(config.model, config.trainable, torch.float32)).sizes),
+        "measured_bytes": measured,
+        "predicted_bytes": expected,
+        "agreement": min(measured, expected) / max(measured, expected),
+        "predicted_moments": predicted,
+        "measured_of_ranks": peaks,
+    }
+
+
+def predicted_moments(config: RunConfig, examples: Sequence[Example]) -> dict[str, float]:
+    """Bytes of a process at each moment of the planner."""
+    dtype = DTYPES[config.model.precision]
+    model = trained_skeleton(config.model, config.trainable, dtype)
+    positions = max(len(one.prompt) + len(one.completion) - 1 for one in examples)
+    targets = sum(len(one.completion) for one in examples)
+    shape = MicroBatchShape(len(examples), len(examples), positions, targets, is_padded=len(examples) > 1)
+    found = estimate(
+        configured_sharding(config, NUM_RANKS),
+        ModelSizes.of(model),
+        Activations(model, config.model).parts(shape),
+        Setting("cpu", NUM_RANKS, MICRO_BATCHES_PER_STEP, dtype.itemsize),
+    )
+    return {moment.name: moment.device_bytes + moment.host_bytes for moment in found.moments}
+
+
+def measured_peaks(config: RunConfig, num_examples: int, num_targets: int) -> list[int]:
+    """Bytes that each of `NUM_RANKS` adds at its peak in three steps of training."""
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES), "DS_ACCELERATOR": "cpu"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["voxtral_dist.train"])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (Path(folder), config, num_examples, num_targets)
+        ranks = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(NUM_RANKS)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(_TIMEOUT_SECONDS)
+        if any(rank.exitcode != 0 for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+            raise RuntimeError(f"ranks ended with the exit codes {[rank.exitcode for rank in ranks]}")
+        return [int((Path(folder) / f"peak-{rank}").read_text(encoding="ascii")) for rank in range(NUM_RANKS)]
+
+
+def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_targets: int) -> None:
+    """Three steps of one rank, by the engine and `train_step` of a run; the peak of memory in a file."""
+    import torch.distributed as dist
+
+    from voxtral_dist.data.batches import collate
+    from voxtral_dist.data.features import LogMel
+    from voxtral_dist.data.loader import StepBatches
+    from voxtral_dist.distributed.world import World
+    from voxtral_dist.engine.build import build_engine
+    from voxtral_dist.train import train_step
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), NUM_RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
+    world = World(rank, NUM_RANKS, rank, torch.device("cpu"))
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    batch = collate(examples_of(prompts, num_examples, num_targets), prompts.pad_id, prompts.window_samples)
+    log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    before = status_bytes("VmRSS")
+    engine = build_engine(config, log_mel, world)
+    # Documented in proc(5): sets the high-water mark to the present size.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    for step in range(NUM_STEPS):
+        train_step(config, engine, StepBatches(step, [batch] * MICRO_BATCHES_PER_STEP), False, world)
+    (folder / f"peak-{rank}").write_text(str(status_bytes("VmHWM") - before), encoding="ascii")
+    dist.barrier()
+    # Threads of gloo may abort a process that ends in the usual way.
+    os._exit(0)

@@ -1,0 +1,215 @@
+"""`voxtral-dist plan`: golden figures of Voxtral-Mini-3B, the advice, the data, and users' mistakes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from voxtral_dist.cli import main
+from voxtral_dist.config import TrainDataConfig
+from voxtral_dist.planning.quantities import duration, gigabytes, parse_bytes
+from voxtral_dist.planning.sharding import Fsdp2Sharding, ZeroSharding, zero_sharding
+from voxtral_dist.planning.workload import WindowSizes, largest_within
+
+from corpora import REPOSITORY
+
+MINI = {
+    "model_type": "voxtral",
+    "audio_config": {
+        "model_type": "voxtral_encoder",
+        "num_mel_bins": 128,
+        "max_source_positions": 1500,
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "intermediate_size": 5120,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 131_072,
+        "hidden_size": 3072,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131_072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e8},
+    },
+    "audio_token_id": 24,
+    "projector_hidden_act": "gelu",
+}
+MINI_SIZES = WindowSizes(seconds=30.0, audio_tokens=375, max_positions=131_072)
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing but the description of Voxtral-Mini-3B."""
+    folder = tmp_path_factory.mktemp("models") / "mini"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MINI), encoding="utf-8")
+    return folder
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """The report of the recipe for all weights as JSON."""
+    recipe = REPOSITORY / "launch" / "recipes" / "voxtral_mini_full.yaml"
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--config", str(recipe), "--json", *arguments])
+    captured = capsys.readouterr()
+    assert end.value.code == 0, captured.err
+    return json.loads(captured.out)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *arguments])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes name DeepSpeed's files from there."""
+    monkeypatch.chdir(REPOSITORY)
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_figures_of_the_published_3b_model(capsys, mini):
+    started = time.process_time()
+    report = plan(capsys, "--set", f"model.path={mini}", "--gpus", "8", "--gpu-memory", "80GB")
+    assert time.process_time() - started < 10
+    assert sum(count["trained"] + count["frozen"] for count in report["parameters"].values()) == 4_676_271_104
+    assert report["parameters"]["encoder"]["frozen"] == 1500 * 1280
+    states = sum(report["by_kind"]["device"][kind] for kind in ("weights", "gradients", "optimizer"))
+    # Rajbhandari et al.: 2 + 4 + 12 bytes a parameter over 8 ranks, and small parameters whole.
+    assert states / 4_676_271_104 * 8 == pytest.approx(18, rel=0.01)
+    assert report["configured"]["fits"] is True
+    assert report["changes"] == []
+    rows = {row["name"]: row for row in report["table"]}
+    assert rows["ZeRO-1"]["device_bytes"] > rows["ZeRO-2"]["device_bytes"] > rows["ZeRO-3"]["device_bytes"]
+    assert "ZeRO-0" not in rows
+    on_host = rows["ZeRO-3, optimizer and weights in host memory"]
+    # 12 of the optimizer, 2 x 4 of gradients and 2 of weights, over all ranks of the node.
+    assert on_host["host_bytes_of_node"] / 4_676_271_104 == pytest.approx(22, rel=0.01)
+    assert report["workload"]["data"] is None
+    assert "tekken.json" in report["workload"]["missing"]
+    assert report["estimate_is"] == "not yet measured on a GPU"
+    # 6 FLOPs a parameter and token of the language model, at least, and as much again at most for the encoder.
+    assert 1 < report["costs"]["model_flops"] / (4000 * 16 * 8 * 833 * 6 * 4.0e9) < 2
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_what_does_not_fit_comes_with_what_to_change(capsys, mini):
+    report = plan(
+        capsys,
+        *("--set", f"model.path={mini}", "--set", "engine.deepspeed=ds_configs/zero1.json"),
+        *("--gpus", "2", "--gpu-memory", "48GB", "--host-memory", "512GB"),
+    )
+    assert report["configured"]["fits"] is False
+    changes = {change["change"]: change for change in report["changes"]}
+    assert changes["engine.deepspeed: ds_configs/zero3.json"]["device_bytes"] < report["configured"]["device_bytes"]
+    assert changes["engine.deepspeed: ds_configs/zero3_offload.json"]["fits"]
+    assert changes["trainable.lora: {} (adapters alone are trained)"]["fits"]
+    # All blocks are checkpointed already.
+    assert not any("activation_checkpointing" in change for change in changes)
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_the_text_says_whether_it_fits_and_what_decides(capsys, mini):
+    recipe = REPOSITORY / "launch" / "recipes" / "voxtral_mini_full.yaml"
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(recipe), "--set", f"model.path={mini}", "--gpus", "1", "--gpu-memory", "24GB"])
+    text = capsys.readouterr().out
+    for words in ("IT DOES NOT FIT", "To make it fit", "8 windows", "not yet measured on a GPU", "FSDP2", "TFLOPS"):
+        assert words in text
+
+
+def test_the_plan_of_the_data_decides_where_there_are_shards(capsys, tmp_path, tiny_model, shard_folder):
+    path = tmp_path / "run.yaml"
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "num_steps": 20,
+        "model": {"path": str(tiny_model), "precision": "float32"},
+        "train_data": {"shards": [str(shard_folder)], "slots_per_step": 3, "max_examples": 2},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+        "engine": {"deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json")},
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "--config", str(path), "--gpus", "2", "--device", "cpu", "--json"])
+    assert end.value.code == 0
+    report = json.loads(capsys.readouterr().out)
+    data = report["workload"]["data"]
+    assert data["num_utterances"] == 26
+    # 26 utterances in micro-batches of two, three of them a step.
+    assert data["steps_per_pass"] == 5
+    assert data["num_passes"] == 4
+    assert report["shape"]["num_examples"] == 2
+    assert 0 <= data["padding"] < 1
+    # Three slots on two ranks: one of four places is empty.
+    assert report["costs"]["idle"] == pytest.approx(0.25)
+    assert report["table"][0]["name"] == "ZeRO-0"
+
+
+def test_users_mistakes_are_sentences(capsys, tmp_path, mini, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    recipe = ("--config", "launch/recipes/voxtral_mini_full.yaml", "--set", f"model.path={mini}")
+    assert "--gpu-memory` must be a positive amount" in refusal(capsys, *recipe, "--gpu-memory", "80")
+    assert "80XB" in refusal(capsys, *recipe, "--gpu-memory", "80XB")
+    assert "--host-memory" in refusal(capsys, *recipe, "--host-memory", "0GB")
+    nowhere = refusal(capsys, *recipe, "--set", f"model.path={tmp_path / 'nowhere'}")
+    assert "`model.path`" in nowhere
+    assert "both" in refusal(capsys, *recipe, "--set", "engine.fsdp2={}")
+    assert "slots_per_step" in refusal(capsys, *recipe, "--gpus", "17")
+    assert "No configuration" in refusal(capsys)
+    assert "share" in refusal(capsys, *recipe, "--mfu", "40")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("80 gib", 80 * 2**30), ("1.5TB", 15 * 10**11), ("512MB", 512 * 10**6)]
+)
+def test_amounts_of_memory(text, size):
+    assert parse_bytes(text, "--gpu-memory") == size
+
+
+def test_numbers_for_people():
+    assert gigabytes(12.34e9) == "12.3 GB"
+    assert gigabytes(5e6) == "0.005 GB"
+    assert duration(7_260) == "2 h 01 min"
+    assert duration(59.6) == "1 min"
+    assert duration(3.14) == "3.1 s"
+
+
+@pytest.mark.parametrize(
+    ("budgets", "windows", "examples", "positions"),
+    [
+        ({"max_examples": 4}, 4, 4, 375 + 10 + 448),
+        ({"max_examples": 4, "max_duration_seconds": 45}, 8, 4, 2 * 375 + 10 + 448),
+        ({"max_windows": 8}, 8, 8, 375 + 10 + 448),
+        ({"max_windows": 8, "max_examples": 2}, 8, 2, 4 * 375 + 10 + 448),
+        ({"max_tokens": 4000}, 10, 10, 400),
+    ],
+)
+def test_the_largest_micro_batch_within_budgets(budgets, windows, examples, positions):
+    shape = largest_within(TrainDataConfig(shards=("none",), **budgets), MINI_SIZES)
+    assert (shape.num_windows, shape.num_examples, shape.num_positions) == (windows, examples, positions)
+    assert shape.num_examples <= shape.num_targets <= shape.num_examples * 449
+
+
+def test_a_file_of_deepspeed_is_read_with_its_defaults():
+    plain = zero_sharding({"stage": 3})
+    assert plain == ZeroSharding(3, has_overlap=True)
+    offloaded = zero_sharding(
+        {"stage": 3, "reduce_bucket_size": 5e7, "offload_optimizer": {"device": "cpu"}, "overlap_comm": False}
+    )
+    assert offloaded == ZeroSharding(3, "host", has_overlap=False, reduce_bucket=50_000_000)
+    assert offloaded.name == "ZeRO-3, optimizer in host memory"
+    assert Fsdp2Sharding(reshards=False).name == "FSDP2, weights kept until the backward pass"

@@ -1,0 +1,124 @@
+"""One configuration on one machine: its model, its micro-batches, and the memory that any sharding of it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS
+from voxtral_dist.flops import TrainingFlops
+from voxtral_dist.model import DTYPES, TrainedVoxtral, trained_skeleton
+from voxtral_dist.planning.activations import Activations, MicroBatchShape
+from voxtral_dist.planning.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate
+from voxtral_dist.planning.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
+from voxtral_dist.planning.workload import WindowSizes, Workload, find_workload
+from voxtral_dist.tiny import POSITIONS_PER_SECOND
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for; memory in bytes, None where it is not known.
+
+    device: `gpu`, or `cpu` for ranks that are processes. num_gpus: ranks of all nodes. mfu: the share of `peak_tflops`
+    (10^12 operations a second of one device) that training is expected to use.
+    """
+
+    num_gpus: int = 1
+    gpus_per_node: int = 8
+    device: DeviceKind = "gpu"
+    gpu_memory: int | None = None
+    host_memory: int | None = None
+    mfu: float = 0.4
+    peak_tflops: float = 989.0
+
+    @property
+    def ranks_of_node(self) -> int:
+        """Of a full node."""
+        return min(self.num_gpus, self.gpus_per_node)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to shard the model: bytes of a GPU at its peak, of a node's host memory and of its drive.
+
+    fits: None where no limits were given.
+    """
+
+    name: str
+    peak_at: str
+    device_bytes: float
+    host_bytes_of_node: float
+    nvme_bytes_of_node: float
+    fits: bool | None
+
+
+class Planner:
+    """One configuration on one machine."""
+
+    def __init__(self, config: RunConfig, machine: Machine, workload: Workload | None = None) -> None:
+        self.config = config
+        self.machine = machine
+        self.model = skeleton_of(config)
+        self.flops = TrainingFlops(self.model, config.model)
+        self._sizes = ModelSizes.of(self.model)
+        self._activations = Activations(self.model, config.model)
+        self.workload = workload or find_workload(config, window_sizes(self.model))
+
+    def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
+        """The candidate that needs most memory."""
+        return max(self.workload.candidates, key=lambda shape: self.estimate(sharding, shape).device_bytes)
+
+    def estimate(self, sharding: Sharding, shape: MicroBatchShape) -> MemoryEstimate:
+        """Memory of a rank."""
+        setting = Setting(
+            device=self.machine.device,
+            num_ranks=self.machine.num_gpus,
+            num_micro_batches=-(-self.config.train_data.slots_per_step // self.machine.num_gpus),
+            value_bytes=self.model.lm_head.weight.element_size(),
+            moment_bytes=MOMENT_BYTES[self.config.optimizer.algorithm],
+            evaluation_bytes=self._decoding() if self.config.evaluation.test_sets else 0.0,
+        )
+        return estimate(sharding, self._sizes, self._activations.parts(shape), setting)
+
+    def row(self, found: MemoryEstimate) -> Row:
+        """A line of the table."""
+        ranks = self.machine.ranks_of_node
+        nvme, of_rank, host = found.nvme_bytes * ranks, found.device_bytes, found.host_bytes * ranks
+        if self.machine.device == "cpu":
+            of_rank, host = found.process_bytes, found.process_bytes * ranks
+        limits = [(of_rank, self.machine.gpu_memory), (host, self.machine.host_memory)]
+        known = [needed <= limit for needed, limit in limits if limit is not None]
+        fits = all(known) if known else None
+        return Row(found.sharding.name, found.peak.name, of_rank, host, nvme, fits)
+
+    def standard_shardings(self) -> list[Sharding]:
+        """Those that an engine runs in this precision: stage 0 would sum gradients in half precision."""
+        is_half = self.config.model.precision != "float32"
+        return [one for one in STANDARD_SHARDINGS if not (is_half and one == ZeroSharding(0))]
+
+    def _decoding(self) -> float:
+        sizes = window_sizes(self.model)
+        settings = self.config.evaluation
+        answer = MIN_NEW_TOKENS + round(settings.max_tokens_per_second * sizes.seconds)
+        batch = settings.batch_size
+        return self._activations.decoding(MicroBatchShape(batch, batch, sizes.audio_tokens + answer, 0))
+
+
+def skeleton_of(config: RunConfig) -> TrainedVoxtral:
+    """The model on the meta device, whatever attention and compilation this machine has.
+
+    Raises:
+        UserError: its config.json is missing or describes no Voxtral.
+    """
+    anywhere = config.model.model_copy(update={"attention": "sdpa", "compile_blocks": False})
+    return trained_skeleton(anywhere, config.trainable, DTYPES[config.model.precision])
+
+
+def window_sizes(model: TrainedVoxtral) -> WindowSizes:
+    """Of a model, from its configuration alone."""
+    audio = model.config.audio_config
+    return WindowSizes(
+        seconds=audio.max_source_positions / POSITIONS_PER_SECOND,
+        audio_tokens=audio.max_source_positions * audio.hidden_size // audio.intermediate_size,
+        max_positions=model.config.text_config.max_position_embeddings,
+    )

@@ -1,0 +1,40 @@
+"""Amounts of memory as users write them, and numbers as reports print them."""
+
+from __future__ import annotations
+
+import re
+
+from voxtral_dist.errors import UserError
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes of an amount such as `80GB` (10^9) or `80GiB` (2^30).
+
+    Raises:
+        UserError: it is no positive number with a unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    size = units.get(match[2].lower(), 0) if match else 0
+    if match is None or float(match[1]) * size == 0:
+        raise UserError(
+            f"`{option}` must be a positive amount of memory with one of the units {', '.join(_UNITS)}, such as 80GB, "
+            f"but is {text!r} instead."
+        )
+    return round(float(match[1]) * size)
+
+
+def gigabytes(num_bytes: float) -> str:
+    """`12.3 GB`, of 10^9 bytes; small amounts with more digits."""
+    amount = num_bytes / 1e9
+    return f"{amount:.1f} GB" if amount >= 1 else f"{amount:.3f} GB"
+
+
+def duration(seconds: float) -> str:
+    """`3 h 20 min`, or minutes, or seconds."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes else f"{seconds:.1f} s"

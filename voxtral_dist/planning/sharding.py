@@ -1,0 +1,136 @@
+"""How an engine divides a model over ranks, as numbers: from a configuration, and the choices that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from voxtral_dist.config import Fsdp2Config, RunConfig
+from voxtral_dist.engine.zero import read_deepspeed_file
+from voxtral_dist.errors import UserError
+
+Place = Literal["device", "host", "nvme"]
+
+_PLACES: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
+
+
+@dataclass(frozen=True)
+class ZeroSharding:
+    """A DeepSpeed file's `zero_optimization`; sizes of buffers are numbers of values, defaults are DeepSpeed's own.
+
+    stage: 0 to 3. optimizer_place, weights_place: where float32 weights with their moments, and the shards of weights,
+    are kept. has_overlap: of communication with computation, which needs a second bucket. reduce_bucket: gradients that
+    are reduced together. prefetch_bucket, max_live, max_reuse, persistent_size: of stage 3, see DeepSpeed's keys
+    `stage3_*`. sub_group: values that are updated together under stage 3. num_swap_buffers: of NVMe.
+    """
+
+    stage: int
+    optimizer_place: Place = "device"
+    weights_place: Place = "device"
+    has_overlap: bool = False
+    reduce_bucket: int = 500_000_000
+    prefetch_bucket: int = 50_000_000
+    max_live: int = 1_000_000_000
+    max_reuse: int = 1_000_000_000
+    persistent_size: int = 100_000
+    sub_group: int = 1_000_000_000
+    num_swap_buffers: int = 4
+
+    @property
+    def name(self) -> str:
+        """Such as `ZeRO-3, optimizer in host memory`."""
+        places = {"host": "in host memory", "nvme": "on NVMe"}
+        optimizer = places.get(self.optimizer_place)
+        weights = places.get(self.weights_place)
+        if optimizer and optimizer == weights:
+            return f"ZeRO-{self.stage}, optimizer and weights {optimizer}"
+        parts = [f"ZeRO-{self.stage}"]
+        parts += [f"optimizer {optimizer}"] if optimizer else []
+        parts += [f"weights {weights}"] if weights else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Fsdp2Sharding:
+    """`engine.fsdp2`. ranks_per_replica: None is all ranks."""
+
+    reshards: bool = True
+    ranks_per_replica: int | None = None
+    reduce_bytes: int = 4
+    is_offloaded: bool = False
+
+    @property
+    def name(self) -> str:
+        """Such as `FSDP2, weights kept until the backward pass`."""
+        parts = ["FSDP2"]
+        parts += [] if self.reshards else ["weights kept until the backward pass"]
+        parts += [f"{self.ranks_per_replica} ranks per replica"] if self.ranks_per_replica else []
+        parts += ["all in host memory"] if self.is_offloaded else []
+        return ", ".join(parts)
+
+
+Sharding = ZeroSharding | Fsdp2Sharding
+
+
+def configured_sharding(config: RunConfig, num_ranks: int) -> Sharding:
+    """What the configuration asks for.
+
+    Raises:
+        UserError: DeepSpeed's file is not usable, or replicas do not fill the ranks.
+    """
+    if config.engine.fsdp2 is not None:
+        return _fsdp2(config.engine.fsdp2, num_ranks)
+    return zero_sharding(read_deepspeed_file(config.engine.deepspeed)["zero_optimization"])
+
+
+def _fsdp2(settings: Fsdp2Config, num_ranks: int) -> Fsdp2Sharding:
+    replica = settings.ranks_per_replica
+    if replica is not None and num_ranks % replica:
+        raise UserError(
+            f"`engine.fsdp2.ranks_per_replica` must divide the number of ranks ({num_ranks}), but is {replica} instead."
+        )
+    reduce_bytes = 4 if settings.reduce_precision == "float32" else 2
+    return Fsdp2Sharding(settings.reshard_after_forward, replica, reduce_bytes, settings.cpu_offload)
+
+
+def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
+    """A DeepSpeed file's `zero_optimization`, with DeepSpeed's defaults."""
+    stage = int(zero["stage"])
+    optimizer, weights = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
+    overlap = zero.get("overlap_comm")
+    plain = ZeroSharding(stage)
+
+    def size(key: str, default: int) -> int:
+        # Integers may be written as 5e7.
+        return int(zero.get(key, default))
+
+    return ZeroSharding(
+        stage=stage,
+        optimizer_place=_PLACES[optimizer.get("device", "none")],
+        weights_place=_PLACES[weights.get("device", "none")],
+        has_overlap=stage == 3 if overlap is None else bool(overlap),
+        reduce_bucket=size("reduce_bucket_size", plain.reduce_bucket),
+        prefetch_bucket=size("stage3_prefetch_bucket_size", plain.prefetch_bucket),
+        max_live=size("stage3_max_live_parameters", plain.max_live),
+        max_reuse=size("stage3_max_reuse_distance", plain.max_reuse),
+        persistent_size=size("stage3_param_persistence_threshold", plain.persistent_size),
+        sub_group=size("sub_group_size", plain.sub_group),
+        num_swap_buffers=int(optimizer.get("buffer_count", plain.num_swap_buffers)),
+    )
+
+
+# With the buckets of ds_configs/, where DeepSpeed's own defaults are made for larger machines.
+_ZERO3 = ZeroSharding(3, has_overlap=True, reduce_bucket=50_000_000, persistent_size=10_000)
+STANDARD_SHARDINGS: tuple[Sharding, ...] = (
+    ZeroSharding(0),
+    ZeroSharding(1),
+    ZeroSharding(2, has_overlap=True, reduce_bucket=50_000_000),
+    _ZERO3,
+    replace(_ZERO3, optimizer_place="host"),
+    replace(_ZERO3, optimizer_place="host", weights_place="host"),
+    replace(_ZERO3, optimizer_place="nvme", weights_place="nvme", sub_group=100_000_000),
+    Fsdp2Sharding(),
+    Fsdp2Sharding(reshards=False),
+    Fsdp2Sharding(is_offloaded=True),
+)

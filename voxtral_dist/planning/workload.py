@@ -1,0 +1,177 @@
+"""How large micro-batches get: from the plan of the data where shards are there, else from the budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from voxtral_dist.config import RunConfig, TrainDataConfig
+from voxtral_dist.data.examples import SlotSamples
+from voxtral_dist.data.filters import ExampleSizes, text_tokens
+from voxtral_dist.data.loader import TrainingSet, build_training_set
+from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.errors import UserError
+from voxtral_dist.flops import BatchShape
+from voxtral_dist.planning.activations import MicroBatchShape
+
+# Of a prompt besides its audio, where no tokenizer tells: markers and the tag of a language.
+_PROMPT_TOKENS = 10
+# So many micro-batches tell what a run is like: some seconds.
+_PROBED_MICRO_BATCHES = 1000
+
+
+@dataclass(frozen=True)
+class WindowSizes:
+    """Of a model: seconds and audio tokens of a window, and positions of the language model."""
+
+    seconds: float
+    audio_tokens: int
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """What is known of the training data.
+
+    hours_per_pass: of audio, drawn in one pass. num_utterances: that pass the filters. target_tokens: of a step.
+    padding: share of positions that are padding. window_fill: share of the windows that is audio. num_passes: over the
+    data, in the whole run.
+    """
+
+    hours_per_pass: float
+    num_utterances: int
+    steps_per_pass: int
+    num_passes: float
+    target_tokens: float
+    padding: float
+    window_fill: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The micro-batches of a run.
+
+    candidates: one of them needs most memory. needed, computed: of `num_averaged` micro-batches together, for FLOPs.
+    source: where all of this is from. data: None where shards or tokenizer are missing, which `missing` says.
+    """
+
+    candidates: tuple[MicroBatchShape, ...]
+    needed: BatchShape
+    computed: BatchShape
+    num_averaged: int
+    source: str
+    data: DataFigures | None = None
+    missing: str = ""
+
+
+def find_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
+    """From the shards where they and the tokenizer are there, else from the budgets."""
+    try:
+        prompts = VoxtralPrompts.from_pretrained(config.model.path)
+        training_set = build_training_set(config.train_data, prompts, config.seed, Storage(config.storage))
+    except UserError as error:
+        return _by_budgets(config, sizes, str(error))
+    return _by_plan(config, training_set, prompts)
+
+
+def _by_budgets(config: RunConfig, sizes: WindowSizes, missing: str) -> Workload:
+    largest = largest_within(config.train_data, sizes)
+    shape = BatchShape.computed(
+        largest.num_windows,
+        largest.num_examples,
+        largest.num_positions,
+        largest.num_targets,
+        -(-largest.num_windows // config.model.encoder_windows_per_pass),
+    )
+    needed = BatchShape.needed(largest.num_windows, [largest.num_positions] * largest.num_examples, largest.num_targets)
+    return Workload((largest,), needed, shape, 1, "the budgets of `train_data`, filled to the last", missing=missing)
+
+
+def largest_within(config: TrainDataConfig, sizes: WindowSizes) -> MicroBatchShape:
+    """The micro-batch that fills the budgets: as many examples as they allow, each with the longest target.
+
+    Without `max_duration_seconds` and `max_windows` an example is taken to be one window.
+    """
+    prompt = _PROMPT_TOKENS + (config.context.max_tokens if config.context else 0)
+    smallest = sizes.audio_tokens + prompt + 1
+    limits = [config.max_examples, config.max_windows, config.max_tokens and config.max_tokens // smallest]
+    examples = max(1, min(limit for limit in limits if limit is not None))
+    windows_each = config.max_windows or 1
+    if config.max_duration_seconds is not None:
+        windows_each = max(1, math.ceil(config.max_duration_seconds / sizes.seconds))
+    windows = min(config.max_windows or examples * windows_each, examples * windows_each)
+    positions = -(-windows // examples) * sizes.audio_tokens + prompt + config.max_target_tokens
+    positions = min(positions, sizes.max_positions)
+    if config.max_tokens is not None:
+        positions = max(smallest, min(positions, config.max_tokens // examples))
+        windows = min(windows, examples * ((positions - prompt - 1) // sizes.audio_tokens))
+    targets = examples * (positions - prompt + 1) - windows * sizes.audio_tokens
+    return MicroBatchShape(windows, examples, positions, min(targets, examples * (config.max_target_tokens + 1)))
+
+
+def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPrompts) -> Workload:
+    context = config.train_data.context
+    sizes = ExampleSizes.of(prompts, context.max_tokens if context else 0)
+    found = [_micro_batch(slot, training_set, sizes) for slot in _slots(config, training_set)]
+    shapes = [shape for shape, _ in found]
+    per_pass = config.model.encoder_windows_per_pass
+    needed = sum((positions for _, positions in found), BatchShape())
+    computed = sum((_computed(shape, per_pass) for shape in shapes), BatchShape())
+    largest = {
+        max(shapes, key=lambda shape: shape.num_windows),
+        max(shapes, key=lambda shape: shape.num_examples * shape.num_positions),
+        max(shapes, key=lambda shape: shape.num_targets),
+    }
+    real = sum(positions.num_positions for _, positions in found)
+    slots_per_pass = training_set.plan.steps_per_pass * config.train_data.slots_per_step
+    plan_figures = training_set.plan.figures
+    windows_of_pass = sum(shape.num_windows for shape in shapes) / len(shapes) * slots_per_pass
+    figures = DataFigures(
+        hours_per_pass=windows_of_pass * prompts.window_seconds * plan_figures.window_fill / 3600,
+        num_utterances=sum(stream.num_samples for stream in training_set.streams.streams),
+        steps_per_pass=training_set.plan.steps_per_pass,
+        num_passes=config.num_steps / training_set.plan.steps_per_pass,
+        target_tokens=sum(shape.num_targets for shape in shapes) / len(shapes) * config.train_data.slots_per_step,
+        padding=1 - real / max(1, sum(shape.num_examples * shape.num_positions for shape in shapes)),
+        window_fill=plan_figures.window_fill,
+    )
+    source = f"the largest of the first {len(shapes)} micro-batches that the plan of the data makes"
+    return Workload(tuple(largest), needed, computed, len(shapes), source, figures)
+
+
+def _computed(shape: MicroBatchShape, windows_per_pass: int) -> BatchShape:
+    passes = max(1, -(-shape.num_windows // windows_per_pass))
+    return BatchShape.computed(shape.num_windows, shape.num_examples, shape.num_positions, shape.num_targets, passes)
+
+
+def _slots(config: RunConfig, training_set: TrainingSet) -> Iterator[SlotSamples]:
+    plan, num_probed = training_set.plan, 0
+    for step in range(config.num_steps):
+        for slot in range(plan.num_slots(step)):
+            samples = plan.slot(step, slot)
+            if samples.sample_ids:
+                yield samples
+                num_probed += 1
+        if num_probed >= _PROBED_MICRO_BATCHES:
+            return
+
+
+def _micro_batch(
+    slot: SlotSamples, training_set: TrainingSet, sizes: ExampleSizes
+) -> tuple[MicroBatchShape, BatchShape]:
+    """What is computed, with padding, and what is needed."""
+    records = training_set.index.gather(np.array(slot.sample_ids, dtype=np.int64))
+    firsts = np.cumsum([0, *slot.example_sizes[:-1]])
+    windows = sizes.windows(np.add.reduceat(records["duration_ms"].astype(np.int64), firsts))
+    tokens = np.add.reduceat(text_tokens(records), firsts)
+    positions = sizes.positions(windows, tokens)
+    # A target more than text tokens: `</s>`.
+    targets = int(records["num_text_tokens"].astype(np.int64).sum()) + len(firsts)
+    shape = MicroBatchShape(
+        int(windows.sum()), len(firsts), int(positions.max()), targets, bool((positions != positions[0]).any())
+    )
+    return shape, BatchShape.needed(int(windows.sum()), positions.tolist(), targets)
