@@ -41,17 +41,22 @@ def added_peak(step: Callable[[], float], warm_up: Callable[[], float]) -> dict[
     """
     warm_up()
     gc.collect()
-    # Documented in proc(5): sets the high-water mark to the present size.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before, started = _status_bytes("VmRSS"), time.process_time()
+    forget_peak()
+    before, started = status_bytes("VmRSS"), time.process_time()
     value = step()
     return {
-        "added_peak_bytes": _status_bytes("VmHWM") - before,
+        "added_peak_bytes": status_bytes("VmHWM") - before,
         "core_seconds": time.process_time() - started,
         "value": value,
     }
 
 
-def _status_bytes(name: str) -> int:
+def forget_peak() -> None:
+    """Set the high-water mark of this process to its present size, as documented in proc(5)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def status_bytes(name: str) -> int:
+    """A size of this process in the kernel's `/proc/self/status`: `VmRSS` now, `VmHWM` at its peak."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return int(lines[name].split()[0]) * 1024

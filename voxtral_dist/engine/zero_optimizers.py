@@ -33,7 +33,7 @@ def build_optimizer(
     if offload_device(settings, "offload_optimizer") != "none":
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
         return optimizer
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
 def _muon(model: TrainedVoxtral, groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:
