@@ -47,7 +47,7 @@ EIGHTH_OF_3B = TinyShape(
     max_text_positions=32_768,
 )
 NUM_RANKS = 2
-NUM_STEPS, NUM_ROUNDS = 4, 3
+NUM_STEPS, NUM_ROUNDS = 4, 2
 LOSS_TOLERANCE = 1e-4
 # What is sharded, and how each side asks for it.
 ENGINES: dict[str, dict[str, Any]] = {

@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def main() -> None:
     """Train, and leave the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
-    answer = run.answer_path(int(os.environ["RANK"]))
+    answer = run.answer_path(int(os.environ.get("RANK", "0")))
     with answer_out_of_memory(answer):
         write_answer(answer, _train(run))
 
@@ -79,6 +79,7 @@ def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=run.checkpoints_activations,
         train_sampling_strategy="sequential",
+        dataloader_num_workers=run.num_workers,
         remove_unused_columns=False,
         logging_steps=1,
         save_strategy="no",

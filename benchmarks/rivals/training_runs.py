@@ -31,6 +31,7 @@ class TrainingRun:
     checkpoints_activations: of every block.
     packing: ours alone: utterances of a step share windows.
     is_profiled: ours alone: one more step is taken apart.
+    num_workers: processes of a rank that read batches ahead.
     """
 
     model: str
@@ -49,6 +50,7 @@ class TrainingRun:
     checkpoints_activations: bool = False
     packing: bool = False
     is_profiled: bool = False
+    num_workers: int = 0
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     beta2: float = 0.98
@@ -73,8 +75,9 @@ class TrainingRun:
         return mine._answers_of(script, request)
 
     def _answers_of(self, script: str, request: Path) -> list[dict[str, Any]]:
-        # Its rendezvous takes a free port.
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}"]
+        # Its rendezvous takes a free port. A rank alone needs none.
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world_size}"]
+        launcher = torchrun if self.world_size > 1 else []
         command = [sys.executable, *launcher, str(SCRIPTS / script), str(request)]
         log = self.folder / "log.txt"
         with log.open("w", encoding="utf-8") as output:

@@ -29,7 +29,7 @@ from workloads.step_parts import StepParts
 def main() -> None:
     """Train, and leave the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
-    answer = run.answer_path(int(os.environ["RANK"]))
+    answer = run.answer_path(int(os.environ.get("RANK", "0")))
     with answer_out_of_memory(answer), joined_world() as world:
         write_answer(answer, _train(run, world))
 
@@ -51,7 +51,7 @@ def run_config(run: TrainingRun) -> RunConfig:
                 "shards": [run.shards],
                 "slots_per_step": run.slots_per_step,
                 "max_examples": run.batch_size,
-                "num_workers": 0,
+                "num_workers": run.num_workers,
                 "packing": run.packing,
                 # The published collator tells the language of every utterance.
                 "untagged_fraction": 0.0,
