@@ -155,8 +155,9 @@ def _audio_rate(rounds: Sequence[Answers]) -> float:
 
 def _answers(asked: TrainingRun, script: str, number: int) -> Answers:
     answers = asked.ask(script, number)
-    if "not_run" in answers[0]:
-        raise RuntimeError(f"{script}: {answers[0]['not_run']}")
+    for answer in answers:
+        if "not_run" in answer:
+            raise RuntimeError(f"{script}: {answer['not_run']}")
     return answers
 
 

@@ -28,8 +28,8 @@ from transformers import (
 
 from rivals.training_runs import TrainingRun
 from rivals.transcription_collator import TranscriptionCollator
-from workloads.out_of_memory import answer_out_of_memory
-from workloads.step_meter import StepMeter, write_answer
+from workloads.answers import answering_failures, write_answer
+from workloads.step_meter import StepMeter
 
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WRAPPED_LAYERS = ["VoxtralEncoderLayer", "LlamaDecoderLayer"]
@@ -40,7 +40,7 @@ def main() -> None:
     """Train, and leave the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
     answer = run.answer_path(int(os.environ.get("RANK", "0")))
-    with answer_out_of_memory(answer):
+    with answering_failures(answer):
         write_answer(answer, _train(run))
 
 

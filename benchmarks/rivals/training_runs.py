@@ -14,6 +14,7 @@ from rivals.launch import REPOSITORY, SCRIPTS
 from workloads.speech import ClipFile
 
 TIME_LIMIT_SECONDS = 3600
+LOG_CHARACTERS = 2000
 OURS, TRAINER = "voxtral_dist_training.py", "trainer_voxtral.py"
 
 
@@ -67,7 +68,7 @@ class TrainingRun:
         return self.folder / f"answer-{rank}.json"
 
     def ask(self, script: str, number: int) -> list[dict[str, Any]]:
-        """The answers of all ranks, or `[{"not_run": reason}]`; `number` tells repetitions apart."""
+        """The answer of each rank, which may be `{"not_run": reason}`; `number` tells repetitions apart."""
         mine = replace(self, folder=self.folder / f"{Path(script).stem}-{number}")
         mine.folder.mkdir(parents=True)
         request = mine.folder / "request.json"
@@ -92,10 +93,15 @@ class TrainingRun:
                 )
             except subprocess.TimeoutExpired:
                 return [{"not_run": f"no answer in {TIME_LIMIT_SECONDS} s"}]
-        paths = [self.answer_path(rank) for rank in range(self.world_size)]
-        if not all(path.is_file() for path in paths):
-            return [{"not_run": f"failed: {log.read_text(encoding='utf-8', errors='replace').strip()[-2000:]}"}]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        return [self._answer(rank, log) for rank in range(self.world_size)]
+
+    def _answer(self, rank: int, log: Path) -> dict[str, Any]:
+        path = self.answer_path(rank)
+        if not path.is_file():
+            end = log.read_text(encoding="utf-8", errors="replace").strip()[-LOG_CHARACTERS:]
+            return {"not_run": f"ended without an answer: {end}"}
+        answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return answer
 
 
 def _variables() -> dict[str, str]:

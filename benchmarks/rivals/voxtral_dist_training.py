@@ -21,8 +21,8 @@ from voxtral_dist.engine.build import build_engine
 from voxtral_dist.train import train_step
 
 from rivals.training_runs import TrainingRun
-from workloads.out_of_memory import answer_out_of_memory
-from workloads.step_meter import StepMeter, write_answer
+from workloads.answers import answering_failures, write_answer
+from workloads.step_meter import StepMeter
 from workloads.step_parts import StepParts
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Train, and leave the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
     answer = run.answer_path(int(os.environ.get("RANK", "0")))
-    with answer_out_of_memory(answer), joined_world() as world:
+    with answering_failures(answer), joined_world() as world:
         write_answer(answer, _train(run, world))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,9 +59,3 @@ class StepMeter:
             "peak_device_bytes": torch.cuda.max_memory_allocated(self.device),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
         }
-
-
-def write_answer(path: Path, answer: dict[str, Any]) -> None:
-    """Leave the answer of a rank for the process that has started it: whole, or not at all."""
-    path.with_suffix(".tmp").write_text(json.dumps(answer), encoding="utf-8")
-    path.with_suffix(".tmp").rename(path)
