@@ -14,12 +14,12 @@ Aims: full fine-tuning at batch 8 in less than 40 GB, and with everything offloa
 least 45 %; at least 11 clips a second. Published for Hugging Face's trainer with AdamW in 8 bits: about 47 GB at batch
 4 and 80 GB at batch 8.
 
-Predicted before any run, for an H100 of 80 GB: full fine-tuning with AdamW in float32 keeps 75 GB (FSDP2) or 84 GB
-(ZeRO-2) of weights, gradients and moments on a single rank, so it does not fit, whoever trains. With moments in 8 bits
-it is 47 GB under FSDP2, and 28 GB for the trainer, which updates bfloat16 weights in place and loses small updates. So
-the aim of 40 GB is met by ours only with the optimizer offloaded, 19 GB and checkpointed activations, whose update on
-the host takes seconds and misses the other two aims. A step of 8 clips is 0.12 PFLOP: 11 clips a second are 170
-TFLOP/s, an MFU of about 25 % of what that card's products reach, so 45 % is the harder aim.
+Predicted before any run, for an H100 of 80 GB: with AdamW in float32 ours keeps 75 GB (FSDP2) or 84 GB (ZeRO-2) of
+weights, gradients and moments on a single rank, so it does not fit. The trainer keeps all of them in bfloat16, 37 GB,
+or 28 GB with moments in 8 bits, and loses small updates. The aim of 40 GB is met by ours only with the optimizer
+offloaded, 19 GB and checkpointed activations; its update on the host takes seconds, which misses both aims of speed. A
+step of 8 clips is 0.12 PFLOP: 11 clips a second are 170 TFLOP/s, an MFU of about 25 % of what that card's products
+reach, so 45 % is the harder aim.
 
 Not yet measured.
 """
