@@ -28,7 +28,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ import torch
 
 from voxtral_dist.config import LoraConfig, ModelConfig, TrainableConfig
 from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.distributed.world import alone
 from voxtral_dist.flops import BatchShape, TrainingFlops
 from voxtral_dist.model import DTYPES, trained_skeleton
 
@@ -63,6 +64,9 @@ ZERO2, ZERO3_OFFLOAD = (str(DEEPSPEED_FILES / f"{name}.json") for name in ("zero
 # Written by the benchmark into its own folder, and found there.
 ZERO2_OFFLOAD = "zero2_offload.json"
 
+# By contender and batch size.
+Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -73,8 +77,8 @@ class Contender:
 
     @property
     def is_full(self) -> bool:
-        """Whether all weights are trained."""
-        return not self.settings.get("lora")
+        """Whether all weights are trained, and the device holds them."""
+        return not self.settings.get("lora") and self.settings.get("deepspeed") != ZERO3_OFFLOAD
 
     @property
     def needs_gpu(self) -> bool:
@@ -213,8 +217,8 @@ def _offloaded(path: Path) -> Path:
 
 def _device() -> dict[str, Any]:
     """This machine's accelerator, and its rate on products of large matrices: the median of 20."""
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if has_gpu else "cpu")
+    device = alone().device
+    has_gpu = device.type == "cuda"
     size, dtype = (8192, torch.bfloat16) if has_gpu else (512, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = [_seconds_of_product(left, right) for _ in range(25)][5:]
@@ -241,44 +245,46 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _ratio(results: Mapping[str, Mapping[str, Any]], batch_size: str) -> float | None:
+def _ratio(results: Results, batch_size: str) -> float | None:
     """None where one of both has no run that fits."""
-    ours, theirs = (_fastest(results, script, batch_size) for script in (OURS, TRAINER))
-    return ours / theirs if ours and theirs else None
+    ours, theirs = (_full(results, script, batch_size, "clips_per_second") for script in (OURS, TRAINER))
+    return max(ours.values()) / max(theirs.values()) if ours and theirs else None
 
 
-def _fastest(results: Mapping[str, Mapping[str, Any]], script: str, batch_size: str) -> float:
-    return max(_values(results, script, batch_size, "clips_per_second"), default=0.0)
-
-
-def _values(results: Mapping[str, Mapping[str, Any]], script: str, batch_size: str, key: str) -> Sequence[float]:
-    names = [name for name, one in CONTENDERS.items() if one.script == script and one.is_full]
-    rows = [results[name][batch_size] for name in names]
-    return [row[key] for row in rows if key in row]
-
-
-def _aims(results: Mapping[str, Mapping[str, Any]], batch_size: str) -> list[dict[str, Any]]:
-    """What is aimed at, and the best figure of ours; None where it was not measured."""
-    full = {key: _values(results, OURS, batch_size, key) for key in ("peak_device_bytes", "mfu", "clips_per_second")}
-    offloaded = results["ours_zero3_offload"][batch_size].get("peak_device_bytes")
+def _aims(results: Results, batch_size: str) -> list[dict[str, Any]]:
+    """What is aimed at, and the best of ours; None where it was not measured."""
+    peaks, utilisation, rates = (
+        _full(results, OURS, batch_size, key) for key in ("peak_device_bytes", "mfu", "clips_per_second")
+    )
+    offloaded = {"ours_zero3_offload": results["ours_zero3_offload"][batch_size].get("peak_device_bytes")}
     return [
-        {
-            "aim": "GB at batch 8, less than",
-            "wanted": 40,
-            "measured": _gigabytes(min(full["peak_device_bytes"], default=None)),
-        },
-        {"aim": "GB at batch 8 with full offload, less than", "wanted": 16, "measured": _gigabytes(offloaded)},
-        {"aim": "MFU at batch 8, at least", "wanted": 0.45, "measured": max(full["mfu"], default=None)},
-        {
-            "aim": "clips a second at batch 8, at least",
-            "wanted": 11,
-            "measured": max(full["clips_per_second"], default=None),
-        },
+        _aim("GB at batch 8, less than", 40, _lowest(peaks)),
+        _aim("GB at batch 8 with everything offloaded, less than", 16, _lowest(offloaded)),
+        _aim("MFU at batch 8, at least", 0.45, max(utilisation.items(), key=_value, default=None)),
+        _aim("clips a second at batch 8, at least", 11, max(rates.items(), key=_value, default=None)),
     ]
 
 
-def _gigabytes(size: float | None) -> float | None:
-    return None if size is None else size / 1e9
+def _aim(sentence: str, wanted: float, best: tuple[str, float] | None) -> dict[str, Any]:
+    contender, measured = best or (None, None)
+    return {"aim": sentence, "wanted": wanted, "measured": measured, "by": contender}
+
+
+def _lowest(peaks: Mapping[str, float | None]) -> tuple[str, float] | None:
+    """The contender that needs the least memory, and its gigabytes."""
+    gigabytes = {name: size / 1e9 for name, size in peaks.items() if size is not None}
+    return min(gigabytes.items(), key=_value, default=None)
+
+
+def _value(named: tuple[str, float]) -> float:
+    return named[1]
+
+
+def _full(results: Results, script: str, batch_size: str, key: str) -> dict[str, float]:
+    """A figure of every contender of one side that trains all weights on the device, where there is one."""
+    names = [name for name, one in CONTENDERS.items() if one.script == script and one.is_full]
+    rows = {name: results[name][batch_size] for name in names}
+    return {name: row[key] for name, row in rows.items() if key in row}
 
 
 def _version(package: str) -> str:

@@ -26,6 +26,8 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
+from voxtral_dist.distributed.world import alone
+
 from rivals.training_runs import TrainingRun
 from rivals.transcription_collator import TranscriptionCollator
 from workloads.answers import answering_failures, write_answer
@@ -76,7 +78,7 @@ def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
         adam_beta2=run.beta2,
         optim="adamw_bnb_8bit" if run.optimizer == "adamw_8bit" else "adamw_torch_fused",
         bf16=run.precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=alone().device.type == "cpu",
         gradient_checkpointing=run.checkpoints_activations,
         train_sampling_strategy="sequential",
         dataloader_num_workers=run.num_workers,

@@ -88,7 +88,7 @@ class TrainingRun:
                     stdout=output,
                     stderr=output,
                     timeout=TIME_LIMIT_SECONDS,
-                    env=_variables(),
+                    env=_variables(self.world_size),
                     check=False,
                 )
             except subprocess.TimeoutExpired:
@@ -104,11 +104,12 @@ class TrainingRun:
         return answer
 
 
-def _variables() -> dict[str, str]:
-    """On CPUs one thread a rank: more would spin for each other."""
+def _variables(world_size: int) -> dict[str, str]:
     own = {
         "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{SCRIPTS.parent}",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {"OMP_NUM_THREADS": "1"} | os.environ | own
+    # Threads of several ranks on the same cores would spin for each other.
+    threads = {"OMP_NUM_THREADS": "1"} if world_size > 1 else {}
+    return threads | os.environ | own

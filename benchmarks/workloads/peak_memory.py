@@ -28,10 +28,14 @@ def in_fresh_process(measure: Callable[..., dict[str, Any]], *arguments: object)
         BrokenProcessPool: it was killed, as by a lack of memory.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD_BYTES)
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as one:
-        return one.submit(measure, *arguments).result()
+    try:
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as one:
+            return one.submit(measure, *arguments).result()
+    finally:
+        # Other processes that are started later are timed, and would ask the system for memory all the time.
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 def added_peak(step: Callable[[], float], warm_up: Callable[[], float]) -> dict[str, Any]:
