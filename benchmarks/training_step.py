@@ -17,11 +17,12 @@ Predicted before the first run: 1.05 to 1.15. Both compute the same encoder and 
 logits of positions without targets, which in the published shape are 6 % of all operations, and here 4 % with their
 memory traffic on top. The aim was 1.3.
 
-Measured then, at batch 1 on a machine whose two cores had twenty other processes, so preliminary: 1.06 in core seconds
-under ZeRO-2, 11.0 against 11.7 a step; the clock (47 s against 43 s) told only about the others. The same memory, 3.1
-and 3.0 GB, within what torch's allocator leaves between runs. The aim is not met, and cannot be on equal batches:
-attention is 42 % of our step and products of matrices are 35 %, by the same kernels on both sides. All that is ours
-alone is small: features 0.1 s of 48 s, data 0.03 s, logits and loss 0.4 s, sums over ranks 0.02 s.
+Measured then, at batch 1 on a machine whose two cores had twenty other processes, so preliminary: in core seconds 1.06
+under ZeRO-2 (11.0 against 11.7 a step) and 0.96 under FSDP2 (12.2 against 11.7, one step), where equal work differed by
+7 % from step to step; on the clock, which told about the others, 0.91 and 0.72. Memory of a rank was 3.1 against 3.0 GB
+and 2.5 against 2.9 GB. The aim is not met, and is out of reach on equal batches: attention is 42 % of our step and
+products of matrices are 35 %, by the same kernels on both sides. What is ours alone is small: features 0.1 s of a step
+of 48 s, data 0.03 s, logits and loss 0.4 s, sums over ranks 0.02 s.
 
 Tried without success: attention over whole heads by products of matrices, in place of torch's own kernel, takes 3.9
 times as long; `is_causal` in place of a mask takes 9 % less of the language model's attention, which is a seventh of

@@ -67,14 +67,14 @@ class StepParts:
         setattr(self._engine, method, measured)
 
     def _enters(self, module: nn.Module, _inputs: Any) -> None:
-        match type(module).__name__:
+        match _published_class(module):
             case "VoxtralEncoder":
                 self._mark("features and targets over ranks")
             case "LlamaModel":
                 self._mark("embeddings")
 
     def _leaves(self, module: nn.Module, _inputs: Any, output: Any) -> None:
-        match type(module).__name__:
+        match _published_class(module):
             case "VoxtralMultiModalProjector":
                 self._mark("encoder, forward")
                 self._when_gradient_comes(output, "language model, backward")
@@ -86,6 +86,11 @@ class StepParts:
 
     def _when_gradient_comes(self, tensor: Tensor, part: str) -> None:
         tensor.register_hook(lambda _gradient: self._mark(part))
+
+
+def _published_class(module: nn.Module) -> str:
+    # FSDP2 gives what it shards a class of its own, with its own name before the other.
+    return type(module).__name__.removeprefix("FSDP")
 
 
 def _by_kind(profiled: profile) -> dict[str, float]:
