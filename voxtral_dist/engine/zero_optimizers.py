@@ -17,9 +17,7 @@ from voxtral_dist.model import TrainedVoxtral, blocks_of
 from voxtral_dist.optim import parameter_groups, scale_learning_rate
 
 
-def build_optimizer(
-    config: RunConfig, model: TrainedVoxtral, settings: dict[str, Any], device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, model: TrainedVoxtral, settings: dict[str, Any]) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters, which may be sharded already."""
     groups = parameter_groups(model, config.optimizer)
     arguments: dict[str, Any] = {
