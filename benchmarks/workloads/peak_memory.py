@@ -28,10 +28,14 @@ def in_fresh_process(measure: Callable[..., dict[str, Any]], *arguments: object)
         BrokenProcessPool: it was killed, as by a lack of memory.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD_BYTES)
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as one:
-        return one.submit(measure, *arguments).result()
+    try:
+        with ProcessPoolExecutor(
+            1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as one:
+            return one.submit(measure, *arguments).result()
+    finally:
+        # Other processes that are started later are timed, and would ask the system for memory all the time.
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 def added_peak(step: Callable[[], float], warm_up: Callable[[], float]) -> dict[str, Any]:
@@ -41,8 +45,7 @@ def added_peak(step: Callable[[], float], warm_up: Callable[[], float]) -> dict[
     """
     warm_up()
     gc.collect()
-    # Documented in proc(5): sets the high-water mark to the present size.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    forget_peak()
     before, started = status_bytes("VmRSS"), time.process_time()
     value = step()
     return {
@@ -52,7 +55,12 @@ def added_peak(step: Callable[[], float], warm_up: Callable[[], float]) -> dict[
     }
 
 
+def forget_peak() -> None:
+    """Set the high-water mark of this process to its present size, as documented in proc(5)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def status_bytes(name: str) -> int:
-    """A size in `/proc/self/status`, such as `VmRSS` or `VmHWM`."""
+    """A size of this process in the kernel's `/proc/self/status`: `VmRSS` now, `VmHWM` at its peak."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines())
     return int(lines[name].split()[0]) * 1024

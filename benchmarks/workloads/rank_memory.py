@@ -146,7 +146,7 @@ def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_ta
     before = status_bytes("VmRSS")
     engine = build_engine(config, log_mel, world)
     # Documented in proc(5): sets the high-water mark to the present size.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    forget_peak()
     for step in range(NUM_STEPS):
         train_step(config, engine, StepBatches(step, [batch] * MICRO_BATCHES_PER_STEP), False, world)
     (folder / f"peak-{rank}").write_text(str(status_bytes("VmHWM") - before), encoding="ascii")

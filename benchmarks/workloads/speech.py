@@ -71,6 +71,22 @@ class Utterance:
         return len(self.pcm) / SAMPLING_RATE
 
 
+@dataclass(frozen=True)
+class ClipFile:
+    """A file of audio and its transcript."""
+
+    audio: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ClipFiles:
+    """Shards, and the files that they were packed from, in the same order."""
+
+    corpus: Corpus
+    clips: tuple[ClipFile, ...]
+
+
 def source() -> str:
     """What the speech is: `AN4`, or `synthetic`."""
     return "AN4" if AN4.is_dir() else "synthetic"
@@ -94,6 +110,12 @@ def librispeech_like(num_utterances: int) -> list[Utterance]:
     return [_joined(speech, round(seconds * SAMPLING_RATE)) for seconds in durations]
 
 
+def long_clips(num_utterances: int, seconds: float) -> list[Utterance]:
+    """Utterances of equal length, made of shorter ones that are joined and cut."""
+    speech = _speech()
+    return [_joined(speech, round(seconds * SAMPLING_RATE)) for _ in range(num_utterances)]
+
+
 def write_short_clips(folder: Path, num_utterances: int) -> Corpus:
     """The packed `short_clips`."""
     return _pack(folder, short_clips(num_utterances))
@@ -102,6 +124,14 @@ def write_short_clips(folder: Path, num_utterances: int) -> Corpus:
 def write_librispeech_like(folder: Path, num_utterances: int) -> Corpus:
     """The packed `librispeech_like`."""
     return _pack(folder, librispeech_like(num_utterances))
+
+
+def write_clips(folder: Path, utterances: Sequence[Utterance]) -> ClipFiles:
+    """The utterances as files, and packed."""
+    corpus = _pack(folder, utterances)
+    paths = sorted((folder / "audio").iterdir())
+    clips = [ClipFile(str(path), one.text) for path, one in zip(paths, utterances, strict=True)]
+    return ClipFiles(corpus, tuple(clips))
 
 
 def _pack(folder: Path, utterances: Sequence[Utterance]) -> Corpus:

@@ -49,7 +49,7 @@ class ZeroEngine:
         self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
         fill_model(model, config, settings, world)
         self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
-        self._optimizer = build_optimizer(config, model, settings, world.device)
+        self._optimizer = build_optimizer(config, model, settings)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
         self._module: TrainedVoxtral = self._engine.module
         self._states = master_states(self._engine, self._optimizer, self.stage, world)

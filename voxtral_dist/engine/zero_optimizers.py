@@ -17,9 +17,7 @@ from voxtral_dist.model import TrainedVoxtral, blocks_of
 from voxtral_dist.optim import parameter_groups, scale_learning_rate
 
 
-def build_optimizer(
-    config: RunConfig, model: TrainedVoxtral, settings: dict[str, Any], device: torch.device
-) -> torch.optim.Optimizer:
+def build_optimizer(config: RunConfig, model: TrainedVoxtral, settings: dict[str, Any]) -> torch.optim.Optimizer:
     """An optimizer over the trained parameters, which may be sharded already."""
     groups = parameter_groups(model, config.optimizer)
     arguments: dict[str, Any] = {
@@ -33,7 +31,7 @@ def build_optimizer(
     if offload_device(settings, "offload_optimizer") != "none":
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
         return optimizer
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
 def _muon(model: TrainedVoxtral, groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:

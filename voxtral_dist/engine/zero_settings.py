@@ -227,9 +227,7 @@ def _check_model(config: RunConfig, settings: dict[str, Any]) -> None:
 def _check_muon(config: RunConfig, settings: dict[str, Any]) -> None:
     stage = zero_stage(settings)
     if stage != 3:
-        raise UserError(
-            f"`optimizer.algorithm`: muon needs ZeRO-3, but DeepSpeed's file asks for the stage {stage}."
-        )
+        raise UserError(f"`optimizer.algorithm`: muon needs ZeRO-3, but DeepSpeed's file asks for the stage {stage}.")
     if offload_device(settings, "offload_optimizer") != "none":
         raise UserError(
             "`optimizer.algorithm`: muon cannot be offloaded: choose adamw, or take `offload_optimizer` out of "

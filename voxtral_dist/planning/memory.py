@@ -23,8 +23,8 @@ from voxtral_dist.planning.sharding import Fsdp2Sharding, Place, Sharding, ZeroS
 DeviceKind = Literal["gpu", "cpu"]
 
 MASTER_BYTES = 4
-# Of both moments of a value, by `optimizer.algorithm`: two in float32 or 8 bits, or Muon's one.
-MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2, "muon": 4}
+# Of both moments of a value, by `optimizer.algorithm`: two in float32, or Muon's one.
+MOMENT_BYTES = {"adamw": 8, "muon": 4}
 _FLOAT32_BYTES = 4
 # Contexts of CUDA, NCCL and cuBLAS; not yet measured on a GPU.
 _GPU_LIBRARY_BYTES = 2 * 10**9

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from voxtral_dist.config import Fsdp2Config, RunConfig
-from voxtral_dist.engine.zero import read_deepspeed_file
+from voxtral_dist.engine.zero_settings import read_deepspeed_file
 from voxtral_dist.errors import UserError
 
 Place = Literal["device", "host", "nvme"]
