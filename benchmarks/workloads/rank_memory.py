@@ -26,7 +26,7 @@ from voxtral_dist.planning.memory import ModelSizes, Setting, estimate
 from voxtral_dist.planning.sharding import configured_sharding
 from voxtral_dist.tiny import NUM_SPECIAL_TOKENS
 
-from workloads.peak_memory import MMAP_THRESHOLD_BYTES, status_bytes
+from workloads.peak_memory import MMAP_THRESHOLD_BYTES, forget_peak, status_bytes
 
 NUM_STEPS = 3
 MICRO_BATCHES_PER_STEP = 2
@@ -145,7 +145,6 @@ def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_ta
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     before = status_bytes("VmRSS")
     engine = build_engine(config, log_mel, world)
-    # Documented in proc(5): sets the high-water mark to the present size.
     forget_peak()
     for step in range(NUM_STEPS):
         train_step(config, engine, StepBatches(step, [batch] * MICRO_BATCHES_PER_STEP), False, world)
