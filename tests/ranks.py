@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
-_TIMEOUT_SECONDS = 240
+_TIMEOUT_SECONDS = 480
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

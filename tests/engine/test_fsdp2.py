@@ -24,11 +24,8 @@ from voxtral_dist.weights import load_voxtral
 from corpora import TINY_SHAPE
 from ranks import run_ranks
 from runs import run_config
-from test_equations import NUM_STEPS, Curve, Weights, assert_same, train_plainly, train_sharded
+from test_equations import CHECKPOINTED, IN_PASSES, NUM_STEPS, assert_equal_plain
 
-CHECKPOINTED = {"activation_checkpointing": {"encoder": 1, "language_model": 2}, "loss_chunk_tokens": 3}
-# Two windows at a time: micro-batches have one to eight, and differ between ranks, down to a silent one.
-IN_PASSES = {"encoder_windows_per_pass": 2}
 FROZEN = {"frozen": ("encoder",)}
 # With fewer rows than there are ranks, some of which hold none of an adapter.
 ADAPTERS = {"lora": {"rank": 2, "targets": {"language_model": ("q_proj", "down_proj"), "projector": ("linear_2",)}}}
@@ -56,10 +53,6 @@ def variant(config: RunConfig, key: tuple[int, str]) -> RunConfig:
     return RunConfig.model_validate(tree | changed)
 
 
-def train_all(world: World, configs: list[RunConfig]) -> list[tuple[Curve, Weights]]:
-    return [train_sharded(world, config) for config in configs]
-
-
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     # 5 slots: 2 and 3 ranks have unequal shares, so that one of them runs a micro-batch of weight zero.
@@ -69,13 +62,7 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPa
 @pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_fsdp2_equals_one_plain_process(config: RunConfig, world_size: int) -> None:
     keys = [key for key in VARIANTS if key[0] == world_size]
-    # One start of processes for all: their imports take longer than their training.
-    of_ranks = run_ranks(world_size, train_all, [variant(config, key) for key in keys])
-    for number, (_, name) in enumerate(keys):
-        trainable = variant(config, keys[number]).trainable
-        expected = train_plainly(config, load_voxtral(config.model, trainable, config.seed))
-        for results in of_ranks:
-            assert_same(results[number], expected, name)
+    assert_equal_plain(world_size, {key[1]: variant(config, key) for key in keys})
 
 
 # 30 million parameters: 119 MB, many times what libraries allocate by the way.
