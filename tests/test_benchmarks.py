@@ -10,10 +10,15 @@ import pytest
 
 from corpora import REPOSITORY
 
-BENCHMARKS = sorted((REPOSITORY / "benchmarks").glob("*.py"))
+# Which start several ranks one after the other, or compile what DeepSpeed offloads by.
+SLOW = {"building", "gpu", "plan_memory", "training_step"}
+BENCHMARKS = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
+    for path in sorted((REPOSITORY / "benchmarks").glob("*.py"))
+]
 
 
-@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_a_quick_run_writes_a_positive_ratio(benchmark: Path, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     command = [sys.executable, str(benchmark), "--quick", "--output", str(output)]

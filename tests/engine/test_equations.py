@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import VoxtralForConditionalGeneration
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import RunConfig, TrainableConfig
 from voxtral_dist.data.batches import IGNORED_LABEL
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import build_train_loader
@@ -64,6 +64,7 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 input_features=log_mel(batch.pcm, batch.windows_per_example),
+                use_cache=False,
             ).logits[:, -batch.labels.shape[1] :]
             each = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
             losses.append(each[batch.labels.flatten() != IGNORED_LABEL])
@@ -108,7 +109,8 @@ def assert_equal_plain(world_size: int, runs: dict[str, RunConfig]) -> None:
     """Each of some runs gives on every rank what one plain process gives on the whole batch."""
     of_ranks = run_ranks(world_size, train_all, list(runs.values()))
     for number, (name, run) in enumerate(runs.items()):
-        expected = train_plainly(run, load_voxtral(run.model, run.trainable, run.seed) if run.trainable.lora else None)
+        has_all = run.trainable == TrainableConfig()
+        expected = train_plainly(run, None if has_all else load_voxtral(run.model, run.trainable, run.seed))
         for results in of_ranks:
             assert_same(results[number], expected, name)
 

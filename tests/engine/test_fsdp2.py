@@ -103,6 +103,7 @@ def in_fresh_process(*arguments: Any) -> int:
         return one.submit(peak_of_building, *arguments).result()
 
 
+@pytest.mark.slow
 def test_no_rank_ever_holds_more_than_its_part_of_the_model(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

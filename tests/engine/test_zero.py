@@ -103,6 +103,7 @@ def train_in_float16_one_after_the_other(
     return [train_in_float16(world, config, first_scale_power) for config in configs]
 
 
+@pytest.mark.slow
 def test_float16_leaves_out_steps_that_overflow_and_resumes_to_the_last_digit(
     config: RunConfig, tmp_path: Path
 ) -> None:
@@ -111,10 +112,10 @@ def test_float16_leaves_out_steps_that_overflow_and_resumes_to_the_last_digit(
         (tmp_path / str(stage)).mkdir()
         halves.append(with_zero(config, tmp_path / str(stage), {"stage": stage}, model={"precision": "float16"}))
     # The largest float16 is below 2^16: a loss of several nats overflows in the first steps.
-    for losses, scalars in run_ranks(2, train_in_float16_one_after_the_other, halves, 24)[0]:
+    for losses, scalars in run_ranks(2, train_in_float16_one_after_the_other, halves, 18)[0]:
         num_skipped = scalars["num_skipped_steps"]
         assert 1 <= num_skipped < LAST_STEP
-        assert scalars["loss_scale"] == 2.0 ** (24 - num_skipped)
+        assert scalars["loss_scale"] == 2.0 ** (18 - num_skipped)
         assert scalars["num_good_steps"] == LAST_STEP - num_skipped
         assert losses[int(num_skipped)] == pytest.approx(losses[0], rel=0.2)
 
