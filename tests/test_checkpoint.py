@@ -103,8 +103,8 @@ def saved_by_fsdp2(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) 
     ("saver", "engine", "world_size"),
     [
         ("saved", "3", 2),
-        ("saved", "1", 1),
-        ("saved", "2", 3),
+        pytest.param("saved", "1", 1, marks=pytest.mark.slow),
+        pytest.param("saved", "2", 3, marks=pytest.mark.slow),
         ("saved", "fsdp2", 1),
         ("saved_by_fsdp2", "3", 1),
         ("saved_by_fsdp2", "fsdp2", 3),

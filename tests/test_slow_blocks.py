@@ -35,8 +35,8 @@ def losses_and_gradients(tiny_model: Path, compile_blocks: bool) -> list[tuple[T
         loss = model(
             input_ids=torch.tensor([prompt + [300] * words]),
             input_features=features,
-            labels=torch.full((words,), 301),
-            label_places=torch.arange(len(prompt), len(prompt) + words),
+            target_ids=torch.full((words,), 301),
+            target_places=torch.arange(len(prompt), len(prompt) + words),
             chunk_tokens=2,
         )
         loss.backward()

@@ -58,21 +58,26 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         self.lm_head = TargetLogits(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
     def forward(
-        self, *, labels: Tensor | None = None, label_places: Tensor | None = None, chunk_tokens: int = 0, **inputs: Any
+        self,
+        *,
+        target_ids: Tensor | None = None,
+        target_places: Tensor | None = None,
+        chunk_tokens: int = 0,
+        **inputs: Any,
     ) -> Any:
-        """What the published class gives; with labels the summed cross entropy of these.
+        """What the published class gives; with targets the summed cross entropy of these.
 
         Args:
-            labels: int64 `(N)`, all of them targets.
-            label_places: int64 `(N)`, their positions in the flattened `(B, T)` input; each predicts its label.
-            chunk_tokens: labels whose logits are computed at a time.
+            target_ids: int64 `(N)`.
+            target_places: int64 `(N)`, their positions in the flattened `(B, T)` input; each predicts its target.
+            chunk_tokens: targets whose logits are computed at a time.
             inputs: of the published class.
         """
-        if labels is None or label_places is None:
+        if target_ids is None or target_places is None:
             return super().forward(**inputs)
         # A cache would be extended a second time where blocks are computed again.
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
-        return self.lm_head(hidden.flatten(0, 1)[label_places], labels, chunk_tokens)
+        return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens)
 
     # `generate` reads there what it may pass on, and whether logits of some positions can be had.
     forward.__signature__ = signature(VoxtralForConditionalGeneration.forward)  # type: ignore[attr-defined]

@@ -14,7 +14,9 @@ from workloads.rank_memory import compare, run_config
 AGREEMENT = 0.85
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "stage", ["zero3", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("zero1", "zero2"))]
+)
 def test_plans_within_15_percent_of_a_real_run(tmp_path: Path, stage: str) -> None:
     model = tmp_path / "model"
     build_tiny_voxtral(model, SMALL)

@@ -27,8 +27,8 @@ class LossOfMicroBatch:
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             input_features=features,
-            labels=batch.target_ids,
-            label_places=batch.target_places,
+            target_ids=batch.target_ids,
+            target_places=batch.target_places,
             chunk_tokens=self._chunk_tokens,
         )
         return loss

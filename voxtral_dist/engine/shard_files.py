@@ -1,6 +1,7 @@
 """Tensors in shards on disk, by torch.distributed.checkpoint (DCP): each rank writes what it holds, none is gathered.
 
-They are read as other shards on any number of ranks, or as whole tensors, without a process group.
+They are read as other shards on any number of ranks, or as whole tensors, without a process group. DCP is imported where
+it is used, because that takes a second.
 """
 
 from __future__ import annotations
@@ -10,9 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from voxtral_dist.engine.base import ParameterState
 
@@ -23,16 +21,25 @@ def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     Raises:
         CheckpointException: on all ranks, if one could not write.
     """
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     save(tensors, storage_writer=FileSystemWriter(folder))
 
 
 def read_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """Fill this rank's part of sharded tensors in place, and read nothing else; all ranks call it together."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     load(tensors, storage_reader=FileSystemReader(folder))
 
 
 def read_whole(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[ParameterState]:
     """What `write_shards` wrote, parameter by parameter, as float32 tensors of these full shapes."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     moments: dict[str, list[str]] = {name: [] for name in shapes}
     for key in stored:
