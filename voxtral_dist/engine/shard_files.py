@@ -1,7 +1,7 @@
 """Tensors in shards on disk, by torch.distributed.checkpoint (DCP): each rank writes what it holds, none is gathered.
 
-They are read as other shards on any number of ranks, or as whole tensors, without a process group. DCP is imported where
-it is used, because that takes a second.
+They are read as other shards on any number of ranks, or as whole tensors, without a process group. DCP is imported
+where it is used, because that takes a second.
 """
 
 from __future__ import annotations
