@@ -241,6 +241,12 @@ def _check_muon(config: RunConfig, settings: dict[str, Any]) -> None:
 
 
 def _check_nvme(config: RunConfig, settings: dict[str, Any]) -> None:
+    zero = settings["zero_optimization"]
+    if offload_device(settings, "offload_param") == "nvme" and zero.get("stage3_prefetch_bucket_size") != 0:
+        raise UserError(
+            f"`engine.deepspeed`: `stage3_prefetch_bucket_size` in {config.engine.deepspeed} must be 0 where weights "
+            "are on NVMe, because DeepSpeed would read a weight ahead that it is reading already, and stop."
+        )
     for key in _OFFLOADS:
         if offload_device(settings, key) == "nvme":
             folder = _with_nvme_path(config, settings["zero_optimization"])[key].get("nvme_path")
