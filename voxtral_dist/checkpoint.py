@@ -31,7 +31,7 @@ from voxtral_dist.config import RunConfig, dump_config
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, wait_for_all
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine, ParameterState, ShardFiles
-from voxtral_dist.engine.shard_files import read_whole
+from voxtral_dist.engine.shard_files import read_whole, stored_moments
 from voxtral_dist.errors import UserError
 from voxtral_dist.weights import fingerprint
 
@@ -307,12 +307,7 @@ def _read_states(folder: Path, contents: dict[str, Any]) -> Iterator[ParameterSt
     files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in contents["files"]}
     placed: dict[str, str] = contents["tensors"]
 
-    moments: dict[str, list[str]] = {name: [] for name in contents["shapes"]}
-    for stored in placed:
-        name, _, moment = stored.partition("//")
-        if moment:
-            moments[name].append(moment)
-    for name, keys in moments.items():
+    for name, keys in stored_moments(contents["shapes"], placed).items():
         assert name in placed, f"complete.json lists the shape of {name}, but no file holds it"
         read = {key: files[placed[f"{name}//{key}"]].get_tensor(f"{name}//{key}") for key in keys}
         yield ParameterState(name, files[placed[name]].get_tensor(name), read)

@@ -35,7 +35,7 @@ from typing import Any
 from torch import nn
 
 from voxtral_dist.config import Component, ModelConfig
-from voxtral_dist.model import TrainedVoxtral, is_checkpointed
+from voxtral_dist.model import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
 from voxtral_dist.trainable import ADAPTER_NAME
 
 
@@ -267,12 +267,12 @@ def _projector(model: TrainedVoxtral, gradient: _GradientFlow) -> Flops:
     """Of one window."""
     projector = model.model.multi_modal_projector
     row = gradient.products(projector.linear_1) + gradient.products(projector.linear_2)
-    return row * _audio_tokens_per_window(model.config)
+    return row * audio_tokens_per_window(model.config)
 
 
 def _pass_again(encoder: Flops, projector: Flops, model: TrainedVoxtral) -> float:
     """Of one window, in the backward pass of a checkpointed pass of the encoder."""
-    last = _last_product(model.model.multi_modal_projector.linear_2) * _audio_tokens_per_window(model.config)
+    last = _last_product(model.model.multi_modal_projector.linear_2) * audio_tokens_per_window(model.config)
     return encoder.forward + projector.forward - last
 
 
@@ -295,12 +295,6 @@ def _last_product(layer: Any) -> float:
     last = _adapter(layer)[1] if _is_adapted(layer) else layer
     num_weights: int = last.weight.numel()
     return 2.0 * num_weights
-
-
-def _audio_tokens_per_window(config: Any) -> int:
-    audio = config.audio_config
-    tokens: int = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
-    return tokens
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -145,6 +145,12 @@ def chosen_attention(config: ModelConfig) -> str:
     return "flash_attention_2" if has_flash else "sdpa"
 
 
+def audio_tokens_per_window(config: VoxtralConfig) -> int:
+    """The projector joins positions of the encoder until they are as wide as its feed-forward layers: 375 for 30 s."""
+    audio = config.audio_config
+    return int(audio.max_source_positions * audio.hidden_size // audio.intermediate_size)
+
+
 def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn.Module]]:
     """The transformer layers of each component in order: the units of sharding, checkpointing and compilation."""
     return {
@@ -220,13 +226,14 @@ def fill_skeleton(
     """
     for (name, _), (weight_name, weight) in zip(list(model.named_parameters()), weights, strict=True):
         assert name == weight_name, f"weights come in the model's order, but {weight_name} came for {name}"
-        _set(model, name, nn.Parameter(weight, requires_grad=False))
+        set_tensor(model, name, nn.Parameter(weight, requires_grad=False))
     for name, buffer in buffers:
-        _set(model, name, buffer.clone())
+        set_tensor(model, name, buffer.clone())
     model.tie_weights()
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer by its dotted name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, value)
 

@@ -19,7 +19,7 @@ from transformers.core_model_loading import rename_source_key
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.model import DTYPES, TrainedVoxtral, initialize_buffers, skeleton, trained_skeleton
+from voxtral_dist.model import DTYPES, TrainedVoxtral, initialize_buffers, set_tensor, skeleton, trained_skeleton
 from voxtral_dist.trainable import is_adapter
 
 _WHOLE = "model.safetensors"
@@ -74,8 +74,7 @@ class InitialWeights:
         """Give all parameters of a skeleton their first values, in its precision."""
         for name, parameter in list(model.named_parameters()):
             value = self(name).to(device, parameter.dtype)
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+            set_tensor(model, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
     def _adapter(self, name: str) -> Tensor:
         """What peft gives an adapter: A random, B zero, so that it changes nothing; DoRA's magnitudes from the weight.

@@ -25,6 +25,7 @@ from corpora import TINY_SHAPE
 from ranks import run_ranks
 from runs import run_config
 from test_equations import CHECKPOINTED, IN_PASSES, NUM_STEPS, assert_equal_plain
+from workloads.peak_memory import forget_peak, status_bytes
 
 FROZEN = {"frozen": ("encoder",)}
 # With fewer rows than there are ranks, some of which hold none of an adapter.
@@ -72,11 +73,6 @@ NUM_SHARDS = 8
 MODULES_BYTES = 32 * 2**20
 
 
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
 def peak_of_building(small: RunConfig, large: RunConfig, rank: int, num_ranks: int) -> int:
     """Bytes that a rank adds to its process, at its peak, while it builds the larger model; all libraries are there."""
     import torch.distributed as dist
@@ -90,7 +86,7 @@ def peak_of_building(small: RunConfig, large: RunConfig, rank: int, num_ranks: i
     world = World(rank, num_ranks, 0, torch.device("cpu"))
     log_mel = LogMel.from_pretrained(small.model.path, world.device)
     build_engine(small, log_mel, world)
-    Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = status_bytes("VmRSS")
     engine = build_engine(large, log_mel, world)
     peak = status_bytes("VmHWM") - before

@@ -19,13 +19,14 @@ from voxtral_dist.engine.base import ParameterState, StepUpdate
 from voxtral_dist.engine.copies import evaluation_copy
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.engine.loss_scale import LossScale
+from voxtral_dist.engine.loss_scale import NUM_SKIPPED, LossScale
 from voxtral_dist.engine.shard_files import read_shards, write_shards
 from voxtral_dist.engine.sharding import (
     build_mesh,
     fill_shards,
     gathered,
     local_part,
+    refuse_partial_replicas,
     rows_of,
     shard_group,
     shard_model,
@@ -38,7 +39,6 @@ from voxtral_dist.trainable import parameter_table
 from voxtral_dist.weights import InitialWeights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_NUM_SKIPPED = "num_skipped_steps"
 # As in torch.nn.utils.clip_grad_norm_.
 _CLIPPING_EPSILON = 1e-6
 
@@ -54,12 +54,8 @@ def check_fsdp2(config: RunConfig, settings: Fsdp2Config, world_size: int | None
             f"`optimizer.algorithm` must be `adamw` with `engine.fsdp2`, but is `{config.optimizer.algorithm}` "
             "instead, which does not work on FSDP2's shards: choose `adamw`, or `engine.deepspeed`."
         )
-    per_replica = settings.ranks_per_replica
-    if world_size is not None and per_replica is not None and world_size % per_replica != 0:
-        raise UserError(
-            f"`engine.fsdp2.ranks_per_replica` must divide the number of ranks ({world_size}), but is {per_replica} "
-            "instead."
-        )
+    if world_size is not None:
+        refuse_partial_replicas(settings, world_size)
 
 
 class Fsdp2Engine:
@@ -179,11 +175,11 @@ class Fsdp2Engine:
 
     def scalars(self) -> dict[str, float]:
         """See `Engine`: the scale of a float16 loss, and how many of the steps it has cost."""
-        return {_NUM_SKIPPED: float(self._num_skipped), **(self._scale.scalars() if self._scale else {})}
+        return {NUM_SKIPPED: float(self._num_skipped), **(self._scale.scalars() if self._scale else {})}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
         """See `Engine`. Follows `load_parameter_states`, which counts skipped steps as updates."""
-        self._num_skipped = int(scalars.get(_NUM_SKIPPED, 0))
+        self._num_skipped = int(scalars.get(NUM_SKIPPED, 0))
         for state in self._optimizer.state.values():
             state["step"] -= self._num_skipped
         if self._scale is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Of an engine's `scalars`, the same for all engines: a run may go on under another one.
+NUM_SKIPPED, SCALE, NUM_GOOD = "num_skipped_steps", "loss_scale", "num_good_steps"
+
 _FIRST = 2.0**16
 _LARGEST = 2.0**24
 # Steps without an overflow after which a larger factor is tried.
@@ -34,9 +37,9 @@ class LossScale:
 
     def scalars(self) -> dict[str, float]:
         """What the next updates depend on."""
-        return {"loss_scale": self.value, "num_good_steps": float(self._num_good_steps)}
+        return {SCALE: self.value, NUM_GOOD: float(self._num_good_steps)}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
         """Take over what `scalars` gave; a run in another precision gave nothing."""
-        self.value = scalars.get("loss_scale", self.value)
-        self._num_good_steps = int(scalars.get("num_good_steps", 0))
+        self.value = scalars.get(SCALE, self.value)
+        self._num_good_steps = int(scalars.get(NUM_GOOD, 0))

@@ -6,7 +6,7 @@ where it is used, because that takes a second.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,17 +35,22 @@ def read_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     load(tensors, storage_reader=FileSystemReader(folder))
 
 
+def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str, list[str]]:
+    """The names of each parameter's moments, of those of all stored tensors: `NAME` and `NAME//MOMENT`."""
+    moments: dict[str, list[str]] = {name: [] for name in parameters}
+    for key in stored:
+        name, _, moment = key.partition("//")
+        if moment:
+            moments[name].append(moment)
+    return moments
+
+
 def read_whole(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[ParameterState]:
     """What `write_shards` wrote, parameter by parameter, as float32 tensors of these full shapes."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    moments: dict[str, list[str]] = {name: [] for name in shapes}
-    for key in stored:
-        name, _, moment = key.partition("//")
-        if moment:
-            moments[name].append(moment)
+    moments = stored_moments(shapes, FileSystemReader(folder).read_metadata().state_dict_metadata)
     for name, shape in shapes.items():
         whole = {key: torch.empty(tuple(shape)) for key in (name, *(f"{name}//{moment}" for moment in moments[name]))}
         load(whole, storage_reader=FileSystemReader(folder), no_dist=True)

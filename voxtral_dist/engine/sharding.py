@@ -14,10 +14,25 @@ from torch.distributed.tensor import DTensor
 
 from voxtral_dist.config import Fsdp2Config
 from voxtral_dist.distributed.world import World
-from voxtral_dist.model import DTYPES, TrainedVoxtral, blocks_of
+from voxtral_dist.errors import UserError
+from voxtral_dist.model import DTYPES, TrainedVoxtral, blocks_of, set_tensor
 from voxtral_dist.weights import InitialWeights
 
 _SHARD = "shard"
+
+
+def refuse_partial_replicas(settings: Fsdp2Config, world_size: int) -> None:
+    """Refuse replicas of the model that do not fill the world.
+
+    Raises:
+        UserError: the number of ranks is no multiple of theirs.
+    """
+    per_replica = settings.ranks_per_replica
+    if per_replica is not None and world_size % per_replica != 0:
+        raise UserError(
+            f"`engine.fsdp2.ranks_per_replica` must divide the number of ranks ({world_size}), but is {per_replica} "
+            "instead."
+        )
 
 
 def build_mesh(world: World, ranks_per_replica: int | None) -> DeviceMesh:
@@ -68,9 +83,8 @@ def fill_shards(model: TrainedVoxtral, initial: InitialWeights, device: torch.de
         rows = rows_of(parameter)
         # A copy, because what was read may be a view of the file's pages.
         local = initial.rows(name, rows.start, rows.stop).to(device, parameter.dtype, copy=True)
-        owner, _, leaf = name.rpartition(".")
         filled = nn.Parameter(with_local(parameter, local), requires_grad=parameter.requires_grad)
-        setattr(model.get_submodule(owner), leaf, filled)
+        set_tensor(model, name, filled)
 
 
 def sharded(value: Tensor) -> DTensor:

@@ -19,6 +19,7 @@ from voxtral_dist.engine.base import ParameterState, StepUpdate
 from voxtral_dist.engine.copies import evaluation_copy
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
+from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
 from voxtral_dist.engine.zero_building import fill_model
 from voxtral_dist.engine.zero_optimizers import build_optimizer
 from voxtral_dist.engine.zero_settings import complete_settings, zero_stage
@@ -26,9 +27,6 @@ from voxtral_dist.engine.zero_states import full_shape, master_states
 from voxtral_dist.model import DTYPES, TrainedVoxtral, trained_skeleton
 from voxtral_dist.optim import set_learning_rate
 from voxtral_dist.trainable import parameter_table
-
-# Of `scalars`, as the other engines call them.
-_NUM_SKIPPED, _SCALE, _NUM_GOOD = "num_skipped_steps", "loss_scale", "num_good_steps"
 
 
 class ZeroEngine:
@@ -141,19 +139,19 @@ class ZeroEngine:
 
     def scalars(self) -> dict[str, float]:
         """See `Engine`: the scale of a float16 loss, and how many of the steps it has cost."""
-        skipped = {_NUM_SKIPPED: float(self._num_skipped)}
+        skipped = {NUM_SKIPPED: float(self._num_skipped)}
         if self._scaler is None:
             return skipped
         good = self._scaler.cur_iter - self._scaler.last_overflow_iter - 1
-        return skipped | {_SCALE: float(self._scaler.cur_scale), _NUM_GOOD: float(good)}
+        return skipped | {SCALE: float(self._scaler.cur_scale), NUM_GOOD: float(good)}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
         """See `Engine`. Follows `load_parameter_states`, which counts skipped steps as updates."""
-        self._num_skipped = int(scalars.get(_NUM_SKIPPED, 0))
+        self._num_skipped = int(scalars.get(NUM_SKIPPED, 0))
         self._states.set_num_updates(self._num_steps - self._num_skipped)
         if self._scaler is not None:
-            self._scaler.cur_scale = scalars.get(_SCALE, self._scaler.cur_scale)
-            self._scaler.cur_iter = int(scalars.get(_NUM_GOOD, 0))
+            self._scaler.cur_scale = scalars.get(SCALE, self._scaler.cur_scale)
+            self._scaler.cur_iter = int(scalars.get(NUM_GOOD, 0))
             self._scaler.last_overflow_iter = -1
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.zero_settings import zero_stage
-from voxtral_dist.model import TrainedVoxtral, initialize_buffers
+from voxtral_dist.model import TrainedVoxtral, initialize_buffers, set_tensor
 from voxtral_dist.weights import InitialWeights
 
 
@@ -41,8 +41,7 @@ def _fill_sharded(model: nn.Module, weights: InitialWeights, settings: dict[str,
     shard = _Sharding(settings)
     for name, skeleton in list(model.named_parameters()):
         parameter = nn.Parameter(_first_value(name, skeleton, weights, world), requires_grad=skeleton.requires_grad)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, parameter)
+        set_tensor(model, name, parameter)
         shard(parameter)
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from voxtral_dist.config import ModelConfig
 from voxtral_dist.engine.encoder import num_passes
-from voxtral_dist.model import TrainedVoxtral, is_checkpointed
+from voxtral_dist.model import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
 from voxtral_dist.trainable import ADAPTER_NAME
 
 _FLOAT32_BYTES = 4
@@ -72,6 +72,7 @@ class Activations:
         self._model = model
         self._config = config
         self._itemsize = model.lm_head.weight.element_size()
+        self._audio_tokens = audio_tokens_per_window(model.config)
         # `auto` may find FlashAttention, which keeps less.
         self._attention = "sdpa" if config.attention == "auto" else config.attention
 
@@ -263,12 +264,6 @@ class Activations:
     @property
     def _keys(self) -> int:
         return int(self._text_config.num_key_value_heads) * self._head_dim
-
-    @property
-    def _audio_tokens(self) -> int:
-        """Of a window: the projector joins positions until they are as wide as the feed-forward layers."""
-        audio = self._audio_config
-        return int(audio.max_source_positions * audio.hidden_size // audio.intermediate_size)
 
 
 def forward_peak(parts: Sequence[Part]) -> float:

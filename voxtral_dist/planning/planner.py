@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from voxtral_dist.config import RunConfig
 from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS
 from voxtral_dist.flops import TrainingFlops
-from voxtral_dist.model import DTYPES, TrainedVoxtral, trained_skeleton
+from voxtral_dist.model import DTYPES, TrainedVoxtral, audio_tokens_per_window, trained_skeleton
 from voxtral_dist.planning.activations import Activations, MicroBatchShape
 from voxtral_dist.planning.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate
 from voxtral_dist.planning.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
@@ -119,6 +119,6 @@ def window_sizes(model: TrainedVoxtral) -> WindowSizes:
     audio = model.config.audio_config
     return WindowSizes(
         seconds=audio.max_source_positions / POSITIONS_PER_SECOND,
-        audio_tokens=audio.max_source_positions * audio.hidden_size // audio.intermediate_size,
+        audio_tokens=audio_tokens_per_window(model.config),
         max_positions=model.config.text_config.max_position_embeddings,
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from voxtral_dist.config import Fsdp2Config, RunConfig
+from voxtral_dist.engine.sharding import refuse_partial_replicas
 from voxtral_dist.engine.zero_settings import read_deepspeed_file
-from voxtral_dist.errors import UserError
 
 Place = Literal["device", "host", "nvme"]
 
@@ -85,13 +85,9 @@ def configured_sharding(config: RunConfig, num_ranks: int) -> Sharding:
 
 
 def _fsdp2(settings: Fsdp2Config, num_ranks: int) -> Fsdp2Sharding:
-    replica = settings.ranks_per_replica
-    if replica is not None and num_ranks % replica:
-        raise UserError(
-            f"`engine.fsdp2.ranks_per_replica` must divide the number of ranks ({num_ranks}), but is {replica} instead."
-        )
+    refuse_partial_replicas(settings, num_ranks)
     reduce_bytes = 4 if settings.reduce_precision == "float32" else 2
-    return Fsdp2Sharding(settings.reshard_after_forward, replica, reduce_bytes, settings.cpu_offload)
+    return Fsdp2Sharding(settings.reshard_after_forward, settings.ranks_per_replica, reduce_bytes, settings.cpu_offload)
 
 
 def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
