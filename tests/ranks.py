@@ -1,19 +1,29 @@
-"""Real ranks for tests: processes that meet over gloo through a file, so that no port is raced for."""
+"""Real ranks for tests: processes that meet over gloo through a file, so that no port is raced for.
+
+They are forked from a process that has imported what all of them need, which alone would take each of them ten seconds,
+and that has no threads, which a fork would lose.
+"""
 
 from __future__ import annotations
 
+import atexit
+import importlib
+import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as multiprocessing
-
 _TIMEOUT_SECONDS = 480
+_PRELOADED = ("deepspeed", "voxtral_dist.engine.zero", "voxtral_dist.engine.fsdp2", "voxtral_dist.train")
+_server: tuple[Any, Connection] | None = None
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -23,30 +33,71 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     traceback, and ends the others.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("spawn")
-        processes = [
-            context.Process(target=_run_rank, args=(rank, world_size, Path(folder), function, arguments))
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
+        connection = _connection()
+        call = pickle.dumps((function, arguments))
+        connection.send((world_size, folder, call, sys.path, dict(os.environ), str(Path.cwd())))
+        exit_codes = connection.recv()
+        failures = sorted(Path(folder).glob("failure-*"), key=lambda path: path.stat().st_mtime)
+        assert not failures, failures[0].read_text()
+        results = [Path(folder) / f"result-{rank}" for rank in range(world_size)]
+        assert all(path.is_file() for path in results), f"ranks ended with exit codes {exit_codes} and no result"
+        return [pickle.loads(path.read_bytes()) for path in results]
+
+
+def _connection() -> Connection:
+    """To the process that forks ranks, which ends with this one."""
+    global _server
+    if _server is None:
+        mine, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=False)
+        process.start()
+        theirs.close()
+        # Before multiprocessing waits for its children: the server ends when nobody can ask it any more.
+        atexit.register(mine.close)
+        _server = process, mine
+    return _server[1]
+
+
+def _serve(requests: Connection) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
+    assert num_threads == 1, f"a fork would lose {num_threads - 1} threads"
+    context = multiprocessing.get_context("fork")
+    while True:
         try:
-            return [_result_of(process, Path(folder) / f"result-{rank}") for rank, process in enumerate(processes)]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            world_size, folder, call, sys.path[:], environment, working_folder = requests.recv()
+        except EOFError:
+            return
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(working_folder)
+        ranks = [
+            context.Process(target=_run_rank, args=(rank, world_size, Path(folder), call)) for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        requests.send(_exit_codes(ranks, Path(folder)))
 
 
-def _result_of(process: Any, path: Path) -> Any:
-    process.join(_TIMEOUT_SECONDS)
-    failures = sorted(path.parent.glob("failure-*"))
-    assert not failures, failures[0].read_text()
-    assert path.is_file(), f"a rank ended with exit code {process.exitcode} and no result"
-    return pickle.loads(path.read_bytes())
+def _exit_codes(ranks: Sequence[Any], folder: Path) -> list[int | None]:
+    """Wait for all ranks, until one of them fails: the others may wait for it."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    running = list(ranks)
+    while running and not any(folder.glob("failure-*")) and time.monotonic() < deadline:
+        wait([process.sentinel for process in running], timeout=1)
+        running = [process for process in running if process.is_alive()]
+        if any(process.exitcode for process in ranks):
+            break
+    for process in running:
+        process.kill()
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
 
 
-def _run_rank(rank: int, world_size: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
+def _run_rank(rank: int, world_size: int, folder: Path, call: bytes) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu"}
     import torch
     import torch.distributed as dist
@@ -55,6 +106,7 @@ def _run_rank(rank: int, world_size: int, folder: Path, function: Callable[..., 
 
     torch.set_num_threads(1)
     try:
+        function, arguments = pickle.loads(call)
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(str(folder / "store"), world_size),
@@ -63,9 +115,15 @@ def _run_rank(rank: int, world_size: int, folder: Path, function: Callable[..., 
             timeout=timedelta(seconds=_TIMEOUT_SECONDS),
         )
         result = function(World(rank, world_size, rank, torch.device("cpu")), *arguments)
-        (folder / f"result-{rank}.tmp").write_bytes(pickle.dumps(result))
-        (folder / f"result-{rank}.tmp").rename(folder / f"result-{rank}")
+        _leave(folder / f"result-{rank}", pickle.dumps(result))
         dist.destroy_process_group()
     except BaseException:
-        (folder / f"failure-{rank}").write_text(traceback.format_exc())
+        _leave(folder / f"failure-{rank}", traceback.format_exc().encode())
         raise
+
+
+def _leave(path: Path, content: bytes) -> None:
+    """Nobody finds a part of a file."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(content)
+    temporary.rename(path)

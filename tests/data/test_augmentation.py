@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
 from voxtral_dist.data.audio import AudioError
-from voxtral_dist.data.augmentation import TIME_AXIS, Augmentation, draw_feature_masks
+from voxtral_dist.data.augmentation import Augmentation
+from voxtral_dist.data.feature_masks import TIME_AXIS, draw_feature_masks
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.data.transforms import LengthAwareTimeStretch, build_transform
 from voxtral_dist.errors import UserError

@@ -19,11 +19,11 @@ from itertools import accumulate, chain, islice
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from voxtral_dist.config import SpecAugmentConfig, TrainDataConfig
-from voxtral_dist.data.augmentation import Augmentation, check_spec_augment, draw_feature_masks
 from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
 from voxtral_dist.data.context import WordList, training_words
 from voxtral_dist.data.cutting import Budget
 from voxtral_dist.data.examples import SlotSamples
+from voxtral_dist.data.feature_masks import check_spec_augment, draw_feature_masks
 from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.index import ShardIndex, ShardSet, read_sets, refuse_unusable
 from voxtral_dist.data.plan import PLAN_VERSION, PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
@@ -156,7 +156,11 @@ def training_reader(
     Raises:
         UserError: an augmentation cannot be built.
     """
-    augmentation = Augmentation(config.augmentation, prompts.sampling_rate) if config.augmentation else None
+    augmentation = None
+    if config.augmentation:
+        from voxtral_dist.data.augmentation import Augmentation
+
+        augmentation = Augmentation(config.augmentation, prompts.sampling_rate)
     most_text = config.max_chars_per_second or MAX_CHARS_PER_SECOND
     prompting = Prompting.of_training(config, prompts, words)
     return SampleReader(index, prompts, config.max_target_tokens, storage, augmentation, most_text, prompting)

@@ -6,13 +6,12 @@ import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.data.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
-from voxtral_dist.data.augmentation import Augmentation
 from voxtral_dist.data.index import ShardIndex
 from voxtral_dist.data.members import Sample, parse_sample, read_members
 from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
@@ -20,6 +19,9 @@ from voxtral_dist.data.prompting import Prompting
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.data.texts import apply_steps
+
+if TYPE_CHECKING:
+    from voxtral_dist.data.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
