@@ -78,7 +78,7 @@ def train(config: RunConfig, world: World) -> int:
     refuse_different_data(steps.training_set.fingerprint, world)
     test_sets = build_test_sets(config.evaluation, prompts, storage)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
-    engine = build_engine(config, log_mel, world)
+    engine = build_engine(config, log_mel, world, steps.training_set.most_windows)
     flops = training_flops(config)
     checkpoints = CheckpointDirectory(config, steps.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()

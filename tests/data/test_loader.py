@@ -105,6 +105,13 @@ def unbroken(config, prompts) -> list[list[tuple]]:
     return global_batches(config, prompts, 1)
 
 
+def test_no_micro_batch_has_more_windows_than_the_training_set_says(config, prompts):
+    most = build_training_set(config, prompts, seed=1).most_windows
+    found = [batch.num_windows for step in steps_of(config, prompts) for batch in step.micro_batches]
+    assert max(found) <= most
+    assert most - max(found) <= 2, "a bound that says something"
+
+
 def with_workers(config: TrainDataConfig, num_workers: int) -> TrainDataConfig:
     return config.model_copy(update={"num_workers": num_workers})
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from voxtral_dist.config import SpecAugmentConfig, TrainDataConfig
@@ -51,12 +52,16 @@ class StepBatches:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """An index, what of it is drawn, and in which order: the same on every rank. words: of contexts."""
+    """An index, what of it is drawn, and in which order: the same on every rank.
+
+    most_windows: that a micro-batch can have. words: of contexts.
+    """
 
     index: ShardIndex
     streams: Streams
     plan: TrainPlan
     fingerprint: str
+    most_windows: int
     words: WordList | None = None
 
     def lines(self) -> Iterator[str]:
@@ -191,7 +196,23 @@ def build_training_set(
     )
     plan = TrainPlan(index, streams, sizes, shape, (seed,))
     words = training_words(config.context)
-    return TrainingSet(index, streams, plan, _fingerprint(sets, sizes, plan, words), words)
+    fingerprint = _fingerprint(sets, sizes, plan, words)
+    return TrainingSet(index, streams, plan, fingerprint, _most_windows(config, index, sizes), words)
+
+
+def _most_windows(config: TrainDataConfig, index: ShardIndex, sizes: ExampleSizes) -> int:
+    """Windows of a micro-batch of the longest samples that its limits allow, by the durations of the index."""
+    longest_seconds = max(part.longest_seconds for part in index.sets)
+    if config.max_duration_seconds is not None:
+        longest_seconds = min(longest_seconds, config.max_duration_seconds)
+    of_an_example = int(sizes.windows(np.array([round(1000 * longest_seconds)]))[0])
+    limits = [
+        config.max_windows,
+        config.max_examples and config.max_examples * of_an_example,
+        config.max_tokens and config.max_tokens // sizes.audio_tokens_per_window,
+    ]
+    # A clip that is larger than these limits is left out.
+    return min(limit for limit in limits if limit is not None)
 
 
 def _max_packed_tokens(config: TrainDataConfig, sizes: ExampleSizes) -> int:

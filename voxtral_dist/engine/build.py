@@ -8,8 +8,15 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
 
 
-def build_engine(config: RunConfig, log_mel: LogMel, world: World) -> Engine:
+def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None = None) -> Engine:
     """The model of a run with its initial weights, sharded over the ranks.
+
+    Args:
+        config: of the run.
+        log_mel: computes the features that the model takes.
+        world: all ranks.
+        most_windows: that a micro-batch can have; None where nobody knows. What takes one pass of the encoder in any
+            case is cheaper under ZeRO-3.
 
     Raises:
         UserError: the configuration, the checkpoint and this machine do not fit together.
@@ -21,7 +28,7 @@ def build_engine(config: RunConfig, log_mel: LogMel, world: World) -> Engine:
         return Fsdp2Engine(config, config.engine.fsdp2, log_mel, world)
     from voxtral_dist.engine.zero import ZeroEngine
 
-    return ZeroEngine(config, log_mel, world)
+    return ZeroEngine(config, log_mel, world, most_windows)
 
 
 def check_engine(config: RunConfig, world_size: int | None = None) -> None:

@@ -20,7 +20,7 @@ from voxtral_dist.engine.copies import evaluation_copy
 from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
-from voxtral_dist.engine.zero_building import fill_model
+from voxtral_dist.engine.zero_building import fill_model, gather_whole_blocks
 from voxtral_dist.engine.zero_optimizers import build_optimizer
 from voxtral_dist.engine.zero_settings import complete_settings, zero_stage
 from voxtral_dist.engine.zero_states import full_shape, master_states
@@ -32,8 +32,8 @@ from voxtral_dist.trainable import parameter_table
 class ZeroEngine:
     """A model whose optimizer state (stage 1), gradients (2) and weights (3) are sharded over ranks; nothing (0)."""
 
-    def __init__(self, config: RunConfig, log_mel: LogMel, world: World) -> None:
-        """Build the model of a run, sharded as DeepSpeed's file says.
+    def __init__(self, config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None = None) -> None:
+        """Build the model of a run, sharded as DeepSpeed's file says. Arguments are those of `build_engine`.
 
         Raises:
             UserError: the configuration, the checkpoint and this machine do not fit together.
@@ -42,10 +42,13 @@ class ZeroEngine:
         self._table = parameter_table(model)
         settings = complete_settings(config, model, world.size)
         self.stage = zero_stage(settings)
+        self._has_one_pass = most_windows is not None and most_windows <= config.model.encoder_windows_per_pass
         self._config = config
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
         fill_model(model, config, settings, world)
+        if self.stage == 3:
+            gather_whole_blocks(model, encoder_has_one_pass=self._has_one_pass)
         self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
         self._optimizer = build_optimizer(config, model, settings)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
@@ -63,7 +66,8 @@ class ZeroEngine:
 
     def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages gradients over ranks, hence the factor of the world size."""
-        self._encoder.num_passes = batch.num_encoder_passes
+        # A clip may last a little longer than its index says: blocks that take one pass take it in one all the same.
+        self._encoder.num_passes = 1 if self._has_one_pass else batch.num_encoder_passes
         loss_sum = self._loss(self._engine, batch.to(self._world.device))
         self._engine.backward(loss_sum * (self._world.size / num_targets), scale_wrt_gas=False)
         return loss_sum.detach()
