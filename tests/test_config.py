@@ -110,6 +110,11 @@ def test_a_value_out_of_its_range_is_named(smallest, override, key):
         ("trainable.lora={targets: {decoder: [q_proj]}}", "`trainable.lora.targets.decoder"),
         ("optimizer.component_learning_rates={encoder: 0}", "`optimizer.component_learning_rates.encoder`"),
         ("model.activation_checkpointing=true", "`model.activation_checkpointing`"),
+        (
+            "evaluation.normalizer=bsic",
+            "`evaluation.normalizer` must be none, basic, whisper_english, whisper_basic, or a",
+        ),
+        ("evaluation.normalizer=a:b c", "`evaluation.normalizer` must be none, basic"),
     ],
 )
 def test_what_contradicts_itself_is_refused_in_one_sentence(smallest, override, sentence):

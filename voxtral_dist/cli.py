@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from voxtral_dist.cli_plan import add_plan
+from voxtral_dist.cli_score import add_scoring
 from voxtral_dist.cli_shards import Commands, add_shards, count, positive
 from voxtral_dist.config import (
     EvaluationConfig,
     ModelConfig,
     TestContextConfig,
-    TextStep,
     config_schema,
     dump_config,
     load_config,
@@ -28,7 +28,6 @@ from voxtral_dist.config import (
 from voxtral_dist.errors import RankError, UserError
 
 _PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
-_NORMALIZERS = get_args(EvaluationConfig.model_fields["normalizer"].annotation)
 
 
 def console(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -115,8 +114,7 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
     parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--normalizer", choices=_NORMALIZERS, default="basic")
-    parser.add_argument("--target-text", choices=get_args(TextStep), nargs="+", default=[], help="as in training")
+    add_scoring(parser)
     parser.add_argument("--detect-language", action="store_true", help="do not tell the language; count what is named")
     parser.add_argument("--words", type=Path, metavar="FILE", help="decode with lists of words too, and report B-WER")
     parser.add_argument(
@@ -135,7 +133,12 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         raise UserError("`--distractors` are words of a list: name its file by `--words`.")
     sizes = {"num_distractors": tuple(parsed.distractors)} if parsed.distractors else {}
     options = EvaluationOptions(
-        settings=EvaluationConfig(batch_size=parsed.batch_size, normalizer=parsed.normalizer),
+        settings=EvaluationConfig(
+            batch_size=parsed.batch_size,
+            normalizer=parsed.normalizer,
+            slices=tuple(parsed.slices),
+            speaker_field=parsed.speaker_field,
+        ),
         detect_language=parsed.detect_language,
         context=TestContextConfig(words=parsed.words, **sizes) if parsed.words else None,
         target_text=tuple(parsed.target_text),

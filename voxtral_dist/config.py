@@ -32,6 +32,21 @@ Component = Literal["encoder", "projector", "language_model"]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 
 
+NORMALIZERS = ("none", "basic", "whisper_english", "whisper_basic")
+
+
+def check_normalizer(name: str) -> str:
+    """The name, if it is one of `NORMALIZERS` or of the form `module:function`.
+
+    Raises:
+        ValueError: it is neither; the sentence goes on after the name of the setting.
+    """
+    module, _, function = name.partition(":")
+    if name in NORMALIZERS or all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+        return name
+    raise ValueError(f"must be {', '.join(NORMALIZERS)}, or a function as `module:function`, but is {name!r} instead")
+
+
 def _sorted_set(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(sorted(set(values)))
 
@@ -506,8 +521,26 @@ class EvaluationConfig(Section):
     max_tokens_per_second: float = Field(default=12.5, gt=0)
     """A hypothesis ends at `16 + max_tokens_per_second * duration` tokens; how often that happened is reported."""
 
-    normalizer: Literal["none", "basic"] = "basic"
-    """Applied to reference and hypothesis before words are compared."""
+    normalizer: str = "basic"
+    """Applied to reference and hypothesis before words are compared: `none`, `basic`, `whisper_english`,
+    `whisper_basic`, or a function of yours on text as `module:function`; see docs/evaluation.md. Rates in which case
+    and punctuation count are always reported too."""
+
+    slices: tuple[str, ...] = ()
+    """Keys of the samples' json, such as `[speaker, domain]`: each of their values gets rates of its own, as each
+    language and each range of durations always do."""
+
+    speaker_field: str = "speaker"
+    """The key of the samples' json that names the speaker. Where each utterance of a set has it and there are at least
+    5 speakers, confidence intervals resample speakers instead of utterances."""
+
+    @model_validator(mode="after")
+    def _has_a_normalizer(self) -> Self:
+        try:
+            check_normalizer(self.normalizer)
+        except ValueError as error:
+            raise ValueError(f"`evaluation.normalizer` {error}") from error
+        return self
 
 
 class MetricsConfig(Section):

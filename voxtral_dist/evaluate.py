@@ -85,8 +85,9 @@ def evaluate(
     named = options.settings.model_copy(update={"test_sets": test_sets})
     prompts = VoxtralPrompts.from_pretrained(model_path)
     built = build_test_sets(named, prompts)
-    transcriber = load_transcriber(model_path, prompts, named, precision, world)
+    # Before the model is loaded: it may be refused.
     used = normalizer(named.normalizer, options.target_text)
+    transcriber = load_transcriber(model_path, prompts, named, precision, world)
     for test_set in built:
         yield test_set.name, evaluate_test_set(test_set, transcriber, used, out_dir, world)
 

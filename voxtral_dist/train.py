@@ -117,10 +117,11 @@ def check_before_loading(config: RunConfig, world: World) -> None:
     """Refuse, within a second and before a model is loaded, what would fail hours later.
 
     Raises:
-        UserError: DeepSpeed's file is not usable, a killed build left its lock, or `run_dir` cannot be written or
-            another process writes there.
+        UserError: DeepSpeed's file or the normalizer is not usable, a killed build left its lock, or `run_dir` cannot
+            be written or another process writes there.
     """
     check_engine(config, world.size)
+    normalizer(config.evaluation.normalizer)
     if config.engine.deepspeed is not None:
         refuse_old_locks()
     try:
@@ -344,6 +345,7 @@ class _Evaluator:
         self._prompts = prompts
         self._log_mel = log_mel
         self._test_sets = test_sets
+        self._normalizer = normalizer(config.evaluation.normalizer, config.train_data.target_text)
         self._world = world
 
     def is_due(self, step: int) -> bool:
@@ -363,12 +365,11 @@ class _Evaluator:
         if not condition or not self._test_sets:
             return
         settings = self._config.evaluation
-        used = normalizer(settings.normalizer, self._config.train_data.target_text)
         out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
         with engine.full_weights() as model:
             transcriber = Transcriber(model, self._prompts, self._log_mel, settings.max_tokens_per_second)
             for test_set in self._test_sets:
-                score = evaluate_test_set(test_set, transcriber, used, out_dir, self._world)
+                score = evaluate_test_set(test_set, transcriber, self._normalizer, out_dir, self._world)
                 log.write("evaluation", step, {"name": test_set.name} | score.figures())
                 log.say(f"step {step}: {test_set.name}: {score}")
 

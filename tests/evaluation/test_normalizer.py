@@ -1,9 +1,16 @@
 """What the normalizers make equal, and what they leave different."""
 
+import hashlib
+import json
+import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
+import transformers
 
+from voxtral_dist.errors import RankError, UserError
+from voxtral_dist.evaluation import normalizer as normalizer_module
 from voxtral_dist.evaluation.normalizer import normalizer
 
 BASIC = normalizer("basic").apply
@@ -69,3 +76,163 @@ def test_a_label_names_the_normalizer_and_its_version():
         f"none-{normalizer('none').version}",
         f"basic-{normalizer('basic').version}",
     ]
+
+
+# Whisper's. The examples are those of openai/whisper's own tests (tests/test_normalizer.py at version 20250625).
+
+ENGLISH = normalizer("whisper_english").apply
+WHISPER_BASIC = normalizer("whisper_basic").apply
+
+PUBLISHED = {
+    "two": "2",
+    "thirty one": "31",
+    "five twenty four": "524",
+    "nineteen ninety nine": "1999",
+    "twenty nineteen": "2019",
+    "two point five million": "2500000",
+    "four point two billions": "4200000000s",
+    "200 thousand dollars": "$200000",
+    "$20 million": "$20000000",
+    "€52.4 million": "€52400000",
+    "£77 thousands": "£77000s",
+    "two double o eight": "2008",
+    "forty three thousand two hundred and sixty": "43260",
+    "nineteen fifties": "1950s",
+    "thirty three thousand and three hundred and thirty third": "33333rd",
+    "august twenty sixth twenty twenty one": "august 26th 2021",
+    "3 14": "3 14",
+    "3 point 14": "3.14",
+    "two point two five dollars": "$2.25",
+    "ninety percent": "90%",
+    "seventy six per cent": "76%",
+    "double oh seven": "007",
+    "one triple oh one": "10001",
+    "thirty two thousandth": "32000th",
+    "minus 500": "-500",
+    "positive twenty thousand": "+20000",
+    "two dollars and seventy cents": "$2.70",
+    "$0.36": "¢36",
+    "three euros and sixty five cents": "€3.65",
+    "three and a half million": "3500000",
+    "b747": "b 747",
+    "10 th": "10th",
+    "mobilisation": "mobilization",
+    "cancelation": "cancellation",
+    "Let's": "let us",
+    "he's like": "he is like",
+    "she's been like": "she has been like",
+    "10km": "10 km",
+    "RC232": "rc 232",
+    "Mr. Park visited Assoc. Prof. Kim Jr.": "mister park visited associate professor kim junior",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), PUBLISHED.items(), ids=PUBLISHED.keys())
+def test_whisper_english_is_the_published_one(text, expected):
+    assert ENGLISH(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Äh, [Lachen] straße (leise) geht's?", "äh straße geht s"),
+        ("  ¿Qué <unk> tal?  ", "qué tal"),
+        ("twenty one", "twenty one"),
+    ],
+)
+def test_whisper_basic_drops_brackets_and_punctuation_and_keeps_letters(text, expected):
+    assert WHISPER_BASIC(text) == expected
+
+
+def test_whisper_basic_cuts_words_at_vowel_signs_and_basic_does_not():
+    """As docs/evaluation.md warns."""
+    assert len(WHISPER_BASIC("हिन्दी").split()) > 1
+    assert len(BASIC("हिन्दी").split()) == 1
+
+
+def test_the_table_of_spellings_is_openais():
+    """As whisper/normalizers/english.json is in the source package of openai-whisper 20250625."""
+    contents = Path(normalizer_module.__file__).with_name("english_spelling.json").read_bytes()
+    assert len(json.loads(contents)) == 1739
+    assert hashlib.sha256(contents).hexdigest() == "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465"
+
+
+def test_whispers_labels_name_the_version_of_transformers():
+    assert normalizer("whisper_english").label == f"whisper_english-transformers-{transformers.__version__}"
+    assert normalizer("whisper_basic", ("lower_case",)).label.startswith("lower_case+whisper_basic-transformers-")
+
+
+# Of the user.
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes a module into the working directory, under a name that no other test has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    count = 0
+
+    def write(source: str) -> str:
+        nonlocal count
+        count += 1
+        name = f"own_{tmp_path.name.replace('-', '_')}_{count}"
+        (tmp_path / f"{name}.py").write_text(source)
+        return name
+
+    return write
+
+
+def test_a_function_of_the_user_is_applied_and_its_label_tells_its_source(own):
+    module = own("class Own:\n    @staticmethod\n    def shout(text):\n        return '  ' + text.upper()\n")
+    shout = normalizer(f"{module}:Own.shout", ("no_punctuation",))
+    assert shout.apply("so,  what") == "SO WHAT"
+    assert shout.label.startswith(f"no_punctuation+{module}:Own.shout-")
+    same, other = own("def f(text):\n    return text\n"), own("def f(text):\n    return text.lower()\n")
+    versions = [normalizer(f"{name}:f").version for name in (same, other, same)]
+    assert versions[0] == versions[2] != versions[1]
+
+
+@pytest.mark.parametrize(
+    ("source", "function", "sentence"),
+    [
+        ("def f(text): return text", "g", "has no `g`"),
+        ("f = 'lower'", "f", "must be a function on text, but is 'lower' instead"),
+        ("def f(text): return None", "f", "must return a text, but returned None of"),
+        ("def f(text): return text.split()", "f", "must return a text, but returned ["),
+        (
+            "def f(text, language): return text",
+            "f",
+            "failed on the text 'Hello, World: 1 2 3.': TypeError: f() missing",
+        ),
+        ("import nowhere", "f", "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
+        ("def f(", "f", "cannot be imported (SyntaxError: "),
+    ],
+)
+def test_a_function_that_cannot_be_used_is_one_sentence(own, source, function, sentence):
+    with pytest.raises(UserError) as refused:
+        normalizer(f"{own(source)}:{function}")
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert type(refused.value) is UserError, "all ranks meet it"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nowhere:f", "the module nowhere cannot be imported"),
+        ("builtins:ascii", "the module builtins has no file"),
+        ("bsic", "must be none, basic, whisper_english, whisper_basic, or a function as `module:function`"),
+        ("a b:c", "or a function as `module:function`, but is 'a b:c' instead"),
+    ],
+)
+def test_a_normalizer_that_is_not_there_is_one_sentence(name, sentence):
+    with pytest.raises(UserError, match="The normalizer") as refused:
+        normalizer(name)
+    assert sentence in str(refused.value)
+
+
+def test_a_function_that_fails_on_one_text_names_it(own):
+    used = normalizer(own("def f(text): return text if 'odd' not in text else 1 / 0") + ":f")
+    assert used.apply("even") == "even"
+    with pytest.raises(RankError, match="failed on the text 'an odd one': ZeroDivisionError: division by zero"):
+        used.apply("an odd one")

@@ -1,6 +1,7 @@
 """Every utterance is scored exactly once, and the report adds up."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,14 +14,14 @@ from voxtral_dist.errors import RankError
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.report import (
     BiasedScore,
-    DecodedUtterance,
     LanguageIdentification,
-    ScoredUtterance,
+    Measurements,
     score_test_set,
-    score_utterance,
     write_results,
 )
+from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.test_sets import build_test_set, check_whole
+from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 from voxtral_dist.evaluation.word_errors import ErrorCounts
 
 BASIC = normalizer("basic")
@@ -35,8 +36,10 @@ PAIRS = (
 )
 
 
-def scored(sample_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en") -> ScoredUtterance:
-    decoded = DecodedUtterance(
+def decoded(
+    sample_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en"
+) -> DecodedUtterance:
+    return DecodedUtterance(
         sample_id=sample_id,
         key=f"key-{sample_id}",
         language=language,
@@ -45,7 +48,10 @@ def scored(sample_id: int, reference: str = "a", hypothesis: str = "a", language
         hypothesis=hypothesis,
         hit_limit=sample_id == 1,
     )
-    return score_utterance(decoded, BASIC)
+
+
+def scored(sample_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en") -> ScoredUtterance:
+    return score_utterance(decoded(sample_id, reference, hypothesis, language), BASIC)
 
 
 @pytest.fixture
@@ -69,18 +75,57 @@ def test_a_score_sums_counts_over_utterances_and_divides_once(utterances):
     assert score.wer_interval[0] <= score.wer <= score.wer_interval[1]
     assert (score.num_utterances, score.num_limit_hits, score.audio_seconds) == (5, 1, 7.5)
     assert score.num_empty_hypotheses == 1
-    assert score.wer_by_language == {"de": 1.0, "en": 2 / 5, "unknown": 0.0}
+    assert {language: part.wer for language, part in score.slices["language"].items()} == {
+        "de": 1.0,
+        "en": 2 / 5,
+        "unknown": 0.0,
+    }
     assert score.normalizer == BASIC.label
+
+
+def test_case_and_punctuation_count_in_the_orthographic_rates(utterances):
+    exact = score_test_set(utterances, BASIC).orthographic
+    # `One, two three.` against `one too three`, a deletion of two words, `seven` and `Seven!`, `eight` and `...`.
+    assert exact.words == ErrorCounts(substitutions=5, deletions=2, reference_length=8)
+    assert exact.wer == 7 / 8
+    assert exact.characters.reference_length == sum(len(reference) for reference, *_ in PAIRS)
+    assert exact.cer > score_test_set(utterances, BASIC).cer
+    assert exact.normalizer == "none-1"
+    raw = normalizer("none")
+    same = score_test_set([score_utterance(decoded(number, *pair), raw) for number, pair in enumerate(PAIRS)], raw)
+    assert (same.words, same.characters, same.wer_interval) == (exact.words, exact.characters, exact.wer_interval)
+
+
+def test_references_that_are_empty_after_normalization_are_counted_with_what_was_inserted():
+    utterances = [scored(0, "...", "one two"), scored(1, "one two three four", "one two three four")]
+    score = score_test_set(utterances, BASIC)
+    assert (score.num_empty_references, score.words.insertions, score.wer) == (1, 2, 2 / 4)
+
+
+def test_what_was_measured_while_decoding_is_passed_on(utterances):
+    score = score_test_set(utterances, BASIC, measured=Measurements(decode_seconds=3.0, loss=0.5))
+    assert (score.rtfx, score.loss, score.perplexity) == (7.5 / 3, 0.5, math.exp(0.5))
+    assert {"rtfx": 2.5, "loss": 0.5}.items() <= score.figures().items()
+    unmeasured = score_test_set(utterances, BASIC)
+    assert (unmeasured.decode_seconds, unmeasured.rtfx, unmeasured.loss, unmeasured.perplexity) == (None,) * 4
+    assert not {"rtfx", "loss", "perplexity"} & unmeasured.figures().keys()
+
+
+def test_hypotheses_that_got_stuck_are_counted():
+    utterances = [scored(0, "so it goes", "So " + "it goes, " * 6), scored(1)]
+    score = score_test_set(utterances, BASIC)
+    assert [one.has_repetition_loop for one in utterances] == [True, False]
+    assert score.num_repetition_loops == score.figures()["num_repetition_loops"] == 1
 
 
 def test_a_score_does_not_depend_on_the_order(utterances):
     one, other = score_test_set(utterances, BASIC), score_test_set(utterances[::-1], BASIC)
-    assert (one.wer, one.cer, one.words, one.wer_by_language) == (
-        other.wer,
-        other.cer,
-        other.words,
-        other.wer_by_language,
-    )
+    assert (one.wer, one.cer, one.words) == (other.wer, other.cer, other.words)
+    rates = [
+        {label: part.wer for part_of in score.slices.values() for label, part in part_of.items()}
+        for score in (one, other)
+    ]
+    assert rates[0] == rates[1]
 
 
 def detected(number: int, language: str | None, named: str | None, asked: bool = True) -> ScoredUtterance:
@@ -98,22 +143,9 @@ def test_detected_languages_are_counted_where_they_were_asked_for_and_are_known(
 
 
 def test_listed_words_have_a_rate_of_their_own_and_the_rest_another():
-    decoded = [("call siobhan now", "call chevon now please"), ("siobhan", "siobhan"), ("not now", "now")]
+    pairs = [("call siobhan now", "call chevon now please"), ("siobhan", "siobhan"), ("not now", "now")]
     utterances = [
-        score_utterance(
-            DecodedUtterance(
-                sample_id=number,
-                key="key",
-                language=None,
-                duration_seconds=1.0,
-                reference=reference,
-                hypothesis=hypothesis,
-                hit_limit=False,
-            ),
-            BASIC,
-            WordList(["Siobhan"]),
-        )
-        for number, (reference, hypothesis) in enumerate(decoded)
+        score_utterance(decoded(number, *pair), BASIC, WordList(["Siobhan"])) for number, pair in enumerate(pairs)
     ]
     score = score_test_set(utterances, BASIC, num_distractors=7)
     assert score.biased == BiasedScore(7, 1 / 2, 2 / 4, ErrorCounts(1, 0, 0, 2))
@@ -126,6 +158,8 @@ def test_the_steps_of_target_text_come_before_the_normalizer_and_are_named():
     lowered = normalizer("none", ("lower_case", "no_punctuation"))
     assert lowered.label == "lower_case+no_punctuation+none-1"
     assert lowered.apply("Hello,  World") == "hello world"
+    assert lowered.orthographic.label == "lower_case+no_punctuation+none-1"
+    assert normalizer("basic", ("lower_case",)).orthographic.apply("Hello,  World") == "hello, world"
     assert normalizer("none").apply("Hello,  World") == "Hello, World"
 
 
@@ -141,11 +175,28 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
     summary = json.loads((tmp_path / "made/here/name.json").read_text(encoding="utf-8"))
     assert [(row["reference"], row["hypothesis"], row["language"]) for row in rows] == list(PAIRS)
     assert [row["key"] for row in rows] == [utterance.key for utterance in utterances]
-    for kind, rate in (("word", "wer"), ("character", "cer")):
+    for kind, rate, score_of in (
+        ("word", "wer", summary),
+        ("character", "cer", summary),
+        ("orthographic_word", "wer", summary["orthographic"]),
+        ("orthographic_character", "cer", summary["orthographic"]),
+    ):
         errors = sum(row[f"{kind}_{edit}"] for row in rows for edit in ("substitutions", "deletions", "insertions"))
-        assert summary[rate] == errors / sum(row[f"{kind}_reference_length"] for row in rows)
+        assert score_of[rate] == errors / sum(row[f"{kind}_reference_length"] for row in rows)
     assert summary["normalizer"] == BASIC.label
     assert summary["num_utterances"] == len(rows)
+
+
+def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, prompts):
+    config = ShardsToTest(shards=str(shard_folder))
+    asked = build_test_set("held_out", config, 3, prompts, Storage(), Grouping(("lang", "nothing"), "speaker"))[0]
+    index = asked.index
+    for sample_id in range(4):
+        example = asked.reader.example(sample_id)
+        stored = asked.reader.read(sample_id).fields
+        assert example.fields == {name: stored[name] for name in ("lang", "speaker") if name in stored}
+        assert index.language(sample_id) == example.fields.get("lang")
+    assert any("lang" in asked.reader.example(sample_id).fields for sample_id in range(4))
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,23 @@ from collections import Counter
 import jiwer
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from voxtral_dist.data.context import WordList
-from voxtral_dist.evaluation.word_errors import (
-    ErrorCounts,
-    bootstrap_interval,
-    count_biased_errors,
-    count_character_errors,
-    count_word_errors,
-)
+from voxtral_dist.evaluation import word_errors
+from voxtral_dist.evaluation.alignment import align_words
+from voxtral_dist.evaluation.word_errors import ErrorCounts, count_character_errors
 
 WORDS = ("one", "two", "three", "für", "हाथ", "l'été", "a")
+
+
+def count_word_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    return word_errors.count_word_errors(align_words(reference, hypothesis))
+
+
+def count_biased_errors(reference: str, hypothesis: str, listed: WordList) -> ErrorCounts:
+    return word_errors.count_biased_errors(align_words(reference, hypothesis), listed)
 
 
 def random_texts(num_texts: int, seed: int) -> list[str]:
@@ -50,6 +56,38 @@ def test_sums_of_counts_equal_jiwers_of_the_whole_lists(seed):
         expected.insertions,
     )
     assert characters.rate == expected.cer
+
+
+TEXTS = st.lists(st.sampled_from(WORDS), max_size=8).map(" ".join)
+PAIRS = st.lists(st.tuples(TEXTS.filter(bool), TEXTS), min_size=1, max_size=12)
+
+
+@given(PAIRS)
+def test_sums_over_any_set_equal_jiwers_of_the_whole_lists(pairs):
+    references, hypotheses = map(list, zip(*pairs, strict=True))
+    words = sum((count_word_errors(*pair) for pair in pairs), ErrorCounts())
+    characters = sum((count_character_errors(*pair) for pair in pairs), ErrorCounts())
+    for counted, expected in (
+        (words, jiwer.process_words(references, hypotheses)),
+        (characters, jiwer.process_characters(references, hypotheses)),
+    ):
+        assert (counted.substitutions, counted.deletions, counted.insertions) == (
+            expected.substitutions,
+            expected.deletions,
+            expected.insertions,
+        )
+        assert counted.reference_length == expected.hits + expected.substitutions + expected.deletions
+
+
+@given(TEXTS, TEXTS)
+def test_the_number_of_errors_is_a_distance(reference, hypothesis):
+    there, back = count_word_errors(reference, hypothesis), count_word_errors(hypothesis, reference)
+    assert there.errors == back.errors
+    assert (there.errors == 0) == (reference == hypothesis)
+    lengths = len(reference.split()), len(hypothesis.split())
+    assert abs(lengths[0] - lengths[1]) <= there.errors <= max(lengths)
+    assert there.deletions - there.insertions == lengths[0] - lengths[1]
+    assert there.reference_length == lengths[0]
 
 
 @pytest.mark.parametrize(
@@ -108,35 +146,6 @@ def test_a_rate_of_nothing_is_none():
 
 def test_a_rate_may_exceed_one():
     assert count_word_errors("a", "b c d").rate == 3.0
-
-
-def counts_of(seed: int, num_texts: int = 200) -> list[ErrorCounts]:
-    references, hypotheses = random_texts(num_texts, seed), random_texts(num_texts, seed + 50)
-    return list(map(count_word_errors, references, hypotheses))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_bootstrap_interval_holds_the_rate_and_is_the_same_every_time(seed):
-    counts = counts_of(seed)
-    rate = sum(counts, ErrorCounts()).rate
-    low, high = bootstrap_interval(counts)
-    assert low < rate < high
-    assert (low, high) == bootstrap_interval(counts)
-    assert (low, high) != bootstrap_interval(counts, seed=1)
-
-
-def test_more_utterances_give_a_narrower_interval():
-    few, many = (bootstrap_interval(counts_of(0, num_texts)) for num_texts in (30, 600))
-    assert many[1] - many[0] < (few[1] - few[0]) / 2
-
-
-def test_the_interval_of_equal_utterances_is_their_rate():
-    assert bootstrap_interval([ErrorCounts(1, 0, 0, 4)] * 10) == (0.25, 0.25)
-
-
-def test_there_is_no_interval_of_nothing():
-    assert bootstrap_interval([]) is None
-    assert bootstrap_interval([ErrorCounts(0, 0, 3, 0)]) is None
 
 
 # Words of a list: B-WER and U-WER.

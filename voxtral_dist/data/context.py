@@ -15,14 +15,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from voxtral_dist.config import ContextConfig
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.texts import even_spaces, fold
 from voxtral_dist.errors import UserError
+
+if TYPE_CHECKING:
+    # Its libraries take seconds, and lists of words are also used where nothing is encoded.
+    from voxtral_dist.data.prompts import VoxtralPrompts
 
 # What the draws of a sample's context are keyed by, besides the sample: other draws have other numbers.
 _DRAW = 1

@@ -72,7 +72,8 @@ class Example:
     pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` ends with `</s>`.
     `sample_id` and `key` are those of the first utterance. is_transcription: whether the completion is a transcript,
     and not the answer to an instruction. is_untagged: whether the prompt does not tell the language. context: that of
-    the prompt. feature_masks are those of `draw_feature_masks`, and none in evaluations.
+    the prompt. fields: those of the first utterance's json that the reader keeps. feature_masks are those of
+    `draw_feature_masks`, and none in evaluations.
     """
 
     sample_id: int
@@ -87,6 +88,7 @@ class Example:
     is_transcription: bool = True
     is_untagged: bool = False
     context: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
     feature_masks: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
 
 
@@ -102,6 +104,7 @@ class SampleReader:
         augmentation: Augmentation | None = None,
         max_chars_per_second: float | None = MAX_CHARS_PER_SECOND,
         prompting: Prompting | None = None,
+        kept_fields: Sequence[str] = (),
     ) -> None:
         """A reader.
 
@@ -115,6 +118,7 @@ class SampleReader:
                 scored as it is.
             prompting: what prompts tell the model, and what targets are made of texts; None tells languages and
                 keeps texts.
+            kept_fields: keys of the samples' json that examples have too.
         """
         self._index = index
         self._prompts = prompts
@@ -123,6 +127,7 @@ class SampleReader:
         self._augmentation = augmentation
         self._max_chars_per_second = max_chars_per_second
         self._prompting = prompting or Prompting()
+        self._kept_fields = tuple(kept_fields)
 
     def prefetch(self, sample_ids: Sequence[int]) -> None:
         """Start to read what is going to be asked for."""
@@ -205,6 +210,7 @@ class SampleReader:
             duration_seconds=len(pcm) / self._prompts.sampling_rate,
             num_samples=len(clips),
             is_transcription=first.instruction is None,
+            fields={name: first.fields[name] for name in self._kept_fields if name in first.fields},
         )
         try:
             self._check_targets(example)

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from voxtral_dist.data.context import WordList
 from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.word_errors import (
-    ErrorCounts,
-    bootstrap_interval,
-    count_biased_errors,
-    count_character_errors,
-    count_word_errors,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodedUtterance:
-    """An utterance of a test set with what a model made of it.
-
-    language, detected_language: ISO 639-1 codes, None where not known or not named. asks_for_language: whether the
-    prompt left it to the model to name the language. context: that of the prompt.
-    """
-
-    sample_id: int
-    key: str
-    language: str | None
-    duration_seconds: float
-    reference: str
-    hypothesis: str
-    hit_limit: bool
-    detected_language: str | None = None
-    asks_for_language: bool = False
-    context: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoredUtterance(DecodedUtterance):
-    """One line of `NAME.jsonl`. biased_words: the edits of listed words, where the test set has a list."""
-
-    words: ErrorCounts
-    characters: ErrorCounts
-    biased_words: ErrorCounts | None = None
+from voxtral_dist.evaluation.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
+from voxtral_dist.evaluation.utterances import ScoredUtterance
+from voxtral_dist.evaluation.word_errors import ErrorCounts
 
 
 @dataclass(frozen=True)
@@ -74,100 +41,132 @@ class BiasedScore:
 
 
 @dataclass(frozen=True)
-class TestSetScore:
-    """`NAME.json`: counts over a whole test set, and their rates. A rate of nothing is None."""
+class Measurements:
+    """What only the process that had the model knows of a test set; None where it was not measured.
+
+    decode_seconds: from the first to the last utterance, on the clock of the slowest rank. loss: the mean negative
+    logarithm (base e) of the probability of a target token.
+    """
+
+    decode_seconds: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrthographicRates(ErrorRates):
+    """Rates in which case and punctuation count."""
+
+    normalizer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestSetScore(SliceScore):
+    """`NAME.json`: counts over a whole test set, and their rates. A rate of nothing is None.
+
+    num_empty_references: after normalization; the words of their hypotheses are insertions. rtfx: seconds of audio for
+    each second of decoding. perplexity: e to the loss.
+    """
 
     __test__ = False  # pytest takes it for a test
 
-    wer: float | None
-    wer_interval: tuple[float, float] | None
-    cer: float | None
-    num_utterances: int
-    num_empty_hypotheses: int
-    num_limit_hits: int
-    audio_seconds: float
-    words: ErrorCounts
-    characters: ErrorCounts
-    wer_by_language: dict[str, float | None]
     normalizer: str
+    orthographic: OrthographicRates
+    num_empty_hypotheses: int
+    num_empty_references: int
+    num_limit_hits: int
+    num_repetition_loops: int
+    slices: dict[str, dict[str, SliceScore]]
+    decode_seconds: float | None = None
+    rtfx: float | None = None
+    loss: float | None = None
+    perplexity: float | None = None
     language_identification: LanguageIdentification | None = None
     biased: BiasedScore | None = None
 
     def figures(self) -> dict[str, float | int | None]:
         """The rates of a row of metrics, with those that only some test sets have."""
-        figures: dict[str, float | int | None] = {"wer": self.wer, "cer": self.cer}
+        figures: dict[str, float | int | None] = {
+            "wer": self.wer,
+            "cer": self.cer,
+            "orthographic_wer": self.orthographic.wer,
+            "orthographic_cer": self.orthographic.cer,
+        }
+        measured = {"loss": self.loss, "perplexity": self.perplexity, "rtfx": self.rtfx}
+        figures |= {name: value for name, value in measured.items() if value is not None}
         if self.language_identification is not None:
             figures["language_accuracy"] = self.language_identification.accuracy
         if self.biased is not None:
             figures |= {"biased_wer": self.biased.biased_wer, "unbiased_wer": self.biased.unbiased_wer}
-        return figures | {"num_utterances": self.num_utterances}
+        return figures | {
+            "num_utterances": self.num_utterances,
+            "num_empty_hypotheses": self.num_empty_hypotheses,
+            "num_limit_hits": self.num_limit_hits,
+            "num_repetition_loops": self.num_repetition_loops,
+        }
 
     def __str__(self) -> str:
-        said = [f"WER {_percent(self.wer)}"]
+        said = [f"WER {percent(self.wer)}"]
         if self.biased is not None:
-            said.append(f"B-WER {_percent(self.biased.biased_wer)}, U-WER {_percent(self.biased.unbiased_wer)}")
+            said.append(f"B-WER {percent(self.biased.biased_wer)}, U-WER {percent(self.biased.unbiased_wer)}")
         if self.language_identification is not None:
-            said.append(f"language right in {_percent(self.language_identification.accuracy)}")
+            said.append(f"language right in {percent(self.language_identification.accuracy)}")
         return ", ".join([*said, f"{self.num_utterances} utterances, normalizer {self.normalizer}"])
 
 
-def score_utterance(
-    utterance: DecodedUtterance, normalizer: Normalizer, listed: WordList | None = None
-) -> ScoredUtterance:
-    """The edits between reference and hypothesis after normalization; both are kept as they were."""
-    normalized = normalizer.apply(utterance.reference), normalizer.apply(utterance.hypothesis)
-    return ScoredUtterance(
-        **vars(utterance),
-        words=count_word_errors(*normalized),
-        characters=count_character_errors(*normalized),
-        biased_words=None if listed is None else count_biased_errors(*normalized, listed),
-    )
-
-
 def score_test_set(
-    utterances: Sequence[ScoredUtterance], normalizer: Normalizer, num_distractors: int | None = None
+    utterances: Sequence[ScoredUtterance],
+    normalizer: Normalizer,
+    num_distractors: int | None = None,
+    grouping: Grouping | None = None,
+    measured: Measurements | None = None,
 ) -> TestSetScore:
     """Sums of counts over utterances, divided once."""
-    words = sum((utterance.words for utterance in utterances), ErrorCounts())
-    characters = sum((utterance.characters for utterance in utterances), ErrorCounts())
+    grouping, measured = grouping or Grouping(), measured or Measurements()
+    whole = score_slice(utterances, grouping)
     return TestSetScore(
-        wer=words.rate,
-        wer_interval=bootstrap_interval([utterance.words for utterance in utterances]),
-        cer=characters.rate,
-        num_utterances=len(utterances),
-        num_empty_hypotheses=sum(not utterance.hypothesis for utterance in utterances),
-        num_limit_hits=sum(utterance.hit_limit for utterance in utterances),
-        audio_seconds=sum(utterance.duration_seconds for utterance in utterances),
-        words=words,
-        characters=characters,
-        wer_by_language=_wer_by_language(utterances),
+        **vars(whole),
         normalizer=normalizer.label,
+        orthographic=_orthographic(utterances, normalizer, grouping),
+        num_empty_hypotheses=sum(not one.hypothesis.strip() for one in utterances),
+        num_empty_references=sum(not one.words.reference_length for one in utterances),
+        num_limit_hits=sum(one.hit_limit for one in utterances),
+        num_repetition_loops=sum(one.has_repetition_loop for one in utterances),
+        slices=score_slices(utterances, grouping),
+        decode_seconds=measured.decode_seconds,
+        rtfx=_ratio(whole.audio_seconds, measured.decode_seconds),
+        loss=measured.loss,
+        perplexity=None if measured.loss is None else math.exp(measured.loss),
         language_identification=_language_identification(utterances),
-        biased=_biased(utterances, words, num_distractors),
+        biased=_biased(utterances, whole.words, num_distractors),
     )
 
 
 def write_results(folder: Path, name: str, utterances: Sequence[ScoredUtterance], score: TestSetScore) -> None:
     """Write `NAME.jsonl` and `NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(_row(utterance), ensure_ascii=False) + "\n" for utterance in utterances)
+    lines = "".join(json.dumps(utterance.row(), ensure_ascii=False) + "\n" for utterance in utterances)
     (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(asdict(score), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _percent(rate: float | None) -> str:
+def percent(rate: float | None) -> str:
+    """Such as `12.34 %`; `n/a` of nothing."""
     return "n/a" if rate is None else f"{100 * rate:.2f} %"
 
 
-def _wer_by_language(utterances: Sequence[ScoredUtterance]) -> dict[str, float | None]:
-    languages = sorted({utterance.language or "unknown" for utterance in utterances})
-    return {
-        language: sum(
-            (utterance.words for utterance in utterances if (utterance.language or "unknown") == language),
-            ErrorCounts(),
-        ).rate
-        for language in languages
-    }
+def _orthographic(
+    utterances: Sequence[ScoredUtterance], normalizer: Normalizer, grouping: Grouping
+) -> OrthographicRates:
+    rates = error_rates(
+        [one.orthographic_words for one in utterances],
+        [one.orthographic_characters for one in utterances],
+        [grouping.speaker(one) for one in utterances],
+    )
+    return OrthographicRates(**vars(rates), normalizer=normalizer.orthographic.label)
+
+
+def _ratio(amount: float | None, seconds: float | None) -> float | None:
+    return amount / seconds if amount is not None and seconds else None
 
 
 def _language_identification(utterances: Sequence[ScoredUtterance]) -> LanguageIdentification | None:
@@ -187,11 +186,3 @@ def _biased(
         return None
     biased = sum(counts, ErrorCounts())
     return BiasedScore(num_distractors, biased.rate, (words - biased).rate, biased)
-
-
-def _row(utterance: ScoredUtterance) -> dict[str, object]:
-    row = asdict(utterance)
-    for name in ("word", "character", "biased_word"):
-        counts = row.pop(f"{name}s")
-        row |= {f"{name}_{kind}": count for kind, count in (counts or {}).items()}
-    return row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +21,10 @@ from voxtral_dist.distributed.collectives import from_first_rank, gather_on_firs
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.report import (
-    DecodedUtterance,
-    ScoredUtterance,
-    TestSetScore,
-    score_test_set,
-    score_utterance,
-    write_results,
-)
+from voxtral_dist.evaluation.report import TestSetScore, score_test_set, write_results
+from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Transcriber
+from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class TestSet:
     """The utterances of one index and how they are read.
 
     has_answers: whether its texts are answers to instructions. words: those whose B-WER is measured. num_distractors:
-    of the lists in the prompts; None gives no lists.
+    of the lists in the prompts; None gives no lists. grouping: what has rates of its own.
     """
 
     __test__ = False  # pytest takes it for a test
@@ -49,6 +44,7 @@ class TestSet:
     has_answers: bool = False
     words: WordList | None = None
     num_distractors: int | None = None
+    grouping: Grouping = field(default_factory=Grouping)
 
 
 def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: Storage | None = None) -> list[TestSet]:
@@ -56,10 +52,11 @@ def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: 
 
     A set with lists of words comes once without a list, under its own name, and once for each size of the lists.
     """
+    storage, grouping = storage or Storage(), Grouping.of(config)
     built = [
         sized
         for name, test_set in config.test_sets.items()
-        for sized in build_test_set(name, test_set, config.batch_size, prompts, storage or Storage())
+        for sized in build_test_set(name, test_set, config.batch_size, prompts, storage, grouping)
     ]
     names = Counter(test_set.name for test_set in built)
     twice = next((name for name, count in names.items() if count > 1), None)
@@ -71,13 +68,19 @@ def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: 
 
 
 def build_test_set(
-    name: str, config: TestSetConfig, batch_size: int, prompts: VoxtralPrompts, storage: Storage
+    name: str,
+    config: TestSetConfig,
+    batch_size: int,
+    prompts: VoxtralPrompts,
+    storage: Storage,
+    grouping: Grouping | None = None,
 ) -> list[TestSet]:
     """One test set, and the same with lists of words in the prompts.
 
     Raises:
         UserError: its shards are missing or empty, an utterance is too long for the model, or its words cannot be read.
     """
+    grouping = grouping or Grouping()
     index = read_index([config.shards], storage)
     if config.max_utterances is not None:
         index = index.first(config.max_utterances)
@@ -107,11 +110,13 @@ def build_test_set(
                     untagged_fraction=float(config.detect_language),
                     contexts=None if size is None or words is None else TestContexts(words, size, max(sizes)),
                 ),
+                kept_fields=grouping.fields,
             ),
             batches=batches,
             has_answers=has_answers,
             words=words,
             num_distractors=size,
+            grouping=grouping,
         )
         for size in (None, *sizes)
     ]
@@ -176,7 +181,7 @@ def evaluate_test_set(
     score = None
     if world.is_first:
         utterances = check_whole(test_set, [utterance for part in gathered for utterance in part])
-        score = score_test_set(utterances, used, test_set.num_distractors)
+        score = score_test_set(utterances, used, test_set.num_distractors, test_set.grouping)
         write_results(out_dir, test_set.name, utterances, score)
     agreed = from_first_rank(score, world)
     assert agreed is not None, "rank 0 always has a score"
@@ -225,6 +230,7 @@ def _decode(
                 detected_language=hypothesis.detected_language,
                 asks_for_language=example.is_transcription and example.is_untagged,
                 context=example.context,
+                fields=example.fields,
             ),
             used,
             test_set.words,

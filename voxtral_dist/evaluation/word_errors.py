@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jiwer
-import numpy as np
 
 from voxtral_dist.data.context import WordList
 from voxtral_dist.data.texts import fold
-
-_NUM_RESAMPLES = 1000
+from voxtral_dist.evaluation.alignment import AlignedWord, Alignment
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,14 @@ class ErrorCounts:
         return self.errors / self.reference_length if self.reference_length else None
 
 
-def count_word_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Word edits between two normalized texts. An empty hypothesis deletes every word of its reference."""
-    words, guessed = reference.split(), hypothesis.split()
-    # jiwer takes no empty reference; neither case needs an alignment.
-    if not words or not guessed:
-        return ErrorCounts(0, len(words), len(guessed), len(words))
-    aligned = jiwer.process_words(" ".join(words), " ".join(guessed))
-    return ErrorCounts(aligned.substitutions, aligned.deletions, aligned.insertions, len(words))
+def count_word_errors(alignment: Iterable[AlignedWord]) -> ErrorCounts:
+    """Word edits of an alignment, or of a part of one."""
+    kinds = Counter(word.kind for word in alignment)
+    reference_length = kinds["equal"] + kinds["substitute"] + kinds["delete"]
+    return ErrorCounts(kinds["substitute"], kinds["delete"], kinds["insert"], reference_length)
 
 
-def count_biased_errors(reference: str, hypothesis: str, listed: WordList) -> ErrorCounts:
+def count_biased_errors(alignment: Alignment, listed: WordList) -> ErrorCounts:
     """The part of `count_word_errors` that concerns listed words: the counts of the B-WER; the rest are the U-WER's.
 
     A substitution or deletion counts where the word of the reference belongs to an entry that the reference holds, an
@@ -68,23 +64,18 @@ def count_biased_errors(reference: str, hypothesis: str, listed: WordList) -> Er
     Speech Recognition with Trie-Based Deep Biasing and Shallow Fusion" (arXiv 2104.02194), and its scoring script.
 
     Args:
-        reference: normalized.
-        hypothesis: normalized.
+        alignment: of a normalized reference and hypothesis.
         listed: all words of interest, whatever part of them a prompt listed: so lists of any size can be compared.
     """
-    words, guessed = reference.split(), hypothesis.split()
-    is_biased = _listed_places(words, listed)
-    biased = {fold(word) for word, counts in zip(words, is_biased, strict=True) if counts}
-    inserted_counts = [fold(word) in biased for word in guessed]
-    if not words or not guessed:
-        return ErrorCounts(0, sum(is_biased), sum(inserted_counts), sum(is_biased))
-    edits = {"substitute": 0, "delete": 0, "insert": 0, "equal": 0}
-    for chunk in jiwer.process_words(" ".join(words), " ".join(guessed)).alignments[0]:
-        if chunk.type == "insert":
-            edits["insert"] += sum(inserted_counts[chunk.hyp_start_idx : chunk.hyp_end_idx])
-        else:
-            edits[chunk.type] += sum(is_biased[chunk.ref_start_idx : chunk.ref_end_idx])
-    return ErrorCounts(edits["substitute"], edits["delete"], edits["insert"], sum(is_biased))
+    words = [word.reference for word in alignment if word.reference is not None]
+    is_listed = _listed_places(words, listed)
+    biased = {fold(word) for word, counts in zip(words, is_listed, strict=True) if counts}
+    listed_here = iter(is_listed)
+    return count_word_errors(
+        word
+        for word in alignment
+        if (next(listed_here) if word.reference is not None else fold(word.hypothesis or "") in biased)
+    )
 
 
 def _listed_places(words: Sequence[str], listed: WordList) -> list[bool]:
@@ -104,22 +95,3 @@ def count_character_errors(reference: str, hypothesis: str) -> ErrorCounts:
         return ErrorCounts(0, len(reference), len(hypothesis), len(reference))
     aligned = jiwer.process_characters(reference, hypothesis)
     return ErrorCounts(aligned.substitutions, aligned.deletions, aligned.insertions, len(reference))
-
-
-def bootstrap_interval(counts: Sequence[ErrorCounts], seed: int = 0) -> tuple[float, float] | None:
-    """The central 95 % of the error rate when utterances are drawn again with replacement.
-
-    Source: Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation" (ICASSP 2004).
-    None where no utterance has a reference.
-    """
-    errors = np.array([count.errors for count in counts])
-    lengths = np.array([count.reference_length for count in counts])
-    if not lengths.sum():
-        return None
-    generator = np.random.default_rng(seed)
-    rates = np.empty(_NUM_RESAMPLES)
-    for resample in range(_NUM_RESAMPLES):
-        drawn = generator.integers(0, len(counts), len(counts))
-        rates[resample] = errors[drawn].sum() / max(1, lengths[drawn].sum())
-    low, high = np.quantile(rates, [0.025, 0.975])
-    return float(low), float(high)

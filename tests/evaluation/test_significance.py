@@ -1,0 +1,113 @@
+"""A difference between runs is found where there is one, and chance is called chance."""
+
+import math
+
+import numpy as np
+import pytest
+
+from voxtral_dist.evaluation.intervals import resampling_units
+from voxtral_dist.evaluation.significance import (
+    MIN_MATCHED_PAIRS,
+    PairedComparison,
+    compare_runs,
+    matched_pairs_p_value,
+)
+from voxtral_dist.evaluation.word_errors import ErrorCounts
+
+REFERENCE_LENGTH = 10
+
+
+def run_of(errors) -> list[ErrorCounts]:
+    return [ErrorCounts(substitutions=int(one), reference_length=REFERENCE_LENGTH) for one in errors]
+
+
+def compare(first, second, speakers=None) -> PairedComparison:
+    return compare_runs(run_of(first), run_of(second), resampling_units(speakers or [None] * len(first)))
+
+
+def errors_of(generator: np.random.Generator, rate: float, number: int = 400) -> np.ndarray:
+    return generator.binomial(REFERENCE_LENGTH, rate, number)
+
+
+def test_a_better_run_is_found():
+    generator = np.random.default_rng(0)
+    worse, better = errors_of(generator, 0.3), errors_of(generator, 0.2)
+    found = compare(worse, better)
+    low, high = found.wer_difference_interval
+    assert low < found.wer_difference < high < 0
+    assert found.wer_difference == pytest.approx(-0.1, abs=0.02)
+    assert found.probability_of_improvement > 0.999
+    assert found.p_value < 1e-6
+
+
+def test_the_other_direction_is_the_mirror():
+    generator = np.random.default_rng(1)
+    one, other = errors_of(generator, 0.25), errors_of(generator, 0.23)
+    there, back = compare(one, other), compare(other, one)
+    assert there.wer_difference == -back.wer_difference
+    assert there.wer_difference_interval == pytest.approx([-end for end in back.wer_difference_interval[::-1]])
+    assert there.probability_of_improvement == pytest.approx(1 - back.probability_of_improvement)
+    assert there.p_value == back.p_value
+
+
+def test_pairs_tell_more_than_two_intervals():
+    """Utterances differ far more from each other than runs do: only pairs see that one run is better on each kind."""
+    generator = np.random.default_rng(0)
+    first = generator.integers(1, 10, 300)
+    second = first - (generator.random(300) < 0.2)
+    found = compare(first, second)
+    assert found.wer_difference_interval[1] < 0
+    assert found.p_value < 1e-6
+
+
+def test_p_values_of_equally_good_runs_are_uniform():
+    generator = np.random.default_rng(0)
+    p_values = [
+        matched_pairs_p_value(errors_of(generator, 0.3, 100) - errors_of(generator, 0.3, 100)) for _ in range(1000)
+    ]
+    for level in (0.05, 0.1, 0.25, 0.5, 0.75):
+        assert np.mean(np.array(p_values) < level) == pytest.approx(level, abs=4 * math.sqrt(level / 1000))
+
+
+def test_the_interval_of_equally_good_runs_holds_zero_nineteen_times_of_twenty():
+    generator = np.random.default_rng(0)
+    intervals = [
+        compare(errors_of(generator, 0.3, 80), errors_of(generator, 0.3, 80)).wer_difference_interval
+        for _ in range(200)
+    ]
+    assert 178 <= sum(low <= 0 <= high for low, high in intervals) <= 198
+
+
+def test_the_same_run_is_no_improvement():
+    errors = errors_of(np.random.default_rng(0), 0.3)
+    assert compare(errors, errors) == PairedComparison(400, "utterance", 0.0, (0.0, 0.0), 0.5, 1.0)
+
+
+def test_the_statistic_is_that_of_matched_pairs():
+    differences = [1] * 20 + [-1] * 12 + [0] * 8
+    deviation = np.std(differences, ddof=1)
+    statistic = np.mean(differences) / (deviation / math.sqrt(40))
+    assert matched_pairs_p_value(differences) == pytest.approx(2 * (1 - (1 + math.erf(statistic / math.sqrt(2))) / 2))
+    assert matched_pairs_p_value([1] * 40) == 0.0
+
+
+def test_too_few_utterances_have_no_p_value():
+    assert matched_pairs_p_value([1, -1] * (MIN_MATCHED_PAIRS // 2)) == 1.0
+    assert matched_pairs_p_value([1] * (MIN_MATCHED_PAIRS - 1)) is None
+
+
+def test_speakers_are_resampled_together():
+    """One run is better on half of the speakers and worse on the others: chance of speakers, not of utterances."""
+    generator = np.random.default_rng(0)
+    speakers = [str(number) for number in range(10) for _ in range(40)]
+    better = np.tile([1, -1], 5).repeat(40)
+    first = generator.integers(2, 8, 400)
+    alone, together = compare(first, first + better), compare(first, first + better, speakers)
+    widths = [high - low for low, high in (alone.wer_difference_interval, together.wer_difference_interval)]
+    assert together.resampled == "speaker"
+    assert widths[1] > 4 * widths[0]
+
+
+def test_nothing_is_told_of_nothing_and_little_of_one():
+    assert compare([], []) == PairedComparison(0, "utterance", None, None, None, None)
+    assert compare([2], [1]) == PairedComparison(1, "utterance", -0.1, None, None, None)
