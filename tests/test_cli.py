@@ -591,15 +591,27 @@ def test_a_test_set_with_an_utterance_beyond_the_models_positions_is_refused(run
 
 
 def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_path):
-    manifest = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": clip.name, "text": "one two", "lang": "en"}] * 2)
+    row = {"audio_filepath": clip.name, "text": "One two.", "lang": "en", "speaker": "x"}
+    manifest = write_lines(tmp_path / "m.jsonl", [row | {"domain": "news"}, row])
     folders = [tmp_path / parent / "test" for parent in ("first", "second")]
     for folder in folders:
         assert run("shards", "pack", manifest, folder).code == 0
-    result = run("evaluate", tiny_model, folders[0], "--out", tmp_path / "out")
+    options = ["--normalizer", "whisper_basic", "--slices", "domain"]
+    result = run("evaluate", tiny_model, folders[0], "--out", tmp_path / "out", *options)
     assert result.code == 0
     assert result.out.startswith("test: WER ")
-    assert "2 utterances" in result.out
-    assert json.loads((tmp_path / "out" / "test.json").read_text())["num_utterances"] == 2
+    assert "2 utterances, normalizer whisper_basic-transformers-" in result.out
+    score = json.loads((tmp_path / "out" / "test.json").read_text())
+    assert score["num_utterances"] == 2
+    assert {label: part["num_utterances"] for label, part in score["slices"]["domain"].items()} == {
+        "news": 1,
+        "unknown": 1,
+    }
+    rows = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    assert [row["fields"] for row in rows] == [{"domain": "news", "speaker": "x"}, {"speaker": "x"}]
+    # What it wrote is scored without the model, to the same numbers.
+    assert run("score", tmp_path / "out" / "test.jsonl", "--out", tmp_path / "again", *options).code == 0
+    assert json.loads((tmp_path / "again" / "test.json").read_text()) == score
     # Both would be written to test.json: neither may be lost in silence.
     assert "same name" in run("evaluate", tiny_model, *folders, "--out", tmp_path / "both").refusal()
 

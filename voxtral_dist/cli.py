@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from voxtral_dist.cli_plan import add_plan
-from voxtral_dist.cli_score import add_scoring
+from voxtral_dist.cli_score import add_score, add_scoring
 from voxtral_dist.cli_shards import Commands, add_shards, count, positive
 from voxtral_dist.config import (
     EvaluationConfig,
@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
+    add_score(commands)
     _add_transcribe(commands)
     add_shards(commands)
     add_plan(commands)

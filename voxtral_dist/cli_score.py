@@ -1,11 +1,28 @@
-"""How hypotheses are scored, as options of a command."""
+"""The grammar of `voxtral-dist score`."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
+from voxtral_dist.cli_shards import Commands
 from voxtral_dist.config import NORMALIZERS, EvaluationConfig, TextStep, check_normalizer
+
+
+def add_score(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser("score", help="error rates of saved hypotheses, and whether a second run is better")
+    parser.add_argument(
+        "first", type=Path, metavar="A.jsonl", help="of an evaluation, or any with `reference` and `hypothesis`"
+    )
+    parser.add_argument(
+        "second", type=Path, nargs="?", metavar="B.jsonl", help="another run on the same utterances, compared with A"
+    )
+    add_scoring(parser)
+    parser.add_argument("--words", type=Path, metavar="FILE", help="report the B-WER of these words, one in each line")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write NAME.json and NAME.jsonl there")
+    parser.set_defaults(run=_score)
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -34,3 +51,26 @@ def normalizer_name(text: str) -> str:
         return check_normalizer(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _score(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.evaluation.slices import Grouping
+    from voxtral_dist.evaluation.tables import comparison_line, score_lines
+    from voxtral_dist.score import ScoreOptions, compare_files, score_file, write_comparison
+
+    grouping = Grouping(tuple(parsed.slices), parsed.speaker_field)
+    options = ScoreOptions(parsed.normalizer, tuple(parsed.target_text), grouping, parsed.words)
+    first = score_file(parsed.first, options)
+    if parsed.second is None:
+        if parsed.out is not None:
+            first.write(parsed.out)
+        print("\n".join(score_lines(first.score)))
+        return 0
+    second = score_file(parsed.second, options)
+    comparison = compare_files(first, second, grouping)
+    if parsed.out is not None:
+        write_comparison(parsed.out, first, second, comparison)
+    for scored in (first, second):
+        print("\n".join([str(scored.path), *score_lines(scored.score), ""]))
+    print(comparison_line(comparison))
+    return 0

@@ -1,0 +1,244 @@
+"""`voxtral-dist score` as a user meets it: without a model, without torch, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from voxtral_dist.cli import main
+
+Rows = list[dict[str, object]]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def score(capsys) -> Callable[..., Result]:
+    """Runs the command in this process."""
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as ended:
+            main(["score", *map(str, arguments)])
+        output = capsys.readouterr()
+        return Result(ended.value.code, output.out, output.err)
+
+    return run
+
+
+@pytest.fixture
+def refusal(score) -> Callable[..., str]:
+    """The sentence of a refused command, which says nothing else."""
+
+    def run(*arguments: object) -> str:
+        result = score(*arguments)
+        assert (result.code, result.out) == (2, ""), result
+        assert result.err.startswith("voxtral-dist: error: ")
+        assert result.err.count("\n") == 1, result.err
+        return result.err
+
+    return run
+
+
+def write_rows(path: Path, rows: Rows) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> dict[str, object]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+ROWS: Rows = [
+    {"reference": "Ten colours, please.", "hypothesis": "10 colors please", "language": "en", "domain": "shop"},
+    {"reference": "vier fünf", "hypothesis": "", "language": "de", "duration_seconds": 3, "fields": {"domain": "news"}},
+    # A separator of lines by Unicode, which is none between rows.
+    {"reference": "six\u2028seven", "hypothesis": "six seven", "key": "a", "hit_limit": True},
+]
+
+
+@pytest.fixture
+def hypotheses(tmp_path) -> Path:
+    return write_rows(tmp_path / "speech.jsonl", ROWS)
+
+
+def test_hypotheses_are_scored_and_written_again(score, hypotheses, tmp_path):
+    result = score(hypotheses, "--slices", "domain", "--out", tmp_path / "out")
+    assert result.code == 0, result
+    written = read(tmp_path / "out" / "speech.json")
+    # `Ten colours` against `10 colors`, and two words of which none was heard.
+    assert written["words"] == {"substitutions": 2, "deletions": 2, "insertions": 0, "reference_length": 7}
+    assert written["wer"] == 4 / 7
+    assert written["orthographic"]["wer"] == 5 / 7
+    assert (written["num_empty_hypotheses"], written["num_limit_hits"], written["audio_seconds"]) == (1, 1, None)
+    domains = {label: part["wer"] for label, part in written["slices"]["domain"].items()}
+    assert domains == {"news": 1.0, "shop": 2 / 3, "unknown": 0.0}
+    lines = [line.split() for line in result.out.splitlines()]
+    assert ["basic-1", "57.14", "%"] in [line[:3] for line in lines]
+    assert ["domain", "shop", "66.67", "%"] in [line[:4] for line in lines]
+    assert "1 empty hypotheses, 0 empty references, 1 ended by the token limit, 0 repetition loops" in result.out
+
+
+def test_what_was_written_scores_the_same_again(score, hypotheses, tmp_path):
+    options = ("--slices", "domain", "--normalizer", "whisper_english")
+    first = score(hypotheses, *options, "--out", tmp_path / "first")
+    second = score(tmp_path / "first" / "speech.jsonl", *options, "--out", tmp_path / "second")
+    assert first.out == second.out
+    for name in ("speech.json", "speech.jsonl"):
+        assert (tmp_path / "first" / name).read_text() == (tmp_path / "second" / name).read_text()
+    assert read(tmp_path / "first" / "speech.json")["words"]["substitutions"] == 0, (
+        "spelling and numbers are evened out"
+    )
+
+
+def test_listed_words_and_detected_languages_are_reported(score, tmp_path):
+    rows = [
+        {"reference": "call siobhan", "hypothesis": "call chevon", "language": "en", "detected_language": "en"},
+        {"reference": "ja", "hypothesis": "ja", "language": "de", "detected_language": None},
+    ]
+    path = write_rows(tmp_path / "a.jsonl", [row | {"asks_for_language": True} for row in rows])
+    (tmp_path / "words.txt").write_text("Siobhan\n")
+    out = score(path, "--words", tmp_path / "words.txt").out
+    assert "B-WER 100.00 %, U-WER 0.00 %" in out
+    assert "language right in 50.00 % of 2 utterances" in out
+    assert "B-WER" not in score(path).out
+
+
+def test_steps_of_target_text_come_first(score, hypotheses):
+    out = score(hypotheses, "--normalizer", "none", "--target-text", "lower_case", "no_punctuation").out
+    assert "lower_case+no_punctuation+none-1" in out
+
+
+def test_many_slices_are_not_all_printed(score, tmp_path):
+    rows = [{"reference": "a", "hypothesis": "a", "speaker": f"s{number}"} for number in range(30)]
+    rows += [{"reference": "a", "hypothesis": "b", "speaker": "often"}] * 2
+    out = score(write_rows(tmp_path / "a.jsonl", rows), "--slices", "speaker", "--out", tmp_path / "out").out
+    assert len([line for line in out.splitlines() if line.startswith("speaker ")]) == 20
+    assert "speaker often" in out
+    assert "speaker: the 20 largest of 31 slices" in out
+    assert "intervals resample speakers" in out
+    assert len(read(tmp_path / "out" / "a.json")["slices"]["speaker"]) == 31
+
+
+def run_of(tmp_path: Path, name: str, num_wrong: int) -> Path:
+    """Forty utterances of two words, of which the first so many have a wrong one."""
+    rows = [
+        {
+            "key": f"k{number}",
+            "reference": f"a {number}",
+            "hypothesis": f"{'x' if number < num_wrong else 'a'} {number}",
+        }
+        for number in range(40)
+    ]
+    return write_rows(tmp_path / name / "speech.jsonl", rows)
+
+
+def test_two_runs_are_compared(score, tmp_path):
+    first, second = run_of(tmp_path, "one", 24), run_of(tmp_path, "two", 4)
+    # In another order: keys tell what belongs together.
+    second.write_text("".join(reversed(second.read_text().splitlines(keepends=True))))
+    result = score(first, second, "--out", tmp_path / "out")
+    assert result.code == 0, result
+    comparison = read(tmp_path / "out" / "comparison.json")
+    assert comparison["wer_difference"] == (4 - 24) / 80
+    low, high = comparison["wer_difference_interval"]
+    assert low < -0.25 < high < 0
+    assert comparison["probability_of_improvement"] == 1.0
+    assert comparison["p_value"] < 1e-6
+    assert (comparison["num_utterances"], comparison["resampled"]) == (40, "utterance")
+    assert (comparison["first"], comparison["normalizer"]) == (str(first), "basic-1")
+    assert read(tmp_path / "out" / "first" / "speech.json")["wer"] == 24 / 80
+    assert read(tmp_path / "out" / "second" / "speech.json")["wer"] == 4 / 80
+    assert result.out.splitlines()[-1].startswith("Second against first: WER -25.00 points [-")
+    assert "probability of improvement 1.000, p = " in result.out
+
+
+def test_utterances_without_keys_are_compared_line_by_line(score, refusal, tmp_path):
+    rows = [{"reference": "a", "hypothesis": "a"}, {"reference": "b", "hypothesis": "c"}]
+    first = write_rows(tmp_path / "a.jsonl", rows)
+    better = write_rows(tmp_path / "b.jsonl", [rows[0], rows[1] | {"hypothesis": "b"}])
+    assert "Second against first: WER -50.00 points [-100.00, +0.00]" in score(first, better).out
+    assert "(2 against 1 utterances without keys)" in refusal(first, write_rows(tmp_path / "c.jsonl", rows[:1]))
+    assert "(the references of utterance 1 differ)" in refusal(first, write_rows(tmp_path / "d.jsonl", rows[::-1]))
+
+
+def test_runs_on_other_utterances_are_refused(refusal, tmp_path):
+    first, second = run_of(tmp_path, "one", 3), run_of(tmp_path, "two", 5)
+    lines = second.read_text().splitlines(keepends=True)
+    second.write_text("".join(lines[1:]))
+    sentence = refusal(first, second, "--out", tmp_path / "out")
+    assert "do not hold the same utterances (1 keys are in one of them alone, such as 'k0')" in sentence
+    second.write_text("".join([lines[0].replace('"a 0"', '"A 0"'), *lines[1:]]))
+    assert "(the references of 'k0' differ)" in refusal(first, second)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("no json", "line 2: this is not JSON (expected "),
+        ('{"reference": "a"', "line 2: this is not JSON (EOF while parsing"),
+        ("[1, 2]", "line 2: an utterance must be a JSON object with `reference` and `hypothesis`"),
+        ('{"text": "a", "hypothesis": "a"}', "line 2: `reference` is missing: an utterance needs"),
+        ('{"reference": "a", "hypothesis": null}', "line 2: `hypothesis`: input should be a valid string, but is None"),
+        (
+            '{"reference": "a", "hypothesis": "a", "duration_seconds": -1}',
+            "line 2: `duration_seconds`: input should be",
+        ),
+        (
+            '{"reference": "a", "hypothesis": "a", "duration_seconds": NaN}',
+            "line 2: `duration_seconds`: input should be",
+        ),
+        ('{"reference": "a", "hypothesis": "a", "fields": []}', "line 2: `fields`: input should be"),
+    ],
+)
+def test_a_bad_line_is_refused_by_file_and_number(refusal, hypotheses, line, sentence):
+    hypotheses.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    assert f"{hypotheses}, {sentence}" in refusal(hypotheses)
+
+
+def test_bytes_that_are_no_text_are_refused_by_file_and_number(refusal, hypotheses):
+    hypotheses.write_bytes(b'\n{"reference": "\xff", "hypothesis": ""}')
+    assert f"{hypotheses}, line 2: this is not JSON (" in refusal(hypotheses)
+
+
+def test_other_mistakes_are_one_sentence(refusal, hypotheses, tmp_path):
+    assert "nowhere.jsonl cannot be read: No such file" in refusal(tmp_path / "nowhere.jsonl")
+    assert "cannot be read: Is a directory" in refusal(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    assert "empty.jsonl are empty" in refusal(tmp_path / "empty.jsonl")
+    assert "`--words`: " in refusal(hypotheses, "--words", tmp_path / "nowhere.txt")
+    assert "nowhere cannot be imported" in refusal(hypotheses, "--normalizer", "nowhere:f")
+    assert "would be replaced, which is what was scored" in refusal(hypotheses, "--out", tmp_path)
+    assert "`--out`: " in refusal(hypotheses, "--out", tmp_path / "empty.jsonl")
+
+
+def test_a_name_that_no_normalizer_has_is_refused_by_the_grammar(score, hypotheses):
+    result = score(hypotheses, "--normalizer", "bsic")
+    assert result.code == 2
+    assert "argument --normalizer: must be none, basic, whisper_english, whisper_basic, or a function" in result.err
+
+
+def test_neither_torch_nor_transformers_is_imported(hypotheses):
+    """They cost seconds, and are nothing that scores need."""
+    script = (
+        "import sys\n"
+        "from voxtral_dist.cli import main\n"
+        "try:\n"
+        f"    main(['score', {str(hypotheses)!r}])\n"
+        "finally:\n"
+        "    print([name for name in ('torch', 'transformers', 'mistral_common') if name in sys.modules])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.splitlines()[-1] == "[]"

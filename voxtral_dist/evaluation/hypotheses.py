@@ -1,0 +1,76 @@
+"""Saved hypotheses: the `NAME.jsonl` of an evaluation, or any JSON lines with references and hypotheses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.utterances import DecodedUtterance
+
+
+class _Row(BaseModel):
+    """What is read of a line; other keys may be fields."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    reference: str
+    hypothesis: str
+    sample_id: int | None = None
+    key: str = ""
+    language: str | None = None
+    duration_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    hit_limit: bool = False
+    detected_language: str | None = None
+    asks_for_language: bool = False
+    context: str = ""
+    fields: dict[str, Any] = Field(default_factory=dict)
+
+
+def read_hypotheses(path: Path, names: Sequence[str] = ()) -> list[DecodedUtterance]:
+    """The utterances of a file of JSON lines; lines without any character are passed over.
+
+    Args:
+        path: the file. Each line has `reference` and `hypothesis`, and may have the other keys of `DecodedUtterance`.
+        names: fields that are asked for, in `fields` or beside the other keys.
+
+    Raises:
+        UserError: the file cannot be read or is empty, or a line is not of this form; the sentence names the line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"The hypotheses {path} cannot be read: {error.strerror}.") from error
+    utterances = [_utterance(path, number, line, names) for number, line in enumerate(lines, 1) if line.strip()]
+    if not utterances:
+        raise UserError(f"The hypotheses {path} are empty: each line must be an utterance as JSON.")
+    return utterances
+
+
+def _utterance(path: Path, number: int, line: bytes, names: Sequence[str]) -> DecodedUtterance:
+    try:
+        row = _Row.model_validate_json(line)
+    except ValidationError as error:
+        raise UserError(f"{path}, line {number}: {_reason(error)}.") from error
+    known = (row.model_extra or {}) | row.fields
+    fields = {name: known[name] for name in names if name in known}
+    read = row.model_dump(include=set(_Row.model_fields)) | {"fields": fields}
+    return DecodedUtterance(**read | {"sample_id": number - 1 if row.sample_id is None else row.sample_id})
+
+
+def _reason(error: ValidationError) -> str:
+    """What is wrong with a line, in the words of the sentence about it."""
+    detail = error.errors()[0]
+    name = ".".join(str(part) for part in detail["loc"])
+    match detail["type"]:
+        case "json_invalid":
+            return f"this is not JSON ({detail['ctx']['error']})"
+        case "missing":
+            return f"`{name}` is missing: an utterance needs `reference` and `hypothesis`"
+        case "model_type" | "model_attributes_type":
+            return "an utterance must be a JSON object with `reference` and `hypothesis`"
+        case _:
+            return f"`{name}`: {detail['msg'][:1].lower()}{detail['msg'][1:]}, but is {detail['input']!r} instead"
