@@ -23,17 +23,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from voxtral_dist.config import RunConfig, dump_config
+from voxtral_dist.config import RunConfig, dump_config, load_config
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, wait_for_all
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine, ParameterState, ShardFiles
 from voxtral_dist.engine.shard_files import read_whole, stored_moments
 from voxtral_dist.errors import UserError
-from voxtral_dist.weights import fingerprint
+from voxtral_dist.model import TrainedVoxtral
+from voxtral_dist.weights import fingerprint, load_voxtral
 
 _COMPLETE = "complete.json"
 _FORMAT = 2
@@ -143,12 +145,10 @@ class CheckpointDirectory:
         return {"layout": _WHOLE, "tensors": {name: file for part in placed for name, file in part.items()}}
 
     def _load(self, engine: Engine, folder: Path, contents: dict[str, Any], num_updates: int) -> None:
-        if contents.get("layout", _WHOLE) == _WHOLE:
-            engine.load_parameter_states(_read_states(folder, contents), num_updates)
-        elif isinstance(engine, ShardFiles):
+        if contents.get("layout", _WHOLE) == _SHARDS and isinstance(engine, ShardFiles):
             engine.load_shards(folder, num_updates)
         else:
-            engine.load_parameter_states(read_whole(folder, contents["shapes"]), num_updates)
+            engine.load_parameter_states(_read_states(folder, contents), num_updates)
 
     def _complete(self, folder: Path, progress: TrainProgress, engine: Engine, layout: dict[str, Any]) -> None:
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -200,6 +200,48 @@ class CheckpointDirectory:
                     f"The checkpoint {folder} was made with `{key}` = {saved[key]!r}, but it is {value!r} now, so "
                     "its position in the data has no meaning: restore that value, or choose another `run_dir`."
                 )
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a path leads to a complete checkpoint, and not to a folder of a model."""
+    return (Path(path) / _COMPLETE).is_file()
+
+
+def config_of_checkpoint(folder: Path) -> RunConfig:
+    """The configuration of the run that a checkpoint belongs to."""
+    return load_config(folder / "config.yaml")
+
+
+def load_checkpoint(path: str, device: torch.device, precision: str) -> TrainedVoxtral:
+    """The model of a run as it was at a checkpoint, whole and in evaluation mode: to decode by one process alone.
+
+    Args:
+        path: of the folder of a complete checkpoint.
+        device: that the model lies on.
+        precision: as in `ModelConfig`; `auto` is the run's own.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the weights that it was trained from are not what they were.
+    """
+    folder = Path(path)
+    damage = _damage(folder)
+    if damage is not None:
+        raise UserError(damage)
+    config, contents = config_of_checkpoint(folder), _read_complete(folder)
+    if contents["model"] != _model_identity(config):
+        raise UserError(
+            f"The checkpoint {folder} holds what was trained, and not the frozen rest, but the weights of its "
+            f"`model.path` ({config.model.path}) have changed since: restore them."
+        )
+    chosen = config.model if precision == "auto" else config.model.model_copy(update={"precision": precision})
+    model = load_voxtral(chosen, config.trainable, config.seed)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for state in _read_states(folder, contents, with_moments=False):
+            parameters[state.name].copy_(state.weight)
+    model.to(device)
+    model.eval()
+    return model
 
 
 def _data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
@@ -303,11 +345,15 @@ def _shape_text(shape: object) -> str:
     return "absent" if shape is None else "x".join(str(size) for size in shape)  # type: ignore[attr-defined]
 
 
-def _read_states(folder: Path, contents: dict[str, Any]) -> Iterator[ParameterState]:
+def _read_states(folder: Path, contents: dict[str, Any], *, with_moments: bool = True) -> Iterator[ParameterState]:
+    """The parameters of a checkpoint in the order of its shapes, whatever its layout."""
+    if contents.get("layout", _WHOLE) == _SHARDS:
+        yield from read_whole(folder, contents["shapes"], with_moments=with_moments)
+        return
     files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in contents["files"]}
     placed: dict[str, str] = contents["tensors"]
 
-    for name, keys in stored_moments(contents["shapes"], placed).items():
+    for name, keys in stored_moments(contents["shapes"], placed if with_moments else ()).items():
         assert name in placed, f"complete.json lists the shape of {name}, but no file holds it"
         read = {key: files[placed[f"{name}//{key}"]].get_tensor(f"{name}//{key}") for key in keys}
         yield ParameterState(name, files[placed[name]].get_tensor(name), read)

@@ -518,6 +518,23 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=8, gt=0)
     """Utterances that a rank decodes at a time. Does not change hypotheses in float32."""
 
+    max_windows: int = Field(default=64, gt=0)
+    """Windows that a rank decodes at a time, so that long clips come in smaller batches; a longer one comes alone."""
+
+    num_beams: int = Field(default=1, gt=0)
+    """Hypotheses that a beam search keeps of each utterance; 1 decodes greedily."""
+
+    static_cache: bool = False
+    """Keep room for all tokens of a batch from its start, as torch.compile wants it on GPUs; not in lockstep."""
+
+    weights: Literal["auto", "gathered", "sharded"] = "auto"
+    """Of ZeRO-3 and FSDP2 in evaluations. `gathered`: whole on every rank, which decodes on its own. `sharded`: block
+    by block for every token, with all ranks in lockstep, in the memory of training. `auto`: whole where the free memory
+    of every rank has room for it."""
+
+    measures_loss: bool = True
+    """Measure the loss of the references too: one more pass of the language model."""
+
     max_tokens_per_second: float = Field(default=12.5, gt=0)
     """A hypothesis ends at `16 + max_tokens_per_second * duration` tokens; how often that happened is reported."""
 

@@ -1,8 +1,9 @@
-"""What a rank's device can do at most, and how much of its memory was in use."""
+"""What a rank's device can do at most, how much of its memory was in use, and how much is free."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -65,3 +66,33 @@ def peak_memory_bytes(device: torch.device) -> int:
         return 0
     found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     return 1024 * int(found[1]) if found else 0
+
+
+def free_memory_bytes(device: torch.device, num_sharing: int) -> int:
+    """What this process may still take: of its GPU, or its part of the host's memory that so many processes share."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch keeps for later tensors is free too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_available_on_host(), _available_in_cgroup()) // num_sharing
+
+
+def _available_on_host() -> int:
+    meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    assert found is not None, "Linux tells it since 2014"
+    return 1024 * int(found[1])
+
+
+def _available_in_cgroup() -> int:
+    """What is left below the limit of a container; pages of files, which the kernel gives back, do not count."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text(encoding="utf-8"))
+        current = int((folder / "memory.current").read_text(encoding="utf-8"))
+        statistics = (folder / "memory.stat").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        # No limit ("max"), or an older kind of cgroup.
+        return sys.maxsize
+    pages = re.search(r"^inactive_file (\d+)$", statistics, re.MULTILINE)
+    return limit - current + (int(pages[1]) if pages else 0)

@@ -17,6 +17,12 @@ class RankError(UserError):
     exit_code = 3
 
 
+class SharedError(UserError):
+    """Met by one rank, which has told all others: each ends with it, and one of a node prints it."""
+
+    exit_code = 3
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says first: the part of it that fits into a sentence of ours."""
     return str(error).strip().split("\n", 1)[0]

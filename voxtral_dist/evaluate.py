@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from voxtral_dist.config import EvaluationConfig, TestContextConfig, TestSetConfig, TextStep
+from voxtral_dist.checkpoint import config_of_checkpoint, is_checkpoint, load_checkpoint
+from voxtral_dist.config import EvaluationConfig, ModelConfig, TestContextConfig, TestSetConfig, TextStep
 from voxtral_dist.data.audio import AudioError, decode_audio, to_pcm
 from voxtral_dist.data.context import WordList, context_text
 from voxtral_dist.data.features import LogMel
@@ -22,8 +23,7 @@ from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Hypothesis, Transcriber
 from voxtral_dist.model import load_for_inference
 
-# As many as a forward pass of the encoder takes where no gradients are kept.
-_WINDOWS_PER_PASS = 16
+_WINDOWS_PER_PASS: int = ModelConfig.model_fields["encoder_windows_per_pass"].default
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def evaluate(
     if len(test_sets) < len(shards):
         raise UserError("Two of the shard folders have the same name, which names their results: evaluate them apart.")
     named = options.settings.model_copy(update={"test_sets": test_sets})
-    prompts = VoxtralPrompts.from_pretrained(model_path)
+    prompts = VoxtralPrompts.from_pretrained(_processor_path(model_path))
     built = build_test_sets(named, prompts)
     # Before the model is loaded: it may be refused.
     used = normalizer(named.normalizer, options.target_text)
     transcriber = load_transcriber(model_path, prompts, named, precision, world)
     for test_set in built:
-        yield test_set.name, evaluate_test_set(test_set, transcriber, used, out_dir, world)
+        yield test_set.name, evaluate_test_set(test_set, transcriber, named, used, out_dir, world)
 
 
 def _set_name(shards: str) -> str:
@@ -110,7 +110,7 @@ def transcribe_files(
     Raises:
         UserError: a clip is missing, does not decode, or is too long for the model.
     """
-    prompts = VoxtralPrompts.from_pretrained(model_path)
+    prompts = VoxtralPrompts.from_pretrained(_processor_path(model_path))
     examples = [clip_example(clip, question, prompts) for clip in clips]
     transcriber = load_transcriber(model_path, prompts, settings, precision, world)
     for clip, example in zip(clips, examples, strict=True):
@@ -120,11 +120,17 @@ def transcribe_files(
 def load_transcriber(
     model_path: str, prompts: VoxtralPrompts, settings: EvaluationConfig, precision: str, world: World
 ) -> Transcriber:
-    """A checkpoint ready to decode on this rank's device."""
-    model = load_for_inference(model_path, world.device, precision)
+    """A model folder, or a checkpoint of a run, ready to decode on this rank's device."""
+    load = load_checkpoint if is_checkpoint(model_path) else load_for_inference
+    model = load(model_path, world.device, precision)
     EncoderPasses(model, _WINDOWS_PER_PASS)
-    log_mel = LogMel.from_pretrained(model_path, world.device)
-    return Transcriber(model, prompts, log_mel, settings.max_tokens_per_second)
+    log_mel = LogMel.from_pretrained(_processor_path(model_path), world.device)
+    return Transcriber(model, prompts, log_mel, settings)
+
+
+def _processor_path(model_path: str) -> str:
+    """Where tokenizer and features are described: a checkpoint of a run has them where the run began."""
+    return config_of_checkpoint(Path(model_path)).model.path if is_checkpoint(model_path) else model_path
 
 
 def clip_example(clip: Path, question: Question, prompts: VoxtralPrompts) -> Example:

@@ -197,16 +197,18 @@ def initialize_buffers(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, buffer.to(device))
 
 
-def load_for_inference(path: str, device: torch.device, precision: str) -> VoxtralForConditionalGeneration:
+def load_for_inference(path: str, device: torch.device, precision: str) -> TrainedVoxtral:
     """A checkpoint as it is served: in evaluation mode, on the device; `auto` is the precision that it is stored in."""
     read_voxtral_config(path)
     # Every rank would draw a bar of its own through the display of the run.
     disable_progress_bar()
     try:
-        model = VoxtralForConditionalGeneration.from_pretrained(path, dtype=DTYPES.get(precision, precision))
+        model: TrainedVoxtral = TrainedVoxtral.from_pretrained(path, dtype=DTYPES.get(precision, precision))
     except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise _not_loaded(path, error) from error
-    return model.to(device).eval()
+    model.to(device)
+    model.eval()
+    return model
 
 
 def skeleton(config: VoxtralConfig) -> VoxtralForConditionalGeneration:

@@ -34,12 +34,13 @@ from voxtral_dist.engine.encoder import num_passes
 from voxtral_dist.engine.extensions import refuse_old_locks
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.normalizer import normalizer
+from voxtral_dist.evaluation.placement import decoding_bytes, decoding_weights
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.export import export_trained
 from voxtral_dist.flops import BatchShape, TrainingFlops
 from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
-from voxtral_dist.model import DTYPES, chosen_attention, trained_skeleton
+from voxtral_dist.model import DTYPES, chosen_attention, read_voxtral_config, trained_skeleton
 from voxtral_dist.optim import learning_rate
 
 log = logging.getLogger(__name__)
@@ -366,12 +367,23 @@ class _Evaluator:
             return
         settings = self._config.evaluation
         out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
-        with engine.full_weights() as model:
-            transcriber = Transcriber(model, self._prompts, self._log_mel, settings.max_tokens_per_second)
+        with decoding_weights(engine, settings, self._decoding_bytes(), self._world) as (model, in_lockstep, why):
+            log.say(f"step {step}: {why}")
+            transcriber = Transcriber(model, self._prompts, self._log_mel, settings, in_lockstep)
             for test_set in self._test_sets:
-                score = evaluate_test_set(test_set, transcriber, self._normalizer, out_dir, self._world)
+                score = evaluate_test_set(test_set, transcriber, settings, self._normalizer, out_dir, self._world)
                 log.write("evaluation", step, {"name": test_set.name} | score.figures())
                 log.say(f"step {step}: {test_set.name}: {score}")
+
+    def _decoding_bytes(self) -> int:
+        model = self._config.model
+        return decoding_bytes(
+            read_voxtral_config(model.path),
+            max(test_set.most_positions for test_set in self._test_sets),
+            self._config.evaluation.num_beams,
+            model.encoder_windows_per_pass,
+            DTYPES[model.precision],
+        )
 
 
 class _BadSampleLimits:

@@ -35,7 +35,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def results(folder: Path) -> tuple[Rows, dict[str, object]]:
     rows = [json.loads(line) for line in (folder / "hundred-and-one.jsonl").read_text().splitlines()]
-    return rows, json.loads((folder / "hundred-and-one.json").read_text())
+    score = json.loads((folder / "hundred-and-one.json").read_text())
+    # Measured on the clock.
+    assert score.pop("rtfx") == pytest.approx(score["audio_seconds"] / score.pop("decode_seconds"))
+    # Sums of other parts.
+    return rows, score | {name: pytest.approx(score[name], rel=1e-5) for name in ("loss", "perplexity")}
 
 
 def test_ranks_and_batch_sizes_do_not_change_the_word_error_rate(

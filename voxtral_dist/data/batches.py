@@ -145,12 +145,9 @@ def windows_of(examples: Sequence[Example], window_samples: int) -> Tensor:
     return torch.from_numpy(windows)
 
 
-def weightless_micro_batch(prompts: VoxtralPrompts, bad_samples: Sequence[BadSample] = ()) -> MicroBatch:
-    """One window of silence without a target, for a slot that has nothing to train on.
-
-    Sharded engines exchange weights in every forward and backward pass, so all ranks must run equally many.
-    """
-    silence = Example(
+def silent_example(prompts: VoxtralPrompts) -> Example:
+    """One window of silence, which belongs to no sample."""
+    return Example(
         sample_id=-1,
         key="",
         pcm=np.zeros(0, dtype=np.int16),
@@ -160,7 +157,14 @@ def weightless_micro_batch(prompts: VoxtralPrompts, bad_samples: Sequence[BadSam
         reference="",
         duration_seconds=0.0,
     )
-    batch = collate([silence], prompts.pad_id, prompts.window_samples, bad_samples)
+
+
+def weightless_micro_batch(prompts: VoxtralPrompts, bad_samples: Sequence[BadSample] = ()) -> MicroBatch:
+    """One window of silence without a target, for a slot that has nothing to train on.
+
+    Sharded engines exchange weights in every forward and backward pass, so all ranks must run equally many.
+    """
+    batch = collate([silent_example(prompts)], prompts.pad_id, prompts.window_samples, bad_samples)
     nothing = torch.zeros(0, dtype=torch.int64)
     labels = torch.full_like(batch.labels, IGNORED_LABEL)
     return replace(batch, labels=labels, target_places=nothing, target_ids=nothing, num_samples=0)

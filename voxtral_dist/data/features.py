@@ -32,6 +32,7 @@ class LogMel:
         self.num_mel_bins = int(extractor.feature_size)
         self._hop_samples = int(extractor.hop_length)
         self._fft_samples = int(extractor.n_fft)
+        self.device = device
         self._window = torch.hann_window(self._fft_samples, device=device)
         filters = torch.from_numpy(np.asarray(extractor.mel_filters)).to(device, torch.float32)
         self._filters = filters.T.contiguous()

@@ -54,7 +54,7 @@ def joined_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         # Thread pools of all ranks on all cores, spinning for each other, cost more than ten times.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_node(size)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_node(size)))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=None if size > 1 else dist.HashStore(),  # type: ignore[attr-defined]  # a public class all the same
@@ -70,8 +70,8 @@ def joined_world() -> Iterator[World]:
 _PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
-def _ranks_on_node(world_size: int) -> int:
-    """DeepSpeed's launcher and torchrun tell it by different names."""
+def ranks_on_node(world_size: int) -> int:
+    """How many of the ranks share this node; DeepSpeed's launcher and torchrun tell it by different names."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 

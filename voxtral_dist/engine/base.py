@@ -55,6 +55,12 @@ class Engine(Protocol):
     def full_weights(self) -> AbstractContextManager[nn.Module]:
         """A whole model in evaluation mode with the current weights: every rank can generate on its own."""
 
+    def full_weights_bytes(self) -> int:
+        """What `full_weights` takes of a device besides what it holds already; 0 where weights are not sharded."""
+
+    def sharded_weights(self) -> AbstractContextManager[nn.Module]:
+        """The model as it is sharded, in evaluation mode: all ranks must call it equally often, in lockstep."""
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """Every trained parameter in a fixed order. All ranks must go through it together; each gets full tensors."""
 

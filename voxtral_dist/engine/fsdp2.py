@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from voxtral_dist.config import Fsdp2Config, RunConfig
 from voxtral_dist.data.batches import MicroBatch
@@ -133,6 +134,24 @@ class Fsdp2Engine:
         dtype = DTYPES[self._config.model.precision]
         whole = ((name, gathered(one, dtype, self._world.device)) for name, one in self._parameters.items())
         yield evaluation_copy(self._config, whole, self._model.named_buffers())
+
+    def full_weights_bytes(self) -> int:
+        """See `Engine`."""
+        num_values: int = sum(parameter.numel() for parameter in self._parameters.values())
+        return num_values * DTYPES[self._config.model.precision].itemsize
+
+    @contextmanager
+    def sharded_weights(self) -> Iterator[nn.Module]:
+        """See `Engine`."""
+        self._model.eval()
+        try:
+            yield self._model
+        finally:
+            self._model.train()
+            # What stays gathered for a backward pass that does not come.
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""

@@ -16,17 +16,21 @@ class LossOfMicroBatch:
         self._log_mel = log_mel
         self._chunk_tokens = chunk_tokens
 
-    def __call__(self, model: nn.Module, batch: MicroBatch) -> Tensor:
-        """The sum over all targets, a scalar with gradient; 0 without targets. `batch` is on the model's device.
+    def __call__(self, model: nn.Module, batch: MicroBatch, audio: Tensor | None = None) -> Tensor:
+        """The sum over all targets, a scalar with gradient; 0 without targets. What divides it is the caller's matter.
 
-        What is divided by what is the caller's decision.
+        Args:
+            model: that computes it.
+            batch: on the model's device.
+            audio: what the model takes for the audio; None takes the features of the batch's windows, masked.
         """
-        features = mask_features(self._log_mel(batch.pcm, batch.windows_per_example), batch.feature_masks)
+        if audio is None:
+            audio = mask_features(self._log_mel(batch.pcm, batch.windows_per_example), batch.feature_masks)
         loss: Tensor = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
-            input_features=features,
+            input_features=audio,
             target_ids=batch.target_ids,
             target_places=batch.target_places,
             chunk_tokens=self._chunk_tokens,

@@ -45,12 +45,15 @@ def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str
     return moments
 
 
-def read_whole(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[ParameterState]:
+def read_whole(
+    folder: Path, shapes: Mapping[str, Sequence[int]], *, with_moments: bool = True
+) -> Iterator[ParameterState]:
     """What `write_shards` wrote, parameter by parameter, as float32 tensors of these full shapes."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    moments = stored_moments(shapes, FileSystemReader(folder).read_metadata().state_dict_metadata)
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata if with_moments else ()
+    moments = stored_moments(shapes, stored)
     for name, shape in shapes.items():
         whole = {key: torch.empty(tuple(shape)) for key in (name, *(f"{name}//{moment}" for moment in moments[name]))}
         load(whole, storage_reader=FileSystemReader(folder), no_dist=True)

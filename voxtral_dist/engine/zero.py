@@ -100,14 +100,27 @@ class ZeroEngine:
     def full_weights(self) -> Iterator[nn.Module]:
         """See `Engine`. Under stage 3 a copy is gathered, parameter by parameter, and lives as long as the context."""
         if self.stage < 3:
-            self._module.eval()
-            self._encoder.num_passes = None
-            try:
-                yield self._module
-            finally:
-                self._module.train()
+            with self.sharded_weights() as module:
+                yield module
         else:
             yield evaluation_copy(self._config, self._gathered_parameters(), self._module.named_buffers())
+
+    def full_weights_bytes(self) -> int:
+        """See `Engine`."""
+        if self.stage < 3:
+            return 0
+        num_values = sum(math.prod(full_shape(parameter)) for parameter in self._module.parameters())
+        return num_values * DTYPES[self._config.model.precision].itemsize
+
+    @contextmanager
+    def sharded_weights(self) -> Iterator[nn.Module]:
+        """See `Engine`."""
+        self._module.eval()
+        self._encoder.num_passes = None
+        try:
+            yield self._module
+        finally:
+            self._module.train()
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""

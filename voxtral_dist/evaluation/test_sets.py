@@ -11,19 +11,21 @@ import numpy as np
 
 from voxtral_dist.config import EvaluationConfig, TestSetConfig
 from voxtral_dist.data.context import TestContexts, WordList
+from voxtral_dist.data.cutting import Budget, cut
 from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.index import Ids, ShardIndex, read_index
 from voxtral_dist.data.prompting import Prompting
 from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import SampleError, SampleReader
+from voxtral_dist.data.samples import Example, SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError, UserError
+from voxtral_dist.evaluation.decoding import Batch, Decoded, decode_batches
 from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.report import TestSetScore, score_test_set, write_results
+from voxtral_dist.evaluation.report import Measurements, TestSetScore, score_test_set, write_results
 from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Transcriber
+from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Hypothesis, Transcriber
 from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 
 
@@ -31,8 +33,9 @@ from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance
 class TestSet:
     """The utterances of one index and how they are read.
 
-    has_answers: whether its texts are answers to instructions. words: those whose B-WER is measured. num_distractors:
-    of the lists in the prompts; None gives no lists. grouping: what has rates of its own.
+    batches: of sample ids, expensive ones first. most_positions: of a batch in the language model, padding and new
+    tokens included. has_answers: whether its texts are answers to instructions. words: those whose B-WER is measured.
+    num_distractors: of the lists in the prompts; None gives no lists. grouping: what has rates of its own.
     """
 
     __test__ = False  # pytest takes it for a test
@@ -40,11 +43,26 @@ class TestSet:
     name: str
     index: ShardIndex
     reader: SampleReader
-    batches: tuple[tuple[int, ...], ...]
+    batches: tuple[Batch, ...]
+    most_positions: int
     has_answers: bool = False
     words: WordList | None = None
     num_distractors: int | None = None
     grouping: Grouping = field(default_factory=Grouping)
+
+    def read(self, batch: Batch) -> list[Example]:
+        """The examples of a batch.
+
+        Raises:
+            RankError: one is unusable; a smaller test set would be another test set.
+        """
+        try:
+            return [self.reader.example(sample_id) for sample_id in batch]
+        except SampleError as error:
+            raise RankError(
+                f"The test set `{self.name}` has an unusable utterance: {error}. Mend or remove it, then pack the set "
+                "again."
+            ) from error
 
 
 def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: Storage | None = None) -> list[TestSet]:
@@ -52,11 +70,10 @@ def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: 
 
     A set with lists of words comes once without a list, under its own name, and once for each size of the lists.
     """
-    storage, grouping = storage or Storage(), Grouping.of(config)
     built = [
         sized
         for name, test_set in config.test_sets.items()
-        for sized in build_test_set(name, test_set, config.batch_size, prompts, storage, grouping)
+        for sized in build_test_set(name, test_set, config, prompts, storage or Storage())
     ]
     names = Counter(test_set.name for test_set in built)
     twice = next((name for name, count in names.items() if count > 1), None)
@@ -68,19 +85,14 @@ def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: 
 
 
 def build_test_set(
-    name: str,
-    config: TestSetConfig,
-    batch_size: int,
-    prompts: VoxtralPrompts,
-    storage: Storage,
-    grouping: Grouping | None = None,
+    name: str, config: TestSetConfig, settings: EvaluationConfig, prompts: VoxtralPrompts, storage: Storage
 ) -> list[TestSet]:
     """One test set, and the same with lists of words in the prompts.
 
     Raises:
         UserError: its shards are missing or empty, an utterance is too long for the model, or its words cannot be read.
     """
-    grouping = grouping or Grouping()
+    grouping = Grouping.of(settings)
     index = read_index([config.shards], storage)
     if config.max_utterances is not None:
         index = index.first(config.max_utterances)
@@ -90,12 +102,14 @@ def build_test_set(
     if config.context is not None:
         words = WordList.read(config.context.words, f"evaluation.test_sets.{name}.context.words")
         sizes = config.context.num_distractors
-    positions = ExampleSizes.of(prompts).positions_of(index.records)
+    sizes_of_examples = ExampleSizes.of(prompts)
+    positions = sizes_of_examples.positions_of(index.records)
     _refuse_too_long(name, index, positions, prompts)
     if words is not None:
         _refuse_long_lists(name, words, max(sizes, default=0), positions, prompts)
-    order = (-positions).argsort(kind="stable").tolist()
-    batches = tuple(tuple(order[first : first + batch_size]) for first in range(0, len(order), batch_size))
+    windows = sizes_of_examples.windows(index.records["duration_ms"])
+    batches = _batches(windows, positions, settings)
+    new_tokens = np.ceil(settings.max_tokens_per_second * index.duration_seconds) + MIN_NEW_TOKENS
     return [
         TestSet(
             name=name if size is None else f"{name}-distractors-{size}",
@@ -113,6 +127,7 @@ def build_test_set(
                 kept_fields=grouping.fields,
             ),
             batches=batches,
+            most_positions=max(len(batch) * int((positions + new_tokens)[list(batch)].max()) for batch in batches),
             has_answers=has_answers,
             words=words,
             num_distractors=size,
@@ -120,6 +135,13 @@ def build_test_set(
         )
         for size in (None, *sizes)
     ]
+
+
+def _batches(windows: Ids, positions: Ids, settings: EvaluationConfig) -> tuple[Batch, ...]:
+    """Samples of similar cost together, the most expensive first, so that ranks finish together."""
+    order = (-positions).argsort(kind="stable")
+    budget = Budget(settings.batch_size, settings.max_windows, None)
+    return tuple(tuple(order[run].tolist()) for run in cut(windows[order], positions[order], budget))
 
 
 def _has_answers(name: str, index: ShardIndex, config: TestSetConfig) -> bool:
@@ -164,28 +186,40 @@ def _refuse_too_long(name: str, index: ShardIndex, positions: Ids, prompts: Voxt
 
 
 def evaluate_test_set(
-    test_set: TestSet, transcriber: Transcriber, used: Normalizer, out_dir: Path, world: World
+    test_set: TestSet,
+    transcriber: Transcriber,
+    settings: EvaluationConfig,
+    used: Normalizer,
+    out_dir: Path,
+    world: World,
 ) -> TestSetScore:
     """Decode every utterance once over all ranks and write the results; every rank gets the score.
 
-    Ranks decode without waiting for each other: batch i belongs to rank i modulo the number of ranks.
-
     Raises:
-        RankError: an utterance of the test set is unusable; a smaller test set would be another test set.
+        SharedError: an utterance of the test set is unusable, or a rank could not decode it.
     """
     if test_set.has_answers:
         # The steps of target text are for transcripts.
         used = replace(used, target_text=())
-    mine = [_decode(test_set, batch, transcriber, used) for batch in test_set.batches[world.rank :: world.size]]
-    gathered = gather_on_first([utterance for batch in mine for utterance in batch], world)
+    decoded = decode_batches(test_set.name, test_set.batches, test_set.read, transcriber, settings.measures_loss, world)
+    measured = _over_ranks(decoded, world)
+    mine = [score_utterance(_utterance(test_set, *pair), used, test_set.words) for pair in decoded.pairs]
+    gathered = gather_on_first(mine, world)
     score = None
     if world.is_first:
         utterances = check_whole(test_set, [utterance for part in gathered for utterance in part])
-        score = score_test_set(utterances, used, test_set.num_distractors, test_set.grouping)
+        score = score_test_set(utterances, used, test_set.num_distractors, test_set.grouping, measured)
         write_results(out_dir, test_set.name, utterances, score)
     agreed = from_first_rank(score, world)
     assert agreed is not None, "rank 0 always has a score"
     return agreed
+
+
+def _over_ranks(decoded: Decoded, world: World) -> Measurements:
+    """What all ranks measured together: the seconds of the slowest, and the loss of all targets."""
+    milliseconds = max_over_ranks([round(1000 * decoded.seconds)], world)[0]
+    loss_sum, num_targets = sum_over_ranks([decoded.loss_sum, decoded.num_targets], world)
+    return Measurements(milliseconds / 1000, loss_sum / num_targets if num_targets else None)
 
 
 def check_whole(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:
@@ -207,33 +241,17 @@ def check_whole(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> lis
     return sorted(utterances, key=lambda utterance: utterance.sample_id)
 
 
-def _decode(
-    test_set: TestSet, batch: Sequence[int], transcriber: Transcriber, used: Normalizer
-) -> list[ScoredUtterance]:
-    try:
-        examples = [test_set.reader.example(sample_id) for sample_id in batch]
-    except SampleError as error:
-        raise RankError(
-            f"The test set `{test_set.name}` has an unusable utterance: {error}. Mend or remove it, then "
-            "pack the set again."
-        ) from error
-    return [
-        score_utterance(
-            DecodedUtterance(
-                sample_id=example.sample_id,
-                key=example.key,
-                language=test_set.index.language(example.sample_id),
-                duration_seconds=round(example.duration_seconds, 4),
-                reference=example.reference,
-                hypothesis=hypothesis.text,
-                hit_limit=hypothesis.hit_limit,
-                detected_language=hypothesis.detected_language,
-                asks_for_language=example.is_transcription and example.is_untagged,
-                context=example.context,
-                fields=example.fields,
-            ),
-            used,
-            test_set.words,
-        )
-        for example, hypothesis in zip(examples, transcriber(examples), strict=True)
-    ]
+def _utterance(test_set: TestSet, example: Example, hypothesis: Hypothesis) -> DecodedUtterance:
+    return DecodedUtterance(
+        sample_id=example.sample_id,
+        key=example.key,
+        language=test_set.index.language(example.sample_id),
+        duration_seconds=round(example.duration_seconds, 4),
+        reference=example.reference,
+        hypothesis=hypothesis.text,
+        hit_limit=hypothesis.hit_limit,
+        detected_language=hypothesis.detected_language,
+        asks_for_language=example.is_transcription and example.is_untagged,
+        context=example.context,
+        fields=example.fields,
+    )

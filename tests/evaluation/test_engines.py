@@ -1,0 +1,140 @@
+"""Hypotheses are the same under every engine, with weights gathered or in lockstep, on any number of ranks."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from voxtral_dist.config import EvaluationConfig, RunConfig, TestSetConfig
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.distributed.world import World
+from voxtral_dist.evaluate import EvaluationOptions, evaluate
+from voxtral_dist.evaluation.normalizer import normalizer
+from voxtral_dist.evaluation.placement import decoding_weights
+from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
+from voxtral_dist.evaluation.transcribe import Transcriber
+
+from corpora import pack_manifest, write_speech_manifest
+from fitted import fit
+from ranks import run_ranks
+from runs import run_config
+
+NUM_UTTERANCES = 23
+SET = "heard"
+CPU = torch.device("cpu")
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Settings of an evaluation, and whether ranks must decode in lockstep by them."""
+
+    engine: dict[str, Any]
+    settings: dict[str, Any]
+    in_lockstep: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join(str(part) for part in (*self.engine.values(), *self.settings.values()))
+
+
+FSDP2: dict[str, Any] = {"engine": {"fsdp2": {}}}
+KEPT: dict[str, Any] = {"engine": {"fsdp2": {"reshard_after_forward": False}}}
+CASES = [
+    Case({"stage": 0}, {"batch_size": 8}),
+    Case({"stage": 1}, {"batch_size": 3}),
+    Case({"stage": 2}, {"batch_size": 8, "max_windows": 5}),
+    Case({"stage": 3}, {"batch_size": 8}),
+    Case({"stage": 3}, {"batch_size": 3, "weights": "sharded"}, in_lockstep=True),
+    Case({"stage": 3}, {"batch_size": 3, "weights": "sharded", "num_beams": 3}, in_lockstep=True),
+    Case({"stage": 3}, {"batch_size": 8, "weights": "gathered", "num_beams": 3}),
+    # Fewer batches than ranks: one of them has nothing to do.
+    Case({"stage": 3}, {"batch_size": 8, "weights": "sharded", "max_utterances": 5}, in_lockstep=True),
+    Case({"stage": 3}, {"batch_size": 8, "max_utterances": 5}),
+    Case(FSDP2, {"batch_size": 3}),
+    Case(FSDP2, {"batch_size": 8, "weights": "sharded"}, in_lockstep=True),
+    Case(KEPT, {"batch_size": 3, "weights": "sharded", "num_beams": 3}, in_lockstep=True),
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / SET
+    manifest = write_speech_manifest(tmp_path_factory.mktemp("speech"), NUM_UTTERANCES, max_seconds=2.8)
+    pack_manifest(manifest, folder, 10**6, skip_bad=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fitted_model(tiny_model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "fitted"
+    fit(tiny_model, shards, NUM_UTTERANCES, folder)
+    return folder
+
+
+def rows_of(folder: Path) -> Rows:
+    return [json.loads(line) for line in (folder / f"{SET}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def decode_all(world: World, cases: list[tuple[Case, RunConfig]]) -> list[bool]:
+    """Whether ranks were in lockstep in each case. An engine serves neighbouring cases, and is built only once."""
+    from voxtral_dist.engine.build import build_engine
+
+    found: list[bool] = []
+    engine, built_for = None, None
+    for case, config in cases:
+        if engine is None or case.engine != built_for:
+            engine = None
+            gc.collect()
+            log_mel = LogMel.from_pretrained(config.model.path, world.device)
+            engine, built_for = build_engine(config, log_mel, world), case.engine
+        prompts = VoxtralPrompts.from_pretrained(config.model.path)
+        settings = config.evaluation
+        with decoding_weights(engine, settings, 0, world) as (model, in_lockstep, _):
+            transcriber = Transcriber(model, prompts, log_mel, settings, in_lockstep)
+            for test_set in build_test_sets(settings, prompts):
+                evaluate_test_set(test_set, transcriber, settings, normalizer("basic"), config.run_dir, world)
+        found.append(in_lockstep)
+    return found
+
+
+def config_of(case: Case, number: int, model: Path, shards: Path, folder: Path) -> RunConfig:
+    settings = dict(case.settings)
+    test_set = TestSetConfig(shards=str(shards), max_utterances=settings.pop("max_utterances", None))
+    evaluation = EvaluationConfig(test_sets={SET: test_set}, **settings)
+    return run_config(
+        folder / f"{number}", model, shards, num_steps=3, evaluation=evaluation.model_dump(), **case.engine
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_engine_gives_the_hypotheses_of_one_plain_process(
+    fitted_model: Path, shards: Path, tmp_path: Path, world_size: int
+) -> None:
+    expected = {}
+    for num_beams in (1, 3):
+        options = EvaluationOptions(EvaluationConfig(batch_size=1, num_beams=num_beams))
+        out_dir = tmp_path / f"plain-{num_beams}"
+        dict(evaluate(str(fitted_model), [str(shards)], options, "float32", out_dir, World(0, 1, 0, CPU)))
+        expected[num_beams] = rows_of(out_dir)
+    cases = [(case, config_of(case, number, fitted_model, shards, tmp_path)) for number, case in enumerate(CASES)]
+    for in_lockstep in run_ranks(world_size, decode_all, cases):
+        assert in_lockstep == [case.in_lockstep for case in CASES]
+    for case, config in cases:
+        rows = rows_of(config.run_dir)
+        assert len(rows) == case.settings.get("max_utterances", NUM_UTTERANCES), case.name
+        assert rows == expected[case.settings.get("num_beams", 1)][: len(rows)], case.name
+
+
+def test_hypotheses_end_by_themselves_at_different_lengths(fitted_model: Path, shards: Path, tmp_path: Path) -> None:
+    dict(evaluate(str(fitted_model), [str(shards)], EvaluationOptions(), "float32", tmp_path, World(0, 1, 0, CPU)))
+    ended = [row["hypothesis"] for row in rows_of(tmp_path) if not row["hit_limit"]]
+    assert len(ended) > NUM_UTTERANCES / 2
+    assert len({len(hypothesis) for hypothesis in ended}) > 5
