@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from voxtral_dist.config import EvaluationConfig, RunConfig, TestSetConfig
+from voxtral_dist.config import EvaluationConfig, RunConfig
 from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
