@@ -75,6 +75,8 @@ class CheckpointDirectory:
         self._config = config
         self._identity = _data_identity(config, data_fingerprint)
         self._world = world
+        # Of steps whose checkpoint is kept however old it is.
+        self.kept_step: int | None = None
         self._model_identity = from_first_rank(_model_identity(config) if world.is_first else {}, world)
 
     def latest(self) -> Path | None:
@@ -104,8 +106,13 @@ class CheckpointDirectory:
             UserError: it belongs to another model, or to other data or other batches, or all of them are damaged.
         """
         folder = self.latest()
-        if folder is None:
-            return None
+        return None if folder is None else self._load_from(folder, engine)
+
+    def load(self, engine: Engine, step: int) -> TrainProgress:
+        """Load the complete checkpoint of a step into the engine; see `resume`."""
+        return self._load_from(self._folder / _name(step), engine)
+
+    def _load_from(self, folder: Path, engine: Engine) -> TrainProgress:
         contents = _read_complete(folder)
         if contents.get("format") != _FORMAT:
             raise UserError(
@@ -121,7 +128,7 @@ class CheckpointDirectory:
 
     def save(self, engine: Engine, progress: TrainProgress) -> Path:
         """Write the state of engine and progress; older checkpoints are removed when this one is complete."""
-        final = self._folder / f"step-{progress.step:07d}"
+        final = self._folder / _name(progress.step)
         temporary = self._folder / f".{final.name}.tmp"
         if self._world.is_first:
             self._sweep()
@@ -170,6 +177,8 @@ class CheckpointDirectory:
 
     def _remove_old(self) -> None:
         for folder in self._complete_ones()[: -self._keep]:
+            if self.kept_step is not None and folder.name == _name(self.kept_step):
+                continue
             # First the file that makes it a checkpoint: being killed in between must not leave half a one.
             (folder / _COMPLETE).unlink()
             shutil.rmtree(folder, ignore_errors=True)
@@ -200,6 +209,10 @@ class CheckpointDirectory:
                     f"The checkpoint {folder} was made with `{key}` = {saved[key]!r}, but it is {value!r} now, so "
                     "its position in the data has no meaning: restore that value, or choose another `run_dir`."
                 )
+
+
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
 
 
 def is_checkpoint(path: str) -> bool:

@@ -503,6 +503,36 @@ class TestSetConfig(Section):
     """Decode the set with lists of words too."""
 
 
+class GuardConfig(Section):
+    """A test set of another domain, which fine-tuning must not make the model forget."""
+
+    test_set: FileName
+    """One of `evaluation.test_sets`."""
+
+    max_wer_increase: float = Field(default=0.01, ge=0)
+    """Its WER may rise by so much above that of the model that the run began with; 0.01 is one point. A checkpoint
+    above it is never the best one."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """Say it and go on, or end the run."""
+
+
+class SelectionConfig(Section):
+    """The best checkpoint by WER: it is kept, named in `run_dir/best.json`, and exported at the end."""
+
+    test_set: FileName
+    """One of `evaluation.test_sets`, whose WER decides."""
+
+    patience: int | None = Field(default=None, gt=0)
+    """The run ends after so many evaluations in a row without improvement. None: never."""
+
+    min_improvement: float = Field(default=0.0, ge=0)
+    """A smaller fall of the WER does not count as improvement for `patience`; 0.001 is a tenth of a point."""
+
+    guard: GuardConfig | None = None
+    """Another set whose WER may not rise."""
+
+
 class EvaluationConfig(Section):
     """How and when transcripts are generated and compared with their references."""
 
@@ -550,6 +580,31 @@ class EvaluationConfig(Section):
     speaker_field: str = "speaker"
     """The key of the samples' json that names the speaker. Where each utterance of a set has it and there are at least
     5 speakers, confidence intervals resample speakers instead of utterances."""
+
+    selection: SelectionConfig | None = None
+    """Choose the best checkpoint, and end early. None: the last one is exported."""
+
+    @model_validator(mode="after")
+    def _can_select(self) -> Self:
+        if self.selection is None:
+            return self
+        guard = self.selection.guard
+        named = {"test_set": self.selection.test_set} | ({"guard.test_set": guard.test_set} if guard else {})
+        for key, name in named.items():
+            if name not in self.test_sets:
+                known = ", ".join(self.test_sets)
+                raise ValueError(
+                    f"`evaluation.selection.{key}` must be one of `evaluation.test_sets` ({known}), but is `{name}` "
+                    "instead"
+                )
+        if self.every_steps is None:
+            raise ValueError("`evaluation.selection` chooses among evaluations: set `evaluation.every_steps`")
+        if guard and not self.at_start:
+            raise ValueError(
+                "`evaluation.selection.guard` compares with the model that the run begins with: set "
+                "`evaluation.at_start: true`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_a_normalizer(self) -> Self:

@@ -33,14 +33,14 @@ from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.encoder import num_passes
 from voxtral_dist.engine.extensions import refuse_old_locks
 from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.evaluator import Evaluator
 from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.placement import decoding_bytes, decoding_weights
-from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, evaluate_test_set
-from voxtral_dist.evaluation.transcribe import Transcriber
+from voxtral_dist.evaluation.selection import Verdict
+from voxtral_dist.evaluation.test_sets import build_test_sets
 from voxtral_dist.export import export_trained
 from voxtral_dist.flops import BatchShape, TrainingFlops
 from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
-from voxtral_dist.model import DTYPES, chosen_attention, read_voxtral_config, trained_skeleton
+from voxtral_dist.model import DTYPES, chosen_attention, trained_skeleton
 from voxtral_dist.optim import learning_rate
 
 log = logging.getLogger(__name__)
@@ -83,14 +83,17 @@ def train(config: RunConfig, world: World) -> int:
     flops = training_flops(config)
     checkpoints = CheckpointDirectory(config, steps.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
-    evaluator = _Evaluator(config, prompts, log_mel, test_sets, world)
+    evaluator = Evaluator(config, prompts, log_mel, test_sets, world)
 
     with _stop_signals() as stop, _metrics_log(config, progress, world) as log:
         _announce(config, progress, steps.training_set, engine.parameter_table(), world, log)
-        evaluator.evaluate_if(evaluator.is_owed(progress.step), engine, progress.step, log)
+        if evaluator.is_owed(progress.step):
+            evaluator.evaluate(engine, progress.step, log)
+        verdict = evaluator.verdict()
+        checkpoints.kept_step = verdict.best_step
         bad = _BadSampleLimits(config.train_data)
         started = time.monotonic()
-        for batches in steps.starting_at(progress.step):
+        for batches in steps.starting_at(config.num_steps if verdict.must_stop else progress.step):
             result = train_step(config, engine, batches, stop.requested, world, flops)
             # With the time that was spent waiting for the data of the step.
             step_seconds = time.monotonic() - started
@@ -105,11 +108,18 @@ def train(config: RunConfig, world: World) -> int:
             if result.must_stop and not is_last:
                 log.say(f"Stopped at step {progress.step} by a signal; the same command goes on from there.")
                 return EXIT_STOPPED
-            evaluator.evaluate_if(is_due, engine, progress.step, log)
+            if is_due:
+                evaluator.evaluate(engine, progress.step, log)
+                verdict = evaluator.verdict()
+                checkpoints.kept_step = verdict.best_step
+                if verdict.must_stop:
+                    break
             started = time.monotonic()
+        if verdict.best_step not in (None, progress.step):
+            checkpoints.load(engine, verdict.best_step)
         export_trained(engine, config, _export_dtype(config), world)
         if world.is_first:
-            write_summary(config, progress, world)
+            write_summary(config, progress, verdict, world)
         log.say(f"Done: the model is in {config.run_dir / 'export'}, the summary in {config.run_dir / 'summary.json'}.")
     return 0
 
@@ -295,7 +305,7 @@ def _refuse_not_finite(name: str, value: float, step: int) -> None:
         )
 
 
-def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> None:
+def write_summary(config: RunConfig, progress: TrainProgress, verdict: Verdict, world: World) -> None:
     """Write `summary.json` from what the run recorded: before and after, on the first test set."""
     recorded = read_metrics(config.run_dir / "metrics.jsonl")
     first_set = next(iter(config.evaluation.test_sets), None)
@@ -309,6 +319,8 @@ def write_summary(config: RunConfig, progress: TrainProgress, world: World) -> N
         "audio_seconds_per_second": round(progress.audio_seconds / progress.train_seconds, 2),
         **_efficiency([row for row in recorded if row["kind"] == "train"]),
         "num_steps": progress.step,
+        "exported_step": verdict.best_step or progress.step,
+        "best_wer": verdict.best_wer,
         "num_bad_samples": progress.num_bad_samples,
         "num_too_long": progress.num_too_long,
         "world_size": world.size,
@@ -329,61 +341,6 @@ def _efficiency(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
         "waiting_fraction": round(waiting / sum(row["step_seconds"] for row in rows), 4) if rows else None,
         "memory_gigabytes": max((row["memory_gigabytes"] for row in rows), default=None),
     }
-
-
-class _Evaluator:
-    """Measures all test sets with the engine's current weights, when it is time."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        prompts: VoxtralPrompts,
-        log_mel: LogMel,
-        test_sets: Sequence[TestSet],
-        world: World,
-    ) -> None:
-        self._config = config
-        self._prompts = prompts
-        self._log_mel = log_mel
-        self._test_sets = test_sets
-        self._normalizer = normalizer(config.evaluation.normalizer, config.train_data.target_text)
-        self._world = world
-
-    def is_due(self, step: int) -> bool:
-        settings = self._config.evaluation
-        if step in (0, self._config.num_steps):
-            return settings.at_start or step > 0
-        return settings.every_steps is not None and step % settings.every_steps == 0
-
-    def is_owed(self, step: int) -> bool:
-        """Whether the state that a run starts with is due and was not measured, as by a run killed after its save."""
-        rows = read_metrics(self._config.run_dir / "metrics.jsonl")
-        done = {row["name"] for row in rows if row["kind"] == "evaluation" and row["step"] == step}
-        wanted = {test_set.name for test_set in self._test_sets}
-        return self.is_due(step) and not from_first_rank(done, self._world).issuperset(wanted)
-
-    def evaluate_if(self, condition: bool, engine: Engine, step: int, log: MetricsLog) -> None:
-        if not condition or not self._test_sets:
-            return
-        settings = self._config.evaluation
-        out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
-        with decoding_weights(engine, settings, self._decoding_bytes(), self._world) as (model, in_lockstep, why):
-            log.say(f"step {step}: {why}")
-            transcriber = Transcriber(model, self._prompts, self._log_mel, settings, in_lockstep)
-            for test_set in self._test_sets:
-                score = evaluate_test_set(test_set, transcriber, settings, self._normalizer, out_dir, self._world)
-                log.write("evaluation", step, {"name": test_set.name} | score.figures())
-                log.say(f"step {step}: {test_set.name}: {score}")
-
-    def _decoding_bytes(self) -> int:
-        model = self._config.model
-        return decoding_bytes(
-            read_voxtral_config(model.path),
-            max(test_set.most_positions for test_set in self._test_sets),
-            self._config.evaluation.num_beams,
-            model.encoder_windows_per_pass,
-            DTYPES[model.precision],
-        )
 
 
 class _BadSampleLimits:

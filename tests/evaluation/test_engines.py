@@ -107,11 +107,9 @@ def decode_all(world: World, cases: list[tuple[Case, RunConfig]]) -> list[bool]:
 
 def config_of(case: Case, number: int, model: Path, shards: Path, folder: Path) -> RunConfig:
     settings = dict(case.settings)
-    test_set = TestSetConfig(shards=str(shards), max_utterances=settings.pop("max_utterances", None))
-    evaluation = EvaluationConfig(test_sets={SET: test_set}, **settings)
-    return run_config(
-        folder / f"{number}", model, shards, num_steps=3, evaluation=evaluation.model_dump(), **case.engine
-    )
+    test_set = {"shards": str(shards), "max_utterances": settings.pop("max_utterances", None)}
+    sections = {"evaluation": {"test_sets": {SET: test_set}, **settings}, **case.engine}
+    return run_config(folder / f"{number}", model, shards, num_steps=3, **sections)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -107,7 +107,7 @@ class Transcriber:
             synced_gpus=self.in_lockstep,
             pad_token_id=self._prompts.pad_id,
             eos_token_id=self._prompts.eos_id,
-            **_search(self._settings),
+            **_search(self._settings, self.in_lockstep),
         )
         completions = generated[:, prompts.shape[1] :].tolist()
         return [
@@ -135,9 +135,10 @@ class Transcriber:
         return Hypothesis(transcript.text, transcript.language, len(own), hit_limit)
 
 
-def _search(settings: EvaluationConfig) -> dict[str, Any]:
+def _search(settings: EvaluationConfig, in_lockstep: bool) -> dict[str, Any]:
     """How `generate` chooses tokens, whatever a checkpoint's own file of defaults says."""
-    cache = {"cache_implementation": "static"} if settings.static_cache else {}
+    # Empty steps of a rank that has finished would run over the end of a static cache.
+    cache = {"cache_implementation": "static"} if settings.static_cache and not in_lockstep else {}
     # Stopping at the best score that is still possible depends on no other utterance of the batch.
     beams = {"length_penalty": 1.0, "early_stopping": False} if settings.num_beams > 1 else {}
     return {"do_sample": False, "num_beams": settings.num_beams, "use_cache": True, **beams, **cache}

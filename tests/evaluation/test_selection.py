@@ -1,0 +1,88 @@
+"""Which checkpoint is the best one, when a run ends early, and what the guard set forbids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from voxtral_dist.config import EvaluationConfig, SelectionConfig
+from voxtral_dist.evaluation.selection import judge
+
+EVERY = 10
+
+
+def rows(**curves: list[float | None]) -> list[dict[str, Any]]:
+    """Rows of metrics: the WER of each set at the start and after every ten steps."""
+    return [
+        {"step": EVERY * number, "name": name, "wer": wer}
+        for name, curve in curves.items()
+        for number, wer in enumerate(curve)
+    ]
+
+
+def selection(**settings: Any) -> SelectionConfig:
+    return SelectionConfig(test_set="dev", **settings)
+
+
+def test_the_smallest_wer_is_the_best_and_the_earliest_of_equals() -> None:
+    verdict = judge(selection(), rows(dev=[0.1, 0.5, 0.3, 0.4, 0.3]))
+    assert (verdict.best_step, verdict.best_wer) == (20, 0.3), "the untrained model is no candidate"
+    assert not verdict.must_stop
+    assert verdict.sentences == ()
+
+
+def test_before_the_first_evaluation_there_is_no_best() -> None:
+    assert judge(selection(), []).best_step is None
+    assert judge(selection(), rows(dev=[0.9])).best_step is None
+
+
+def test_an_evaluation_that_was_repeated_counts_once() -> None:
+    found = [*rows(dev=[0.9, 0.5]), {"step": 10, "name": "dev", "wer": 0.7}, *rows(other=[0.1, 0.1])]
+    assert judge(selection(), found).best_wer == 0.7
+
+
+@pytest.mark.parametrize(
+    ("curve", "must_stop"),
+    [
+        ([0.9, 0.5, 0.4, 0.41], False),
+        ([0.9, 0.5, 0.4, 0.41, 0.42], True),
+        ([0.9, 0.5, 0.4, 0.41, 0.39], False),
+        # Small steps down are no improvement each, and none together.
+        ([0.9, 0.5, 0.4, 0.398, 0.396], True),
+    ],
+)
+def test_patience_counts_evaluations_without_improvement(curve: list[float | None], must_stop: bool) -> None:
+    verdict = judge(selection(patience=2, min_improvement=0.005), rows(dev=curve))
+    assert verdict.must_stop == must_stop
+    assert len(verdict.sentences) == must_stop
+
+
+def test_a_checkpoint_that_breaks_the_guard_is_not_the_best() -> None:
+    guard = {"test_set": "general", "max_wer_increase": 0.02}
+    found = rows(dev=[0.9, 0.5, 0.4, 0.3], general=[0.1, 0.11, 0.12, 0.13])
+    verdict = judge(selection(guard=guard), found)
+    assert verdict.best_step == 20
+    assert not verdict.must_stop
+    assert "`general` is 3.00 points above that of the start, more than 2" in verdict.sentences[0]
+
+
+def test_a_guard_may_stop_the_run() -> None:
+    guard = {"test_set": "general", "max_wer_increase": 0.02, "action": "stop"}
+    assert not judge(selection(guard=guard), rows(dev=[0.9, 0.5], general=[0.1, 0.11])).must_stop
+    assert judge(selection(guard=guard), rows(dev=[0.9, 0.5], general=[0.1, 0.13])).must_stop
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"selection": {"test_set": "tset"}}, "must be one of `evaluation.test_sets`"),
+        ({"selection": {"test_set": "dev"}, "every_steps": None}, "set `evaluation.every_steps`"),
+        ({"selection": {"test_set": "dev", "guard": {"test_set": "dev"}}, "at_start": False}, "at_start: true"),
+    ],
+)
+def test_a_selection_that_cannot_work_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    tree = {"test_sets": {"dev": {"shards": "dev"}}, "every_steps": EVERY} | settings
+    with pytest.raises(ValidationError, match=sentence):
+        EvaluationConfig.model_validate(tree)

@@ -1,0 +1,97 @@
+"""The test sets of a run, measured when it is time, and what their error rates say about going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.distributed.collectives import from_first_rank
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.base import Engine
+from voxtral_dist.evaluation.normalizer import normalizer
+from voxtral_dist.evaluation.placement import decoding_bytes, decoding_weights
+from voxtral_dist.evaluation.selection import Verdict, judge
+from voxtral_dist.evaluation.test_sets import TestSet, evaluate_test_set
+from voxtral_dist.evaluation.transcribe import Transcriber
+from voxtral_dist.metrics import MetricsLog, read_metrics
+from voxtral_dist.model import DTYPES, read_voxtral_config
+
+BEST_FILE = "best.json"
+
+
+class Evaluator:
+    """Measures all test sets with the engine's current weights. All ranks call its methods together."""
+
+    def __init__(
+        self, config: RunConfig, prompts: VoxtralPrompts, log_mel: LogMel, test_sets: Sequence[TestSet], world: World
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._log_mel = log_mel
+        self._test_sets = test_sets
+        self._normalizer = normalizer(config.evaluation.normalizer, config.train_data.target_text)
+        self._world = world
+
+    def is_due(self, step: int) -> bool:
+        """Whether the configuration asks for an evaluation after so many steps."""
+        settings = self._config.evaluation
+        if step in (0, self._config.num_steps):
+            return settings.at_start or step > 0
+        return settings.every_steps is not None and step % settings.every_steps == 0
+
+    def is_owed(self, step: int) -> bool:
+        """Whether the state that a run starts with is due and was not measured, as by a run killed after its save."""
+        done = {row["name"] for row in self._recorded() if row["step"] == step}
+        wanted = {test_set.name for test_set in self._test_sets}
+        return self.is_due(step) and not done.issuperset(wanted)
+
+    def evaluate(self, engine: Engine, step: int, log: MetricsLog) -> None:
+        """Measure every test set, and record what was found."""
+        if not self._test_sets:
+            return
+        settings = self._config.evaluation
+        out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
+        with decoding_weights(engine, settings, self._decoding_bytes(), self._world) as (model, in_lockstep, why):
+            log.say(f"step {step}: {why}")
+            transcriber = Transcriber(model, self._prompts, self._log_mel, settings, in_lockstep)
+            for test_set in self._test_sets:
+                score = evaluate_test_set(test_set, transcriber, settings, self._normalizer, out_dir, self._world)
+                log.write("evaluation", step, {"name": test_set.name} | score.figures())
+                log.say(f"step {step}: {test_set.name}: {score}")
+        self._record_verdict(step, log)
+
+    def verdict(self) -> Verdict:
+        """What all evaluations so far say, the same on all ranks and after a restart."""
+        settings = self._config.evaluation.selection
+        return Verdict() if settings is None else judge(settings, self._recorded())
+
+    def _record_verdict(self, step: int, log: MetricsLog) -> None:
+        verdict = self.verdict()
+        for sentence in verdict.sentences:
+            log.say(f"step {step}: {sentence}")
+            log.write("event", step, {"event": "selection", "sentence": sentence})
+        if verdict.best_step is not None and self._world.is_first:
+            best = {"step": verdict.best_step, "wer": verdict.best_wer, "checkpoint": _checkpoint(verdict.best_step)}
+            (self._config.run_dir / BEST_FILE).write_text(json.dumps(best, indent=1), encoding="utf-8")
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        rows = read_metrics(self._config.run_dir / "metrics.jsonl") if self._world.is_first else []
+        return from_first_rank([row for row in rows if row["kind"] == "evaluation"], self._world)
+
+    def _decoding_bytes(self) -> int:
+        model = self._config.model
+        return decoding_bytes(
+            read_voxtral_config(model.path),
+            max(test_set.most_positions for test_set in self._test_sets),
+            self._config.evaluation.num_beams,
+            model.encoder_windows_per_pass,
+            DTYPES[model.precision],
+        )
+
+
+def _checkpoint(step: int) -> str:
+    return f"checkpoints/step-{step:07d}"

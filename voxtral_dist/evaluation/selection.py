@@ -1,0 +1,82 @@
+"""Which checkpoint is the best one by its word error rate, and when a run has seen enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from voxtral_dist.config import GuardConfig, SelectionConfig
+
+# WER by step.
+_Curve = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the evaluations of a run say.
+
+    best_step: whose checkpoint is the best one; None where there is none yet, or nothing is selected. sentences: for
+    the log. must_stop: whether going on makes no sense by the configuration.
+    """
+
+    best_step: int | None = None
+    best_wer: float | None = None
+    sentences: tuple[str, ...] = ()
+    must_stop: bool = False
+
+
+def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]]) -> Verdict:
+    """The verdict on a run by its rows of kind `evaluation`, of which the last one of a step and a test set counts.
+
+    What the run began with is no candidate, and neither is a checkpoint that breaks the guard.
+    """
+    curve = {step: wer for step, wer in _curve(settings.test_set, rows).items() if step > 0}
+    guard_curve = _curve(settings.guard.test_set, rows) if settings.guard else {}
+    broken = _broken_steps(settings.guard, guard_curve)
+    candidates = {step: wer for step, wer in curve.items() if step not in broken}
+    best_step = min(candidates, key=lambda step: (candidates[step], step), default=None)
+    sentences, must_stop = [], False
+    if settings.guard and guard_curve and max(guard_curve) in broken:
+        sentences.append(_guard_sentence(settings.guard, guard_curve))
+        must_stop = settings.guard.action == "stop"
+    waited = _evaluations_without_improvement(curve, settings.min_improvement)
+    if settings.patience is not None and waited >= settings.patience:
+        must_stop = True
+        sentences.append(
+            f"the WER of `{settings.test_set}` has not improved in {waited} evaluations "
+            f"(`evaluation.selection.patience`): the run stops"
+        )
+    best_wer = None if best_step is None else candidates[best_step]
+    return Verdict(best_step, best_wer, tuple(sentences), must_stop)
+
+
+def _curve(name: str, rows: Sequence[dict[str, Any]]) -> _Curve:
+    return {row["step"]: row["wer"] for row in rows if row["name"] == name and row["wer"] is not None}
+
+
+def _broken_steps(guard: GuardConfig | None, curve: _Curve) -> set[int]:
+    """Steps at which the guard's WER is above what it was at the start by more than is allowed."""
+    if guard is None or 0 not in curve:
+        return set()
+    return {step for step, wer in curve.items() if wer - curve[0] > guard.max_wer_increase}
+
+
+def _guard_sentence(guard: GuardConfig, curve: _Curve) -> str:
+    increase = 100 * (curve[max(curve)] - curve[0])
+    action = "the run stops" if guard.action == "stop" else "this checkpoint is not taken for the best one"
+    return (
+        f"the WER of the guard `{guard.test_set}` is {increase:.2f} points above that of the start, more than "
+        f"{100 * guard.max_wer_increase:g} (`evaluation.selection.guard`): {action}"
+    )
+
+
+def _evaluations_without_improvement(curve: _Curve, min_improvement: float) -> int:
+    """Evaluations since the last one that was better than all before it by more than `min_improvement`."""
+    best, waited = float("inf"), 0
+    for step in sorted(curve):
+        waited += 1
+        if curve[step] < best - min_improvement:
+            waited = 0
+        best = min(best, curve[step])
+    return waited
