@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import torch
 
 from voxtral_dist.config import EvaluationConfig, RunConfig
 from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.index import read_index
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import SharedError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.placement import decoding_weights
@@ -136,3 +141,64 @@ def test_hypotheses_end_by_themselves_at_different_lengths(fitted_model: Path, s
     ended = [row["hypothesis"] for row in rows_of(tmp_path) if not row["hit_limit"]]
     assert len(ended) > NUM_UTTERANCES / 2
     assert len({len(hypothesis) for hypothesis in ended}) > 5
+
+
+def error_and_seconds(world: World, config: RunConfig) -> tuple[str, int, float]:
+    """How the evaluation ended on this rank, and after how long."""
+    from voxtral_dist.engine.build import build_engine
+
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    engine = build_engine(config, log_mel, world)
+    test_sets = build_test_sets(config.evaluation, prompts)
+    started = time.monotonic()
+    with decoding_weights(engine, config.evaluation, 0, world) as (model, in_lockstep, _):
+        transcriber = Transcriber(model, prompts, log_mel, config.evaluation, in_lockstep)
+        if world.rank == 1 and config.evaluation.num_beams == 2:
+            transcriber._generate = fails_at_the_second_batch(transcriber._generate)
+        try:
+            evaluate_test_set(test_sets[0], transcriber, config.evaluation, normalizer("none"), config.run_dir, world)
+        except SharedError as error:
+            return str(error), error.exit_code, time.monotonic() - started
+    raise AssertionError("the evaluation ended as if nothing had happened")
+
+
+def fails_at_the_second_batch(generate: Callable[..., Any]) -> Callable[..., Any]:
+    calls = iter([generate])
+
+    def failing(*arguments: Any) -> Any:
+        call = next(calls, None)
+        if call is None:
+            raise MemoryError("no room for another batch")
+        return call(*arguments)
+
+    return failing
+
+
+@pytest.mark.parametrize("weights", ["gathered", "sharded"])
+def test_an_unusable_utterance_ends_all_ranks_with_its_name(
+    fitted_model: Path, shards: Path, tmp_path: Path, weights: str
+) -> None:
+    damaged = tmp_path / SET
+    shutil.copytree(shards, damaged)
+    index = read_index([str(damaged)])
+    span = index.span(7)
+    tar = bytearray(Path(span.location).read_bytes())
+    tar[span.offset + 512 : span.offset + span.num_bytes] = b"x" * (span.num_bytes - 512)
+    Path(span.location).write_bytes(tar)
+    case = Case({"stage": 3}, {"batch_size": 2, "weights": weights})
+    results = run_ranks(2, error_and_seconds, config_of(case, 0, fitted_model, damaged, tmp_path))
+    assert results[0][0] == results[1][0], "every rank knows the reason"
+    for sentence, exit_code, seconds in results:
+        assert "The evaluation of `heard` ended on rank" in sentence
+        assert "unusable utterance" in sentence
+        assert exit_code == 3
+        assert seconds < 60
+    assert not (tmp_path / "0" / f"{SET}.json").exists()
+
+
+def test_a_rank_that_cannot_decode_ends_all_others(fitted_model: Path, shards: Path, tmp_path: Path) -> None:
+    case = Case(FSDP2, {"batch_size": 2, "weights": "gathered", "num_beams": 2})
+    for sentence, _, seconds in run_ranks(2, error_and_seconds, config_of(case, 0, fitted_model, shards, tmp_path)):
+        assert "ended on rank 1: MemoryError: no room for another batch" in sentence
+        assert seconds < 60
