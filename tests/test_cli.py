@@ -444,14 +444,16 @@ def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
     ("arguments", "sentence"),
     [
         (("{folder}/nowhere.wav",), "nowhere.wav cannot be read: No such file"),
-        (("{folder}",), "cannot be read: Is a directory"),
+        (("{folder}/empty",), "empty holds no audio: none of its files ends with one of"),
         (("{folder}/notes.txt",), "notes.txt does not decode"),
-        (("{folder}/clip.wav", "{folder}/notes.txt"), "notes.txt does not decode"),
+        (("{folder}/clip.wav", "{folder}/clip.wav", "--out", "{folder}/out"), "folders of their own"),
+        (("{folder}/clip.wav", "--format", "srt"), "name their folder by `--out`"),
         (("{folder}/clip.wav", "--language", "klingon"), "'klingon', which is not an ISO 639-1 code"),
     ],
 )
 def test_a_clip_that_cannot_be_transcribed_is_one_sentence(run, tiny_model, clip, arguments, sentence):
     (clip.parent / "notes.txt").write_text("no audio\n")
+    (clip.parent / "empty").mkdir(exist_ok=True)
     refused = run("transcribe", tiny_model, *(argument.format(folder=clip.parent) for argument in arguments)).refusal()
     assert sentence in refused
     assert " at 0x" not in refused
@@ -464,19 +466,53 @@ def test_transcribe_takes_context_or_an_instruction_and_writes_json(run, tiny_mo
         result = run("transcribe", tiny_model, clip, "--json", *asked)
         assert result.code == 0
         row = json.loads(result.out)
-        assert row.keys() == {"clip", "text", "detected_language", "num_tokens", "hit_limit"}
+        assert row.keys() == {"clip", "text", "detected_language", "segments"}
         assert row["clip"] == str(clip)
     refused = run("transcribe", tiny_model, clip, "--instruction", "What?", "--language", "en").refusal()
     assert "`--instruction` asks something else than a transcript" in refused
     assert "`--words`: " in run("transcribe", tiny_model, clip, "--words", clip.parent / "nowhere.txt").refusal()
 
 
-def test_a_clip_that_is_longer_than_the_model_has_positions_is_refused(run, tiny_model, tmp_path):
-    # 4,096 positions, and 12.5 a second.
-    soundfile.write(tmp_path / "long.flac", np.tile(tone(10.0), 33), 16_000)
-    refused = run("transcribe", tiny_model, tmp_path / "long.flac").refusal()
-    assert "long.flac lasts 330 s, and its prompt takes 41" in refused
-    assert "of the model's 4096 positions" in refused
+def test_a_clip_that_cannot_be_transcribed_does_not_keep_the_others_from_it(run, tiny_model, clip, tmp_path):
+    (tmp_path / "notes.txt").write_text("no audio\n")
+    result = run("transcribe", tiny_model, clip, tmp_path / "notes.txt", clip)
+    assert result.code == 2
+    assert result.out.count(f"{clip}\t") == 2
+    assert "notes.txt does not decode" in result.err
+    assert "1 of 3 clips could not be transcribed" in result.err
+
+
+def test_a_clip_that_is_longer_than_the_model_has_positions_is_cut_unless_a_question_is_about_it(
+    run, tiny_model, tmp_path
+):
+    # 4,096 positions: 12.5 a second for the audio, and as many for the transcript.
+    path = tmp_path / "long.flac"
+    soundfile.write(path, np.tile(tone(10.0), 33), 16_000)
+    row = json.loads(run("transcribe", tiny_model, path, "--json").out)
+    ends = [segment["end_seconds"] for segment in row["segments"]]
+    assert ends[-1] == 330.0
+    assert [0.0, *ends[:-1]] == [segment["start_seconds"] for segment in row["segments"]]
+    assert len(ends) > 1
+    refused = run("transcribe", tiny_model, path, "--instruction", "What?").refusal()
+    assert "long.flac lasts 330 s, and the model has room for 163 s" in refused
+
+
+def test_transcribe_writes_files_for_a_folder(run, tiny_model, clip, tmp_path):
+    recordings = tmp_path / "recordings"
+    (recordings / "monday").mkdir(parents=True)
+    shutil.copy(clip, recordings / "monday" / "first.wav")
+    speech = np.concatenate([tone(3.0), np.zeros(16_000, dtype=np.int16), tone(3.0, seed=1)])
+    soundfile.write(recordings / "second.flac", speech, 16_000)
+    asked = ["--out", tmp_path / "out", "--format", "txt", "json", "srt", "--max-segment-seconds", "5"]
+    assert run("transcribe", tiny_model, recordings, "--language", "en", *asked).code == 0
+    written = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert written == [f"{name}.{suffix}" for name in ("monday/first", "second") for suffix in ("json", "srt", "txt")]
+    row = json.loads((tmp_path / "out" / "second.json").read_text(encoding="utf-8"))
+    first, second = row["segments"]
+    assert 3.0 < first["end_seconds"] == second["start_seconds"] < 4.0, "cut in the pause"
+    assert (tmp_path / "out" / "second.txt").read_text(encoding="utf-8") == f"{row['text']}\n"
+    cue = f"2\n00:00:0{second['start_seconds']:.3f}".replace(".", ",") + " --> 00:00:07,000\n"
+    assert cue in (tmp_path / "out" / "second.srt").read_text(encoding="utf-8")
 
 
 def cut(path: Path) -> None:

@@ -8,8 +8,8 @@ import torch
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import ModelConfig
-from voxtral_dist.model import fill_skeleton, load_for_inference, skeleton
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model import fill_skeleton, skeleton
+from voxtral_dist.weights import load_for_inference, load_voxtral
 
 
 def test_a_filled_skeleton_is_its_source_and_keeps_buffers_in_float32(tiny_model: Path) -> None:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import NoReturn
 
 from voxtral_dist.cli_plan import add_plan
 from voxtral_dist.cli_score import add_score, add_scoring
 from voxtral_dist.cli_shards import Commands, add_shards, count, positive
+from voxtral_dist.cli_transcribe import PRECISIONS, add_transcribe
 from voxtral_dist.config import (
     EvaluationConfig,
-    ModelConfig,
     TestContextConfig,
     config_schema,
     dump_config,
     load_config,
 )
 from voxtral_dist.errors import RankError, UserError
-
-_PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
 
 
 def console(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -76,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     add_score(commands)
-    _add_transcribe(commands)
+    add_transcribe(commands)
     add_shards(commands)
     add_plan(commands)
     _add_config(commands)
@@ -111,17 +107,19 @@ def _train(parsed: argparse.Namespace) -> int:
 
 def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("evaluate", help="word error rate of a model folder on shard folders")
-    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
+    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
     parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
     parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--beams", type=positive, default=1, help="of a beam search; 1 decodes greedily")
+    parser.add_argument("--no-loss", action="store_true", help="do not measure the loss of the references")
     add_scoring(parser)
     parser.add_argument("--detect-language", action="store_true", help="do not tell the language; count what is named")
     parser.add_argument("--words", type=Path, metavar="FILE", help="decode with lists of words too, and report B-WER")
     parser.add_argument(
         "--distractors", type=count, nargs="+", metavar="N", help="of the lists, besides true words (default: 0 100)"
     )
-    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: as stored")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(run=_evaluate)
 
@@ -136,6 +134,8 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     options = EvaluationOptions(
         settings=EvaluationConfig(
             batch_size=parsed.batch_size,
+            num_beams=parsed.beams,
+            measures_loss=not parsed.no_loss,
             normalizer=parsed.normalizer,
             slices=tuple(parsed.slices),
             speaker_field=parsed.speaker_field,
@@ -148,32 +148,6 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         for name, score in evaluate(parsed.model, parsed.shards, options, parsed.precision, parsed.out, world):
             if world.is_first:
                 print(f"{name}: {score}")
-    return 0
-
-
-def _add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("transcribe", help="print the transcript of audio files")
-    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export")
-    parser.add_argument("clips", type=Path, nargs="+", help="audio files")
-    parser.add_argument("--language", help="ISO 639-1 code; without it the model is asked to detect the language")
-    parser.add_argument("--words", type=Path, metavar="FILE", help="words that are likely, one in each line")
-    parser.add_argument("--previous-text", metavar="TEXT", help="what was said before")
-    parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio instead of a transcript")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each file, with the detected language")
-    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
-    parser.set_defaults(run=_transcribe)
-
-
-def _transcribe(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.distributed.world import alone
-    from voxtral_dist.evaluate import Question, transcribe_files
-
-    question = Question.of(parsed.language, parsed.words, parsed.previous_text, parsed.instruction)
-    for clip, answer in transcribe_files(
-        parsed.model, parsed.clips, question, EvaluationConfig(), parsed.precision, alone()
-    ):
-        row = {"clip": str(clip)} | asdict(answer)
-        print(json.dumps(row, ensure_ascii=False) if parsed.json else f"{clip}\t{answer.text}", flush=True)
     return 0
 
 

@@ -8,12 +8,10 @@ from inspect import signature
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalGeneration
-from transformers.utils.logging import disable_progress_bar
 
 from voxtral_dist.config import Component, ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
@@ -195,20 +193,6 @@ def initialize_buffers(model: nn.Module, device: torch.device) -> None:
             fresh = type(module)(module.config)
             for name, buffer in fresh.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-
-
-def load_for_inference(path: str, device: torch.device, precision: str) -> TrainedVoxtral:
-    """A checkpoint as it is served: in evaluation mode, on the device; `auto` is the precision that it is stored in."""
-    read_voxtral_config(path)
-    # Every rank would draw a bar of its own through the display of the run.
-    disable_progress_bar()
-    try:
-        model: TrainedVoxtral = TrainedVoxtral.from_pretrained(path, dtype=DTYPES.get(precision, precision))
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
-        raise _not_loaded(path, error) from error
-    model.to(device)
-    model.eval()
-    return model
 
 
 def skeleton(config: VoxtralConfig) -> VoxtralForConditionalGeneration:

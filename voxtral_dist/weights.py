@@ -19,7 +19,15 @@ from transformers.core_model_loading import rename_source_key
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.model import DTYPES, TrainedVoxtral, initialize_buffers, set_tensor, skeleton, trained_skeleton
+from voxtral_dist.model import (
+    DTYPES,
+    TrainedVoxtral,
+    initialize_buffers,
+    read_voxtral_config,
+    set_tensor,
+    skeleton,
+    trained_skeleton,
+)
 from voxtral_dist.trainable import is_adapter
 
 _WHOLE = "model.safetensors"
@@ -148,6 +156,20 @@ def load_voxtral(config: ModelConfig, trainable: TrainableConfig | None = None, 
     model = trained_skeleton(config, trainable or TrainableConfig(), DTYPES[config.precision])
     initialize_buffers(model, torch.device("cpu"))
     InitialWeights(config.path, model, seed).fill(model, torch.device("cpu"))
+    return model
+
+
+def load_for_inference(path: str, device: torch.device, precision: str) -> TrainedVoxtral:
+    """A model as it is served: whole, in evaluation mode, on the device; `auto` is the precision that it is stored in.
+
+    Raises:
+        UserError: the path leads to no Voxtral checkpoint.
+    """
+    stored = str(read_voxtral_config(path).dtype).removeprefix("torch.")
+    served = ModelConfig.model_validate({"path": path, "precision": stored if precision == "auto" else precision})
+    model = load_voxtral(served)
+    model.to(device)
+    model.eval()
     return model
 
 

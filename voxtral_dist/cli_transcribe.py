@@ -1,0 +1,117 @@
+"""The grammar of `voxtral-dist transcribe`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from voxtral_dist.cli_shards import Commands, positive
+from voxtral_dist.config import EvaluationConfig, ModelConfig
+from voxtral_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from voxtral_dist.transcription import ClipTranscript
+
+PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
+_FORMATS = ("txt", "json", "srt")
+# A subtitle stands for as long as its segment lasts, and nobody reads a minute of speech at once.
+_SUBTITLE_SECONDS = 10.0
+
+
+def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser("transcribe", help="transcripts of audio files and folders, of any length")
+    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
+    parser.add_argument("clips", type=Path, nargs="+", help="audio files, and folders of them")
+    parser.add_argument("--language", help="ISO 639-1 code; without it the model is asked to detect the language")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="words that are likely, one in each line")
+    parser.add_argument("--previous-text", metavar="TEXT", help="what was said before")
+    parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio instead of a transcript")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a file for each clip there, by its name")
+    parser.add_argument("--format", choices=_FORMATS, nargs="+", default=["txt"], help="of these files (default: txt)")
+    parser.add_argument(
+        "--max-segment-seconds",
+        type=_seconds,
+        metavar="SECONDS",
+        help=f"cut longer clips at pauses (default: {_SUBTITLE_SECONDS:g} for srt, else what the model has room for)",
+    )
+    parser.add_argument("--batch-size", type=positive, default=8, help="segments at a time (default: %(default)s)")
+    parser.add_argument("--beams", type=positive, default=1, help="of a beam search; 1 decodes greedily")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each file")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: as stored")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_transcribe)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 1.0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError("must be at least 1 second")
+    return seconds
+
+
+def _transcribe(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.distributed.world import joined_world
+    from voxtral_dist.transcription import ClipError, ClipTranscriber, Question, find_clips
+
+    if "srt" in parsed.format and parsed.out is None:
+        raise UserError("`--format srt` makes files: name their folder by `--out`.")
+    clips = find_clips(parsed.clips)
+    paths = _out_paths([name for _, name in clips], parsed.out) if parsed.out else [None] * len(clips)
+    question = Question.of(parsed.language, parsed.words, parsed.previous_text, parsed.instruction)
+    settings = EvaluationConfig(batch_size=parsed.batch_size, num_beams=parsed.beams)
+    by_default = _SUBTITLE_SECONDS if "srt" in parsed.format else None
+    num_failed = 0
+    with joined_world() as world:
+        transcriber = ClipTranscriber(
+            parsed.model, question, settings, parsed.precision, world, parsed.max_segment_seconds or by_default
+        )
+        mine = slice(world.rank, None, world.size)
+        found = transcriber([clip for clip, _ in clips[mine]])
+        for (clip, transcript), path in zip(found, paths[mine], strict=True):
+            if isinstance(transcript, ClipError):
+                if len(clips) == 1:
+                    raise transcript
+                num_failed += 1
+                print(f"voxtral-dist: {transcript}", file=sys.stderr, flush=True)
+                continue
+            _print(clip, transcript, as_json=parsed.json)
+            if path is not None:
+                _write(path, clip, transcript, parsed.format)
+    if num_failed:
+        raise UserError(f"{num_failed} of {len(clips[mine])} clips could not be transcribed; above it says why.")
+    return 0
+
+
+def _out_paths(names: list[Path], folder: Path) -> list[Path]:
+    """Where the results of clips go, without the suffix of a format."""
+    paths = [folder / name.with_suffix("") for name in names]
+    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+    if twice is not None:
+        raise UserError(
+            f"`--out`: the results of two clips would be {twice}: transcribe clips of the same name into folders of "
+            "their own."
+        )
+    return paths
+
+
+def _row(clip: Path, transcript: ClipTranscript) -> str:
+    row = {"clip": str(clip), "text": transcript.text, "detected_language": transcript.detected_language}
+    return json.dumps(row | asdict(transcript), ensure_ascii=False)
+
+
+def _print(clip: Path, transcript: ClipTranscript, *, as_json: bool) -> None:
+    print(_row(clip, transcript) if as_json else f"{clip}\t{transcript.text}", flush=True)
+
+
+def _write(path: Path, clip: Path, transcript: ClipTranscript, formats: list[str]) -> None:
+    from voxtral_dist.transcription import to_srt
+
+    contents = {"txt": f"{transcript.text}\n", "json": f"{_row(clip, transcript)}\n", "srt": to_srt(transcript)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in formats:
+        path.with_name(f"{path.name}.{name}").write_text(contents[name], encoding="utf-8")

@@ -1,0 +1,36 @@
+"""What decodes: a model folder, a name on the hub, or a checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from voxtral_dist.checkpoint import config_of_checkpoint, is_checkpoint, load_checkpoint
+from voxtral_dist.config import EvaluationConfig, ModelConfig
+from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.encoder import EncoderPasses
+from voxtral_dist.evaluation.transcribe import Transcriber
+from voxtral_dist.weights import load_for_inference
+
+_WINDOWS_PER_PASS: int = ModelConfig.model_fields["encoder_windows_per_pass"].default
+
+
+def load_transcriber(
+    model_path: str, prompts: VoxtralPrompts, settings: EvaluationConfig, precision: str, world: World
+) -> Transcriber:
+    """A model, whole and ready to decode on this rank's device.
+
+    Raises:
+        UserError: the path leads to no Voxtral, or to a checkpoint that is damaged.
+    """
+    load = load_checkpoint if is_checkpoint(model_path) else load_for_inference
+    model = load(model_path, world.device, precision)
+    EncoderPasses(model, _WINDOWS_PER_PASS)
+    log_mel = LogMel.from_pretrained(processor_path(model_path), world.device)
+    return Transcriber(model, prompts, log_mel, settings)
+
+
+def processor_path(model_path: str) -> str:
+    """Where tokenizer and features are described: a checkpoint of a run has them where the run began."""
+    return config_of_checkpoint(Path(model_path)).model.path if is_checkpoint(model_path) else model_path
