@@ -63,7 +63,7 @@ def _train(run: TrainingRun) -> dict[str, Any]:
 def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
     sharding: dict[str, Any] = {}
     if run.deepspeed is not None:
-        sharding["deepspeed"] = _filled_up(run.deepspeed)
+        sharding["deepspeed"] = filled_up(run.deepspeed)
     elif run.fsdp2:
         wrapping = {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED_LAYERS, "reshard_after_forward": True}
         sharding |= {"fsdp": True, "fsdp_config": wrapping}
@@ -91,7 +91,7 @@ def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
     )
 
 
-def _filled_up(path: str) -> dict[str, Any]:
+def filled_up(path: str) -> dict[str, Any]:
     """DeepSpeed's settings, with what the trainer fills in."""
     settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")

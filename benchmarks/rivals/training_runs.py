@@ -33,6 +33,7 @@ class TrainingRun:
     packing: ours alone: utterances of a step share windows.
     is_profiled: ours alone: one more step is taken apart.
     num_workers: processes of a rank that read batches ahead.
+    max_tokens_per_second, max_new_tokens, weights_in_evaluations: of evaluations alone.
     """
 
     model: str
@@ -55,6 +56,9 @@ class TrainingRun:
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     beta2: float = 0.98
+    max_tokens_per_second: float = 12.5
+    max_new_tokens: int = 400
+    weights_in_evaluations: str = "auto"
 
     @classmethod
     def read(cls, path: Path) -> TrainingRun:

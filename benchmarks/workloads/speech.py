@@ -105,15 +105,18 @@ def short_clips(num_utterances: int) -> list[Utterance]:
 
 def librispeech_like(num_utterances: int) -> list[Utterance]:
     """Utterances with the durations of LibriSpeech, made of shorter ones that are joined and cut."""
+    return clips_of_seconds(librispeech_durations(num_utterances, seed=0))
+
+
+def clips_of_seconds(durations: Sequence[float]) -> list[Utterance]:
+    """Utterances of these lengths, made of shorter ones that are joined and cut."""
     speech = _speech()
-    durations = librispeech_durations(num_utterances, seed=0)
     return [_joined(speech, round(seconds * SAMPLING_RATE)) for seconds in durations]
 
 
 def long_clips(num_utterances: int, seconds: float) -> list[Utterance]:
     """Utterances of equal length, made of shorter ones that are joined and cut."""
-    speech = _speech()
-    return [_joined(speech, round(seconds * SAMPLING_RATE)) for _ in range(num_utterances)]
+    return clips_of_seconds([seconds] * num_utterances)
 
 
 def write_short_clips(folder: Path, num_utterances: int) -> Corpus:

@@ -27,9 +27,9 @@ from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 
 from corpora import pack_manifest, write_speech_manifest
-from fitted import fit
 from ranks import run_ranks
 from runs import run_config
+from workloads.fitted import fit
 
 NUM_UTTERANCES = 23
 SET = "heard"
@@ -80,7 +80,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def fitted_model(tiny_model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "fitted"
-    fit(tiny_model, shards, NUM_UTTERANCES, folder)
+    fit(tiny_model, shards, folder, num_utterances=NUM_UTTERANCES, batch_size=NUM_UTTERANCES, num_steps=120)
     return folder
 
 

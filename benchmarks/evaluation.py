@@ -1,0 +1,146 @@
+"""Utterances a second of an evaluation inside of ZeRO-3: ours against `Seq2SeqTrainer` with `predict_with_generate`.
+
+    python benchmarks/evaluation.py --output evaluation.json [--quick]
+
+A tiny Voxtral with the published window, trained for a minute so that its transcripts end by themselves; 300 utterances
+of 1 to 29 s in random order; float32, 8 at a time, greedily, 2 ranks over gloo with one thread each, the same DeepSpeed
+file. Each run is two fresh processes, in turns. The clock runs from sharded weights to texts; ours also scores and
+writes them. The run refuses to go on if a hypothesis differs that the limit of tokens did not cut.
+
+`ratio` is ours over the rival's, by medians. `lockstep_ratio` is the same without gathering the weights, as ours does
+where a whole copy does not fit: what is left is sorting by length, ending with the batch's own limits, and whole blocks
+gathered at once.
+
+Predicted before the first run: 4 to 8. Hooks of DeepSpeed run for each layer and each token on the rival's side, all
+ranks wait for the one with the longest transcript in every batch, and batches mix short and long utterances.
+"""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+
+from rivals.launch import REPOSITORY
+from rivals.training_runs import TrainingRun
+from workloads.command import run
+from workloads.fitted import fit
+from workloads.speech import clips_of_seconds, source, write_clips
+
+OURS, TRAINER = "voxtral_dist_evaluation.py", "trainer_evaluation.py"
+SHAPE = TinyShape(
+    window_seconds=30.0,
+    vocab_size=2048,
+    encoder_width=64,
+    encoder_layers=4,
+    encoder_heads=2,
+    text_width=128,
+    text_layers=6,
+    text_heads=4,
+    text_kv_heads=2,
+    text_ffn_width=256,
+)
+NUM_RANKS, BATCH_SIZE, NUM_ROUNDS = 2, 8, 3
+NUM_UTTERANCES, NUM_FIT_STEPS = 300, 150
+SHORTEST_SECONDS, LONGEST_SECONDS = 1.0, 29.0
+MAX_TOKENS_PER_SECOND = 6.0
+# As `evaluation.transcribe` counts them for the longest utterance.
+MAX_NEW_TOKENS = 16 + int(MAX_TOKENS_PER_SECOND * LONGEST_SECONDS)
+
+Answers = list[dict[str, Any]]
+
+
+def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
+    """All contenders in turns."""
+    num_utterances, num_steps, num_rounds = (12, 30, 1) if is_quick else (NUM_UTTERANCES, NUM_FIT_STEPS, NUM_ROUNDS)
+    asked = _run(folder, num_utterances, num_steps)
+    contenders = {
+        "ours": (asked, OURS),
+        "trainer": (asked, TRAINER),
+        "ours in lockstep": (replace(asked, folder=folder / "lockstep", weights_in_evaluations="sharded"), OURS),
+    }
+    rounds: dict[str, list[Answers]] = {name: [] for name in contenders}
+    for number in range(num_rounds):
+        for name, (request, script) in contenders.items():
+            rounds[name].append(_answers(request, script, number))
+    num_compared = _refuse_different(rounds)
+    rates = {
+        name: statistics.median(num_utterances / max(rank["seconds"] for rank in answers) for answers in answered)
+        for name, answered in rounds.items()
+    }
+    return {
+        "ratio": rates["ours"] / rates["trainer"],
+        "ratio_is": "utterances a second over those of Seq2SeqTrainer with predict_with_generate, under ZeRO-3",
+        "lockstep_ratio": rates["ours in lockstep"] / rates["trainer"],
+        "core_seconds_ratio": _core_seconds(rounds["trainer"]) / _core_seconds(rounds["ours"]),
+        "utterances_per_second": rates,
+        "num_utterances": num_utterances,
+        "num_equal_hypotheses_that_ended": num_compared,
+        "weights": {name: answered[0][0].get("weights") for name, answered in rounds.items()},
+        "tokens_at_most": MAX_NEW_TOKENS,
+        "source": source(),
+        "rounds": {
+            name: [[{key: rank[key] for key in ("seconds", "core_seconds")} for rank in ranks] for ranks in answered]
+            for name, answered in rounds.items()
+        },
+    }
+
+
+def _run(folder: Path, num_utterances: int, num_steps: int) -> TrainingRun:
+    seconds = np.random.default_rng(0).uniform(SHORTEST_SECONDS, LONGEST_SECONDS, num_utterances)
+    files = write_clips(folder / "corpus", clips_of_seconds(seconds.tolist()))
+    untrained, model = folder / "untrained", folder / "model"
+    build_tiny_voxtral(untrained, SHAPE)
+    shards = files.corpus.shards
+    fit(untrained, shards, model, num_utterances=min(64, num_utterances), batch_size=16, num_steps=num_steps)
+    return TrainingRun(
+        model=str(model),
+        shards=str(shards),
+        utterances=files.clips,
+        folder=folder,
+        world_size=NUM_RANKS,
+        batch_size=BATCH_SIZE,
+        slots_per_step=NUM_RANKS,
+        num_steps=1,
+        deepspeed=str(REPOSITORY / "ds_configs" / "zero3.json"),
+        max_tokens_per_second=MAX_TOKENS_PER_SECOND,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def _answers(asked: TrainingRun, script: str, number: int) -> Answers:
+    answers = asked.ask(script, number)
+    for answer in answers:
+        if "not_run" in answer:
+            raise RuntimeError(f"{script}: {answer['not_run']}")
+    return answers
+
+
+def _core_seconds(rounds: list[Answers]) -> float:
+    return statistics.median(sum(rank["core_seconds"] for rank in answers) for answers in rounds)
+
+
+def _refuse_different(rounds: dict[str, list[Answers]]) -> int:
+    """How many hypotheses were compared; all of them are equal.
+
+    Raises:
+        RuntimeError: one is not.
+    """
+    ours = rounds["ours"][0][0]
+    num_compared = 0
+    for name, answered in rounds.items():
+        for answers in answered:
+            theirs = [text.strip() for text in answers[0]["hypotheses"]]
+            ended = [number for number, hit_limit in enumerate(ours["hit_limit"]) if not hit_limit]
+            different = [number for number in ended if theirs[number] != ours["hypotheses"][number]]
+            if len(theirs) != len(ours["hypotheses"]) or different:
+                raise RuntimeError(f"{name} gives other hypotheses than ours for the utterances {different[:5]}.")
+            num_compared = len(ended)
+    return num_compared
+
+
+if __name__ == "__main__":
+    run(__doc__, measure, ("ratio", "lockstep_ratio", "core_seconds_ratio", "utterances_per_second"))
