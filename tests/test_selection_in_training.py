@@ -1,0 +1,83 @@
+"""A run whose WER is scripted, and all else is real: it ends early, and exports its best checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from voxtral_dist.checkpoint import load_checkpoint
+from voxtral_dist.config import RunConfig
+from voxtral_dist.distributed.world import World
+from voxtral_dist.metrics import read_metrics
+from voxtral_dist.weights import load_for_inference
+
+from ranks import run_ranks
+from runs import run_config
+
+# By step: the best is the second, and two evaluations after it are no better.
+SCRIPTED_WER = [0.9, 0.5, 0.3, 0.4, 0.35, 0.1, 0.1]
+CPU = torch.device("cpu")
+
+
+def train_with_scripted_wer(world: World, config: RunConfig) -> int:
+    from voxtral_dist.evaluation import evaluator
+    from voxtral_dist.train import train
+
+    evaluator.evaluate_test_set = scripted(evaluator.evaluate_test_set)
+    return train(config, world)
+
+
+def scripted(evaluate_test_set: Callable[..., Any]) -> Callable[..., Any]:
+    def evaluate(test_set: Any, *arguments: Any) -> Any:
+        out_dir = arguments[3]
+        return replace(evaluate_test_set(test_set, *arguments), wer=SCRIPTED_WER[int(out_dir.name.split("-")[1])])
+
+    return evaluate
+
+
+@pytest.mark.parametrize("engine", [{"stage": 2}, {"engine": {"fsdp2": {}}}], ids=["zero2", "fsdp2"])
+def test_the_best_checkpoint_is_kept_and_exported(
+    tiny_model: Path, shard_folder: Path, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    evaluation = {
+        "test_sets": {"dev": {"shards": str(shard_folder), "max_utterances": 3}},
+        "every_steps": 1,
+        "max_tokens_per_second": 1.0,
+        "selection": {"test_set": "dev", "patience": 2},
+    }
+    config = run_config(
+        tmp_path / "run",
+        tiny_model,
+        shard_folder,
+        num_steps=6,
+        checkpoint={"every_steps": 100, "keep": 1},
+        evaluation=evaluation,
+        metrics={"tensorboard": False},
+        **engine,
+    )
+    # The second time nothing is left to do, and the same comes out.
+    for _ in range(2):
+        assert run_ranks(2, train_with_scripted_wer, config) == [0, 0]
+        rows = read_metrics(config.run_dir / "metrics.jsonl")
+        assert max(row["step"] for row in rows if row["kind"] == "train") == 4
+        assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == [
+            "step-0000002",
+            "step-0000004",
+        ]
+        best = json.loads((config.run_dir / "best.json").read_text())
+        assert best == {"step": 2, "wer": 0.3, "checkpoint": "checkpoints/step-0000002"}
+        summary = json.loads((config.run_dir / "summary.json").read_text())
+        assert (summary["num_steps"], summary["exported_step"], summary["best_wer"]) == (4, 2, 0.3)
+        at_best = load_checkpoint(str(config.run_dir / best["checkpoint"]), CPU, "auto").state_dict()
+        exported = load_for_inference(str(config.run_dir / "export"), CPU, "auto").state_dict()
+        assert exported.keys() == at_best.keys()
+        assert all(torch.equal(exported[name], weight) for name, weight in at_best.items())
+        begun_with = load_file(tiny_model / "model.safetensors")
+        assert not torch.equal(begun_with["audio_tower.conv1.weight"], at_best["model.audio_tower.conv1.weight"])
