@@ -1,8 +1,9 @@
-"""Everything on a drive: the same numbers, and a resumed run is the unbroken one."""
+"""Everything on a drive: the same numbers, and a model whose states are larger than the memory that it trains in."""
 
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,8 @@ import pytest
 from test_zero import train_and_resume
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.tiny import build_tiny_voxtral
+from voxtral_dist.distributed.world import World
+from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
 
 import test_equations
 from corpora import TINY_SHAPE
@@ -24,6 +26,9 @@ LAST_STEP = test_equations.NUM_STEPS
 
 # Its matrices have more than the 1 MiB from which on DeepSpeed puts a part on the drive, with 2 ranks too.
 WIDE = replace(TINY_SHAPE, text_width=768)
+# 132 million parameters: 1.6 GB of float32 weights and moments.
+LARGE = TinyShape(text_width=1024, text_layers=10, text_heads=8, text_kv_heads=8, text_ffn_width=2816)
+STATES_BYTES_PER_PARAMETER = 12
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,3 +74,37 @@ def test_a_drive_changes_no_number_and_a_resumed_run_is_the_unbroken_one(
     assert list((tmp_path / "drive").glob("*/zero_stage_3/float32params/rank1/*_param.tensor.swp"))
     # DeepSpeed's Adam for CPUs does not repeat the last digit of float32 after a restart.
     run_ranks(2, train_and_resume, config, 1e-6)
+
+
+def train_in(world: World, config: RunConfig, memory_bytes: int) -> list[float]:
+    """The losses of a run whose process may have so much private memory (RLIMIT_DATA) more than before the model."""
+    from voxtral_dist.data.features import LogMel
+    from voxtral_dist.data.loader import build_train_loader
+    from voxtral_dist.data.prompts import VoxtralPrompts
+    from voxtral_dist.engine.build import build_engine
+    from voxtral_dist.train import train_step
+
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size)
+    log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    limit = int(status["VmData"].split()[0]) * 1024 + memory_bytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    engine = build_engine(config, log_mel, world)
+    return [train_step(config, engine, batches, False, world).metrics.loss for batches in loader.starting_at(0)]
+
+
+def test_states_on_a_drive_train_in_less_memory_than_they_have_bytes(
+    shard_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("large")
+    build_tiny_voxtral(folder / "model", LARGE)
+    num_parameters = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) // 4
+    # Less than the states alone have, for buffers, gradients (4 bytes a parameter, which DeepSpeed keeps) and all else.
+    memory_bytes = round(0.8 * num_parameters * STATES_BYTES_PER_PARAMETER)
+    on_nvme = on_drive(folder / "model", shard_folder, folder / "nvme", "zero3_nvme.json", 5_000_000)
+    losses = run_ranks(1, train_in, on_nvme, memory_bytes)[0]
+    assert losses[-1] < losses[0]
+    in_memory = on_drive(folder / "model", shard_folder, folder / "cpu", "zero3_offload.json", 5_000_000)
+    with pytest.raises(AssertionError, match=r"(not enough memory|MemoryError|[Cc]annot allocate|std::bad_alloc)"):
+        run_ranks(1, train_in, in_memory, memory_bytes)

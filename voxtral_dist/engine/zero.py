@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.batches import MicroBatch
 from voxtral_dist.data.features import LogMel
+from voxtral_dist.devices import return_freed_memory
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import ParameterState, StepUpdate
 from voxtral_dist.engine.copies import evaluation_copy
@@ -22,7 +23,7 @@ from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
 from voxtral_dist.engine.zero_building import fill_model, gather_whole_blocks
 from voxtral_dist.engine.zero_optimizers import build_optimizer
-from voxtral_dist.engine.zero_settings import complete_settings, zero_stage
+from voxtral_dist.engine.zero_settings import complete_settings, is_on_nvme, zero_stage
 from voxtral_dist.engine.zero_states import full_shape, master_states
 from voxtral_dist.model import DTYPES, TrainedVoxtral, trained_skeleton
 from voxtral_dist.optim import set_learning_rate
@@ -46,6 +47,8 @@ class ZeroEngine:
         self._config = config
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
+        if is_on_nvme(settings):
+            return_freed_memory()
         fill_model(model, config, settings, world)
         if self.stage == 3:
             gather_whole_blocks(model, encoder_has_one_pass=self._has_one_pass)
