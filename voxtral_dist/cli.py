@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from voxtral_dist.cli_plan import add_plan
+from voxtral_dist.cli_report import add_report
 from voxtral_dist.cli_score import add_score, add_scoring
 from voxtral_dist.cli_shards import Commands, add_shards, count, positive
 from voxtral_dist.config import (
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     add_score(commands)
+    add_report(commands)
     _add_transcribe(commands)
     add_shards(commands)
     add_plan(commands)
