@@ -35,11 +35,12 @@ class Axis:
 
 def linear_axis(low: float, high: float, start: float, end: float, num_ticks: int = 5) -> Axis:
     """An axis whose ends are ticks; it begins at 0 where that takes less than half of it."""
-    if 0 < low < high / 2 or low == high >= 0:
+    if 0 < low < high / 2 or low == high > 0:
         low = 0.0
-    distance = tick_distance(high - low or 1.0, num_ticks)
+    if low == high:
+        high = low + 1.0
+    distance = tick_distance(high - low, num_ticks)
     first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
-    last = max(last, first + 1)
     ticks = tuple(round(number * distance, 12) for number in range(first, last + 1))
     return Axis(ticks[0], ticks[-1], start, end, ticks)
 

@@ -18,8 +18,9 @@ from voxtral_dist.evaluation.report import percent
 from voxtral_dist.evaluation.tables import shown_audio, shown_interval
 from voxtral_dist.reporting.cards import shortened
 from voxtral_dist.reporting.figures import Column, other_columns, points
-from voxtral_dist.reporting.gather import Report, TestSetReport
+from voxtral_dist.reporting.gather import Report
 from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES
+from voxtral_dist.reporting.test_sets import TestSetReport
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _CONTROLS = {

@@ -11,8 +11,9 @@ from voxtral_dist.evaluation.tables import shown_audio, shown_interval
 from voxtral_dist.reporting.cards import Card
 from voxtral_dist.reporting.curves import Scores
 from voxtral_dist.reporting.figures import other_columns, points
-from voxtral_dist.reporting.gather import Comparison, Report, TestSetReport
+from voxtral_dist.reporting.gather import Report
 from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES, SliceTable
+from voxtral_dist.reporting.test_sets import Comparison, TestSetReport
 
 _NUM_CONFUSIONS = 10
 _NUM_UTTERANCES = 10

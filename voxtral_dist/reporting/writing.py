@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.reporting.gather import ReportOptions, gather_report
+from voxtral_dist.reporting.gather import gather_report
 from voxtral_dist.reporting.html import render_html
 from voxtral_dist.reporting.markdown import render_markdown
+from voxtral_dist.reporting.options import ReportOptions
 
 
 def write_report(folder: Path, options: ReportOptions, out: Path | None = None) -> tuple[Path, Path]:
