@@ -12,8 +12,6 @@ import pytest
 from voxtral_dist.reporting.options import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 
-from saved_results import write_run
-
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: `apt-get install chromium`")
 
@@ -60,9 +58,8 @@ def visit(page: Path, profile: Path) -> tuple[str, list[str]]:
     return ended.stdout, [line for line in ended.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_a_browser_plays_the_clips_reads_the_charts_and_sorts_the_slices(shard_folder, tmp_path):
-    run = write_run(tmp_path / "tuned", shard_folder)
-    page, _ = write_report(run, ReportOptions(num_clips=4))
+def test_a_browser_plays_the_clips_reads_the_charts_and_sorts_the_slices(run, tmp_path):
+    page, _ = write_report(run, ReportOptions(num_clips=4), tmp_path)
     shown, console = visit(page, tmp_path / "profile")
     assert console == []
     assert shown.count("<audio") == 2 * 4

@@ -14,12 +14,7 @@ from voxtral_dist.reporting.charts import MAX_POINTS, Chart, draw, thinned
 from voxtral_dist.reporting.curves import Curve, Point, Series, read_curves
 from voxtral_dist.reporting.source import find_source, read_scores
 
-from saved_results import NUM_STEPS, score_of, write_run
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "tuned", shard_folder)
+from saved_results import NUM_STEPS, score_of
 
 
 @pytest.fixture(scope="module")

@@ -53,24 +53,19 @@ def refusal(report) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> Path:
-    return write_run(tmp_path_factory.mktemp("runs") / "tuned", shard_folder)
-
-
-@pytest.fixture(scope="module")
 def baseline(tmp_path_factory: pytest.TempPathFactory, shard_folder: Path) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "before", shard_folder, wrong_words=(4, 3))
 
 
-def test_both_files_are_written_and_named(report, run, tmp_path):
-    result = report(run)
+def test_both_files_are_written_and_named(report, tmp_path):
+    folder = write_set(tmp_path / "results", "speech", [utterance(0, "a b", "a")])
+    result = report(folder)
     assert result.code == 0, result
-    assert result.out.splitlines() == [str(run / "report.html"), str(run / "report.md")]
-    assert report(run, "--out", tmp_path / "a" / "b").out.splitlines()[0] == str(tmp_path / "a" / "b" / "report.html")
+    assert result.out.splitlines() == [str(folder / "report.html"), str(folder / "report.md")]
+    out = tmp_path / "a" / "b"
+    assert report(folder, "--out", out).out.splitlines() == [str(out / "report.html"), str(out / "report.md")]
     for name in ("report.html", "report.md"):
-        assert (tmp_path / "a" / "b" / name).read_bytes() == (run / name).read_bytes(), (
-            "the same results, the same file"
-        )
+        assert (out / name).read_bytes() == (folder / name).read_bytes(), "the same results give the same files"
 
 
 def cells_of(markdown: str, first: str) -> list[list[str]]:
@@ -127,7 +122,7 @@ def test_what_score_writes_is_enough(report, tmp_path, shard_folder, run):
     assert report(tmp_path / "scored").code == 0
     page = parse(tmp_path / "scored" / "report.html")
     assert "normalizer none-1" in page.text
-    assert "nothing tells where its shards are: add `--shards speech=FOLDER`" in page.text
+    assert "nothing tells where its shards are: add --shards speech=FOLDER" in page.text
     assert not page.all("figure")
     assert report(tmp_path / "scored", "--shards", f"speech={shard_folder}", "--num-clips", 2).code == 0
     assert len(parse(tmp_path / "scored" / "report.html").all("audio")) == 2

@@ -15,8 +15,8 @@ from voxtral_dist.evaluation.utterances import ScoredUtterance
 from voxtral_dist.reporting.clips import Clip, NoClip
 
 # A hypothesis that loops may have thousands of words, and a language without spaces has words of any length.
-MAX_WORDS = 200
-MAX_CHARACTERS = 1500
+MAX_WORDS = 120
+MAX_CHARACTERS = 800
 _MAX_WORD_CHARACTERS = 300
 
 Numbered = tuple[int, ScoredUtterance]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from voxtral_dist.evaluation.report import percent
 from voxtral_dist.evaluation.tables import shown_audio, shown_interval
@@ -57,6 +57,7 @@ def _environment() -> Environment:
         "audio": shown_audio,
         "shortened": shortened,
         "other_columns": _other_columns,
+        "with_code": _with_code,
     }
     return environment
 
@@ -77,3 +78,11 @@ def _signed_interval(interval: tuple[float, float] | None) -> str:
 
 def _other_columns(test_sets: Sequence[TestSetReport]) -> list[Column]:
     return other_columns([one.score for one in test_sets])
+
+
+def _with_code(sentence: str) -> Markup:
+    """A sentence in which what stands between backticks is set as code."""
+    parts = enumerate(sentence.translate(_CONTROLS).split("`"))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in parts
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from voxtral_dist.evaluation.alignment import AlignedWord
+from voxtral_dist.evaluation.alignment import AlignedWord, EditKind
 from voxtral_dist.evaluation.report import percent
 from voxtral_dist.evaluation.tables import shown_audio, shown_interval
 from voxtral_dist.reporting.cards import Card
@@ -127,9 +127,9 @@ def _slices(table: SliceTable) -> Iterator[str]:
 
 
 def _confusions(test_set: TestSetReport) -> Iterator[str]:
-    kinds = (("substitute", "Substitutions"), ("delete", "Deletions"), ("insert", "Insertions"))
-    for kind, title in kinds:
-        found = test_set.confusions[kind][:_NUM_CONFUSIONS]  # type: ignore[index]  # mypy widens the literals
+    titles: dict[EditKind, str] = {"substitute": "Substitutions", "delete": "Deletions", "insert": "Insertions"}
+    for kind, title in titles.items():
+        found = test_set.confusions[kind][:_NUM_CONFUSIONS]
         words = (" → ".join(plain(word) for word in (one.reference, one.hypothesis) if word) for one in found)
         said = ", ".join(f"{word} ({one.count})" for word, one in zip(words, found, strict=True))
         yield from (f"{title}: {said or 'none'}", "")
