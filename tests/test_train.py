@@ -16,8 +16,10 @@ from voxtral_dist.config import EngineConfig, Fsdp2Config, RunConfig
 from voxtral_dist.data.index import TAR_BLOCK_BYTES, read_index
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.hypotheses import read_scored
+from voxtral_dist.evaluation.report import percent
 from voxtral_dist.metrics import read_metrics
-from voxtral_dist.train import EXIT_STOPPED, refuse_different_data
+from voxtral_dist.train import EXIT_STOPPED, refuse_different_data, try_to_report
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
@@ -90,7 +92,22 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
         [summary["wer_before"], summary["wer_after"]]
     )
     assert (folder / "config.yaml").is_file()
+    figures = (folder / "report.md").read_text()
+    assert f"| same | {percent(score['wer'])} |" in figures
+    assert f"- Step: {NUM_STEPS}, of 2 evaluated steps" in figures
+    # Loss, learning rate, norm of the gradient, WER and CER; and a player for each wrong utterance.
+    page = (folder / "report.html").read_text()
+    assert page.count("<figure") == 5
+    decoded = read_scored(folder / "evaluations" / "step-0000020" / "same.jsonl")
+    assert page.count("<audio") == sum(one.words.errors > 0 for one in decoded) > 0
     assert (folder / "export" / "model.safetensors").is_file()
+
+
+def test_a_report_that_fails_fails_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").write_text("no json\n")
+    try_to_report(tmp_path)
+    assert "The report could not be written (UserError: The metrics " in caplog.text
+    assert f"`voxtral-dist report {tmp_path}`" in caplog.text
 
 
 def test_killed_in_the_middle_and_started_again_is_the_run_that_never_stopped(unbroken: RunConfig) -> None:

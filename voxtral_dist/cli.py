@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from voxtral_dist.cli_plan import add_plan
+from voxtral_dist.cli_report import add_report
 from voxtral_dist.cli_score import add_score, add_scoring
 from voxtral_dist.cli_shards import Commands, add_shards, count, positive
 from voxtral_dist.cli_transcribe import PRECISIONS, add_transcribe
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     add_score(commands)
     add_transcribe(commands)
+    add_report(commands)
     add_shards(commands)
     add_plan(commands)
     _add_config(commands)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from voxtral_dist.distributed.world import World
-
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from voxtral_dist.distributed.world import World
 
 Kind = Literal["train", "evaluation", "checkpoint", "event"]
 

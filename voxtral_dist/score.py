@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,10 +10,10 @@ from voxtral_dist.config import TextStep
 from voxtral_dist.data.context import WordList
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.hypotheses import read_hypotheses
-from voxtral_dist.evaluation.intervals import resampling_units
 from voxtral_dist.evaluation.normalizer import normalizer
+from voxtral_dist.evaluation.pairing import compare_pairs, pair_utterances
 from voxtral_dist.evaluation.report import TestSetScore, score_test_set, write_results
-from voxtral_dist.evaluation.significance import PairedComparison, compare_runs
+from voxtral_dist.evaluation.significance import PairedComparison
 from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.utterances import ScoredUtterance, score_utterance
 
@@ -71,9 +70,7 @@ def compare_files(first: ScoredFile, second: ScoredFile, grouping: Grouping) -> 
     Raises:
         UserError: they do not hold the same utterances with the same references.
     """
-    pairs = _paired(first, second)
-    units = resampling_units([grouping.speaker(one) for one, _ in pairs])
-    return compare_runs([one.words for one, _ in pairs], [other.words for _, other in pairs], units)
+    return compare_pairs(pair_utterances(first.utterances, second.utterances, (first.path, second.path)), grouping)
 
 
 def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, comparison: PairedComparison) -> None:
@@ -86,36 +83,3 @@ def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, compar
     second.write(folder / "second")
     files = {"first": str(first.path), "second": str(second.path), "normalizer": first.score.normalizer}
     (folder / "comparison.json").write_text(json.dumps(files | asdict(comparison), indent=1), encoding="utf-8")
-
-
-def _paired(first: ScoredFile, second: ScoredFile) -> list[tuple[ScoredUtterance, ScoredUtterance]]:
-    """Utterances with the same key, or in the same place where keys are missing or not unique."""
-    by_key = _by_key(second.utterances)
-    if _by_key(first.utterances) is None or by_key is None:
-        others = second.utterances
-        if len(others) != len(first.utterances):
-            raise _different(first, second, f"{len(first.utterances)} against {len(others)} utterances without keys")
-    else:
-        alone = {one.key for one in first.utterances} ^ by_key.keys()
-        if alone:
-            raise _different(first, second, f"{len(alone)} keys are in one of them alone, such as {min(alone)!r}")
-        others = tuple(by_key[one.key] for one in first.utterances)
-    pairs = list(zip(first.utterances, others, strict=True))
-    for number, (one, other) in enumerate(pairs, 1):
-        if one.reference != other.reference:
-            name = repr(one.key) if one.key else f"utterance {number}"
-            raise _different(first, second, f"the references of {name} differ")
-    return pairs
-
-
-def _by_key(utterances: Sequence[ScoredUtterance]) -> dict[str, ScoredUtterance] | None:
-    """None where an utterance has no key, or two have the same."""
-    by_key = {one.key: one for one in utterances}
-    return by_key if "" not in by_key and len(by_key) == len(utterances) else None
-
-
-def _different(first: ScoredFile, second: ScoredFile, reason: str) -> UserError:
-    return UserError(
-        f"{first.path} and {second.path} do not hold the same utterances ({reason}): a comparison needs two runs "
-        "on one test set."
-    )

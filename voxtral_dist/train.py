@@ -42,6 +42,8 @@ from voxtral_dist.flops import BatchShape, TrainingFlops
 from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
 from voxtral_dist.model import DTYPES, chosen_attention, trained_skeleton
 from voxtral_dist.optim import learning_rate
+from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.writing import write_report
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,7 @@ def train(config: RunConfig, world: World) -> int:
         export_trained(engine, config, _export_dtype(config), world)
         if world.is_first:
             write_summary(config, progress, verdict, world)
+            try_to_report(config.run_dir)
         log.say(f"Done: the model is in {config.run_dir / 'export'}, the summary in {config.run_dir / 'summary.json'}.")
     return 0
 
@@ -327,6 +330,19 @@ def write_summary(config: RunConfig, progress: TrainProgress, verdict: Verdict, 
         "engine": engine_name(config.engine),
     }
     (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+
+
+def try_to_report(run_dir: Path) -> None:
+    """Write `report.html` and `report.md`, or say why not: the model is trained either way."""
+    try:
+        write_report(run_dir, ReportOptions())
+    except Exception as error:
+        log.warning(
+            "The report could not be written (%s: %s): mend that, then run `voxtral-dist report %s`.",
+            type(error).__name__,
+            error,
+            run_dir,
+        )
 
 
 def _efficiency(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:

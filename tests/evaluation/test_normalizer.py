@@ -11,7 +11,7 @@ import transformers
 
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.evaluation import normalizer as normalizer_module
-from voxtral_dist.evaluation.normalizer import normalizer
+from voxtral_dist.evaluation.normalizer import normalizer, normalizer_of_label
 
 BASIC = normalizer("basic").apply
 NONE = normalizer("none").apply
@@ -155,6 +155,15 @@ def test_the_table_of_spellings_is_openais():
     contents = Path(normalizer_module.__file__).with_name("english_spelling.json").read_bytes()
     assert len(json.loads(contents)) == 1739
     assert hashlib.sha256(contents).hexdigest() == "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465"
+
+
+@pytest.mark.parametrize("name", ["none", "basic", "whisper_english"])
+def test_a_label_gives_its_normalizer_back(name):
+    used = normalizer(name, ("lower_case", "no_punctuation"))
+    found = normalizer_of_label(used.label)
+    assert (found.name, found.version, found.target_text) == (used.name, used.version, used.target_text)
+    assert found.apply("Hello, Colour ten!") == used.apply("Hello, Colour ten!")
+    assert normalizer_of_label(f"{name}-of-old").label == normalizer(name).label
 
 
 def test_whispers_labels_name_the_version_of_transformers():

@@ -11,11 +11,13 @@ from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own n
 from voxtral_dist.data.context import WordList
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.errors import RankError
+from voxtral_dist.evaluation.hypotheses import read_scored
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.report import (
     BiasedScore,
     LanguageIdentification,
     Measurements,
+    read_score,
     score_test_set,
     write_results,
 )
@@ -232,3 +234,12 @@ def test_a_whole_test_set_comes_back_in_the_order_of_the_index(held_out):
 def test_other_ids_than_those_of_the_index_give_no_rate(held_out, sample_ids, sentence):
     with pytest.raises(RankError, match=sentence):
         check_whole(held_out, [scored(sample_id) for sample_id in sample_ids])
+
+
+def test_what_is_written_is_read_back(utterances, tmp_path):
+    words = WordList(["three"])
+    listed = [score_utterance(decoded(9, "a three", "a tree"), BASIC, words), *utterances]
+    score = score_test_set(listed, BASIC, 5, Grouping(("speaker",)), Measurements(2.0, 0.5))
+    write_results(tmp_path, "speech", listed, score)
+    assert read_score(tmp_path / "speech.json") == score
+    assert read_scored(tmp_path / "speech.jsonl") == listed

@@ -11,6 +11,7 @@ import bisect
 import hashlib
 import json
 import mmap
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.members import TAR_BLOCK_BYTES, SampleMembers
+from voxtral_dist.data.members import TAR_BLOCK_BYTES, Sample, SampleMembers, parse_sample
 from voxtral_dist.data.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError
 
@@ -185,6 +186,17 @@ class ShardIndex:
     def members(self, sample_id: int) -> SampleMembers:
         """How the sample is laid out."""
         return self._set_of(sample_id).members
+
+    def parse(self, sample_id: int, contents: bytes) -> Sample:
+        """The sample in the bytes of its span.
+
+        Raises:
+            ValueError, tarfile.TarError: they are not those that were indexed, or are not the tar members of one sample
+                with audio and text.
+        """
+        if zlib.crc32(contents) != int(self.record(sample_id)["crc32"]):
+            raise ValueError("these are not the bytes that were indexed (the checksum differs)")
+        return parse_sample(contents, self.members(sample_id))
 
     def language(self, sample_id: int) -> str | None:
         """The ISO 639-1 code of a sample; None where it is not known."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from voxtral_dist.data.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
 from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.members import Sample, parse_sample, read_members
+from voxtral_dist.data.members import Sample, read_members
 from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
 from voxtral_dist.data.prompting import Prompting
 from voxtral_dist.data.prompts import VoxtralPrompts
@@ -147,9 +146,7 @@ class SampleReader:
         span, contents = self._index.span(sample_id), b""
         try:
             contents = self._storage.read(span)
-            if zlib.crc32(contents) != int(self._index.record(sample_id)["crc32"]):
-                raise ValueError("these are not the bytes that were indexed (the checksum differs)")
-            return parse_sample(contents, self._index.members(sample_id))
+            return self._index.parse(sample_id, contents)
         except (OSError, tarfile.TarError, ValueError) as error:
             key = _key_in(contents) or f"#{sample_id}"
             reason = f"cannot be read at byte {span.offset}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,11 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.placement import decoding_bytes, decoding_weights
-from voxtral_dist.evaluation.selection import Verdict, judge
+from voxtral_dist.evaluation.selection import Verdict, judge, write_best
 from voxtral_dist.evaluation.test_sets import TestSet, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.metrics import MetricsLog, read_metrics
 from voxtral_dist.model import DTYPES, read_voxtral_config
-
-BEST_FILE = "best.json"
 
 
 class Evaluator:
@@ -74,9 +71,8 @@ class Evaluator:
         for sentence in verdict.sentences:
             log.say(f"step {step}: {sentence}")
             log.write("event", step, {"event": "selection", "sentence": sentence})
-        if verdict.best_step is not None and self._world.is_first:
-            best = {"step": verdict.best_step, "wer": verdict.best_wer, "checkpoint": _checkpoint(verdict.best_step)}
-            (self._config.run_dir / BEST_FILE).write_text(json.dumps(best, indent=1), encoding="utf-8")
+        if self._world.is_first:
+            write_best(self._config.run_dir, verdict)
 
     def _recorded(self) -> list[dict[str, Any]]:
         rows = read_metrics(self._config.run_dir / "metrics.jsonl") if self._world.is_first else []
@@ -91,7 +87,3 @@ class Evaluator:
             model.encoder_windows_per_pass,
             DTYPES[model.precision],
         )
-
-
-def _checkpoint(step: int) -> str:
-    return f"checkpoints/step-{step:07d}"

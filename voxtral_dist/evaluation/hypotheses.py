@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.utterances import DecodedUtterance
+from voxtral_dist.evaluation.utterances import COUNTED, DecodedUtterance, ScoredUtterance
+from voxtral_dist.evaluation.word_errors import ErrorCounts
+
+_ERROR_COUNTS = TypeAdapter(ErrorCounts)
 
 
 class _Row(BaseModel):
@@ -40,24 +44,64 @@ def read_hypotheses(path: Path, names: Sequence[str] = ()) -> list[DecodedUttera
     Raises:
         UserError: the file cannot be read or is empty, or a line is not of this form; the sentence names the line.
     """
+    utterances = []
+    for number, row in _rows(path):
+        known = (row.model_extra or {}) | row.fields
+        utterances.append(_decoded(row, number, {name: known[name] for name in names if name in known}))
+    return utterances
+
+
+def read_scored(path: Path) -> list[ScoredUtterance]:
+    """The utterances of the `NAME.jsonl` of an evaluation, with the counts of their errors.
+
+    Raises:
+        UserError: as for `read_hypotheses`, or a line has no counts.
+    """
+    return [_scored(path, number, row) for number, row in _rows(path)]
+
+
+def _scored(path: Path, number: int, row: _Row) -> ScoredUtterance:
+    stored = row.model_extra or {}
+    has_words = stored.get("biased_word_substitutions") is not None
+    try:
+        counts: dict[str, Any] = {
+            f"{name}s": _counts(stored, name) for name in COUNTED if name != "biased_word" or has_words
+        }
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"{path}, line {number}: the counts of its errors are missing or damaged: write the file again by "
+            "`voxtral-dist score --out`."
+        ) from error
+    has_loop = stored.get("has_repetition_loop") is True
+    return ScoredUtterance(**vars(_decoded(row, number, row.fields)), **counts, has_repetition_loop=has_loop)
+
+
+def _counts(stored: Mapping[str, Any], name: str) -> ErrorCounts:
+    return _ERROR_COUNTS.validate_python({one.name: stored[f"{name}_{one.name}"] for one in fields(ErrorCounts)})
+
+
+def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
+    """The lines with their numbers, from 1; blank ones are passed over."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"The hypotheses {path} cannot be read: {error.strerror}.") from error
-    utterances = [_utterance(path, number, line, names) for number, line in enumerate(lines, 1) if line.strip()]
-    if not utterances:
+    is_empty = True
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        is_empty = False
+        try:
+            row = _Row.model_validate_json(line)
+        except ValidationError as error:
+            raise UserError(f"{path}, line {number}: {_reason(error)}.") from error
+        yield number, row
+    if is_empty:
         raise UserError(f"The hypotheses {path} are empty: each line must be an utterance as JSON.")
-    return utterances
 
 
-def _utterance(path: Path, number: int, line: bytes, names: Sequence[str]) -> DecodedUtterance:
-    try:
-        row = _Row.model_validate_json(line)
-    except ValidationError as error:
-        raise UserError(f"{path}, line {number}: {_reason(error)}.") from error
-    known = (row.model_extra or {}) | row.fields
-    fields = {name: known[name] for name in names if name in known}
-    read = row.model_dump(include=set(_Row.model_fields)) | {"fields": fields}
+def _decoded(row: _Row, number: int, chosen: Mapping[str, Any]) -> DecodedUtterance:
+    read = row.model_dump(include=set(_Row.model_fields)) | {"fields": chosen}
     return DecodedUtterance(**read | {"sample_id": number - 1 if row.sample_id is None else row.sample_id})
 
 

@@ -13,6 +13,8 @@ from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
+from pydantic import TypeAdapter
+
 from voxtral_dist.config import TextStep, check_normalizer
 from voxtral_dist.data.texts import apply_steps, even_spaces, fold
 from voxtral_dist.errors import RankError, UserError, first_line
@@ -61,6 +63,16 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
     """
     version, function = _named(name)
     return Normalizer(name, version, function, tuple(target_text))
+
+
+def normalizer_of_label(label: str) -> Normalizer:
+    """What a report was normalized by, as it is on this machine: its own label differs where the version does.
+
+    Raises:
+        UserError: there is none of this name here.
+    """
+    *steps, named = label.split("+")
+    return normalizer(named.partition("-")[0], TypeAdapter(list[TextStep]).validate_python(steps))
 
 
 def _named(name: str) -> tuple[str, Callable[[str], str]]:

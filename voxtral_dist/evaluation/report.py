@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
+from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.normalizer import Normalizer
 from voxtral_dist.evaluation.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
 from voxtral_dist.evaluation.utterances import ScoredUtterance
@@ -147,6 +150,25 @@ def write_results(folder: Path, name: str, utterances: Sequence[ScoredUtterance]
     lines = "".join(json.dumps(utterance.row(), ensure_ascii=False) + "\n" for utterance in utterances)
     (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (folder / f"{name}.json").write_text(json.dumps(asdict(score), indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def read_score(path: Path) -> TestSetScore:
+    """The score in a `NAME.json`.
+
+    Raises:
+        UserError: it cannot be read, or is not of this form.
+    """
+    try:
+        return TypeAdapter(TestSetScore).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"The score {path} cannot be read: {error.strerror}.") from error
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(map(str, detail["loc"])) or "it"
+        raise UserError(
+            f"{path} is not the score of a test set ({place}: {detail['msg'][:1].lower()}{detail['msg'][1:]}): write "
+            "it again by `voxtral-dist score --out`."
+        ) from error
 
 
 def percent(rate: float | None) -> str:

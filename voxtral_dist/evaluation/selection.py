@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import GuardConfig, SelectionConfig
 
+_BEST_FILE = "best.json"
 # WER by step.
 _Curve = dict[int, float]
 
@@ -49,6 +52,21 @@ def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]]) -> Verdict:
         )
     best_wer = None if best_step is None else candidates[best_step]
     return Verdict(best_step, best_wer, tuple(sentences), must_stop)
+
+
+def write_best(run_dir: Path, verdict: Verdict) -> None:
+    """Name the best checkpoint, where there is one, in `best.json`."""
+    if verdict.best_step is None:
+        return
+    checkpoint = f"checkpoints/step-{verdict.best_step:07d}"
+    best = {"step": verdict.best_step, "wer": verdict.best_wer, "checkpoint": checkpoint}
+    (run_dir / _BEST_FILE).write_text(json.dumps(best, indent=1), encoding="utf-8")
+
+
+def selected_step(run_dir: Path) -> int | None:
+    """The step of the best checkpoint of a run; None where it selected none."""
+    path = run_dir / _BEST_FILE
+    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.is_file() else None
 
 
 def _curve(name: str, rows: Sequence[dict[str, Any]]) -> _Curve:

@@ -38,7 +38,7 @@ def comparison_line(comparison: PairedComparison) -> str:
         return "The references have no words: there is nothing to compare."
     said = [
         f"Second against first: WER {100 * comparison.wer_difference:+.2f} points "
-        f"{_interval(comparison.wer_difference_interval, '+.2f')}".rstrip()
+        f"{shown_interval(comparison.wer_difference_interval, '+.2f')}".rstrip()
     ]
     if comparison.probability_of_improvement is not None:
         said.append(f"probability of improvement {comparison.probability_of_improvement:.3f}")
@@ -58,16 +58,18 @@ def _slice_rows(slices: Mapping[str, Mapping[str, SliceScore]]) -> Iterator[tupl
 def _row(name: str, rates: ErrorRates) -> tuple[str, ...]:
     words = rates.words
     counts = (words.substitutions, words.deletions, words.insertions, words.reference_length)
-    size = (str(rates.num_utterances), _audio(rates.audio_seconds)) if isinstance(rates, SliceScore) else ("", "")
-    interval = _interval(rates.wer_interval, ".2f")
+    size = (str(rates.num_utterances), shown_audio(rates.audio_seconds)) if isinstance(rates, SliceScore) else ("", "")
+    interval = shown_interval(rates.wer_interval)
     return (name, percent(rates.wer), interval, percent(rates.cer), *map(str, counts), *size)
 
 
-def _interval(interval: tuple[float, float] | None, form: str) -> str:
+def shown_interval(interval: tuple[float, float] | None, form: str = ".2f") -> str:
+    """Such as `[17.38, 23.97]`, in percent; nothing where there is none."""
     return "" if interval is None else f"[{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]"
 
 
-def _audio(seconds: float | None) -> str:
+def shown_audio(seconds: float | None) -> str:
+    """Such as `1.25 h` or `12.5 s`; nothing where it is not known."""
     if seconds is None:
         return ""
     return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"

@@ -17,6 +17,9 @@ from voxtral_dist.evaluation.word_errors import (
     count_word_errors,
 )
 
+# What is counted of an utterance, as the keys of its line begin; `word_substitutions` is one of them.
+COUNTED = ("word", "character", "orthographic_word", "orthographic_character", "biased_word")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedUtterance:
@@ -58,7 +61,7 @@ class ScoredUtterance(DecodedUtterance):
     def row(self) -> dict[str, object]:
         """The utterance as plain types, with the counts flat: `word_substitutions` and so on."""
         row = asdict(self)
-        for name in ("word", "character", "orthographic_word", "orthographic_character", "biased_word"):
+        for name in COUNTED:
             counts = row.pop(f"{name}s")
             row |= {f"{name}_{kind}": count for kind, count in (counts or {}).items()}
         return row

@@ -1,0 +1,80 @@
+"""The grammar of `voxtral-dist report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from voxtral_dist.cli_shards import Commands, count, positive, positive_number
+
+if TYPE_CHECKING:
+    from voxtral_dist.reporting.source import Step
+
+
+def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser("report", help="write report.html and report.md of a run or of saved results")
+    parser.add_argument("folder", type=Path, help="a run, or a folder of `evaluate --out` or `score --out`")
+    parser.add_argument(
+        "--step",
+        type=_step,
+        default="newest",
+        metavar="N",
+        help="of a run: a number, `newest` (default), or `best`, with the lowest WER of the first test set",
+    )
+    parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="compare with this run, or folder of results")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: into the folder itself)")
+    parser.add_argument(
+        "--shards",
+        type=_named_folder,
+        nargs="+",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="with the audio of test set NAME (default: as the run's config.yaml says)",
+    )
+    parser.add_argument("--num-utterances", type=positive, default=20, metavar="N", help="of each list (default: 20)")
+    parser.add_argument("--num-clips", type=count, default=20, metavar="N", help="of each test set (default: 20)")
+    parser.add_argument(
+        "--max-audio-megabytes",
+        type=positive_number,
+        default=20.0,
+        metavar="MB",
+        help="of all clips together, which take a third more in the file (default: %(default)g)",
+    )
+    parser.add_argument("--speaker-field", metavar="FIELD", help="that names the speaker (default: as the run has it)")
+    parser.set_defaults(run=_report)
+
+
+def _step(text: str) -> Step:
+    match text:
+        case "newest" | "best":
+            return text
+        case _ if text.isdecimal():
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a number of steps, newest or best, but is {text!r} instead")
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, but is {text!r} instead")
+    return name, folder
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.reporting.options import ReportOptions
+    from voxtral_dist.reporting.writing import write_report
+
+    options = ReportOptions(
+        step=parsed.step,
+        baseline=parsed.baseline,
+        shards=dict(parsed.shards),
+        num_utterances=parsed.num_utterances,
+        num_clips=parsed.num_clips,
+        max_audio_megabytes=parsed.max_audio_megabytes,
+        speaker_field=parsed.speaker_field,
+    )
+    for path in write_report(parsed.folder, options, parsed.out):
+        print(path)
+    return 0

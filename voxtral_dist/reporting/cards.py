@@ -1,0 +1,121 @@
+"""Single utterances as a report shows them: which ones, and their words side by side."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TypeVar
+
+from voxtral_dist.evaluation.alignment import AlignedWord, align_words
+from voxtral_dist.evaluation.normalizer import Normalizer
+from voxtral_dist.evaluation.pairing import Pair
+from voxtral_dist.evaluation.utterances import ScoredUtterance
+from voxtral_dist.reporting.clips import Clip, NoClip
+
+# A hypothesis that loops may have thousands of words, and a language without spaces has words of any length.
+MAX_WORDS = 120
+MAX_CHARACTERS = 800
+_MAX_WORD_CHARACTERS = 300
+
+Numbered = tuple[int, ScoredUtterance]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The aligned words of a normalized reference and hypothesis, and how many more there are."""
+
+    words: tuple[AlignedWord, ...]
+    num_left_out: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """One shown utterance.
+
+    number: of its line in `NAME.jsonl`, from 1. before: the words of the baseline's hypothesis. more_errors: than it.
+    is_repeated: whether an earlier card has its audio.
+    """
+
+    number: int
+    utterance: ScoredUtterance
+    speaker: str | None
+    aligned: SideBySide
+    before: SideBySide | None = None
+    more_errors: int | None = None
+    audio: Clip | NoClip | None = None
+    is_repeated: bool = False
+
+    @property
+    def clip(self) -> Clip | None:
+        """The audio of the utterance."""
+        return self.audio if isinstance(self.audio, Clip) else None
+
+    @property
+    def reason_for_silence(self) -> str | None:
+        """Why it has none, where it was tried."""
+        return self.audio.reason if isinstance(self.audio, NoClip) else None
+
+    @property
+    def flags(self) -> list[str]:
+        """What went wrong as a whole."""
+        one = self.utterance
+        found = {
+            "empty hypothesis": not one.hypothesis.strip(),
+            "token limit": one.hit_limit,
+            "repetition loop": one.has_repetition_loop,
+        }
+        return [name for name, is_so in found.items() if is_so]
+
+
+def side_by_side(utterance: ScoredUtterance, used: Normalizer) -> SideBySide:
+    """The normalized words of an utterance, shortened where they would fill pages."""
+    aligned = align_words(used.apply(utterance.reference), used.apply(utterance.hypothesis))
+    shown = tuple(AlignedWord(one.kind, _word(one.reference), _word(one.hypothesis)) for one in aligned[:MAX_WORDS])
+    return SideBySide(shown, len(aligned) - len(shown))
+
+
+def shortened(text: str, num_characters: int = MAX_CHARACTERS) -> str:
+    """The text, or its beginning and how much is left out."""
+    if len(text) <= num_characters:
+        return text
+    return f"{text[:num_characters]}… ({len(text) - num_characters} more characters)"
+
+
+def with_most_errors(utterances: Sequence[ScoredUtterance], num_shown: int) -> list[Numbered]:
+    """Those with the most word errors, the worst first; none without an error."""
+    wrong = (numbered for numbered in enumerate(utterances, 1) if numbered[1].words.errors)
+    return heapq.nsmallest(num_shown, wrong, key=lambda one: (-one[1].words.errors, one[0]))
+
+
+def with_highest_rates(utterances: Sequence[ScoredUtterance], num_shown: int) -> list[Numbered]:
+    """Those with the highest WER, the worst first, more errors before fewer; none whose reference has no words."""
+    wrong = (one for one in enumerate(utterances, 1) if one[1].words.errors and one[1].words.rate is not None)
+    return heapq.nsmallest(num_shown, wrong, key=lambda one: (-(one[1].words.rate or 0), -one[1].words.errors, one[0]))
+
+
+def changed_most(pairs: Sequence[Pair], num_shown: int, sign: int) -> list[tuple[int, Pair]]:
+    """Pairs whose second has the most fewer errors (sign -1) or more errors (sign 1), with their numbers from 1."""
+    changed = (one for one in enumerate(pairs, 1) if sign * more_errors(one[1]) > 0)
+    return heapq.nsmallest(num_shown, changed, key=lambda one: (-sign * more_errors(one[1]), one[0]))
+
+
+def more_errors(pair: Pair) -> int:
+    """Of the second run."""
+    return pair[1].words.errors - pair[0].words.errors
+
+
+def in_turns(lists: Iterable[Sequence[T]], identity: Callable[[T], int]) -> Iterator[T]:
+    """The first of each list, then the second of each and so on, each once: so that every list has some."""
+    seen: set[int] = set()
+    for turn in zip_longest(*lists):
+        for one in turn:
+            if one is not None and identity(one) not in seen:
+                seen.add(identity(one))
+                yield one
+
+
+def _word(word: str | None) -> str | None:
+    return None if word is None else shortened(word, _MAX_WORD_CHARACTERS)

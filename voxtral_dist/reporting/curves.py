@@ -1,0 +1,109 @@
+"""What a run measured over its steps, as series of points."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.intervals import Interval
+from voxtral_dist.evaluation.report import TestSetScore
+from voxtral_dist.metrics import read_metrics
+
+Scores = Mapping[tuple[int, str], TestSetScore]
+
+
+class Point(NamedTuple):
+    """A value at a step, and its interval where there is one."""
+
+    step: int
+    value: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points in the order of their steps."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one chart shows.
+
+    unit: of all values; empty where they have none. is_measured_rarely: so that each point is worth a mark.
+    may_be_logarithmic: where values differ by orders of magnitude.
+    """
+
+    title: str
+    unit: str
+    series: tuple[Series, ...]
+    is_measured_rarely: bool = False
+    may_be_logarithmic: bool = True
+
+
+_TRAINING = (
+    ("loss", "Training loss", "nats per target token", True),
+    ("learning_rate", "Learning rate", "", False),
+    ("grad_norm", "Gradient norm", "", True),
+)
+_RATES = (("wer", "WER", "wer_interval"), ("cer", "CER", None))
+
+
+def read_curves(run_dir: Path, scores: Scores) -> list[Curve]:
+    """The curves of a run that have a point; rates are in percent, with their intervals where a score tells them.
+
+    Raises:
+        UserError: `metrics.jsonl` cannot be read.
+    """
+    rows = _read_rows(run_dir / "metrics.jsonl")
+    training = [row for row in rows if row["kind"] == "train"]
+    curves = [
+        Curve(title, unit, (Series(title, _points(training, name)),), may_be_logarithmic=may_be_logarithmic)
+        for name, title, unit, may_be_logarithmic in _TRAINING
+    ]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"] or _rows_of(scores)
+    curves += [_rates(evaluations, scores, *rate) for rate in _RATES]
+    return [curve for curve in curves if any(series.points for series in curve.series)]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The metrics {path} are damaged ({error}): mend or remove the line.") from error
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Point, ...]:
+    found = (Point(row["step"], row[name]) for row in rows if row.get(name) is not None)
+    return tuple(point for point in found if math.isfinite(point.value))
+
+
+def _rates(
+    evaluations: Sequence[Mapping[str, Any]], scores: Scores, name: str, title: str, interval: str | None
+) -> Curve:
+    """A rate of all test sets over the steps."""
+    names = dict.fromkeys(row["name"] for row in evaluations)
+    series = []
+    for test_set in names:
+        points = _points([row for row in evaluations if row["name"] == test_set], name)
+        series.append(
+            Series(test_set, tuple(_in_percent(one, scores.get((one.step, test_set)), interval) for one in points))
+        )
+    return Curve(title, "%", tuple(series), is_measured_rarely=True)
+
+
+def _in_percent(point: Point, score: TestSetScore | None, interval: str | None) -> Point:
+    ends = getattr(score, interval) if score is not None and interval is not None else None
+    return Point(point.step, 100 * point.value, None if ends is None else (100 * ends[0], 100 * ends[1]))
+
+
+def _rows_of(scores: Scores) -> list[dict[str, Any]]:
+    """What the rows of metrics say, where only evaluations were kept."""
+    return [{"step": step, "name": name, "wer": score.wer, "cer": score.cer} for (step, name), score in scores.items()]

@@ -1,0 +1,113 @@
+"""All that a report shows, as values: read once, then written as HTML and as Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.errors import UserError
+from voxtral_dist.reporting.charts import Chart, draw
+from voxtral_dist.reporting.curves import Scores, read_curves
+from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.source import Source, find_source, read_scores
+from voxtral_dist.reporting.test_sets import TestSetGatherer, TestSetReport
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is written. facts: of the run, by name. notes: what could not be shown, and why."""
+
+    title: str
+    facts: Mapping[str, str]
+    charts: tuple[Chart, ...]
+    scores: Scores
+    test_sets: tuple[TestSetReport, ...]
+    baseline: str | None
+    notes: tuple[str, ...]
+
+
+def gather_report(folder: Path, options: ReportOptions) -> Report:
+    """All that a report of a run, or of a folder of results, shows.
+
+    Raises:
+        UserError: there are no results, a file is damaged, or the baseline or the shards of the options do not fit.
+    """
+    source = find_source(folder, options.step)
+    _refuse_unknown_sets(source, options.shards)
+    baseline = find_source(options.baseline) if options.baseline else None
+    shared = _shared_sets(source, baseline)
+    scores = read_scores(source)
+    gatherer = TestSetGatherer(source, options, baseline, shared)
+    return Report(
+        title=source.name,
+        facts=_facts(source),
+        charts=tuple(draw(curve) for curve in read_curves(folder, scores)),
+        scores=scores,
+        test_sets=tuple(gatherer.gather(name) for name in source.test_sets),
+        baseline=str(options.baseline) if options.baseline else None,
+        notes=tuple(_notes(source, baseline, shared)),
+    )
+
+
+def _refuse_unknown_sets(source: Source, shards: Mapping[str, str]) -> None:
+    unknown = [name for name in shards if name not in source.test_sets]
+    if unknown:
+        known = ", ".join(source.test_sets) or "none"
+        raise UserError(f"`--shards`: there are no results of a test set `{unknown[0]}`; there are: {known}.")
+
+
+def _shared_sets(source: Source, baseline: Source | None) -> list[str]:
+    if baseline is None:
+        return []
+    shared = [name for name in source.test_sets if name in baseline.test_sets]
+    if not shared:
+        raise UserError(
+            f"`--baseline`: {baseline.folder} has no test set of {source.folder} "
+            f"({', '.join(source.test_sets) or 'none'}), but {', '.join(baseline.test_sets) or 'none'}."
+        )
+    return shared
+
+
+def _notes(source: Source, baseline: Source | None, shared: Sequence[str]) -> list[str]:
+    notes = []
+    if source.config_error is not None:
+        notes.append(f"The configuration of the run cannot be used: {source.config_error}")
+    if baseline is not None and (alone := [name for name in source.test_sets if name not in shared]):
+        notes.append(f"The baseline has no results of {', '.join(alone)}.")
+    if not source.test_sets:
+        notes.append("The run has not evaluated any test set.")
+    return notes
+
+
+def _facts(source: Source) -> dict[str, str]:
+    facts = {} if source.config is None else _facts_of_config(source.config)
+    if source.step is not None:
+        others = f", of {len(source.steps)} evaluated steps" if len(source.steps) > 1 else ""
+        facts["Step"] = f"{source.step:,}{others}"
+    return facts | _facts_of_summary(source.folder / "summary.json")
+
+
+def _facts_of_config(config: RunConfig) -> dict[str, str]:
+    return {
+        "Model": config.model.path,
+        "Precision": config.model.precision,
+        "Steps of the run": f"{config.num_steps:,}",
+    }
+
+
+def _facts_of_summary(path: Path) -> dict[str, str]:
+    """What only a finished run knows."""
+    summary: Any = None
+    if path.is_file():
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return {}
+    if not isinstance(summary, dict):
+        return {}
+    shown = {"engine": "Engine", "world_size": "Ranks", "train_seconds": "Seconds of training"}
+    return {name: str(summary[key]) for key, name in shown.items() if key in summary}

@@ -1,0 +1,88 @@
+"""A report as one HTML file: styles, script, drawings and audio inside, and nothing that is fetched.
+
+Jinja escapes all that is put into its templates, so that no transcript, key or name can be markup; torch needs it
+already. The page forbids by its own policy any script but the one whose hash it names, and any request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from voxtral_dist.evaluation.report import percent
+from voxtral_dist.evaluation.tables import shown_audio, shown_interval
+from voxtral_dist.reporting.cards import shortened
+from voxtral_dist.reporting.figures import Column, other_columns, points
+from voxtral_dist.reporting.gather import Report
+from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES
+from voxtral_dist.reporting.test_sets import TestSetReport
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"
+}
+
+
+def render_html(report: Report) -> str:
+    """The page."""
+    style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "behaviour.js"))
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            style=Markup(style),
+            style_hash=_source_hash(style),
+            script=Markup(script),
+            script_hash=_source_hash(script),
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_printable
+    )
+    environment.globals["min_utterances"] = MIN_UTTERANCES
+    environment.filters |= {
+        "percent": percent,
+        "interval": shown_interval,
+        "signed_interval": _signed_interval,
+        "points": points,
+        "audio": shown_audio,
+        "shortened": shortened,
+        "other_columns": _other_columns,
+        "with_code": _with_code,
+    }
+    return environment
+
+
+def _printable(value: object) -> object:
+    """Without the control characters that HTML does not allow, such as those that a tokenizer's bytes may give."""
+    return value.translate(_CONTROLS) if type(value) is str else value
+
+
+def _source_hash(source: str) -> str:
+    """As a content security policy names what may run."""
+    return f"sha256-{b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}"
+
+
+def _signed_interval(interval: tuple[float, float] | None) -> str:
+    return shown_interval(interval, "+.2f")
+
+
+def _other_columns(test_sets: Sequence[TestSetReport]) -> list[Column]:
+    return other_columns([one.score for one in test_sets])
+
+
+def _with_code(sentence: str) -> Markup:
+    """A sentence in which what stands between backticks is set as code."""
+    parts = enumerate(sentence.translate(_CONTROLS).split("`"))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in parts
+    )

@@ -1,0 +1,158 @@
+"""The figures of a report as Markdown, for a repository or a model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from voxtral_dist.evaluation.alignment import AlignedWord, EditKind
+from voxtral_dist.evaluation.report import percent
+from voxtral_dist.evaluation.tables import shown_audio, shown_interval
+from voxtral_dist.reporting.cards import Card
+from voxtral_dist.reporting.curves import Scores
+from voxtral_dist.reporting.figures import other_columns, points
+from voxtral_dist.reporting.gather import Report
+from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES, SliceTable
+from voxtral_dist.reporting.test_sets import Comparison, TestSetReport
+
+_NUM_CONFUSIONS = 10
+_NUM_UTTERANCES = 10
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|<>~&$^])")
+
+
+def render_markdown(report: Report) -> str:
+    """The text."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def plain(text: str) -> str:
+    """A text that Markdown shows as it is, in one line."""
+    return _MARKUP.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\&", "&amp;")
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield from (f"# Evaluation of {plain(report.title)}", "")
+    facts = dict(report.facts) | ({"Baseline": report.baseline} if report.baseline else {})
+    yield from (f"- {name}: {plain(value)}" for name, value in facts.items())
+    yield from ("", *(f"> {plain(note)}\n" for note in report.notes))
+    if report.test_sets:
+        yield from _error_rates(report.test_sets)
+    if len({step for step, _ in report.scores}) > 1:
+        yield from ("## Error rates of each step", "", *_steps(report.scores), "")
+    for test_set in report.test_sets:
+        yield from _test_set(test_set)
+
+
+def _error_rates(test_sets: Sequence[TestSetReport]) -> Iterator[str]:
+    yield from ("## Error rates", "")
+    yield from _table(
+        ("test set", "WER", "95 % interval", "CER", "orthographic WER", "S", "D", "I", "words", "utterances", "audio"),
+        [_rates(one) for one in test_sets],
+    )
+    labels = "; ".join(
+        f"{plain(one.name)}: normalizer `{one.score.normalizer}`, interval over {one.score.resampled}s"
+        for one in test_sets
+    )
+    yield from ("", f"{labels}.", "")
+    columns = other_columns([one.score for one in test_sets])
+    yield from _table(
+        ("test set", *(column.title for column in columns)),
+        [(plain(one.name), *(column.text(one.score) for column in columns)) for one in test_sets],
+    )
+    yield ""
+
+
+def _rates(test_set: TestSetReport) -> tuple[str, ...]:
+    score = test_set.score
+    words = score.words
+    counts = (words.substitutions, words.deletions, words.insertions, words.reference_length, score.num_utterances)
+    rates = (percent(score.wer), shown_interval(score.wer_interval), percent(score.cer))
+    sizes = (*map(str, counts), shown_audio(score.audio_seconds))
+    return (plain(test_set.name), *rates, percent(score.orthographic.wer), *sizes)
+
+
+def _steps(scores: Scores) -> Iterator[str]:
+    rows = [
+        (f"{step:,}", plain(name), percent(score.wer), shown_interval(score.wer_interval), percent(score.cer))
+        for (step, name), score in scores.items()
+    ]
+    return _table(("step", "test set", "WER", "95 % interval", "CER"), rows)
+
+
+def _test_set(test_set: TestSetReport) -> Iterator[str]:
+    yield from (f"## Test set {plain(test_set.name)}", "")
+    if test_set.comparison is not None:
+        yield from (_comparison(test_set.comparison), "")
+    for table in test_set.slices:
+        yield from (*_slices(table), "")
+    yield from _confusions(test_set)
+    if test_set.most_errors:
+        yield from ("### Utterances with the most word errors", "")
+        yield from ("~~In the reference alone~~, **in the hypothesis alone**.", "")
+        yield from (_utterance(card) for card in test_set.most_errors[:_NUM_UTTERANCES])
+        yield ""
+
+
+def _comparison(compared: Comparison) -> str:
+    result = compared.result
+    said = [
+        f"Against the baseline (WER {percent(compared.baseline_score.wer)}): {points(result.wer_difference)} "
+        f"{shown_interval(result.wer_difference_interval, '+.2f')}".rstrip()
+    ]
+    if result.probability_of_improvement is not None:
+        said.append(f"probability of improvement {result.probability_of_improvement:.3f}")
+    if result.p_value is not None:
+        said.append(f"p = {result.p_value:.2g} (matched pairs)")
+    changes = f"{compared.num_better} of {result.num_utterances} utterances better, {compared.num_worse} worse"
+    return f"{', '.join(said)}; {changes}."
+
+
+def _slices(table: SliceTable) -> Iterator[str]:
+    rows = [
+        (
+            plain(row.label) + (" †" if row.is_uncertain else ""),
+            percent(row.score.wer),
+            shown_interval(row.score.wer_interval),
+            percent(row.score.cer),
+            str(row.score.num_utterances),
+            shown_audio(row.score.audio_seconds),
+        )
+        for row in table.rows
+    ]
+    yield from _table((plain(table.field), "WER", "95 % interval", "CER", "utterances", "audio"), rows)
+    if table.has_uncertain:
+        yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too small to be sure.")
+    if table.num_left_out:
+        yield from ("", f"{table.num_left_out} smaller slices are left out.")
+
+
+def _confusions(test_set: TestSetReport) -> Iterator[str]:
+    titles: dict[EditKind, str] = {"substitute": "Substitutions", "delete": "Deletions", "insert": "Insertions"}
+    for kind, title in titles.items():
+        found = test_set.confusions[kind][:_NUM_CONFUSIONS]
+        words = (" → ".join(plain(word) for word in (one.reference, one.hypothesis) if word) for one in found)
+        said = ", ".join(f"{word} ({one.count})" for word, one in zip(words, found, strict=True))
+        yield from (f"{title}: {said or 'none'}", "")
+
+
+def _utterance(card: Card) -> str:
+    one = card.utterance
+    words = " ".join(_word(word) for word in card.aligned.words)
+    more = f" … and {card.aligned.num_left_out:,} more" if card.aligned.num_left_out else ""
+    flags = f" ({', '.join(card.flags)})" if card.flags else ""
+    name = plain(one.key) or f"line {card.number}"
+    return f"- {name}: {one.words.errors} of {one.words.reference_length}{flags}: {words}{more}"
+
+
+def _word(word: AlignedWord) -> str:
+    if word.kind == "equal":
+        return plain(word.reference or "")
+    reference = f"~~{plain(word.reference)}~~" if word.reference is not None else ""
+    hypothesis = f"**{plain(word.hypothesis)}**" if word.hypothesis is not None else ""
+    return f"{reference} {hypothesis}".strip()
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|---|{'---:|' * (len(head) - 1)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)

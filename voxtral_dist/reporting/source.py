@@ -1,0 +1,131 @@
+"""Where results lie: a run with its evaluated steps, or a bare folder of `NAME.json` and `NAME.jsonl`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from voxtral_dist.config import RunConfig, load_config
+from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.report import TestSetScore, read_score
+from voxtral_dist.evaluation.selection import selected_step
+
+Step = int | Literal["newest", "best"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the results of a report lie.
+
+    folder: that was given. results: with `NAME.json` and `NAME.jsonl`; None of a run that evaluated nothing. step: of
+    these results. steps: all evaluated ones. config: of the run; config_error: why there is none.
+    """
+
+    folder: Path
+    results: Path | None
+    step: int | None = None
+    steps: Mapping[int, Path] = field(default_factory=dict)
+    config: RunConfig | None = None
+    config_error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The last part of the folder."""
+        return self.folder.resolve().name
+
+    @property
+    def test_sets(self) -> list[str]:
+        """Their names, in the order of the configuration."""
+        return [] if self.results is None else _in_order(result_names(self.results), self.config)
+
+
+def find_source(folder: Path, step: Step = "newest") -> Source:
+    """What a folder holds, and the results of one of its steps.
+
+    Raises:
+        UserError: there are no results, or none of this step.
+    """
+    if not is_run(folder):
+        if not result_names(folder):
+            raise UserError(
+                f"{folder} holds no results: name a run, or a folder with NAME.json and NAME.jsonl as `evaluate --out` "
+                "and `score --out` write them."
+            )
+        if step != "newest":
+            raise UserError(f"`--step`: {folder} is a folder of results and no run, so it has no steps: leave it out.")
+        return Source(folder, folder)
+    steps = _evaluated_steps(folder)
+    config, config_error = _config(folder)
+    chosen = _chosen(folder, step, steps, config)
+    return Source(folder, None if chosen is None else steps[chosen], chosen, steps, config, config_error)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote this folder."""
+    return (folder / "evaluations").is_dir() or (folder / "metrics.jsonl").is_file()
+
+
+def result_names(folder: Path) -> list[str]:
+    """The test sets whose score and utterances a folder holds."""
+    return sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".jsonl").is_file())
+
+
+def read_scores(source: Source) -> dict[tuple[int, str], TestSetScore]:
+    """The scores of all evaluated steps of a run, by step and test set."""
+    return {
+        (step, name): read_score(folder / f"{name}.json")
+        for step, folder in source.steps.items()
+        for name in _in_order(result_names(folder), source.config)
+    }
+
+
+def _in_order(names: list[str], config: RunConfig | None) -> list[str]:
+    """First those of the configuration, as it has them, each before its lists of words."""
+    configured = list(config.evaluation.test_sets) if config else []
+    ranks = {name: number for number, name in enumerate(configured)}
+    return sorted(names, key=lambda name: (ranks.get(configured_name(name, configured), len(ranks)), name))
+
+
+def configured_name(name: str, configured: list[str]) -> str:
+    """The test set that results belong to: `NAME` of `NAME-distractors-100` too."""
+    return name if name in configured else name.rpartition("-distractors-")[0]
+
+
+def _evaluated_steps(folder: Path) -> dict[int, Path]:
+    found = (folder / "evaluations").glob("step-*")
+    steps = {path.name.removeprefix("step-"): path for path in found if result_names(path)}
+    return {int(number): path for number, path in sorted(steps.items()) if number.isdecimal()}
+
+
+def _config(folder: Path) -> tuple[RunConfig | None, str | None]:
+    """The configuration, or why it cannot be used: results can be shown without it."""
+    try:
+        return load_config(folder / "config.yaml"), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _chosen(folder: Path, step: Step, steps: Mapping[int, Path], config: RunConfig | None) -> int | None:
+    if not steps:
+        if step != "newest":
+            raise UserError(f"`--step`: the run {folder} has not evaluated any step.")
+        return None
+    match step:
+        case "newest":
+            return max(steps)
+        case "best":
+            selected = selected_step(folder)
+            return selected if selected in steps else min(steps, key=lambda one: (_first_wer(steps[one], config), one))
+        case _ if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise UserError(f"`--step`: the run {folder} has not evaluated step {step}, but the steps {known}.")
+        case _:
+            return step
+
+
+def _first_wer(folder: Path, config: RunConfig | None) -> float:
+    """The WER of the first test set."""
+    wer = read_score(folder / f"{_in_order(result_names(folder), config)[0]}.json").wer
+    return float("inf") if wer is None else wer

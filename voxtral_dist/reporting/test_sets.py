@@ -1,0 +1,172 @@
+"""What a report shows of each test set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from voxtral_dist.data.index import read_index
+from voxtral_dist.data.storage import Storage
+from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.alignment import Confusion, EditKind, align_words, most_frequent_confusions
+from voxtral_dist.evaluation.hypotheses import read_scored
+from voxtral_dist.evaluation.normalizer import Normalizer, normalizer_of_label
+from voxtral_dist.evaluation.pairing import Pair, compare_pairs, pair_utterances
+from voxtral_dist.evaluation.report import TestSetScore, read_score
+from voxtral_dist.evaluation.significance import PairedComparison
+from voxtral_dist.evaluation.slices import Grouping
+from voxtral_dist.evaluation.utterances import ScoredUtterance
+from voxtral_dist.reporting.cards import Card, more_errors
+from voxtral_dist.reporting.clips import Clip, ClipLimits, NoClip, StoredClips, read_clips
+from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.shown import CardMaker, Shown
+from voxtral_dist.reporting.slice_tables import SliceTable, slice_tables
+from voxtral_dist.reporting.source import Source, configured_name
+
+_NUM_CONFUSIONS = 20
+_MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A test set against the same of a baseline: a negative difference is an improvement."""
+
+    baseline_score: TestSetScore
+    result: PairedComparison
+    num_better: int
+    num_worse: int
+    better: tuple[Card, ...]
+    worse: tuple[Card, ...]
+
+
+@dataclass(frozen=True)
+class TestSetReport:
+    """One test set.
+
+    is_same_normalizer: whether words are aligned by the very normalizer that they were scored by. audio_note: why
+    utterances have no audio; None where some have.
+    """
+
+    __test__ = False  # pytest takes it for a test
+
+    name: str
+    score: TestSetScore
+    is_same_normalizer: bool
+    slices: tuple[SliceTable, ...]
+    confusions: Mapping[EditKind, list[Confusion]]
+    most_errors: tuple[Card, ...]
+    highest_rates: tuple[Card, ...]
+    comparison: Comparison | None
+    num_clips: int
+    audio_note: str | None
+
+
+@dataclass(frozen=True)
+class TestSetGatherer:
+    """Reads the test sets of a report. baseline: where there is one; shared: the test sets that it has too."""
+
+    __test__ = False  # pytest takes it for a test
+
+    source: Source
+    options: ReportOptions
+    baseline: Source | None
+    shared: Sequence[str]
+
+    @property
+    def grouping(self) -> Grouping:
+        """Which field names the speaker."""
+        configured = self.source.config.evaluation.speaker_field if self.source.config else Grouping.speaker_field
+        return Grouping(speaker_field=self.options.speaker_field or configured)
+
+    def gather(self, name: str) -> TestSetReport:
+        """One of them.
+
+        Raises:
+            UserError: its files are damaged, or do not fit those of the baseline.
+        """
+        path = _results_of(self.source) / f"{name}.jsonl"
+        score = read_score(path.with_suffix(".json"))
+        utterances = read_scored(path)
+        used = normalizer_of_label(score.normalizer)
+        pairs = self._pairs(name, score, utterances)
+        shown = Shown.of(utterances, pairs, self.options.num_utterances)
+        clips, audio_note = self._clips(name, shown)
+        cards = CardMaker(used, self.grouping, clips)
+        return TestSetReport(
+            name=name,
+            score=score,
+            is_same_normalizer=used.label == score.normalizer,
+            slices=slice_tables(score),
+            confusions=_confusions(utterances, used),
+            most_errors=cards.plain(shown.most_errors),
+            highest_rates=cards.plain(shown.highest_rates),
+            comparison=self._comparison(name, pairs, shown, cards) if pairs else None,
+            num_clips=sum(isinstance(clip, Clip) for clip in clips.values()),
+            audio_note=audio_note,
+        )
+
+    def _pairs(self, name: str, score: TestSetScore, utterances: Sequence[ScoredUtterance]) -> list[Pair]:
+        """The baseline's utterances before these; none where it does not have the test set."""
+        if self.baseline is None or name not in self.shared:
+            return []
+        mine, theirs = (_results_of(one) / f"{name}.jsonl" for one in (self.source, self.baseline))
+        label = read_score(theirs.with_suffix(".json")).normalizer
+        if label != score.normalizer:
+            raise UserError(
+                f"`--baseline`: {theirs} was scored by {label}, but {mine} by {score.normalizer}: score one of them "
+                "again by `voxtral-dist score --normalizer`."
+            )
+        paired = pair_utterances(utterances, read_scored(theirs), (mine, theirs))
+        return [(before, after) for after, before in paired]
+
+    def _clips(self, name: str, shown: Shown) -> tuple[dict[int, Clip | NoClip], str | None]:
+        stored = self._stored(name)
+        if isinstance(stored, NoClip):
+            return {}, stored.reason
+        num_bytes = int(self.options.max_audio_megabytes * _MEGABYTE / len(self.source.test_sets))
+        clips = read_clips(shown.in_turns(), stored, ClipLimits(self.options.num_clips, num_bytes))
+        reasons = [clip.reason for clip in clips.values() if isinstance(clip, NoClip)]
+        has_none = clips and len(reasons) == len(clips)
+        return clips, f"none of the clips can be played ({reasons[0]})" if has_none else None
+
+    def _stored(self, name: str) -> StoredClips | NoClip:
+        """The shards of a test set: those of the options must be there, the configured ones may have moved."""
+        if self.options.num_clips == 0:
+            return NoClip("no clips were asked for")
+        config = self.source.config
+        if (given := self.options.shards.get(name)) is not None:
+            storage = Storage(config.storage if config else None)
+            return StoredClips(read_index([given], storage), storage)
+        configured = config.evaluation.test_sets if config else {}
+        set_name = configured_name(name, list(configured))
+        if config is None or set_name not in configured:
+            return NoClip(f"nothing tells where its shards are: add `--shards {name}=FOLDER`")
+        storage = Storage(config.storage)
+        try:
+            return StoredClips(read_index([configured[set_name].shards], storage), storage)
+        except (UserError, OSError) as error:
+            return NoClip(f"its shards cannot be read ({str(error).rstrip('.')}): add `--shards {name}=FOLDER`")
+
+    def _comparison(self, name: str, pairs: Sequence[Pair], shown: Shown, cards: CardMaker) -> Comparison:
+        assert self.baseline is not None, "pairs come from it"
+        changes = [more_errors(pair) for pair in pairs]
+        return Comparison(
+            baseline_score=read_score(_results_of(self.baseline) / f"{name}.json"),
+            result=compare_pairs(pairs, self.grouping),
+            num_better=sum(change < 0 for change in changes),
+            num_worse=sum(change > 0 for change in changes),
+            better=cards.changed(shown.better),
+            worse=cards.changed(shown.worse),
+        )
+
+
+def _confusions(utterances: Sequence[ScoredUtterance], used: Normalizer) -> dict[EditKind, list[Confusion]]:
+    wrong = (one for one in utterances if one.words.errors)
+    alignments = (align_words(used.apply(one.reference), used.apply(one.hypothesis)) for one in wrong)
+    return most_frequent_confusions(alignments, _NUM_CONFUSIONS)
+
+
+def _results_of(source: Source) -> Path:
+    assert source.results is not None, "it has test sets"
+    return source.results

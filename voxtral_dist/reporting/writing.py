@@ -1,0 +1,35 @@
+"""`report.html` and `report.md` of a run or of a folder of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from voxtral_dist.errors import UserError
+from voxtral_dist.reporting.gather import gather_report
+from voxtral_dist.reporting.html import render_html
+from voxtral_dist.reporting.markdown import render_markdown
+from voxtral_dist.reporting.options import ReportOptions
+
+
+def write_report(folder: Path, options: ReportOptions, out: Path | None = None) -> tuple[Path, Path]:
+    """Write both files; where they are.
+
+    Args:
+        folder: a run, or `NAME.json` and `NAME.jsonl`.
+        options: what is shown.
+        out: where they go; None takes `folder`.
+
+    Raises:
+        UserError: see `gather_report`, or the files cannot be written.
+    """
+    report = gather_report(folder, options)
+    target = out or folder
+    texts = {target / "report.html": render_html(report), target / "report.md": render_markdown(report)}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"The report cannot be written to {target}: {error.strerror}.") from error
+    page, figures = texts
+    return page, figures
