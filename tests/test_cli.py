@@ -1,13 +1,14 @@
 """The command line as a user meets it: a mistake is one sentence and exit code 2, never a traceback."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jsonschema
@@ -22,8 +23,9 @@ from voxtral_dist.cli import main
 from voxtral_dist.config import load_config
 from voxtral_dist.data.index import read_index
 from voxtral_dist.data.prompting import Prompting
+from voxtral_dist.tiny import build_tiny_voxtral
 
-from corpora import tone, write_lines
+from corpora import TINY_SHAPE, tone, write_lines
 
 PROGRAM = Path(sys.executable).with_name("voxtral-dist")
 
@@ -482,19 +484,18 @@ def test_a_clip_that_cannot_be_transcribed_does_not_keep_the_others_from_it(run,
     assert "1 of 3 clips could not be transcribed" in result.err
 
 
-def test_a_clip_that_is_longer_than_the_model_has_positions_is_cut_unless_a_question_is_about_it(
-    run, tiny_model, tmp_path
-):
-    # 4,096 positions: 12.5 a second for the audio, and as many for the transcript.
-    path = tmp_path / "long.flac"
-    soundfile.write(path, np.tile(tone(10.0), 33), 16_000)
-    row = json.loads(run("transcribe", tiny_model, path, "--json").out)
+def test_a_clip_that_is_longer_than_the_model_has_positions_is_cut_unless_a_question_is_about_it(run, tmp_path):
+    # 512 positions: 12.5 a second for the audio, and as many for the transcript.
+    model, path = tmp_path / "model", tmp_path / "long.flac"
+    build_tiny_voxtral(model, replace(TINY_SHAPE, max_text_positions=512))
+    soundfile.write(path, np.tile(tone(10.0), 5), 16_000)
+    row = json.loads(run("transcribe", model, path, "--json").out)
     ends = [segment["end_seconds"] for segment in row["segments"]]
-    assert ends[-1] == 330.0
+    assert ends[-1] == 50.0
     assert [0.0, *ends[:-1]] == [segment["start_seconds"] for segment in row["segments"]]
     assert len(ends) > 1
-    refused = run("transcribe", tiny_model, path, "--instruction", "What?").refusal()
-    assert "long.flac lasts 330 s, and the model has room for 163 s" in refused
+    refused = run("transcribe", model, path, "--instruction", "What?").refusal()
+    assert "long.flac lasts 50 s, and the model has room for 19 s" in refused
 
 
 def test_transcribe_writes_files_for_a_folder(run, tiny_model, clip, tmp_path):
@@ -639,6 +640,8 @@ def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_pat
     assert "2 utterances, normalizer whisper_basic-transformers-" in result.out
     score = json.loads((tmp_path / "out" / "test.json").read_text())
     assert score["num_utterances"] == 2
+    assert score["rtfx"] == pytest.approx(score["audio_seconds"] / score["decode_seconds"])
+    assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
     assert {label: part["num_utterances"] for label, part in score["slices"]["domain"].items()} == {
         "news": 1,
         "unknown": 1,
@@ -647,7 +650,8 @@ def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_pat
     assert [row["fields"] for row in rows] == [{"domain": "news", "speaker": "x"}, {"speaker": "x"}]
     # What it wrote is scored without the model, to the same numbers.
     assert run("score", tmp_path / "out" / "test.jsonl", "--out", tmp_path / "again", *options).code == 0
-    assert json.loads((tmp_path / "again" / "test.json").read_text()) == score
+    by_the_model = dict.fromkeys(("decode_seconds", "rtfx", "loss", "perplexity"))
+    assert json.loads((tmp_path / "again" / "test.json").read_text()) == score | by_the_model
     # Both would be written to test.json: neither may be lost in silence.
     assert "same name" in run("evaluate", tiny_model, *folders, "--out", tmp_path / "both").refusal()
 

@@ -197,6 +197,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_a_summary_weighs_steps_by_their_time_and_takes_older_rows(tmp_path: Path, tiny_model: Path) -> None:
     from voxtral_dist.checkpoint import TrainProgress
+    from voxtral_dist.evaluation.selection import Verdict
     from voxtral_dist.train import write_summary
 
     config = run_config(tmp_path, tiny_model, tmp_path, num_steps=3)
@@ -204,7 +205,7 @@ def test_a_summary_weighs_steps_by_their_time_and_takes_older_rows(tmp_path: Pat
         log.write("train", 1, {"loss": 3.0, "step_seconds": 100.0})
         log.train_step(2, STEP)
         log.train_step(3, replace(STEP, step_seconds=6.0, waiting_seconds=2.0, memory_gigabytes=33.0))
-    write_summary(config, TrainProgress(step=3, audio_seconds=60.0, train_seconds=8.0), alone("cpu"))
+    write_summary(config, TrainProgress(step=3, audio_seconds=60.0, train_seconds=8.0), Verdict(), alone("cpu"))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["model_flops_utilization"] == pytest.approx(12e12 / 8.0 / 10e12)
     assert summary["waiting_fraction"] == pytest.approx(2.05 / 8.0, abs=1e-4)

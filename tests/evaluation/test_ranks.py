@@ -15,7 +15,7 @@ from voxtral_dist.evaluation.report import TestSetScore
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
 
-NUM_UTTERANCES = 101
+NUM_UTTERANCES = 31
 Rows = list[dict[str, object]]
 
 
@@ -27,15 +27,15 @@ def evaluate_on(world: World, model: str, shards: Path, batch_size: int, out_dir
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / "hundred-and-one"
+    folder = tmp_path_factory.mktemp("shards") / "thirty-one"
     speech = tmp_path_factory.mktemp("speech")
     pack_manifest(write_speech_manifest(speech, NUM_UTTERANCES, max_seconds=2.8), folder, 10**6, skip_bad=False)
     return folder
 
 
 def results(folder: Path) -> tuple[Rows, dict[str, object]]:
-    rows = [json.loads(line) for line in (folder / "hundred-and-one.jsonl").read_text().splitlines()]
-    score = json.loads((folder / "hundred-and-one.json").read_text())
+    rows = [json.loads(line) for line in (folder / "thirty-one.jsonl").read_text().splitlines()]
+    score = json.loads((folder / "thirty-one.json").read_text())
     # Measured on the clock.
     assert score.pop("rtfx") == pytest.approx(score["audio_seconds"] / score.pop("decode_seconds"))
     # Sums of other parts.

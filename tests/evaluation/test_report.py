@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own name pytest would collect it
 from voxtral_dist.data.context import WordList
 from voxtral_dist.data.storage import Storage
@@ -191,7 +192,8 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
 
 def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, prompts):
     config = ShardsToTest(shards=str(shard_folder))
-    asked = build_test_set("held_out", config, 3, prompts, Storage(), Grouping(("lang", "nothing"), "speaker"))[0]
+    settings = EvaluationConfig(slices=("lang", "nothing"))
+    asked = build_test_set("held_out", config, settings, prompts, Storage())[0]
     index = asked.index
     for sample_id in range(4):
         example = asked.reader.example(sample_id)
@@ -204,7 +206,7 @@ def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, pro
 @pytest.fixture(scope="module")
 def held_out(shard_folder, prompts):
     config = ShardsToTest(shards=str(shard_folder), max_utterances=7)
-    return build_test_set("held_out", config, 3, prompts, Storage())[0]
+    return build_test_set("held_out", config, EvaluationConfig(batch_size=3), prompts, Storage())[0]
 
 
 def test_batches_hold_every_utterance_once_longest_first(held_out):

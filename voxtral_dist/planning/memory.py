@@ -253,7 +253,6 @@ class _Zero:
             "activations": activations,
             "gathered weights": gathered,
             "buffers": buckets + flight,
-            "checkpoint": self._mapped(),
             "libraries": library_bytes(self._setting),
         }
         host = {
@@ -262,11 +261,6 @@ class _Zero:
             "optimizer": self._optimizer()["host"],
         }
         return Moment(name, device, host)
-
-    def _mapped(self) -> float:
-        """On a CPU in float32, pages of the checkpoint's files: positions of the encoder, never trained, are a view."""
-        is_view = self._setting.device == "cpu" and self._setting.value_bytes == _FLOAT32_BYTES
-        return self._sizes.all * self._size if is_view and self._sharding.stage < 3 else 0.0
 
     def _weights(self) -> dict[Place, float]:
         """s P whole, or s P / W and what is too small to be sharded. What is on NVMe passes through five buffers."""
