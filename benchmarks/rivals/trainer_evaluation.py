@@ -56,7 +56,9 @@ def _generate(run: TrainingRun, rank: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "core_seconds": time.process_time() - cores_started,
     }
-    return answer | ({"hypotheses": texts} if rank == 0 else {})
+    # It fills the last batches of ranks up with the first utterances again, and gives those a second time.
+    repeated = {"num_repeated_utterances": len(texts) - len(utterances)}
+    return answer | ({"hypotheses": texts[: len(utterances)], **repeated} if rank == 0 else {})
 
 
 def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
