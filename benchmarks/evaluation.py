@@ -68,7 +68,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
         for name, (request, script) in contenders.items():
             # One round tells what lockstep costs.
             if number == 0 or name != LOCKSTEP:
-                rounds[name].append(_answers(request, script, number))
+                rounds[name].append(request.measure(script, number))
     num_compared = _refuse_different(rounds)
     rates = {
         name: statistics.median(num_utterances / max(rank["seconds"] for rank in answers) for answers in answered)
@@ -113,14 +113,6 @@ def _run(folder: Path, num_utterances: int, num_steps: int) -> TrainingRun:
         max_tokens_per_second=MAX_TOKENS_PER_SECOND,
         max_new_tokens=MAX_NEW_TOKENS,
     )
-
-
-def _answers(asked: TrainingRun, script: str, number: int) -> Answers:
-    answers = asked.ask(script, number)
-    for answer in answers:
-        if "not_run" in answer:
-            raise RuntimeError(f"{script}: {answer['not_run']}")
-    return answers
 
 
 def _core_seconds(rounds: list[Answers]) -> float:

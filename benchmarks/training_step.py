@@ -129,8 +129,8 @@ def _compare(asked: TrainingRun, engine: str, num_rounds: int) -> dict[str, Any]
     theirs: list[Answers] = []
     for number in range(num_rounds):
         is_last = number == num_rounds - 1
-        ours.append(_answers(replace(sharded, is_profiled=is_last), OURS, number))
-        theirs.append(_answers(sharded, TRAINER, number))
+        ours.append(replace(sharded, is_profiled=is_last).measure(OURS, number))
+        theirs.append(sharded.measure(TRAINER, number))
     first, other = ours[0][0]["losses"][0], theirs[0][0]["losses"][0]
     if abs(first - other) > LOSS_TOLERANCE * other:
         raise RuntimeError(f"Both must begin with the same loss, but ours is {first} and the trainer's {other}.")
@@ -150,7 +150,7 @@ def _packed(asked: TrainingRun, unpacked: dict[str, Any]) -> dict[str, Any]:
     num_clips = asked.batch_size * NUM_RANKS * asked.num_steps * CLIPS_PER_WINDOW
     corpus = write_short_clips(asked.folder / "packed" / "corpus", num_clips)
     packed = replace(asked, shards=str(corpus.shards), folder=asked.folder / "packed", packing=True, **ENGINES["zero2"])
-    rounds = {"with_packing": [_answers(packed, OURS, 0)], "without": unpacked["rounds"]["ours"]}
+    rounds = {"with_packing": [packed.measure(OURS, 0)], "without": unpacked["rounds"]["ours"]}
     rates = {name: _audio_rate(answers) for name, answers in rounds.items()}
     return {
         "packing_ratio": rates["with_packing"] / rates["without"],
@@ -167,14 +167,6 @@ def _audio_rate(rounds: Sequence[Answers]) -> float:
         for rank in first_ranks
         for audio, seconds in zip(rank["audio_seconds"][1:], rank["seconds"][1:], strict=True)
     )
-
-
-def _answers(asked: TrainingRun, script: str, number: int) -> Answers:
-    answers = asked.ask(script, number)
-    for answer in answers:
-        if "not_run" in answer:
-            raise RuntimeError(f"{script}: {answer['not_run']}")
-    return answers
 
 
 def _medians(rounds: Sequence[Answers]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -19,32 +19,15 @@ import torch.distributed as dist
 import yaml
 from transformers import VoxtralForConditionalGeneration
 
-from voxtral_dist.cli import main
 from voxtral_dist.config import load_config
 from voxtral_dist.data.index import read_index
 from voxtral_dist.data.prompting import Prompting
 from voxtral_dist.tiny import build_tiny_voxtral
 
+from commands import Result, run_command
 from corpora import TINY_SHAPE, tone, write_lines
 
 PROGRAM = Path(sys.executable).with_name("voxtral-dist")
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    def refusal(self) -> str:
-        """The sentence of a refused command, which says nothing else."""
-        assert self.code == 2, self
-        assert self.err.startswith("voxtral-dist: error: "), self.err
-        assert self.err.endswith("\n")
-        assert self.err.count("\n") == 1, self.err
-        assert "Traceback" not in self.err
-        assert self.out == ""
-        return self.err
 
 
 Run = Callable[..., Result]
@@ -58,16 +41,12 @@ def run(capsys, monkeypatch) -> Run:
         monkeypatch.delenv(name)
 
     def run_main(*arguments: object) -> Result:
-        capsys.readouterr()
         try:
-            with pytest.raises(SystemExit) as ended:
-                main([str(argument) for argument in arguments])
+            return run_command(capsys, *arguments)
         finally:
             # A command that failed leaves its group to the end of the process.
             if dist.is_initialized():
                 dist.destroy_process_group()
-        output = capsys.readouterr()
-        return Result(ended.value.code, output.out, output.err)
 
     return run_main
 

@@ -6,21 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from voxtral_dist.cli import main
+from commands import Result, run_command
 
 Rows = list[dict[str, object]]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -28,10 +20,7 @@ def score(capsys) -> Callable[..., Result]:
     """Runs the command in this process."""
 
     def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as ended:
-            main(["score", *map(str, arguments)])
-        output = capsys.readouterr()
-        return Result(ended.value.code, output.out, output.err)
+        return run_command(capsys, "score", *arguments)
 
     return run
 
@@ -41,11 +30,7 @@ def refusal(score) -> Callable[..., str]:
     """The sentence of a refused command, which says nothing else."""
 
     def run(*arguments: object) -> str:
-        result = score(*arguments)
-        assert (result.code, result.out) == (2, ""), result
-        assert result.err.startswith("voxtral-dist: error: ")
-        assert result.err.count("\n") == 1, result.err
-        return result.err
+        return score(*arguments).refusal()
 
     return run
 

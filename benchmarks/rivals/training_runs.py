@@ -71,6 +71,18 @@ class TrainingRun:
         """Where a rank leaves its answer."""
         return self.folder / f"answer-{rank}.json"
 
+    def measure(self, script: str, number: int) -> list[dict[str, Any]]:
+        """The answer of each rank; see `ask`.
+
+        Raises:
+            RuntimeError: a rank has none.
+        """
+        answers = self.ask(script, number)
+        for answer in answers:
+            if "not_run" in answer:
+                raise RuntimeError(f"{script}: {answer['not_run']}")
+        return answers
+
     def ask(self, script: str, number: int) -> list[dict[str, Any]]:
         """The answer of each rank, which may be `{"not_run": reason}`; `number` tells repetitions apart."""
         mine = replace(self, folder=self.folder / f"{Path(script).stem}-{number}")

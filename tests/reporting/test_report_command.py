@@ -6,23 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from voxtral_dist.cli import main
 from voxtral_dist.evaluation.report import percent
 from voxtral_dist.evaluation.tables import shown_audio, shown_interval
 
+from commands import Result, run_command
 from saved_results import parse, score_of, utterance, write_run, write_set
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -30,10 +22,7 @@ def report(capsys) -> Callable[..., Result]:
     """Runs the command in this process."""
 
     def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as ended:
-            main(["report", *map(str, arguments)])
-        output = capsys.readouterr()
-        return Result(ended.value.code, output.out, output.err)
+        return run_command(capsys, "report", *arguments)
 
     return run
 
@@ -43,11 +32,7 @@ def refusal(report) -> Callable[..., str]:
     """The sentence of a refused command, which says nothing else."""
 
     def run(*arguments: object) -> str:
-        result = report(*arguments)
-        assert (result.code, result.out) == (2, ""), result
-        assert result.err.startswith("voxtral-dist: error: ")
-        assert result.err.count("\n") == 1, result.err
-        return result.err
+        return report(*arguments).refusal()
 
     return run
 
@@ -113,12 +98,15 @@ def test_the_best_step_is_that_of_the_lowest_wer_of_the_first_set(report, shard_
     run = write_run(tmp_path / "forgetful", shard_folder, wrong_words=(3, 1, 2))
     report(run, "--step", "best", "--out", tmp_path)
     assert "- Step: 4, of 3 evaluated steps" in (tmp_path / "report.md").read_text()
+    # What the run selected itself goes before: it looked at a guard too.
+    (run / "best.json").write_text(json.dumps({"step": 8, "wer": 0.2, "checkpoint": "checkpoints/step-0000008"}))
+    report(run, "--step", "best", "--out", tmp_path)
+    assert "- Step: 8, of 3 evaluated steps" in (tmp_path / "report.md").read_text()
 
 
-def test_what_score_writes_is_enough(report, tmp_path, shard_folder, run):
+def test_what_score_writes_is_enough(report, capsys, tmp_path, shard_folder, run):
     hypotheses = run / "evaluations" / "step-0000008" / "speech.jsonl"
-    with pytest.raises(SystemExit):
-        main(["score", str(hypotheses), "--normalizer", "none", "--out", str(tmp_path / "scored")])
+    assert run_command(capsys, "score", hypotheses, "--normalizer", "none", "--out", tmp_path / "scored").code == 0
     assert report(tmp_path / "scored").code == 0
     page = parse(tmp_path / "scored" / "report.html")
     assert "normalizer none-1" in page.text
