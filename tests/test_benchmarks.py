@@ -11,7 +11,7 @@ import pytest
 from corpora import REPOSITORY
 
 # Which start several ranks one after the other, or compile what DeepSpeed offloads by.
-SLOW = {"building", "gpu", "plan_memory", "training_step"}
+SLOW = {"building", "evaluation", "gpu", "plan_memory", "training_step"}
 BENCHMARKS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
     for path in sorted((REPOSITORY / "benchmarks").glob("*.py"))
