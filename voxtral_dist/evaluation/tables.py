@@ -36,15 +36,18 @@ def comparison_line(comparison: PairedComparison) -> str:
     """What a second run changes."""
     if comparison.wer_difference is None:
         return "The references have no words: there is nothing to compare."
-    said = [
-        f"Second against first: WER {100 * comparison.wer_difference:+.2f} points "
-        f"{shown_interval(comparison.wer_difference_interval, '+.2f')}".rstrip()
-    ]
+    difference = f"Second against first: WER {100 * comparison.wer_difference:+.2f} points"
+    return f"{with_certainty(difference, comparison)}, {comparison.num_utterances} utterances"
+
+
+def with_certainty(difference: str, comparison: PairedComparison) -> str:
+    """A difference of error rates as it was said, and what tells it from chance, as far as that is known."""
+    said = [f"{difference} {shown_interval(comparison.wer_difference_interval, '+.2f')}".rstrip()]
     if comparison.probability_of_improvement is not None:
         said.append(f"probability of improvement {comparison.probability_of_improvement:.3f}")
     if comparison.p_value is not None:
         said.append(f"p = {comparison.p_value:.2g} (matched pairs)")
-    return ", ".join([*said, f"{comparison.num_utterances} utterances"])
+    return ", ".join(said)
 
 
 def _slice_rows(slices: Mapping[str, Mapping[str, SliceScore]]) -> Iterator[tuple[str, ...]]:

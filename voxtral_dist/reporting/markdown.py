@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from voxtral_dist.evaluation.alignment import AlignedWord, EditKind
 from voxtral_dist.evaluation.report import percent
-from voxtral_dist.evaluation.tables import shown_audio, shown_interval
+from voxtral_dist.evaluation.tables import shown_audio, shown_interval, with_certainty
 from voxtral_dist.reporting.cards import Card
 from voxtral_dist.reporting.curves import Scores
 from voxtral_dist.reporting.figures import other_columns, points
@@ -95,16 +95,9 @@ def _test_set(test_set: TestSetReport) -> Iterator[str]:
 
 def _comparison(compared: Comparison) -> str:
     result = compared.result
-    said = [
-        f"Against the baseline (WER {percent(compared.baseline_score.wer)}): {points(result.wer_difference)} "
-        f"{shown_interval(result.wer_difference_interval, '+.2f')}".rstrip()
-    ]
-    if result.probability_of_improvement is not None:
-        said.append(f"probability of improvement {result.probability_of_improvement:.3f}")
-    if result.p_value is not None:
-        said.append(f"p = {result.p_value:.2g} (matched pairs)")
+    difference = f"Against the baseline (WER {percent(compared.baseline_score.wer)}): {points(result.wer_difference)}"
     changes = f"{compared.num_better} of {result.num_utterances} utterances better, {compared.num_worse} worse"
-    return f"{', '.join(said)}; {changes}."
+    return f"{with_certainty(difference, result)}; {changes}."
 
 
 def _slices(table: SliceTable) -> Iterator[str]:
