@@ -18,7 +18,10 @@ from typing import Any
 
 import soundfile
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -47,6 +50,8 @@ def main() -> None:
 
 
 def _train(run: TrainingRun) -> dict[str, Any]:
+    if run.fsdp2:
+        _shard_on_cpus_too()
     arguments = _arguments(run)
     meter = StepMeter(arguments.device)
     trainer = Seq2SeqTrainer(
@@ -57,7 +62,21 @@ def _train(run: TrainingRun) -> dict[str, Any]:
         callbacks=[_Metered(meter)],
     )
     trainer.train()
+    if run.fsdp2 and not isinstance(trainer.model, FSDPModule):
+        raise RuntimeError("The trainer was asked for FSDP2, but trained without it.")
     return meter.answer()
+
+
+def _shard_on_cpus_too() -> None:
+    """Let accelerate's FSDP2 be: asked for it on CPUs, its state takes plain DDP, and says nothing."""
+    original = AcceleratorState.__init__
+
+    def begin(state: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **named: Any) -> None:
+        original(state, *arguments, fsdp_plugin=fsdp_plugin, **named)
+        if fsdp_plugin is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = begin
 
 
 def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
