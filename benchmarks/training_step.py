@@ -17,11 +17,11 @@ Predicted before the first run: 1.05 to 1.15. Both compute the same encoder and 
 logits of positions without targets, which in the published shape are 6 % of all operations, and here 4 % with their
 memory traffic on top. The aim was 1.3.
 
-Measured: 1.13 under ZeRO-2, 1.63 under ZeRO-3 and 0.88 under FSDP2, in core seconds 1.03, 1.13 and 0.90, where other
-programs disturbed the run, FSDP2's part of it most; docs/benchmarks.md has the figures. The aim is met under ZeRO-3,
-since DeepSpeed gathers whole blocks for ours, and out of reach elsewhere on equal batches: attention is 47 % of our
-step and products of matrices are 35 %, by the same kernels on both sides. What is ours alone is small: features 0.1 s
-of a step of 32 s, data 0.01 s, logits and loss 0.14 s.
+Measured: 1.13 under ZeRO-2, 1.63 under ZeRO-3 and 1.10 under FSDP2, in core seconds 1.03, 1.13 and 1.10;
+docs/benchmarks.md has the figures. The aim is met under ZeRO-3, since DeepSpeed gathers whole blocks for ours, and out
+of reach elsewhere on equal batches: attention is 47 % of our step and products of matrices are 35 %, by the same
+kernels on both sides. What is ours alone is small: features 0.1 s of a step of 32 s, data 0.01 s, logits and loss
+0.14 s.
 
 Tried without success: attention over whole heads by products of matrices, in place of torch's own kernel, takes 3.9
 times as long; `is_causal` in place of a mask takes 9 % less of the language model's attention, which is a seventh of
