@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from voxtral_dist.files import write_whole
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -157,9 +159,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def drop_rows_after(path: Path, step: int) -> None:
     """Forget what was measured after the checkpoint that the run goes on from, so that each step has one row."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @dataclass

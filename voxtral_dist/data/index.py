@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from voxtral_dist.data.members import TAR_BLOCK_BYTES, Sample, SampleMembers, parse_sample
 from voxtral_dist.data.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError
+from voxtral_dist.files import write_whole
 
 INDEX_FILE = "index.npy"
 SHARD_TABLE_FILE = "shards.json"
@@ -259,9 +260,7 @@ def write_index(
         "records_sha256": hashlib.sha256(np.ascontiguousarray(records).data).hexdigest(),
         "shards": [asdict(shard) | {"location": _relative(shard, folder)} for shard in shards],
     }
-    temporary = folder / f".{SHARD_TABLE_FILE}.tmp"
-    temporary.write_text(json.dumps(table, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(folder / SHARD_TABLE_FILE)
+    write_whole(folder / SHARD_TABLE_FILE, json.dumps(table, indent=1, ensure_ascii=False))
 
 
 def read_index(patterns: Sequence[str], storage: Storage | None = None) -> ShardIndex:

@@ -1,0 +1,29 @@
+"""Files that are whole or not there, whenever their writer is killed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from voxtral_dist.errors import UserError
+
+
+def refuse_unwritable(option: str, folder: Path) -> None:
+    """Make a folder for results that are yet to be computed.
+
+    Raises:
+        UserError: it cannot be made, or nothing can be written there; the sentence names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`{option}`: {folder} cannot be made: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"`{option}`: {folder} cannot be written: change its owner or choose another.")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text as UTF-8; a reader finds the old file or the new one, and never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
