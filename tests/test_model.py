@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import VoxtralConfig
 
-from voxtral_dist.config import ModelConfig
-from voxtral_dist.model import fill_skeleton, skeleton
+from voxtral_dist.config import ModelConfig, TrainableConfig
+from voxtral_dist.model import blocks_of, fill_skeleton, skeleton, trained_skeleton
 from voxtral_dist.weights import load_for_inference, load_voxtral
 
 
@@ -40,3 +41,14 @@ def test_a_trained_model_generates_as_the_published_class_does(tiny_model: Path)
     }
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 11}
     assert torch.equal(trained.generate(**inputs, **options), published.generate(**inputs, **options))
+
+
+def test_blocks_are_compiled_in_training_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward: lambda *_, **__: "compiled")
+    config = ModelConfig(path=str(tiny_model), precision="float32", compile_blocks=True)
+    model = trained_skeleton(config, TrainableConfig(), torch.float32)
+    block = blocks_of(model)["encoder"][0]
+    hidden = torch.empty(1, 4, model.config.audio_config.d_model, device="meta")
+    assert block(hidden, None) == "compiled"
+    model.eval()
+    assert torch.is_tensor(block(hidden, None)[0])

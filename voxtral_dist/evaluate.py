@@ -14,7 +14,8 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.loading import load_transcriber, processor_path
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.report import TestSetScore
-from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
+from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
+from voxtral_dist.files import refuse_unwritable
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ def evaluate(
     """Name and score of each shard folder in turn; details are written to `out_dir`.
 
     Raises:
-        UserError: two folders have the same name, so that the results of one would replace the other's.
+        UserError: two folders have the same name, so that the results of one would replace the other's, or `out_dir`
+            cannot be written.
     """
+    refuse_unwritable("--out", out_dir)
     test_sets = {
         _set_name(folder): TestSetConfig(
             shards=folder, detect_language=options.detect_language, context=options.context
@@ -46,6 +49,7 @@ def evaluate(
     named = options.settings.model_copy(update={"test_sets": test_sets})
     prompts = VoxtralPrompts.from_pretrained(processor_path(model_path))
     built = build_test_sets(named, prompts)
+    refuse_different_test_sets(built, world)
     # Before the model is loaded: it may be refused.
     used = normalizer(named.normalizer, options.target_text)
     transcriber = load_transcriber(model_path, prompts, named, precision, world)

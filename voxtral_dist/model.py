@@ -167,9 +167,19 @@ def _wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) ->
     for component, blocks in blocks_of(model).items():
         for number, block in enumerate(blocks):
             if config.compile_blocks:
-                block.forward = torch.compile(block.forward)
+                block.forward = _compiled(block.forward, block)
             if is_checkpointed(number, every[component]):
                 block.forward = _checkpointed(block.forward, block)
+
+
+def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+    """Compiled in training alone: while decoding, lengths change with every token, and torch would soon give up."""
+    compiled = torch.compile(forward)
+
+    def maybe_compiled(*arguments: Any, **named: Any) -> Any:
+        return (compiled if block.training else forward)(*arguments, **named)
+
+    return maybe_compiled
 
 
 def is_checkpointed(block_number: int, every: int) -> bool:

@@ -6,9 +6,11 @@ import gc
 import json
 import shutil
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +21,14 @@ from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.index import read_index
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
-from voxtral_dist.errors import SharedError
+from voxtral_dist.engine.copies import evaluation_copy
+from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.placement import decoding_weights
-from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
+from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
 from voxtral_dist.evaluation.transcribe import Transcriber
+from voxtral_dist.weights import load_for_inference
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
@@ -202,3 +206,52 @@ def test_a_rank_that_cannot_decode_ends_all_others(fitted_model: Path, shards: P
     for sentence, _, seconds in run_ranks(2, error_and_seconds, config_of(case, 0, fitted_model, shards, tmp_path)):
         assert "ended on rank 1: MemoryError: no room for another batch" in sentence
         assert seconds < 60
+
+
+def how_it_ends(world: World, config: RunConfig) -> tuple[str, str]:
+    try:
+        error_and_seconds(world, config)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    raise AssertionError("the evaluation ended as if nothing had happened")
+
+
+def test_a_rank_that_cannot_decode_in_lockstep_ends_alone_with_its_reason(
+    fitted_model: Path, shards: Path, tmp_path: Path
+) -> None:
+    case = Case(FSDP2, {"batch_size": 2, "weights": "sharded", "num_beams": 2})
+    # The other one waits for weights, until it is ended or sees that nobody is there.
+    other, mine = run_ranks(2, how_it_ends, config_of(case, 0, fitted_model, shards, tmp_path))
+    assert mine == (
+        "_OthersWaitError",
+        "The evaluation of `heard` ended on rank 1: MemoryError: no room for another batch",
+    )
+    assert other[0] != "SharedError"
+
+
+def test_a_gathered_copy_leaves_nothing_behind(fitted_model: Path, shards: Path, tmp_path: Path) -> None:
+    config = config_of(Case(FSDP2, {}), 0, fitted_model, shards, tmp_path)
+    model = load_for_inference(str(fitted_model), CPU, "float32")
+    with evaluation_copy(config, model.named_parameters(), model.named_buffers()) as copy:
+        held = weakref.ref(copy.model.audio_tower.conv1.weight)
+        assert held() is not None
+    # The copy itself is still held, by this test and by its own wrapped methods.
+    assert held() is None
+    assert all(weight.is_meta for weight in copy.parameters())
+    assert not any(weight.is_meta for weight in model.parameters())
+
+
+def refuse_what_differs(world: World) -> str:
+    seen = [SimpleNamespace(name="same", fingerprint="a"), SimpleNamespace(name="dev", fingerprint=str(world.rank))]
+    try:
+        refuse_different_test_sets(seen, world)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_other_test_sets_are_refused() -> None:
+    sentences = run_ranks(2, refuse_what_differs)
+    assert sentences[0] == sentences[1]
+    assert "`evaluation.test_sets.dev`: rank 1 sees other shards than rank 0" in sentences[0]
+    assert run_ranks(1, refuse_what_differs) == [""]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,11 +13,26 @@ from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.model import DTYPES, TrainedVoxtral, fill_skeleton, trained_skeleton
 
 
-@torch.no_grad()
+@contextmanager
 def evaluation_copy(
     config: RunConfig, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
+) -> Iterator[TrainedVoxtral]:
+    """The model of a run in evaluation mode, with weights that come in the order of its parameters.
+
+    Its memory is given back at the end, whoever still holds the model: its wrapped methods hold it in a circle, which
+    only a collection of garbage would end.
+    """
+    copy = _filled_copy(config, weights, buffers)
+    try:
+        yield copy
+    finally:
+        copy.to("meta")
+
+
+@torch.no_grad()
+def _filled_copy(
+    config: RunConfig, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
 ) -> TrainedVoxtral:
-    """The model of a run in evaluation mode, with weights that come in the order of its parameters."""
     # Lengths change with every token: blocks would be compiled over and over.
     model_config = config.model.model_copy(update={"compile_blocks": False})
     copy = trained_skeleton(model_config, config.trainable, DTYPES[config.model.precision])

@@ -133,7 +133,8 @@ class Fsdp2Engine:
         """See `Engine`. A copy is gathered, parameter by parameter, and lives as long as the context."""
         dtype = DTYPES[self._config.model.precision]
         whole = ((name, gathered(one, dtype, self._world.device)) for name, one in self._parameters.items())
-        yield evaluation_copy(self._config, whole, self._model.named_buffers())
+        with evaluation_copy(self._config, whole, self._model.named_buffers()) as copy:
+            yield copy
 
     def full_weights_bytes(self) -> int:
         """See `Engine`."""

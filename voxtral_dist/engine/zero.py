@@ -106,7 +106,8 @@ class ZeroEngine:
             with self.sharded_weights() as module:
                 yield module
         else:
-            yield evaluation_copy(self._config, self._gathered_parameters(), self._module.named_buffers())
+            with evaluation_copy(self._config, self._gathered_parameters(), self._module.named_buffers()) as copy:
+                yield copy
 
     def full_weights_bytes(self) -> int:
         """See `Engine`."""

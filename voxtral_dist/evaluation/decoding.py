@@ -1,7 +1,8 @@
 """The batches of a test set decoded over ranks: handed out one by one, or in lockstep where weights are sharded.
 
 An error of one rank ends the evaluation on all of them, with its reason: the others learn of it before they begin
-another batch, and none waits for results that will not come.
+another batch, and none waits for results that will not come. Only in the middle of a batch in lockstep nobody can be
+told, because the others wait for weights: there the rank ends, and the launcher ends them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from voxtral_dist.data.samples import Example
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks
 from voxtral_dist.distributed.hand_out import HandOut
 from voxtral_dist.distributed.world import World
-from voxtral_dist.errors import SharedError, UserError
+from voxtral_dist.errors import RankError, SharedError, UserError
 from voxtral_dist.evaluation.transcribe import DecodedBatch, Hypothesis, Transcriber
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,10 @@ def decode_batches(
         world: all ranks.
 
     Raises:
-        SharedError: on all ranks, if one of them could not read or decode a batch.
+        SharedError: on all ranks, if one of them could not read a batch, or could not decode one by itself.
+        RankError: on a rank that could not decode one in lockstep.
     """
-    part = _Part(batches, read, transcriber, with_loss, world)
+    part = _Part(name, batches, read, transcriber, with_loss, world)
     started = time.monotonic()
     failure = part.decode()
     seconds = time.monotonic() - started
@@ -62,15 +64,26 @@ class _OtherRankFailedError(Exception):
     """Ends this rank's part; the other rank says why."""
 
 
+class _OthersWaitError(RankError):
+    """Met where the others cannot be told."""
+
+
 class _Part:
     """What a rank does of an evaluation, and its results so far."""
 
     def __init__(
-        self, batches: Sequence[Batch], read: ReadBatch, transcriber: Transcriber, with_loss: bool, world: World
+        self,
+        name: str,
+        batches: Sequence[Batch],
+        read: ReadBatch,
+        transcriber: Transcriber,
+        with_loss: bool,
+        world: World,
     ) -> None:
         self.pairs: list[tuple[Example, Hypothesis]] = []
         self.loss_sum = 0.0
         self.num_targets = 0
+        self._name = name
         self._batches = batches
         self._read = read
         self._transcriber = transcriber
@@ -86,6 +99,8 @@ class _Part:
                 self._decode_what_is_handed_out()
         except _OtherRankFailedError:
             return None
+        except _OthersWaitError:
+            raise
         except Exception as error:
             return error
         return None
@@ -106,7 +121,13 @@ class _Part:
         for first in range(0, len(self._batches), self._world.size):
             examples, most_windows = self._read_together(self._batches[first : first + self._world.size])
             asked = examples or [self._transcriber.silence]
-            decoded = self._transcriber.decode(asked, with_loss=self._with_loss, most_windows=most_windows)
+            try:
+                decoded = self._transcriber.decode(asked, with_loss=self._with_loss, most_windows=most_windows)
+            except Exception as error:
+                log.error("rank %d could not decode a batch", self._world.rank, exc_info=error)
+                raise _OthersWaitError(
+                    f"The evaluation of `{self._name}` ended on rank {self._world.rank}: {_reason(error)}"
+                ) from error
             if examples:
                 self._add(examples, decoded)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,13 @@ class TestSet:
     num_distractors: int | None = None
     grouping: Grouping = field(default_factory=Grouping)
 
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same utterances and words, and practically no others."""
+        shards = [(part.fingerprint, len(part.records)) for part in self.index.sets]
+        words = "" if self.words is None else self.words.fingerprint
+        return hashlib.sha256(repr((shards, len(self.index), words)).encode()).hexdigest()
+
     def read(self, batch: Batch) -> list[Example]:
         """The examples of a batch.
 
@@ -63,6 +71,27 @@ class TestSet:
                 f"The test set `{self.name}` has an unusable utterance: {error}. Mend or remove it, then pack the set "
                 "again."
             ) from error
+
+
+def refuse_different_test_sets(test_sets: Sequence[TestSet], world: World) -> None:
+    """Refuse ranks that would decode different utterances, or wait for batches that others do not have.
+
+    Raises:
+        UserError: a rank sees other shards of a test set than rank 0, or other words.
+    """
+    seen = [(one.name, one.fingerprint) for one in test_sets]
+    gathered = gather_on_first(seen, world)
+    different = [
+        (rank, one[0])
+        for rank, theirs in enumerate(gathered)
+        for one, first in zip(theirs, gathered[0], strict=True)
+        if one != first
+    ]
+    for rank, name in from_first_rank(different[:1], world):
+        raise UserError(
+            f"`evaluation.test_sets.{name}`: rank {rank} sees other shards than rank 0, another index of them, or "
+            "other words: copy them to all nodes again, or put them on storage that all share."
+        )
 
 
 def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: Storage | None = None) -> list[TestSet]:
