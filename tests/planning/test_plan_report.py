@@ -123,6 +123,29 @@ def test_what_does_not_fit_comes_with_what_to_change(capsys, mini):
 
 
 @pytest.mark.usefixtures("in_repository")
+def test_evaluations_gather_weights_only_where_that_fits(capsys, mini):
+    def peak(weights: str, *more: str) -> dict[str, Any]:
+        changed = (
+            f"model.path={mini}",
+            f"evaluation.weights={weights}",
+            "train_data.slots_per_step=64",
+            "train_data.max_examples=1",
+        )
+        return plan(capsys, *(part for one in changed for part in ("--set", one)), "--gpus", "64", *more)["configured"]
+
+    gathered, sharded, auto = (peak(weights) for weights in ("gathered", "sharded", "auto"))
+    # So little is computed on each of so many ranks that 9.4 GB of whole weights are what decides.
+    assert gathered["peak_at"] == "evaluation"
+    assert gathered["device_bytes"] > sharded["device_bytes"]
+    assert auto["device_bytes"] == gathered["device_bytes"], "without a limit it fits"
+    limit = f"{(gathered['device_bytes'] + sharded['device_bytes']) / 2e9:.3f}GB"
+    found = peak("auto", "--gpu-memory", limit)
+    assert found["fits"] is True
+    assert found["device_bytes"] == sharded["device_bytes"]
+    assert peak("gathered", "--gpu-memory", limit)["fits"] is False
+
+
+@pytest.mark.usefixtures("in_repository")
 def test_the_text_says_whether_it_fits_and_what_decides(capsys, mini):
     recipe = REPOSITORY / "launch" / "recipes" / "voxtral_mini_full.yaml"
     with pytest.raises(SystemExit):

@@ -76,7 +76,8 @@ class Setting:
 
     num_ranks: of all nodes. num_micro_batches: of a rank in each step. value_bytes: of a value in the model's
     precision. moment_bytes: that the optimizer keeps of a value, see `MOMENT_BYTES`. evaluation_bytes: keys, values and
-    activations of decoding, 0 without test sets.
+    activations of decoding, 0 without test sets. evaluation_weights: as in `EvaluationConfig.weights`. device_memory:
+    of a rank, where it is known.
     """
 
     device: DeviceKind
@@ -85,6 +86,16 @@ class Setting:
     value_bytes: int
     moment_bytes: int = MOMENT_BYTES["adamw"]
     evaluation_bytes: float = 0.0
+    evaluation_weights: Literal["auto", "gathered", "sharded"] = "auto"
+    device_memory: int | None = None
+
+    def evaluation(self, whole: Moment, sharded: Moment) -> Moment:
+        """What a run does: `auto` decodes with whole weights where they fit, and else in lockstep."""
+        if self.evaluation_weights == "auto":
+            is_whole = self.device_memory is None or whole.bytes_of(self.device) <= self.device_memory
+        else:
+            is_whole = self.evaluation_weights == "gathered"
+        return whole if is_whole else sharded
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,10 @@ class Moment:
     def host_bytes(self) -> float:
         """In host memory."""
         return sum(self.host.values())
+
+    def bytes_of(self, device: DeviceKind) -> float:
+        """What the memory of a rank has to hold: on a CPU it is that of the host."""
+        return self.device_bytes + (self.host_bytes if device == "cpu" else 0.0)
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,7 @@ class _Zero:
             "forward pass",
             gradients=gradients,
             activations=activations,
-            gathered=self._live(self._sharding.max_live) + self._in_flight(),
+            gathered=self._gathered_in_forward(),
         )
 
     def _backward(self) -> Moment:
@@ -228,11 +243,19 @@ class _Zero:
         return self._moment("update", gradients=gradients, flight=temporary)
 
     def _evaluation(self) -> Moment:
-        """Under stage 3 a whole model in the model's precision is gathered for as long as an evaluation lasts."""
-        copy = self._sizes.all * self._size if self._sharding.stage == 3 else 0.0
+        """Under stage 3 a whole model in the model's precision is gathered, or what a forward pass gathers."""
+        if self._sharding.stage < 3:
+            return self._evaluation_with(0.0)
+        whole = self._evaluation_with(self._sizes.all * self._size)
+        return self._setting.evaluation(whole, self._evaluation_with(self._gathered_in_forward()))
+
+    def _evaluation_with(self, gathered: float) -> Moment:
         moment = self._moment("evaluation", gradients=self._fixed_gradients())
-        more = {"gathered weights": copy, "decoding": self._setting.evaluation_bytes}
+        more = {"gathered weights": gathered, "decoding": self._setting.evaluation_bytes}
         return Moment(moment.name, moment.device | more, moment.host)
+
+    def _gathered_in_forward(self) -> float:
+        return self._live(self._sharding.max_live) + self._in_flight()
 
     def _moment(
         self,
@@ -362,8 +385,11 @@ class _Fsdp2:
             self._moment("update"),
         ]
         if self._setting.evaluation_bytes:
-            copy = self._sizes.all * self._setting.value_bytes
-            moments.append(self._moment("evaluation", gathered=copy, decoding=self._setting.evaluation_bytes))
+            whole, sharded = (
+                self._moment("evaluation", gathered=gathered, decoding=self._setting.evaluation_bytes)
+                for gathered in (self._sizes.all * self._setting.value_bytes, self._gathered())
+            )
+            moments.append(self._setting.evaluation(whole, sharded))
         return MemoryEstimate(self._sharding, tuple(moments), 0.0)
 
     def _moment(

@@ -77,6 +77,8 @@ class Planner:
             value_bytes=self.model.lm_head.weight.element_size(),
             moment_bytes=MOMENT_BYTES[self.config.optimizer.algorithm],
             evaluation_bytes=self._decoding() if self.config.evaluation.test_sets else 0.0,
+            evaluation_weights=self.config.evaluation.weights,
+            device_memory=self.machine.gpu_memory,
         )
         return estimate(sharding, self._sizes, self._activations.parts(shape), setting)
 
@@ -100,8 +102,8 @@ class Planner:
         sizes = window_sizes(self.model)
         settings = self.config.evaluation
         answer = MIN_NEW_TOKENS + round(settings.max_tokens_per_second * sizes.seconds)
-        batch = settings.batch_size
-        return self._activations.decoding(MicroBatchShape(batch, batch, sizes.audio_tokens + answer, 0))
+        num_windows, num_rows = settings.batch_size, settings.batch_size * settings.num_beams
+        return self._activations.decoding(MicroBatchShape(num_windows, num_rows, sizes.audio_tokens + answer, 0))
 
 
 def skeleton_of(config: RunConfig) -> TrainedVoxtral:
