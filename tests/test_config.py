@@ -84,6 +84,7 @@ def test_misspelt_keys_of_a_file_are_all_named(smallest):
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas.1"),
         ("optimizer.schedule=cosin", "optimizer.schedule"),
         ("optimizer.warmup_steps=200", "optimizer.warmup_steps"),
         ("model.precision=float8", "model.precision"),

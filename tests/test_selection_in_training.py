@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from voxtral_dist.checkpoint import load_checkpoint
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import RunConfig, SelectionConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.metrics import read_metrics
+from voxtral_dist.train import EXIT_STOPPED
 from voxtral_dist.weights import load_for_inference
 
 from ranks import run_ranks
@@ -75,9 +78,75 @@ def test_the_best_checkpoint_is_kept_and_exported(
         assert best == {"step": 2, "wer": 0.3, "checkpoint": "checkpoints/step-0000002"}
         summary = json.loads((config.run_dir / "summary.json").read_text())
         assert (summary["num_steps"], summary["exported_step"], summary["best_wer"]) == (4, 2, 0.3)
+        assert summary["wer_after"] == 0.3, "of what is exported"
         at_best = load_checkpoint(str(config.run_dir / best["checkpoint"]), CPU, "auto").state_dict()
         exported = load_for_inference(str(config.run_dir / "export"), CPU, "auto").state_dict()
         assert exported.keys() == at_best.keys()
         assert all(torch.equal(exported[name], weight) for name, weight in at_best.items())
         begun_with = load_file(tiny_model / "model.safetensors")
         assert not torch.equal(begun_with["audio_tower.conv1.weight"], at_best["model.audio_tower.conv1.weight"])
+
+
+def test_a_best_checkpoint_that_is_gone_is_none(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> None:
+    config = run_config(
+        tmp_path / "run",
+        tiny_model,
+        shard_folder,
+        num_steps=3,
+        checkpoint={"every_steps": 1, "keep": 1},
+        evaluation={
+            "test_sets": {"dev": {"shards": str(shard_folder), "max_utterances": 2}},
+            "every_steps": 1,
+            "max_tokens_per_second": 1.0,
+        },
+        metrics={"tensorboard": False},
+        stage=2,
+    )
+    assert run_ranks(1, train_with_scripted_wer, config) == [0]
+    # Asked afterwards, when the best ones by WER were removed long ago.
+    evaluation = config.evaluation.model_copy(update={"selection": SelectionConfig(test_set="dev")})
+    selecting = config.model_copy(update={"evaluation": evaluation, "num_steps": 4})
+    assert run_ranks(1, train_with_scripted_wer, selecting) == [0]
+    assert json.loads((config.run_dir / "best.json").read_text())["step"] == 4
+
+
+def train_and_stop_in_an_evaluation(world: World, config: RunConfig) -> int:
+    from voxtral_dist.evaluation import evaluator
+    from voxtral_dist.train import train
+
+    original = evaluator.evaluate_test_set
+
+    def evaluate(test_set: Any, *arguments: Any) -> Any:
+        if arguments[3].name == "step-0000002" and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(test_set, *arguments)
+
+    evaluator.evaluate_test_set = evaluate
+    return train(config, world)
+
+
+def test_a_run_that_is_asked_to_stop_while_it_evaluates_stops_at_that_step(
+    tiny_model: Path, shard_folder: Path, tmp_path: Path
+) -> None:
+    config = run_config(
+        tmp_path / "run",
+        tiny_model,
+        shard_folder,
+        num_steps=4,
+        checkpoint={"every_steps": 100},
+        evaluation={
+            "test_sets": {"dev": {"shards": str(shard_folder), "max_utterances": 2}},
+            "every_steps": 2,
+            "max_tokens_per_second": 1.0,
+        },
+        metrics={"tensorboard": False},
+        stage=2,
+    )
+    assert run_ranks(2, train_and_stop_in_an_evaluation, config) == [EXIT_STOPPED, EXIT_STOPPED]
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    assert max(row["step"] for row in rows if row["kind"] == "train") == 2
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [0, 2]
+    # It goes on without measuring the same again.
+    assert run_ranks(2, train_with_scripted_wer, config) == [0, 0]
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [0, 2, 4]

@@ -96,6 +96,12 @@ class CheckpointDirectory:
             raise UserError(f"{reported[-1]} No other one is left: remove `checkpoints` to start from the beginning.")
         return newest
 
+    def whole_steps(self) -> list[int]:
+        """The steps of all complete checkpoints whose files are whole, as rank 0 sees the disk."""
+        complete = self._complete_ones() if self._world.is_first else []
+        steps = [int(folder.name.removeprefix("step-")) for folder in complete if _damage(folder) is None]
+        return from_first_rank(steps, self._world)
+
     def _complete_ones(self) -> list[Path]:
         return sorted(path.parent for path in self._folder.glob(f"step-*/{_COMPLETE}"))
 

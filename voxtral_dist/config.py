@@ -401,7 +401,7 @@ class OptimizerConfig(Section):
     component_learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Other peaks for some components, which warm up and fall in the same proportion."""
 
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
     """Decay rates of the running means of the gradient and of its square."""
 
     epsilon: float = Field(default=1e-8, gt=0)

@@ -36,8 +36,9 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.evaluator import Evaluator
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.selection import Verdict
-from voxtral_dist.evaluation.test_sets import build_test_sets
+from voxtral_dist.evaluation.test_sets import build_test_sets, refuse_different_test_sets
 from voxtral_dist.export import export_trained
+from voxtral_dist.files import refuse_unwritable, write_whole
 from voxtral_dist.flops import BatchShape, TrainingFlops
 from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
 from voxtral_dist.model import DTYPES, chosen_attention, trained_skeleton
@@ -80,6 +81,7 @@ def train(config: RunConfig, world: World) -> int:
     )
     refuse_different_data(steps.training_set.fingerprint, world)
     test_sets = build_test_sets(config.evaluation, prompts, storage)
+    refuse_different_test_sets(test_sets, world)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = build_engine(config, log_mel, world, steps.training_set.most_windows)
     flops = training_flops(config)
@@ -91,7 +93,7 @@ def train(config: RunConfig, world: World) -> int:
         _announce(config, progress, steps.training_set, engine.parameter_table(), world, log)
         if evaluator.is_owed(progress.step):
             evaluator.evaluate(engine, progress.step, log)
-        verdict = evaluator.verdict()
+        verdict = evaluator.verdict(checkpoints.whole_steps(), progress.step, log)
         checkpoints.kept_step = verdict.best_step
         bad = _BadSampleLimits(config.train_data)
         started = time.monotonic()
@@ -108,14 +110,16 @@ def train(config: RunConfig, world: World) -> int:
                 saved = checkpoints.save(engine, progress)
                 log.write("checkpoint", progress.step, {"path": saved.name})
             if result.must_stop and not is_last:
-                log.say(f"Stopped at step {progress.step} by a signal; the same command goes on from there.")
-                return EXIT_STOPPED
+                return _stopped(progress, log)
             if is_due:
                 evaluator.evaluate(engine, progress.step, log)
-                verdict = evaluator.verdict()
+                verdict = evaluator.verdict(checkpoints.whole_steps(), progress.step, log)
                 checkpoints.kept_step = verdict.best_step
                 if verdict.must_stop:
                     break
+                # The state is saved; the next step would only have to be saved again.
+                if not is_last and max_over_ranks([int(stop.requested)], world)[0]:
+                    return _stopped(progress, log)
             started = time.monotonic()
         if verdict.best_step not in (None, progress.step):
             checkpoints.load(engine, verdict.best_step)
@@ -125,6 +129,11 @@ def train(config: RunConfig, world: World) -> int:
             try_to_report(config.run_dir)
         log.say(f"Done: the model is in {config.run_dir / 'export'}, the summary in {config.run_dir / 'summary.json'}.")
     return 0
+
+
+def _stopped(progress: TrainProgress, log: MetricsLog) -> int:
+    log.say(f"Stopped at step {progress.step} by a signal; the same command goes on from there.")
+    return EXIT_STOPPED
 
 
 def check_before_loading(config: RunConfig, world: World) -> None:
@@ -138,12 +147,7 @@ def check_before_loading(config: RunConfig, world: World) -> None:
     normalizer(config.evaluation.normalizer)
     if config.engine.deepspeed is not None:
         refuse_old_locks()
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"`run_dir`: {config.run_dir} cannot be made: {error.strerror}.") from error
-    if not os.access(config.run_dir, os.W_OK):
-        raise UserError(f"`run_dir`: {config.run_dir} cannot be written: change its owner or choose another.")
+    refuse_unwritable("run_dir", config.run_dir)
     if world.is_first:
         _lock_run_dir(config.run_dir)
 
@@ -309,27 +313,29 @@ def _refuse_not_finite(name: str, value: float, step: int) -> None:
 
 
 def write_summary(config: RunConfig, progress: TrainProgress, verdict: Verdict, world: World) -> None:
-    """Write `summary.json` from what the run recorded: before and after, on the first test set."""
+    """Write `summary.json` from what the run recorded: before and of what is exported, on the first test set."""
     recorded = read_metrics(config.run_dir / "metrics.jsonl")
     first_set = next(iter(config.evaluation.test_sets), None)
     rows = [row for row in recorded if row["kind"] == "evaluation" and row["name"] == first_set]
+    exported_step = verdict.best_step or progress.step
+    last = next((row for row in reversed(rows) if row["step"] <= exported_step), None)
     summary = {
         "test_set": first_set,
         "wer_before": rows[0]["wer"] if rows and rows[0]["step"] == 0 else None,
-        "wer_after": rows[-1]["wer"] if rows else None,
-        "num_utterances": rows[-1]["num_utterances"] if rows else 0,
+        "wer_after": last["wer"] if last else None,
+        "num_utterances": last["num_utterances"] if last else 0,
         "train_seconds": round(progress.train_seconds, 2),
         "audio_seconds_per_second": round(progress.audio_seconds / progress.train_seconds, 2),
         **_efficiency([row for row in recorded if row["kind"] == "train"]),
         "num_steps": progress.step,
-        "exported_step": verdict.best_step or progress.step,
+        "exported_step": exported_step,
         "best_wer": verdict.best_wer,
         "num_bad_samples": progress.num_bad_samples,
         "num_too_long": progress.num_too_long,
         "world_size": world.size,
         "engine": engine_name(config.engine),
     }
-    (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_whole(config.run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
 def try_to_report(run_dir: Path) -> None:
@@ -435,7 +441,7 @@ def _announce(
 ) -> None:
     """Store the configuration and say what is about to happen."""
     if world.is_first:
-        (config.run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        write_whole(config.run_dir / "config.yaml", dump_config(config))
     values = {
         "world_size": world.size,
         "num_samples": len(training_set.index),

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from voxtral_dist.config import EvaluationConfig, SelectionConfig
-from voxtral_dist.evaluation.selection import judge
+from voxtral_dist.config import EvaluationConfig, GuardConfig, SelectionConfig
+from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.selection import judge, refuse_guard_without_start
 
 EVERY = 10
+# All steps that these runs evaluate.
+SAVED = range(0, 1000, EVERY)
 
 
 def rows(**curves: list[float | None]) -> list[dict[str, Any]]:
@@ -27,20 +30,20 @@ def selection(**settings: Any) -> SelectionConfig:
 
 
 def test_the_smallest_wer_is_the_best_and_the_earliest_of_equals() -> None:
-    verdict = judge(selection(), rows(dev=[0.1, 0.5, 0.3, 0.4, 0.3]))
+    verdict = judge(selection(), rows(dev=[0.1, 0.5, 0.3, 0.4, 0.3]), SAVED)
     assert (verdict.best_step, verdict.best_wer) == (20, 0.3), "the untrained model is no candidate"
     assert not verdict.must_stop
     assert verdict.sentences == ()
 
 
 def test_before_the_first_evaluation_there_is_no_best() -> None:
-    assert judge(selection(), []).best_step is None
-    assert judge(selection(), rows(dev=[0.9])).best_step is None
+    assert judge(selection(), [], SAVED).best_step is None
+    assert judge(selection(), rows(dev=[0.9]), SAVED).best_step is None
 
 
 def test_an_evaluation_that_was_repeated_counts_once() -> None:
     found = [*rows(dev=[0.9, 0.5]), {"step": 10, "name": "dev", "wer": 0.7}, *rows(other=[0.1, 0.1])]
-    assert judge(selection(), found).best_wer == 0.7
+    assert judge(selection(), found, SAVED).best_wer == 0.7
 
 
 @pytest.mark.parametrize(
@@ -54,7 +57,7 @@ def test_an_evaluation_that_was_repeated_counts_once() -> None:
     ],
 )
 def test_patience_counts_evaluations_without_improvement(curve: list[float | None], must_stop: bool) -> None:
-    verdict = judge(selection(patience=2, min_improvement=0.005), rows(dev=curve))
+    verdict = judge(selection(patience=2, min_improvement=0.005), rows(dev=curve), SAVED)
     assert verdict.must_stop == must_stop
     assert len(verdict.sentences) == must_stop
 
@@ -62,16 +65,29 @@ def test_patience_counts_evaluations_without_improvement(curve: list[float | Non
 def test_a_checkpoint_that_breaks_the_guard_is_not_the_best() -> None:
     guard = {"test_set": "general", "max_wer_increase": 0.02}
     found = rows(dev=[0.9, 0.5, 0.4, 0.3], general=[0.1, 0.11, 0.12, 0.13])
-    verdict = judge(selection(guard=guard), found)
+    verdict = judge(selection(guard=guard), found, SAVED)
     assert verdict.best_step == 20
     assert not verdict.must_stop
     assert "`general` is 3.00 points above that of the start, more than 2" in verdict.sentences[0]
 
 
+def test_a_checkpoint_that_was_removed_is_not_the_best() -> None:
+    found = rows(dev=[0.9, 0.5, 0.3, 0.4])
+    assert judge(selection(), found, [10, 30]).best_step == 30
+    assert judge(selection(), found, []).best_step is None
+
+
+def test_a_guard_that_was_not_measured_at_the_start_is_refused() -> None:
+    guard = GuardConfig(test_set="general", max_wer_increase=0.02)
+    refuse_guard_without_start(guard, rows(general=[0.1]))
+    with pytest.raises(UserError, match="did not measure `general` when it began"):
+        refuse_guard_without_start(guard, [*rows(dev=[0.9, 0.5]), {"step": 10, "name": "general", "wer": 0.1}])
+
+
 def test_a_guard_may_stop_the_run() -> None:
     guard = {"test_set": "general", "max_wer_increase": 0.02, "action": "stop"}
-    assert not judge(selection(guard=guard), rows(dev=[0.9, 0.5], general=[0.1, 0.11])).must_stop
-    assert judge(selection(guard=guard), rows(dev=[0.9, 0.5], general=[0.1, 0.13])).must_stop
+    assert not judge(selection(guard=guard), rows(dev=[0.9, 0.5], general=[0.1, 0.11]), SAVED).must_stop
+    assert judge(selection(guard=guard), rows(dev=[0.9, 0.5], general=[0.1, 0.13]), SAVED).must_stop
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from voxtral_dist.config import RunConfig
@@ -13,7 +13,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.placement import decoding_bytes, decoding_weights
-from voxtral_dist.evaluation.selection import Verdict, judge, write_best
+from voxtral_dist.evaluation.selection import Verdict, judge, refuse_guard_without_start, write_best
 from voxtral_dist.evaluation.test_sets import TestSet, evaluate_test_set
 from voxtral_dist.evaluation.transcribe import Transcriber
 from voxtral_dist.metrics import MetricsLog, read_metrics
@@ -42,37 +42,52 @@ class Evaluator:
 
     def is_owed(self, step: int) -> bool:
         """Whether the state that a run starts with is due and was not measured, as by a run killed after its save."""
-        done = {row["name"] for row in self._recorded() if row["step"] == step}
         wanted = {test_set.name for test_set in self._test_sets}
-        return self.is_due(step) and not done.issuperset(wanted)
+        return self.is_due(step) and not self._measured_at(step).issuperset(wanted)
 
     def evaluate(self, engine: Engine, step: int, log: MetricsLog) -> None:
-        """Measure every test set, and record what was found."""
-        if not self._test_sets:
+        """Measure every test set that was not measured at this step, and record what was found."""
+        done = self._measured_at(step)
+        test_sets = [test_set for test_set in self._test_sets if test_set.name not in done]
+        if not test_sets:
             return
         settings = self._config.evaluation
         out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
         with decoding_weights(engine, settings, self._decoding_bytes(), self._world) as (model, in_lockstep, why):
             log.say(f"step {step}: {why}")
             transcriber = Transcriber(model, self._prompts, self._log_mel, settings, in_lockstep)
-            for test_set in self._test_sets:
+            for test_set in test_sets:
                 score = evaluate_test_set(test_set, transcriber, settings, self._normalizer, out_dir, self._world)
                 log.write("evaluation", step, {"name": test_set.name} | score.figures())
                 log.say(f"step {step}: {test_set.name}: {score}")
-        self._record_verdict(step, log)
 
-    def verdict(self) -> Verdict:
-        """What all evaluations so far say, the same on all ranks and after a restart."""
+    def verdict(self, saved_steps: Collection[int], step: int, log: MetricsLog) -> Verdict:
+        """What all evaluations so far say, the same on all ranks and after a restart; said and recorded.
+
+        Args:
+            saved_steps: whose checkpoints are there.
+            step: of the last evaluation, or that the run goes on from.
+            log: of the run.
+
+        Raises:
+            UserError: the run goes on with a guard that it did not measure when it began.
+        """
         settings = self._config.evaluation.selection
-        return Verdict() if settings is None else judge(settings, self._recorded())
-
-    def _record_verdict(self, step: int, log: MetricsLog) -> None:
-        verdict = self.verdict()
+        if settings is None:
+            return Verdict()
+        recorded = self._recorded()
+        if settings.guard is not None:
+            refuse_guard_without_start(settings.guard, recorded)
+        verdict = judge(settings, recorded, saved_steps)
         for sentence in verdict.sentences:
             log.say(f"step {step}: {sentence}")
             log.write("event", step, {"event": "selection", "sentence": sentence})
         if self._world.is_first:
             write_best(self._config.run_dir, verdict)
+        return verdict
+
+    def _measured_at(self, step: int) -> set[str]:
+        return {row["name"] for row in self._recorded() if row["step"] == step}
 
     def _recorded(self) -> list[dict[str, Any]]:
         rows = read_metrics(self._config.run_dir / "metrics.jsonl") if self._world.is_first else []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import GuardConfig, SelectionConfig
+from voxtral_dist.errors import UserError
+from voxtral_dist.files import write_whole
 
 _BEST_FILE = "best.json"
 # WER by step.
@@ -29,15 +31,16 @@ class Verdict:
     must_stop: bool = False
 
 
-def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]]) -> Verdict:
+def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps: Collection[int]) -> Verdict:
     """The verdict on a run by its rows of kind `evaluation`, of which the last one of a step and a test set counts.
 
-    What the run began with is no candidate, and neither is a checkpoint that breaks the guard.
+    What the run began with is no candidate, and neither is a checkpoint that breaks the guard, or that is not there:
+    what a run removed before it was asked to select cannot be exported.
     """
     curve = {step: wer for step, wer in _curve(settings.test_set, rows).items() if step > 0}
     guard_curve = _curve(settings.guard.test_set, rows) if settings.guard else {}
     broken = _broken_steps(settings.guard, guard_curve)
-    candidates = {step: wer for step, wer in curve.items() if step not in broken}
+    candidates = {step: wer for step, wer in curve.items() if step in saved_steps and step not in broken}
     best_step = min(candidates, key=lambda step: (candidates[step], step), default=None)
     sentences, must_stop = [], False
     if settings.guard and guard_curve and max(guard_curve) in broken:
@@ -54,19 +57,41 @@ def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]]) -> Verdict:
     return Verdict(best_step, best_wer, tuple(sentences), must_stop)
 
 
+def refuse_guard_without_start(guard: GuardConfig, rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse a guard that could never act.
+
+    Raises:
+        UserError: a run that is under way did not measure the guard's test set when it began.
+    """
+    if 0 not in _curve(guard.test_set, rows):
+        raise UserError(
+            f"`evaluation.selection.guard`: the run did not measure `{guard.test_set}` when it began, so nothing tells "
+            "what it forgets: remove the guard, or begin again in another `run_dir`."
+        )
+
+
 def write_best(run_dir: Path, verdict: Verdict) -> None:
     """Name the best checkpoint, where there is one, in `best.json`."""
     if verdict.best_step is None:
         return
     checkpoint = f"checkpoints/step-{verdict.best_step:07d}"
     best = {"step": verdict.best_step, "wer": verdict.best_wer, "checkpoint": checkpoint}
-    (run_dir / _BEST_FILE).write_text(json.dumps(best, indent=1), encoding="utf-8")
+    write_whole(run_dir / _BEST_FILE, json.dumps(best, indent=1))
 
 
 def selected_step(run_dir: Path) -> int | None:
-    """The step of the best checkpoint of a run; None where it selected none."""
+    """The step of the best checkpoint of a run; None where it selected none.
+
+    Raises:
+        UserError: the file that names it is damaged.
+    """
     path = run_dir / _BEST_FILE
-    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: remove it, and evaluations tell the best step.") from error
 
 
 def _curve(name: str, rows: Sequence[dict[str, Any]]) -> _Curve:
