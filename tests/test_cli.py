@@ -15,14 +15,17 @@ import jsonschema
 import numpy as np
 import pytest
 import soundfile
+import torch
 import torch.distributed as dist
 import yaml
 from transformers import VoxtralForConditionalGeneration
 
-from voxtral_dist.config import load_config
+from voxtral_dist.config import EvaluationConfig, load_config
 from voxtral_dist.data.index import read_index
 from voxtral_dist.data.prompting import Prompting
+from voxtral_dist.distributed.world import World
 from voxtral_dist.tiny import build_tiny_voxtral
+from voxtral_dist.transcription import ClipError, ClipTranscriber, Question
 
 from commands import Result, run_command
 from corpora import TINY_SHAPE, tone, write_lines
@@ -429,6 +432,8 @@ def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
         (("{folder}/notes.txt",), "notes.txt does not decode"),
         (("{folder}/clip.wav", "{folder}/clip.wav", "--out", "{folder}/out"), "folders of their own"),
         (("{folder}/clip.wav", "--format", "srt"), "name their folder by `--out`"),
+        (("{folder}/clip.wav", "--out", "{folder}/notes.txt"), "`--out`: "),
+        (("{folder}/clip.wav", "--instruction", "What?", "--max-segment-seconds", "5"), "asks about whole clips"),
         (("{folder}/clip.wav", "--language", "klingon"), "'klingon', which is not an ISO 639-1 code"),
     ],
 )
@@ -475,6 +480,29 @@ def test_a_clip_that_is_longer_than_the_model_has_positions_is_cut_unless_a_ques
     assert len(ends) > 1
     refused = run("transcribe", model, path, "--instruction", "What?").refusal()
     assert "long.flac lasts 50 s, and the model has room for 19 s" in refused
+
+
+def test_batches_of_clips_keep_within_their_windows(tiny_model, clip, tmp_path):
+    soundfile.write(tmp_path / "long.wav", tone(3.0), 16_000)
+    (tmp_path / "broken.wav").write_bytes(b"no audio")
+    soundfile.write(tmp_path / "silent.wav", np.zeros(16_000, dtype=np.int16), 16_000)
+    settings = EvaluationConfig(batch_size=3, max_windows=4)
+    transcriber = ClipTranscriber(
+        str(tiny_model), Question("en"), settings, "auto", World(0, 1, 0, torch.device("cpu"))
+    )
+    decode, asked = transcriber._transcriber, []
+
+    def recorded(examples):
+        asked.append([example.num_windows for example in examples])
+        return decode(examples)
+
+    transcriber._transcriber = recorded
+    names = ("silent", "short", "long", "broken", "long", "short", "short", "short", "short", "silent")
+    clips = [clip if name == "short" else tmp_path / f"{name}.wav" for name in names]
+    found = list(transcriber(clips))
+    assert [path for path, _ in found] == clips
+    assert [isinstance(result, ClipError) for _, result in found] == [name == "broken" for name in names]
+    assert asked == [[1, 3], [3, 1], [1, 1, 1]]
 
 
 def test_transcribe_writes_files_for_a_folder(run, tiny_model, clip, tmp_path):
@@ -631,6 +659,8 @@ def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_pat
     assert run("score", tmp_path / "out" / "test.jsonl", "--out", tmp_path / "again", *options).code == 0
     by_the_model = dict.fromkeys(("decode_seconds", "rtfx", "loss", "perplexity"))
     assert json.loads((tmp_path / "again" / "test.json").read_text()) == score | by_the_model
+    refused = run("evaluate", tiny_model, folders[0], "--out", manifest).refusal()
+    assert f"`--out`: {manifest} cannot be made" in refused, "before anything is decoded"
     # Both would be written to test.json: neither may be lost in silence.
     assert "same name" in run("evaluate", tiny_model, *folders, "--out", tmp_path / "both").refusal()
 

@@ -207,6 +207,33 @@ def test_other_mistakes_are_one_sentence(refusal, hypotheses, tmp_path):
     assert "nowhere cannot be imported" in refusal(hypotheses, "--normalizer", "nowhere:f")
     assert "would be replaced, which is what was scored" in refusal(hypotheses, "--out", tmp_path)
     assert "`--out`: " in refusal(hypotheses, "--out", tmp_path / "empty.jsonl")
+    assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "nowhere")
+
+
+def test_nothing_that_was_scored_is_replaced(refusal, tmp_path):
+    first, second = (write_rows(tmp_path / name / "s.jsonl", ROWS) for name in ("first", "second"))
+    before = first.read_bytes()
+    # What is first here would be written where the second one is.
+    assert "would be replaced" in refusal(second, first, "--out", tmp_path)
+    assert first.read_bytes() == second.read_bytes() == before
+    lines = write_rows(tmp_path / "first" / "rows.json", ROWS)
+    assert "rows.json would be replaced" in refusal(lines, "--out", tmp_path / "first")
+    assert not (tmp_path / "first" / "rows.jsonl").exists()
+
+
+def test_what_is_known_of_an_utterance_makes_slices_too(score, hypotheses, tmp_path):
+    assert score(hypotheses, "--slices", "key", "--out", tmp_path / "out").code == 0
+    assert read(tmp_path / "out" / "speech.json")["slices"]["key"].keys() == {"a", "unknown"}
+
+
+def test_the_loss_of_a_diverged_model_has_no_perplexity(hypotheses):
+    from voxtral_dist.evaluation.normalizer import normalizer
+    from voxtral_dist.evaluation.report import Measurements, score_test_set
+    from voxtral_dist.score import ScoreOptions, score_file
+
+    scored = score_file(hypotheses, ScoreOptions())
+    whole = score_test_set(scored.utterances, normalizer("basic"), measured=Measurements(loss=1e4))
+    assert (whole.loss, whole.perplexity) == (1e4, None)
 
 
 def test_a_name_that_no_normalizer_has_is_refused_by_the_grammar(score, hypotheses):

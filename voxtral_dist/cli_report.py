@@ -21,7 +21,7 @@ def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
         type=_step,
         default="newest",
         metavar="N",
-        help="of a run: a number, `newest` (default), or `best`, with the lowest WER of the first test set",
+        help="of a run: a number, `newest` (default), or `best`: selected, or with the least WER of the first set",
     )
     parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="compare with this run, or folder of results")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: into the folder itself)")

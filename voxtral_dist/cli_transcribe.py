@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, get_args
 from voxtral_dist.cli_shards import Commands, positive
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.errors import UserError
+from voxtral_dist.files import refuse_unwritable
 
 if TYPE_CHECKING:
     from voxtral_dist.transcription import ClipTranscript
@@ -60,8 +64,14 @@ def _transcribe(parsed: argparse.Namespace) -> int:
 
     if "srt" in parsed.format and parsed.out is None:
         raise UserError("`--format srt` makes files: name their folder by `--out`.")
+    if parsed.instruction is not None and ("srt" in parsed.format or parsed.max_segment_seconds is not None):
+        raise UserError(
+            "`--instruction` asks about whole clips: leave out `--format srt` and `--max-segment-seconds`, which cut."
+        )
     clips = find_clips(parsed.clips)
     paths = _out_paths([name for _, name in clips], parsed.out) if parsed.out else [None] * len(clips)
+    if parsed.out is not None:
+        refuse_unwritable("--out", parsed.out)
     question = Question.of(parsed.language, parsed.words, parsed.previous_text, parsed.instruction)
     settings = EvaluationConfig(batch_size=parsed.batch_size, num_beams=parsed.beams)
     by_default = _SUBTITLE_SECONDS if "srt" in parsed.format else None
@@ -81,7 +91,8 @@ def _transcribe(parsed: argparse.Namespace) -> int:
                 continue
             _print(clip, transcript, as_json=parsed.json)
             if path is not None:
-                _write(path, clip, transcript, parsed.format)
+                with _named_failures(path):
+                    _write(path, clip, transcript, parsed.format)
     if num_failed:
         raise UserError(f"{num_failed} of {len(clips[mine])} clips could not be transcribed; above it says why.")
     return 0
@@ -90,7 +101,7 @@ def _transcribe(parsed: argparse.Namespace) -> int:
 def _out_paths(names: list[Path], folder: Path) -> list[Path]:
     """Where the results of clips go, without the suffix of a format."""
     paths = [folder / name.with_suffix("") for name in names]
-    twice = next((path for path in paths if paths.count(path) > 1), None) if len(set(paths)) < len(paths) else None
+    twice = next((path for path, count in Counter(paths).items() if count > 1), None)
     if twice is not None:
         raise UserError(
             f"`--out`: the results of two clips would be {twice}: transcribe clips of the same name into folders of "
@@ -99,13 +110,26 @@ def _out_paths(names: list[Path], folder: Path) -> list[Path]:
     return paths
 
 
+@contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"`--out`: {path} cannot be written: {error.strerror}.") from error
+
+
+def _shown(clip: Path) -> str:
+    """Its name, in which bytes that are no UTF-8 are replaced."""
+    return str(clip).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def _row(clip: Path, transcript: ClipTranscript) -> str:
-    row = {"clip": str(clip), "text": transcript.text, "detected_language": transcript.detected_language}
+    row = {"clip": _shown(clip), "text": transcript.text, "detected_language": transcript.detected_language}
     return json.dumps(row | asdict(transcript), ensure_ascii=False)
 
 
 def _print(clip: Path, transcript: ClipTranscript, *, as_json: bool) -> None:
-    print(_row(clip, transcript) if as_json else f"{clip}\t{transcript.text}", flush=True)
+    print(_row(clip, transcript) if as_json else f"{_shown(clip)}\t{transcript.text}", flush=True)
 
 
 def _write(path: Path, clip: Path, transcript: ClipTranscript, formats: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from voxtral_dist.evaluation.report import TestSetScore, score_test_set, write_r
 from voxtral_dist.evaluation.significance import PairedComparison
 from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.utterances import ScoredUtterance, score_utterance
+from voxtral_dist.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,6 @@ class ScoredFile:
     utterances: tuple[ScoredUtterance, ...]
     score: TestSetScore
 
-    def write(self, folder: Path) -> None:
-        """Write `NAME.json` and `NAME.jsonl` with the name of the file.
-
-        Raises:
-            UserError: that is the file itself, or the folder cannot be written.
-        """
-        target = folder / f"{self.path.stem}.jsonl"
-        if target.resolve() == self.path.resolve():
-            raise UserError(f"`--out`: {target} would be replaced, which is what was scored: name another folder.")
-        try:
-            write_results(folder, self.path.stem, self.utterances, self.score)
-        except OSError as error:
-            raise UserError(f"`--out`: {folder} cannot be written: {error.strerror}.") from error
-
 
 def score_file(path: Path, options: ScoreOptions) -> ScoredFile:
     """The scores of saved hypotheses.
@@ -60,12 +49,15 @@ def score_file(path: Path, options: ScoreOptions) -> ScoredFile:
     used = normalizer(options.normalizer, options.target_text)
     listed = WordList.read(options.words, "--words") if options.words is not None else None
     decoded = read_hypotheses(path, options.grouping.fields)
+    for name in options.grouping.slices:
+        if not any(name in one.fields for one in decoded):
+            raise UserError(f"`--slices {name}`: no line of {path} has this field.")
     utterances = tuple(score_utterance(utterance, used, listed) for utterance in decoded)
     return ScoredFile(path, utterances, score_test_set(utterances, used, grouping=options.grouping))
 
 
 def compare_files(first: ScoredFile, second: ScoredFile, grouping: Grouping) -> PairedComparison:
-    """The second file against the first; the speakers are those of the first.
+    """The second file against the first.
 
     Raises:
         UserError: they do not hold the same utterances with the same references.
@@ -73,13 +65,42 @@ def compare_files(first: ScoredFile, second: ScoredFile, grouping: Grouping) -> 
     return compare_pairs(pair_utterances(first.utterances, second.utterances, (first.path, second.path)), grouping)
 
 
+def write_scored(folder: Path, scored: ScoredFile) -> None:
+    """Write `NAME.json` and `NAME.jsonl` with the name of the file.
+
+    Raises:
+        UserError: they would replace what was scored, or the folder cannot be written.
+    """
+    _write({folder: scored})
+
+
 def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, comparison: PairedComparison) -> None:
     """Write the results of both, in folders `first` and `second`, and `comparison.json`.
 
     Raises:
-        UserError: see `ScoredFile.write`.
+        UserError: as for `write_scored`.
     """
-    first.write(folder / "first")
-    second.write(folder / "second")
+    _write({folder / "first": first, folder / "second": second})
     files = {"first": str(first.path), "second": str(second.path), "normalizer": first.score.normalizer}
-    (folder / "comparison.json").write_text(json.dumps(files | asdict(comparison), indent=1), encoding="utf-8")
+    with _named_failures(folder):
+        write_whole(folder / "comparison.json", json.dumps(files | asdict(comparison), indent=1))
+
+
+def _write(results: Mapping[Path, ScoredFile]) -> None:
+    """All of them, each into its folder, or none."""
+    scored = {one.path.resolve() for one in results.values()}
+    for folder, one in results.items():
+        for target in (folder / f"{one.path.stem}{suffix}" for suffix in (".json", ".jsonl")):
+            if target.resolve() in scored:
+                raise UserError(f"`--out`: {target} would be replaced, which is what was scored: name another folder.")
+    for folder, one in results.items():
+        with _named_failures(folder):
+            write_results(folder, one.path.stem, one.utterances, one.score)
+
+
+@contextmanager
+def _named_failures(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"`--out`: {folder} cannot be written: {error.strerror}.") from error

@@ -149,13 +149,16 @@ class ClipTranscriber:
     def _decoded(self, clips: Sequence[Path]) -> Iterator[tuple[int, Segment | ClipError]]:
         """Segments with the numbers of their clips, in order, decoded as many at a time as a batch holds."""
         waiting: list[tuple[int, _Part | ClipError]] = []
-        for part in self._parts(clips):
-            waiting.append(part)
-            asked = [one for _, one in waiting if isinstance(one, _Part) and one.example is not None]
-            num_windows = sum(one.example.num_windows for one in asked if one.example is not None)
-            if len(asked) >= self._settings.batch_size or num_windows >= self._settings.max_windows:
+        num_examples = num_windows = 0
+        for number, part in self._parts(clips):
+            windows = part.num_windows if isinstance(part, _Part) else 0
+            is_full = num_examples == self._settings.batch_size or num_windows + windows > self._settings.max_windows
+            # What need not be decoded waits only for what is before it.
+            if num_examples == 0 or (windows and is_full):
                 yield from self._decode(waiting)
-                waiting = []
+                waiting, num_examples, num_windows = [], 0, 0
+            waiting.append((number, part))
+            num_examples, num_windows = num_examples + bool(windows), num_windows + windows
         yield from self._decode(waiting)
 
     def _decode(self, parts: Sequence[tuple[int, _Part | ClipError]]) -> Iterator[tuple[int, Segment | ClipError]]:
@@ -246,6 +249,11 @@ class _Part:
     start_seconds: float
     end_seconds: float
     example: Example | None
+
+    @property
+    def num_windows(self) -> int:
+        """That are decoded."""
+        return 0 if self.example is None else self.example.num_windows
 
     def segment(self, hypothesis: Hypothesis | None) -> Segment:
         if hypothesis is None:

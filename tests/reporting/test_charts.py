@@ -117,6 +117,13 @@ def test_logarithmic_axes_have_equal_ratios_at_equal_distances(low, high, ends, 
     assert axis.place(0.0) == 100, "what no logarithm can show stands at the end"
 
 
+def test_values_that_rounding_alone_tells_apart_have_an_axis():
+    for low, high in ((5.0, 5.0 + 1e-13), (0.0, 1e-13)):
+        axis = linear_axis(low, high, 100.0, 0.0)
+        assert axis.low < axis.high
+        assert axis.place(low) == pytest.approx(axis.place(high))
+
+
 def test_axes_are_logarithmic_only_where_it_is_needed_and_possible():
     def is_logarithmic(*values: float, may_be: bool = True) -> bool:
         points = tuple(Point(step, value) for step, value in enumerate(values))

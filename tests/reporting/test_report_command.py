@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -150,6 +151,24 @@ def test_a_folder_of_results_is_a_baseline_too(report, run, tmp_path):
     assert [heading.text for heading in page.all("h3")].count("Against the baseline") == 1
 
 
+def test_speakers_of_a_comparison_are_those_of_either_side(report, capsys, tmp_path):
+    rows = [
+        {"reference": "a b c", "hypothesis": text, "key": str(number), "spk": str(number)}
+        for number, text in enumerate(("a b c", "a", "b c") * 10)
+    ]
+    for name, options in (("after", ["--speaker-field", "spk"]), ("before", [])):
+        (tmp_path / name).mkdir()
+        lines = tmp_path / name / "s.jsonl"
+        lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert run_command(capsys, "score", lines, *options, "--out", tmp_path / f"{name}-scored").code == 0
+    # The field needs not be told again: the score has it.
+    assert report(tmp_path / "after-scored", "--baseline", tmp_path / "before-scored").code == 0
+    page = parse(tmp_path / "after-scored" / "report.html").text
+    assert "resamples speakers" in page
+    assert "resamples utterances" not in page
+    assert f"Baseline{tmp_path / 'before-scored'}" in page
+
+
 def test_runs_that_evaluated_nothing_have_curves(report, run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
     (tmp_path / "summary.json").write_text(json.dumps({"engine": "ZeRO-3", "world_size": 4}))
@@ -196,6 +215,16 @@ def test_a_baseline_that_does_not_fit_is_refused(refusal, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_run_is_refused_by_file(refusal, run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    (run / "best.json").write_text("")
+    assert "best.json is damaged: remove it" in refusal(run, "--step", "best")
+    (run / "best.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("[1]\n")
+    assert "metrics.jsonl are damaged (line " in refusal(run)
+
+
 def test_damaged_results_are_refused_by_file(refusal, tmp_path):
     folder = write_set(tmp_path, "speech", [utterance(0, "a b", "a b")])
     line = json.loads((folder / "speech.jsonl").read_text())
@@ -208,6 +237,10 @@ def test_damaged_results_are_refused_by_file(refusal, tmp_path):
     del score["orthographic"]["cer"]
     (folder / "speech.json").write_text(json.dumps(score))
     assert "speech.json is not the score of a test set (orthographic.cer: " in refusal(folder)
+    folder = write_set(tmp_path / "label", "speech", [utterance(0, "a b", "a b")])
+    text = (folder / "speech.json").read_text().replace('"basic-1"', '"upper_case+basic-1"')
+    (folder / "speech.json").write_text(text)
+    assert "The normalizer 'upper_case+basic-1' has a step that is not known here" in refusal(folder)
 
 
 @pytest.mark.parametrize(

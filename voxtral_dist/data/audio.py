@@ -60,8 +60,8 @@ def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
         with soundfile.SoundFile(io.BytesIO(contents)) as file:
             # A damaged header may claim any length, and memory is taken for what it claims.
             if file.frames > LONGEST_CLIP_SECONDS * file.samplerate:
-                claimed = f"{file.frames / file.samplerate / 3600:.0f} h long"
-                raise AudioError(f"claims to be {claimed}", Cause.ABSURD_CLAIM)
+                claimed, most = file.frames / file.samplerate / 3600, LONGEST_CLIP_SECONDS / 3600
+                raise AudioError(f"claims to be {claimed:.0f} h long, and {most:.0f} h is the most", Cause.ABSURD_CLAIM)
             if file.samplerate not in _RATES:
                 raise AudioError(f"claims a sampling rate of {file.samplerate} Hz", Cause.ABSURD_CLAIM)
             yield file

@@ -27,6 +27,9 @@ def cut_at_pauses(pcm: Pcm, sampling_rate: int, max_seconds: float) -> Iterator[
     Yields:
         Neighbouring slices of samples that cover the recording.
     """
+    if len(pcm) <= max_seconds * sampling_rate:
+        yield slice(0, len(pcm))
+        return
     frame = round(_FRAME_SECONDS * sampling_rate)
     most = max(2, int(max_seconds * sampling_rate) // frame)
     loudness = _loudness(pcm, frame)
@@ -41,7 +44,10 @@ def cut_at_pauses(pcm: Pcm, sampling_rate: int, max_seconds: float) -> Iterator[
 
 def _loudness(pcm: Pcm, frame: int) -> NDArray[np.float64]:
     """The mean power around each frame, `(num_frames,)`; the last one may be shorter."""
-    padded = np.pad(pcm.astype(np.float64), (0, -len(pcm) % frame))
-    power = np.square(padded).reshape(-1, frame).mean(axis=1)
+    num_whole = len(pcm) // frame
+    frames = pcm[: num_whole * frame].reshape(-1, frame)
+    power = np.einsum("ij,ij->i", frames, frames, dtype=np.float64) / frame
+    if (rest := pcm[num_whole * frame :]).size:
+        power = np.append(power, np.square(rest.astype(np.float64)).sum() / frame)
     smoothed: NDArray[np.float64] = np.convolve(power, np.full(_SMOOTHED_FRAMES, 1 / _SMOOTHED_FRAMES), mode="same")
     return smoothed[: len(power)]

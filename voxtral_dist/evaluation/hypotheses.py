@@ -39,15 +39,16 @@ def read_hypotheses(path: Path, names: Sequence[str] = ()) -> list[DecodedUttera
 
     Args:
         path: the file. Each line has `reference` and `hypothesis`, and may have the other keys of `DecodedUtterance`.
-        names: fields that are asked for, in `fields` or beside the other keys.
+        names: fields that are asked for, in `fields` or beside it. All that `fields` holds is kept.
 
     Raises:
         UserError: the file cannot be read or is empty, or a line is not of this form; the sentence names the line.
     """
     utterances = []
     for number, row in _rows(path):
-        known = (row.model_extra or {}) | row.fields
-        utterances.append(_decoded(row, number, {name: known[name] for name in names if name in known}))
+        known = row.model_dump(exclude={"fields"}, exclude_unset=True)
+        asked = {name: known[name] for name in names if name in known}
+        utterances.append(_decoded(row, number, asked | row.fields))
     return utterances
 
 

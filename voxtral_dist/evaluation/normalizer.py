@@ -13,7 +13,7 @@ from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from voxtral_dist.config import TextStep, check_normalizer
 from voxtral_dist.data.texts import apply_steps, even_spaces, fold
@@ -72,7 +72,11 @@ def normalizer_of_label(label: str) -> Normalizer:
         UserError: there is none of this name here.
     """
     *steps, named = label.split("+")
-    return normalizer(named.partition("-")[0], TypeAdapter(list[TextStep]).validate_python(steps))
+    try:
+        known = TypeAdapter(list[TextStep]).validate_python(steps)
+    except ValidationError as error:
+        raise UserError(f"The normalizer {label!r} has a step that is not known here: score again.") from error
+    return normalizer(named.partition("-")[0], known)
 
 
 def _named(name: str) -> tuple[str, Callable[[str], str]]:

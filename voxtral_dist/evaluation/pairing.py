@@ -46,8 +46,8 @@ def pair_utterances(
 
 
 def compare_pairs(pairs: Sequence[Pair], grouping: Grouping) -> PairedComparison:
-    """The second run against the first; the speakers are those of the first."""
-    units = resampling_units([grouping.speaker(one) for one, _ in pairs])
+    """The second run against the first; speakers are told by either of them."""
+    units = resampling_units([grouping.speaker(one) or grouping.speaker(other) for one, other in pairs])
     return compare_runs([one.words for one, _ in pairs], [other.words for _, other in pairs], units)
 
 

@@ -15,6 +15,7 @@ from voxtral_dist.evaluation.normalizer import Normalizer
 from voxtral_dist.evaluation.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
 from voxtral_dist.evaluation.utterances import ScoredUtterance
 from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TestSetScore(SliceScore):
     """`NAME.json`: counts over a whole test set, and their rates. A rate of nothing is None.
 
     num_empty_references: after normalization; the words of their hypotheses are insertions. rtfx: seconds of audio for
-    each second of decoding. perplexity: e to the loss.
+    each second of decoding. perplexity: e to the loss. speaker_field: which names the speaker of an utterance.
     """
 
     __test__ = False  # pytest takes it for a test
@@ -83,6 +84,7 @@ class TestSetScore(SliceScore):
     rtfx: float | None = None
     loss: float | None = None
     perplexity: float | None = None
+    speaker_field: str | None = None
     language_identification: LanguageIdentification | None = None
     biased: BiasedScore | None = None
 
@@ -138,7 +140,8 @@ def score_test_set(
         decode_seconds=measured.decode_seconds,
         rtfx=_ratio(whole.audio_seconds, measured.decode_seconds),
         loss=measured.loss,
-        perplexity=None if measured.loss is None else math.exp(measured.loss),
+        perplexity=_perplexity(measured.loss),
+        speaker_field=grouping.speaker_field,
         language_identification=_language_identification(utterances),
         biased=_biased(utterances, whole.words, num_distractors),
     )
@@ -148,8 +151,8 @@ def write_results(folder: Path, name: str, utterances: Sequence[ScoredUtterance]
     """Write `NAME.jsonl` and `NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(utterance.row(), ensure_ascii=False) + "\n" for utterance in utterances)
-    (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    (folder / f"{name}.json").write_text(json.dumps(asdict(score), indent=1, ensure_ascii=False), encoding="utf-8")
+    write_whole(folder / f"{name}.jsonl", lines)
+    write_whole(folder / f"{name}.json", json.dumps(asdict(score), indent=1, ensure_ascii=False))
 
 
 def read_score(path: Path) -> TestSetScore:
@@ -185,6 +188,14 @@ def _orthographic(
         [grouping.speaker(one) for one in utterances],
     )
     return OrthographicRates(**vars(rates), normalizer=normalizer.orthographic.label)
+
+
+def _perplexity(loss: float | None) -> float | None:
+    """None where there is none, and where it is more than a number can be."""
+    try:
+        return None if loss is None else math.exp(loss)
+    except OverflowError:
+        return None
 
 
 def _ratio(amount: float | None, seconds: float | None) -> float | None:

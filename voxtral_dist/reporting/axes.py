@@ -37,7 +37,8 @@ def linear_axis(low: float, high: float, start: float, end: float, num_ticks: in
     """An axis whose ends are ticks; it begins at 0 where that takes less than half of it."""
     if 0 < low < high / 2 or low == high > 0:
         low = 0.0
-    if low == high:
+    # What rounding alone makes different is the same.
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):
         high = low + 1.0
     distance = tick_distance(high - low, num_ticks)
     first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)

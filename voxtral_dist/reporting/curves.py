@@ -75,9 +75,15 @@ def read_curves(run_dir: Path, scores: Scores) -> list[Curve]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        return read_metrics(path)
+        rows = read_metrics(path)
+    except OSError as error:
+        raise UserError(f"The metrics {path} cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The metrics {path} are damaged ({error}): mend or remove the line.") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
+            raise UserError(f"The metrics {path} are damaged (line {number} is no row of a run): mend or remove it.")
+    return rows
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Point, ...]:

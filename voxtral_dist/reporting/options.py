@@ -15,7 +15,7 @@ class ReportOptions:
 
     step: of a run. baseline: a run (its newest step) or a folder of results to compare with. shards: those of test sets
     by name, before the configured ones. num_utterances: of each list. num_clips: of each test set.
-    max_audio_megabytes: of all clips together, before base64. speaker_field: None takes the configured one.
+    max_audio_megabytes: of all clips together, before base64. speaker_field: None takes that of the scores.
     """
 
     step: Step = "newest"

@@ -73,12 +73,6 @@ class TestSetGatherer:
     baseline: Source | None
     shared: Sequence[str]
 
-    @property
-    def grouping(self) -> Grouping:
-        """Which field names the speaker."""
-        configured = self.source.config.evaluation.speaker_field if self.source.config else Grouping.speaker_field
-        return Grouping(speaker_field=self.options.speaker_field or configured)
-
     def gather(self, name: str) -> TestSetReport:
         """One of them.
 
@@ -92,7 +86,8 @@ class TestSetGatherer:
         pairs = self._pairs(name, score, utterances)
         shown = Shown.of(utterances, pairs, self.options.num_utterances)
         clips, audio_note = self._clips(name, shown)
-        cards = CardMaker(used, self.grouping, clips)
+        grouping = Grouping(speaker_field=self.options.speaker_field or score.speaker_field or Grouping.speaker_field)
+        cards = CardMaker(used, grouping, clips)
         return TestSetReport(
             name=name,
             score=score,
@@ -101,7 +96,7 @@ class TestSetGatherer:
             confusions=_confusions(utterances, used),
             most_errors=cards.plain(shown.most_errors),
             highest_rates=cards.plain(shown.highest_rates),
-            comparison=self._comparison(name, pairs, shown, cards) if pairs else None,
+            comparison=self._comparison(name, pairs, shown, cards, grouping) if pairs else None,
             num_clips=sum(isinstance(clip, Clip) for clip in clips.values()),
             audio_note=audio_note,
         )
@@ -148,12 +143,14 @@ class TestSetGatherer:
         except (UserError, OSError) as error:
             return NoClip(f"its shards cannot be read ({str(error).rstrip('.')}): add `--shards {name}=FOLDER`")
 
-    def _comparison(self, name: str, pairs: Sequence[Pair], shown: Shown, cards: CardMaker) -> Comparison:
+    def _comparison(
+        self, name: str, pairs: Sequence[Pair], shown: Shown, cards: CardMaker, grouping: Grouping
+    ) -> Comparison:
         assert self.baseline is not None, "pairs come from it"
         changes = [more_errors(pair) for pair in pairs]
         return Comparison(
             baseline_score=read_score(_results_of(self.baseline) / f"{name}.json"),
-            result=compare_pairs(pairs, self.grouping),
+            result=compare_pairs(pairs, grouping),
             num_better=sum(change < 0 for change in changes),
             num_worse=sum(change > 0 for change in changes),
             better=cards.changed(shown.better),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.files import write_whole
 from voxtral_dist.reporting.gather import gather_report
 from voxtral_dist.reporting.html import render_html
 from voxtral_dist.reporting.markdown import render_markdown
@@ -28,7 +29,7 @@ def write_report(folder: Path, options: ReportOptions, out: Path | None = None) 
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
     except OSError as error:
         raise UserError(f"The report cannot be written to {target}: {error.strerror}.") from error
     page, figures = texts
