@@ -45,16 +45,16 @@ def scripted(evaluate_test_set: Callable[..., Any]) -> Callable[..., Any]:
     return evaluate
 
 
+def evaluation_on(shard_folder: Path, **more: Any) -> dict[str, Any]:
+    dev = {"shards": str(shard_folder), "max_utterances": 3}
+    return {"test_sets": {"dev": dev}, "max_tokens_per_second": 1.0, **more}
+
+
 @pytest.mark.parametrize("engine", [{"stage": 2}, {"engine": {"fsdp2": {}}}], ids=["zero2", "fsdp2"])
 def test_the_best_checkpoint_is_kept_and_exported(
     tiny_model: Path, shard_folder: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    evaluation = {
-        "test_sets": {"dev": {"shards": str(shard_folder), "max_utterances": 3}},
-        "every_steps": 1,
-        "max_tokens_per_second": 1.0,
-        "selection": {"test_set": "dev", "patience": 2},
-    }
+    evaluation = evaluation_on(shard_folder, every_steps=1, selection={"test_set": "dev", "patience": 2})
     config = run_config(
         tmp_path / "run",
         tiny_model,
@@ -94,11 +94,7 @@ def test_a_best_checkpoint_that_is_gone_is_none(tiny_model: Path, shard_folder: 
         shard_folder,
         num_steps=3,
         checkpoint={"every_steps": 1, "keep": 1},
-        evaluation={
-            "test_sets": {"dev": {"shards": str(shard_folder), "max_utterances": 2}},
-            "every_steps": 1,
-            "max_tokens_per_second": 1.0,
-        },
+        evaluation=evaluation_on(shard_folder, every_steps=1),
         metrics={"tensorboard": False},
         stage=2,
     )
@@ -134,11 +130,7 @@ def test_a_run_that_is_asked_to_stop_while_it_evaluates_stops_at_that_step(
         shard_folder,
         num_steps=4,
         checkpoint={"every_steps": 100},
-        evaluation={
-            "test_sets": {"dev": {"shards": str(shard_folder), "max_utterances": 2}},
-            "every_steps": 2,
-            "max_tokens_per_second": 1.0,
-        },
+        evaluation=evaluation_on(shard_folder, every_steps=2),
         metrics={"tensorboard": False},
         stage=2,
     )

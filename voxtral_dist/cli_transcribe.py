@@ -6,8 +6,6 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, get_args
 from voxtral_dist.cli_shards import Commands, positive
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import refuse_unwritable
+from voxtral_dist.files import failures_named, refuse_unwritable
 
 if TYPE_CHECKING:
     from voxtral_dist.transcription import ClipTranscript
@@ -91,7 +89,7 @@ def _transcribe(parsed: argparse.Namespace) -> int:
                 continue
             _print(clip, transcript, as_json=parsed.json)
             if path is not None:
-                with _named_failures(path):
+                with failures_named("--out", path):
                     _write(path, clip, transcript, parsed.format)
     if num_failed:
         raise UserError(f"{num_failed} of {len(clips[mine])} clips could not be transcribed; above it says why.")
@@ -108,14 +106,6 @@ def _out_paths(names: list[Path], folder: Path) -> list[Path]:
             "their own."
         )
     return paths
-
-
-@contextmanager
-def _named_failures(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"`--out`: {path} cannot be written: {error.strerror}.") from error
 
 
 def _shown(clip: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
@@ -20,6 +22,19 @@ def refuse_unwritable(option: str, folder: Path) -> None:
         raise UserError(f"`{option}`: {folder} cannot be made: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"`{option}`: {folder} cannot be written: change its owner or choose another.")
+
+
+@contextmanager
+def failures_named(option: str, path: Path) -> Iterator[None]:
+    """Inside, what the system refuses to write is a mistake about an option.
+
+    Raises:
+        UserError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"`{option}`: {path} cannot be written: {error.strerror}.") from error
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from voxtral_dist.evaluation.report import TestSetScore, score_test_set, write_r
 from voxtral_dist.evaluation.significance import PairedComparison
 from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.utterances import ScoredUtterance, score_utterance
-from voxtral_dist.files import write_whole
+from voxtral_dist.files import failures_named, write_whole
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, compar
     """
     _write({folder / "first": first, folder / "second": second})
     files = {"first": str(first.path), "second": str(second.path), "normalizer": first.score.normalizer}
-    with _named_failures(folder):
+    with failures_named("--out", folder):
         write_whole(folder / "comparison.json", json.dumps(files | asdict(comparison), indent=1))
 
 
@@ -94,13 +93,5 @@ def _write(results: Mapping[Path, ScoredFile]) -> None:
             if target.resolve() in scored:
                 raise UserError(f"`--out`: {target} would be replaced, which is what was scored: name another folder.")
     for folder, one in results.items():
-        with _named_failures(folder):
+        with failures_named("--out", folder):
             write_results(folder, one.path.stem, one.utterances, one.score)
-
-
-@contextmanager
-def _named_failures(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"`--out`: {folder} cannot be written: {error.strerror}.") from error
