@@ -7,10 +7,10 @@ SPEECH := ../shared/data
 CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits test test-slow lint bench rivals clean
+.PHONY: help install demo digits an4 test test-slow lint bench rivals clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 12
 
 install: .venv/.installed ## Make .venv with the pinned versions and build DeepSpeed's extensions
 
@@ -32,8 +32,18 @@ digits: install ## Train a tiny Voxtral on real spoken digits with ZeRO-2 (needs
 	$(CPU_ENV) $(BIN)/voxtral-dist tiny models/tiny-digits --set window_seconds=1.28
 	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/digits.yaml
 
+an4: install ## Train a tiny Voxtral on AN4's words, then on sentences (needs the data in ../shared/data)
+	rm -rf build/an4 runs/an4-words runs/an4
+	$(BIN)/python launch/an4/cut_words.py $(SPEECH)/an4/train.jsonl build/an4/corpus
+	$(BIN)/voxtral-dist shards pack build/an4/corpus/words.jsonl build/an4/shards/words
+	$(BIN)/voxtral-dist shards pack build/an4/corpus/sentences.jsonl build/an4/shards/sentences
+	$(BIN)/voxtral-dist shards pack $(SPEECH)/an4/dev.jsonl build/an4/shards/dev
+	$(CPU_ENV) $(BIN)/voxtral-dist tiny build/an4/model --set window_seconds=1.6 --set vocab_size=512
+	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/an4_words.yaml
+	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/an4.yaml
+
 test: install ## Run the tests that prove the contracts (less than 15 minutes on 2 cores)
-	$(CPU_ENV) $(BIN)/pytest -m "not slow"
+	$(CPU_ENV) $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: install ## Run the proofs that take minutes each
 	$(CPU_ENV) $(BIN)/pytest -m slow

@@ -11,7 +11,17 @@ import pytest
 from corpora import REPOSITORY
 
 # Which take a minute and more, most of them because they start several ranks one after the other.
-SLOW = {"building", "evaluation", "gpu", "logits_memory", "plan_memory", "resume", "training_step"}
+SLOW = {
+    "building",
+    "data_path",
+    "encoder_memory",
+    "evaluation",
+    "gpu",
+    "logits_memory",
+    "plan_memory",
+    "resume",
+    "training_step",
+}
 BENCHMARKS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else [])
     for path in sorted((REPOSITORY / "benchmarks").glob("*.py"))
