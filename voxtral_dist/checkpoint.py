@@ -85,10 +85,9 @@ class CheckpointDirectory:
         Raises:
             UserError: there are checkpoints, but all are damaged: starting from nothing is not what was asked for.
         """
-        complete = self._complete_ones() if self._world.is_first else []
-        damages = [_damage(folder) for folder in complete]
-        whole = [folder for folder, damage in zip(complete, damages, strict=True) if damage is None]
-        reported = [damage for damage in damages if damage is not None]
+        damages = self._damages()
+        whole = [folder for folder, damage in damages.items() if damage is None]
+        reported = [damage for damage in damages.values() if damage is not None]
         newest, reported = from_first_rank((whole[-1] if whole else None, reported), self._world)
         for damage in reported:
             log.warning("%s", damage)
@@ -98,9 +97,13 @@ class CheckpointDirectory:
 
     def whole_steps(self) -> list[int]:
         """The steps of all complete checkpoints whose files are whole, as rank 0 sees the disk."""
-        complete = self._complete_ones() if self._world.is_first else []
-        steps = [int(folder.name.removeprefix("step-")) for folder in complete if _damage(folder) is None]
+        damages = self._damages()
+        steps = [int(folder.name.removeprefix("step-")) for folder, damage in damages.items() if damage is None]
         return from_first_rank(steps, self._world)
+
+    def _damages(self) -> dict[Path, str | None]:
+        """What is wrong with each complete checkpoint, the oldest first; rank 0 alone looks."""
+        return {folder: _damage(folder) for folder in self._complete_ones()} if self._world.is_first else {}
 
     def _complete_ones(self) -> list[Path]:
         return sorted(path.parent for path in self._folder.glob(f"step-*/{_COMPLETE}"))

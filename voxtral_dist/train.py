@@ -26,7 +26,7 @@ from voxtral_dist.data.loader import StepBatches, TrainingSet, build_train_loade
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.storage import Storage
 from voxtral_dist.devices import peak_flops, peak_memory_bytes
-from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
+from voxtral_dist.distributed.collectives import gather_on_first, max_over_ranks, ranks_unlike_first, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.base import Engine
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
@@ -93,7 +93,7 @@ def train(config: RunConfig, world: World) -> int:
         _announce(config, progress, steps.training_set, engine.parameter_table(), world, log)
         if evaluator.is_owed(progress.step):
             evaluator.evaluate(engine, progress.step, log)
-        verdict = evaluator.verdict(checkpoints.whole_steps(), progress.step, log)
+        verdict = evaluator.verdict(checkpoints.whole_steps, progress.step, log)
         checkpoints.kept_step = verdict.best_step
         bad = _BadSampleLimits(config.train_data)
         started = time.monotonic()
@@ -113,7 +113,7 @@ def train(config: RunConfig, world: World) -> int:
                 return _stopped(progress, log)
             if is_due:
                 evaluator.evaluate(engine, progress.step, log)
-                verdict = evaluator.verdict(checkpoints.whole_steps(), progress.step, log)
+                verdict = evaluator.verdict(checkpoints.whole_steps, progress.step, log)
                 checkpoints.kept_step = verdict.best_step
                 if verdict.must_stop:
                     break
@@ -158,8 +158,7 @@ def refuse_different_data(fingerprint: str, world: World) -> None:
     Raises:
         UserError: a rank sees other shards or another index than rank 0.
     """
-    gathered = gather_on_first(fingerprint, world)
-    different = from_first_rank([rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]], world)
+    different = ranks_unlike_first(fingerprint, world)
     if different:
         raise UserError(
             f"`train_data`: the ranks {different[:8]} see other shards than rank 0, another index of them, or other "

@@ -59,6 +59,12 @@ def from_first_rank(value: T, world: World) -> T:
     return box[0]
 
 
+def ranks_unlike_first(value: object, world: World) -> list[int]:
+    """The ranks whose value is not that of rank 0, on every rank; values travel as pickles."""
+    gathered = gather_on_first(value, world)
+    return from_first_rank([rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]], world)
+
+
 def wait_for_all(world: World) -> None:
     """Return when every rank has come here."""
     if world.size > 1:

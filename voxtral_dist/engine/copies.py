@@ -33,9 +33,7 @@ def evaluation_copy(
 def _filled_copy(
     config: RunConfig, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
 ) -> TrainedVoxtral:
-    # Lengths change with every token: blocks would be compiled over and over.
-    model_config = config.model.model_copy(update={"compile_blocks": False})
-    copy = trained_skeleton(model_config, config.trainable, DTYPES[config.model.precision])
+    copy = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
     fill_skeleton(copy, weights, buffers)
     EncoderPasses(copy, config.model.encoder_windows_per_pass)
     copy.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from voxtral_dist.config import RunConfig
@@ -61,11 +61,11 @@ class Evaluator:
                 log.write("evaluation", step, {"name": test_set.name} | score.figures())
                 log.say(f"step {step}: {test_set.name}: {score}")
 
-    def verdict(self, saved_steps: Collection[int], step: int, log: MetricsLog) -> Verdict:
+    def verdict(self, saved_steps: Callable[[], Collection[int]], step: int, log: MetricsLog) -> Verdict:
         """What all evaluations so far say, the same on all ranks and after a restart; said and recorded.
 
         Args:
-            saved_steps: whose checkpoints are there.
+            saved_steps: gives those whose checkpoints are there, where it matters.
             step: of the last evaluation, or that the run goes on from.
             log: of the run.
 
@@ -78,7 +78,7 @@ class Evaluator:
         recorded = self._recorded()
         if settings.guard is not None:
             refuse_guard_without_start(settings.guard, recorded)
-        verdict = judge(settings, recorded, saved_steps)
+        verdict = judge(settings, recorded, saved_steps())
         for sentence in verdict.sentences:
             log.say(f"step {step}: {sentence}")
             log.write("event", step, {"event": "selection", "sentence": sentence})

@@ -19,7 +19,13 @@ from voxtral_dist.data.prompting import Prompting
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import Example, SampleError, SampleReader
 from voxtral_dist.data.storage import Storage
-from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
+from voxtral_dist.distributed.collectives import (
+    from_first_rank,
+    gather_on_first,
+    max_over_ranks,
+    ranks_unlike_first,
+    sum_over_ranks,
+)
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.evaluation.decoding import Batch, Decoded, decode_batches
@@ -79,19 +85,13 @@ def refuse_different_test_sets(test_sets: Sequence[TestSet], world: World) -> No
     Raises:
         UserError: a rank sees other shards of a test set than rank 0, or other words.
     """
-    seen = [(one.name, one.fingerprint) for one in test_sets]
-    gathered = gather_on_first(seen, world)
-    different = [
-        (rank, one[0])
-        for rank, theirs in enumerate(gathered)
-        for one, first in zip(theirs, gathered[0], strict=True)
-        if one != first
-    ]
-    for rank, name in from_first_rank(different[:1], world):
-        raise UserError(
-            f"`evaluation.test_sets.{name}`: rank {rank} sees other shards than rank 0, another index of them, or "
-            "other words: copy them to all nodes again, or put them on storage that all share."
-        )
+    for test_set in test_sets:
+        different = ranks_unlike_first(test_set.fingerprint, world)
+        if different:
+            raise UserError(
+                f"`evaluation.test_sets.{test_set.name}`: rank {different[0]} sees other shards than rank 0, another "
+                "index of them, or other words: copy them to all nodes again, or put them on storage that all share."
+            )
 
 
 def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: Storage | None = None) -> list[TestSet]:

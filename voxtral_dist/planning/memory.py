@@ -92,7 +92,8 @@ class Setting:
     def evaluation(self, whole: Moment, sharded: Moment) -> Moment:
         """What a run does: `auto` decodes with whole weights where they fit, and else in lockstep."""
         if self.evaluation_weights == "auto":
-            is_whole = self.device_memory is None or whole.bytes_of(self.device) <= self.device_memory
+            needed = whole.process_bytes if self.device == "cpu" else whole.device_bytes
+            is_whole = self.device_memory is None or needed <= self.device_memory
         else:
             is_whole = self.evaluation_weights == "gathered"
         return whole if is_whole else sharded
@@ -116,9 +117,10 @@ class Moment:
         """In host memory."""
         return sum(self.host.values())
 
-    def bytes_of(self, device: DeviceKind) -> float:
-        """What the memory of a rank has to hold: on a CPU it is that of the host."""
-        return self.device_bytes + (self.host_bytes if device == "cpu" else 0.0)
+    @property
+    def process_bytes(self) -> float:
+        """Of a process on a CPU, where both are the same memory."""
+        return self.device_bytes + self.host_bytes
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class MemoryEstimate:
     @property
     def process_bytes(self) -> float:
         """Of a process on a CPU, where both are the same memory."""
-        return max(moment.device_bytes + moment.host_bytes for moment in self.moments)
+        return max(moment.process_bytes for moment in self.moments)
 
 
 def estimate(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part], setting: Setting) -> MemoryEstimate:
