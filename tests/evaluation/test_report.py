@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import soundfile
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own name pytest would collect it
@@ -26,6 +27,8 @@ from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.test_sets import build_test_set, check_whole
 from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 from voxtral_dist.evaluation.word_errors import ErrorCounts
+
+from corpora import pack_manifest, tone, write_lines
 
 BASIC = normalizer("basic")
 
@@ -201,6 +204,25 @@ def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, pro
         assert example.fields == {name: stored[name] for name in ("lang", "speaker") if name in stored}
         assert index.language(sample_id) == example.fields.get("lang")
     assert any("lang" in asked.reader.example(sample_id).fields for sample_id in range(4))
+
+
+def test_targets_of_a_test_set_are_those_of_training_and_references_stay(shard_folder, prompts):
+    config = ShardsToTest(shards=str(shard_folder))
+    steps = ("lower_case", "no_punctuation")
+    asked = build_test_set("held_out", config, EvaluationConfig(), prompts, Storage(), steps)[0]
+    examples = [asked.reader.example(sample_id) for sample_id in range(len(asked.index))]
+    targets = {example.reference: prompts.transcript(example.completion[:-1]).text for example in examples}
+    assert targets["Übermorgen fährt der Zug früher 1"] == "übermorgen fährt der zug früher 1"
+
+
+def test_a_reference_of_which_no_target_is_left_counts_in_a_test_set(tmp_path, prompts):
+    soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
+    manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "?!", "lang": "en"}])
+    pack_manifest(manifest, tmp_path / "set", 10**9, skip_bad=False)
+    config = ShardsToTest(shards=str(tmp_path / "set"))
+    asked = build_test_set("marks", config, EvaluationConfig(), prompts, Storage(), ("no_punctuation",))[0]
+    example = asked.reader.example(0)
+    assert (example.reference, example.completion) == ("?!", (prompts.eos_id,))
 
 
 @pytest.fixture(scope="module")

@@ -52,13 +52,15 @@ class _TooLongError(ValueError):
 class Clip:
     """The audio of one utterance, `(num_samples,)` at the model's rate, and its text.
 
-    text: the target. instruction: what it answers; None where it is a transcript. fields: the json of the sample.
+    text: as it is stored. target: what the steps of `target_text` make of it. instruction: what it answers; None where
+    it is a transcript. fields: the json of the sample.
     """
 
     sample_id: int
     key: str
     pcm: Pcm
     text: str
+    target: str
     language: str | None
     instruction: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -68,11 +70,11 @@ class Clip:
 class Example:
     """One utterance, or several packed ones, as the model takes it.
 
-    pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` ends with `</s>`.
-    `sample_id` and `key` are those of the first utterance. is_transcription: whether the completion is a transcript,
-    and not the answer to an instruction. is_untagged: whether the prompt does not tell the language. context: that of
-    the prompt. fields: those of the first utterance's json that the reader keeps. feature_masks are those of
-    `draw_feature_masks`, and none in evaluations.
+    pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` is that of the target,
+    and ends with `</s>`. reference: the text as it is stored. `sample_id` and `key` are those of the first utterance.
+    is_transcription: whether the completion is a transcript, and not the answer to an instruction. is_untagged: whether
+    the prompt does not tell the language. context: that of the prompt. fields: those of the first utterance's json that
+    the reader keeps. feature_masks are those of `draw_feature_masks`, and none in evaluations.
     """
 
     sample_id: int
@@ -113,8 +115,8 @@ class SampleReader:
             max_target_tokens: longer transcripts are unusable. None takes any.
             storage: what reads the bytes.
             augmentation: of every clip.
-            max_chars_per_second: longer transcripts, and silent clips, are unusable. None takes both: a test set is
-                scored as it is.
+            max_chars_per_second: longer transcripts, silent clips, and texts without a target are unusable. None
+                takes all of them: a test set is scored as it is.
             prompting: what prompts tell the model, and what targets are made of texts; None tells languages and
                 keeps texts.
             kept_fields: keys of the samples' json that examples have too.
@@ -168,12 +170,12 @@ class SampleReader:
             pcm = self._pcm(sample_id, sample, key, is_packed)
             # An answer is as it is: its case and its marks were asked for.
             steps = self._prompting.target_text if sample.instruction is None else ()
-            text = apply_steps(steps, sample.text)
-            if not text:
+            target = apply_steps(steps, sample.text)
+            if not target and self._max_chars_per_second is not None:
                 raise ValueError("has no text after the steps of `target_text`")
         except (AudioError, ValueError) as error:
             raise self._unusable(sample_id, sample.key, error) from error
-        return Clip(sample_id, sample.key, pcm, text, sample.language, sample.instruction, sample.fields)
+        return Clip(sample_id, sample.key, pcm, sample.text, target, sample.language, sample.instruction, sample.fields)
 
     def example(self, sample_id: int) -> Example:
         """The utterance as an example of its own.
@@ -194,7 +196,7 @@ class SampleReader:
             SampleError: the text or the whole example is too long, or the language is none.
         """
         first = clips[0]
-        text = " ".join(clip.text.strip() for clip in clips) if len(clips) > 1 else first.text
+        text, target = _joined([clip.text for clip in clips]), _joined([clip.target for clip in clips])
         pcm = np.concatenate([clip.pcm for clip in clips]) if len(clips) > 1 else first.pcm
         example = Example(
             sample_id=first.sample_id,
@@ -202,7 +204,7 @@ class SampleReader:
             pcm=pcm,
             num_windows=self._prompts.num_windows(len(pcm)),
             prompt=(),
-            completion=tuple(self._prompts.completion(text)),
+            completion=tuple(self._prompts.completion(target)),
             reference=text,
             duration_seconds=len(pcm) / self._prompts.sampling_rate,
             num_samples=len(clips),
@@ -222,7 +224,8 @@ class SampleReader:
         first = clips[0]
         if first.instruction is not None:
             return replace(example, prompt=self._prompts.instruction(first.instruction, example.num_windows))
-        context = self._prompting.context(example.reference, [clip.fields for clip in clips], key)
+        target = _joined([clip.target for clip in clips])
+        context = self._prompting.context(target, [clip.fields for clip in clips], key)
         is_untagged = first.language is None or self._prompting.is_untagged(key)
         prompt = self._prompts.transcription(None if is_untagged else first.language, example.num_windows, context)
         tag = self._prompts.tag(first.language) if is_untagged and first.language is not None else ()
@@ -270,6 +273,11 @@ class SampleReader:
 
     def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
         return SampleError(BadSample(self.shard_name(sample_id), key, str(error), isinstance(error, _TooLongError)))
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """One text by itself is as it is."""
+    return " ".join(text.strip() for text in texts) if len(texts) > 1 else texts[0]
 
 
 def _key_in(contents: bytes) -> str | None:

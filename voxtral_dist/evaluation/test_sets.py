@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from voxtral_dist.config import EvaluationConfig, TestSetConfig
+from voxtral_dist.config import EvaluationConfig, TestSetConfig, TextStep
 from voxtral_dist.data.context import TestContexts, WordList
 from voxtral_dist.data.cutting import Budget, cut
 from voxtral_dist.data.filters import ExampleSizes
@@ -94,15 +94,21 @@ def refuse_different_test_sets(test_sets: Sequence[TestSet], world: World) -> No
             )
 
 
-def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: Storage | None = None) -> list[TestSet]:
+def build_test_sets(
+    config: EvaluationConfig,
+    prompts: VoxtralPrompts,
+    storage: Storage | None = None,
+    target_text: Sequence[TextStep] = (),
+) -> list[TestSet]:
     """All configured test sets, each cut into batches of similar cost, longest first.
 
     A set with lists of words comes once without a list, under its own name, and once for each size of the lists.
+    `target_text` makes the targets of the loss, as in training; references stay as they are.
     """
     built = [
         sized
         for name, test_set in config.test_sets.items()
-        for sized in build_test_set(name, test_set, config, prompts, storage or Storage())
+        for sized in build_test_set(name, test_set, config, prompts, storage or Storage(), target_text)
     ]
     names = Counter(test_set.name for test_set in built)
     twice = next((name for name, count in names.items() if count > 1), None)
@@ -114,7 +120,12 @@ def build_test_sets(config: EvaluationConfig, prompts: VoxtralPrompts, storage: 
 
 
 def build_test_set(
-    name: str, config: TestSetConfig, settings: EvaluationConfig, prompts: VoxtralPrompts, storage: Storage
+    name: str,
+    config: TestSetConfig,
+    settings: EvaluationConfig,
+    prompts: VoxtralPrompts,
+    storage: Storage,
+    target_text: Sequence[TextStep] = (),
 ) -> list[TestSet]:
     """One test set, and the same with lists of words in the prompts.
 
@@ -152,6 +163,7 @@ def build_test_set(
                 prompting=Prompting(
                     untagged_fraction=float(config.detect_language),
                     contexts=None if size is None or words is None else TestContexts(words, size, max(sizes)),
+                    target_text=tuple(target_text),
                 ),
                 kept_fields=grouping.fields,
             ),
