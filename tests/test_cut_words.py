@@ -1,51 +1,100 @@
-"""Utterances are cut into words where there are pauses, and sentences are made of the pieces."""
+"""Utterances are cut into their words, wherever those are, and sentences are made of the pieces."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from cut_words import SAMPLING_RATE, Piece, cut_in_pauses, made_sentences, syllables
+from alignment import FRAME, SAMPLING_RATE, Utterance, Word, align, syllables
+from cut_words import Aligned, made_sentences, single_pieces
+
+# Two tones for each word, in Hz, and how long it lasts, in frames of 10 ms.
+SOUNDS = {"B": (300, 900, 24), "OH": (1800, 500, 30), "SIX": (3200, 1300, 36), "TWO": (700, 2400, 28)}
 
 
-def spoken(*seconds: float) -> np.ndarray:
-    """Noise and quiet in turns, beginning with noise; of so many seconds each."""
+def spoken(words: Sequence[str], pauses: Sequence[int], draw: np.random.Generator, loudness: float) -> Aligned:
+    """Words at known places, with so many frames of faint noise before each and behind the last."""
+    parts, placed, frame = [], [], 0
+    for number, pause in enumerate(pauses):
+        parts.append(0.001 * draw.standard_normal(pause * FRAME))
+        frame += pause
+        if number == len(words):
+            break
+        first, second, usual = SOUNDS[words[number]]
+        length = usual + int(draw.integers(-4, 5))
+        time = np.arange(length * FRAME) / SAMPLING_RATE
+        tone = np.where(time < time[-1] / 2, np.sin(2 * np.pi * first * time), np.sin(2 * np.pi * second * time))
+        parts.append(loudness * tone + 0.01 * draw.standard_normal(len(tone)))
+        placed.append(Word(words[number], frame, frame + length))
+        frame += length
+    waveform = np.concatenate(parts).astype(np.float32)
+    return Aligned(Utterance("anna" if loudness > 0.2 else "bert", tuple(words), waveform), placed)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[Aligned]:
+    """40 utterances by two speakers, half of their words without a pause before them."""
     draw = np.random.default_rng(0)
-    levels = (0.2, 0.0005)
-    parts = [levels[place % 2] * draw.standard_normal(int(SAMPLING_RATE * one)) for place, one in enumerate(seconds)]
-    return np.concatenate(parts).astype(np.float32)
+    made = []
+    for number in range(40):
+        words = draw.choice(list(SOUNDS), size=int(draw.integers(1, 6))).tolist()
+        inner = [int(draw.integers(10, 30)) if draw.random() < 0.5 else 0 for _ in words[1:]]
+        made.append(spoken(words, [15, *inner, 20], draw, 0.3 if number % 2 else 0.1))
+    return made
 
 
-def test_words_with_pauses_between_them_are_cut_apart():
-    pieces = list(cut_in_pauses(spoken(0.3, 0.2, 0.4, 0.3, 0.3), ["G", "FIVE", "TWO"]))
-    assert [piece.words for piece in pieces] == [("G",), ("FIVE",), ("TWO",)]
-    # With at most 60 ms of the pauses at either end.
-    assert [piece.seconds for piece in pieces] == pytest.approx([0.36, 0.52, 0.36], abs=0.05)
+def test_words_are_found_where_they_are_with_and_without_pauses_between_them(corpus):
+    found = align([one.utterance for one in corpus])
+    pairs = [pair for one, words in zip(corpus, found, strict=True) for pair in zip(one.words, words, strict=True)]
+    assert [word.text for _, word in pairs] == [word.text for word, _ in pairs]
+    assert max(abs(word.start - true.start) for true, word in pairs) <= 4
+    assert max(abs(word.stop - true.stop) for true, word in pairs) <= 4
 
 
-def test_words_without_a_pause_stay_together():
-    pieces = list(cut_in_pauses(spoken(0.6, 0.2, 0.3), ["SIXTY", "ONE", "B"]))
-    assert [word for piece in pieces for word in piece.words] == ["SIXTY", "ONE", "B"]
-    assert pieces[-1].words == ("B",)
+def test_an_utterance_that_is_too_short_for_its_words_is_named():
+    hurried = Utterance(
+        "anna", ("SEVENTY",) * 20, np.random.default_rng(0).random(SAMPLING_RATE // 2, dtype=np.float32)
+    )
+    with pytest.raises(SystemExit, match=r"SEVENTY SEVENTY.*lasts 0\.50 s"):
+        align([hurried])
 
 
-def test_what_cannot_be_so_short_or_so_long_is_left_out():
-    assert list(cut_in_pauses(spoken(2.0), ["G"])) == []
-    assert list(cut_in_pauses(spoken(0.3), list("PITTSBURGH"))) == []
+def test_a_piece_has_a_little_of_long_pauses_and_nothing_of_other_words():
+    one = spoken(["B", "OH", "SIX"], [15, 0, 20, 20], np.random.default_rng(0), 0.3)
+    first, second, third = one.words
+    whole = one.utterance.waveform
+    assert one.piece(0, 1).words == ("B",)
+    assert len(one.piece(0, 1).waveform) == (first.stop - first.start + 6) * FRAME
+    assert len(one.piece(1, 1).waveform) == (second.stop - second.start + 6) * FRAME
+    assert len(one.piece(0, 3).waveform) == (third.stop - first.start + 12) * FRAME
+    middle = slice(FRAME, -FRAME)
+    assert np.array_equal(
+        one.piece(1, 1).waveform[middle],
+        whole[second.start * FRAME :][middle][: (second.stop - second.start + 4) * FRAME],
+    )
+    assert one.piece(1, 1).waveform[0] == one.piece(1, 1).waveform[-1] == 0
 
 
-def test_made_sentences_say_what_their_pieces_say():
-    pieces = {
-        "anna": [Piece((str(number),), spoken(0.3)) for number in range(5)],
-        "bert": [Piece(("x", "y"), spoken(0.5))],
-    }
-    sentences = list(made_sentences(pieces, random.Random(0), 40))
+def test_short_pieces_come_equally_often_at_speeds_of_their_own(corpus):
+    pieces = [piece for one in corpus for piece in one.short_pieces()]
+    assert max(piece.seconds for piece in pieces) <= 1.3
+    assert {len(piece.words) for piece in pieces} == {1, 2, 3}
+    drawn = list(single_pieces(corpus, random.Random(0), 2 * len(pieces)))
+    assert sorted(one.words for one in drawn) == sorted(2 * [piece.words for piece in pieces])
+    ratio = sum(one.seconds for one in drawn) / sum(piece.seconds for piece in pieces) / 2
+    assert 0.95 < ratio < 1.1
+    assert len({len(one.waveform) for one in drawn}) > len(pieces)
+
+
+def test_made_sentences_say_what_their_pieces_say(corpus):
+    sentences = list(made_sentences(corpus, random.Random(0), 200))
     assert {sentence.speaker for sentence in sentences} == {"anna", "bert"}
+    known = {one.utterance.words for one in corpus}
+    assert sum(sentence.words not in known for sentence in sentences) > 100
     for sentence in sentences:
-        known = {word for piece in pieces[sentence.speaker] for word in piece.words}
-        assert set(sentence.words) <= known
-        # A word of these pieces lasts 0.25 to 0.3 s, less what is cut of its end, and a little faster or slower.
-        assert 0.15 < len(sentence.waveform) / SAMPLING_RATE / len(sentence.words) < 0.4
-    assert len({sentence.words for sentence in sentences}) > 10
+        shortest = sum(SOUNDS[word][2] - 4 for word in sentence.words) * FRAME / SAMPLING_RATE / 1.15
+        longest = sum(SOUNDS[word][2] + 4 + 42 for word in sentence.words) * FRAME / SAMPLING_RATE / 0.85
+        assert shortest - 0.01 < sentence.seconds < longest
 
 
 @pytest.mark.parametrize(("word", "count"), [("B", 1), ("W", 3), ("NINE", 1), ("SEVEN", 2), ("SEPTEMBER", 3)])
