@@ -594,6 +594,20 @@ def test_evaluate_detects_languages_and_takes_lists_of_words(run, tiny_model, sh
     assert "name its file by `--words`" in run("evaluate", tiny_model, shard_folder, "--distractors", "3").refusal()
 
 
+def test_the_loss_is_that_of_the_targets_that_the_steps_make(run, tiny_model, clip, tmp_path):
+    losses = {}
+    for name, text in (("loud", "ONE TWO, three"), ("quiet", "one two, three")):
+        rows = [{"audio_filepath": clip.name, "text": text, "lang": "en"}]
+        manifest = write_lines(clip.parent / f"{name}.jsonl", rows)
+        assert run("shards", "pack", manifest, tmp_path / name).code == 0
+        for steps in ((), ("--target-text", "lower_case")):
+            assert run("evaluate", tiny_model, tmp_path / name, "--out", tmp_path / "out", *steps).code == 0
+            losses[name, steps != ()] = json.loads((tmp_path / "out" / f"{name}.json").read_text())["loss"]
+        # The stored text is what is compared, and what is written.
+        assert json.loads((tmp_path / "out" / f"{name}.jsonl").read_text())["reference"] == text
+    assert losses["loud", True] == losses["quiet", True] == losses["quiet", False] != losses["loud", False]
+
+
 @pytest.mark.parametrize(
     ("test_sets", "sentence"),
     [

@@ -2,11 +2,14 @@
 
 import random
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import pytest
+
+import cut_words
 from alignment import FRAME, SAMPLING_RATE, Utterance, Word, align, syllables
-from cut_words import Aligned, made_sentences, single_pieces
+from cut_words import Aligned, copies, made_sentences, short_pieces
 
 # Two tones for each word, in Hz, and how long it lasts, in frames of 10 ms.
 SOUNDS = {"B": (300, 900, 24), "OH": (1800, 500, 30), "SIX": (3200, 1300, 36), "TWO": (700, 2400, 28)}
@@ -51,12 +54,11 @@ def test_words_are_found_where_they_are_with_and_without_pauses_between_them(cor
     assert max(abs(word.stop - true.stop) for true, word in pairs) <= 4
 
 
-def test_an_utterance_that_is_too_short_for_its_words_is_named():
-    hurried = Utterance(
-        "anna", ("SEVENTY",) * 20, np.random.default_rng(0).random(SAMPLING_RATE // 2, dtype=np.float32)
-    )
-    with pytest.raises(SystemExit, match=r"SEVENTY SEVENTY.*lasts 0\.50 s"):
-        align([hurried])
+@pytest.mark.parametrize(("words", "seconds"), [(("SEVENTY",) * 20, 0.5), (("B",), 0.08)])
+def test_an_utterance_that_is_too_short_for_its_words_is_named(words, seconds):
+    noise = np.random.default_rng(0).random(int(seconds * SAMPLING_RATE), dtype=np.float32)
+    with pytest.raises(SystemExit, match=f"{words[0]}.* of anna lasts {seconds:.2f} s"):
+        align([Utterance("anna", words, noise)])
 
 
 def test_a_piece_has_a_little_of_long_pauses_and_nothing_of_other_words():
@@ -76,25 +78,45 @@ def test_a_piece_has_a_little_of_long_pauses_and_nothing_of_other_words():
 
 
 def test_short_pieces_come_equally_often_at_speeds_of_their_own(corpus):
-    pieces = [piece for one in corpus for piece in one.short_pieces()]
+    pieces = [piece for one in corpus for piece in one.pieces()]
     assert max(piece.seconds for piece in pieces) <= 1.3
     assert {len(piece.words) for piece in pieces} == {1, 2, 3}
-    drawn = list(single_pieces(corpus, random.Random(0), 2 * len(pieces)))
+    drawn = list(short_pieces(corpus, random.Random(0), 2 * len(pieces)))
     assert sorted(one.words for one in drawn) == sorted(2 * [piece.words for piece in pieces])
     ratio = sum(one.seconds for one in drawn) / sum(piece.seconds for piece in pieces) / 2
     assert 0.95 < ratio < 1.1
     assert len({len(one.waveform) for one in drawn}) > len(pieces)
 
 
-def test_made_sentences_say_what_their_pieces_say(corpus):
+def tones_of(waveform: np.ndarray) -> list[int]:
+    """The loudest frequency of each frame in Hz, those in a row once; without quiet frames and the ones at edges."""
+    frames = waveform[: len(waveform) // FRAME * FRAME].reshape(-1, FRAME)
+    loudest = np.abs(np.fft.rfft(frames)).argmax(axis=1) * SAMPLING_RATE // FRAME
+    loudest = loudest[np.abs(frames).max(axis=1) > 0.05]
+    runs = [(tone, len(list(run))) for tone, run in groupby(loudest.tolist())]
+    return [tone for tone, length in runs if length >= 5]
+
+
+def test_made_sentences_say_their_words_in_order_in_one_voice(corpus, monkeypatch):
+    monkeypatch.setattr(cut_words, "SPEEDS", (1.0, 1.0))
     sentences = list(made_sentences(corpus, random.Random(0), 200))
-    assert {sentence.speaker for sentence in sentences} == {"anna", "bert"}
     known = {one.utterance.words for one in corpus}
     assert sum(sentence.words not in known for sentence in sentences) > 100
+    loudness = {"anna": 0.3, "bert": 0.1}
+    assert {sentence.speaker for sentence in sentences} == set(loudness)
     for sentence in sentences:
-        shortest = sum(SOUNDS[word][2] - 4 for word in sentence.words) * FRAME / SAMPLING_RATE / 1.15
-        longest = sum(SOUNDS[word][2] + 4 + 42 for word in sentence.words) * FRAME / SAMPLING_RATE / 0.85
-        assert shortest - 0.01 < sentence.seconds < longest
+        assert tones_of(sentence.waveform) == [tone for word in sentence.words for tone in SOUNDS[word][:2]]
+        assert np.abs(sentence.waveform).max() == pytest.approx(loudness[sentence.speaker], abs=0.06)
+
+
+def test_an_utterance_comes_once_as_it_is_and_then_at_other_speeds(corpus):
+    utterances = [one.utterance for one in corpus[:3]]
+    made = list(copies(utterances, random.Random(0), 4))
+    assert [one.words for one in made] == [utterance.words for utterance in utterances for _ in range(4)]
+    for number, one in enumerate(made):
+        original = utterances[number // 4].waveform
+        assert np.array_equal(one.waveform, original) == (number % 4 == 0)
+        assert 0.86 < len(one.waveform) / len(original) < 1.18
 
 
 @pytest.mark.parametrize(("word", "count"), [("B", 1), ("W", 3), ("NINE", 1), ("SEVEN", 2), ("SEPTEMBER", 3)])

@@ -114,7 +114,7 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--beams", type=positive, default=1, help="of a beam search; 1 decodes greedily")
-    parser.add_argument("--no-loss", action="store_true", help="do not measure the loss of the references")
+    parser.add_argument("--no-loss", action="store_true", help="do not measure the loss of the targets")
     add_scoring(parser)
     parser.add_argument("--detect-language", action="store_true", help="do not tell the language; count what is named")
     parser.add_argument("--words", type=Path, metavar="FILE", help="decode with lists of words too, and report B-WER")

@@ -323,8 +323,8 @@ class TrainDataConfig(Section):
 
     target_text: tuple[TextStep, ...] = ()
     """Steps that make targets of transcripts, in this order; none: as they are. `no_punctuation` keeps apostrophes and
-    hyphens inside words, and symbols. References and hypotheses go through the same before they are scored. Answers to
-    instructions stay as they are."""
+    hyphens inside words, and symbols. Evaluations go through the same: the loss is that of targets, and references and
+    hypotheses are scored behind the steps. Answers to instructions stay as they are."""
 
     max_target_tokens: int = Field(default=448, gt=0)
     """Of a transcript, `</s>` included. Targets are never cut: see `too_long`."""
@@ -563,7 +563,7 @@ class EvaluationConfig(Section):
     of every rank has room for it."""
 
     measures_loss: bool = True
-    """Measure the loss of the references too: one more pass of the language model."""
+    """Measure the loss of the targets too: one more pass of the language model."""
 
     max_tokens_per_second: float = Field(default=12.5, gt=0)
     """A hypothesis ends at `16 + max_tokens_per_second * duration` tokens; how often that happened is reported."""

@@ -48,7 +48,7 @@ def evaluate(
         raise UserError("Two of the shard folders have the same name, which names their results: evaluate them apart.")
     named = options.settings.model_copy(update={"test_sets": test_sets})
     prompts = VoxtralPrompts.from_pretrained(processor_path(model_path))
-    built = build_test_sets(named, prompts, target_text=options.target_text)
+    built = build_test_sets(named, prompts, options.target_text)
     refuse_different_test_sets(built, world)
     # Before the model is loaded: it may be refused.
     used = normalizer(named.normalizer, options.target_text)

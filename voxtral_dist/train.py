@@ -80,7 +80,7 @@ def train(config: RunConfig, world: World) -> int:
         config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size, storage
     )
     refuse_different_data(steps.training_set.fingerprint, world)
-    test_sets = build_test_sets(config.evaluation, prompts, storage, config.train_data.target_text)
+    test_sets = build_test_sets(config.evaluation, prompts, config.train_data.target_text, storage)
     refuse_different_test_sets(test_sets, world)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = build_engine(config, log_mel, world, steps.training_set.most_windows)

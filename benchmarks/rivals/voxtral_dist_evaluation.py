@@ -46,7 +46,7 @@ def _evaluate(run: TrainingRun, world: World) -> dict[str, Any]:
     prompts = VoxtralPrompts.from_pretrained(run.model)
     log_mel = LogMel.from_pretrained(run.model, world.device)
     engine = build_engine(config, log_mel, world)
-    (test_set,) = build_test_sets(settings, prompts)
+    (test_set,) = build_test_sets(settings, prompts, target_text=())
     wait_for_all(world)
     started, cores_started = time.perf_counter(), time.process_time()
     with decoding_weights(engine, settings, 0, world) as (model, in_lockstep, why):

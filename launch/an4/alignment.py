@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 SAMPLING_RATE = 16_000
 FRAME = SAMPLING_RATE // 100
 CEPSTRA = {"n_mfcc": 13, "n_fft": 400, "hop_length": FRAME, "n_mels": 40}
+# Of which differences in time are made: the least that an utterance must have.
+DIFFERENCE_FRAMES = 9
 NUM_ITERATIONS = 12
 STATES_PER_SYLLABLE = 4
 # Loudness from 0, the quietest twentieth of an utterance, to 1, its loudest. Frames above are speech, to begin with.
@@ -68,14 +70,14 @@ def align(utterances: Sequence[Utterance]) -> list[list[Word]]:
     Raises:
         SystemExit: an utterance has fewer frames than its words have states.
     """
-    features = normalize_speakers(utterances, [cepstra(utterance.waveform) for utterance in utterances])
     chains = [Chain(utterance.words) for utterance in utterances]
-    for utterance, chain, frames in zip(utterances, chains, features, strict=True):
-        if len(frames) < len(chain.states):
+    for utterance, chain in zip(utterances, chains, strict=True):
+        if len(utterance.waveform) // FRAME < max(len(chain.states), DIFFERENCE_FRAMES):
             text = " ".join(utterance.words)
             raise SystemExit(
                 f"{text!r} of {utterance.speaker} lasts {utterance.seconds:.2f} s, too short for its words."
             )
+    features = normalize_speakers(utterances, [cepstra(utterance.waveform) for utterance in utterances])
     paths = [chain.flat_start(loudness(one.waveform)) for chain, one in zip(chains, utterances, strict=True)]
     for _ in range(NUM_ITERATIONS):
         gaussians = Gaussians(features, chains, paths)
@@ -107,12 +109,12 @@ class Chain:
         """The first states of all words but the first: a path may come there from two states before, past a pause."""
         return np.flatnonzero(self.word_numbers[1:-1] < 0) + 2
 
-    def flat_start(self, loudness: Frames) -> Numbers:
+    def flat_start(self, loudness_of_frames: Frames) -> Numbers:
         """A path on which quiet frames are pauses, and loud ones are shared out evenly."""
         states = np.flatnonzero(self.word_numbers >= 0)
-        is_loud = loudness > SPEECH_LOUDNESS
+        is_loud = loudness_of_frames > SPEECH_LOUDNESS
         num_loud = int(is_loud.sum())
-        path = np.zeros(len(loudness), dtype=np.int64)
+        path = np.zeros(len(is_loud), dtype=np.int64)
         path[is_loud] = states[np.arange(num_loud) * len(states) // max(1, num_loud)]
         return path
 
@@ -177,7 +179,7 @@ class Gaussians:
 def cepstra(waveform: Waveform) -> Frames:
     """Mel-frequency cepstra with their first and second differences in time, `(num_frames, 39)`."""
     still: NDArray[Any] = librosa.feature.mfcc(y=waveform, sr=SAMPLING_RATE, **CEPSTRA)[:, : len(waveform) // FRAME]
-    moving = [librosa.feature.delta(still, order=order) for order in (1, 2)]
+    moving = [librosa.feature.delta(still, width=DIFFERENCE_FRAMES, order=order) for order in (1, 2)]
     return np.concatenate([still, *moving]).T.astype(np.float64)
 
 

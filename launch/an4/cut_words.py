@@ -4,8 +4,9 @@
 
 writes `OUT_DIR/{words,sentences}.jsonl` and `OUT_DIR/{words,sentences}/*.flac` (16 kHz, mono). A model that starts from
 nothing learns 819 sentences by heart before it learns to listen. So utterances are cut into their words (alignment.py):
-words by themselves to begin with, and sentences which nobody knows, of words of one speaker. All is also played faster
-and slower, as Ko et al. (Interspeech 2015, "Audio Augmentation for Speech Recognition") do.
+one to three of them at a time to begin with, then sentences which nobody knows, of words of one speaker, and the 819 as
+they are. All is also played faster and slower, as Ko et al. (Interspeech 2015, "Audio Augmentation for Speech
+Recognition") do.
 """
 
 import argparse
@@ -20,17 +21,18 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from alignment import FRAME, SAMPLING_RATE, Utterance, Waveform, Word, align
+
+from alignment import FRAME, SAMPLING_RATE, Utterance, Waveform, Word, align, syllables
 
 SPEEDS = (0.85, 1.15)
 # What is kept of a pause at either end of a piece, at most.
 KEPT_FRAMES = 6
 # Loudness rises and falls for 5 ms at either end, so that a cut does not click.
 FADE_SAMPLES = SAMPLING_RATE // 200
-# Of a piece that is learned by itself, which fits into a window of 1.6 s at the slowest speed; and of a sentence before
-# its last piece.
-MAX_SINGLE_SECONDS = 1.3
+# Of a piece that is learned by itself: it fits into a window of 1.6 s at the slowest speed.
+MAX_PIECE_SECONDS = 1.3
 MAX_WORDS_OF_PIECE = 3
+# Of a sentence before its last piece.
 MAX_MADE_SECONDS = 4.0
 
 
@@ -55,12 +57,12 @@ class Aligned:
         words = tuple(word.text for word in self.words[first : first + num_words])
         return Utterance(self.utterance.speaker, words, waveform)
 
-    def short_pieces(self) -> Iterator[Utterance]:
-        """All that fit into a window."""
+    def pieces(self) -> Iterator[Utterance]:
+        """All that are short enough to be learned by themselves."""
         for num_words in range(1, MAX_WORDS_OF_PIECE + 1):
             for first in range(len(self.words) - num_words + 1):
                 piece = self.piece(first, num_words)
-                if piece.seconds <= MAX_SINGLE_SECONDS:
+                if piece.seconds <= MAX_PIECE_SECONDS:
                     yield piece
 
 
@@ -70,17 +72,24 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-words", type=int, default=16_000, help="short pieces, each at its own speed")
+    parser.add_argument("--num-pieces", type=int, default=16_000, help="of one to three words, each at its own speed")
     parser.add_argument("--num-made", type=int, default=16_000, help="sentences made of pieces")
     parser.add_argument("--num-copies", type=int, default=5, help="of each utterance, the first one as it is")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     utterances = read_manifest(arguments.manifest)
     aligned = [Aligned(utterance, words) for utterance, words in zip(utterances, align(utterances), strict=True)]
-    print(f"{sum(len(one.words) for one in aligned)} words in {len(aligned)} utterances were found")
-    write_speech(arguments.out_dir, "words", single_pieces(aligned, draw, arguments.num_words))
+    print(lengths(aligned))
+    write_speech(arguments.out_dir, "words", short_pieces(aligned, draw, arguments.num_pieces))
     made = made_sentences(aligned, draw, arguments.num_made)
     write_speech(arguments.out_dir, "sentences", chain(made, copies(utterances, draw, arguments.num_copies)))
+
+
+def lengths(aligned: Sequence[Aligned]) -> str:
+    """How long syllables are, which tells whether words were found where they are."""
+    frames = [(word.stop - word.start) / syllables(word.text) for one in aligned for word in one.words]
+    low, middle, high = np.percentile(frames, (5, 50, 95)) * FRAME / SAMPLING_RATE
+    return f"{len(frames)} words: a syllable lasts {middle:.2f} s, 9 of 10 from {low:.2f} to {high:.2f} s"
 
 
 def write_speech(out_dir: Path, name: str, spoken: Iterator[Utterance]) -> None:
@@ -113,9 +122,9 @@ def read_manifest(path: Path) -> list[Utterance]:
     ]
 
 
-def single_pieces(aligned: Sequence[Aligned], draw: random.Random, num_pieces: int) -> Iterator[Utterance]:
+def short_pieces(aligned: Sequence[Aligned], draw: random.Random, num_pieces: int) -> Iterator[Utterance]:
     """Short pieces by themselves, about equally often."""
-    pieces = [piece for one in aligned for piece in one.short_pieces()]
+    pieces = [piece for one in aligned for piece in one.pieces()]
     draw.shuffle(pieces)
     for number in range(num_pieces):
         yield at_other_speed(pieces[number % len(pieces)], draw)

@@ -150,7 +150,8 @@ def test_a_column_with_our_name_that_is_not_chosen_does_not_replace_what_is(tmp_
 def test_answers_keep_their_case_and_marks_whatever_targets_lose(tmp_path, prompts):
     index = read_index([str(packed_questions(tmp_path))])
     reader = SampleReader(index, prompts, 448, prompting=Prompting(target_text=("lower_case", "no_punctuation")))
-    assert reader.example(1).reference == "answer 1 and so on, and so on, at length "
+    example = reader.example(1)
+    assert prompts.decode(example.completion[:-1]) == "answer 1 and so on, and so on, at length "
 
 
 # Detection.
@@ -244,6 +245,17 @@ def test_targets_are_made_by_the_configured_steps(shard_folder, prompts):
     targets = {prompts.transcript(targets).text for _, targets in examples_of(config, prompts, 9)}
     assert "übermorgen fährt der zug früher 1" in targets
     assert "l'été dernier à genève 2" in targets
+
+
+def test_packed_clips_have_the_targets_of_all_and_keep_their_texts(shard_folder, prompts):
+    prompting = Prompting(target_text=("lower_case", "no_punctuation"))
+    reader = SampleReader(read_index([str(shard_folder)]), prompts, 448, prompting=prompting)
+    packed = reader.join([reader.clip(1), reader.clip(5)])
+    assert packed.reference == f"{reader.read(1).text} {reader.read(5).text}" != packed.reference.lower()
+    assert (
+        prompts.transcript(packed.completion[:-1]).text
+        == "übermorgen fährt der zug früher 1 übermorgen fährt der zug früher 5"
+    )
 
 
 def test_a_text_of_which_nothing_is_left_is_a_bad_sample(tmp_path, prompts):

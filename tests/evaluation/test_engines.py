@@ -108,7 +108,7 @@ def decode_all(world: World, cases: list[tuple[Case, RunConfig]]) -> list[bool]:
         settings = config.evaluation
         with decoding_weights(engine, settings, 0, world) as (model, in_lockstep, _):
             transcriber = Transcriber(model, prompts, log_mel, settings, in_lockstep)
-            for test_set in build_test_sets(settings, prompts):
+            for test_set in build_test_sets(settings, prompts, target_text=()):
                 evaluate_test_set(test_set, transcriber, settings, normalizer("basic"), config.run_dir, world)
         found.append(in_lockstep)
     return found
@@ -154,7 +154,7 @@ def error_and_seconds(world: World, config: RunConfig) -> tuple[str, int, float]
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = build_engine(config, log_mel, world)
-    test_sets = build_test_sets(config.evaluation, prompts)
+    test_sets = build_test_sets(config.evaluation, prompts, target_text=())
     started = time.monotonic()
     with decoding_weights(engine, config.evaluation, 0, world) as (model, in_lockstep, _):
         transcriber = Transcriber(model, prompts, log_mel, config.evaluation, in_lockstep)

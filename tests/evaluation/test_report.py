@@ -196,7 +196,7 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
 def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, prompts):
     config = ShardsToTest(shards=str(shard_folder))
     settings = EvaluationConfig(slices=("lang", "nothing"))
-    asked = build_test_set("held_out", config, settings, prompts, Storage())[0]
+    asked = build_test_set("held_out", config, settings, prompts, (), Storage())[0]
     index = asked.index
     for sample_id in range(4):
         example = asked.reader.example(sample_id)
@@ -209,7 +209,7 @@ def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, pro
 def test_targets_of_a_test_set_are_those_of_training_and_references_stay(shard_folder, prompts):
     config = ShardsToTest(shards=str(shard_folder))
     steps = ("lower_case", "no_punctuation")
-    asked = build_test_set("held_out", config, EvaluationConfig(), prompts, Storage(), steps)[0]
+    asked = build_test_set("held_out", config, EvaluationConfig(), prompts, steps, Storage())[0]
     examples = [asked.reader.example(sample_id) for sample_id in range(len(asked.index))]
     targets = {example.reference: prompts.transcript(example.completion[:-1]).text for example in examples}
     assert targets["Übermorgen fährt der Zug früher 1"] == "übermorgen fährt der zug früher 1"
@@ -220,7 +220,7 @@ def test_a_reference_of_which_no_target_is_left_counts_in_a_test_set(tmp_path, p
     manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "?!", "lang": "en"}])
     pack_manifest(manifest, tmp_path / "set", 10**9, skip_bad=False)
     config = ShardsToTest(shards=str(tmp_path / "set"))
-    asked = build_test_set("marks", config, EvaluationConfig(), prompts, Storage(), ("no_punctuation",))[0]
+    asked = build_test_set("marks", config, EvaluationConfig(), prompts, ("no_punctuation",), Storage())[0]
     example = asked.reader.example(0)
     assert (example.reference, example.completion) == ("?!", (prompts.eos_id,))
 
@@ -228,7 +228,7 @@ def test_a_reference_of_which_no_target_is_left_counts_in_a_test_set(tmp_path, p
 @pytest.fixture(scope="module")
 def held_out(shard_folder, prompts):
     config = ShardsToTest(shards=str(shard_folder), max_utterances=7)
-    return build_test_set("held_out", config, EvaluationConfig(batch_size=3), prompts, Storage())[0]
+    return build_test_set("held_out", config, EvaluationConfig(batch_size=3), prompts, (), Storage())[0]
 
 
 def test_batches_hold_every_utterance_once_longest_first(held_out):

@@ -126,7 +126,7 @@ class Contexts(Protocol):
         """The context of a clip, or of several that are packed together; empty for none.
 
         Args:
-            text: the transcript of all of them.
+            text: the targets of all of them.
             fields: the json of the sample of each.
             key: whole numbers that the draws depend on.
         """

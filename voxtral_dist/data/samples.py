@@ -70,8 +70,8 @@ class Clip:
 class Example:
     """One utterance, or several packed ones, as the model takes it.
 
-    pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` is that of the target,
-    and ends with `</s>`. reference: the text as it is stored. `sample_id` and `key` are those of the first utterance.
+    pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` is made of the targets,
+    and ends with `</s>`. reference: the stored texts. `sample_id` and `key` are those of the first utterance.
     is_transcription: whether the completion is a transcript, and not the answer to an instruction. is_untagged: whether
     the prompt does not tell the language. context: that of the prompt. fields: those of the first utterance's json that
     the reader keeps. feature_masks are those of `draw_feature_masks`, and none in evaluations.
@@ -103,9 +103,10 @@ class SampleReader:
         max_target_tokens: int | None,
         storage: Storage | None = None,
         augmentation: Augmentation | None = None,
-        max_chars_per_second: float | None = MAX_CHARS_PER_SECOND,
+        max_chars_per_second: float = MAX_CHARS_PER_SECOND,
         prompting: Prompting | None = None,
         kept_fields: Sequence[str] = (),
+        takes_all: bool = False,
     ) -> None:
         """A reader.
 
@@ -115,11 +116,12 @@ class SampleReader:
             max_target_tokens: longer transcripts are unusable. None takes any.
             storage: what reads the bytes.
             augmentation: of every clip.
-            max_chars_per_second: longer transcripts, silent clips, and texts without a target are unusable. None
-                takes all of them: a test set is scored as it is.
+            max_chars_per_second: longer transcripts are unusable.
             prompting: what prompts tell the model, and what targets are made of texts; None tells languages and
                 keeps texts.
             kept_fields: keys of the samples' json that examples have too.
+            takes_all: also silent clips, transcripts that are longer than that, and texts of which no target is left: a
+                test set is scored as it is.
         """
         self._index = index
         self._prompts = prompts
@@ -129,6 +131,7 @@ class SampleReader:
         self._max_chars_per_second = max_chars_per_second
         self._prompting = prompting or Prompting()
         self._kept_fields = tuple(kept_fields)
+        self._takes_all = takes_all
 
     def prefetch(self, sample_ids: Sequence[int]) -> None:
         """Start to read what is going to be asked for."""
@@ -171,7 +174,7 @@ class SampleReader:
             # An answer is as it is: its case and its marks were asked for.
             steps = self._prompting.target_text if sample.instruction is None else ()
             target = apply_steps(steps, sample.text)
-            if not target and self._max_chars_per_second is not None:
+            if not target and not self._takes_all:
                 raise ValueError("has no text after the steps of `target_text`")
         except (AudioError, ValueError) as error:
             raise self._unusable(sample_id, sample.key, error) from error
@@ -213,18 +216,17 @@ class SampleReader:
         )
         try:
             self._check_targets(example)
-            example = self._with_prompt(example, clips, (*key, first.sample_id))
+            example = self._with_prompt(example, clips, target, (*key, first.sample_id))
             self._check_positions(example)
         except ValueError as error:
             raise self._unusable(first.sample_id, first.key, error) from error
         return example
 
-    def _with_prompt(self, example: Example, clips: Sequence[Clip], key: tuple[int, ...]) -> Example:
+    def _with_prompt(self, example: Example, clips: Sequence[Clip], target: str, key: tuple[int, ...]) -> Example:
         """The example with what it is asked, and with the tag of its language where the model has to find it."""
         first = clips[0]
         if first.instruction is not None:
             return replace(example, prompt=self._prompts.instruction(first.instruction, example.num_windows))
-        target = _joined([clip.target for clip in clips])
         context = self._prompting.context(target, [clip.fields for clip in clips], key)
         is_untagged = first.language is None or self._prompting.is_untagged(key)
         prompt = self._prompts.transcription(None if is_untagged else first.language, example.num_windows, context)
@@ -264,7 +266,7 @@ class SampleReader:
         expected = float(self._index.record(sample_id)["duration_ms"]) / 1000.0
         if not is_same_duration(seconds, expected):
             raise AudioError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
-        if self._max_chars_per_second is None:
+        if self._takes_all:
             return
         if is_silent(audio):
             raise AudioError("is silent: it never reaches -60 dB of full scale")

@@ -27,7 +27,7 @@ ReadBatch = Callable[[Batch], list[Example]]
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one rank decoded: examples with their hypotheses, the loss of their references, and how long it took."""
+    """What one rank decoded: examples with their hypotheses, the loss of their targets, and how long it took."""
 
     pairs: list[tuple[Example, Hypothesis]]
     loss_sum: float
@@ -45,7 +45,7 @@ def decode_batches(
         batches: the same on all ranks, expensive ones first.
         read: gives the examples of a batch.
         transcriber: that decodes them.
-        with_loss: whether the loss of references is measured.
+        with_loss: whether the loss of targets is measured.
         world: all ranks.
 
     Raises:

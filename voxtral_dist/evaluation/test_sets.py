@@ -97,8 +97,8 @@ def refuse_different_test_sets(test_sets: Sequence[TestSet], world: World) -> No
 def build_test_sets(
     config: EvaluationConfig,
     prompts: VoxtralPrompts,
+    target_text: Sequence[TextStep],
     storage: Storage | None = None,
-    target_text: Sequence[TextStep] = (),
 ) -> list[TestSet]:
     """All configured test sets, each cut into batches of similar cost, longest first.
 
@@ -108,7 +108,7 @@ def build_test_sets(
     built = [
         sized
         for name, test_set in config.test_sets.items()
-        for sized in build_test_set(name, test_set, config, prompts, storage or Storage(), target_text)
+        for sized in build_test_set(name, test_set, config, prompts, target_text, storage or Storage())
     ]
     names = Counter(test_set.name for test_set in built)
     twice = next((name for name, count in names.items() if count > 1), None)
@@ -124,8 +124,8 @@ def build_test_set(
     config: TestSetConfig,
     settings: EvaluationConfig,
     prompts: VoxtralPrompts,
+    target_text: Sequence[TextStep],
     storage: Storage,
-    target_text: Sequence[TextStep] = (),
 ) -> list[TestSet]:
     """One test set, and the same with lists of words in the prompts.
 
@@ -159,7 +159,7 @@ def build_test_set(
                 prompts,
                 max_target_tokens=None,
                 storage=storage,
-                max_chars_per_second=None,
+                takes_all=True,
                 prompting=Prompting(
                     untagged_fraction=float(config.detect_language),
                     contexts=None if size is None or words is None else TestContexts(words, size, max(sizes)),

@@ -41,7 +41,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """Hypotheses of a batch, and the summed cross entropy of its references; no targets where it was not asked for."""
+    """Hypotheses of a batch, and the summed cross entropy of its targets; no targets where it was not asked for."""
 
     hypotheses: list[Hypothesis]
     loss_sum: float = 0.0
@@ -79,7 +79,7 @@ class Transcriber:
 
     @torch.no_grad()
     def decode(self, examples: Sequence[Example], *, with_loss: bool, most_windows: int | None = None) -> DecodedBatch:
-        """Hypotheses of examples in their order, and the loss of their references.
+        """Hypotheses of examples in their order, and the loss of their targets.
 
         Args:
             examples: at least one.
