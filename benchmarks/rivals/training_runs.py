@@ -33,7 +33,7 @@ class TrainingRun:
     packing: ours alone: utterances of a step share windows.
     is_profiled: ours alone: one more step is taken apart.
     num_workers: processes of a rank that read batches ahead.
-    max_tokens_per_second, max_new_tokens, weights_in_evaluations: of evaluations alone.
+    max_tokens_per_second, max_new_tokens, weights_in_evaluations, static_cache: of evaluations alone.
     """
 
     model: str
@@ -59,6 +59,7 @@ class TrainingRun:
     max_tokens_per_second: float = 12.5
     max_new_tokens: int = 400
     weights_in_evaluations: str = "auto"
+    static_cache: bool = False
 
     @classmethod
     def read(cls, path: Path) -> TrainingRun:
