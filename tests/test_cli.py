@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -445,6 +446,29 @@ def test_a_clip_that_cannot_be_transcribed_is_one_sentence(run, tiny_model, clip
     assert " at 0x" not in refused
 
 
+def test_options_of_decoding_reach_the_model(run, tiny_model, clip, monkeypatch):
+    generate, asked = VoxtralForConditionalGeneration.generate, []
+
+    def recorded(model, **settings):
+        asked.append((settings["num_beams"], settings.get("cache_implementation")))
+        return generate(model, **settings)
+
+    monkeypatch.setattr(VoxtralForConditionalGeneration, "generate", recorded)
+
+    def segment(*options: str) -> dict[str, Any]:
+        (only,) = json.loads(run("transcribe", tiny_model, clip, "--json", *options).out)["segments"]
+        return only
+
+    usual = segment()
+    limited = segment("--max-tokens-per-second", "1")
+    limit = 16 + math.ceil(usual["end_seconds"])
+    assert limited["hit_limit"]
+    assert limited["num_tokens"] == limit < usual["num_tokens"]
+    assert segment("--static-cache", "--max-windows", "1") == usual
+    segment("--beams", "3")
+    assert asked == [(1, None), (1, None), (1, "static"), (3, None)]
+
+
 def test_transcribe_takes_context_or_an_instruction_and_writes_json(run, tiny_model, clip):
     (clip.parent / "words.txt").write_text("Siobhan\nXiaomi\n")
     contexts = ["--words", clip.parent / "words.txt", "--previous-text", "what was said"]
@@ -521,6 +545,14 @@ def test_transcribe_writes_files_for_a_folder(run, tiny_model, clip, tmp_path):
     assert (tmp_path / "out" / "second.txt").read_text(encoding="utf-8") == f"{row['text']}\n"
     cue = f"2\n00:00:0{second['start_seconds']:.3f}".replace(".", ",") + " --> 00:00:07,000\n"
     assert cue in (tmp_path / "out" / "second.srt").read_text(encoding="utf-8")
+    # What was written before is replaced, but never what lies beside a clip: a human may have written it.
+    assert run("transcribe", tiny_model, recordings, "--language", "en", *asked).code == 0
+    (recordings / "second.txt").write_text("What was truly said.\n", encoding="utf-8")
+    refused = run("transcribe", tiny_model, recordings, "--out", recordings).refusal()
+    assert f"{recordings / 'second.txt'} lies beside its clip and would be replaced" in refused
+    assert (recordings / "second.txt").read_text(encoding="utf-8") == "What was truly said.\n"
+    assert not (recordings / "monday" / "first.txt").exists(), "nothing was decoded before"
+    assert run("transcribe", tiny_model, recordings, "--out", recordings, "--format", "json").code == 0
 
 
 def cut(path: Path) -> None:

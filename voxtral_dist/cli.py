@@ -16,7 +16,7 @@ from voxtral_dist.cli_plan import add_plan
 from voxtral_dist.cli_report import add_report
 from voxtral_dist.cli_score import add_score, add_scoring
 from voxtral_dist.cli_shards import Commands, add_shards, count, positive
-from voxtral_dist.cli_transcribe import PRECISIONS, add_transcribe
+from voxtral_dist.cli_transcribe import add_decoding, add_transcribe, decoding_settings
 from voxtral_dist.config import (
     EvaluationConfig,
     TestContextConfig,
@@ -109,11 +109,9 @@ def _train(parsed: argparse.Namespace) -> int:
 
 def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("evaluate", help="word error rate of a model folder on shard folders")
-    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
+    add_decoding(parser)
     parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
     parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
-    parser.add_argument("--batch-size", type=positive, default=8)
-    parser.add_argument("--beams", type=positive, default=1, help="of a beam search; 1 decodes greedily")
     parser.add_argument("--no-loss", action="store_true", help="do not measure the loss of the targets")
     add_scoring(parser)
     parser.add_argument("--detect-language", action="store_true", help="do not tell the language; count what is named")
@@ -121,8 +119,6 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--distractors", type=count, nargs="+", metavar="N", help="of the lists, besides true words (default: 0 100)"
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: as stored")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(run=_evaluate)
 
 
@@ -135,8 +131,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     sizes = {"num_distractors": tuple(parsed.distractors)} if parsed.distractors else {}
     options = EvaluationOptions(
         settings=EvaluationConfig(
-            batch_size=parsed.batch_size,
-            num_beams=parsed.beams,
+            **decoding_settings(parsed),
             measures_loss=not parsed.no_loss,
             normalizer=parsed.normalizer,
             slices=tuple(parsed.slices),

@@ -8,17 +8,17 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from voxtral_dist.cli_shards import Commands, positive
+from voxtral_dist.cli_shards import Commands, positive, positive_number
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import failures_named, refuse_unwritable
+from voxtral_dist.files import failures_named, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from voxtral_dist.transcription import ClipTranscript
 
-PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
+_PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
 _FORMATS = ("txt", "json", "srt")
 # A subtitle stands for as long as its segment lasts, and nobody reads a minute of speech at once.
 _SUBTITLE_SECONDS = 10.0
@@ -27,7 +27,7 @@ _SUBTITLE_SECONDS = 10.0
 def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = commands.add_parser("transcribe", help="transcripts of audio files and folders, of any length")
-    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
+    add_decoding(parser)
     parser.add_argument("clips", type=Path, nargs="+", help="audio files, and folders of them")
     parser.add_argument("--language", help="ISO 639-1 code; without it the model is asked to detect the language")
     parser.add_argument("--words", type=Path, metavar="FILE", help="words that are likely, one in each line")
@@ -41,12 +41,43 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="SECONDS",
         help=f"cut longer clips at pauses (default: {_SUBTITLE_SECONDS:g} for srt, else what the model has room for)",
     )
-    parser.add_argument("--batch-size", type=positive, default=8, help="segments at a time (default: %(default)s)")
-    parser.add_argument("--beams", type=positive, default=1, help="of a beam search; 1 decodes greedily")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each file")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto: as stored")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(run=_transcribe)
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the model and the options that say how it decodes."""
+    defaults = EvaluationConfig()
+    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
+    for option, default, meaning in (
+        ("--batch-size", defaults.batch_size, "utterances that a rank decodes at a time"),
+        ("--max-windows", defaults.max_windows, "windows that a rank decodes at a time"),
+        ("--beams", defaults.num_beams, "of a beam search; 1 decodes greedily"),
+    ):
+        parser.add_argument(
+            option, type=positive, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--max-tokens-per-second",
+        type=positive_number,
+        default=defaults.max_tokens_per_second,
+        metavar="NUMBER",
+        help="a transcript ends at 16 tokens and so many for each second (default: %(default)s)",
+    )
+    parser.add_argument("--static-cache", action="store_true", help="as torch.compile wants it on GPUs")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def decoding_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What these options say, as fields of `EvaluationConfig`."""
+    return {
+        "batch_size": parsed.batch_size,
+        "max_windows": parsed.max_windows,
+        "num_beams": parsed.beams,
+        "max_tokens_per_second": parsed.max_tokens_per_second,
+        "static_cache": parsed.static_cache,
+    }
 
 
 def _seconds(text: str) -> float:
@@ -67,11 +98,11 @@ def _transcribe(parsed: argparse.Namespace) -> int:
             "`--instruction` asks about whole clips: leave out `--format srt` and `--max-segment-seconds`, which cut."
         )
     clips = find_clips(parsed.clips)
-    paths = _out_paths([name for _, name in clips], parsed.out) if parsed.out else [None] * len(clips)
+    paths = _out_paths(clips, parsed.out, parsed.format) if parsed.out else [None] * len(clips)
     if parsed.out is not None:
         refuse_unwritable("--out", parsed.out)
     question = Question.of(parsed.language, parsed.words, parsed.previous_text, parsed.instruction)
-    settings = EvaluationConfig(batch_size=parsed.batch_size, num_beams=parsed.beams)
+    settings = EvaluationConfig(**decoding_settings(parsed))
     by_default = _SUBTITLE_SECONDS if "srt" in parsed.format else None
     num_failed = 0
     with joined_world() as world:
@@ -96,15 +127,28 @@ def _transcribe(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _out_paths(names: list[Path], folder: Path) -> list[Path]:
-    """Where the results of clips go, without the suffix of a format."""
-    paths = [folder / name.with_suffix("") for name in names]
+def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str]) -> list[Path]:
+    """Where the results of clips go, without the suffix of a format.
+
+    Raises:
+        UserError: two clips have the same name, or a file beside a clip would be replaced: such texts are often what a
+            human wrote, and `shards pack` takes them for that.
+    """
+    paths = [folder / name.with_suffix("") for _, name in clips]
     twice = next((path for path, count in Counter(paths).items() if count > 1), None)
     if twice is not None:
         raise UserError(
             f"`--out`: the results of two clips would be {twice}: transcribe clips of the same name into folders of "
             "their own."
         )
+    for (clip, _), path in zip(clips, paths, strict=True):
+        for one in formats:
+            beside = _of_format(path, one)
+            if beside.exists() and beside.parent.samefile(clip.parent):
+                raise UserError(
+                    f"`--out`: {beside} lies beside its clip and would be replaced: choose another folder, or move the "
+                    "file away if it is an old result."
+                )
     return paths
 
 
@@ -128,4 +172,8 @@ def _write(path: Path, clip: Path, transcript: ClipTranscript, formats: list[str
     contents = {"txt": f"{transcript.text}\n", "json": f"{_row(clip, transcript)}\n", "srt": to_srt(transcript)}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in formats:
-        path.with_name(f"{path.name}.{name}").write_text(contents[name], encoding="utf-8")
+        write_whole(_of_format(path, name), contents[name])
+
+
+def _of_format(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.name}.{name}")
