@@ -469,6 +469,22 @@ def test_options_of_decoding_reach_the_model(run, tiny_model, clip, monkeypatch)
     assert asked == [(1, None), (1, None), (1, "static"), (3, None)]
 
 
+def test_a_gpu_without_room_is_one_sentence(run, tiny_model, clip, shard_folder, tmp_path, monkeypatch):
+    asked = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB of which 12 MiB is free"
+    )
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(f"{asked}. Including non-PyTorch memory, this process has 23.66 GiB in use.\nMore")
+
+    monkeypatch.setattr(VoxtralForConditionalGeneration, "generate", full)
+    in_transcribe = run("transcribe", tiny_model, clip).refusal(3)
+    assert f"Rank 0 ran out of the memory of its GPU ({asked}): take less at a time" in in_transcribe
+    in_evaluate = run("evaluate", tiny_model, shard_folder, "--out", tmp_path / "out").refusal(3)
+    assert "The evaluation of `speech` ended on rank 0: the memory of its GPU does not suffice" in in_evaluate
+    assert f"({asked}): lower `batch_size`" in in_evaluate
+
+
 def test_transcribe_takes_context_or_an_instruction_and_writes_json(run, tiny_model, clip):
     (clip.parent / "words.txt").write_text("Siobhan\nXiaomi\n")
     contexts = ["--words", clip.parent / "words.txt", "--previous-text", "what was said"]

@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import RankError, UserError, first_line
 
 # Long enough for rank 0 to export the largest model while the others wait, short enough not to burn a night.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -43,6 +43,10 @@ def joined_world() -> Iterator[World]:
 
     Without these variables the process is a world of its own; engines still get a process group. The group is left
     when the block ends without an error; after one, the launcher ends the other ranks, which may wait for this one.
+
+    Raises:
+        UserError: the variables do not fit this node.
+        RankError: the memory of this rank's GPU did not suffice for what the block does.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
@@ -63,8 +67,20 @@ def joined_world() -> Iterator[World]:
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    yield World(rank, size, local_rank, device)
+    try:
+        yield World(rank, size, local_rank, device)
+    except torch.OutOfMemoryError as error:
+        raise RankError(
+            f"Rank {rank} ran out of the memory of its GPU ({what_was_asked(error)}): take less at a time, in training "
+            "by smaller micro-batches and more `train_data.slots_per_step`, in decoding by `--batch-size`; "
+            "`voxtral-dist plan` says what a run needs."
+        ) from error
     dist.destroy_process_group()
+
+
+def what_was_asked(error: torch.OutOfMemoryError) -> str:
+    """The part of torch's message that tells how much was asked and how much is free, without advice on allocators."""
+    return first_line(error).partition(" Including")[0].rstrip(".")
 
 
 _PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from voxtral_dist.data.samples import Example
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks
 from voxtral_dist.distributed.hand_out import HandOut
-from voxtral_dist.distributed.world import World
+from voxtral_dist.distributed.world import World, what_was_asked
 from voxtral_dist.errors import RankError, SharedError, UserError
 from voxtral_dist.evaluation.transcribe import DecodedBatch, Hypothesis, Transcriber
 
@@ -124,7 +126,7 @@ class _Part:
             try:
                 decoded = self._transcriber.decode(asked, with_loss=self._with_loss, most_windows=most_windows)
             except Exception as error:
-                log.error("rank %d could not decode a batch", self._world.rank, exc_info=error)
+                _log_unless_plain(error, self._world)
                 raise _OthersWaitError(
                     f"The evaluation of `{self._name}` ended on rank {self._world.rank}: {_reason(error)}"
                 ) from error
@@ -156,9 +158,8 @@ class _Part:
 
 def _refuse_if_any_failed(name: str, failure: Exception | None, world: World) -> None:
     """Raise on all ranks what one of them met."""
-    if failure is not None and not isinstance(failure, UserError):
-        # Nothing that a user could mend by the sentence alone.
-        log.error("rank %d could not decode a batch", world.rank, exc_info=failure)
+    if failure is not None:
+        _log_unless_plain(failure, world)
     reasons = gather_on_first(None if failure is None else _reason(failure), world)
     failures = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
     first = from_first_rank(failures[:1], world)
@@ -166,5 +167,20 @@ def _refuse_if_any_failed(name: str, failure: Exception | None, world: World) ->
         raise SharedError(f"The evaluation of `{name}` ended on rank {rank}: {reason}") from failure
 
 
+def _log_unless_plain(error: Exception, world: World) -> None:
+    """With its traceback, if it is nothing that a user could mend by the sentence alone."""
+    if not isinstance(error, UserError | torch.OutOfMemoryError):
+        log.error("rank %d could not decode a batch", world.rank, exc_info=error)
+
+
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    match error:
+        case UserError():
+            return str(error)
+        case torch.OutOfMemoryError():
+            return (
+                f"the memory of its GPU does not suffice for a batch ({what_was_asked(error)}): lower `batch_size` or "
+                "`max_windows` of the evaluation."
+            )
+        case _:
+            return f"{type(error).__name__}: {error}"
