@@ -104,6 +104,10 @@ def test_a_best_checkpoint_that_is_gone_is_none(tiny_model: Path, shard_folder: 
     selecting = config.model_copy(update={"evaluation": evaluation, "num_steps": 4})
     assert run_ranks(1, train_with_scripted_wer, selecting) == [0]
     assert json.loads((config.run_dir / "best.json").read_text())["step"] == 4
+    # And no longer: the file would name a checkpoint that is removed.
+    longer = config.model_copy(update={"num_steps": 5})
+    assert run_ranks(1, train_with_scripted_wer, longer) == [0]
+    assert not (config.run_dir / "best.json").exists()
 
 
 def train_and_stop_in_an_evaluation(world: World, config: RunConfig) -> int:

@@ -71,6 +71,17 @@ def test_a_checkpoint_that_breaks_the_guard_is_not_the_best() -> None:
     assert "`general` is 3.00 points above that of the start, more than 2" in verdict.sentences[0]
 
 
+def test_limits_are_what_they_say_whatever_floats_make_of_them() -> None:
+    # 0.31 - 0.3 is a little more than 0.01, and 0.21 - 0.2 a little less.
+    for start in (0.2, 0.3):
+        guard = {"test_set": "general", "max_wer_increase": 0.01}
+        found = rows(dev=[0.9, 0.5], general=[start, start + 0.01])
+        assert judge(selection(guard=guard), found, SAVED).best_step == 10
+        # An improvement must be more than the least one.
+        found = rows(dev=[0.9, start + 0.01, start])
+        assert judge(selection(patience=1, min_improvement=0.01), found, SAVED).must_stop
+
+
 def test_a_checkpoint_that_was_removed_is_not_the_best() -> None:
     found = rows(dev=[0.9, 0.5, 0.3, 0.4])
     assert judge(selection(), found, [10, 30]).best_step == 30

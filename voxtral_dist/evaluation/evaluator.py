@@ -74,7 +74,8 @@ class Evaluator:
         """
         settings = self._config.evaluation.selection
         if settings is None:
-            return Verdict()
+            # What an earlier configuration selected may be gone.
+            return self._written(Verdict())
         recorded = self._recorded()
         if settings.guard is not None:
             refuse_guard_without_start(settings.guard, recorded)
@@ -82,6 +83,9 @@ class Evaluator:
         for sentence in verdict.sentences:
             log.say(f"step {step}: {sentence}")
             log.write("event", step, {"event": "selection", "sentence": sentence})
+        return self._written(verdict)
+
+    def _written(self, verdict: Verdict) -> Verdict:
         if self._world.is_first:
             write_best(self._config.run_dir, verdict)
         return verdict

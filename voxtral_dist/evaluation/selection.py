@@ -13,6 +13,8 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.files import write_whole
 
 _BEST_FILE = "best.json"
+# Differences of rates are exact to this much; two rates of a set with N words differ by 1 / N at least.
+_ROUNDING = 1e-9
 # WER by step.
 _Curve = dict[int, float]
 
@@ -71,8 +73,9 @@ def refuse_guard_without_start(guard: GuardConfig, rows: Sequence[dict[str, Any]
 
 
 def write_best(run_dir: Path, verdict: Verdict) -> None:
-    """Name the best checkpoint, where there is one, in `best.json`."""
+    """Name the best checkpoint in `best.json`, which is not there where there is none."""
     if verdict.best_step is None:
+        (run_dir / _BEST_FILE).unlink(missing_ok=True)
         return
     checkpoint = f"checkpoints/step-{verdict.best_step:07d}"
     best = {"step": verdict.best_step, "wer": verdict.best_wer, "checkpoint": checkpoint}
@@ -90,7 +93,7 @@ def selected_step(run_dir: Path) -> int | None:
         return None
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["step"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged: remove it, and evaluations tell the best step.") from error
 
 
@@ -102,7 +105,7 @@ def _broken_steps(guard: GuardConfig | None, curve: _Curve) -> set[int]:
     """Steps at which the guard's WER is above what it was at the start by more than is allowed."""
     if guard is None or 0 not in curve:
         return set()
-    return {step for step, wer in curve.items() if wer - curve[0] > guard.max_wer_increase}
+    return {step for step, wer in curve.items() if wer - curve[0] > guard.max_wer_increase + _ROUNDING}
 
 
 def _guard_sentence(guard: GuardConfig, curve: _Curve) -> str:
@@ -119,7 +122,7 @@ def _evaluations_without_improvement(curve: _Curve, min_improvement: float) -> i
     best, waited = float("inf"), 0
     for step in sorted(curve):
         waited += 1
-        if curve[step] < best - min_improvement:
+        if best - curve[step] > min_improvement + _ROUNDING:
             waited = 0
         best = min(best, curve[step])
     return waited
