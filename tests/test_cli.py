@@ -1,5 +1,6 @@
 """The command line as a user meets it: a mistake is one sentence and exit code 2, never a traceback."""
 
+import errno
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from voxtral_dist.data.index import read_index
 from voxtral_dist.data.prompting import Prompting
 from voxtral_dist.distributed.world import World
 from voxtral_dist.tiny import build_tiny_voxtral
-from voxtral_dist.transcription import ClipError, ClipTranscriber, Question
+from voxtral_dist.transcription import ClipError, ClipTranscriber, ClipTranscript, Question, Segment, to_srt
 
 from commands import Result, run_command
 from corpora import TINY_SHAPE, tone, write_lines
@@ -431,6 +432,7 @@ def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
         (("{folder}/nowhere.wav",), "nowhere.wav cannot be read: No such file"),
         (("{folder}/empty",), "empty holds no audio: none of its files ends with one of"),
         (("{folder}/notes.txt",), "notes.txt does not decode"),
+        (("{folder}/" + 300 * "a" + ".wav",), "cannot be read: File name too long"),
         (("{folder}/clip.wav", "{folder}/clip.wav", "--out", "{folder}/out"), "folders of their own"),
         (("{folder}/clip.wav", "--format", "srt"), "name their folder by `--out`"),
         (("{folder}/clip.wav", "--out", "{folder}/notes.txt"), "`--out`: "),
@@ -565,10 +567,30 @@ def test_transcribe_writes_files_for_a_folder(run, tiny_model, clip, tmp_path):
     assert run("transcribe", tiny_model, recordings, "--language", "en", *asked).code == 0
     (recordings / "second.txt").write_text("What was truly said.\n", encoding="utf-8")
     refused = run("transcribe", tiny_model, recordings, "--out", recordings).refusal()
-    assert f"{recordings / 'second.txt'} lies beside its clip and would be replaced" in refused
+    assert f"{recordings / 'second.txt'} lies beside a clip and would be replaced" in refused
     assert (recordings / "second.txt").read_text(encoding="utf-8") == "What was truly said.\n"
     assert not (recordings / "monday" / "first.txt").exists(), "nothing was decoded before"
     assert run("transcribe", tiny_model, recordings, "--out", recordings, "--format", "json").code == 0
+    # Beside whichever clip, by whichever way it is named.
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "second.flac").symlink_to(recordings / "second.flac")
+    asked = [tmp_path / "linked", recordings / "monday" / "first.wav", "--out", recordings]
+    assert "second.txt lies beside a clip" in run("transcribe", tiny_model, *asked).refusal()
+    assert (recordings / "second.txt").read_text(encoding="utf-8") == "What was truly said.\n"
+
+
+def test_a_folder_with_the_name_of_a_clip_is_none(run, tiny_model, clip, tmp_path):
+    (tmp_path / "recordings" / "archive.wav").mkdir(parents=True)
+    shutil.copy(clip, tmp_path / "recordings" / "first.wav")
+    result = run("transcribe", tiny_model, tmp_path / "recordings")
+    assert (result.code, result.err) == (0, "")
+
+
+def test_a_text_ends_no_cue_of_subtitles():
+    segment = Segment(0.0, 1.5, "one\n\n2\n00:00:00,000 --> 00:00:09,000\ntwo")
+    assert to_srt(ClipTranscript((segment, Segment(1.5, 2.0, "")))) == (
+        "1\n00:00:00,000 --> 00:00:01,500\none 2 00:00:00,000 --> 00:00:09,000 two\n\n"
+    )
 
 
 def cut(path: Path) -> None:
@@ -642,6 +664,41 @@ def test_evaluate_detects_languages_and_takes_lists_of_words(run, tiny_model, sh
     assert "name its file by `--words`" in run("evaluate", tiny_model, shard_folder, "--distractors", "3").refusal()
 
 
+def test_evaluate_replaces_its_own_results_alone(run, tiny_model, clip, tmp_path):
+    manifest = write_lines(clip.parent / "short.jsonl", [{"audio_filepath": clip.name, "text": "a", "lang": "en"}])
+    shards = clip.parent / "short"
+    assert run("shards", "pack", manifest, shards).code == 0
+    before = manifest.read_bytes()
+    refused = run("evaluate", tiny_model, shards, "--out", clip.parent).refusal()
+    assert f"`--out`: {manifest} would be replaced, and is not known to be a result" in refused
+    assert manifest.read_bytes() == before
+    options = ["--out", tmp_path / "out", "--max-tokens-per-second", "1"]
+    for _ in range(2):
+        assert run("evaluate", tiny_model, shards, *options).code == 0
+    long = shards.rename(shards.with_name(249 * "a"))
+    assert "cannot be written: File name too long" in run("evaluate", tiny_model, long, "--out", tmp_path).refusal()
+    assert "`--words`: " in run("evaluate", tiny_model, long, "--words", tmp_path / "nowhere.txt").refusal()
+
+
+def test_a_field_that_no_utterance_has_is_told(run, tiny_model, shard_folder, tmp_path, caplog):
+    options = ["--slices", "nosuch", "--max-tokens-per-second", "1", "--out", tmp_path / "out"]
+    assert run("evaluate", tiny_model, shard_folder, *options).code == 0
+    assert caplog.messages == ["No utterance of `speech` has the field `nosuch`, which slices or intervals ask for."]
+
+
+def test_results_that_cannot_be_written_after_all_are_one_sentence(
+    run, tiny_model, shard_folder, tmp_path, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("voxtral_dist.evaluation.test_sets.write_results", full)
+    options = ["--max-tokens-per-second", "1", "--out", tmp_path / "out"]
+    refused = run("evaluate", tiny_model, shard_folder, *options).refusal(3)
+    assert "The results of `speech` cannot be written to" in refused
+    assert "No space left on device" in refused
+
+
 def test_the_loss_is_that_of_the_targets_that_the_steps_make(run, tiny_model, clip, tmp_path):
     losses = {}
     for name, text in (("loud", "ONE TWO, three"), ("quiet", "one two, three")):
@@ -683,7 +740,7 @@ def test_answers_have_no_lists_and_no_language_to_detect(run, tiny_model, clip, 
     manifest = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": clip.name, "text": "Yes.", "lang": "en"}])
     assert run("shards", "pack", manifest, tmp_path / "set", "--instruction", "Is it loud?").code == 0
     result = run("evaluate", tiny_model, tmp_path / "set", "--out", tmp_path / "out", "--target-text", "lower_case")
-    assert "normalizer basic-1" in result.out
+    assert "normalizer basic-2" in result.out
     refused = run("evaluate", tiny_model, tmp_path / "set", "--detect-language").refusal()
     assert "its texts are answers to instructions" in refused
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,7 +71,7 @@ def test_hypotheses_are_scored_and_written_again(score, hypotheses, tmp_path):
     domains = {label: part["wer"] for label, part in written["slices"]["domain"].items()}
     assert domains == {"news": 1.0, "shop": 2 / 3, "unknown": 0.0}
     lines = [line.split() for line in result.out.splitlines()]
-    assert ["basic-1", "57.14", "%"] in [line[:3] for line in lines]
+    assert ["basic-2", "57.14", "%"] in [line[:3] for line in lines]
     assert ["domain", "shop", "66.67", "%"] in [line[:4] for line in lines]
     assert "1 empty hypotheses, 0 empty references, 1 ended by the token limit, 0 repetition loops" in result.out
 
@@ -142,7 +143,7 @@ def test_two_runs_are_compared(score, tmp_path):
     assert comparison["probability_of_improvement"] == 1.0
     assert comparison["p_value"] < 1e-6
     assert (comparison["num_utterances"], comparison["resampled"]) == (40, "utterance")
-    assert (comparison["first"], comparison["normalizer"]) == (str(first), "basic-1")
+    assert (comparison["first"], comparison["normalizer"]) == (str(first), "basic-2")
     assert read(tmp_path / "out" / "first" / "speech.json")["wer"] == 24 / 80
     assert read(tmp_path / "out" / "second" / "speech.json")["wer"] == 4 / 80
     assert result.out.splitlines()[-1].startswith("Second against first: WER -25.00 points [-")
@@ -193,6 +194,17 @@ def test_a_bad_line_is_refused_by_file_and_number(refusal, hypotheses, line, sen
     assert f"{hypotheses}, {sentence}" in refusal(hypotheses)
 
 
+def test_a_long_value_does_not_fill_the_sentence(refusal, hypotheses):
+    hypotheses.write_text(json.dumps({"reference": ["word"] * 10_000, "hypothesis": ""}) + "\n")
+    assert len(refusal(hypotheses)) < 400
+
+
+def test_a_byte_order_mark_is_no_part_of_a_line(score, hypotheses):
+    plain = score(hypotheses)
+    hypotheses.write_bytes(b"\xef\xbb\xbf" + hypotheses.read_bytes().replace(b"\n", b"\r\n"))
+    assert score(hypotheses) == plain
+
+
 def test_bytes_that_are_no_text_are_refused_by_file_and_number(refusal, hypotheses):
     hypotheses.write_bytes(b'\n{"reference": "\xff", "hypothesis": ""}')
     assert f"{hypotheses}, line 2: this is not JSON (" in refusal(hypotheses)
@@ -208,6 +220,14 @@ def test_other_mistakes_are_one_sentence(refusal, hypotheses, tmp_path):
     assert "would be replaced, which is what was scored" in refusal(hypotheses, "--out", tmp_path)
     assert "`--out`: " in refusal(hypotheses, "--out", tmp_path / "empty.jsonl")
     assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "nowhere")
+    assert "`--speaker-field nowhere`: no line of" in refusal(hypotheses, "--speaker-field", "nowhere")
+
+
+def test_a_function_that_fails_on_a_text_is_one_sentence(refusal, hypotheses, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "fails_on_german.py").write_text("def f(text):\n    assert 'vier' not in text\n    return text\n")
+    assert "failed on the text 'vier fünf'" in refusal(hypotheses, "--normalizer", "fails_on_german:f")
 
 
 def test_nothing_that_was_scored_is_replaced(refusal, tmp_path):
@@ -219,6 +239,33 @@ def test_nothing_that_was_scored_is_replaced(refusal, tmp_path):
     lines = write_rows(tmp_path / "first" / "rows.json", ROWS)
     assert "rows.json would be replaced" in refusal(lines, "--out", tmp_path / "first")
     assert not (tmp_path / "first" / "rows.jsonl").exists()
+
+
+def test_nothing_but_results_is_replaced(score, refusal, hypotheses, tmp_path):
+    out = tmp_path / "out"
+    manifest = write_rows(out / "speech.jsonl", [{"audio_filepath": "a.wav", "text": "what a human wrote"}])
+    before = manifest.read_bytes()
+    assert f"{manifest} would be replaced, and is not known to be a result" in refusal(hypotheses, "--out", out)
+    (out / "speech.json").write_text("{}")
+    assert "speech.jsonl would be replaced" in refusal(hypotheses, "--out", out)
+    assert manifest.read_bytes() == before
+    for path in list(out.iterdir()):
+        path.unlink()
+    for _ in range(2):
+        assert score(hypotheses, "--out", out).code == 0
+        assert score(hypotheses, hypotheses, "--out", out).code == 0
+    # What has the name of a comparison is replaced if it is one.
+    own = write_rows(out / "comparison.json", ROWS)
+    assert "comparison.json would be replaced, which is what was scored" in refusal(own, hypotheses, "--out", out)
+    assert "comparison.json would be replaced, and is not known" in refusal(hypotheses, hypotheses, "--out", out)
+    assert own.read_text() == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def test_speakers_that_one_of_two_files_tells_are_enough(score, tmp_path):
+    rows = [{"reference": "a", "hypothesis": "a", "key": str(number)} for number in range(6)]
+    told = write_rows(tmp_path / "told.jsonl", [row | {"who": row["key"]} for row in rows])
+    untold = write_rows(tmp_path / "untold.jsonl", rows)
+    assert score(untold, told, "--speaker-field", "who").code == 0
 
 
 def test_what_is_known_of_an_utterance_makes_slices_too(score, hypotheses, tmp_path):
@@ -240,6 +287,19 @@ def test_a_name_that_no_normalizer_has_is_refused_by_the_grammar(score, hypothes
     result = score(hypotheses, "--normalizer", "bsic")
     assert result.code == 2
     assert "argument --normalizer: must be none, basic, whisper_english, whisper_basic, or a function" in result.err
+
+
+def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
+    """A process of its own: the encoding belongs to its output."""
+    path = write_rows(tmp_path / "a.jsonl", [{"reference": "a", "hypothesis": "a", "speaker": "日"}])
+    ended = subprocess.run(
+        [Path(sys.executable).with_name("voxtral-dist"), "score", path, "--slices", "speaker"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        timeout=120,
+        check=True,
+    )
+    assert b"speaker \\u65e5 " in ended.stdout
 
 
 def test_neither_torch_nor_transformers_is_imported(hypotheses):

@@ -105,7 +105,7 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
 
 def test_a_report_that_fails_fails_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text("no json\n")
-    try_to_report(tmp_path)
+    try_to_report(tmp_path, "basic")
     assert "The report could not be written (UserError: The metrics " in caplog.text
     assert f"`voxtral-dist report {tmp_path}`" in caplog.text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -33,6 +34,9 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
     Threads of torch and gloo may still ask for the interpreter while it is torn down, and abort the process: a finished
     run would end with an error then. So everything is written out, and the process ends at once.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A transcript or a name that the terminal's encoding lacks must not end the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(arguments)
     except SystemExit as end:

@@ -43,6 +43,11 @@ def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
         help="of all clips together, which take a third more in the file (default: %(default)g)",
     )
     parser.add_argument("--speaker-field", metavar="FIELD", help="that names the speaker (default: as the run has it)")
+    parser.add_argument(
+        "--normalizer",
+        metavar="module:function",
+        help="yours, where results were normalized by it: a function that files alone name is not run",
+    )
     parser.set_defaults(run=_report)
 
 
@@ -74,6 +79,7 @@ def _report(parsed: argparse.Namespace) -> int:
         num_clips=parsed.num_clips,
         max_audio_megabytes=parsed.max_audio_megabytes,
         speaker_field=parsed.speaker_field,
+        normalizer=parsed.normalizer,
     )
     for path in write_report(parsed.folder, options, parsed.out):
         print(path)

@@ -56,17 +56,26 @@ def normalizer_name(text: str) -> str:
 def _score(parsed: argparse.Namespace) -> int:
     from voxtral_dist.evaluation.slices import Grouping
     from voxtral_dist.evaluation.tables import comparison_line, score_lines
-    from voxtral_dist.score import ScoreOptions, compare_files, score_file, write_comparison, write_scored
+    from voxtral_dist.score import (
+        ScoreOptions,
+        compare_files,
+        refuse_unknown_speakers,
+        score_file,
+        write_comparison,
+        write_scored,
+    )
 
     grouping = Grouping(tuple(parsed.slices), parsed.speaker_field)
     options = ScoreOptions(parsed.normalizer, tuple(parsed.target_text), grouping, parsed.words)
     first = score_file(parsed.first, options)
     if parsed.second is None:
+        refuse_unknown_speakers([first], grouping)
         if parsed.out is not None:
             write_scored(parsed.out, first)
         print("\n".join(score_lines(first.score)))
         return 0
     second = score_file(parsed.second, options)
+    refuse_unknown_speakers([first, second], grouping)
     comparison = compare_files(first, second, grouping)
     if parsed.out is not None:
         write_comparison(parsed.out, first, second, comparison)

@@ -50,10 +50,10 @@ def count(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """A number above 0, for argparse."""
+    """A number above 0, for argparse; none that overflows what is computed of it."""
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number, but is {text} instead")
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a positive number below 1e9, but is {text} instead")
     return value
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from voxtral_dist.cli_shards import Commands, positive, positive_number
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import failures_named, refuse_unwritable, write_whole
+from voxtral_dist.files import failures_named, readable, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from voxtral_dist.transcription import ClipTranscript
@@ -144,26 +144,28 @@ def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str])
     for (clip, _), path in zip(clips, paths, strict=True):
         for one in formats:
             beside = _of_format(path, one)
-            if beside.exists() and beside.parent.samefile(clip.parent):
+            if beside.exists() and (beside.parent.samefile(clip.parent) or _is_beside_audio(beside)):
                 raise UserError(
-                    f"`--out`: {beside} lies beside its clip and would be replaced: choose another folder, or move the "
+                    f"`--out`: {beside} lies beside a clip and would be replaced: choose another folder, or move the "
                     "file away if it is an old result."
                 )
     return paths
 
 
-def _shown(clip: Path) -> str:
-    """Its name, in which bytes that are no UTF-8 are replaced."""
-    return str(clip).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _is_beside_audio(path: Path) -> bool:
+    """Whether a clip of the same name lies in its folder."""
+    from voxtral_dist.transcription import is_audio
+
+    return any(other.stem == path.stem and is_audio(other) for other in path.parent.iterdir())
 
 
 def _row(clip: Path, transcript: ClipTranscript) -> str:
-    row = {"clip": _shown(clip), "text": transcript.text, "detected_language": transcript.detected_language}
+    row = {"clip": readable(str(clip)), "text": transcript.text, "detected_language": transcript.detected_language}
     return json.dumps(row | asdict(transcript), ensure_ascii=False)
 
 
 def _print(clip: Path, transcript: ClipTranscript, *, as_json: bool) -> None:
-    print(_row(clip, transcript) if as_json else f"{_shown(clip)}\t{transcript.text}", flush=True)
+    print(_row(clip, transcript) if as_json else f"{readable(str(clip))}\t{transcript.text}", flush=True)
 
 
 def _write(path: Path, clip: Path, transcript: ClipTranscript, formats: list[str]) -> None:

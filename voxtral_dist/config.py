@@ -565,7 +565,7 @@ class EvaluationConfig(Section):
     measures_loss: bool = True
     """Measure the loss of the targets too: one more pass of the language model."""
 
-    max_tokens_per_second: float = Field(default=12.5, gt=0)
+    max_tokens_per_second: float = Field(default=12.5, gt=0, lt=1e9)
     """A hypothesis ends at `16 + max_tokens_per_second * duration` tokens; how often that happened is reported."""
 
     normalizer: str = "basic"

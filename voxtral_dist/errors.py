@@ -23,6 +23,6 @@ class SharedError(UserError):
     exit_code = 3
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library's error says first: the part of it that fits into a sentence of ours."""
     return str(error).strip().split("\n", 1)[0]

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig, TestContextConfig, TestSetConfig, TextStep
+from voxtral_dist.data.context import WordList
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.storage import is_remote
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.loading import load_transcriber, processor_path
 from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.report import TestSetScore
+from voxtral_dist.evaluation.report import TestSetScore, refuse_to_replace, result_files
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
 from voxtral_dist.files import refuse_unwritable
 
@@ -35,9 +36,11 @@ def evaluate(
 
     Raises:
         UserError: two folders have the same name, so that the results of one would replace the other's, or `out_dir`
-            cannot be written.
+            cannot be written, or holds other files of their names.
     """
-    refuse_unwritable("--out", out_dir)
+    if options.context is not None:
+        # A mistake in it is one of the option, and of no test set.
+        WordList.read(options.context.words, "--words")
     test_sets = {
         _set_name(folder): TestSetConfig(
             shards=folder, detect_language=options.detect_language, context=options.context
@@ -49,6 +52,9 @@ def evaluate(
     named = options.settings.model_copy(update={"test_sets": test_sets})
     prompts = VoxtralPrompts.from_pretrained(processor_path(model_path))
     built = build_test_sets(named, prompts, options.target_text)
+    for test_set in built:
+        refuse_to_replace("--out", out_dir, test_set.name)
+    refuse_unwritable("--out", out_dir, [file for test_set in built for file in result_files(test_set.name)])
     refuse_different_test_sets(built, world)
     # Before the model is loaded: it may be refused.
     used = normalizer(named.normalizer, options.target_text)

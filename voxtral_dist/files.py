@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
 
 
-def refuse_unwritable(option: str, folder: Path) -> None:
+def refuse_unwritable(option: str, folder: Path, names: Sequence[str] = ()) -> None:
     """Make a folder for results that are yet to be computed.
+
+    Args:
+        option: that named it.
+        folder: the folder.
+        names: of files that will be written there by `write_whole`.
 
     Raises:
         UserError: it cannot be made, or nothing can be written there; the sentence names the option.
@@ -22,6 +27,13 @@ def refuse_unwritable(option: str, folder: Path) -> None:
         raise UserError(f"`{option}`: {folder} cannot be made: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"`{option}`: {folder} cannot be written: change its owner or choose another.")
+    for path in (folder / name for name in names):
+        if path.is_dir():
+            raise UserError(f"`{option}`: {path} is a folder, where a file is to be written: choose another.")
+        with failures_named(option, path):
+            # Other ranks may try at the same time.
+            _temporary(path).touch()
+            _temporary(path).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -37,8 +49,17 @@ def failures_named(option: str, path: Path) -> Iterator[None]:
         raise UserError(f"`{option}`: {path} cannot be written: {error.strerror}.") from error
 
 
+def readable(text: str) -> str:
+    """A text that can be written as UTF-8: bytes of file names that are none become question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text as UTF-8; a reader finds the old file or the new one, and never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")

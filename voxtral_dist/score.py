@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from voxtral_dist.config import TextStep
 from voxtral_dist.data.context import WordList
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.evaluation.hypotheses import read_hypotheses
 from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.pairing import compare_pairs, pair_utterances
-from voxtral_dist.evaluation.report import TestSetScore, score_test_set, write_results
+from voxtral_dist.evaluation.report import (
+    TestSetScore,
+    refuse_to_replace,
+    result_files,
+    score_test_set,
+    write_results,
+)
 from voxtral_dist.evaluation.significance import PairedComparison
 from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.utterances import ScoredUtterance, score_utterance
@@ -48,11 +54,26 @@ def score_file(path: Path, options: ScoreOptions) -> ScoredFile:
     used = normalizer(options.normalizer, options.target_text)
     listed = WordList.read(options.words, "--words") if options.words is not None else None
     decoded = read_hypotheses(path, options.grouping.fields)
-    for name in options.grouping.slices:
-        if not any(name in one.fields for one in decoded):
+    for name in options.grouping.unknown_in(decoded):
+        if name in options.grouping.slices:
             raise UserError(f"`--slices {name}`: no line of {path} has this field.")
-    utterances = tuple(score_utterance(utterance, used, listed) for utterance in decoded)
+    try:
+        utterances = tuple(score_utterance(utterance, used, listed) for utterance in decoded)
+    except RankError as error:
+        # There is one process.
+        raise UserError(str(error)) from error
     return ScoredFile(path, utterances, score_test_set(utterances, used, grouping=options.grouping))
+
+
+def refuse_unknown_speakers(scored: Sequence[ScoredFile], grouping: Grouping) -> None:
+    """Refuse a field for speakers that was asked for and that no line has: intervals would be too narrow.
+
+    Raises:
+        UserError: none of the files has it; one is enough, because they hold the same utterances.
+    """
+    if all(grouping.speaker_field in grouping.unknown_in(one.utterances) for one in scored):
+        paths = " and ".join(str(one.path) for one in scored)
+        raise UserError(f"`--speaker-field {grouping.speaker_field}`: no line of {paths} has this field.")
 
 
 def compare_files(first: ScoredFile, second: ScoredFile, grouping: Grouping) -> PairedComparison:
@@ -68,8 +89,9 @@ def write_scored(folder: Path, scored: ScoredFile) -> None:
     """Write `NAME.json` and `NAME.jsonl` with the name of the file.
 
     Raises:
-        UserError: they would replace what was scored, or the folder cannot be written.
+        UserError: they would replace what was scored or what is no result, or the folder cannot be written.
     """
+    _refuse_to_replace({folder: scored})
     _write({folder: scored})
 
 
@@ -79,19 +101,36 @@ def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, compar
     Raises:
         UserError: as for `write_scored`.
     """
-    _write({folder / "first": first, folder / "second": second})
+    results = {folder / "first": first, folder / "second": second}
+    path = folder / "comparison.json"
+    _refuse_to_replace(results, path)
+    if path.exists() and not _is_comparison(path):
+        raise UserError(f"`--out`: {path} would be replaced, and is not known to be a comparison: name another folder.")
+    _write(results)
     files = {"first": str(first.path), "second": str(second.path), "normalizer": first.score.normalizer}
     with failures_named("--out", folder):
-        write_whole(folder / "comparison.json", json.dumps(files | asdict(comparison), indent=1))
+        write_whole(path, json.dumps(files | asdict(comparison), indent=1))
+
+
+def _is_comparison(path: Path) -> bool:
+    try:
+        return "wer_difference" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _refuse_to_replace(results: Mapping[Path, ScoredFile], *others: Path) -> None:
+    """Before anything is written, so that all of it is, or nothing."""
+    scored = {one.path.resolve() for one in results.values()}
+    targets = [folder / file for folder, one in results.items() for file in result_files(one.path.stem)]
+    for target in (*targets, *others):
+        if target.resolve() in scored:
+            raise UserError(f"`--out`: {target} would be replaced, which is what was scored: name another folder.")
+    for folder, one in results.items():
+        refuse_to_replace("--out", folder, one.path.stem)
 
 
 def _write(results: Mapping[Path, ScoredFile]) -> None:
-    """All of them, each into its folder, or none."""
-    scored = {one.path.resolve() for one in results.values()}
-    for folder, one in results.items():
-        for target in (folder / f"{one.path.stem}{suffix}" for suffix in (".json", ".jsonl")):
-            if target.resolve() in scored:
-                raise UserError(f"`--out`: {target} would be replaced, which is what was scored: name another folder.")
     for folder, one in results.items():
         with failures_named("--out", folder):
             write_results(folder, one.path.stem, one.utterances, one.score)

@@ -126,7 +126,7 @@ def train(config: RunConfig, world: World) -> int:
         export_trained(engine, config, _export_dtype(config), world)
         if world.is_first:
             write_summary(config, progress, verdict, world)
-            try_to_report(config.run_dir)
+            try_to_report(config.run_dir, config.evaluation.normalizer)
         log.say(f"Done: the model is in {config.run_dir / 'export'}, the summary in {config.run_dir / 'summary.json'}.")
     return 0
 
@@ -337,10 +337,10 @@ def write_summary(config: RunConfig, progress: TrainProgress, verdict: Verdict, 
     write_whole(config.run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
-def try_to_report(run_dir: Path) -> None:
+def try_to_report(run_dir: Path, normalizer_name: str) -> None:
     """Write `report.html` and `report.md`, or say why not: the model is trained either way."""
     try:
-        write_report(run_dir, ReportOptions())
+        write_report(run_dir, ReportOptions(normalizer=normalizer_name))
     except Exception as error:
         log.warning(
             "The report could not be written (%s: %s): mend that, then run `voxtral-dist report %s`.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from voxtral_dist.data.pauses import cut_at_pauses
 from voxtral_dist.data.plausible import is_silent
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import Example
+from voxtral_dist.data.texts import even_spaces
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.loading import load_transcriber, processor_path
@@ -94,17 +96,24 @@ def find_clips(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """
     found: list[tuple[Path, Path]] = []
     for path in paths:
-        if not path.exists():
-            raise UserError(f"The clip {path} cannot be read: No such file or directory.")
-        if not path.is_dir():
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except OSError as error:
+            raise UserError(f"The clip {path} cannot be read: {error.strerror}.") from error
+        if not is_folder:
             found.append((path, Path(path.name)))
             continue
-        inside = sorted(one for one in path.rglob("*") if one.suffix.lstrip(".").lower() in AUDIO_SUFFIXES)
+        inside = sorted(one for one in path.rglob("*") if is_audio(one))
         if not inside:
             known = ", ".join(sorted(AUDIO_SUFFIXES))
             raise UserError(f"The folder {path} holds no audio: none of its files ends with one of {known}.")
         found += [(one, one.relative_to(path)) for one in inside]
     return found
+
+
+def is_audio(path: Path) -> bool:
+    """Whether a file is a clip by the end of its name."""
+    return path.suffix.lstrip(".").lower() in AUDIO_SUFFIXES and path.is_file()
 
 
 class ClipTranscriber:
@@ -262,12 +271,14 @@ class _Part:
 
 
 def to_srt(transcript: ClipTranscript) -> str:
-    """SubRip subtitles: a numbered cue for each segment with text."""
+    """SubRip subtitles: a numbered cue for each segment with text. A blank line would end one, so texts have none."""
     spoken = [segment for segment in transcript.segments if segment.text]
-    return "".join(
-        f"{number}\n{_timestamp(segment.start_seconds)} --> {_timestamp(segment.end_seconds)}\n{segment.text}\n\n"
-        for number, segment in enumerate(spoken, 1)
-    )
+    return "".join(f"{number}\n{_cue(segment)}\n\n" for number, segment in enumerate(spoken, 1))
+
+
+def _cue(segment: Segment) -> str:
+    times = f"{_timestamp(segment.start_seconds)} --> {_timestamp(segment.end_seconds)}"
+    return f"{times}\n{even_spaces(segment.text)}"
 
 
 def _timestamp(seconds: float) -> str:

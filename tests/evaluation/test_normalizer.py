@@ -23,6 +23,7 @@ EXAMPLES = {
     "Hindi vowel signs": ("यह हिन्दी है।", "यह हिन्दी है"),
     "Thai vowel signs": ("ที่นี่", "ที่นี่"),
     "apostrophe in a word": ("l'été, don't", "l'été don't"),
+    "apostrophe between marks": ("का'ख े' 'ि", "का'ख े ि"),
     "typographic apostrophe": ("don’t", "don't"),
     "quotes": ("'quoted' “words” dogs' 'tis", "quoted words dogs tis"),
     "hyphen": ("well-known e—mail", "well known e mail"),
@@ -215,6 +216,7 @@ def test_a_function_of_the_user_is_applied_and_its_label_tells_its_source(own):
         ),
         ("import nowhere", "f", "cannot be imported (ModuleNotFoundError: No module named 'nowhere')"),
         ("def f(", "f", "cannot be imported (SyntaxError: "),
+        ("import sys\nsys.exit(0)", "f", "cannot be imported (SystemExit: 0)"),
     ],
 )
 def test_a_function_that_cannot_be_used_is_one_sentence(own, source, function, sentence):
@@ -238,6 +240,15 @@ def test_a_normalizer_that_is_not_there_is_one_sentence(name, sentence):
     with pytest.raises(UserError, match="The normalizer") as refused:
         normalizer(name)
     assert sentence in str(refused.value)
+
+
+def test_a_function_that_a_file_names_runs_only_if_the_user_names_it_too(own):
+    place = own("from pathlib import Path\nPath('ran').touch()\ndef f(text):\n    return text.upper()\n") + ":f"
+    for trusted in (None, "basic", place.replace(":f", ":g")):
+        with pytest.raises(UserError, match=f"add `--normalizer {place}` if you trust it"):
+            normalizer_of_label(f"lower_case+{place}-123456789abc", trusted)
+    assert not Path("ran").exists()
+    assert normalizer_of_label(f"{place}-123456789abc", place).apply("so") == "SO"
 
 
 def test_a_function_that_fails_on_one_text_names_it(own):

@@ -83,9 +83,9 @@ def test_figures_are_those_of_the_score(report, run, tmp_path):
     # The page has the same rows.
     page = parse(tmp_path / "report.html")
     rows = [[cell.text for cell in row.all() if cell.tag in ("th", "td")] for row in page.all("tr")]
-    assert ["again", *rates, "basic-1"] in rows
+    assert ["again", *rates, "basic-2"] in rows
     assert ["again", *others] in rows
-    assert "normalizer basic-1, interval over speakers" in page.text
+    assert "normalizer basic-2, interval over speakers" in page.text
 
 
 @pytest.mark.parametrize(("step", "chosen"), [("newest", "8"), ("4", "4"), ("0", "0")])
@@ -182,7 +182,7 @@ def test_runs_that_evaluated_nothing_have_curves(report, run, tmp_path):
 def test_another_version_of_the_normalizer_is_told(report, tmp_path):
     folder = write_set(tmp_path, "speech", [utterance(0, "a b", "a")])
     score = (folder / "speech.json").read_text()
-    (folder / "speech.json").write_text(score.replace('"basic-1"', '"basic-0"'))
+    (folder / "speech.json").write_text(score.replace('"basic-2"', '"basic-0"'))
     assert report(folder).code == 0
     assert "This machine has another version of the normalizer basic-0" in parse(folder / "report.html").text
 
@@ -209,7 +209,7 @@ def test_a_baseline_that_does_not_fit_is_refused(refusal, run, tmp_path):
     )
     assert "has no test set of" in refusal(run, "--baseline", write_set(tmp_path / "named", "else", other))
     folder = write_set(tmp_path / "label", "speech", other)
-    (folder / "speech.json").write_text((folder / "speech.json").read_text().replace('"basic-1"', '"none-1"'))
+    (folder / "speech.json").write_text((folder / "speech.json").read_text().replace('"basic-2"', '"none-1"'))
     assert "was scored by none-1, but" in refusal(run, "--baseline", folder)
     assert not (tmp_path / "out").exists()
 
@@ -218,10 +218,58 @@ def test_a_damaged_run_is_refused_by_file(refusal, run, tmp_path):
     run = shutil.copytree(run, tmp_path / "run")
     (run / "best.json").write_text("")
     assert "best.json is damaged: remove it" in refusal(run, "--step", "best")
+    (run / "best.json").write_text('{"step": Infinity}')
+    assert "best.json is damaged: remove it" in refusal(run, "--step", "best")
     (run / "best.json").unlink()
     with (run / "metrics.jsonl").open("a") as file:
         file.write("[1]\n")
     assert "metrics.jsonl are damaged (line " in refusal(run)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "evaluation", "step": 8},
+        {"kind": "evaluation", "step": "8", "name": "speech", "wer": 0.5},
+        {"kind": "evaluation", "step": 8, "name": "speech", "wer": "0.5"},
+        {"kind": "train", "step": 8, "loss": [2.0]},
+    ],
+)
+def test_a_row_that_no_run_writes_is_refused_by_line(refusal, run, tmp_path, row):
+    run = shutil.copytree(run, tmp_path / "run")
+    num_rows = len((run / "metrics.jsonl").read_text().splitlines())
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert f"metrics.jsonl are damaged (line {num_rows + 1} is no row of a run)" in refusal(run)
+
+
+def test_lines_and_figures_must_belong_together(refusal, tmp_path):
+    folder = write_set(tmp_path, "speech", [utterance(0, "a b", "a b"), utterance(1, "a b", "a")])
+    lines = (folder / "speech.jsonl").read_text().splitlines(keepends=True)
+    (folder / "speech.jsonl").write_text(lines[0])
+    sentence = refusal(folder)
+    assert "speech.jsonl and speech.json do not belong together: 1 utterances with 0 word errors against 2 with 1" in (
+        sentence
+    )
+    (folder / "speech.jsonl").write_text(lines[0] * 2)
+    assert "2 utterances with 0 word errors against 2 with 1" in refusal(folder)
+
+
+def test_a_function_that_results_name_is_not_run(report, refusal, tmp_path):
+    folder = write_set(tmp_path / "results", "speech", [utterance(0, f"touch {tmp_path / 'ran'}", "a")])
+    text = (folder / "speech.json").read_text().replace('"basic-2"', '"subprocess:getoutput-1"')
+    (folder / "speech.json").write_text(text)
+    assert "add `--normalizer subprocess:getoutput` if you trust it" in refusal(folder)
+    assert not (tmp_path / "ran").exists()
+    assert report(folder, "--normalizer", "subprocess:getoutput").code == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_names_that_are_no_utf8_are_shown(report, tmp_path):
+    folder = write_set(tmp_path / "caf\udce9", "caf\udce9", [utterance(0, "a b", "a")])
+    assert report(folder, "--out", tmp_path / "out").code == 0
+    assert parse(tmp_path / "out" / "report.html").all("h1")[0].text.endswith("caf?")
+    assert "## Test set caf?" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def test_damaged_results_are_refused_by_file(refusal, tmp_path):
@@ -237,9 +285,9 @@ def test_damaged_results_are_refused_by_file(refusal, tmp_path):
     (folder / "speech.json").write_text(json.dumps(score))
     assert "speech.json is not the score of a test set (orthographic.cer: " in refusal(folder)
     folder = write_set(tmp_path / "label", "speech", [utterance(0, "a b", "a b")])
-    text = (folder / "speech.json").read_text().replace('"basic-1"', '"upper_case+basic-1"')
+    text = (folder / "speech.json").read_text().replace('"basic-2"', '"upper_case+basic-2"')
     (folder / "speech.json").write_text(text)
-    assert "The normalizer 'upper_case+basic-1' has a step that is not known here" in refusal(folder)
+    assert "The normalizer 'upper_case+basic-2' has a step that is not known here" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +295,7 @@ def test_damaged_results_are_refused_by_file(refusal, tmp_path):
     [
         (("--step", "last"), "argument --step: must be a number of steps, newest or best, but is 'last' instead"),
         (("--shards", "speech"), "argument --shards: must be NAME=FOLDER, but is 'speech' instead"),
+        (("--max-audio-megabytes", "1e308"), "must be a positive number below 1e9, but is 1e308 instead"),
         (("--num-clips", "-1"), "argument --num-clips: must be a whole number that is not negative"),
     ],
 )

@@ -45,7 +45,7 @@ def fold(text: str) -> str:
 def _belongs_to_word(text: str, place: int) -> bool:
     character = text[place]
     if character == "'":
-        return _is_between(str.isalnum, text, place)
+        return _is_between(_is_letter_or_digit, text, place)
     return _is_letter_or_digit(character)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -84,7 +86,7 @@ def _counts(stored: Mapping[str, Any], name: str) -> ErrorCounts:
 def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
     """The lines with their numbers, from 1; blank ones are passed over."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise UserError(f"The hypotheses {path} cannot be read: {error.strerror}.") from error
     is_empty = True
@@ -118,4 +120,5 @@ def _reason(error: ValidationError) -> str:
         case "model_type" | "model_attributes_type":
             return "an utterance must be a JSON object with `reference` and `hypothesis`"
         case _:
-            return f"`{name}`: {detail['msg'][:1].lower()}{detail['msg'][1:]}, but is {detail['input']!r} instead"
+            expected = detail["msg"][:1].lower() + detail["msg"][1:]
+            return f"`{name}`: {expected}, but is {reprlib.repr(detail['input'])} instead"

@@ -37,7 +37,7 @@ class Normalizer:
 
     @property
     def label(self) -> str:
-        """Such as `basic-1`, or `lower_case+basic-1` after a step of target text; equal ones normalize alike."""
+        """Such as `basic-2`, or `lower_case+basic-2` after a step of target text; equal ones normalize alike."""
         return "+".join([*self.target_text, f"{self.name}-{self.version}"])
 
     @property
@@ -65,18 +65,28 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
     return Normalizer(name, version, function, tuple(target_text))
 
 
-def normalizer_of_label(label: str) -> Normalizer:
+def normalizer_of_label(label: str, trusted: str | None = None) -> Normalizer:
     """What a report was normalized by, as it is on this machine: its own label differs where the version does.
 
+    Args:
+        label: of a file, which may come from anybody.
+        trusted: the function that the user names; what a file alone names is never run.
+
     Raises:
-        UserError: there is none of this name here.
+        UserError: there is none of this name here, or it is a function that the user did not name.
     """
     *steps, named = label.split("+")
     try:
         known = TypeAdapter(list[TextStep]).validate_python(steps)
     except ValidationError as error:
         raise UserError(f"The normalizer {label!r} has a step that is not known here: score again.") from error
-    return normalizer(named.partition("-")[0], known)
+    name = named.partition("-")[0]
+    if ":" in name and name != trusted:
+        raise UserError(
+            f"The results were normalized by the function {name!r}, which runs only if you name it: add `--normalizer "
+            f"{name}` if you trust it."
+        )
+    return normalizer(name, known)
 
 
 def _named(name: str) -> tuple[str, Callable[[str], str]]:
@@ -85,7 +95,7 @@ def _named(name: str) -> tuple[str, Callable[[str], str]]:
         case "none":
             return "1", str
         case "basic":
-            return "1", fold
+            return "2", fold
         case "whisper_english" | "whisper_basic":
             return _whisper(name)
         case _:
@@ -131,7 +141,7 @@ def _imported(name: str, place: str) -> ModuleType:
         sys.path.append(os.getcwd())  # noqa: PTH109
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"The normalizer `{place}`: the module {name} cannot be imported ({type(error).__name__}: "
             f"{first_line(error)}); it must lie in the working directory or be installed."

@@ -147,12 +147,42 @@ def score_test_set(
     )
 
 
+def result_files(name: str) -> tuple[str, str]:
+    """The names of the files that `write_results` makes."""
+    return f"{name}.jsonl", f"{name}.json"
+
+
 def write_results(folder: Path, name: str, utterances: Sequence[ScoredUtterance], score: TestSetScore) -> None:
     """Write `NAME.jsonl` and `NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(utterance.row(), ensure_ascii=False) + "\n" for utterance in utterances)
-    write_whole(folder / f"{name}.jsonl", lines)
-    write_whole(folder / f"{name}.json", json.dumps(asdict(score), indent=1, ensure_ascii=False))
+    lines, figures = (folder / file for file in result_files(name))
+    write_whole(lines, "".join(json.dumps(utterance.row(), ensure_ascii=False) + "\n" for utterance in utterances))
+    write_whole(figures, json.dumps(asdict(score), indent=1, ensure_ascii=False))
+
+
+def refuse_to_replace(option: str, folder: Path, name: str) -> None:
+    """Refuse to write results over what is none, such as a manifest of the same name.
+
+    Raises:
+        UserError: `NAME.json` or `NAME.jsonl` is there, and they are no results that were written together.
+    """
+    lines, figures = (folder / file for file in result_files(name))
+    there = [path for path in (lines, figures) if path.exists()]
+    if len(there) == 2 and _is_score(figures):
+        return
+    for path in there:
+        raise UserError(
+            f"`{option}`: {path} would be replaced, and is not known to be a result: choose another folder, or move "
+            "the file away."
+        )
+
+
+def _is_score(path: Path) -> bool:
+    try:
+        read_score(path)
+    except UserError:
+        return False
+    return True
 
 
 def read_score(path: Path) -> TestSetScore:

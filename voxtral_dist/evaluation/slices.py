@@ -40,6 +40,11 @@ class Grouping:
         """All fields that utterances have to bring."""
         return tuple(dict.fromkeys((*self.slices, self.speaker_field)))
 
+    def unknown_in(self, utterances: Sequence[DecodedUtterance]) -> list[str]:
+        """The fields that were asked for and that no utterance has; the default one for speakers is not asked for."""
+        asked = [name for name in self.fields if name in self.slices or name != Grouping.speaker_field]
+        return [name for name in asked if not any(name in one.fields for one in utterances)]
+
     def speaker(self, utterance: DecodedUtterance) -> str | None:
         """Whose errors go together; None where that is not known."""
         speaker = field_label(utterance.fields.get(self.speaker_field))

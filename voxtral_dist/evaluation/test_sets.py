@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,8 @@ from voxtral_dist.evaluation.report import Measurements, TestSetScore, score_tes
 from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Hypothesis, Transcriber
 from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,7 @@ def evaluate_test_set(
 
     Raises:
         SharedError: an utterance of the test set is unusable, or a rank could not decode it.
+        RankError: on rank 0, if the results are not whole or cannot be written.
     """
     if test_set.has_answers:
         # The steps of target text are for transcripts.
@@ -249,11 +253,22 @@ def evaluate_test_set(
     score = None
     if world.is_first:
         utterances = check_whole(test_set, [utterance for part in gathered for utterance in part])
+        for name in test_set.grouping.unknown_in(utterances):
+            log.warning(
+                "No utterance of `%s` has the field `%s`, which slices or intervals ask for.", test_set.name, name
+            )
         score = score_test_set(utterances, used, test_set.num_distractors, test_set.grouping, measured)
-        write_results(out_dir, test_set.name, utterances, score)
+        _write(out_dir, test_set.name, utterances, score)
     agreed = from_first_rank(score, world)
     assert agreed is not None, "rank 0 always has a score"
     return agreed
+
+
+def _write(out_dir: Path, name: str, utterances: Sequence[ScoredUtterance], score: TestSetScore) -> None:
+    try:
+        write_results(out_dir, name, utterances, score)
+    except OSError as error:
+        raise RankError(f"The results of `{name}` cannot be written to {out_dir}: {error.strerror}.") from error
 
 
 def _over_ranks(decoded: Decoded, world: World) -> Measurements:

@@ -81,9 +81,19 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The metrics {path} are damaged ({error}): mend or remove the line.") from error
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
+        if not _is_row(row):
             raise UserError(f"The metrics {path} are damaged (line {number} is no row of a run): mend or remove it.")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has all that curves need, of the right types; a value that was not measured is null or missing."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
+        return False
+    if row["kind"] == "evaluation" and not isinstance(row.get("name"), str):
+        return False
+    drawn = [name for name, *_ in (*_TRAINING, *_RATES)]
+    return all(isinstance(row.get(name), float | int | None) for name in drawn)
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Point, ...]:

@@ -16,6 +16,7 @@ class ReportOptions:
     step: of a run. baseline: a run (its newest step) or a folder of results to compare with. shards: those of test sets
     by name, before the configured ones. num_utterances: of each list. num_clips: of each test set.
     max_audio_megabytes: of all clips together, before base64. speaker_field: None takes that of the scores.
+    normalizer: the function of the user that may be run where results were normalized by it.
     """
 
     step: Step = "newest"
@@ -25,3 +26,4 @@ class ReportOptions:
     num_clips: int = 20
     max_audio_megabytes: float = 20.0
     speaker_field: str | None = None
+    normalizer: str | None = None

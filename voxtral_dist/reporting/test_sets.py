@@ -17,6 +17,7 @@ from voxtral_dist.evaluation.report import TestSetScore, read_score
 from voxtral_dist.evaluation.significance import PairedComparison
 from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.utterances import ScoredUtterance
+from voxtral_dist.evaluation.word_errors import ErrorCounts
 from voxtral_dist.reporting.cards import Card, more_errors
 from voxtral_dist.reporting.clips import Clip, ClipLimits, NoClip, StoredClips, read_clips
 from voxtral_dist.reporting.options import ReportOptions
@@ -82,7 +83,8 @@ class TestSetGatherer:
         path = _results_of(self.source) / f"{name}.jsonl"
         score = read_score(path.with_suffix(".json"))
         utterances = read_scored(path)
-        used = normalizer_of_label(score.normalizer)
+        _refuse_other_utterances(path, score, utterances)
+        used = normalizer_of_label(score.normalizer, self.options.normalizer)
         pairs = self._pairs(name, score, utterances)
         shown = Shown.of(utterances, pairs, self.options.num_utterances)
         clips, audio_note = self._clips(name, shown)
@@ -162,6 +164,16 @@ def _confusions(utterances: Sequence[ScoredUtterance], used: Normalizer) -> dict
     wrong = (one for one in utterances if one.words.errors)
     alignments = (align_words(used.apply(one.reference), used.apply(one.hypothesis)) for one in wrong)
     return most_frequent_confusions(alignments, _NUM_CONFUSIONS)
+
+
+def _refuse_other_utterances(path: Path, score: TestSetScore, utterances: Sequence[ScoredUtterance]) -> None:
+    found = len(utterances), sum((one.words for one in utterances), ErrorCounts())
+    if found != (score.num_utterances, score.words):
+        raise UserError(
+            f"{path} and {path.with_suffix('.json').name} do not belong together: {found[0]} utterances with "
+            f"{found[1].errors} word errors against {score.num_utterances} with {score.words.errors}: write both again "
+            "by `voxtral-dist score --out`."
+        )
 
 
 def _results_of(source: Source) -> Path:

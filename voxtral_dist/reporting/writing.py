@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import write_whole
+from voxtral_dist.files import readable, write_whole
 from voxtral_dist.reporting.gather import gather_report
 from voxtral_dist.reporting.html import render_html
 from voxtral_dist.reporting.markdown import render_markdown
@@ -25,7 +25,10 @@ def write_report(folder: Path, options: ReportOptions, out: Path | None = None) 
     """
     report = gather_report(folder, options)
     target = out or folder
-    texts = {target / "report.html": render_html(report), target / "report.md": render_markdown(report)}
+    texts = {
+        target / "report.html": readable(render_html(report)),
+        target / "report.md": readable(render_markdown(report)),
+    }
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
