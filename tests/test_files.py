@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.files import write_whole
+from voxtral_dist.errors import UserError
+from voxtral_dist.files import refuse_unwritable, write_whole
 
 
 def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +21,21 @@ def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space"):
         write_whole(path, '{"step": 8}')
     assert path.read_bytes() == b'{"step": 4}'
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("there", "there is a folder, where a file is to be written"),
+        (255 * "a", "cannot be written: File name too long"),
+    ],
+)
+def test_what_could_not_be_written_later_is_refused_at_the_start(tmp_path: Path, name: str, sentence: str) -> None:
+    (tmp_path / "out" / "there").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"^`--out`: .*{sentence}"):
+        refuse_unwritable("--out", tmp_path / "out", ["possible", name])
+    refuse_unwritable("--out", tmp_path / "out", ["possible"])
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["there"]
 
 
 def test_a_file_that_was_left_half_written_is_replaced(tmp_path: Path) -> None:

@@ -141,10 +141,11 @@ def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str])
             f"`--out`: the results of two clips would be {twice}: transcribe clips of the same name into folders of "
             "their own."
         )
+    stems = {folder: _stems_of_clips(folder) for folder in {path.parent for path in paths}}
     for (clip, _), path in zip(clips, paths, strict=True):
         for one in formats:
             beside = _of_format(path, one)
-            if beside.exists() and (beside.parent.samefile(clip.parent) or _is_beside_audio(beside)):
+            if beside.exists() and (beside.parent.samefile(clip.parent) or path.name in stems[path.parent]):
                 raise UserError(
                     f"`--out`: {beside} lies beside a clip and would be replaced: choose another folder, or move the "
                     "file away if it is an old result."
@@ -152,11 +153,11 @@ def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str])
     return paths
 
 
-def _is_beside_audio(path: Path) -> bool:
-    """Whether a clip of the same name lies in its folder."""
+def _stems_of_clips(folder: Path) -> set[str]:
+    """The names of the clips in a folder, which need not be there, without their suffixes."""
     from voxtral_dist.transcription import is_audio
 
-    return any(other.stem == path.stem and is_audio(other) for other in path.parent.iterdir())
+    return {path.stem for path in folder.iterdir() if is_audio(path)} if folder.is_dir() else set()
 
 
 def _row(clip: Path, transcript: ClipTranscript) -> str:
