@@ -520,8 +520,32 @@ def test_a_clip_that_is_longer_than_the_model_has_positions_is_cut_unless_a_ques
     assert ends[-1] == 50.0
     assert [0.0, *ends[:-1]] == [segment["start_seconds"] for segment in row["segments"]]
     assert len(ends) > 1
+    crowded = run("transcribe", model, path, "--max-tokens-per-second", "5000").refusal()
+    assert "leaves no room for 1.28 s of audio with 5000 tokens a second" in crowded
     refused = run("transcribe", model, path, "--instruction", "What?").refusal()
     assert "long.flac lasts 50 s, and the model has room for 19 s" in refused
+
+
+def test_ranks_share_clips_and_one_that_is_broken_ends_none_of_them(tiny_model, clip, tmp_path):
+    clips = [tmp_path / f"{number}.wav" for number in range(5)]
+    for path in clips:
+        shutil.copy(clip, path)
+    # The first of the second rank, which would be done long before the first one.
+    clips[1].write_bytes(b"no audio")
+    command = [PROGRAM.with_name("torchrun"), "--standalone", "--nproc-per-node=2", "--no-python", PROGRAM]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [*command, "transcribe", tiny_model, *clips, "--out", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.txt", "2.txt", "3.txt", "4.txt"]
+    assert ended.stderr.count("1.wav does not decode") == 1
+    assert ended.stderr.count("1 of 5 clips could not be transcribed; above it says why") == 1
 
 
 def test_batches_of_clips_keep_within_their_windows(tiny_model, clip, tmp_path):
@@ -584,6 +608,19 @@ def test_a_folder_with_the_name_of_a_clip_is_none(run, tiny_model, clip, tmp_pat
     shutil.copy(clip, tmp_path / "recordings" / "first.wav")
     result = run("transcribe", tiny_model, tmp_path / "recordings")
     assert (result.code, result.err) == (0, "")
+    # But a link that leads nowhere is a clip that somebody misses.
+    (tmp_path / "recordings" / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
+    result = run("transcribe", tiny_model, tmp_path / "recordings")
+    assert result.code == 2
+    assert "gone.wav cannot be read: No such file" in result.err
+
+
+def test_the_name_of_a_clip_may_be_as_long_as_that_of_its_transcript_can_be(run, tiny_model, clip, tmp_path):
+    long = clip.rename(clip.with_name(251 * "a" + ".wav"))
+    assert run("transcribe", tiny_model, long, "--out", tmp_path / "out").code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [251 * "a" + ".txt"]
+    refused = run("transcribe", tiny_model, long, "--out", tmp_path / "out", "--format", "json").refusal()
+    assert "is longer than 255 bytes: rename the clip" in refused
 
 
 def test_a_text_ends_no_cue_of_subtitles():
@@ -675,13 +712,16 @@ def test_evaluate_replaces_its_own_results_alone(run, tiny_model, clip, tmp_path
     options = ["--out", tmp_path / "out", "--max-tokens-per-second", "1"]
     for _ in range(2):
         assert run("evaluate", tiny_model, shards, *options).code == 0
-    long = shards.rename(shards.with_name(249 * "a"))
+    # One of two that an interrupted writing left is known for a result too.
+    (tmp_path / "out" / "short.json").unlink()
+    assert run("evaluate", tiny_model, shards, *options).code == 0
+    long = shards.rename(shards.with_name(250 * "a"))
     assert "cannot be written: File name too long" in run("evaluate", tiny_model, long, "--out", tmp_path).refusal()
     assert "`--words`: " in run("evaluate", tiny_model, long, "--words", tmp_path / "nowhere.txt").refusal()
 
 
 def test_a_field_that_no_utterance_has_is_told(run, tiny_model, shard_folder, tmp_path, caplog):
-    options = ["--slices", "nosuch", "--max-tokens-per-second", "1", "--out", tmp_path / "out"]
+    options = ["--slices", "nosuch", "language", "--max-tokens-per-second", "1", "--out", tmp_path / "out"]
     assert run("evaluate", tiny_model, shard_folder, *options).code == 0
     assert caplog.messages == ["No utterance of `speech` has the field `nosuch`, which slices or intervals ask for."]
 

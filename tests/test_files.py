@@ -21,13 +21,18 @@ def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space"):
         write_whole(path, '{"step": 8}')
     assert path.read_bytes() == b'{"step": 4}'
+    # What is left of it goes with the next one.
+    monkeypatch.undo()
+    write_whole(path, '{"step": 8}')
+    assert [one.name for one in tmp_path.iterdir()] == ["best.json"]
+    assert path.read_bytes() == b'{"step": 8}'
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("there", "there is a folder, where a file is to be written"),
-        (255 * "a", "cannot be written: File name too long"),
+        (256 * "a", "cannot be written: File name too long"),
     ],
 )
 def test_what_could_not_be_written_later_is_refused_at_the_start(tmp_path: Path, name: str, sentence: str) -> None:
@@ -38,9 +43,6 @@ def test_what_could_not_be_written_later_is_refused_at_the_start(tmp_path: Path,
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["there"]
 
 
-def test_a_file_that_was_left_half_written_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "best.json"
-    (tmp_path / ".best.json.tmp").write_text("{", encoding="utf-8")
-    write_whole(path, "{}")
-    assert [one.name for one in tmp_path.iterdir()] == ["best.json"]
-    assert path.read_text(encoding="utf-8") == "{}"
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    write_whole(tmp_path / (250 * "a" + ".json"), "{}")
+    assert [one.name for one in tmp_path.iterdir()] == [250 * "a" + ".json"]

@@ -220,6 +220,7 @@ def test_other_mistakes_are_one_sentence(refusal, hypotheses, tmp_path):
     assert "would be replaced, which is what was scored" in refusal(hypotheses, "--out", tmp_path)
     assert "`--out`: " in refusal(hypotheses, "--out", tmp_path / "empty.jsonl")
     assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "nowhere")
+    assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "duration", "nowhere")
     assert "`--speaker-field nowhere`: no line of" in refusal(hypotheses, "--speaker-field", "nowhere")
 
 

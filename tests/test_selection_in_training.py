@@ -110,6 +110,27 @@ def test_a_best_checkpoint_that_is_gone_is_none(tiny_model: Path, shard_folder: 
     assert not (config.run_dir / "best.json").exists()
 
 
+def test_what_an_attempt_without_a_checkpoint_measured_does_not_count(
+    tiny_model: Path, shard_folder: Path, tmp_path: Path
+) -> None:
+    config = run_config(
+        tmp_path / "run",
+        tiny_model,
+        shard_folder,
+        num_steps=3,
+        evaluation=evaluation_on(shard_folder),
+        metrics={"tensorboard": False},
+        stage=2,
+    )
+    config.run_dir.mkdir()
+    # As an attempt with another model leaves it, that was killed before its first checkpoint.
+    row = {"kind": "evaluation", "step": 0, "name": "dev", "wer": 3.0, "cer": 3.0}
+    (config.run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert run_ranks(1, train_with_scripted_wer, config) == [0]
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    assert [(row["step"], row["wer"]) for row in rows if row["kind"] == "evaluation"] == [(0, 0.9), (3, 0.4)]
+
+
 def train_and_stop_in_an_evaluation(world: World, config: RunConfig) -> int:
     from voxtral_dist.evaluation import evaluator
     from voxtral_dist.train import train

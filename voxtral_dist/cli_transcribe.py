@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -88,6 +89,7 @@ def _seconds(text: str) -> float:
 
 
 def _transcribe(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.distributed.collectives import sum_over_ranks
     from voxtral_dist.distributed.world import joined_world
     from voxtral_dist.transcription import ClipError, ClipTranscriber, Question, find_clips
 
@@ -98,13 +100,13 @@ def _transcribe(parsed: argparse.Namespace) -> int:
             "`--instruction` asks about whole clips: leave out `--format srt` and `--max-segment-seconds`, which cut."
         )
     clips = find_clips(parsed.clips)
-    paths = _out_paths(clips, parsed.out, parsed.format) if parsed.out else [None] * len(clips)
     if parsed.out is not None:
         refuse_unwritable("--out", parsed.out)
+    paths = _out_paths(clips, parsed.out, parsed.format) if parsed.out else [None] * len(clips)
     question = Question.of(parsed.language, parsed.words, parsed.previous_text, parsed.instruction)
     settings = EvaluationConfig(**decoding_settings(parsed))
     by_default = _SUBTITLE_SECONDS if "srt" in parsed.format else None
-    num_failed = 0
+    failures = []
     with joined_world() as world:
         transcriber = ClipTranscriber(
             parsed.model, question, settings, parsed.precision, world, parsed.max_segment_seconds or by_default
@@ -113,17 +115,20 @@ def _transcribe(parsed: argparse.Namespace) -> int:
         found = transcriber([clip for clip, _ in clips[mine]])
         for (clip, transcript), path in zip(found, paths[mine], strict=True):
             if isinstance(transcript, ClipError):
-                if len(clips) == 1:
-                    raise transcript
-                num_failed += 1
-                print(f"voxtral-dist: {transcript}", file=sys.stderr, flush=True)
+                failures.append(transcript)
+                if len(clips) > 1:
+                    print(f"voxtral-dist: {transcript}", file=sys.stderr, flush=True)
                 continue
             _print(clip, transcript, as_json=parsed.json)
             if path is not None:
                 with failures_named("--out", path):
                     _write(path, clip, transcript, parsed.format)
+        # A rank that ended before the others would take them with it.
+        num_failed = round(sum_over_ranks([len(failures)], world)[0])
+    if failures and len(clips) == 1:
+        raise failures[0]
     if num_failed:
-        raise UserError(f"{num_failed} of {len(clips[mine])} clips could not be transcribed; above it says why.")
+        raise UserError(f"{num_failed} of {len(clips)} clips could not be transcribed; above it says why.")
     return 0
 
 
@@ -131,8 +136,8 @@ def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str])
     """Where the results of clips go, without the suffix of a format.
 
     Raises:
-        UserError: two clips have the same name, or a file beside a clip would be replaced: such texts are often what a
-            human wrote, and `shards pack` takes them for that.
+        UserError: two clips have the same name, or one is too long, or a file beside a clip would be replaced: such
+            texts are often what a human wrote, and `shards pack` takes them for that.
     """
     paths = [folder / name.with_suffix("") for _, name in clips]
     twice = next((path for path, count in Counter(paths).items() if count > 1), None)
@@ -141,10 +146,15 @@ def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str])
             f"`--out`: the results of two clips would be {twice}: transcribe clips of the same name into folders of "
             "their own."
         )
+    longest_name = os.pathconf(folder, "PC_NAME_MAX")
     stems = {folder: _stems_of_clips(folder) for folder in {path.parent for path in paths}}
     for (clip, _), path in zip(clips, paths, strict=True):
         for one in formats:
             beside = _of_format(path, one)
+            if len(os.fsencode(beside.name)) > longest_name:
+                raise UserError(
+                    f"`--out`: the name {beside.name} is longer than {longest_name} bytes: rename the clip."
+                )
             if beside.exists() and (beside.parent.samefile(clip.parent) or path.name in stems[path.parent]):
                 raise UserError(
                     f"`--out`: {beside} lies beside a clip and would be replaced: choose another folder, or move the "

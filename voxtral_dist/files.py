@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
@@ -28,9 +30,10 @@ def refuse_unwritable(option: str, folder: Path, names: Sequence[str] = ()) -> N
     if not os.access(folder, os.W_OK):
         raise UserError(f"`{option}`: {folder} cannot be written: change its owner or choose another.")
     for path in (folder / name for name in names):
-        if path.is_dir():
-            raise UserError(f"`{option}`: {path} is a folder, where a file is to be written: choose another.")
         with failures_named(option, path):
+            with suppress(FileNotFoundError):
+                if stat.S_ISDIR(path.stat().st_mode):
+                    raise UserError(f"`{option}`: {path} is a folder, where a file is to be written: choose another.")
             # Other ranks may try at the same time.
             _temporary(path).touch()
             _temporary(path).unlink(missing_ok=True)
@@ -62,4 +65,5 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    """Of a name that is short enough wherever that of the file is."""
+    return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")

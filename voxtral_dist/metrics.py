@@ -134,7 +134,8 @@ class MetricsLog:
             )
             return None
         # What an earlier process wrote of later steps is hidden, as its rows are dropped.
-        return SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._first_step + 1)
+        purge_step = self._first_step + 1 if self._first_step else 0
+        return SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=purge_step)
 
 
 def _write_scalars(writer: SummaryWriter, kind: Kind, step: int, values: dict[str, Any]) -> None:
@@ -157,8 +158,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Forget what was measured after the checkpoint that the run goes on from, so that each step has one row."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    """Forget what was measured after the checkpoint that the run goes on from, so that each step has one row.
+
+    Without a checkpoint, at step 0, all is forgotten: it may be of another model, or of other test sets.
+    """
+    rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

@@ -113,7 +113,7 @@ def find_clips(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
 
 def is_audio(path: Path) -> bool:
     """Whether a file is a clip by the end of its name."""
-    return path.suffix.lstrip(".").lower() in AUDIO_SUFFIXES and path.is_file()
+    return path.suffix.lstrip(".").lower() in AUDIO_SUFFIXES and not path.is_dir()
 
 
 class ClipTranscriber:
@@ -246,7 +246,8 @@ class ClipTranscriber:
         if num_windows < 1:
             raise UserError(
                 f"What is told and asked takes {besides} of the {prompts.max_positions} positions of the model, which "
-                "leaves no room for audio: tell fewer words."
+                f"leaves no room for {prompts.window_seconds:g} s of audio with {tokens_per_second:g} tokens a second: "
+                "tell fewer words, or lower `--max-tokens-per-second`."
             )
         return num_windows * prompts.window_seconds
 

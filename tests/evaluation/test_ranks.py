@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.data.samples import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
+from voxtral_dist.evaluation.decoding import decode_batches
 from voxtral_dist.evaluation.report import TestSetScore
+from voxtral_dist.evaluation.transcribe import DecodedBatch
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
@@ -56,3 +60,21 @@ def test_ranks_and_batch_sizes_do_not_change_the_word_error_rate(
     assert score["num_utterances"] == NUM_UTTERANCES
     assert len({row["hypothesis"] for row in rows}) > 1, "hypotheses must differ for this to mean anything"
     assert all(other == found[0] for other in found[1:])
+
+
+class Instant:
+    """Stands for a `Transcriber` that needs no time."""
+
+    in_lockstep = False
+
+    def decode(self, examples: list[Example], *, with_loss: bool) -> DecodedBatch:
+        return DecodedBatch([])
+
+
+def seconds_after_loading(world: World, late: float) -> float:
+    time.sleep(late * world.rank)
+    return decode_batches("speech", [(0,), (1,)], lambda _: [], Instant(), False, world).seconds  # type: ignore[arg-type]
+
+
+def test_the_time_of_decoding_begins_when_all_ranks_are_ready() -> None:
+    assert max(run_ranks(2, seconds_after_loading, 4.0)) < 2.0

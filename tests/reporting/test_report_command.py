@@ -94,6 +94,17 @@ def test_the_step_is_chosen(report, run, tmp_path, step, chosen):
     assert f"- Step: {chosen}, of 3 evaluated steps" in (tmp_path / "report.md").read_text()
 
 
+def test_steps_of_an_attempt_that_began_again_are_not_shown(report, run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "evaluations" / "step-0000008", run / "evaluations" / "step-0000012")
+    report(run)
+    assert "- Step: 8, of 3 evaluated steps" in (run / "report.md").read_text()
+    # Unless nothing tells what was recorded.
+    (run / "metrics.jsonl").unlink()
+    report(run)
+    assert "- Step: 12, of 4 evaluated steps" in (run / "report.md").read_text()
+
+
 def test_the_best_step_is_that_of_the_lowest_wer_of_the_first_set(report, shard_folder, tmp_path):
     run = write_run(tmp_path / "forgetful", shard_folder, wrong_words=(3, 1, 2))
     report(run, "--step", "best", "--out", tmp_path)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from voxtral_dist.data.samples import Example
-from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, wait_for_all
 from voxtral_dist.distributed.hand_out import HandOut
 from voxtral_dist.distributed.world import World, what_was_asked
 from voxtral_dist.errors import RankError, SharedError, UserError
@@ -55,6 +55,8 @@ def decode_batches(
         RankError: on a rank that could not decode one in lockstep.
     """
     part = _Part(name, batches, read, transcriber, with_loss, world)
+    # Whoever was still loading is no part of what decoding takes.
+    wait_for_all(world)
     started = time.monotonic()
     failure = part.decode()
     seconds = time.monotonic() - started

@@ -82,7 +82,10 @@ class Evaluator:
         verdict = judge(settings, recorded, saved_steps())
         for sentence in verdict.sentences:
             log.say(f"step {step}: {sentence}")
-            log.write("event", step, {"event": "selection", "sentence": sentence})
+            event = {"event": "selection", "sentence": sentence}
+            # A run that goes on from here has said it before.
+            if {"kind": "event", "step": step, **event} not in self._rows("event"):
+                log.write("event", step, event)
         return self._written(verdict)
 
     def _written(self, verdict: Verdict) -> Verdict:
@@ -94,8 +97,12 @@ class Evaluator:
         return {row["name"] for row in self._recorded() if row["step"] == step}
 
     def _recorded(self) -> list[dict[str, Any]]:
+        return from_first_rank(self._rows("evaluation"), self._world)
+
+    def _rows(self, kind: str) -> list[dict[str, Any]]:
+        """Those of a kind; none on other ranks than the first."""
         rows = read_metrics(self._config.run_dir / "metrics.jsonl") if self._world.is_first else []
-        return from_first_rank([row for row in rows if row["kind"] == "evaluation"], self._world)
+        return [row for row in rows if row["kind"] == kind]
 
     def _decoding_bytes(self) -> int:
         model = self._config.model

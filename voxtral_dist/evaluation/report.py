@@ -15,7 +15,7 @@ from voxtral_dist.evaluation.normalizer import Normalizer
 from voxtral_dist.evaluation.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
 from voxtral_dist.evaluation.utterances import ScoredUtterance
 from voxtral_dist.evaluation.word_errors import ErrorCounts
-from voxtral_dist.files import write_whole
+from voxtral_dist.files import failures_named, write_whole
 
 
 @dataclass(frozen=True)
@@ -164,17 +164,26 @@ def refuse_to_replace(option: str, folder: Path, name: str) -> None:
     """Refuse to write results over what is none, such as a manifest of the same name.
 
     Raises:
-        UserError: `NAME.json` or `NAME.jsonl` is there, and they are no results that were written together.
+        UserError: `NAME.json` or `NAME.jsonl` is there, and `write_results` has not made it.
     """
     lines, figures = (folder / file for file in result_files(name))
-    there = [path for path in (lines, figures) if path.exists()]
-    if len(there) == 2 and _is_score(figures):
-        return
-    for path in there:
-        raise UserError(
-            f"`{option}`: {path} would be replaced, and is not known to be a result: choose another folder, or move "
-            "the file away."
-        )
+    for path, is_result in ((lines, _holds_scored_lines), (figures, _is_score)):
+        with failures_named(option, path):
+            exists = path.exists()
+        if exists and not is_result(path):
+            raise UserError(
+                f"`{option}`: {path} would be replaced, and is not known to be a result: choose another folder, or "
+                "move the file away."
+            )
+
+
+def _holds_scored_lines(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            row = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(row, dict) and {"hypothesis", "word_substitutions"} <= row.keys()
 
 
 def _is_score(path: Path) -> bool:

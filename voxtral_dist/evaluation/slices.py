@@ -15,6 +15,8 @@ from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance
 from voxtral_dist.evaluation.word_errors import ErrorCounts
 
 UNKNOWN = "unknown"
+# What every test set is cut by.
+_ALWAYS = ("language", "duration")
 DURATION_BOUNDS_SECONDS = (5, 10, 20, 30, 60)
 DURATION_RANGES = (
     f"<{DURATION_BOUNDS_SECONDS[0]} s",
@@ -42,8 +44,10 @@ class Grouping:
 
     def unknown_in(self, utterances: Sequence[DecodedUtterance]) -> list[str]:
         """The fields that were asked for and that no utterance has; the default one for speakers is not asked for."""
-        asked = [name for name in self.fields if name in self.slices or name != Grouping.speaker_field]
-        return [name for name in asked if not any(name in one.fields for one in utterances)]
+        always = {*_ALWAYS, *({Grouping.speaker_field} - {*self.slices})}
+        return [
+            name for name in self.fields if name not in always and not any(name in one.fields for one in utterances)
+        ]
 
     def speaker(self, utterance: DecodedUtterance) -> str | None:
         """Whose errors go together; None where that is not known."""
@@ -109,7 +113,7 @@ def score_slices(utterances: Sequence[ScoredUtterance], grouping: Grouping) -> d
     """
     return {
         name: {label: score_slice(part, grouping) for label, part in _parts(utterances, name).items()}
-        for name in dict.fromkeys(("language", "duration", *grouping.slices))
+        for name in dict.fromkeys((*_ALWAYS, *grouping.slices))
     }
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from voxtral_dist.config import EvaluationConfig, TestSetConfig, TextStep
 from voxtral_dist.data.context import TestContexts, WordList
 from voxtral_dist.data.cutting import Budget, cut
-from voxtral_dist.data.filters import ExampleSizes
-from voxtral_dist.data.index import Ids, ShardIndex, read_index
+from voxtral_dist.data.filters import ExampleSizes, text_tokens
+from voxtral_dist.data.index import Ids, Records, ShardIndex, read_index
 from voxtral_dist.data.prompting import Prompting
 from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.data.samples import Example, SampleError, SampleReader
@@ -171,7 +172,9 @@ def build_test_set(
                 kept_fields=grouping.fields,
             ),
             batches=batches,
-            most_positions=max(len(batch) * int((positions + new_tokens)[list(batch)].max()) for batch in batches),
+            most_positions=_most_positions(
+                batches, positions + new_tokens + _list_positions(words, size, index.records, prompts)
+            ),
             has_answers=has_answers,
             words=words,
             num_distractors=size,
@@ -207,14 +210,32 @@ def _refuse_long_lists(
     name: str, words: WordList, num_distractors: int, positions: Ids, prompts: VoxtralPrompts
 ) -> None:
     """Refuse lists that may take more positions than the longest utterance leaves, judged by the longest words."""
-    lengths = sorted((len(prompts.encode(f", {entry}")) for entry in words.entries), reverse=True)
     room = prompts.max_positions - MIN_NEW_TOKENS - int(positions.max())
-    needed = sum(lengths[:num_distractors])
+    needed = _longest_list(words, num_distractors, prompts)
     if needed > room:
         raise UserError(
             f"`evaluation.test_sets.{name}.context.num_distractors`: {num_distractors} words may take {needed} "
             f"positions, but the longest utterance leaves {room} of the model's {prompts.max_positions}: ask for fewer."
         )
+
+
+def _list_positions(
+    words: WordList | None, num_distractors: int | None, records: Records, prompts: VoxtralPrompts
+) -> Ids:
+    """At most so many positions of each utterance are of its list: distractors, and words that its text has."""
+    if words is None or num_distractors is None:
+        return np.zeros(len(records), dtype=np.int64)
+    return text_tokens(records) + _longest_list(words, num_distractors, prompts)
+
+
+def _longest_list(words: WordList, num_words: int, prompts: VoxtralPrompts) -> int:
+    lengths = sorted((len(prompts.encode(f", {entry}")) for entry in words.entries), reverse=True)
+    return sum(lengths[:num_words])
+
+
+def _most_positions(batches: Sequence[Batch], positions: NDArray[np.float64]) -> int:
+    """Of a batch, padding included."""
+    return max(len(batch) * int(positions[list(batch)].max()) for batch in batches)
 
 
 def _refuse_too_long(name: str, index: ShardIndex, positions: Ids, prompts: VoxtralPrompts) -> None:

@@ -98,6 +98,8 @@ class Transcriber:
     def _generate(self, examples: Sequence[Example], numbers: Tensor) -> list[Hypothesis]:
         prompts, attention_mask = pad_left([example.prompt for example in examples], self._prompts.pad_id)
         limits = [self._limit(example) for example in examples]
+        # transformers would keep the room of the longest batch so far for every later one, however many rows it has.
+        self._model._previous_max_cache_length = -1  # type: ignore[assignment]
         generated: Tensor = self._model.generate(  # type: ignore[operator]
             input_ids=prompts.to(self._device),
             attention_mask=attention_mask.to(self._device),

@@ -62,7 +62,7 @@ def read_curves(run_dir: Path, scores: Scores) -> list[Curve]:
     Raises:
         UserError: `metrics.jsonl` cannot be read.
     """
-    rows = _read_rows(run_dir / "metrics.jsonl")
+    rows = read_rows(run_dir / "metrics.jsonl")
     training = [row for row in rows if row["kind"] == "train"]
     curves = [
         Curve(title, unit, (Series(title, _points(training, name)),), may_be_logarithmic=may_be_logarithmic)
@@ -73,7 +73,12 @@ def read_curves(run_dir: Path, scores: Scores) -> list[Curve]:
     return [curve for curve in curves if any(series.points for series in curve.series)]
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run; none without the file.
+
+    Raises:
+        UserError: it cannot be read, or a line is no row.
+    """
     try:
         rows = read_metrics(path)
     except OSError as error:

@@ -11,6 +11,7 @@ from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.report import TestSetScore, read_score
 from voxtral_dist.evaluation.selection import selected_step
+from voxtral_dist.reporting.curves import read_rows
 
 Step = int | Literal["newest", "best"]
 
@@ -94,9 +95,15 @@ def configured_name(name: str, configured: list[str]) -> str:
 
 
 def _evaluated_steps(folder: Path) -> dict[int, Path]:
+    """Those that the run recorded: others were left by an attempt that began again. Without records, all."""
     found = (folder / "evaluations").glob("step-*")
     steps = {path.name.removeprefix("step-"): path for path in found if result_names(path)}
-    return {int(number): path for number, path in sorted(steps.items()) if number.isdecimal()}
+    recorded = {row["step"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "evaluation"}
+    return {
+        int(number): path
+        for number, path in sorted(steps.items())
+        if number.isdecimal() and (not recorded or int(number) in recorded)
+    }
 
 
 def _config(folder: Path) -> tuple[RunConfig | None, str | None]:
