@@ -11,7 +11,7 @@ import pytest
 from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.axes import linear_axis, logarithmic_axis, tick_label
 from voxtral_dist.reporting.charts import MAX_POINTS, Chart, draw, thinned
-from voxtral_dist.reporting.curves import Curve, Point, Series, read_curves
+from voxtral_dist.reporting.curves import Curve, Point, Series, curves_of, read_rows
 from voxtral_dist.reporting.source import find_source, read_scores
 
 from saved_results import NUM_STEPS, score_of
@@ -19,7 +19,8 @@ from saved_results import NUM_STEPS, score_of
 
 @pytest.fixture(scope="module")
 def charts(run: Path) -> dict[str, Chart]:
-    return {curve.title: draw(curve) for curve in read_curves(run, read_scores(find_source(run)))}
+    source = find_source(run)
+    return {curve.title: draw(curve) for curve in curves_of(source.rows, read_scores(source))}
 
 
 def places_of(path: str) -> list[tuple[float, float]]:
@@ -56,18 +57,19 @@ def test_rates_are_in_percent_with_the_intervals_of_their_scores(run, charts):
 
 def test_evaluations_without_metrics_have_curves_too(run, tmp_path):
     (tmp_path / "evaluations").symlink_to(run / "evaluations")
-    curves = read_curves(tmp_path, read_scores(find_source(tmp_path)))
+    source = find_source(tmp_path)
+    curves = curves_of(source.rows, read_scores(source))
     assert [(curve.title, len(curve.series[0].points)) for curve in curves] == [("WER", 3), ("CER", 3)]
 
 
 def test_values_that_are_not_finite_are_left_out_and_broken_rows_refused(tmp_path):
     rows = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 2.0), (2, float("nan")), (3, 1.0))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (curve,) = read_curves(tmp_path, {})
+    (curve,) = curves_of(read_rows(tmp_path / "metrics.jsonl"), {})
     assert [point.step for point in curve.series[0].points] == [1, 3]
     (tmp_path / "metrics.jsonl").write_text("no json\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl are damaged"):
-        read_curves(tmp_path, {})
+        read_rows(tmp_path / "metrics.jsonl")
 
 
 def test_long_runs_are_thinned_and_keep_their_spikes():

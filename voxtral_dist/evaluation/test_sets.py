@@ -143,6 +143,8 @@ def build_test_set(
     has_answers = _has_answers(name, index, config)
     words: WordList | None = None
     sizes: tuple[int, ...] = ()
+    # Tokens of each listed word in a prompt, the longest first.
+    entry_tokens: list[int] = []
     if config.context is not None:
         words = WordList.read(config.context.words, f"evaluation.test_sets.{name}.context.words")
         sizes = config.context.num_distractors
@@ -150,7 +152,8 @@ def build_test_set(
     positions = sizes_of_examples.positions_of(index.records)
     _refuse_too_long(name, index, positions, prompts)
     if words is not None:
-        _refuse_long_lists(name, words, max(sizes, default=0), positions, prompts)
+        entry_tokens = sorted((len(prompts.encode(f", {entry}")) for entry in words.entries), reverse=True)
+        _refuse_long_lists(name, entry_tokens, max(sizes, default=0), positions, prompts)
     windows = sizes_of_examples.windows(index.records["duration_ms"])
     batches = _batches(windows, positions, settings)
     new_tokens = np.ceil(settings.max_tokens_per_second * index.duration_seconds) + MIN_NEW_TOKENS
@@ -173,7 +176,7 @@ def build_test_set(
             ),
             batches=batches,
             most_positions=_most_positions(
-                batches, positions + new_tokens + _list_positions(words, size, index.records, prompts)
+                batches, positions + new_tokens + _list_positions(entry_tokens, size, index.records)
             ),
             has_answers=has_answers,
             words=words,
@@ -207,11 +210,11 @@ def _has_answers(name: str, index: ShardIndex, config: TestSetConfig) -> bool:
 
 
 def _refuse_long_lists(
-    name: str, words: WordList, num_distractors: int, positions: Ids, prompts: VoxtralPrompts
+    name: str, entry_tokens: Sequence[int], num_distractors: int, positions: Ids, prompts: VoxtralPrompts
 ) -> None:
     """Refuse lists that may take more positions than the longest utterance leaves, judged by the longest words."""
     room = prompts.max_positions - MIN_NEW_TOKENS - int(positions.max())
-    needed = _longest_list(words, num_distractors, prompts)
+    needed = sum(entry_tokens[:num_distractors])
     if needed > room:
         raise UserError(
             f"`evaluation.test_sets.{name}.context.num_distractors`: {num_distractors} words may take {needed} "
@@ -219,18 +222,11 @@ def _refuse_long_lists(
         )
 
 
-def _list_positions(
-    words: WordList | None, num_distractors: int | None, records: Records, prompts: VoxtralPrompts
-) -> Ids:
+def _list_positions(entry_tokens: Sequence[int], num_distractors: int | None, records: Records) -> Ids:
     """At most so many positions of each utterance are of its list: distractors, and words that its text has."""
-    if words is None or num_distractors is None:
+    if num_distractors is None:
         return np.zeros(len(records), dtype=np.int64)
-    return text_tokens(records) + _longest_list(words, num_distractors, prompts)
-
-
-def _longest_list(words: WordList, num_words: int, prompts: VoxtralPrompts) -> int:
-    lengths = sorted((len(prompts.encode(f", {entry}")) for entry in words.entries), reverse=True)
-    return sum(lengths[:num_words])
+    return text_tokens(records) + sum(entry_tokens[:num_distractors])
 
 
 def _most_positions(batches: Sequence[Batch], positions: NDArray[np.float64]) -> int:

@@ -56,13 +56,8 @@ _TRAINING = (
 _RATES = (("wer", "WER", "wer_interval"), ("cer", "CER", None))
 
 
-def read_curves(run_dir: Path, scores: Scores) -> list[Curve]:
-    """The curves of a run that have a point; rates are in percent, with their intervals where a score tells them.
-
-    Raises:
-        UserError: `metrics.jsonl` cannot be read.
-    """
-    rows = read_rows(run_dir / "metrics.jsonl")
+def curves_of(rows: Sequence[Mapping[str, Any]], scores: Scores) -> list[Curve]:
+    """The curves of a run that have a point; rates are in percent, with their intervals where a score tells them."""
     training = [row for row in rows if row["kind"] == "train"]
     curves = [
         Curve(title, unit, (Series(title, _points(training, name)),), may_be_logarithmic=may_be_logarithmic)

@@ -11,7 +11,7 @@ from typing import Any
 from voxtral_dist.config import RunConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.charts import Chart, draw
-from voxtral_dist.reporting.curves import Scores, read_curves
+from voxtral_dist.reporting.curves import Scores, curves_of
 from voxtral_dist.reporting.options import ReportOptions
 from voxtral_dist.reporting.source import Source, find_source, read_scores
 from voxtral_dist.reporting.test_sets import TestSetGatherer, TestSetReport
@@ -45,7 +45,7 @@ def gather_report(folder: Path, options: ReportOptions) -> Report:
     return Report(
         title=source.name,
         facts=_facts(source),
-        charts=tuple(draw(curve) for curve in read_curves(folder, scores)),
+        charts=tuple(draw(curve) for curve in curves_of(source.rows, scores)),
         scores=scores,
         test_sets=tuple(gatherer.gather(name) for name in source.test_sets),
         baseline=str(options.baseline) if options.baseline else None,

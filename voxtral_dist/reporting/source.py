@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.errors import UserError
@@ -21,13 +21,15 @@ class Source:
     """Where the results of a report lie.
 
     folder: that was given. results: with `NAME.json` and `NAME.jsonl`; None of a run that evaluated nothing. step: of
-    these results. steps: all evaluated ones. config: of the run; config_error: why there is none.
+    these results. steps: all evaluated ones. rows: of `metrics.jsonl`. config: of the run; config_error: why there is
+    none.
     """
 
     folder: Path
     results: Path | None
     step: int | None = None
     steps: Mapping[int, Path] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
     config: RunConfig | None = None
     config_error: str | None = None
 
@@ -57,10 +59,11 @@ def find_source(folder: Path, step: Step = "newest") -> Source:
         if step != "newest":
             raise UserError(f"`--step`: {folder} is a folder of results and no run, so it has no steps: leave it out.")
         return Source(folder, folder)
-    steps = _evaluated_steps(folder)
+    rows = read_rows(folder / "metrics.jsonl")
+    steps = _evaluated_steps(folder, rows)
     config, config_error = _config(folder)
     chosen = _chosen(folder, step, steps, config)
-    return Source(folder, None if chosen is None else steps[chosen], chosen, steps, config, config_error)
+    return Source(folder, None if chosen is None else steps[chosen], chosen, steps, rows, config, config_error)
 
 
 def is_run(folder: Path) -> bool:
@@ -94,16 +97,13 @@ def configured_name(name: str, configured: list[str]) -> str:
     return name if name in configured else name.rpartition("-distractors-")[0]
 
 
-def _evaluated_steps(folder: Path) -> dict[int, Path]:
+def _evaluated_steps(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[int, Path]:
     """Those that the run recorded: others were left by an attempt that began again. Without records, all."""
     found = (folder / "evaluations").glob("step-*")
-    steps = {path.name.removeprefix("step-"): path for path in found if result_names(path)}
-    recorded = {row["step"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "evaluation"}
-    return {
-        int(number): path
-        for number, path in sorted(steps.items())
-        if number.isdecimal() and (not recorded or int(number) in recorded)
-    }
+    numbers = {path.name.removeprefix("step-"): path for path in sorted(found) if result_names(path)}
+    steps = {int(number): path for number, path in numbers.items() if number.isdecimal()}
+    recorded = {row["step"] for row in rows if row["kind"] == "evaluation"} or steps.keys()
+    return {step: path for step, path in steps.items() if step in recorded}
 
 
 def _config(folder: Path) -> tuple[RunConfig | None, str | None]:
