@@ -50,19 +50,30 @@ def evaluation_on(shard_folder: Path, **more: Any) -> dict[str, Any]:
     return {"test_sets": {"dev": dev}, "max_tokens_per_second": 1.0, **more}
 
 
+def scripted_run(tmp_path: Path, model: Path, shards: Path, num_steps: int, **sections: Any) -> RunConfig:
+    evaluation = evaluation_on(shards, **sections.pop("evaluation", {}))
+    return run_config(
+        tmp_path / "run",
+        model,
+        shards,
+        num_steps=num_steps,
+        evaluation=evaluation,
+        metrics={"tensorboard": False},
+        **({"stage": 2} | sections),
+    )
+
+
 @pytest.mark.parametrize("engine", [{"stage": 2}, {"engine": {"fsdp2": {}}}], ids=["zero2", "fsdp2"])
 def test_the_best_checkpoint_is_kept_and_exported(
     tiny_model: Path, shard_folder: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
-    evaluation = evaluation_on(shard_folder, every_steps=1, selection={"test_set": "dev", "patience": 2})
-    config = run_config(
-        tmp_path / "run",
+    config = scripted_run(
+        tmp_path,
         tiny_model,
         shard_folder,
         num_steps=6,
         checkpoint={"every_steps": 100, "keep": 1},
-        evaluation=evaluation,
-        metrics={"tensorboard": False},
+        evaluation={"every_steps": 1, "selection": {"test_set": "dev", "patience": 2}},
         **engine,
     )
     # The second time nothing is left to do, and the same comes out.
@@ -88,15 +99,13 @@ def test_the_best_checkpoint_is_kept_and_exported(
 
 
 def test_a_best_checkpoint_that_is_gone_is_none(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> None:
-    config = run_config(
-        tmp_path / "run",
+    config = scripted_run(
+        tmp_path,
         tiny_model,
         shard_folder,
         num_steps=3,
         checkpoint={"every_steps": 1, "keep": 1},
-        evaluation=evaluation_on(shard_folder, every_steps=1),
-        metrics={"tensorboard": False},
-        stage=2,
+        evaluation={"every_steps": 1},
     )
     assert run_ranks(1, train_with_scripted_wer, config) == [0]
     # Asked afterwards, when the best ones by WER were removed long ago.
@@ -113,15 +122,7 @@ def test_a_best_checkpoint_that_is_gone_is_none(tiny_model: Path, shard_folder: 
 def test_what_an_attempt_without_a_checkpoint_measured_does_not_count(
     tiny_model: Path, shard_folder: Path, tmp_path: Path
 ) -> None:
-    config = run_config(
-        tmp_path / "run",
-        tiny_model,
-        shard_folder,
-        num_steps=3,
-        evaluation=evaluation_on(shard_folder),
-        metrics={"tensorboard": False},
-        stage=2,
-    )
+    config = scripted_run(tmp_path, tiny_model, shard_folder, num_steps=3)
     config.run_dir.mkdir()
     # As an attempt with another model leaves it, that was killed before its first checkpoint.
     row = {"kind": "evaluation", "step": 0, "name": "dev", "wer": 3.0, "cer": 3.0}
@@ -149,15 +150,13 @@ def train_and_stop_in_an_evaluation(world: World, config: RunConfig) -> int:
 def test_a_run_that_is_asked_to_stop_while_it_evaluates_stops_at_that_step(
     tiny_model: Path, shard_folder: Path, tmp_path: Path
 ) -> None:
-    config = run_config(
-        tmp_path / "run",
+    config = scripted_run(
+        tmp_path,
         tiny_model,
         shard_folder,
         num_steps=4,
         checkpoint={"every_steps": 100},
-        evaluation=evaluation_on(shard_folder, every_steps=2),
-        metrics={"tensorboard": False},
-        stage=2,
+        evaluation={"every_steps": 2},
     )
     assert run_ranks(2, train_and_stop_in_an_evaluation, config) == [EXIT_STOPPED, EXIT_STOPPED]
     rows = read_metrics(config.run_dir / "metrics.jsonl")
