@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import ErrorDetails
 from pydantic_extra_types.language_code import LanguageAlpha2
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, lower_first
 
 
 class Section(BaseModel):
@@ -732,7 +732,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             case "value_error":
                 yield detail["msg"].removeprefix("Value error, ")
             case _:
-                yield f"`{location}`: {_lower_first(detail['msg'])}, but is {detail['input']!r} instead"
+                yield f"`{location}`: {lower_first(detail['msg'])}, but is {detail['input']!r} instead"
 
 
 def _unknown_key(detail: ErrorDetails) -> str:
@@ -759,10 +759,6 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
         return annotation
     found = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
     return next((section for section in found if section is not None), None)
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
 
 
 def _kind(value: Any) -> str:

@@ -23,6 +23,11 @@ class SharedError(UserError):
     exit_code = 3
 
 
+def lower_first(text: str) -> str:
+    """A library's sentence as the second half of one of ours."""
+    return text[:1].lower() + text[1:]
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says first: the part of it that fits into a sentence of ours."""
     return str(error).strip().split("\n", 1)[0]

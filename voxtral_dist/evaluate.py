@@ -14,7 +14,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.loading import load_transcriber, processor_path
 from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.report import TestSetScore, refuse_to_replace, result_files
+from voxtral_dist.evaluation.report import TestSetScore, refuse_to_replace_others, result_files
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
 from voxtral_dist.files import refuse_unwritable
 
@@ -53,7 +53,7 @@ def evaluate(
     prompts = VoxtralPrompts.from_pretrained(processor_path(model_path))
     built = build_test_sets(named, prompts, options.target_text)
     for test_set in built:
-        refuse_to_replace("--out", out_dir, test_set.name)
+        refuse_to_replace_others("--out", out_dir, test_set.name)
     refuse_unwritable("--out", out_dir, [file for test_set in built for file in result_files(test_set.name)])
     refuse_different_test_sets(built, world)
     # Before the model is loaded: it may be refused.

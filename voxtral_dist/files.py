@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,21 @@ def refuse_unwritable(option: str, folder: Path, names: Sequence[str] = ()) -> N
             # Other ranks may try at the same time.
             _temporary(path).touch()
             _temporary(path).unlink(missing_ok=True)
+
+
+def refuse_to_replace(option: str, path: Path, is_result: Callable[[Path], bool]) -> None:
+    """Refuse to write over what is no result, such as a manifest of the same name.
+
+    Raises:
+        UserError: the file is there, and is none by `is_result`; the sentence names the option.
+    """
+    with failures_named(option, path):
+        exists = path.exists()
+    if exists and not is_result(path):
+        raise UserError(
+            f"`{option}`: {path} would be replaced, and is not known to be a result: choose another folder, or move "
+            "the file away."
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from voxtral_dist.evaluation.normalizer import normalizer
 from voxtral_dist.evaluation.pairing import compare_pairs, pair_utterances
 from voxtral_dist.evaluation.report import (
     TestSetScore,
-    refuse_to_replace,
+    refuse_to_replace_others,
     result_files,
     score_test_set,
     write_results,
@@ -23,7 +23,7 @@ from voxtral_dist.evaluation.report import (
 from voxtral_dist.evaluation.significance import PairedComparison
 from voxtral_dist.evaluation.slices import Grouping
 from voxtral_dist.evaluation.utterances import ScoredUtterance, score_utterance
-from voxtral_dist.files import failures_named, write_whole
+from voxtral_dist.files import failures_named, refuse_to_replace, write_whole
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, compar
     results = {folder / "first": first, folder / "second": second}
     path = folder / "comparison.json"
     _refuse_to_replace(results, path)
-    if path.exists() and not _is_comparison(path):
-        raise UserError(f"`--out`: {path} would be replaced, and is not known to be a comparison: name another folder.")
+    refuse_to_replace("--out", path, _is_comparison)
     _write(results)
     files = {"first": str(first.path), "second": str(second.path), "normalizer": first.score.normalizer}
     with failures_named("--out", folder):
@@ -127,7 +126,7 @@ def _refuse_to_replace(results: Mapping[Path, ScoredFile], *others: Path) -> Non
         if target.resolve() in scored:
             raise UserError(f"`--out`: {target} would be replaced, which is what was scored: name another folder.")
     for folder, one in results.items():
-        refuse_to_replace("--out", folder, one.path.stem)
+        refuse_to_replace_others("--out", folder, one.path.stem)
 
 
 def _write(results: Mapping[Path, ScoredFile]) -> None:

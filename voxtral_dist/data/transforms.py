@@ -24,7 +24,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from voxtral_dist.config import Argument, AugmentationStep
 from voxtral_dist.data.audio import Waveform
-from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.errors import UserError, first_line, lower_first
 
 _FILE_ARGUMENTS = ("sounds_path", "ir_path")
 # Of a larger folder, this many evenly spaced files are opened at the start.
@@ -135,7 +135,7 @@ def _typed(annotation: Any, value: Argument | list[Argument], place: str) -> Any
         return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
         wanted = error.errors()[0]["msg"]
-        raise UserError(f"{place}: {wanted[:1].lower()}{wanted[1:]}, but is {value!r} instead.") from error
+        raise UserError(f"{place}: {lower_first(wanted)}, but is {value!r} instead.") from error
 
 
 def _check_order(name: str, arguments: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, lower_first
 from voxtral_dist.evaluation.utterances import COUNTED, DecodedUtterance, ScoredUtterance
 from voxtral_dist.evaluation.word_errors import ErrorCounts
 
@@ -120,5 +120,4 @@ def _reason(error: ValidationError) -> str:
         case "model_type" | "model_attributes_type":
             return "an utterance must be a JSON object with `reference` and `hypothesis`"
         case _:
-            expected = detail["msg"][:1].lower() + detail["msg"][1:]
-            return f"`{name}`: {expected}, but is {reprlib.repr(detail['input'])} instead"
+            return f"`{name}`: {lower_first(detail['msg'])}, but is {reprlib.repr(detail['input'])} instead"

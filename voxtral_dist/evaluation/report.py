@@ -10,12 +10,12 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, lower_first
 from voxtral_dist.evaluation.normalizer import Normalizer
 from voxtral_dist.evaluation.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
 from voxtral_dist.evaluation.utterances import ScoredUtterance
 from voxtral_dist.evaluation.word_errors import ErrorCounts
-from voxtral_dist.files import failures_named, write_whole
+from voxtral_dist.files import refuse_to_replace, write_whole
 
 
 @dataclass(frozen=True)
@@ -160,21 +160,15 @@ def write_results(folder: Path, name: str, utterances: Sequence[ScoredUtterance]
     write_whole(figures, json.dumps(asdict(score), indent=1, ensure_ascii=False))
 
 
-def refuse_to_replace(option: str, folder: Path, name: str) -> None:
-    """Refuse to write results over what is none, such as a manifest of the same name.
+def refuse_to_replace_others(option: str, folder: Path, name: str) -> None:
+    """Refuse a folder in which `write_results` would replace what it has not made.
 
     Raises:
-        UserError: `NAME.json` or `NAME.jsonl` is there, and `write_results` has not made it.
+        UserError: `NAME.json` or `NAME.jsonl` is there, and is no result.
     """
     lines, figures = (folder / file for file in result_files(name))
-    for path, is_result in ((lines, _holds_scored_lines), (figures, _is_score)):
-        with failures_named(option, path):
-            exists = path.exists()
-        if exists and not is_result(path):
-            raise UserError(
-                f"`{option}`: {path} would be replaced, and is not known to be a result: choose another folder, or "
-                "move the file away."
-            )
+    refuse_to_replace(option, lines, _holds_scored_lines)
+    refuse_to_replace(option, figures, _is_score)
 
 
 def _holds_scored_lines(path: Path) -> bool:
@@ -208,7 +202,7 @@ def read_score(path: Path) -> TestSetScore:
         detail = error.errors()[0]
         place = ".".join(map(str, detail["loc"])) or "it"
         raise UserError(
-            f"{path} is not the score of a test set ({place}: {detail['msg'][:1].lower()}{detail['msg'][1:]}): write "
+            f"{path} is not the score of a test set ({place}: {lower_first(detail['msg'])}): write "
             "it again by `voxtral-dist score --out`."
         ) from error
 

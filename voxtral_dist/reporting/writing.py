@@ -25,14 +25,11 @@ def write_report(folder: Path, options: ReportOptions, out: Path | None = None) 
     """
     report = gather_report(folder, options)
     target = out or folder
-    texts = {
-        target / "report.html": readable(render_html(report)),
-        target / "report.md": readable(render_markdown(report)),
-    }
+    texts = {target / "report.html": render_html(report), target / "report.md": render_markdown(report)}
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
-            write_whole(path, text)
+            write_whole(path, readable(text))
     except OSError as error:
         raise UserError(f"The report cannot be written to {target}: {error.strerror}.") from error
     page, figures = texts
