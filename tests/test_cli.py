@@ -623,6 +623,18 @@ def test_the_name_of_a_clip_may_be_as_long_as_that_of_its_transcript_can_be(run,
     assert "is longer than 255 bytes: rename the clip" in refused
 
 
+def test_a_transcript_that_cannot_be_written_does_not_keep_the_others_from_it(run, tiny_model, clip, tmp_path):
+    shutil.copy(clip, tmp_path / "first.wav")
+    shutil.copy(clip, tmp_path / "second.wav")
+    (tmp_path / "out" / "first.txt").mkdir(parents=True)
+    result = run("transcribe", tiny_model, tmp_path / "first.wav", tmp_path / "second.wav", "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "first cannot be written: Is a directory" in result.err
+    assert "1 of 2 clips could not be transcribed" in result.err
+    assert len(result.out.splitlines()) == 2, "what was decoded is printed"
+    assert (tmp_path / "out" / "second.txt").is_file()
+
+
 def test_a_text_ends_no_cue_of_subtitles():
     segment = Segment(0.0, 1.5, "one\n\n2\n00:00:00,000 --> 00:00:09,000\ntwo")
     assert to_srt(ClipTranscript((segment, Segment(1.5, 2.0, "")))) == (

@@ -221,6 +221,7 @@ def test_other_mistakes_are_one_sentence(refusal, hypotheses, tmp_path):
     assert "`--out`: " in refusal(hypotheses, "--out", tmp_path / "empty.jsonl")
     assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "nowhere")
     assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "duration", "nowhere")
+    assert "`--speaker-field duration`: no line of" in refusal(hypotheses, "--speaker-field", "duration")
     assert "`--speaker-field nowhere`: no line of" in refusal(hypotheses, "--speaker-field", "nowhere")
 
 

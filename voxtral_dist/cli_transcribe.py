@@ -17,7 +17,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.files import failures_named, readable, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
-    from voxtral_dist.transcription import ClipTranscript
+    from voxtral_dist.transcription import ClipError, ClipTranscript
 
 _PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
 _FORMATS = ("txt", "json", "srt")
@@ -89,9 +89,9 @@ def _seconds(text: str) -> float:
 
 
 def _transcribe(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.distributed.collectives import sum_over_ranks
+    from voxtral_dist.distributed.collectives import PatientSum
     from voxtral_dist.distributed.world import joined_world
-    from voxtral_dist.transcription import ClipError, ClipTranscriber, Question, find_clips
+    from voxtral_dist.transcription import ClipTranscriber, Question, find_clips
 
     if "srt" in parsed.format and parsed.out is None:
         raise UserError("`--format srt` makes files: name their folder by `--out`.")
@@ -106,30 +106,44 @@ def _transcribe(parsed: argparse.Namespace) -> int:
     question = Question.of(parsed.language, parsed.words, parsed.previous_text, parsed.instruction)
     settings = EvaluationConfig(**decoding_settings(parsed))
     by_default = _SUBTITLE_SECONDS if "srt" in parsed.format else None
-    failures = []
+    failures: list[UserError] = []
     with joined_world() as world:
+        sum_at_end = PatientSum(world)
         transcriber = ClipTranscriber(
             parsed.model, question, settings, parsed.precision, world, parsed.max_segment_seconds or by_default
         )
         mine = slice(world.rank, None, world.size)
         found = transcriber([clip for clip, _ in clips[mine]])
         for (clip, transcript), path in zip(found, paths[mine], strict=True):
-            if isinstance(transcript, ClipError):
-                failures.append(transcript)
+            try:
+                _hand_over(clip, transcript, path, parsed)
+            except UserError as error:
+                failures.append(error)
                 if len(clips) > 1:
-                    print(f"voxtral-dist: {transcript}", file=sys.stderr, flush=True)
-                continue
-            _print(clip, transcript, as_json=parsed.json)
-            if path is not None:
-                with failures_named("--out", path):
-                    _write(path, clip, transcript, parsed.format)
+                    print(f"voxtral-dist: {error}", file=sys.stderr, flush=True)
         # A rank that ended before the others would take them with it.
-        num_failed = round(sum_over_ranks([len(failures)], world)[0])
+        num_failed = sum_at_end(len(failures))
     if failures and len(clips) == 1:
         raise failures[0]
     if num_failed:
         raise UserError(f"{num_failed} of {len(clips)} clips could not be transcribed; above it says why.")
     return 0
+
+
+def _hand_over(
+    clip: Path, transcript: ClipTranscript | ClipError, path: Path | None, parsed: argparse.Namespace
+) -> None:
+    """Print a transcript, and write it where it is wanted.
+
+    Raises:
+        UserError: there is none, or it cannot be written.
+    """
+    if isinstance(transcript, UserError):
+        raise transcript
+    _print(clip, transcript, as_json=parsed.json)
+    if path is not None:
+        with failures_named("--out", path):
+            _write(path, clip, transcript, parsed.format)
 
 
 def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str]) -> list[Path]:

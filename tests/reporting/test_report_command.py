@@ -99,6 +99,10 @@ def test_steps_of_an_attempt_that_began_again_are_not_shown(report, run, tmp_pat
     shutil.copytree(run / "evaluations" / "step-0000008", run / "evaluations" / "step-0000012")
     report(run)
     assert "- Step: 8, of 3 evaluated steps" in (run / "report.md").read_text()
+    rows = [json.dumps({"kind": "train", "step": 1, "loss": 2.0})]
+    (run / "metrics.jsonl").write_text("\n".join([*rows, ""]))
+    report(run)
+    assert "The run has not evaluated any test set." in parse(run / "report.html").text
     # Unless nothing tells what was recorded.
     (run / "metrics.jsonl").unlink()
     report(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,9 @@ from voxtral_dist.distributed.world import World
 
 T = TypeVar("T")
 
+# Other collectives end a run when a rank is late by much less. Here the launcher sees who is lost.
+_PATIENCE = timedelta(days=30)
+
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     """The element-wise sum over all ranks, in float64, the same on every rank to the last bit."""
@@ -21,6 +25,20 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+class PatientSum:
+    """A sum over ranks that come to it hours apart, after work that nobody evens out. All ranks make it together."""
+
+    def __init__(self, world: World) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
+
+    def __call__(self, value: int) -> int:
+        """The sum of all ranks' values, when the last one has come."""
+        total = torch.tensor(value)
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        return int(total)
 
 
 def max_over_ranks(values: Sequence[int], world: World) -> list[int]:

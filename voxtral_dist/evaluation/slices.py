@@ -44,8 +44,10 @@ class Grouping:
 
     def unknown_in(self, utterances: Sequence[DecodedUtterance]) -> list[str]:
         """The fields that were asked for and that no utterance has; the default one for speakers is not asked for."""
-        asked = self.slices if self.speaker_field == Grouping.speaker_field else self.fields
-        return [name for name in asked if name not in _ALWAYS and not any(name in one.fields for one in utterances)]
+        asked = [name for name in self.slices if name not in _ALWAYS]
+        if self.speaker_field != Grouping.speaker_field:
+            asked.append(self.speaker_field)
+        return [name for name in dict.fromkeys(asked) if not any(name in one.fields for one in utterances)]
 
     def speaker(self, utterance: DecodedUtterance) -> str | None:
         """Whose errors go together; None where that is not known."""

@@ -223,7 +223,7 @@ def _refuse_long_lists(
 
 
 def _list_positions(entry_tokens: Sequence[int], num_distractors: int | None, records: Records) -> Ids:
-    """At most so many positions of each utterance are of its list: distractors, and words that its text has."""
+    """About so many positions are of an utterance's list: the longest distractors, and words that its text has."""
     if num_distractors is None:
         return np.zeros(len(records), dtype=np.int64)
     return text_tokens(records) + sum(entry_tokens[:num_distractors])

@@ -102,8 +102,8 @@ def _evaluated_steps(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[in
     found = (folder / "evaluations").glob("step-*")
     numbers = {path.name.removeprefix("step-"): path for path in sorted(found) if result_names(path)}
     steps = {int(number): path for number, path in numbers.items() if number.isdecimal()}
-    recorded = {row["step"] for row in rows if row["kind"] == "evaluation"} or steps.keys()
-    return {step: path for step, path in steps.items() if step in recorded}
+    recorded = {row["step"] for row in rows if row["kind"] == "evaluation"}
+    return {step: path for step, path in steps.items() if step in recorded} if rows else steps
 
 
 def _config(folder: Path) -> tuple[RunConfig | None, str | None]:
