@@ -2,7 +2,7 @@
 
 A random Voxtral of about 1.1 GB in float32 is stored as a normal folder. Each rank then builds it
 
-- ours: as a skeleton, whose parameters are read, sent to the other ranks and sharded one by one;
+- ours: as a meta_model, whose parameters are read, sent to the other ranks and sharded one by one;
 - peer: by transformers' `from_pretrained` in each rank, as most training scripts do before `deepspeed.initialize`,
   which shards what is there.
 
@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from voxtral_dist.config import ModelConfig, RunConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 
 from workloads.command import run
 from workloads.peak_memory import MMAP_THRESHOLD_BYTES, added_peak
@@ -97,11 +97,11 @@ def _in_rank(build: Callable[[RunConfig, World], object], folder: Path, store: P
 
 def build_ours(config: RunConfig, world: World) -> object:
     """As a run does."""
-    from voxtral_dist.engine.zero_building import fill_model
-    from voxtral_dist.engine.zero_settings import complete_settings
-    from voxtral_dist.model import trained_skeleton
+    from voxtral_dist.engine.zero.building import fill_model
+    from voxtral_dist.engine.zero.settings import complete_settings
+    from voxtral_dist.model.voxtral import trained_meta_model
 
-    model = trained_skeleton(config.model, config.trainable, torch.float32)
+    model = trained_meta_model(config.model, config.trainable, torch.float32)
     fill_model(model, config, complete_settings(config, model, world.size), world)
     return model
 
@@ -111,7 +111,7 @@ def build_peer(config: RunConfig, world: World) -> object:
     import deepspeed
     from transformers import VoxtralForConditionalGeneration
 
-    from voxtral_dist.engine.zero_settings import complete_settings
+    from voxtral_dist.engine.zero.settings import complete_settings
 
     model = VoxtralForConditionalGeneration.from_pretrained(config.model.path, dtype=torch.float32)
     deepspeed.zero.Init(module=model, config_dict_or_path=complete_settings(config, model, world.size))

@@ -34,11 +34,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch, collate
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import Example
-from voxtral_dist.tiny import MAX_VOCAB_SIZE
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch, collate
+from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import MAX_VOCAB_SIZE
 
 from rivals.transcription_collator import TranscriptionCollator
 from workloads.command import run
@@ -77,7 +77,7 @@ class OurPath:
     def _example(self, number: int, utterance: Utterance) -> Example:
         num_windows = self._prompts.num_windows(len(utterance.pcm))
         return Example(
-            sample_id=number,
+            utterance_id=number,
             key=str(number),
             pcm=utterance.pcm,
             num_windows=num_windows,

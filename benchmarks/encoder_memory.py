@@ -29,9 +29,9 @@ from typing import Any
 import torch
 
 from voxtral_dist.config import ActivationCheckpointingConfig, ModelConfig
-from voxtral_dist.engine.encoder import EncoderPasses
-from voxtral_dist.tiny import NUM_MEL_BINS, TinyShape, build_tiny_voxtral
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.encoder import ChunkedEncoder
+from voxtral_dist.model.tiny import NUM_MEL_BINS, TinyShape, build_tiny_voxtral
+from voxtral_dist.model.weights import load_voxtral
 
 from workloads.command import run
 from workloads.peak_memory import added_peak, in_fresh_process
@@ -40,7 +40,7 @@ from workloads.speech import PROCESSOR_SHAPE
 SHAPE = replace(PROCESSOR_SHAPE, encoder_width=256, encoder_layers=4, encoder_heads=4, text_width=256)
 FRAMES_PER_POSITION = 2
 FLOAT32_BYTES = 4
-WINDOWS_PER_PASS = 4
+WINDOWS_PER_CHUNK = 4
 # By the number of windows: the longest step takes a minute, and peaks hardly differ from one run to the next.
 NUM_ROUNDS = {4: 3, 16: 3, 60: 1}
 CONTENDERS = ("passes", "one_pass", "one_pass_checkpointed_layers")
@@ -63,7 +63,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     fewest, most = min(num_rounds), max(num_rounds)
     return {
         "ratio": peaks["one_pass"][most] / peaks["passes"][most],
-        "ratio_is": f"bytes that a step of {most} windows adds at its peak, one pass over passes of {WINDOWS_PER_PASS}",
+        "ratio_is": f"bytes that a step of {most} windows adds, one pass over chunks of {WINDOWS_PER_CHUNK}",
         "ratios": {number: peaks["one_pass"][number] / peaks["passes"][number] for number in num_rounds},
         "added_peak_bytes": peaks,
         "core_seconds": {name: _medians(by_number, "core_seconds") for name, by_number in rows.items()},
@@ -72,7 +72,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
         },
         "computed_bytes_per_window": _computed(shape),
         "norm_of_gradients": {name: by_number[most][0]["value"] for name, by_number in rows.items()},
-        "windows_per_pass": WINDOWS_PER_PASS,
+        "windows_per_chunk": WINDOWS_PER_CHUNK,
         "rounds": rows,
     }
 
@@ -82,7 +82,7 @@ def _step(model: str, shape: TinyShape, name: str, num_windows: int) -> dict[str
     checkpointing = ActivationCheckpointingConfig(encoder=int(is_checkpointed))
     voxtral = load_voxtral(ModelConfig(path=model, precision="float32", activation_checkpointing=checkpointing))
     if name == "passes":
-        EncoderPasses(voxtral, WINDOWS_PER_PASS)
+        ChunkedEncoder(voxtral, WINDOWS_PER_CHUNK)
 
     def step(count: int) -> float:
         voxtral.zero_grad(set_to_none=False)

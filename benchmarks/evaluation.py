@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 
 from rivals.launch import REPOSITORY
 from rivals.training_runs import TrainingRun

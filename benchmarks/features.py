@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import WhisperFeatureExtractor
 
-from voxtral_dist.data.features import LogMel
+from voxtral_dist.model.features import LogMel
 
 from workloads.command import run
 

@@ -5,8 +5,8 @@
 Random weights in the published shape (4.68 billion parameters), clips of 30 s with transcripts of about 100 tokens,
 micro-batches of 4, 8 and 16, bfloat16, every contender in fresh processes. Out of memory is a result; larger batches of
 that contender are then not tried. The rate that utilisation (MFU) is measured against is this very GPU's on large
-products of bfloat16 matrices; the operations of a step are those of `voxtral_dist.flops`, without padding and without
-what is computed again. `--quick` goes through all contenders on a CPU with a tiny model.
+products of bfloat16 matrices; the operations of a step are those of `voxtral_dist.model.flops`, without padding and
+without what is computed again. `--quick` goes through all contenders on a CPU with a tiny model.
 
 `ratio` is clips a second of ours over Hugging Face's trainer, full fine-tuning at batch 8, the fastest of each.
 
@@ -40,10 +40,10 @@ from typing import Any
 import torch
 
 from voxtral_dist.config import LoraConfig, ModelConfig, TrainableConfig
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import alone
-from voxtral_dist.flops import BatchShape, TrainingFlops
-from voxtral_dist.model import DTYPES, trained_skeleton
+from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.voxtral import DTYPES, trained_meta_model
 
 from rivals.launch import REPOSITORY
 from rivals.training_runs import OURS, TRAINER, TrainingRun
@@ -196,7 +196,7 @@ class _Bench:
         """Of an average step; the order of clips does not matter to it."""
         config = ModelConfig(path=asked.model, precision=asked.precision)
         trainable = TrainableConfig(lora=LoraConfig() if asked.lora else None)
-        model = trained_skeleton(config, trainable, DTYPES[asked.precision])
+        model = trained_meta_model(config, trainable, DTYPES[asked.precision])
         prompts = VoxtralPrompts.from_pretrained(asked.model)
         prompt = len(prompts.transcription("en", 1))
         completions = [len(prompts.completion(clip.text)) for clip in asked.utterances]

@@ -29,13 +29,13 @@ import numpy as np
 import torch
 
 from voxtral_dist.config import ModelConfig
-from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import Example
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate, pad_left
+from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.tiny import MAX_VOCAB_SIZE, NUM_SPECIAL_TOKENS
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import MAX_VOCAB_SIZE, NUM_SPECIAL_TOKENS
+from voxtral_dist.model.weights import load_voxtral
 
 from workloads.command import run
 from workloads.peak_memory import added_peak, in_fresh_process
@@ -48,7 +48,9 @@ FLOAT32_BYTES = 4
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     """Both losses in both precisions."""
-    vocab_size, num_examples, num_targets, num_rounds = (1024, 2, 10, 1) if is_quick else (MAX_VOCAB_SIZE, 8, 100, 3)
+    vocab_size, num_examples, num_target_tokens, num_rounds = (
+        (1024, 2, 10, 1) if is_quick else (MAX_VOCAB_SIZE, 8, 100, 3)
+    )
     model = str(write_model(folder / "model", vocab_size))
     precisions = PRECISIONS[:1] if is_quick else PRECISIONS
     contenders = {"logits_to_keep": _last_positions, "all_positions": _all_positions}
@@ -58,7 +60,9 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     for _ in range(num_rounds):
         for precision in precisions:
             for name, contender in contenders.items():
-                rows[precision][name].append(in_fresh_process(contender, model, precision, num_examples, num_targets))
+                rows[precision][name].append(
+                    in_fresh_process(contender, model, precision, num_examples, num_target_tokens)
+                )
     peaks = {
         precision: {name: statistics.median(row["added_peak_bytes"] for row in each) for name, each in by_name.items()}
         for precision, by_name in rows.items()
@@ -76,12 +80,12 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
         "relative_difference_of_losses": {precision: _difference(by_name) for precision, by_name in rows.items()},
         "vocab_size": vocab_size,
         "num_examples": num_examples,
-        "num_targets": num_targets,
+        "num_target_tokens": num_target_tokens,
         "rounds": rows,
     }
 
 
-def _last_positions(model: str, precision: str, num_examples: int, num_targets: int) -> dict[str, Any]:
+def _last_positions(model: str, precision: str, num_examples: int, num_target_tokens: int) -> dict[str, Any]:
     """Ours."""
     prompts, voxtral, log_mel = _load(model, precision)
     loss_of = LossOfMicroBatch(log_mel, ModelConfig.model_fields["loss_chunk_tokens"].default)
@@ -91,10 +95,10 @@ def _last_positions(model: str, precision: str, num_examples: int, num_targets: 
         loss.backward()
         return float(loss.detach())
 
-    return _added(step, prompts, num_examples, num_targets) | {"positions_with_logits": num_targets}
+    return _added(step, prompts, num_examples, num_target_tokens) | {"positions_with_logits": num_target_tokens}
 
 
-def _all_positions(model: str, precision: str, num_examples: int, num_targets: int) -> dict[str, Any]:
+def _all_positions(model: str, precision: str, num_examples: int, num_target_tokens: int) -> dict[str, Any]:
     """The same sequences with `</s>` and labels, through Hugging Face's loss."""
     prompts, voxtral, log_mel = _load(model, precision)
 
@@ -111,8 +115,8 @@ def _all_positions(model: str, precision: str, num_examples: int, num_targets: i
         loss.backward()
         return float(loss.detach()) * sum(len(one.completion) for one in examples)
 
-    positions = len(prompts.transcription("en", 1)) + num_targets
-    return _added(step, prompts, num_examples, num_targets) | {"positions_with_logits": positions}
+    positions = len(prompts.transcription("en", 1)) + num_target_tokens
+    return _added(step, prompts, num_examples, num_target_tokens) | {"positions_with_logits": positions}
 
 
 def _load(model: str, precision: str) -> tuple[VoxtralPrompts, Any, LogMel]:
@@ -121,21 +125,21 @@ def _load(model: str, precision: str) -> tuple[VoxtralPrompts, Any, LogMel]:
 
 
 def _added(
-    step: Callable[[list[Example]], float], prompts: VoxtralPrompts, num_examples: int, num_targets: int
+    step: Callable[[list[Example]], float], prompts: VoxtralPrompts, num_examples: int, num_target_tokens: int
 ) -> dict[str, Any]:
-    small = _examples(prompts, num_examples=1, num_targets=2)
-    large = _examples(prompts, num_examples, num_targets)
+    small = _examples(prompts, num_examples=1, num_target_tokens=2)
+    large = _examples(prompts, num_examples, num_target_tokens)
     return added_peak(lambda: step(large), warm_up=lambda: step(small))
 
 
-def _examples(prompts: VoxtralPrompts, num_examples: int, num_targets: int) -> list[Example]:
+def _examples(prompts: VoxtralPrompts, num_examples: int, num_target_tokens: int) -> list[Example]:
     """Noise of a whole window, and transcripts of byte tokens; the first is the longest."""
     rng = np.random.default_rng(0)
     pcm = rng.normal(0, 3000, prompts.window_samples).astype(np.int16)
-    shortest = round(SHORTEST_COMPLETION * num_targets)
-    lengths = [num_targets, *rng.integers(shortest, num_targets + 1, num_examples - 1).tolist()]
+    shortest = round(SHORTEST_COMPLETION * num_target_tokens)
+    lengths = [num_target_tokens, *rng.integers(shortest, num_target_tokens + 1, num_examples - 1).tolist()]
     blank = Example(
-        sample_id=0,
+        utterance_id=0,
         key="",
         pcm=pcm,
         num_windows=1,

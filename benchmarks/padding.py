@@ -33,9 +33,9 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.filters import ExampleSizes
 from voxtral_dist.data.loader import build_training_set
-from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.plan.filters import ExampleSizes
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 from workloads.command import run
 from workloads.indexes import write_bare_set
@@ -114,10 +114,10 @@ def _planned_batches(shards: str, prompts: VoxtralPrompts, packing: bool) -> Ite
         shards=(shards,), slots_per_step=SLOTS_PER_STEP, max_examples=EXAMPLES_PER_BATCH, packing=packing
     )
     plan = build_training_set(config, prompts, seed=0).plan
-    for step in range(plan.steps_per_pass):
+    for step in range(plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
             samples = plan.slot(step, slot)
-            ids = iter(samples.sample_ids)
+            ids = iter(samples.utterance_ids)
             yield [[next(ids) for _ in range(size)] for size in samples.example_sizes]
 
 

@@ -5,7 +5,7 @@
 Models of three sizes, built at random, under ZeRO 1, 2, 3 and 3 with the optimizer and with all in host memory; two
 ranks, three steps of two micro-batches each, in float32, and the smallest in bfloat16 and with checkpoints too.
 Measured is the peak of resident memory of a rank over that of a process that has imported everything and joined the
-others. Predicted is the planner's largest moment for `device: cpu`, from shapes alone. The machine needs as much free
+others. Predicted is the estimator's largest moment for `device: cpu`, from shapes alone. The machine needs as much free
 memory as the ranks take: else the kernel takes back pages of files, and the peak is too small.
 
 `ratio` is the worst agreement of all rows: the smaller over the larger of predicted and measured.
@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 
 from workloads.command import run
 from workloads.rank_memory import compare, run_config

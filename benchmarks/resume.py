@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from voxtral_dist.data.index import INDEX_FILE, Records
+from voxtral_dist.data.stored.index import INDEX_FILE, Records
 
 from rivals.launch import REPOSITORY, Contender, ours, prepare, rivals
 from workloads.command import run
@@ -131,8 +131,8 @@ def _median(rows: Sequence[dict[str, Any]]) -> Any:
 
 def _large_index(folder: Path, model: Path, percents: Sequence[int], is_quick: bool) -> list[dict[str, Any]]:
     """Plans over an index of 100 million samples with the lengths of LibriSpeech."""
-    num_samples = 100_000 if is_quick else 100_000_000
-    durations = librispeech_durations(min(num_samples, 1_000_000), seed=0)
+    num_utterances = 100_000 if is_quick else 100_000_000
+    durations = librispeech_durations(min(num_utterances, 1_000_000), seed=0)
     duration_ms = np.rint(durations * 1000).astype(np.uint32)
     tokens = text_tokens(durations, seed=1)
 
@@ -140,7 +140,7 @@ def _large_index(folder: Path, model: Path, percents: Sequence[int], is_quick: b
         records["duration_ms"] = duration_ms[: len(records)]
         records["num_text_tokens"] = tokens[: len(records)]
 
-    write_generated_set(folder, num_samples, fill)
+    write_generated_set(folder, num_utterances, fill)
     rows = [{"percent": percent, "page_cache": "warm"} | _plan_times(folder, model, percent) for percent in percents]
     if not is_quick:
         _forget(folder / INDEX_FILE)

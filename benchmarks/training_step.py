@@ -40,8 +40,8 @@ from typing import Any
 
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.loader import build_training_set
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 
 from rivals.launch import REPOSITORY
 from rivals.training_runs import OURS, TRAINER, TrainingRun
@@ -107,7 +107,7 @@ def _run(folder: Path, model: str, batch_size: int, num_steps: int) -> TrainingR
         shards=(str(files.corpus.shards),), slots_per_step=NUM_RANKS, max_examples=batch_size, untagged_fraction=0.0
     )
     plan = build_training_set(data, VoxtralPrompts.from_pretrained(model), seed=0).plan
-    slots = [plan.slot(step, slot).sample_ids for step in range(num_steps) for slot in range(NUM_RANKS)]
+    slots = [plan.slot(step, slot).utterance_ids for step in range(num_steps) for slot in range(NUM_RANKS)]
     if any(len(ids) != batch_size for ids in slots):
         raise RuntimeError(f"The rival needs micro-batches of {batch_size}, but the plan has {list(map(len, slots))}.")
     return TrainingRun(

@@ -2,7 +2,7 @@
 
 import sys
 
-from voxtral_dist.cli import console
+from voxtral_dist.cli.main import console
 
 if __name__ == "__main__":
     console(["train", *sys.argv[1:]])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from voxtral_dist.cli import main
+from voxtral_dist.cli.main import main
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.data.index import ShardIndex, read_index
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.tiny import build_tiny_voxtral
+from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import build_tiny_voxtral
 
 from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, pack_manifest, write_speech_manifest
 from servers import s3_server

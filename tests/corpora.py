@@ -9,13 +9,13 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from voxtral_dist.data.audio import decode_audio, to_pcm
-from voxtral_dist.data.index import RECORD, UNKNOWN_LANGUAGE, Shard, ShardSet
-from voxtral_dist.data.members import SampleMembers
+from voxtral_dist.data.stored.audio import decode_audio, to_pcm
+from voxtral_dist.data.stored.index import RECORD, UNKNOWN_LANGUAGE, Shard, ShardSet
+from voxtral_dist.data.stored.layout import UtteranceLayout
+from voxtral_dist.model.tiny import TinyShape
 from voxtral_dist.shards.sources import SourceOptions, open_source
 from voxtral_dist.shards.summary import SetSummary
 from voxtral_dist.shards.writing import PackOptions, pack
-from voxtral_dist.tiny import TinyShape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_SPEECH = REPOSITORY.parent / "shared" / "data"
@@ -109,21 +109,21 @@ def write_speech_manifest(
     return write_lines(folder / "manifest.jsonl", rows)
 
 
-def synthetic_set(num_samples: int, *, seed: int = 0, max_seconds: float = 29.0) -> ShardSet:
+def synthetic_set(num_utterances: int, *, seed: int = 0, max_seconds: float = 29.0) -> ShardSet:
     """An index of samples that are stored nowhere, in shards of uneven sizes, in two languages and an unknown one."""
-    rng = np.random.default_rng((seed, num_samples))
-    records = np.zeros(num_samples, dtype=RECORD)
-    records["duration_ms"] = rng.uniform(300, 1000 * max_seconds, num_samples)
-    records["num_chars"] = records["duration_ms"] / 1000 * rng.uniform(5, 20, num_samples)
+    rng = np.random.default_rng((seed, num_utterances))
+    records = np.zeros(num_utterances, dtype=RECORD)
+    records["duration_ms"] = rng.uniform(300, 1000 * max_seconds, num_utterances)
+    records["num_chars"] = records["duration_ms"] / 1000 * rng.uniform(5, 20, num_utterances)
     records["num_text_tokens"] = records["num_chars"] // 4
-    records["language"] = rng.choice([0, 1, 1, UNKNOWN_LANGUAGE], num_samples)
-    counts = [num_samples // 3, 0, num_samples - num_samples // 3]
+    records["language"] = rng.choice([0, 1, 1, UNKNOWN_LANGUAGE], num_utterances)
+    counts = [num_utterances // 3, 0, num_utterances - num_utterances // 3]
     return ShardSet(
         shards=tuple(Shard(f"nowhere/{number}.tar", count, 0, "") for number, count in enumerate(counts)),
         records=records,
         first_rows=np.cumsum([0, *counts[:-1]], dtype=np.int64),
         languages=("de", "en"),
-        members=SampleMembers(),
+        members=UtteranceLayout(),
         longest_seconds=float(records["duration_ms"].max(initial=0)) / 1000,
         most_text_tokens=int(records["num_text_tokens"].max(initial=0)),
         most_instruction_tokens=0,

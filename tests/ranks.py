@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_SECONDS = 480
-_PRELOADED = ("deepspeed", "voxtral_dist.engine.zero", "voxtral_dist.engine.fsdp2", "voxtral_dist.train")
+_PRELOADED = ("deepspeed", "voxtral_dist.engine.zero.engine", "voxtral_dist.engine.fsdp2.engine", "voxtral_dist.train")
 _server: tuple[Any, Connection] | None = None
 
 

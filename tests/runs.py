@@ -36,7 +36,7 @@ def run_config(
                 "shards": [str(shards)],
                 "slots_per_step": slots_per_step,
                 "max_examples": 2,
-                "sort_window_steps": 4,
+                "megabatch_steps": 4,
                 "num_workers": 0,
             },
             # A larger epsilon: Adam divides by it where gradients vanish, and would blow up their last digits.

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.data.audio import decode_audio, to_pcm
-from voxtral_dist.data.index import ShardIndex, read_index
-from voxtral_dist.data.members import Sample, sample_of
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.shards.tars import TarSample, parse_span
+from voxtral_dist.data.stored.audio import decode_audio, to_pcm
+from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.layout import Sample, utterance_of
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.shards.tars import MemberGroup, parse_span
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Stored:
     pcm: bytes
 
 
-def tar_samples(index: ShardIndex) -> list[TarSample]:
+def tar_samples(index: ShardIndex) -> list[MemberGroup]:
     storage = Storage()
-    return [parse_span(storage.read(index.span(sample_id))) for sample_id in range(len(index))]
+    return [parse_span(storage.read(index.span(utterance_id))) for utterance_id in range(len(index))]
 
 
-def samples_of(folder: Path) -> list[Sample]:
+def utterances_in(folder: Path) -> list[Sample]:
     index = read_index([str(folder)])
-    return [sample_of(one.key, one.members, index.members(number)) for number, one in enumerate(tar_samples(index))]
+    return [utterance_of(one.key, one.members, index.members(number)) for number, one in enumerate(tar_samples(index))]
 
 
 def stored_in(folder: Path) -> list[Stored]:
@@ -36,7 +36,7 @@ def stored_in(folder: Path) -> list[Stored]:
     index = read_index([str(folder)])
     return [
         Stored(one.key, one.text, index.language(number), to_pcm(decode_audio(one.audio, 16_000)).tobytes())
-        for number, one in enumerate(samples_of(folder))
+        for number, one in enumerate(utterances_in(folder))
     ]
 
 

@@ -15,8 +15,8 @@ from transformers import VoxtralForConditionalGeneration
 from voxtral_dist.config import LoraConfig, RunConfig, TrainableConfig
 from voxtral_dist.distributed.world import alone
 from voxtral_dist.export import export_trained
-from voxtral_dist.model import TrainedVoxtral
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.voxtral import TrainedVoxtral
+from voxtral_dist.model.weights import load_voxtral
 
 from runs import run_config
 

@@ -276,9 +276,9 @@ def test_what_is_known_of_an_utterance_makes_slices_too(score, hypotheses, tmp_p
 
 
 def test_the_loss_of_a_diverged_model_has_no_perplexity(hypotheses):
-    from voxtral_dist.evaluation.normalizer import normalizer
-    from voxtral_dist.evaluation.report import Measurements, score_test_set
     from voxtral_dist.score import ScoreOptions, score_file
+    from voxtral_dist.scoring.normalizer import normalizer
+    from voxtral_dist.scoring.results import Measurements, score_test_set
 
     scored = score_file(hypotheses, ScoreOptions())
     whole = score_test_set(scored.utterances, normalizer("basic"), measured=Measurements(loss=1e4))
@@ -308,7 +308,7 @@ def test_neither_torch_nor_transformers_is_imported(hypotheses):
     """They cost seconds, and are nothing that scores need."""
     script = (
         "import sys\n"
-        "from voxtral_dist.cli import main\n"
+        "from voxtral_dist.cli.main import main\n"
         "try:\n"
         f"    main(['score', {str(hypotheses)!r}])\n"
         "finally:\n"

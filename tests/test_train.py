@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.config import EngineConfig, Fsdp2Config, RunConfig
-from voxtral_dist.data.index import TAR_BLOCK_BYTES, read_index
+from voxtral_dist.data.stored.index import TAR_BLOCK_BYTES, read_index
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.hypotheses import read_scored
-from voxtral_dist.evaluation.report import percent
-from voxtral_dist.metrics import read_metrics
+from voxtral_dist.scoring.hypotheses import read_scored
+from voxtral_dist.scoring.results import percent
 from voxtral_dist.train import EXIT_STOPPED, refuse_different_data, try_to_report
+from voxtral_dist.training.metrics import read_metrics
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
@@ -182,8 +182,8 @@ def test_too_many_bad_samples_end_the_run(unbroken: RunConfig, tmp_path: Path) -
     manifest = write_speech_manifest(tmp_path / "speech", 30)
     pack_manifest(manifest, tmp_path / "shards", 10**8, skip_bad=False)
     index = read_index([tmp_path / "shards"])
-    for sample_id in (3, 11):
-        garble(Path(index.span(sample_id).location), index.span(sample_id).offset + TAR_BLOCK_BYTES)
+    for utterance_id in (3, 11):
+        garble(Path(index.span(utterance_id).location), index.span(utterance_id).offset + TAR_BLOCK_BYTES)
     train_data = unbroken.train_data.model_copy(update={"shards": (str(tmp_path / "shards"),)})
     config = unbroken.model_copy(
         update={"run_dir": tmp_path / "run", "train_data": train_data, "evaluation": type(unbroken.evaluation)()}

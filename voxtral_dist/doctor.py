@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from voxtral_dist.engine.extensions import extension_locks, old_locks
+from voxtral_dist.engine.zero.extensions import extension_locks, old_locks
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mistral-common", "webdataset", "soundfile", "jiwer")
-_BUILD = "from voxtral_dist.engine.zero_settings import build_extensions; build_extensions({}, {})"
+_BUILD = "from voxtral_dist.engine.zero.settings import build_extensions; build_extensions({}, {})"
 
 
 def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig, TestContextConfig, TestSetConfig, TextStep
-from voxtral_dist.data.context import WordList
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.storage import is_remote
+from voxtral_dist.data.stored.storage import is_remote
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.loading import load_transcriber, processor_path
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.report import TestSetScore, refuse_to_replace_others, result_files
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
 from voxtral_dist.files import refuse_unwritable
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.scoring.results import TestSetScore, refuse_to_replace_others, result_files
+from voxtral_dist.text.word_list import WordList
 
 
 @dataclass(frozen=True)

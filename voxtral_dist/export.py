@@ -15,12 +15,12 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
-from voxtral_dist.adapters import is_trained, merge_adapters, save_adapters
 from voxtral_dist.config import LoraConfig, RunConfig
 from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import Engine
-from voxtral_dist.model import fill_skeleton, read_voxtral_config, skeleton
+from voxtral_dist.engine.engine import Engine
+from voxtral_dist.model.adapters import is_trained, merge_adapters, save_adapters
+from voxtral_dist.model.voxtral import fill_meta_model, meta_model, read_voxtral_config
 
 # Everything in a Voxtral folder that training does not change.
 _COMPANION_FILES = (
@@ -72,8 +72,8 @@ def assemble(
     config: VoxtralConfig, weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype
 ) -> VoxtralForConditionalGeneration:
     """A model on the CPU with weights that come in the order of its parameters."""
-    model = skeleton(config)
-    fill_skeleton(model, ((name, weight.to(dtype)) for name, weight in weights))
+    model = meta_model(config)
+    fill_meta_model(model, ((name, weight.to(dtype)) for name, weight in weights))
     model.config.dtype = dtype
     return model
 

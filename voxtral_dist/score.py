@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from voxtral_dist.config import TextStep
-from voxtral_dist.data.context import WordList
 from voxtral_dist.errors import RankError, UserError
-from voxtral_dist.evaluation.hypotheses import read_hypotheses
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.pairing import compare_pairs, pair_utterances
-from voxtral_dist.evaluation.report import (
+from voxtral_dist.files import failures_named, refuse_to_replace, write_whole
+from voxtral_dist.scoring.hypotheses import read_hypotheses
+from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.scoring.pairing import compare_pairs, pair_utterances
+from voxtral_dist.scoring.results import (
     TestSetScore,
     refuse_to_replace_others,
     result_files,
     score_test_set,
     write_results,
 )
-from voxtral_dist.evaluation.significance import PairedComparison
-from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.utterances import ScoredUtterance, score_utterance
-from voxtral_dist.files import failures_named, refuse_to_replace, write_whole
+from voxtral_dist.scoring.significance import PairedComparison
+from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.utterances import ScoredUtterance, score_utterance
+from voxtral_dist.text.word_list import WordList
 
 
 @dataclass(frozen=True)

@@ -18,33 +18,33 @@ from typing import Any
 
 import torch
 
-from voxtral_dist.checkpoint import CheckpointDirectory, TrainProgress
+from voxtral_dist.checkpoints.directory import CheckpointDirectory, TrainProgress
 from voxtral_dist.config import RunConfig, TrainDataConfig, dump_config
-from voxtral_dist.data.batches import MicroBatch
-from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import StepBatches, TrainingSet, build_train_loader
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.devices import peak_flops, peak_memory_bytes
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import gather_on_first, max_over_ranks, ranks_unlike_first, sum_over_ranks
+from voxtral_dist.distributed.devices import peak_flops, peak_memory_bytes
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import Engine
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
-from voxtral_dist.engine.encoder import num_passes
-from voxtral_dist.engine.extensions import refuse_old_locks
+from voxtral_dist.engine.engine import Engine
+from voxtral_dist.engine.optim import learning_rate
+from voxtral_dist.engine.zero.extensions import refuse_old_locks
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.evaluator import Evaluator
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.selection import Verdict
 from voxtral_dist.evaluation.test_sets import build_test_sets, refuse_different_test_sets
 from voxtral_dist.export import export_trained
 from voxtral_dist.files import refuse_unwritable, write_whole
-from voxtral_dist.flops import BatchShape, TrainingFlops
-from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
-from voxtral_dist.model import DTYPES, chosen_attention, trained_skeleton
-from voxtral_dist.optim import learning_rate
+from voxtral_dist.model.encoder import num_chunks
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.voxtral import DTYPES, chosen_attention, trained_meta_model
 from voxtral_dist.reporting.options import ReportOptions
 from voxtral_dist.reporting.writing import write_report
+from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.training.evaluator import Evaluator
+from voxtral_dist.training.metrics import MetricsLog, StepMetrics, read_metrics
+from voxtral_dist.training.selection import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ EXIT_STOPPED = 75
 # Data workers of a killed rank notice it after some seconds.
 _SECONDS_FOR_OTHERS_TO_END = 15.0
 # Shares of bad samples mean little before this many samples were seen.
-_MIN_SAMPLES_FOR_FRACTION = 200
+_MIN_UTTERANCES_FOR_FRACTION = 200
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class StepResult:
     """One update: what it measured over all ranks, and what the ranks have to agree on after it."""
 
     metrics: StepMetrics
-    num_samples: int
-    num_bad_samples: int
+    num_utterances: int
+    num_bad_utterances: int
     num_too_long: int
     must_stop: bool
 
@@ -95,7 +95,7 @@ def train(config: RunConfig, world: World) -> int:
             evaluator.evaluate(engine, progress.step, log)
         verdict = evaluator.verdict(checkpoints.whole_steps, progress.step, log)
         checkpoints.kept_step = verdict.best_step
-        bad = _BadSampleLimits(config.train_data)
+        bad = _BadUtteranceLimits(config.train_data)
         started = time.monotonic()
         for batches in steps.starting_at(config.num_steps if verdict.must_stop else progress.step):
             result = train_step(config, engine, batches, stop.requested, world, flops)
@@ -185,8 +185,8 @@ def _lock_run_dir(run_dir: Path) -> None:
 
 def training_flops(config: RunConfig) -> TrainingFlops:
     """What counts the floating point operations of a run's batches."""
-    skeleton = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
-    return TrainingFlops(skeleton, config.model)
+    meta_model = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
+    return TrainingFlops(meta_model, config.model)
 
 
 def _metrics_log(config: RunConfig, progress: TrainProgress, world: World) -> MetricsLog:
@@ -222,35 +222,37 @@ def train_step(
     Raises:
         UserError: the loss or the gradient is not finite; all ranks see it alike, and nothing of it is saved.
     """
-    micro_batches, most = _with_equal_passes(config, batches, world)
+    micro_batches, most = _with_equal_chunks(config, batches, world)
     needed = _needed_by(micro_batches)
-    num_targets, num_tokens, model_flops, audio_seconds, num_samples, num_bad, num_too_long, stop = sum_over_ranks(
-        [
-            sum(batch.num_targets for batch in micro_batches),
-            needed.num_positions,
-            flops.model(needed) if flops else 0.0,
-            sum(batch.audio_seconds for batch in micro_batches),
-            sum(batch.num_samples for batch in micro_batches),
-            sum(len(batch.bad_samples) for batch in micro_batches),
-            sum(bad.is_too_long for batch in micro_batches for bad in batch.bad_samples),
-            float(stop_requested),
-        ],
-        world,
+    num_target_tokens, num_tokens, model_flops, audio_seconds, num_utterances, num_bad, num_too_long, stop = (
+        sum_over_ranks(
+            [
+                sum(batch.num_target_tokens for batch in micro_batches),
+                needed.num_positions,
+                flops.model(needed) if flops else 0.0,
+                sum(batch.audio_seconds for batch in micro_batches),
+                sum(batch.num_utterances for batch in micro_batches),
+                sum(len(batch.bad_utterances) for batch in micro_batches),
+                sum(bad.is_too_long for batch in micro_batches for bad in batch.bad_utterances),
+                float(stop_requested),
+            ],
+            world,
+        )
     )
     loss_sum = torch.zeros((), device=world.device)
     for number, batch in enumerate(micro_batches):
         # Dropout, where a model has any, depends on the place in the run and not on what ran before.
         torch.manual_seed(_seed_of(config.seed, batches.step, world.rank + number * world.size))
         is_last = number == len(micro_batches) - 1
-        loss_sum += engine.backward(batch, max(1, int(num_targets)), is_last=is_last)
-    mean_loss = sum_over_ranks([float(loss_sum)], world)[0] / max(1.0, num_targets)
+        loss_sum += engine.backward(batch, max(1, int(num_target_tokens)), is_last=is_last)
+    mean_loss = sum_over_ranks([float(loss_sum)], world)[0] / max(1.0, num_target_tokens)
     _refuse_not_finite("loss", mean_loss, batches.step)
     update = engine.step(learning_rate(config.optimizer, batches.step, config.num_steps))
     if not update.is_skipped:
         _refuse_not_finite("norm of the gradient", update.grad_norm, batches.step)
     metrics = StepMetrics(
         loss=mean_loss,
-        num_target_tokens=int(num_targets),
+        num_target_tokens=int(num_target_tokens),
         num_tokens=int(num_tokens),
         audio_seconds=audio_seconds,
         model_flops=model_flops,
@@ -260,7 +262,7 @@ def train_step(
         waiting_seconds=most.waiting_seconds,
         memory_gigabytes=most.memory_gigabytes,
     )
-    return StepResult(metrics, int(num_samples), int(num_bad), int(num_too_long), stop > 0)
+    return StepResult(metrics, int(num_utterances), int(num_bad), int(num_too_long), stop > 0)
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ class _Most:
     memory_gigabytes: float
 
 
-def _with_equal_passes(config: RunConfig, batches: StepBatches, world: World) -> tuple[list[MicroBatch], _Most]:
+def _with_equal_chunks(config: RunConfig, batches: StepBatches, world: World) -> tuple[list[MicroBatch], _Most]:
     """The micro-batches with as many passes of the encoder as the rank with the most windows needs.
 
     Sharded engines exchange weights in every pass, so all ranks must make equally many. In the same maximum over ranks
@@ -287,7 +289,7 @@ def _with_equal_passes(config: RunConfig, batches: StepBatches, world: World) ->
         world,
     )
     micro_batches = [
-        replace(batch, num_encoder_passes=num_passes(most, config.model.encoder_windows_per_pass))
+        replace(batch, num_encoder_chunks=num_chunks(most, config.model.encoder_windows_per_chunk))
         for batch, most in zip(batches.micro_batches, most_windows, strict=True)
     ]
     return micro_batches, _Most(waiting / 1e6, memory / 1e9)
@@ -296,9 +298,9 @@ def _with_equal_passes(config: RunConfig, batches: StepBatches, world: World) ->
 def _needed_by(micro_batches: Sequence[MicroBatch]) -> BatchShape:
     """What the mathematics of a step needs on this rank: neither padding nor micro-batches of weight zero."""
     shapes = (
-        BatchShape.needed(batch.num_windows, batch.positions_per_example, batch.num_targets)
+        BatchShape.needed(batch.num_windows, batch.positions_per_example, batch.num_target_tokens)
         for batch in micro_batches
-        if batch.num_samples
+        if batch.num_utterances
     )
     return sum(shapes, BatchShape())
 
@@ -329,7 +331,7 @@ def write_summary(config: RunConfig, progress: TrainProgress, verdict: Verdict, 
         "num_steps": progress.step,
         "exported_step": exported_step,
         "best_wer": verdict.best_wer,
-        "num_bad_samples": progress.num_bad_samples,
+        "num_bad_utterances": progress.num_bad_utterances,
         "num_too_long": progress.num_too_long,
         "world_size": world.size,
         "engine": engine_name(config.engine),
@@ -364,7 +366,7 @@ def _efficiency(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-class _BadSampleLimits:
+class _BadUtteranceLimits:
     """Names every unusable sample in the log, and ends a run whose data is broken."""
 
     def __init__(self, config: TrainDataConfig) -> None:
@@ -380,23 +382,23 @@ class _BadSampleLimits:
         world: World,
     ) -> None:
         """Called by all ranks together: they count alike, so that they end together."""
-        self._in_a_row = 0 if result.num_samples else self._in_a_row + result.num_bad_samples
-        if result.num_bad_samples == 0:
+        self._in_a_row = 0 if result.num_utterances else self._in_a_row + result.num_bad_utterances
+        if result.num_bad_utterances == 0:
             return
-        mine = [bad for batch in micro_batches for bad in batch.bad_samples]
+        mine = [bad for batch in micro_batches for bad in batch.bad_utterances]
         for bad in (bad for part in gather_on_first(mine, world) for bad in part):
-            log.write("event", progress.step, {"event": "bad_sample", **asdict(bad)})
+            log.write("event", progress.step, {"event": "bad_utterance", **asdict(bad)})
             log.say(f"step {progress.step}: left out the sample {bad.key} of {bad.shard}: it {bad.reason}")
         if result.num_too_long and self._config.too_long == "refuse":
             raise UserError(
                 f"`train_data.too_long` is `refuse`, and {result.num_too_long} samples of step {progress.step} are too "
                 "long: metrics.jsonl names each. Raise `max_target_tokens`, cut the recordings, or set "
-                "`too_long: leave_out`."
+                "`too_long: skip`."
             )
         # What is too long is left out as the configuration says, and no sign of broken data.
-        num_broken = progress.num_bad_samples - progress.num_too_long
-        seen = progress.num_samples_seen + num_broken
-        if seen >= _MIN_SAMPLES_FOR_FRACTION and num_broken / seen > self._config.max_bad_fraction:
+        num_broken = progress.num_bad_utterances - progress.num_too_long
+        seen = progress.num_utterances_seen + num_broken
+        if seen >= _MIN_UTTERANCES_FOR_FRACTION and num_broken / seen > self._config.max_bad_fraction:
             raise UserError(
                 f"{num_broken} of {seen} samples could not be used, more than "
                 f"`train_data.max_bad_fraction` ({self._config.max_bad_fraction}) allows: metrics.jsonl names each."
@@ -443,15 +445,15 @@ def _announce(
         write_whole(config.run_dir / "config.yaml", dump_config(config))
     values = {
         "world_size": world.size,
-        "num_samples": len(training_set.index),
-        "left_out": training_set.streams.left_out,
+        "num_utterances": len(training_set.index),
+        "skipped": training_set.streams.skipped,
     }
     log.write("event", progress.step, {"event": "resumed" if progress.step else "started", **values})
     for line in [*training_set.lines(), *parameters]:
         log.say(line)
     where = f"from step {progress.step} " if progress.step else ""
     log.say(
-        f"Training {where}on {training_set.streams.num_samples} utterances, {world.size} ranks, "
+        f"Training {where}on {training_set.streams.num_utterances} utterances, {world.size} ranks, "
         f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}, "
         f"attention by {chosen_attention(config.model)}"
     )
@@ -460,8 +462,8 @@ def _announce(
 def _advance(progress: TrainProgress, result: StepResult, step_seconds: float) -> TrainProgress:
     return TrainProgress(
         step=progress.step + 1,
-        num_samples_seen=progress.num_samples_seen + result.num_samples,
-        num_bad_samples=progress.num_bad_samples + result.num_bad_samples,
+        num_utterances_seen=progress.num_utterances_seen + result.num_utterances,
+        num_bad_utterances=progress.num_bad_utterances + result.num_bad_utterances,
         num_too_long=progress.num_too_long + result.num_too_long,
         audio_seconds=progress.audio_seconds + result.metrics.audio_seconds,
         train_seconds=progress.train_seconds + step_seconds,

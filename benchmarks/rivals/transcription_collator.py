@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import VoxtralProcessor
 
-from voxtral_dist.data.batches import IGNORED_LABEL
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL
 
 from workloads.speech import SAMPLING_RATE
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.batches import MicroBatch
-from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import TrainLoader, build_train_loader, build_training_set
-from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 from measure import Place, Request, answer
 
@@ -64,16 +64,16 @@ class OurPath:
         if self._log_mel is not None:
             for micro_batch in batch:
                 self._log_mel(micro_batch.pcm, micro_batch.windows_per_example)
-        return sum(each.num_samples for each in batch), sum(each.audio_seconds for each in batch)
+        return sum(each.num_utterances for each in batch), sum(each.audio_seconds for each in batch)
 
     def keys(self, batch: list[MicroBatch]) -> list[str]:
         """Of the micro-batches of a step, told by their audio."""
         known = self._keys_by_audio
-        return [known[_checksum(window)] for each in batch if each.num_samples for window in each.pcm.numpy()]
+        return [known[_checksum(window)] for each in batch if each.num_utterances for window in each.pcm.numpy()]
 
     @cached_property
     def _steps_per_epoch(self) -> int:
-        return build_training_set(self._config, self._prompts, 0).plan.steps_per_pass
+        return build_training_set(self._config, self._prompts, 0).plan.steps_per_epoch
 
     @cached_property
     def _keys_by_audio(self) -> dict[int, str]:

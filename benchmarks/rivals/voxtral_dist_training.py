@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.train import train_step
 
 from rivals.training_runs import TrainingRun

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from voxtral_dist.config import ModelConfig
-from voxtral_dist.data.batches import MicroBatch, collate
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import SampleReader
+from voxtral_dist.data.examples.micro_batch import MicroBatch, collate
+from voxtral_dist.data.examples.reader import UtteranceReader
+from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.weights import load_voxtral
 
 LEARNING_RATE = 4e-3
 
@@ -28,7 +28,7 @@ def fit(model_path: Path, shards: Path, out_dir: Path, *, num_utterances: int, b
     loss = LossOfMicroBatch(LogMel.from_pretrained(str(model_path), torch.device("cpu")), 2048)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
     for batch in islice(cycle(batches), num_steps):
-        (loss(model, batch) / batch.num_targets).backward()  # type: ignore[no-untyped-call]
+        (loss(model, batch) / batch.num_target_tokens).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -37,7 +37,7 @@ def fit(model_path: Path, shards: Path, out_dir: Path, *, num_utterances: int, b
 
 
 def _batches(shards: Path, prompts: VoxtralPrompts, num_utterances: int, batch_size: int) -> list[MicroBatch]:
-    reader = SampleReader(read_index([str(shards)]), prompts, max_target_tokens=None, takes_all=True)
+    reader = UtteranceReader(read_index([str(shards)]), prompts, max_target_tokens=None, takes_all=True)
     examples = [reader.example(number) for number in range(num_utterances)]
     return [
         collate(examples[first : first + batch_size], prompts.pad_id, prompts.window_samples)

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.index import INDEX_FILE, RECORD, Records, Shard, write_index
+from voxtral_dist.data.stored.index import INDEX_FILE, RECORD, Records, Shard, write_index
 
-SAMPLES_PER_SHARD = 1_000_000
+UTTERANCES_PER_SHARD = 1_000_000
 _BLOCKS_PER_SECOND = 32
 _CHUNK = 1_000_000
 
 
 def write_bare_set(
-    folder: Path, durations: NDArray[np.float64], text_tokens: NDArray[np.int64], samples_per_shard: int = 1000
+    folder: Path, durations: NDArray[np.float64], text_tokens: NDArray[np.int64], utterances_per_shard: int = 1000
 ) -> Path:
     """A set of samples with these durations in seconds and these numbers of tokens."""
 
@@ -28,21 +28,21 @@ def write_bare_set(
         records["duration_ms"] = np.rint(durations[some] * 1000)
         records["num_text_tokens"] = text_tokens[some]
 
-    return write_generated_set(folder, len(durations), fill, samples_per_shard)
+    return write_generated_set(folder, len(durations), fill, utterances_per_shard)
 
 
 def write_generated_set(
     folder: Path,
-    num_samples: int,
+    num_utterances: int,
     fill: Callable[[Records, int], None],
-    samples_per_shard: int = SAMPLES_PER_SHARD,
+    utterances_per_shard: int = UTTERANCES_PER_SHARD,
 ) -> Path:
     """A set of any size: `fill` writes duration and tokens into some records, given the number of the first."""
     folder.mkdir(parents=True)
-    records = np.lib.format.open_memmap(folder / f"new-{INDEX_FILE}", mode="w+", dtype=RECORD, shape=(num_samples,))
+    records = np.lib.format.open_memmap(folder / f"new-{INDEX_FILE}", mode="w+", dtype=RECORD, shape=(num_utterances,))
     shards = []
-    for number, first in enumerate(range(0, num_samples, samples_per_shard)):
-        in_shard = records[first : first + samples_per_shard]
+    for number, first in enumerate(range(0, num_utterances, utterances_per_shard)):
+        in_shard = records[first : first + utterances_per_shard]
         for start in range(0, len(in_shard), _CHUNK):
             fill(in_shard[start : start + _CHUNK], first + start)
         shards.append(_lay_out(in_shard, folder / f"bare-{number:06d}.tar"))

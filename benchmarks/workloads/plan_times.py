@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.index import read_index
 from voxtral_dist.data.loader import build_training_set
-from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 
 def main() -> None:
@@ -25,12 +25,12 @@ def main() -> None:
     opened = time.perf_counter()
     plan = build_training_set(config, prompts, seed=0).plan
     planned = time.perf_counter()
-    step = plan.steps_per_pass * int(percent) // 100
+    step = plan.steps_per_epoch * int(percent) // 100
     plan.slot(step, 0)
     found = time.perf_counter()
     added = {name: num_bytes - memory[name] for name, num_bytes in _resident_bytes().items()}
     answer = {
-        "num_samples": len(index),
+        "num_utterances": len(index),
         "step": step,
         "open_index_seconds": opened - started,
         "plan_seconds": planned - opened,

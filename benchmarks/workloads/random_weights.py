@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import VoxtralConfig
 
-from voxtral_dist.model import skeleton
-from voxtral_dist.tiny import MAX_VOCAB_SIZE
+from voxtral_dist.model.tiny import MAX_VOCAB_SIZE
+from voxtral_dist.model.voxtral import meta_model
 
 from workloads.speech import write_model
 
@@ -56,7 +56,7 @@ def write_published_shape(folder: Path) -> Path:
 
 def _write_weights(folder: Path, config: VoxtralConfig) -> None:
     places: dict[str, str] = {}
-    for number, part in enumerate(_parts(skeleton(config))):
+    for number, part in enumerate(_parts(meta_model(config))):
         name = f"model-{number:05d}.safetensors"
         save_file(part, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(part, name)

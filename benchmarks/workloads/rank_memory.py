@@ -1,4 +1,4 @@
-"""Peaks of resident memory of the ranks of a real run on a CPU, and what the planner says of them.
+"""Peaks of resident memory of the ranks of a real run on a CPU, and what the estimator says of them.
 
 Each rank is a fresh process, forked by a server that has imported the package and done nothing else. What it had when
 it had joined the others and loaded its tokenizer is taken off.
@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import Example
-from voxtral_dist.model import DTYPES, trained_skeleton
-from voxtral_dist.planning.activations import Activations, MicroBatchShape
-from voxtral_dist.planning.memory import ModelSizes, Setting, estimate
-from voxtral_dist.planning.sharding import configured_sharding
-from voxtral_dist.tiny import NUM_SPECIAL_TOKENS
+from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.estimate.activations import Activations, MicroBatchShape
+from voxtral_dist.estimate.memory import ModelSizes, Setting, estimate
+from voxtral_dist.estimate.sharding import configured_sharding
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import NUM_SPECIAL_TOKENS
+from voxtral_dist.model.voxtral import DTYPES, trained_meta_model
 
 from workloads.peak_memory import MMAP_THRESHOLD_BYTES, forget_peak, status_bytes
 
@@ -34,13 +34,13 @@ NUM_RANKS = 2
 _TIMEOUT_SECONDS = 1800
 
 
-def examples_of(prompts: VoxtralPrompts, num_examples: int, num_targets: int) -> list[Example]:
+def examples_of(prompts: VoxtralPrompts, num_examples: int, num_target_tokens: int) -> list[Example]:
     """Noise of a window each, and transcripts of byte tokens; every other one is shorter, so that there is padding."""
     rng = np.random.default_rng(0)
-    lengths = [num_targets - number % 2 for number in range(num_examples)]
+    lengths = [num_target_tokens - number % 2 for number in range(num_examples)]
     return [
         Example(
-            sample_id=number,
+            utterance_id=number,
             key="",
             pcm=rng.normal(0, 3000, prompts.window_samples).astype(np.int16),
             num_windows=1,
@@ -72,15 +72,15 @@ def run_config(model: Path, zero: dict[str, Any], folder: Path, **model_settings
     )
 
 
-def compare(config: RunConfig, num_examples: int, num_targets: int) -> dict[str, Any]:
+def compare(config: RunConfig, num_examples: int, num_target_tokens: int) -> dict[str, Any]:
     """Measured and predicted bytes of the rank with most of them, and their agreement: the smaller over the larger."""
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
-    examples = examples_of(prompts, num_examples, num_targets)
-    peaks = measured_peaks(config, num_examples, num_targets)
+    examples = examples_of(prompts, num_examples, num_target_tokens)
+    peaks = measured_peaks(config, num_examples, num_target_tokens)
     predicted = predicted_moments(config, examples)
     measured, expected = max(peaks), max(predicted.values())
     return {
-        "parameters": sum(ModelSizes.of(trained_skeleton(config.model, config.trainable, torch.float32)).sizes),
+        "parameters": sum(ModelSizes.of(trained_meta_model(config.model, config.trainable, torch.float32)).sizes),
         "measured_bytes": measured,
         "predicted_bytes": expected,
         "agreement": min(measured, expected) / max(measured, expected),
@@ -90,9 +90,9 @@ def compare(config: RunConfig, num_examples: int, num_targets: int) -> dict[str,
 
 
 def predicted_moments(config: RunConfig, examples: Sequence[Example]) -> dict[str, float]:
-    """Bytes of a process at each moment of the planner."""
+    """Bytes of a process at each moment of the estimator."""
     dtype = DTYPES[config.model.precision]
-    model = trained_skeleton(config.model, config.trainable, dtype)
+    model = trained_meta_model(config.model, config.trainable, dtype)
     positions = max(len(one.prompt) + len(one.completion) - 1 for one in examples)
     targets = sum(len(one.completion) for one in examples)
     shape = MicroBatchShape(len(examples), len(examples), positions, targets, is_padded=len(examples) > 1)
@@ -105,13 +105,13 @@ def predicted_moments(config: RunConfig, examples: Sequence[Example]) -> dict[st
     return {moment.name: moment.device_bytes + moment.host_bytes for moment in found.moments}
 
 
-def measured_peaks(config: RunConfig, num_examples: int, num_targets: int) -> list[int]:
+def measured_peaks(config: RunConfig, num_examples: int, num_target_tokens: int) -> list[int]:
     """Bytes that each of `NUM_RANKS` adds at its peak in three steps of training."""
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES), "DS_ACCELERATOR": "cpu"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["voxtral_dist.train"])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (Path(folder), config, num_examples, num_targets)
+        arguments = (Path(folder), config, num_examples, num_target_tokens)
         ranks = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(NUM_RANKS)]
         for rank in ranks:
             rank.start()
@@ -124,15 +124,15 @@ def measured_peaks(config: RunConfig, num_examples: int, num_targets: int) -> li
         return [int((Path(folder) / f"peak-{rank}").read_text(encoding="ascii")) for rank in range(NUM_RANKS)]
 
 
-def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_targets: int) -> None:
+def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_target_tokens: int) -> None:
     """Three steps of one rank, by the engine and `train_step` of a run; the peak of memory in a file."""
     import torch.distributed as dist
 
-    from voxtral_dist.data.batches import collate
-    from voxtral_dist.data.features import LogMel
+    from voxtral_dist.data.examples.micro_batch import collate
     from voxtral_dist.data.loader import StepBatches
     from voxtral_dist.distributed.world import World
     from voxtral_dist.engine.build import build_engine
+    from voxtral_dist.model.features import LogMel
     from voxtral_dist.train import train_step
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
@@ -141,7 +141,7 @@ def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_ta
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
     world = World(rank, NUM_RANKS, rank, torch.device("cpu"))
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
-    batch = collate(examples_of(prompts, num_examples, num_targets), prompts.pad_id, prompts.window_samples)
+    batch = collate(examples_of(prompts, num_examples, num_target_tokens), prompts.pad_id, prompts.window_samples)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     before = status_bytes("VmRSS")
     engine = build_engine(config, log_mel, world)

@@ -16,9 +16,9 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 from voxtral_dist.shards.sources import SourceOptions, open_source
 from voxtral_dist.shards.writing import PackOptions, pack
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
 
 from workloads.lengths import SHORTEST_SECONDS, WORDS_PER_SECOND, librispeech_durations
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile
 
-from voxtral_dist.engine.base import Engine
+from voxtral_dist.engine.engine import Engine
 
 # What torch's profiler calls operations; the first kind that fits counts.
 _KINDS = {

@@ -17,13 +17,13 @@ from voxtral_dist.config import (
     RunConfig,
     TrainableConfig,
 )
-from voxtral_dist.data.features import LogMel
 from voxtral_dist.data.loader import build_train_loader, build_training_set
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
-from voxtral_dist.tiny import build_tiny_voxtral
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import build_tiny_voxtral
+from voxtral_dist.model.weights import load_voxtral
 
 from corpora import TINY_SHAPE
 from ranks import run_ranks
@@ -35,7 +35,7 @@ SAVED_STEP = 3
 
 def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Resume if there is something to resume from, train, save; the losses of this part and all state at its end."""
-    from voxtral_dist.checkpoint import CheckpointDirectory, TrainProgress
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory, TrainProgress
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.train import train_step
 
@@ -149,7 +149,7 @@ class FrozenShapes:
 
 
 def refused_sentence(config: RunConfig, model: Path, fingerprint: str) -> str:
-    from voxtral_dist.checkpoint import CheckpointDirectory
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory
     from voxtral_dist.distributed.world import alone
 
     with pytest.raises(UserError) as refusal:
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_training_is_refused(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     config: RunConfig, saved: Path, tiny_model: Path, tmp_path: Path, fingerprint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from voxtral_dist.checkpoint import CheckpointDirectory
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory
     from voxtral_dist.distributed.world import alone
 
     shutil.copytree(saved, tmp_path / "run")
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
 
 
 def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved: Path, tmp_path: Path) -> None:
-    from voxtral_dist.checkpoint import CheckpointDirectory
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory
     from voxtral_dist.distributed.world import alone
 
     shutil.copytree(saved, tmp_path / "run")

@@ -23,11 +23,11 @@ import yaml
 from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import EvaluationConfig, load_config
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.prompting import Prompting
+from voxtral_dist.data.examples.prompting import Prompting
+from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.distributed.world import World
-from voxtral_dist.tiny import build_tiny_voxtral
-from voxtral_dist.transcription import ClipError, ClipTranscriber, ClipTranscript, Question, Segment, to_srt
+from voxtral_dist.model.tiny import build_tiny_voxtral
+from voxtral_dist.transcription.recordings import ClipError, ClipTranscriber, ClipTranscript, Question, Segment, to_srt
 
 from commands import Result, run_command
 from corpora import TINY_SHAPE, tone, write_lines
@@ -277,7 +277,7 @@ def test_shards_verify_names_what_is_broken_and_ends_with_1(run, shard_folder, t
     assert first.startswith(f"{folder}: {tar.name}: #0: damaged tar: ")
     assert last == "52 samples were read and decoded, 1 are broken: 1 damaged tar"
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["num_samples"], report["num_broken"], report["causes"]) == (52, 1, {"damaged tar": 1})
+    assert (report["num_utterances"], report["num_broken"], report["causes"]) == (52, 1, {"damaged tar": 1})
     assert report["broken"][0]["key"] == "#0"
     whole = run("shards", "verify", shard_folder, "--workers", 1)
     assert (whole.code, whole.out) == (0, "26 samples were read and decoded, 0 are broken\n")

@@ -12,7 +12,7 @@ from transformers import VoxtralConfig
 
 from voxtral_dist.config import RunConfig, config_schema, dump_config, load_config
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import skeleton
+from voxtral_dist.model.voxtral import meta_model
 
 from corpora import REPOSITORY
 
@@ -281,7 +281,7 @@ def test_published_models_build_without_storage(model_path):
     shape = published_shape(model_path)
     assert shape is not None
     config, billions, tolerance = shape
-    model = skeleton(config)
+    model = meta_model(config)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=tolerance)
 

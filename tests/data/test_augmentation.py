@@ -11,11 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
-from voxtral_dist.data.audio import AudioError
-from voxtral_dist.data.augmentation import Augmentation
-from voxtral_dist.data.feature_masks import TIME_AXIS, draw_feature_masks
+from voxtral_dist.data.examples.augmentation import Augmentation
+from voxtral_dist.data.examples.feature_masks import TIME_AXIS, draw_feature_masks
+from voxtral_dist.data.examples.transforms import LengthAwareTimeStretch, build_transform
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.transforms import LengthAwareTimeStretch, build_transform
+from voxtral_dist.data.stored.audio import AudioError
 from voxtral_dist.errors import UserError
 
 from corpora import tone
@@ -64,7 +64,7 @@ def pipeline(sounds: Path) -> Augmentation:
 
 
 def test_a_key_gives_the_same_waveform_whatever_was_drawn_before(pipeline):
-    keys = [(0, pass_index, sample_id) for pass_index in range(2) for sample_id in range(8)]
+    keys = [(0, epoch_index, utterance_id) for epoch_index in range(2) for utterance_id in range(8)]
     in_order = {key: pipeline(clip(seed=key[2]), RATE, key, WINDOW) for key in keys}
     for key in random.Random(0).sample(keys, len(keys)):
         np.testing.assert_array_equal(pipeline(clip(seed=key[2]), RATE, key, WINDOW), in_order[key])
@@ -77,8 +77,8 @@ def test_passes_seeds_and_samples_draw_differently(pipeline):
 
 
 def test_an_augmented_clip_fits_its_windows_and_is_float32(pipeline):
-    for sample_id, num_samples in enumerate(np.random.default_rng(0).integers(800, WINDOW + 1, 30)):
-        augmented = pipeline(clip(num_samples), RATE, (0, 0, sample_id), WINDOW)
+    for utterance_id, num_samples in enumerate(np.random.default_rng(0).integers(800, WINDOW + 1, 30)):
+        augmented = pipeline(clip(num_samples), RATE, (0, 0, utterance_id), WINDOW)
         assert (augmented.dtype, augmented.ndim) == (np.float32, 1)
         assert 0 < len(augmented) <= WINDOW
         assert np.isfinite(augmented).all()
@@ -215,7 +215,7 @@ def test_of_a_large_folder_evenly_spaced_files_are_opened(tmp_path, monkeypatch)
     step = always("AddBackgroundNoise", sounds_path=str(tmp_path))
     with pytest.raises(UserError, match=r"1\.wav cannot be read"):
         build_transform(step)
-    monkeypatch.setattr("voxtral_dist.data.transforms._MAX_CHECKED_FILES", 2)
+    monkeypatch.setattr("voxtral_dist.data.examples.transforms._MAX_CHECKED_FILES", 2)
     assert len(build_transform(step).sound_file_paths) == 4
 
 
@@ -297,8 +297,8 @@ CONFIG = SpecAugmentConfig(
 def test_masks_lie_inside_the_audio_and_within_their_limits(num_frames):
     num_windows = -(-num_frames // 100)
     widest = 0
-    for sample_id in range(200):
-        masks = draw(CONFIG, (0, 0, sample_id), num_frames)
+    for utterance_id in range(200):
+        masks = draw(CONFIG, (0, 0, utterance_id), num_frames)
         assert (masks.dtype, masks.shape[1]) == (np.int64, 4)
         window, axis, start, end = masks.T
         assert ((window >= 0) & (window < num_windows) & (start >= 0) & (start < end)).all()
@@ -319,8 +319,8 @@ def test_a_clip_of_several_windows_is_masked_as_one():
         update={"num_time_masks": 1, "max_time_mask_fraction": 1.0, "max_time_mask_seconds": 9.0}
     )
     crossed = 0
-    for sample_id in range(200):
-        cut, whole = (draw(one_mask, (0, 0, sample_id), 350, window) for window in (100, 400))
+    for utterance_id in range(200):
+        cut, whole = (draw(one_mask, (0, 0, utterance_id), 350, window) for window in (100, 400))
         np.testing.assert_array_equal(cells(cut, 4), cells(whole, 1, 400))
         edges = np.flatnonzero(np.diff(cells(cut, 4).astype(int), prepend=0, append=0))
         assert len(edges) in (0, 2)
@@ -329,17 +329,19 @@ def test_a_clip_of_several_windows_is_masked_as_one():
 
 
 def test_masks_depend_on_their_key_alone():
-    expected = {sample_id: draw(CONFIG, (3, 1, sample_id), 250).tolist() for sample_id in range(20)}
+    expected = {utterance_id: draw(CONFIG, (3, 1, utterance_id), 250).tolist() for utterance_id in range(20)}
     random.seed(99)
     np.random.seed(99)
-    assert {sample_id: draw(CONFIG, (3, 1, sample_id), 250).tolist() for sample_id in reversed(range(20))} == expected
-    assert [draw(CONFIG, (3, 2, sample_id), 250).tolist() for sample_id in range(20)] != list(expected.values())
+    assert {
+        utterance_id: draw(CONFIG, (3, 1, utterance_id), 250).tolist() for utterance_id in reversed(range(20))
+    } == expected
+    assert [draw(CONFIG, (3, 2, utterance_id), 250).tolist() for utterance_id in range(20)] != list(expected.values())
     assert len({str(masks) for masks in expected.values()}) == 20
 
 
 def test_widths_are_uniform_up_to_their_limit():
     one_mask = CONFIG.model_copy(update={"num_time_masks": 1, "num_frequency_masks": 0})
-    widths = [int(cells(draw(one_mask, (0, 0, sample_id), 100), 1).sum()) for sample_id in range(4200)]
+    widths = [int(cells(draw(one_mask, (0, 0, utterance_id), 100), 1).sum()) for utterance_id in range(4200)]
     counts = np.bincount(widths, minlength=21)
     assert len(counts) == 21
     assert (np.abs(counts - 200) < 5 * np.sqrt(200)).all()

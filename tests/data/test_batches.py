@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left, weightless_micro_batch, windows_of
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import BadSample, Example
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate, pad_left, weightless_micro_batch, windows_of
+from voxtral_dist.data.examples.reader import BadUtterance, Example
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 PAD = 11
 WINDOW_SAMPLES = 4
@@ -39,7 +39,7 @@ def test_collate_aligns_completions_at_the_end():
     assert batch.labels.tolist() == [[7, 8, 2], [IGNORED_LABEL, 9, 2]]
     assert batch.pcm.tolist() == [[5] * 4, [5] * 4, [6] * 4]
     assert batch.windows_per_example == (2, 1)
-    assert (batch.num_samples, batch.audio_seconds, batch.num_targets) == (2, 1.5, 5)
+    assert (batch.num_utterances, batch.audio_seconds, batch.num_target_tokens) == (2, 1.5, 5)
 
 
 @pytest.mark.parametrize(("num_samples", "num_windows"), [(0, 1), (1, 1), (4, 1), (5, 2), (12, 3)])
@@ -62,7 +62,7 @@ def test_feature_masks_follow_the_windows_of_their_example():
 
 def test_an_empty_transcript_trains_its_end_alone():
     batch = collate([example([1, 34], [2])], PAD, WINDOW_SAMPLES)
-    assert (batch.input_ids.tolist(), batch.labels.tolist(), batch.num_targets) == ([[1, 34]], [[2]], 1)
+    assert (batch.input_ids.tolist(), batch.labels.tolist(), batch.num_target_tokens) == ([[1, 34]], [[2]], 1)
 
 
 def test_position_ids_count_from_the_first_real_token():
@@ -77,29 +77,29 @@ def test_padding_changes_neither_targets_nor_positions(num_padding):
     alone, padded = collate([one], PAD, WINDOW_SAMPLES), collate([one, longer], PAD, WINDOW_SAMPLES)
     assert torch.equal(padded.labels[0], alone.labels[0])
     assert torch.equal(padded.position_ids[0, num_padding:], alone.position_ids[0])
-    assert padded.num_targets == 2 * alone.num_targets
+    assert padded.num_target_tokens == 2 * alone.num_target_tokens
 
 
 def test_a_batch_keeps_what_was_left_out_of_it():
-    bad = BadSample("a.tar", "key", "does not decode")
-    assert collate([example([1], [2])], PAD, WINDOW_SAMPLES, [bad]).bad_samples == (bad,)
+    bad = BadUtterance("a.tar", "key", "does not decode")
+    assert collate([example([1], [2])], PAD, WINDOW_SAMPLES, [bad]).bad_utterances == (bad,)
 
 
 def test_moving_a_batch_keeps_everything_but_the_device():
-    batch = collate([example([1, 24, 34], [7, 2])], PAD, WINDOW_SAMPLES, [BadSample("a.tar", "key", "reason")])
+    batch = collate([example([1, 24, 34], [7, 2])], PAD, WINDOW_SAMPLES, [BadUtterance("a.tar", "key", "reason")])
     moved = batch.to(torch.device("meta"))
     for name in ("input_ids", "attention_mask", "labels", "pcm", "feature_masks"):
         assert getattr(moved, name).device.type == "meta", name
         assert getattr(moved, name).shape == getattr(batch, name).shape
     assert (moved.windows_per_example, moved.audio_seconds) == (batch.windows_per_example, batch.audio_seconds)
-    assert moved.bad_samples == batch.bad_samples
+    assert moved.bad_utterances == batch.bad_utterances
 
 
 def test_a_weightless_micro_batch_runs_and_counts_for_nothing(prompts: VoxtralPrompts):
-    bad = BadSample("a.tar", "key", "reason")
+    bad = BadUtterance("a.tar", "key", "reason")
     batch = weightless_micro_batch(prompts, [bad])
-    assert (batch.num_targets, batch.num_samples, batch.audio_seconds) == (0, 0, 0.0)
-    assert batch.bad_samples == (bad,)
+    assert (batch.num_target_tokens, batch.num_utterances, batch.audio_seconds) == (0, 0, 0.0)
+    assert batch.bad_utterances == (bad,)
     assert tuple(batch.input_ids[0].tolist()) == prompts.transcription(None, 1)
     assert batch.pcm.shape == (1, prompts.window_samples)
     assert not batch.pcm.any()

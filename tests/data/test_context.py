@@ -5,8 +5,10 @@ from collections import Counter
 import pytest
 
 from voxtral_dist.config import ContextConfig
-from voxtral_dist.data.context import TestContexts as ContextsOfTests  # under its own name pytest would collect it
-from voxtral_dist.data.context import TrainingContexts, WordList, context_text, training_words
+from voxtral_dist.data.examples.context import (
+    TestContexts as ContextsOfTests,  # under its own name pytest would collect it
+)
+from voxtral_dist.data.examples.context import TrainingContexts, WordList, context_text, training_words
 from voxtral_dist.errors import UserError
 
 TEXT = "Yesterday Siobhan flew to Saint Petersburg; Zürich was closed."
@@ -61,8 +63,8 @@ def test_entries_that_are_one_word_in_two_spellings_are_one():
 def test_a_list_has_the_true_words_and_other_words_that_the_transcript_does_not_hold(words_file, prompts):
     made = contexts(words_file, prompts, true_word_fraction=1.0, max_distractors=8)
     sizes, places = Counter(), Counter()
-    for sample_id in range(200):
-        words = listed(made(TEXT, [{}], (0, 0, sample_id)))
+    for utterance_id in range(200):
+        words = listed(made(TEXT, [{}], (0, 0, utterance_id)))
         assert set(words) >= TRUE
         assert len(set(words)) == len(words)
         # Not even as a distractor: it stands in the transcript too.
@@ -83,7 +85,7 @@ def test_true_words_may_be_missing_and_samples_without_any_have_a_list_too(words
 
 def test_the_share_of_samples_with_a_context(words_file, prompts):
     made = contexts(words_file, prompts, fraction=0.3)
-    num_with = sum(bool(made(TEXT, [{}], (5, 1, sample_id))) for sample_id in range(1000))
+    num_with = sum(bool(made(TEXT, [{}], (5, 1, utterance_id))) for utterance_id in range(1000))
     assert 250 < num_with < 350
     assert not any(contexts(words_file, prompts, fraction=0)(TEXT, [{}], (0, 0, key)) for key in range(50))
 
@@ -155,8 +157,8 @@ def test_words_of_the_sample_itself_are_true_words_or_distractors(prompts, names
 
 def test_lists_of_a_test_set_have_all_true_words_and_grow_into_each_other(words_file):
     words = WordList.read(words_file, "words")
-    for sample_id in range(20):
-        lists = {size: listed(ContextsOfTests(words, size, 50)(TEXT, [{}], (sample_id,))) for size in (0, 5, 50)}
+    for utterance_id in range(20):
+        lists = {size: listed(ContextsOfTests(words, size, 50)(TEXT, [{}], (utterance_id,))) for size in (0, 5, 50)}
         assert set(lists[0]) == TRUE
         assert {size: len(found) for size, found in lists.items()} == {0: 3, 5: 8, 50: 53}
         assert set(lists[0]) < set(lists[5]) < set(lists[50])

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from voxtral_dist.data.cutting import Budget, cut, pack_into_windows
+from voxtral_dist.data.plan.cutting import Budget, cut, pack_into_windows
 
 BUDGETS = [
     Budget(4, None, None),
@@ -97,7 +97,7 @@ def test_best_fit_leaves_the_least_room():
 
 def test_an_utterance_is_never_packed_with_itself():
     ones, same = np.ones(40, dtype=np.int64), np.zeros(40, dtype=np.uint16)
-    sample_ids = np.arange(40) % 7
-    groups = pack_into_windows(1000 * ones, ones, same, sample_ids, 30_000, 448)
-    assert all(len(set(sample_ids[group].tolist())) == len(group) for group in groups)
+    utterance_ids = np.arange(40) % 7
+    groups = pack_into_windows(1000 * ones, ones, same, utterance_ids, 30_000, 448)
+    assert all(len(set(utterance_ids[group].tolist())) == len(group) for group in groups)
     assert len(groups) == 6, "as many as draws of the most frequent one"

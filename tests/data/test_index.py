@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voxtral_dist.data.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
-from voxtral_dist.data.samples import SampleReader
+from voxtral_dist.data.examples.reader import UtteranceReader
+from voxtral_dist.data.stored.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
 from voxtral_dist.errors import UserError
 
 from corpora import SHARD_BYTES, pack_manifest, write_speech_manifest
@@ -41,10 +41,10 @@ def refusal(folder: Path) -> str:
 
 
 def test_spans_cover_the_tars_without_gaps(shard_index):
-    spans = [shard_index.span(sample_id) for sample_id in range(len(shard_index))]
+    spans = [shard_index.span(utterance_id) for utterance_id in range(len(shard_index))]
     for shard in shard_index.shards:
         inside = [span for span in spans if span.location == shard.location]
-        assert len(inside) == shard.num_samples
+        assert len(inside) == shard.num_utterances
         assert inside[0].offset == 0
         ends = [span.offset + span.num_bytes for span in inside]
         assert [span.offset for span in inside[1:]] == ends[:-1]
@@ -62,18 +62,18 @@ def test_two_folders_are_one_index_with_one_table_of_languages(shard_folder, oth
     parts = [read_index([shard_folder]), read_index([other_folder])]
     assert parts[0].sets[0].languages != parts[1].sets[0].languages
     both = read_index([shard_folder, other_folder])
-    readers = [(part, SampleReader(part, prompts, 448)) for part in parts]
+    readers = [(part, UtteranceReader(part, prompts, 448)) for part in parts]
     expected = [
-        (part.language(sample_id), reader.read(sample_id), part.duration_seconds[sample_id])
+        (part.language(utterance_id), reader.read(utterance_id), part.duration_seconds[utterance_id])
         for part, reader in readers
-        for sample_id in range(len(part))
+        for utterance_id in range(len(part))
     ]
     assert len(both) == len(expected)
-    whole = SampleReader(both, prompts, 448)
-    for sample_id, (language, sample, duration_seconds) in enumerate(expected):
-        assert both.language(sample_id) == language == sample.language
-        assert whole.read(sample_id) == sample
-        assert both.duration_seconds[sample_id] == duration_seconds
+    whole = UtteranceReader(both, prompts, 448)
+    for utterance_id, (language, sample, duration_seconds) in enumerate(expected):
+        assert both.language(utterance_id) == language == sample.language
+        assert whole.read(utterance_id) == sample
+        assert both.duration_seconds[utterance_id] == duration_seconds
 
 
 def test_one_folder_is_mapped_not_loaded(shard_index):
@@ -96,9 +96,11 @@ def test_a_pattern_of_tars_takes_a_part_of_the_set(shard_folder, shard_index, pr
     taken = [shard_index.shards[0], shard_index.shards[-1]]
     part = read_index([shard.location for shard in taken])
     assert part.shards == tuple(taken)
-    ids = [sample_id for sample_id in range(len(shard_index)) if shard_index.shard(sample_id) in taken]
-    whole, some = SampleReader(shard_index, prompts, 448), SampleReader(part, prompts, 448)
-    assert [some.read(sample_id) for sample_id in range(len(part))] == [whole.read(sample_id) for sample_id in ids]
+    ids = [utterance_id for utterance_id in range(len(shard_index)) if shard_index.shard(utterance_id) in taken]
+    whole, some = UtteranceReader(shard_index, prompts, 448), UtteranceReader(part, prompts, 448)
+    assert [some.read(utterance_id) for utterance_id in range(len(part))] == [
+        whole.read(utterance_id) for utterance_id in ids
+    ]
     assert np.array_equal(part.records["crc32"], shard_index.gather(np.array(ids))["crc32"])
 
 
@@ -108,12 +110,12 @@ def test_a_tar_that_the_index_does_not_know_is_refused(copied):
         read_index([str(copied / "other.tar")])
 
 
-@pytest.mark.parametrize("num_samples", [1, 5, 1000])
-def test_first_keeps_the_order(shard_index, prompts, num_samples):
-    first = shard_index.first(num_samples)
-    assert len(first) == min(num_samples, len(shard_index))
+@pytest.mark.parametrize("num_utterances", [1, 5, 1000])
+def test_first_keeps_the_order(shard_index, prompts, num_utterances):
+    first = shard_index.first(num_utterances)
+    assert len(first) == min(num_utterances, len(shard_index))
     last = len(first) - 1
-    assert SampleReader(first, prompts, 448).read(last) == SampleReader(shard_index, prompts, 448).read(last)
+    assert UtteranceReader(first, prompts, 448).read(last) == UtteranceReader(shard_index, prompts, 448).read(last)
 
 
 def test_a_missing_folder_is_refused(tmp_path):

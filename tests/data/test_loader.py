@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
-from voxtral_dist.data.batches import IGNORED_LABEL, MicroBatch, windows_of
-from voxtral_dist.data.index import INDEX_FILE, SHARD_TABLE_FILE, read_index, write_index
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch, windows_of
+from voxtral_dist.data.examples.reader import Example, UtteranceReader
 from voxtral_dist.data.loader import StepBatches, build_train_loader, build_training_set
-from voxtral_dist.data.members import Field, SampleMembers
-from voxtral_dist.data.samples import Example, SampleReader
+from voxtral_dist.data.stored.index import INDEX_FILE, SHARD_TABLE_FILE, read_index, write_index
+from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.errors import UserError
 
 from corpora import pack_manifest, write_speech_manifest
@@ -34,7 +34,7 @@ def uneven_folders(tmp_path_factory) -> list[str]:
         pack_manifest(manifest, folder / name, shard_bytes, skip_bad=False)
     table = json.loads((folder / "many" / SHARD_TABLE_FILE).read_text())
     (folder / "many" / "many-empty.tar").write_bytes(bytes(10_240))
-    empty = {"location": "many-empty.tar", "num_samples": 0, "num_bytes": 10_240, "sha256": "0" * 64}
+    empty = {"location": "many-empty.tar", "num_utterances": 0, "num_bytes": 10_240, "sha256": "0" * 64}
     table["shards"].insert(1, empty)
     (folder / "many" / SHARD_TABLE_FILE).write_text(json.dumps(table))
     return [str(folder / "many"), str(folder / "one")]
@@ -52,7 +52,7 @@ CONFIGS = {
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys(), scope="module")
 def config(request, uneven_folders) -> TrainDataConfig:
-    common = {"shards": tuple(uneven_folders), "slots_per_step": SLOTS_PER_STEP, "sort_window_steps": 2}
+    common = {"shards": tuple(uneven_folders), "slots_per_step": SLOTS_PER_STEP, "megabatch_steps": 2}
     return TrainDataConfig(**common | {"num_workers": 0} | request.param)
 
 
@@ -63,7 +63,7 @@ def steps_of(config, prompts, rank=0, world_size=1, first_step=0, num_steps=NUM_
 
 def examples_in(batch: MicroBatch) -> list[tuple]:
     """What each example feeds to the model, without padding: ids, targets, audio and masks."""
-    if batch.num_samples == 0:
+    if batch.num_utterances == 0:
         return []
     audio = iter(batch.pcm.split(batch.windows_per_example))
     ends = np.cumsum(batch.windows_per_example)
@@ -136,14 +136,14 @@ def test_three_workers_of_two_ranks_read_every_sample_once_a_pass(uneven_folders
     )
     index = read_index(uneven_folders)
     assert len(index) == 37
-    steps_per_pass = build_training_set(config, prompts, 1).plan.steps_per_pass
+    steps_per_epoch = build_training_set(config, prompts, 1).plan.steps_per_epoch
     seen: Counter[tuple] = Counter()
     for rank in range(2):
-        for batches in steps_of(config, prompts, rank, 2, num_steps=steps_per_pass):
-            assert not any(batch.bad_samples for batch in batches.micro_batches)
+        for batches in steps_of(config, prompts, rank, 2, num_steps=steps_per_epoch):
+            assert not any(batch.bad_utterances for batch in batches.micro_batches)
             seen.update((one[0], one[2]) for batch in batches.micro_batches for one in examples_in(batch))
-    reader = SampleReader(index, prompts, 448)
-    stored = [reader.example(sample_id) for sample_id in range(37)]
+    reader = UtteranceReader(index, prompts, 448)
+    stored = [reader.example(utterance_id) for utterance_id in range(37)]
     expected = Counter(((*one.prompt, *one.completion[:-1]), audio_digest(one, prompts)) for one in stored)
     assert seen == expected
 
@@ -177,19 +177,19 @@ def test_augmentation_differs_between_passes(uneven_folders, prompts):
 
 def test_packed_examples_hold_the_audio_and_text_of_their_utterances(uneven_folders, prompts):
     config = TrainDataConfig(
-        shards=tuple(uneven_folders), slots_per_step=2, max_windows=8, packing=True, num_workers=0, sort_window_steps=2
+        shards=tuple(uneven_folders), slots_per_step=2, max_windows=8, packing=True, num_workers=0, megabatch_steps=2
     )
     training_set = build_training_set(config, prompts, 1)
-    reader = SampleReader(training_set.index, prompts, 448)
+    reader = UtteranceReader(training_set.index, prompts, 448)
     num_packed = 0
-    for batches in steps_of(config, prompts, num_steps=training_set.plan.steps_per_pass):
+    for batches in steps_of(config, prompts, num_steps=training_set.plan.steps_per_epoch):
         for slot, batch in enumerate(batches.micro_batches):
             samples = training_set.plan.slot(batches.step, slot)
-            assert batch.num_samples == len(samples.sample_ids)
+            assert batch.num_utterances == len(samples.utterance_ids)
             num_packed += sum(size > 1 for size in samples.example_sizes)
-            drawn, audio = iter(samples.sample_ids), batch.pcm.split(batch.windows_per_example)
+            drawn, audio = iter(samples.utterance_ids), batch.pcm.split(batch.windows_per_example)
             for row, size in enumerate(samples.example_sizes):
-                clips = [reader.clip(sample_id) for sample_id in islice(drawn, size)]
+                clips = [reader.clip(utterance_id) for utterance_id in islice(drawn, size)]
                 joined = np.concatenate([clip.pcm for clip in clips])
                 assert np.array_equal(audio[row].flatten()[: len(joined)].numpy(), joined)
                 targets = batch.labels[row][batch.labels[row] != IGNORED_LABEL].tolist()
@@ -206,13 +206,13 @@ def test_a_bad_utterance_of_a_packed_example_is_taken_out_of_it(tmp_path, prompt
     )
     slot = build_training_set(config, prompts, 1).plan.slot(0, 0)
     assert max(slot.example_sizes) > 1
-    damaged = slot.sample_ids[slot.example_sizes.index(max(slot.example_sizes))]
+    damaged = slot.utterance_ids[slot.example_sizes.index(max(slot.example_sizes))]
     span = read_index([tmp_path / "set"]).span(damaged)
     with Path(span.location).open("r+b") as tar:
         tar.seek(span.offset + 600)
         tar.write(b"\xff" * 64)
     batch = steps_of(config, prompts, num_steps=1)[0].micro_batches[0]
-    assert (batch.num_samples, len(batch.bad_samples)) == (11, 1)
+    assert (batch.num_utterances, len(batch.bad_utterances)) == (11, 1)
 
 
 def test_every_utterance_of_a_packed_example_that_is_too_long_is_used_or_named(uneven_folders, prompts):
@@ -220,17 +220,17 @@ def test_every_utterance_of_a_packed_example_that_is_too_long_is_used_or_named(u
     config = TrainDataConfig(
         shards=tuple(uneven_folders), slots_per_step=2, max_windows=8, packing=True, num_workers=0, max_target_tokens=40
     )
-    steps_per_pass = build_training_set(config, prompts, 1).plan.steps_per_pass
-    batches = [batch for step in steps_of(config, prompts, num_steps=steps_per_pass) for batch in step.micro_batches]
-    bad = [one for batch in batches for one in batch.bad_samples]
+    steps_per_epoch = build_training_set(config, prompts, 1).plan.steps_per_epoch
+    batches = [batch for step in steps_of(config, prompts, num_steps=steps_per_epoch) for batch in step.micro_batches]
+    bad = [one for batch in batches for one in batch.bad_utterances]
     assert len(bad) > 0
-    assert sum(batch.num_samples for batch in batches) + len({(one.shard, one.key) for one in bad}) == 37
+    assert sum(batch.num_utterances for batch in batches) + len({(one.shard, one.key) for one in bad}) == 37
 
 
 @pytest.mark.parametrize("prefetching", [1, 3])
 def test_workers_run_two_steps_ahead_and_no_further(uneven_folders, prompts, prefetching, monkeypatch):
     config = TrainDataConfig(
-        shards=tuple(uneven_folders), slots_per_step=6, max_examples=1, num_workers=prefetching, sort_window_steps=2
+        shards=tuple(uneven_folders), slots_per_step=6, max_examples=1, num_workers=prefetching, megabatch_steps=2
     )
     loader = build_train_loader(config, prompts, 0, 50, 0, 1)
     asked = []
@@ -273,7 +273,7 @@ def test_other_records_other_members_and_other_sets_have_other_fingerprints(unev
     write_index(copied, shards, records, languages)
     after_records = fingerprint([copied, uneven_folders[1]], prompts)
     records["num_text_tokens"][3] -= 1
-    write_index(copied, shards, records, languages, SampleMembers(text=Field("txt")))
+    write_index(copied, shards, records, languages, UtteranceLayout(text=Field("txt")))
     after_members = fingerprint([copied, uneven_folders[1]], prompts)
     write_index(copied, shards, records, languages)
     assert fingerprint([copied, uneven_folders[1]], prompts) == before

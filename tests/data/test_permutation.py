@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from voxtral_dist.data.permutation import permute, permute_blocks
+from voxtral_dist.data.plan.permutation import permute, permute_blocks
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 1000, 4096, 4097, 70_000])
@@ -32,11 +32,11 @@ def test_all_orders_of_a_few_are_equally_frequent(size):
     assert chi_squared < freedom + 5 * math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("num_samples", [1, 7, 64, 100])
+@pytest.mark.parametrize("num_utterances", [1, 7, 64, 100])
 @pytest.mark.parametrize("block_size", [1, 3, 8, 200])
-def test_blocks_of_neighbours_stay_together(num_samples, block_size):
-    places = permute_blocks(np.arange(num_samples), num_samples, block_size, (1,)).tolist()
-    assert sorted(places) == list(range(num_samples))
+def test_blocks_of_neighbours_stay_together(num_utterances, block_size):
+    places = permute_blocks(np.arange(num_utterances), num_utterances, block_size, (1,)).tolist()
+    assert sorted(places) == list(range(num_utterances))
     first_of_blocks = [place for place in places if place % block_size == 0]
-    in_blocks = [range(first, min(first + block_size, num_samples)) for first in first_of_blocks]
+    in_blocks = [range(first, min(first + block_size, num_utterances)) for first in first_of_blocks]
     assert places == [place for block in in_blocks for place in block]

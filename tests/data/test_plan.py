@@ -9,47 +9,47 @@ import numpy as np
 import pytest
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.cutting import Budget
-from voxtral_dist.data.filters import ExampleSizes
-from voxtral_dist.data.index import UNKNOWN_LANGUAGE, ShardIndex
 from voxtral_dist.data.loader import _max_packed_tokens
-from voxtral_dist.data.plan import PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
-from voxtral_dist.data.streams import Stream, Streams, build_streams
+from voxtral_dist.data.plan.cutting import Budget
+from voxtral_dist.data.plan.filters import ExampleSizes
+from voxtral_dist.data.plan.streams import Stream, Streams, build_streams
+from voxtral_dist.data.plan.train_plan import PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
+from voxtral_dist.data.stored.index import UNKNOWN_LANGUAGE, ShardIndex
 from voxtral_dist.errors import UserError
 
 from corpora import synthetic_set
 
-SHAPE = PlanShape(slots_per_step=4, budget=Budget(3, None, None), sort_window_steps=5, shuffle_block_size=2)
+SHAPE = PlanShape(slots_per_step=4, budget=Budget(3, None, None), megabatch_steps=5, shuffle_block_size=2)
 SIZES = ExampleSizes(window_ms=30_000, audio_tokens_per_window=375, num_prompt_tokens=8, max_positions=131_072)
 
 
-def make_plan(num_samples: int, shape: PlanShape = SHAPE, seed: int = 0, max_seconds: float = 29.0) -> TrainPlan:
-    index = ShardIndex([synthetic_set(num_samples, max_seconds=max_seconds)])
-    streams = Streams([Stream("all", num_samples, num_samples)], {}, None)
+def make_plan(num_utterances: int, shape: PlanShape = SHAPE, seed: int = 0, max_seconds: float = 29.0) -> TrainPlan:
+    index = ShardIndex([synthetic_set(num_utterances, max_seconds=max_seconds)])
+    streams = Streams([Stream("all", num_utterances, num_utterances)], {}, None)
     return TrainPlan(index, streams, SIZES, shape, (seed,))
 
 
-def positions_of(plan: TrainPlan, sample_ids) -> np.ndarray:
-    records = plan._index.gather(np.array(sample_ids, dtype=np.int64))
+def positions_of(plan: TrainPlan, utterance_ids) -> np.ndarray:
+    records = plan._index.gather(np.array(utterance_ids, dtype=np.int64))
     return SIZES.positions(SIZES.windows(records["duration_ms"]), records["num_text_tokens"])
 
 
-def drawn_in_pass(plan: TrainPlan, pass_index: int = 0) -> list[int]:
-    steps = range(pass_index * plan.steps_per_pass, (pass_index + 1) * plan.steps_per_pass)
+def drawn_in_epoch(plan: TrainPlan, epoch_index: int = 0) -> list[int]:
+    steps = range(epoch_index * plan.steps_per_epoch, (epoch_index + 1) * plan.steps_per_epoch)
     slots = [plan.slot(step, slot) for step in steps for slot in range(plan.num_slots(step))]
-    assert {number for slot in slots for number in slot.passes} == {pass_index}
-    return [sample_id for slot in slots for sample_id in slot.sample_ids]
+    assert {number for slot in slots for number in slot.passes} == {epoch_index}
+    return [utterance_id for slot in slots for utterance_id in slot.utterance_ids]
 
 
-@pytest.mark.parametrize("num_samples", [1, 5, 64, 101])
+@pytest.mark.parametrize("num_utterances", [1, 5, 64, 101])
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("budget", [Budget(1, None, None), Budget(3, None, None), Budget(None, 5, 2500)])
 @pytest.mark.parametrize("window", [1, 5])
-def test_every_sample_is_drawn_once_per_pass(num_samples, block_size, slots, budget, window):
-    plan = make_plan(num_samples, PlanShape(slots, budget, window, block_size), max_seconds=70.0)
-    for pass_index in (0, 1, 7):
-        assert sorted(drawn_in_pass(plan, pass_index)) == list(range(num_samples))
+def test_every_sample_is_drawn_once_per_pass(num_utterances, block_size, slots, budget, window):
+    plan = make_plan(num_utterances, PlanShape(slots, budget, window, block_size), max_seconds=70.0)
+    for epoch_index in (0, 1, 7):
+        assert sorted(drawn_in_epoch(plan, epoch_index)) == list(range(num_utterances))
 
 
 @pytest.mark.parametrize("shape", [SHAPE, PlanShape(3, Budget(None, 5, None), 1, 1, max_packed_tokens=448)])
@@ -64,10 +64,10 @@ def test_a_slot_does_not_depend_on_what_was_asked_before(shape):
 
 def test_micro_batches_of_equal_examples_are_equally_full():
     plan = make_plan(101)
-    sizes = [len(plan.slot(step, slot).sample_ids) for step in range(plan.steps_per_pass) for slot in range(4)]
+    sizes = [len(plan.slot(step, slot).utterance_ids) for step in range(plan.steps_per_epoch) for slot in range(4)]
     assert max(sizes) == 3
     assert max(sizes) - min(sizes) <= 1
-    assert plan.steps_per_pass == -(-101 // (4 * 3))
+    assert plan.steps_per_epoch == -(-101 // (4 * 3))
 
 
 @pytest.mark.parametrize("budget", [Budget(None, 6, None), Budget(None, None, 4000), Budget(8, 12, 6000)])
@@ -75,17 +75,17 @@ def test_micro_batches_of_equal_examples_are_equally_full():
 def test_no_micro_batch_passes_its_budget_and_most_are_nearly_full(budget, packed):
     plan = make_plan(3000, PlanShape(4, budget, 8, 1, packed), max_seconds=80.0)
     loads = []
-    for step in range(plan.steps_per_pass):
+    for step in range(plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
             samples = plan.slot(step, slot)
             ends = np.cumsum([0, *samples.example_sizes])
-            groups = [samples.sample_ids[start:end] for start, end in pairwise(ends.tolist())]
+            groups = [samples.utterance_ids[start:end] for start, end in pairwise(ends.tolist())]
             loads.append(load_of(plan, groups, budget))
     assert max(loads) <= 1.0
     assert np.mean(loads) > 0.7
     # A slot more than planned is rare.
-    extra = sum(plan.num_slots(step) - 4 for step in range(plan.steps_per_pass))
-    assert extra <= 0.02 * 4 * plan.steps_per_pass
+    extra = sum(plan.num_slots(step) - 4 for step in range(plan.steps_per_epoch))
+    assert extra <= 0.02 * 4 * plan.steps_per_epoch
 
 
 def load_of(plan: TrainPlan, groups: list[tuple[int, ...]], budget: Budget) -> float:
@@ -106,9 +106,9 @@ def load_of(plan: TrainPlan, groups: list[tuple[int, ...]], budget: Budget) -> f
 def test_few_slots_are_empty_and_steps_never_are(slots, window):
     budget = Budget(None, 4, None)
     plan = make_plan(4000, PlanShape(slots, budget, window, 1), max_seconds=70.0)
-    steps = [[plan.slot(step, slot) for slot in range(plan.num_slots(step))] for step in range(plan.steps_per_pass)]
-    assert all(any(slot.sample_ids for slot in step) for step in steps)
-    used = sum(bool(slot.sample_ids) for step in steps for slot in step)
+    steps = [[plan.slot(step, slot) for slot in range(plan.num_slots(step))] for step in range(plan.steps_per_epoch)]
+    assert all(any(slot.utterance_ids for slot in step) for step in steps)
+    used = sum(bool(slot.utterance_ids) for step in steps for slot in step)
     assert used >= 0.95 * sum(map(len, steps))
 
 
@@ -117,11 +117,11 @@ def test_packed_examples_hold_the_budget_of_a_micro_batch():
     sizes_config = TrainDataConfig(shards=("x",), max_tokens=450, packing=True)
     limit = _max_packed_tokens(sizes_config, SIZES)
     plan = make_plan(2000, PlanShape(4, Budget(None, None, 450), 8, 1, limit), max_seconds=6.0)
-    for step in range(plan.steps_per_pass):
+    for step in range(plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
             samples = plan.slot(step, slot)
             ends = np.cumsum([0, *samples.example_sizes]).tolist()
-            groups = [samples.sample_ids[start:end] for start, end in pairwise(ends)]
+            groups = [samples.utterance_ids[start:end] for start, end in pairwise(ends)]
             assert load_of(plan, groups, Budget(None, None, 450)) <= 1.0
 
 
@@ -129,37 +129,37 @@ def test_packing_fills_windows_and_keeps_languages_apart():
     apart, packed = (
         make_plan(3000, replace(SHAPE, max_packed_tokens=limit), max_seconds=14.0) for limit in (None, 448)
     )
-    assert sorted(drawn_in_pass(packed)) == list(range(3000))
+    assert sorted(drawn_in_epoch(packed)) == list(range(3000))
     assert packed.figures.window_fill > 0.95 > 0.5 > apart.figures.window_fill
-    assert packed.steps_per_pass < 0.6 * apart.steps_per_pass
-    for slot in (packed.slot(step, 0) for step in range(packed.steps_per_pass)):
+    assert packed.steps_per_epoch < 0.6 * apart.steps_per_epoch
+    for slot in (packed.slot(step, 0) for step in range(packed.steps_per_epoch)):
         ends = np.cumsum([0, *slot.example_sizes]).tolist()
         for start, end in pairwise(ends):
-            records = packed._index.gather(np.array(slot.sample_ids[start:end]))
+            records = packed._index.gather(np.array(slot.utterance_ids[start:end]))
             assert len(set(records["language"].tolist())) == 1
             assert end - start == 1 or records["duration_ms"].sum() <= 30_000
 
 
 def test_passes_and_seeds_give_different_orders():
     plan = make_plan(101)
-    orders = [drawn_in_pass(plan, pass_index) for pass_index in range(3)]
-    orders += [drawn_in_pass(make_plan(101, seed=seed)) for seed in (1, 2)]
+    orders = [drawn_in_epoch(plan, epoch_index) for epoch_index in range(3)]
+    orders += [drawn_in_epoch(make_plan(101, seed=seed)) for seed in (1, 2)]
     assert len({tuple(order) for order in orders}) == len(orders)
 
 
 def test_the_same_seed_gives_the_same_order():
-    assert drawn_in_pass(make_plan(101, seed=3)) == drawn_in_pass(make_plan(101, seed=3))
+    assert drawn_in_epoch(make_plan(101, seed=3)) == drawn_in_epoch(make_plan(101, seed=3))
 
 
 def windows_of(plan: TrainPlan, shape: PlanShape) -> Iterator[list[tuple[int, ...]]]:
-    for first in range(0, plan.steps_per_pass, shape.sort_window_steps):
-        steps = range(first, min(first + shape.sort_window_steps, plan.steps_per_pass))
-        yield [plan.slot(step, slot).sample_ids for step in steps for slot in range(shape.slots_per_step)]
+    for first in range(0, plan.steps_per_epoch, shape.megabatch_steps):
+        steps = range(first, min(first + shape.megabatch_steps, plan.steps_per_epoch))
+        yield [plan.slot(step, slot).utterance_ids for step in steps for slot in range(shape.slots_per_step)]
 
 
-@pytest.mark.parametrize("num_samples", [120, 180])
-def test_micro_batches_of_a_sort_window_are_runs_of_its_sorted_costs(num_samples):
-    plan = make_plan(num_samples, max_seconds=200.0)
+@pytest.mark.parametrize("num_utterances", [120, 180])
+def test_micro_batches_of_a_sort_window_are_runs_of_its_sorted_costs(num_utterances):
+    plan = make_plan(num_utterances, max_seconds=200.0)
     for window in windows_of(plan, SHAPE):
         costs = [positions_of(plan, ids) for ids in window if len(ids)]
         runs = sorted(costs, key=lambda run: (run.min(), run.max()))
@@ -201,7 +201,7 @@ MIXTURES = {
 
 def mixture(weights=None, **changes) -> tuple[TrainDataConfig, ShardIndex, Streams]:
     sets = {name: {"shards": [name], "weight": (weights or {}).get(name)} for name in SET_SIZES}
-    config = TrainDataConfig(sets=sets, max_examples=4, slots_per_step=4, sort_window_steps=6, **changes)
+    config = TrainDataConfig(sets=sets, max_examples=4, slots_per_step=4, megabatch_steps=6, **changes)
     parts = [synthetic_set(size, seed=size, max_seconds=29.0) for size in SET_SIZES.values()]
     index = ShardIndex(parts)
     ends = dict(zip(SET_SIZES, np.cumsum(list(SET_SIZES.values())).tolist(), strict=True))
@@ -214,17 +214,17 @@ def test_every_sort_window_has_the_exact_mixture(changes):
     plan = TrainPlan(index, streams, SIZES, PlanShape(4, Budget(4, None, None), 6, 1), (0,))
     stream_of = stream_of_samples(streams)
     num_draws = sum(stream.num_draws for stream in streams.streams)
-    drawn = [Counter[int]() for _ in range(3 * plan.steps_per_pass)]
-    for step in range(3 * plan.steps_per_pass):
+    drawn = [Counter[int]() for _ in range(3 * plan.steps_per_epoch)]
+    for step in range(3 * plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
-            drawn[step].update(stream_of[sample_id] for sample_id in plan.slot(step, slot).sample_ids)
+            drawn[step].update(stream_of[utterance_id] for utterance_id in plan.slot(step, slot).utterance_ids)
     edges = [plan._first_step(window) for window in range(plan._num_windows + 1)]
-    for pass_index in range(3):
+    for epoch_index in range(3):
         for first, end in pairwise(edges):
-            offset = pass_index * plan.steps_per_pass
+            offset = epoch_index * plan.steps_per_epoch
             counts = sum(drawn[offset + first : offset + end], Counter())
             for number, stream in enumerate(streams.streams):
-                exact = stream.num_draws * (end - first) / plan.steps_per_pass
+                exact = stream.num_draws * (end - first) / plan.steps_per_epoch
                 assert abs(counts[number] - exact) < 1
     assert sum(sum(drawn, Counter()).values()) == 3 * num_draws
 
@@ -232,9 +232,9 @@ def test_every_sort_window_has_the_exact_mixture(changes):
 def stream_of_samples(streams: Streams) -> dict[int, int]:
     found = {}
     for number, stream in enumerate(streams.streams):
-        for sample_id in streams.sample_ids(number, np.arange(stream.num_samples)).tolist():
-            assert sample_id not in found
-            found[sample_id] = number
+        for utterance_id in streams.utterance_ids(number, np.arange(stream.num_utterances)).tolist():
+            assert utterance_id not in found
+            found[utterance_id] = number
     return found
 
 
@@ -243,23 +243,23 @@ def test_each_stream_is_gone_through_without_replacement(changes):
     _, index, streams = mixture(**changes)
     plan = TrainPlan(index, streams, SIZES, PlanShape(4, Budget(4, None, None), 6, 1), (0,))
     seen: Counter[tuple[int, int]] = Counter()
-    for step in range(4 * plan.steps_per_pass):
+    for step in range(4 * plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
             samples = plan.slot(step, slot)
-            seen.update(zip(samples.sample_ids, samples.passes, strict=True))
+            seen.update(zip(samples.utterance_ids, samples.passes, strict=True))
     assert set(seen.values()) == {1}, "no sample twice in a pass of its stream"
     for number, stream in enumerate(streams.streams):
-        members = set(streams.sample_ids(number, np.arange(stream.num_samples)).tolist())
-        for whole_pass in range(4 * stream.num_draws // stream.num_samples):
+        members = set(streams.utterance_ids(number, np.arange(stream.num_utterances)).tolist())
+        for whole_epoch in range(4 * stream.num_draws // stream.num_utterances):
             assert {
-                sample_id for sample_id, in_pass in seen if in_pass == whole_pass and sample_id in members
+                utterance_id for utterance_id, in_epoch in seen if in_epoch == whole_epoch and utterance_id in members
             } == members
 
 
 def test_weights_are_shares_of_the_audio():
     _, index, streams = mixture(weights={"clean": 0.5, "noisy": 0.4, "tiny": 0.1})
     means = [
-        index.gather(streams.sample_ids(number, np.arange(stream.num_samples)))["duration_ms"].mean()
+        index.gather(streams.utterance_ids(number, np.arange(stream.num_utterances)))["duration_ms"].mean()
         for number, stream in enumerate(streams.streams)
     ]
     hours = np.array([stream.num_draws for stream in streams.streams]) * means
@@ -271,7 +271,7 @@ def test_temperatures_give_roots_of_hours_of_sets_and_of_languages_inside_them(s
     _, index, streams = mixture(language_temperature=2.0, set_temperature=set_temperature)
     held, drawn = {}, {}
     for number, stream in enumerate(streams.streams):
-        records = index.gather(streams.sample_ids(number, np.arange(stream.num_samples)))
+        records = index.gather(streams.utterance_ids(number, np.arange(stream.num_utterances)))
         held[stream.name] = float(records["duration_ms"].sum())
         drawn[stream.name] = stream.num_draws * float(records["duration_ms"].mean())
         assert stream.drawn_seconds == pytest.approx(drawn[stream.name] / 1000)
@@ -294,7 +294,7 @@ def test_samples_of_a_stream_are_those_of_its_set_and_language():
         end = ends[list(SET_SIZES).index(set_name)]
         in_set = np.arange(end - SET_SIZES[set_name], end)
         expected = in_set[records["language"][in_set] == languages[language]]
-        assert streams.sample_ids(number, np.arange(stream.num_samples)).tolist() == expected.tolist()
+        assert streams.utterance_ids(number, np.arange(stream.num_utterances)).tolist() == expected.tolist()
 
 
 def test_a_scan_in_many_parts_finds_the_same(monkeypatch):
@@ -302,10 +302,10 @@ def test_a_scan_in_many_parts_finds_the_same(monkeypatch):
     monkeypatch.setattr(ShardIndex.chunks, "__defaults__", (100,))
     parts = mixture(language_temperature=2.0, max_duration_seconds=20.0)[2]
     assert parts.streams == whole.streams
-    assert parts.left_out == whole.left_out
+    assert parts.skipped == whole.skipped
     for number, stream in enumerate(whole.streams):
-        everything = np.arange(stream.num_samples)
-        assert np.array_equal(parts.sample_ids(number, everything), whole.sample_ids(number, everything))
+        everything = np.arange(stream.num_utterances)
+        assert np.array_equal(parts.utterance_ids(number, everything), whole.utterance_ids(number, everything))
 
 
 def test_temperature_one_draws_every_sample_once_a_pass():
@@ -330,8 +330,8 @@ def test_exactly_the_samples_that_pass_all_filters_are_drawn(names):
     passes = np.logical_and.reduce([FILTERS[name][1](index.records) for name in names])
     assert 0 < passes.sum() < len(index)
     plan = TrainPlan(index, streams, SIZES, SHAPE, (0,))
-    assert sorted(drawn_in_pass(plan)) == np.flatnonzero(passes).tolist()
-    assert sum(streams.left_out.values()) == len(index) - passes.sum()
+    assert sorted(drawn_in_epoch(plan)) == np.flatnonzero(passes).tolist()
+    assert sum(streams.skipped.values()) == len(index) - passes.sum()
 
 
 def test_a_set_that_is_filtered_away_is_refused():

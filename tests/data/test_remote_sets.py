@@ -8,9 +8,9 @@ import fsspec
 import pytest
 
 from voxtral_dist.config import StorageConfig, TrainDataConfig
-from voxtral_dist.data.batches import MicroBatch
+from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 
 from servers import FileServer, file_server
@@ -37,14 +37,14 @@ def web_server(shard_folder: Path) -> Iterator[FileServer]:
 def micro_batches(shards: str, prompts, storage: Storage, num_workers: int = 0) -> list[str]:
     """A digest of each micro-batch of a pass and a bit."""
     config = TrainDataConfig(
-        shards=(shards,), slots_per_step=2, max_examples=5, sort_window_steps=2, num_workers=num_workers
+        shards=(shards,), slots_per_step=2, max_examples=5, megabatch_steps=2, num_workers=num_workers
     )
     loader = build_train_loader(config, prompts, 0, 4, 0, 1, storage)
     return [digest(batch) for batches in loader.starting_at(0) for batch in batches.micro_batches]
 
 
 def digest(batch: MicroBatch) -> str:
-    assert batch.bad_samples == ()
+    assert batch.bad_utterances == ()
     return hashlib.sha256(batch.pcm.numpy().tobytes() + batch.input_ids.numpy().tobytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One stored utterance becomes one example, or a `SampleError` that names its shard and key; others are unaffected."""
+"""One stored utterance becomes one example, or a `UtteranceError` with shard and key; others are unaffected."""
 
 import io
 import json
@@ -11,10 +11,10 @@ import pytest
 import soundfile
 import soxr
 
-from voxtral_dist.data.audio import AudioError, decode_audio, resample, to_pcm
-from voxtral_dist.data.index import INDEX_FILE, ShardIndex, read_index
-from voxtral_dist.data.samples import SampleError, SampleReader
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.examples.reader import UtteranceError, UtteranceReader
+from voxtral_dist.data.stored.audio import AudioError, decode_audio, resample, to_pcm
+from voxtral_dist.data.stored.index import INDEX_FILE, ShardIndex, read_index
+from voxtral_dist.data.stored.storage import Storage
 
 from corpora import pack_manifest, tone, write_lines
 
@@ -75,11 +75,11 @@ def test_unusable_audio_is_an_audio_error(contents, sentence):
 
 
 def test_an_example_is_the_utterance_as_the_model_takes_it(shard_index, prompts):
-    reader = SampleReader(shard_index, prompts, 448)
-    for sample_id in range(len(shard_index)):
-        sample, example = reader.read(sample_id), reader.example(sample_id)
+    reader = UtteranceReader(shard_index, prompts, 448)
+    for utterance_id in range(len(shard_index)):
+        sample, example = reader.read(utterance_id), reader.example(utterance_id)
         waveform = to_pcm(decode_audio(sample.audio, RATE))
-        assert (example.sample_id, example.key, example.reference) == (sample_id, sample.key, sample.text)
+        assert (example.utterance_id, example.key, example.reference) == (utterance_id, sample.key, sample.text)
         assert np.array_equal(example.pcm, waveform)
         assert example.prompt == prompts.transcription(sample.language, example.num_windows)
         assert list(example.completion) == prompts.completion(sample.text)
@@ -92,21 +92,21 @@ def copied(shard_folder, tmp_path) -> ShardIndex:
     return read_index([shutil.copytree(shard_folder, tmp_path / "copied")])
 
 
-def overwrite(index: ShardIndex, sample_id: int, offset: int, contents: bytes) -> None:
-    span = index.span(sample_id)
+def overwrite(index: ShardIndex, utterance_id: int, offset: int, contents: bytes) -> None:
+    span = index.span(utterance_id)
     with Path(span.location).open("r+b") as tar:
         tar.seek(span.offset + offset)
         tar.write(contents)
 
 
 def assert_others_are_unaffected(index: ShardIndex, prompts, damaged: int) -> None:
-    reader = SampleReader(index, prompts, 448)
-    for sample_id in set(range(len(index))) - {damaged}:
-        assert reader.example(sample_id).sample_id == sample_id
+    reader = UtteranceReader(index, prompts, 448)
+    for utterance_id in set(range(len(index))) - {damaged}:
+        assert reader.example(utterance_id).utterance_id == utterance_id
 
 
-def place_of(index: ShardIndex, sample_id: int, pattern: bytes) -> int:
-    return Storage().read(index.span(sample_id)).index(pattern)
+def place_of(index: ShardIndex, utterance_id: int, pattern: bytes) -> int:
+    return Storage().read(index.span(utterance_id)).index(pattern)
 
 
 # Where a sample of a FLAC clip is damaged, and with what.
@@ -127,11 +127,11 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
 def test_a_garbled_sample_is_named_and_others_are_unaffected(copied, prompts, damage):
     place, contents = damage
-    sample = SampleReader(copied, prompts, 448).read(3)
+    sample = UtteranceReader(copied, prompts, 448).read(3)
     assert sample.audio.startswith(b"fLaC")
     overwrite(copied, 3, place(copied), contents)
-    with pytest.raises(SampleError) as caught:
-        SampleReader(copied, prompts, 448).example(3)
+    with pytest.raises(UtteranceError) as caught:
+        UtteranceReader(copied, prompts, 448).example(3)
     bad = caught.value.bad
     assert bad.shard == copied.shard(3).name
     # Where the members cannot be read, the number of the sample stands for its key.
@@ -142,12 +142,12 @@ def test_a_garbled_sample_is_named_and_others_are_unaffected(copied, prompts, da
 
 
 def test_a_tar_that_ends_early_is_a_bad_sample(copied, prompts):
-    reader = SampleReader(copied, prompts, 448)
-    last = copied.shards[0].num_samples - 1
+    reader = UtteranceReader(copied, prompts, 448)
+    last = copied.shards[0].num_utterances - 1
     span = copied.span(last)
     with Path(span.location).open("r+b") as tar:
         tar.truncate(span.offset + 700)
-    with pytest.raises(SampleError, match=f"read 700 bytes instead of {span.num_bytes}"):
+    with pytest.raises(UtteranceError, match=f"read 700 bytes instead of {span.num_bytes}"):
         reader.example(last)
     assert_others_are_unaffected(copied, prompts, damaged=last)
 
@@ -173,9 +173,9 @@ def test_audio_that_was_cut_short_is_a_bad_sample(tmp_path, clip, prompts):
     # What an index says that was made before the file was cut.
     records["duration_ms"] = 2000
     np.save(folder / INDEX_FILE, records)
-    reader = SampleReader(read_index([folder]), prompts, 448)
+    reader = UtteranceReader(read_index([folder]), prompts, 448)
     assert reader.example(0).duration_seconds == 2.0
-    with pytest.raises(SampleError, match=r"decodes to 1\.00 s of audio, but its index says 2\.00 s") as caught:
+    with pytest.raises(UtteranceError, match=r"decodes to 1\.00 s of audio, but its index says 2\.00 s") as caught:
         reader.example(1)
     assert caught.value.bad.key == "cut"
 
@@ -183,10 +183,10 @@ def test_audio_that_was_cut_short_is_a_bad_sample(tmp_path, clip, prompts):
 def test_a_long_transcript_is_a_bad_sample_and_never_cut(tmp_path, clip, prompts):
     index = read_index([packed(tmp_path, clip)])
     completion = prompts.completion(clip["text"])
-    assert SampleReader(index, prompts, len(completion)).example(0).completion == tuple(completion)
+    assert UtteranceReader(index, prompts, len(completion)).example(0).completion == tuple(completion)
     sentence = f"has {len(completion)} target tokens, more than the limit of {len(completion) - 1}"
-    with pytest.raises(SampleError, match=sentence):
-        SampleReader(index, prompts, len(completion) - 1).example(0)
+    with pytest.raises(UtteranceError, match=sentence):
+        UtteranceReader(index, prompts, len(completion) - 1).example(0)
 
 
 def with_fields(folder: Path, fields: object) -> ShardIndex:
@@ -204,7 +204,7 @@ def with_fields(folder: Path, fields: object) -> ShardIndex:
 def with_new_checksums(folder: Path) -> ShardIndex:
     """The index as if it had been made after the tars were changed."""
     index, records = read_index([folder]), np.load(folder / INDEX_FILE)
-    records["crc32"] = [zlib.crc32(Storage().read(index.span(sample_id))) for sample_id in range(len(index))]
+    records["crc32"] = [zlib.crc32(Storage().read(index.span(utterance_id))) for utterance_id in range(len(index))]
     np.save(folder / INDEX_FILE, records)
     return read_index([folder])
 
@@ -225,5 +225,5 @@ def with_new_checksums(folder: Path) -> ShardIndex:
 )
 def test_unusable_fields_are_a_bad_sample(tmp_path, clip, prompts, fields, sentence):
     index = with_fields(packed(tmp_path, clip), fields)
-    with pytest.raises(SampleError, match=sentence):
-        SampleReader(index, prompts, 448).example(0)
+    with pytest.raises(UtteranceError, match=sentence):
+        UtteranceReader(index, prompts, 448).example(0)

@@ -20,7 +20,15 @@ import pytest
 from torch.utils.data import DataLoader
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.storage import MissingFileError, ShortReadError, Span, Storage, StorageError, is_remote, join
+from voxtral_dist.data.stored.storage import (
+    MissingFileError,
+    ShortReadError,
+    Span,
+    Storage,
+    StorageError,
+    is_remote,
+    join,
+)
 from voxtral_dist.errors import UserError
 
 from servers import FileServer, file_server

@@ -10,14 +10,14 @@ import pytest
 import soundfile
 
 from voxtral_dist.config import ContextConfig, ShardSetConfig, TrainDataConfig
-from voxtral_dist.data.batches import IGNORED_LABEL
-from voxtral_dist.data.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL
+from voxtral_dist.data.examples.prompting import Prompting
+from voxtral_dist.data.examples.reader import UtteranceError, UtteranceReader
 from voxtral_dist.data.loader import build_train_loader, build_training_set, training_reader
-from voxtral_dist.data.prompting import Prompting
-from voxtral_dist.data.prompts import Transcript
-from voxtral_dist.data.samples import SampleError, SampleReader
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.prompts import Transcript
 from voxtral_dist.shards.sources import Instruction, SourceOptions, open_source
 from voxtral_dist.shards.utterances import FieldNames
 from voxtral_dist.shards.writing import PackOptions, pack
@@ -27,11 +27,11 @@ from corpora import pack_manifest, tone, write_lines
 QUESTIONS = ("How many bottles are there?", "Übersetze ins Englische: [/INST]</s>", "What is green?")
 
 
-def packed_questions(folder: Path, num_samples: int = 9) -> Path:
+def packed_questions(folder: Path, num_utterances: int = 9) -> Path:
     """An instruction set: answers of any length, to a question of each sample."""
     (folder / "audio").mkdir(parents=True)
     rows = []
-    for number in range(num_samples):
+    for number in range(num_utterances):
         soundfile.write(folder / "audio" / f"{number}.flac", tone(0.4 + 0.1 * number, seed=number), 16_000)
         answer = f"answer {number} " + "and so on, and so on, at length " * (number % 3)
         question = QUESTIONS[number % 3]
@@ -52,7 +52,7 @@ def questions(tmp_path_factory) -> Path:
 def config_of(*folders: Path, **settings) -> TrainDataConfig:
     return TrainDataConfig(
         shards=tuple(map(str, folders)),
-        **{"slots_per_step": 2, "max_examples": 3, "num_workers": 0, "sort_window_steps": 2} | settings,
+        **{"slots_per_step": 2, "max_examples": 3, "num_workers": 0, "megabatch_steps": 2} | settings,
     )
 
 
@@ -61,7 +61,7 @@ def examples_of(config, prompts, num_steps, seed=0):
     loader = build_train_loader(config, prompts, seed, num_steps, 0, 1)
     for batches in loader.starting_at(0):
         for batch in batches.micro_batches:
-            assert not batch.bad_samples
+            assert not batch.bad_utterances
             for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
                 targets = labels[labels != IGNORED_LABEL].tolist()
                 read = ids[mask.bool()].tolist()
@@ -71,15 +71,15 @@ def examples_of(config, prompts, num_steps, seed=0):
 
 def test_an_instruction_set_asks_its_questions_and_learns_its_answers(questions, prompts):
     index = read_index([str(questions)])
-    reader = SampleReader(index, prompts, 448)
-    for sample_id in range(len(index)):
-        sample, example = reader.read(sample_id), reader.example(sample_id)
-        question = QUESTIONS[sample_id % 3]
+    reader = UtteranceReader(index, prompts, 448)
+    for utterance_id in range(len(index)):
+        sample, example = reader.read(utterance_id), reader.example(utterance_id)
+        question = QUESTIONS[utterance_id % 3]
         assert sample.instruction == question
         assert example.prompt == prompts.instruction(question, example.num_windows)
         assert list(example.completion) == prompts.completion(sample.text)
         assert not example.is_transcription
-        assert int(index.record(sample_id)["num_instruction_tokens"]) > 0
+        assert int(index.record(utterance_id)["num_instruction_tokens"]) > 0
     assert "question" not in reader.read(0).fields
 
 
@@ -91,7 +91,7 @@ def test_sets_of_different_tasks_mix(questions, shard_folder, prompts):
         max_examples=3,
         num_workers=0,
     )
-    steps = build_training_set(config, prompts, 0).plan.steps_per_pass
+    steps = build_training_set(config, prompts, 0).plan.steps_per_epoch
     transcribe = prompts.transcription(None, 1)[-1]
     prompts_seen = [prompt for prompt, _ in examples_of(config, prompts, steps)]
     num_asked = sum(prompt[-1] != transcribe for prompt in prompts_seen)
@@ -102,12 +102,12 @@ def test_sets_of_different_tasks_mix(questions, shard_folder, prompts):
 def test_packing_leaves_instructions_alone(questions, shard_folder, prompts):
     config = config_of(questions, shard_folder, packing=True, max_examples=8)
     training_set = build_training_set(config, prompts, 0)
-    num_questions = training_set.index.sets[0].shards[0].num_samples
+    num_questions = training_set.index.sets[0].shards[0].num_utterances
     sizes = []
-    for step in range(training_set.plan.steps_per_pass):
+    for step in range(training_set.plan.steps_per_epoch):
         for slot in range(training_set.plan.num_slots(step)):
             samples = training_set.plan.slot(step, slot)
-            ids = iter(samples.sample_ids)
+            ids = iter(samples.utterance_ids)
             for size in samples.example_sizes:
                 members = [next(ids) for _ in range(size)]
                 sizes.append(size)
@@ -126,13 +126,13 @@ def test_a_sample_without_an_instruction_is_named(tmp_path):
 def test_an_index_from_before_there_were_instructions_is_read(tmp_path, speech_manifest, prompts):
     folder = tmp_path / "set"
     pack_manifest(speech_manifest, folder, 10**9, skip_bad=False)
-    now = SampleReader(read_index([str(folder)]), prompts, 448).example(3)
+    now = UtteranceReader(read_index([str(folder)]), prompts, 448).example(3)
     before = np.dtype([(name if name != "num_instruction_tokens" else "flags", RECORD[name]) for name in RECORD.names])
     np.save(folder / INDEX_FILE, np.load(folder / INDEX_FILE).view(before))
     table = json.loads((folder / SHARD_TABLE_FILE).read_text())
     del table["most_instruction_tokens"], table["members"]["instruction"]
     (folder / SHARD_TABLE_FILE).write_text(json.dumps(table))
-    then = SampleReader(read_index([str(folder)]), prompts, 448).example(3)
+    then = UtteranceReader(read_index([str(folder)]), prompts, 448).example(3)
     assert (then.prompt, then.completion) == (now.prompt, now.completion)
 
 
@@ -142,14 +142,14 @@ def test_a_column_with_our_name_that_is_not_chosen_does_not_replace_what_is(tmp_
     names = FieldNames.chosen(None, "german", "sprache")
     source = open_source(str(write_lines(tmp_path / "manifest.jsonl", [row])), SourceOptions(names=names))
     pack(source, tmp_path / "set", PackOptions())
-    sample = SampleReader(read_index([str(tmp_path / "set")]), prompts, 448).read(0)
+    sample = UtteranceReader(read_index([str(tmp_path / "set")]), prompts, 448).read(0)
     assert (sample.text, sample.language) == ("ja", "de")
     assert (sample.fields["original_text"], sample.fields["original_lang"]) == ("yes", "en")
 
 
 def test_answers_keep_their_case_and_marks_whatever_targets_lose(tmp_path, prompts):
     index = read_index([str(packed_questions(tmp_path))])
-    reader = SampleReader(index, prompts, 448, prompting=Prompting(target_text=("lower_case", "no_punctuation")))
+    reader = UtteranceReader(index, prompts, 448, prompting=Prompting(target_text=("lower_case", "no_punctuation")))
     example = reader.example(1)
     assert prompts.decode(example.completion[:-1]) == "answer 1 and so on, and so on, at length "
 
@@ -159,7 +159,7 @@ def test_answers_keep_their_case_and_marks_whatever_targets_lose(tmp_path, promp
 
 def test_the_configured_share_is_asked_without_the_tag_and_answers_with_it(shard_folder, prompts):
     config = config_of(shard_folder, untagged_fraction=0.4)
-    steps = 10 * build_training_set(config, prompts, 0).plan.steps_per_pass
+    steps = 10 * build_training_set(config, prompts, 0).plan.steps_per_epoch
     untagged = prompts.transcription(None, 1)[-2:]
     tagged = asked = 0
     for prompt, targets in examples_of(config, prompts, steps):
@@ -183,9 +183,9 @@ def test_what_is_untagged_differs_between_passes_and_not_between_runs():
 
 
 def test_the_tag_changes_neither_the_transcripts_ids_nor_the_limit(shard_index, prompts):
-    told = SampleReader(shard_index, prompts, 448).example(0)
+    told = UtteranceReader(shard_index, prompts, 448).example(0)
     limit = len(told.completion)
-    asked = SampleReader(shard_index, prompts, limit, prompting=Prompting(untagged_fraction=1.0)).example(0)
+    asked = UtteranceReader(shard_index, prompts, limit, prompting=Prompting(untagged_fraction=1.0)).example(0)
     assert asked.completion == (*prompts.tag("en"), *told.completion)
     assert asked.prompt == prompts.transcription(None, told.num_windows)
     assert prompts.transcript(asked.completion) == Transcript(told.reference, "en")
@@ -200,7 +200,7 @@ def test_transcripts_over_the_limit_are_left_out_and_counted(shard_folder, promp
     limit = int(np.median(index.records["num_text_tokens"]))
     expected = int((index.records["num_text_tokens"] + 1 > limit).sum())
     training_set = build_training_set(config_of(shard_folder, max_target_tokens=limit), prompts, 0)
-    assert training_set.streams.left_out == {"with more tokens than `max_target_tokens`": expected}
+    assert training_set.streams.skipped == {"with more tokens than `max_target_tokens`": expected}
     assert any(f"left out {expected} of {len(index)}" in line for line in training_set.lines())
 
 
@@ -216,21 +216,21 @@ def test_what_does_not_fit_into_the_models_positions_is_left_out_or_refused(shar
     # 16 audio tokens a window, and up to four windows.
     monkeypatch.setattr(prompts, "max_positions", 60)
     training_set = build_training_set(config_of(shard_folder), prompts, 0)
-    num_left_out = training_set.streams.left_out["with more positions than the model has"]
-    assert 0 < num_left_out < len(training_set.index)
-    with pytest.raises(UserError, match=f"{num_left_out} samples are with more positions than the model has"):
+    num_skipped = training_set.streams.skipped["with more positions than the model has"]
+    assert 0 < num_skipped < len(training_set.index)
+    with pytest.raises(UserError, match=f"{num_skipped} samples are with more positions than the model has"):
         build_training_set(config_of(shard_folder, too_long="refuse"), prompts, 0)
 
 
 def test_limits_are_kept_when_a_sample_is_read_too(shard_index, prompts, monkeypatch):
-    completion = SampleReader(shard_index, prompts, 448).example(0).completion
-    with pytest.raises(SampleError, match=f"has {len(completion)} target tokens, more than the limit") as refused:
-        SampleReader(shard_index, prompts, len(completion) - 1).example(0)
+    completion = UtteranceReader(shard_index, prompts, 448).example(0).completion
+    with pytest.raises(UtteranceError, match=f"has {len(completion)} target tokens, more than the limit") as refused:
+        UtteranceReader(shard_index, prompts, len(completion) - 1).example(0)
     assert refused.value.bad.is_too_long
     monkeypatch.setattr(prompts, "max_positions", 40)
     longest = int(shard_index.records["duration_ms"].argmax())
-    with pytest.raises(SampleError, match="positions of the language model, which has 40") as refused:
-        SampleReader(shard_index, prompts, 448).example(longest)
+    with pytest.raises(UtteranceError, match="positions of the language model, which has 40") as refused:
+        UtteranceReader(shard_index, prompts, 448).example(longest)
     assert refused.value.bad.is_too_long
 
 
@@ -240,7 +240,7 @@ def test_limits_are_kept_when_a_sample_is_read_too(shard_index, prompts, monkeyp
 def test_targets_are_made_by_the_configured_steps(shard_folder, prompts):
     config = config_of(shard_folder, target_text=("lower_case", "no_punctuation"), untagged_fraction=0)
     reader = training_reader(config, read_index([str(shard_folder)]), prompts, Storage(), None)
-    texts = {reader.read(sample_id).text for sample_id in range(26)}
+    texts = {reader.read(utterance_id).text for utterance_id in range(26)}
     assert "Übermorgen fährt der Zug früher 1" in texts
     targets = {prompts.transcript(targets).text for _, targets in examples_of(config, prompts, 9)}
     assert "übermorgen fährt der zug früher 1" in targets
@@ -249,7 +249,7 @@ def test_targets_are_made_by_the_configured_steps(shard_folder, prompts):
 
 def test_packed_clips_have_the_targets_of_all_and_keep_their_texts(shard_folder, prompts):
     prompting = Prompting(target_text=("lower_case", "no_punctuation"))
-    reader = SampleReader(read_index([str(shard_folder)]), prompts, 448, prompting=prompting)
+    reader = UtteranceReader(read_index([str(shard_folder)]), prompts, 448, prompting=prompting)
     packed = reader.join([reader.clip(1), reader.clip(5)])
     assert packed.reference == f"{reader.read(1).text} {reader.read(5).text}" != packed.reference.lower()
     assert (
@@ -263,8 +263,8 @@ def test_a_text_of_which_nothing_is_left_is_a_bad_sample(tmp_path, prompts):
     manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "?!", "lang": "en"}])
     pack_manifest(manifest, tmp_path / "set", 10**9, skip_bad=False)
     index = read_index([str(tmp_path / "set")])
-    with pytest.raises(SampleError, match="has no text after the steps of `target_text`"):
-        SampleReader(index, prompts, 448, prompting=Prompting(target_text=("no_punctuation",))).example(0)
+    with pytest.raises(UtteranceError, match="has no text after the steps of `target_text`"):
+        UtteranceReader(index, prompts, 448, prompting=Prompting(target_text=("no_punctuation",))).example(0)
 
 
 def test_contexts_stand_in_prompts_and_in_the_budget(shard_folder, prompts, tmp_path):

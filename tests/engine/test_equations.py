@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import RunConfig, TrainableConfig
-from voxtral_dist.data.batches import IGNORED_LABEL
-from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
-from voxtral_dist.optim import learning_rate, parameter_groups
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.engine.optim import learning_rate, parameter_groups
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.weights import load_voxtral
 
 from ranks import run_ranks
 from runs import ROOT, run_config
@@ -125,13 +125,13 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPa
 def test_target_counts_are_uneven(config: RunConfig) -> None:
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, 1, 0, 1)
-    counts = [batch.num_targets for batch in next(iter(loader.starting_at(0))).micro_batches]
+    counts = [batch.num_target_tokens for batch in next(iter(loader.starting_at(0))).micro_batches]
     assert len(set(counts)) > 1
 
 
 CHECKPOINTED = {"activation_checkpointing": {"encoder": 1, "language_model": 2}, "loss_chunk_tokens": 3}
 # Two windows at a time: micro-batches have one to eight, and differ between ranks, down to a silent one.
-IN_PASSES = {"encoder_windows_per_pass": 2}
+IN_CHUNKS = {"encoder_windows_per_chunk": 2}
 # Small parameters are usually not sharded, and those of this model are small.
 ALL_SHARDED = {"stage3_param_persistence_threshold": 0}
 ADAPTERS = {"lora": {"rank": 4}}
@@ -139,19 +139,19 @@ DORA = {"lora": {"rank": 4, "use_dora": True, "trained_whole": ["encoder"]}, "fr
 
 # By the number of ranks and a name: the stage, more of DeepSpeed's settings, those of the model, and what is trained.
 VARIANTS: dict[tuple[int, str], tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    (1, "stage 1 in passes"): (1, {}, IN_PASSES, {}),
+    (1, "stage 1 in passes"): (1, {}, IN_CHUNKS, {}),
     (1, "stage 2"): (2, {}, {}, {}),
     (1, "stage 3"): (3, {}, {}, {}),
     (2, "stage 0"): (0, {}, {}, {}),
     (2, "stage 1 with a frozen encoder"): (1, {}, {}, {"frozen": ["encoder"]}),
-    (2, "stage 2 in passes"): (2, {}, IN_PASSES, {}),
+    (2, "stage 2 in passes"): (2, {}, IN_CHUNKS, {}),
     (2, "stage 2 with adapters"): (2, {}, {}, ADAPTERS),
     (2, "stage 3"): (3, {}, {}, {}),
-    (2, "stage 3 in passes"): (3, {}, IN_PASSES, {}),
+    (2, "stage 3 in passes"): (3, {}, IN_CHUNKS, {}),
     (2, "stage 3 with nothing whole"): (3, ALL_SHARDED, CHECKPOINTED, {}),
     (2, "stage 3 with magnitudes beside a whole encoder"): (3, ALL_SHARDED, CHECKPOINTED, DORA),
     (3, "stage 2"): (2, {}, {}, {}),
-    (3, "stage 3 in passes"): (3, {}, IN_PASSES, {}),
+    (3, "stage 3 in passes"): (3, {}, IN_CHUNKS, {}),
     (3, "stage 3 with adapters"): (3, {}, {}, ADAPTERS),
 }
 

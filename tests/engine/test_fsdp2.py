@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from voxtral_dist.config import ModelConfig, RunConfig
-from voxtral_dist.data.features import LogMel
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.build import check_engine
 from voxtral_dist.engine.loss_scale import LossScale
 from voxtral_dist.errors import UserError
-from voxtral_dist.tiny import build_tiny_voxtral
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.tiny import build_tiny_voxtral
+from voxtral_dist.model.weights import load_voxtral
 
 from corpora import TINY_SHAPE
 from ranks import run_ranks
 from runs import run_config
-from test_equations import CHECKPOINTED, IN_PASSES, NUM_STEPS, assert_equal_plain
+from test_equations import CHECKPOINTED, IN_CHUNKS, NUM_STEPS, assert_equal_plain
 from workloads.peak_memory import forget_peak, status_bytes
 
 FROZEN = {"frozen": ("encoder",)}
@@ -34,16 +34,16 @@ DORA = {"lora": {**ADAPTERS["lora"], "use_dora": True, "trained_whole": ("encode
 
 # By the number of ranks and a name: settings of FSDP2, of the model, and what is trained.
 VARIANTS: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    (1, "alone"): ({"cpu_offload": True}, IN_PASSES, {}),
+    (1, "alone"): ({"cpu_offload": True}, IN_CHUNKS, {}),
     (1, "alone with adapters"): ({}, {}, ADAPTERS),
     (2, "as it is"): ({}, {}, {}),
-    (2, "in passes and checkpointed"): ({"reshard_after_forward": False}, CHECKPOINTED | IN_PASSES, {}),
+    (2, "in passes and checkpointed"): ({"reshard_after_forward": False}, CHECKPOINTED | IN_CHUNKS, {}),
     (2, "offloaded replicas"): ({"ranks_per_replica": 1, "cpu_offload": True}, {}, {}),
-    (2, "frozen encoder in passes"): ({}, CHECKPOINTED | IN_PASSES, FROZEN),
-    (2, "magnitudes beside a whole encoder"): ({}, CHECKPOINTED | IN_PASSES, DORA),
-    (3, "as it is"): ({}, CHECKPOINTED | IN_PASSES, {}),
-    (3, "adapters"): ({}, IN_PASSES, ADAPTERS),
-    (4, "replicas"): ({"ranks_per_replica": 2}, IN_PASSES, {}),
+    (2, "frozen encoder in passes"): ({}, CHECKPOINTED | IN_CHUNKS, FROZEN),
+    (2, "magnitudes beside a whole encoder"): ({}, CHECKPOINTED | IN_CHUNKS, DORA),
+    (3, "as it is"): ({}, CHECKPOINTED | IN_CHUNKS, {}),
+    (3, "adapters"): ({}, IN_CHUNKS, ADAPTERS),
+    (4, "replicas"): ({"ranks_per_replica": 2}, IN_CHUNKS, {}),
 }
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import OptimizerConfig
-from voxtral_dist.model import skeleton
-from voxtral_dist.optim import learning_rate, parameter_groups, set_learning_rate
-from voxtral_dist.trainable import COMPONENTS, component_of
+from voxtral_dist.engine.optim import learning_rate, parameter_groups, set_learning_rate
+from voxtral_dist.model.trainable import COMPONENTS, component_of
+from voxtral_dist.model.voxtral import meta_model
 
 PEAK, NUM_STEPS = 2e-3, 111
 DECAYING = OptimizerConfig(learning_rate=PEAK, weight_decay=0.1)
@@ -66,7 +66,7 @@ def test_a_run_of_one_step_learns(schedule):
 
 @pytest.fixture(scope="module")
 def model(tiny_model) -> nn.Module:
-    return skeleton(VoxtralConfig.from_pretrained(tiny_model))
+    return meta_model(VoxtralConfig.from_pretrained(tiny_model))
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(model):

@@ -14,7 +14,7 @@ from test_zero import train_and_resume
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 
 import test_equations
 from corpora import TINY_SHAPE
@@ -78,10 +78,10 @@ def test_a_drive_changes_no_number_and_a_resumed_run_is_the_unbroken_one(
 
 def train_in(world: World, config: RunConfig, memory_bytes: int) -> list[float]:
     """The losses of a run whose process may have so much private memory (RLIMIT_DATA) more than before the model."""
-    from voxtral_dist.data.features import LogMel
     from voxtral_dist.data.loader import build_train_loader
-    from voxtral_dist.data.prompts import VoxtralPrompts
     from voxtral_dist.engine.build import build_engine
+    from voxtral_dist.model.features import LogMel
+    from voxtral_dist.model.prompts import VoxtralPrompts
     from voxtral_dist.train import train_step
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)

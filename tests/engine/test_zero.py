@@ -13,7 +13,7 @@ from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.build import check_engine
 from voxtral_dist.errors import UserError
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.weights import load_voxtral
 
 import test_checkpoint
 import test_equations
@@ -42,11 +42,11 @@ def build_in_parts(world: World, config: RunConfig) -> dict[str, tuple[bool, tup
     """Of each parameter: whether it is trained, its shape, elements of this rank, and the gathered value."""
     import deepspeed
 
-    from voxtral_dist.engine.zero_building import fill_model
-    from voxtral_dist.engine.zero_settings import complete_settings
-    from voxtral_dist.model import trained_skeleton
+    from voxtral_dist.engine.zero.building import fill_model
+    from voxtral_dist.engine.zero.settings import complete_settings
+    from voxtral_dist.model.voxtral import trained_meta_model
 
-    model = trained_skeleton(config.model, config.trainable, torch.float32)
+    model = trained_meta_model(config.model, config.trainable, torch.float32)
     fill_model(model, config, complete_settings(config, model, world.size), world)
     built = {}
     for name, parameter in model.named_parameters():
@@ -73,7 +73,7 @@ def train_in_float16(world: World, config: RunConfig, first_scale_power: int) ->
     """As `train_and_resume`, where DeepSpeed believes that this CPU computes in float16, which it does slowly."""
     from deepspeed.accelerator import get_accelerator
 
-    from voxtral_dist.engine import zero_settings
+    from voxtral_dist.engine.zero import settings as zero_settings
 
     get_accelerator().is_fp16_supported = lambda: True
     zero_settings._FLOAT16["initial_scale_power"] = first_scale_power

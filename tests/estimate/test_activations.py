@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from voxtral_dist.config import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
-from voxtral_dist.model import DTYPES, TrainedVoxtral, initialize_buffers, trained_skeleton
-from voxtral_dist.planning.activations import Activations, MicroBatchShape, Part, backward_peak, forward_peak
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.estimate.activations import Activations, MicroBatchShape, Part, backward_peak, forward_peak
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, initialize_buffers, trained_meta_model
 
 SHAPE = TinyShape(
     window_seconds=1.28,
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def model_of(path: Path, trainable: TrainableConfig, **settings: Any) -> tuple[TrainedVoxtral, ModelConfig]:
     """Random weights on the CPU."""
     config = ModelConfig(path=str(path), **{"precision": "float32"} | settings)
-    model = trained_skeleton(config, trainable, DTYPES[config.precision])
+    model = trained_meta_model(config, trainable, DTYPES[config.precision])
     model.to_empty(device="cpu")
     initialize_buffers(model, torch.device("cpu"))
     for buffer_owner in model.modules():
@@ -147,7 +147,7 @@ def test_checkpointed_blocks_keep_their_input_and_compute_the_rest_again(models)
 
 
 def test_passes_of_the_encoder_keep_features_and_embeddings(models):
-    model, config = model_of(models["base"], TrainableConfig(), encoder_windows_per_pass=1)
+    model, config = model_of(models["base"], TrainableConfig(), encoder_windows_per_chunk=1)
     first = planned(model, config, True)[0]
     features = 128 * 2 * SHAPE.num_positions * 4
     assert first.kept == WINDOWS * (features + SHAPE.num_audio_tokens * SHAPE.text_width * 4)

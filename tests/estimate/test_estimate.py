@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from voxtral_dist.cli import main
+from voxtral_dist.cli.main import main
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.planning.quantities import duration, gigabytes, parse_bytes
-from voxtral_dist.planning.sharding import Fsdp2Sharding, ZeroSharding, zero_sharding
-from voxtral_dist.planning.workload import WindowSizes, largest_within
+from voxtral_dist.estimate.quantities import duration, gigabytes, parse_bytes
+from voxtral_dist.estimate.sharding import Fsdp2Sharding, ZeroSharding, zero_sharding
+from voxtral_dist.estimate.workload import WindowSizes, largest_within
 
 from corpora import REPOSITORY
 
@@ -173,8 +173,8 @@ def test_the_plan_of_the_data_decides_where_there_are_shards(capsys, tmp_path, t
     data = report["workload"]["data"]
     assert data["num_utterances"] == 26
     # 26 utterances in micro-batches of two, three of them a step.
-    assert data["steps_per_pass"] == 5
-    assert data["num_passes"] == 4
+    assert data["steps_per_epoch"] == 5
+    assert data["num_epochs"] == 4
     assert report["shape"]["num_examples"] == 2
     assert 0 <= data["padding"] < 1
     # Three slots on two ranks: one of four places is empty.
@@ -224,7 +224,7 @@ def test_numbers_for_people():
 def test_the_largest_micro_batch_within_budgets(budgets, windows, examples, positions):
     shape = largest_within(TrainDataConfig(shards=("none",), **budgets), MINI_SIZES)
     assert (shape.num_windows, shape.num_examples, shape.num_positions) == (windows, examples, positions)
-    assert shape.num_examples <= shape.num_targets <= shape.num_examples * 449
+    assert shape.num_examples <= shape.num_target_tokens <= shape.num_examples * 449
 
 
 def test_a_file_of_deepspeed_is_read_with_its_defaults():

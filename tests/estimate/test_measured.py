@@ -1,4 +1,4 @@
-"""What the planner says of memory is what real ranks take on a CPU.
+"""What the estimator says of memory is what real ranks take on a CPU.
 
 All of it is slow: beside other tests on the same cores a rank holds more than by itself.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.tiny import build_tiny_voxtral
+from voxtral_dist.model.tiny import build_tiny_voxtral
 
 from plan_memory import LARGE, MIDDLE, NUM_EXAMPLES, NUM_TARGETS, SMALL, STAGES, zero_settings
 from workloads.rank_memory import compare, run_config

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluation.loading import load_transcriber
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets
-from voxtral_dist.evaluation.transcribe import Transcriber
+from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 CPU = torch.device("cpu")
 

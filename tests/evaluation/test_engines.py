@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from voxtral_dist.config import EvaluationConfig, RunConfig
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.copies import evaluation_copy
+from voxtral_dist.engine.plain_copy import evaluation_copy
 from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.placement import decoding_weights
+from voxtral_dist.evaluation.decoding_weights import decoding_weights
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
-from voxtral_dist.evaluation.transcribe import Transcriber
-from voxtral_dist.weights import load_for_inference
+from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.weights import load_for_inference
+from voxtral_dist.scoring.normalizer import normalizer
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks

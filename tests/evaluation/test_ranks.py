@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.data.samples import Example
+from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.decoding import decode_batches
-from voxtral_dist.evaluation.report import TestSetScore
-from voxtral_dist.evaluation.transcribe import DecodedBatch
+from voxtral_dist.evaluation.transcriber import DecodedBatch
+from voxtral_dist.scoring.results import TestSetScore
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
@@ -56,7 +56,7 @@ def test_ranks_and_batch_sizes_do_not_change_the_word_error_rate(
         assert all(score == scores[0] for score in scores), "every rank has the score"
         found.append(results(out_dir))
     rows, score = found[0]
-    assert [row["sample_id"] for row in rows] == list(range(NUM_UTTERANCES))
+    assert [row["utterance_id"] for row in rows] == list(range(NUM_UTTERANCES))
     assert score["num_utterances"] == NUM_UTTERANCES
     assert len({row["hypothesis"] for row in rows}) > 1, "hypotheses must differ for this to mean anything"
     assert all(other == found[0] for other in found[1:])

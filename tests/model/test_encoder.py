@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import ModelConfig
-from voxtral_dist.engine.encoder import EncoderPasses, num_passes
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
+from voxtral_dist.model.weights import load_voxtral
 
 NUM_FRAMES = 128
 
@@ -33,10 +33,10 @@ def gradients(model: VoxtralForConditionalGeneration, embedded: Tensor) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("windows", "per_pass", "count"), [(1, 16, 1), (16, 16, 1), (17, 16, 2), (60, 16, 4), (0, 4, 1), (5, 1, 5)]
+    ("windows", "per_chunk", "count"), [(1, 16, 1), (16, 16, 1), (17, 16, 2), (60, 16, 4), (0, 4, 1), (5, 1, 5)]
 )
-def test_as_many_passes_as_the_windows_need(windows, per_pass, count):
-    assert num_passes(windows, per_pass) == count
+def test_as_many_passes_as_the_windows_need(windows, per_chunk, count):
+    assert num_chunks(windows, per_chunk) == count
 
 
 @pytest.mark.parametrize(("num_windows", "passes"), [(7, 2), (7, 7), (3, 5), (1, 4), (4, 1)])
@@ -44,8 +44,8 @@ def test_passes_change_neither_embeddings_nor_gradients(tiny_model, num_windows,
     model = loaded(tiny_model)
     whole = model.model.get_audio_features(features(num_windows), return_dict=True).pooler_output
     expected = gradients(model, whole)
-    encoder = EncoderPasses(model, windows_per_pass=2)
-    encoder.num_passes = passes
+    encoder = ChunkedEncoder(model, windows_per_chunk=2)
+    encoder.num_chunks = passes
     parts = model.model.get_audio_features(features(num_windows), return_dict=True).pooler_output
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     found = gradients(model, parts)
@@ -58,8 +58,8 @@ def test_passes_change_neither_embeddings_nor_gradients(tiny_model, num_windows,
 @pytest.mark.parametrize(("num_windows", "passes"), [(7, 3), (1, 4)])
 def test_every_rank_runs_the_encoder_as_often_as_was_agreed(tiny_model, num_windows, passes):
     model = loaded(tiny_model)
-    encoder = EncoderPasses(model, windows_per_pass=2)
-    encoder.num_passes = passes
+    encoder = ChunkedEncoder(model, windows_per_chunk=2)
+    encoder.num_chunks = passes
     sizes = []
     model.model.audio_tower.register_forward_hook(lambda module, given, made: sizes.append(len(given[0])))
     embedded = model.model.get_audio_features(features(num_windows), return_dict=True).pooler_output
@@ -73,7 +73,7 @@ def test_every_rank_runs_the_encoder_as_often_as_was_agreed(tiny_model, num_wind
 def test_without_an_agreement_there_are_as_many_passes_as_needed(tiny_model):
     model = loaded(tiny_model)
     whole = model.model.get_audio_features(features(5), return_dict=True).pooler_output
-    EncoderPasses(model, windows_per_pass=2)
+    ChunkedEncoder(model, windows_per_chunk=2)
     sizes = []
     model.model.audio_tower.register_forward_hook(lambda module, given, made: sizes.append(len(given[0])))
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_what_is_kept_for_the_backward_pass_grows_with_inputs_and_outputs_alone(
         return sum(sizes.values())
 
     growth_of_whole = (kept(16) - kept(8)) / 8
-    EncoderPasses(model, windows_per_pass=4)
+    ChunkedEncoder(model, windows_per_chunk=4)
     growth = (kept(16) - kept(8)) / 8
     in_and_out = features(1).nbytes + 16 * model.config.text_config.hidden_size * 4
     assert growth <= 1.1 * in_and_out

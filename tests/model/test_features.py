@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from voxtral_dist.config import ModelConfig, SpecAugmentConfig, TrainDataConfig
-from voxtral_dist.data.features import LogMel, mask_features
-from voxtral_dist.data.index import ShardIndex
+from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import SampleReader
+from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.features import LogMel, mask_features
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.weights import load_voxtral
 
 from corpora import tone
 
@@ -98,7 +98,7 @@ def test_time_masks_of_the_loader_lie_inside_the_audio(shard_folder, prompts: Vo
 
 
 def test_examples_of_evaluations_have_no_masks(shard_index: ShardIndex, prompts: VoxtralPrompts):
-    assert SampleReader(shard_index, prompts, 448).example(0).feature_masks.shape == (0, 4)
+    assert UtteranceReader(shard_index, prompts, 448).example(0).feature_masks.shape == (0, 4)
 
 
 def test_features_are_the_same_under_autocast(tiny_model, prompts):

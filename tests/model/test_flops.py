@@ -10,15 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
-from voxtral_dist.data.batches import MicroBatch
-from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.engine.encoder import EncoderPasses
 from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.flops import BatchShape, TrainingFlops
-from voxtral_dist.model import TrainedVoxtral, trained_skeleton
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.encoder import ChunkedEncoder
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.voxtral import TrainedVoxtral, trained_meta_model
+from voxtral_dist.model.weights import load_voxtral
 
 from runs import run_config
 
@@ -76,7 +76,7 @@ def counted_by_torch(model: TrainedVoxtral, batch: MicroBatch, log_mel: LogMel) 
 
 
 def shape_of(batch: MicroBatch, passes: int = 1) -> BatchShape:
-    return BatchShape.computed(batch.num_windows, *batch.input_ids.shape, batch.num_targets, passes)
+    return BatchShape.computed(batch.num_windows, *batch.input_ids.shape, batch.num_target_tokens, passes)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_passes_of_the_encoder_are_counted_again(
 ) -> None:
     config = model_config(tiny_model, checkpointing)
     model = load_voxtral(config, TrainableConfig.model_validate(NAMED[trainable]))
-    EncoderPasses(model, windows_per_pass=1).num_passes = passes
+    ChunkedEncoder(model, windows_per_chunk=1).num_chunks = passes
     _, both = counted_by_torch(model, batch, LogMel.from_pretrained(str(tiny_model), torch.device("cpu")))
     assert TrainingFlops(model, config).hardware(shape_of(batch, passes)) == both
 
@@ -128,7 +128,7 @@ def test_passes_of_the_encoder_are_counted_again(
 def test_a_model_without_weights_is_counted_alike(tiny_model: Path, batch: MicroBatch) -> None:
     config = model_config(tiny_model, EVERY_OTHER)
     trainable = TrainableConfig.model_validate(LORA)
-    on_meta = TrainingFlops(trained_skeleton(config, trainable, torch.bfloat16), config)
+    on_meta = TrainingFlops(trained_meta_model(config, trainable, torch.bfloat16), config)
     loaded = TrainingFlops(load_voxtral(config, trainable), config)
     assert on_meta.hardware(shape_of(batch)) == loaded.hardware(shape_of(batch))
 
@@ -155,7 +155,7 @@ def test_model_flops_know_neither_padding_nor_checkpoints_nor_micro_batches(tiny
     assert plain.model(together) == again.model(together)
     padded = BatchShape.computed(3, 3, 40, 9)
     # torch keeps no logits, without any checkpoint that is configured too.
-    logits_again = plain.forward(BatchShape(num_targets=9))["language_model"]
+    logits_again = plain.forward(BatchShape(num_target_tokens=9))["language_model"]
     assert plain.hardware(padded) - logits_again == plain.model(padded) > plain.model(together)
     assert again.hardware(padded) > plain.hardware(padded)
 

@@ -16,10 +16,10 @@ from mistral_common.protocol.instruct.request import InstructRequest
 from mistral_common.protocol.transcription.request import TranscriptionRequest
 from transformers import MistralCommonBackend
 
-from voxtral_dist.data.batches import IGNORED_LABEL, collate
-from voxtral_dist.data.languages import LANGUAGE_CODES
-from voxtral_dist.data.prompts import Transcript, VoxtralPrompts
-from voxtral_dist.data.samples import Example
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate
+from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.model.prompts import Transcript, VoxtralPrompts
+from voxtral_dist.text.languages import LANGUAGE_CODES
 
 # Tests share models of the session, and the first example pays for what is cached. The examples are the same in each
 # run; a larger `max_examples` without `derandomize` looks further.
@@ -166,7 +166,7 @@ def test_a_detected_language_is_told_apart_from_the_transcript(prompts, text, la
 
 def made(prompts: VoxtralPrompts, text: str, language: str | None, num_windows: int, context: str) -> Example:
     return Example(
-        sample_id=0,
+        utterance_id=0,
         key="clip",
         pcm=np.zeros(num_windows * prompts.window_samples, dtype=np.int16),
         num_windows=num_windows,
@@ -197,4 +197,4 @@ def test_labels_are_the_next_token_or_ignored_and_masks_are_exact(prompts, drawn
         # Exactly the completion counts, up to the last position.
         assert counted.tolist() == [False] * (num_kept - len(one.completion)) + [True] * len(one.completion)
         assert prompts.decode(labels[counted].tolist()) == one.reference
-    assert batch.num_targets == sum(len(one.completion) for one in examples)
+    assert batch.num_target_tokens == sum(len(one.completion) for one in examples)

@@ -11,11 +11,11 @@ import torch
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from transformers import VoxtralProcessor
 
-from voxtral_dist.data.batches import IGNORED_LABEL, collate, pad_left
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import Transcript, VoxtralPrompts
-from voxtral_dist.data.samples import Example
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate, pad_left
+from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import Transcript, VoxtralPrompts
 
 from corpora import REAL_SPEECH, real_speech, tone
 
@@ -181,7 +181,7 @@ def test_an_unknown_language_is_named(prompts, language):
 
 def example(prompts: VoxtralPrompts, text: str, num_windows: int = 1, language: str | None = "en") -> Example:
     return Example(
-        sample_id=0,
+        utterance_id=0,
         key="clip",
         pcm=np.zeros(num_windows * prompts.window_samples, dtype=np.int16),
         num_windows=num_windows,

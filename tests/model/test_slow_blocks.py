@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from voxtral_dist.config import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.weights import load_voxtral
 
 pytestmark = pytest.mark.slow
 

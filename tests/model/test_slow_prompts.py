@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 
 from corpora import pack_manifest, write_lines
 from corpus import TEST_VARIANTS, TRAIN_VARIANTS, Utterance, draw_manner, plan_split, write_split
@@ -132,7 +132,7 @@ def train_from_nothing(
     """Train on `folder/shards/train` as the demo does, on two ranks; the configuration of the finished run."""
     build_tiny_voxtral(folder / "model", shape)
     shards = folder / "shards" / "train"
-    batches = {"slots_per_step": 2, "max_examples": 32, "sort_window_steps": 8, "num_workers": 0}
+    batches = {"slots_per_step": 2, "max_examples": 32, "megabatch_steps": 8, "num_workers": 0}
     config = run_config(
         folder / "run",
         folder / "model",

@@ -10,7 +10,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.tiny import TinyShape, build_tiny_voxtral, tiny_shape
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral, tiny_shape
 
 from corpora import TINY_SHAPE, tone
 

@@ -11,17 +11,17 @@ import torch
 
 from voxtral_dist.config import LoraConfig, ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import TrainedVoxtral, trained_skeleton
-from voxtral_dist.trainable import COMPONENTS, component_of, count_parameters, is_adapter, parameter_table
-from voxtral_dist.weights import load_voxtral
+from voxtral_dist.model.trainable import COMPONENTS, component_of, count_parameters, is_adapter, parameter_table
+from voxtral_dist.model.voxtral import TrainedVoxtral, trained_meta_model
+from voxtral_dist.model.weights import load_voxtral
 
 # Whisper's sinusoids, which the published class freezes.
 FIXED = "model.audio_tower.embed_positions.weight"
 
 
-def skeleton_of(tiny_model: Path, **trainable: Any) -> TrainedVoxtral:
+def meta_model_of(tiny_model: Path, **trainable: Any) -> TrainedVoxtral:
     config = ModelConfig(path=str(tiny_model), precision="float32")
-    return trained_skeleton(config, TrainableConfig(**trainable), torch.float32)
+    return trained_meta_model(config, TrainableConfig(**trainable), torch.float32)
 
 
 def trained(model: TrainedVoxtral) -> set[str]:
@@ -29,20 +29,20 @@ def trained(model: TrainedVoxtral) -> set[str]:
 
 
 def test_all_but_the_fixed_positions_are_trained_by_default(tiny_model):
-    model = skeleton_of(tiny_model)
+    model = meta_model_of(tiny_model)
     assert trained(model) == {name for name, _ in model.named_parameters()} - {FIXED}
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_a_frozen_component_is_frozen_as_a_whole_and_no_other(tiny_model, component):
-    model = skeleton_of(tiny_model, frozen=[component])
+    model = meta_model_of(tiny_model, frozen=[component])
     names = {name for name, _ in model.named_parameters()} - {FIXED}
     assert trained(model) == {name for name in names if component_of(name) != component}
     assert len(trained(model)) < len(names)
 
 
 def test_every_parameter_belongs_to_the_component_that_holds_it(tiny_model):
-    model = skeleton_of(tiny_model)
+    model = meta_model_of(tiny_model)
     holders = {
         "encoder": model.model.audio_tower,
         "projector": model.model.multi_modal_projector,
@@ -58,7 +58,7 @@ def test_every_parameter_belongs_to_the_component_that_holds_it(tiny_model):
 
 def test_patterns_freeze_what_they_fit(tiny_model):
     pattern = "*.layers.0.*"
-    model = skeleton_of(tiny_model, frozen=[pattern])
+    model = meta_model_of(tiny_model, frozen=[pattern])
     names = {name for name, _ in model.named_parameters()} - {FIXED}
     assert trained(model) == {name for name in names if not fnmatchcase(name, pattern)}
 
@@ -71,7 +71,7 @@ def test_with_adapters_they_alone_and_whole_components_are_trained(tiny_model, u
         targets={"encoder": ["q_proj", "fc1"], "language_model": ["down_proj"]},
         trained_whole=["projector"],
     )
-    model = skeleton_of(tiny_model, lora=lora)
+    model = meta_model_of(tiny_model, lora=lora)
     names = {name for name, _ in model.named_parameters()}
     assert trained(model) == {name for name in names if is_adapter(name) or component_of(name) == "projector"}
     adapted = {name.partition(".lora_A.")[0].rpartition(".")[2] for name in names if ".lora_A." in name}
@@ -99,7 +99,7 @@ def test_adapters_change_nothing_before_they_are_trained_and_are_the_same_for_a_
 
 
 def test_the_table_counts_every_parameter_once(tiny_model):
-    model = skeleton_of(tiny_model, lora=LoraConfig(rank=3, trained_whole=["projector"]))
+    model = meta_model_of(tiny_model, lora=LoraConfig(rank=3, trained_whole=["projector"]))
     counts = count_parameters(model)
     sizes = [(name, parameter.requires_grad, parameter.numel()) for name, parameter in model.named_parameters()]
     for component, count in counts.items():
@@ -126,5 +126,5 @@ def test_the_table_counts_every_parameter_once(tiny_model):
 )
 def test_what_fits_nothing_is_refused_by_name(tiny_model, trainable, sentence):
     with pytest.raises(UserError) as refusal:
-        skeleton_of(tiny_model, **trainable)
+        meta_model_of(tiny_model, **trainable)
     assert sentence in str(refusal.value)

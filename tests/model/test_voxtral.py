@@ -1,4 +1,4 @@
-"""A skeleton that is filled is the model its weights came from, in their precision."""
+"""A meta_model that is filled is the model its weights came from, in their precision."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
-from voxtral_dist.model import blocks_of, fill_skeleton, skeleton, trained_skeleton
-from voxtral_dist.weights import load_for_inference, load_voxtral
+from voxtral_dist.model.voxtral import blocks_of, fill_meta_model, meta_model, trained_meta_model
+from voxtral_dist.model.weights import load_for_inference, load_voxtral
 
 
 def test_a_filled_skeleton_is_its_source_and_keeps_buffers_in_float32(tiny_model: Path) -> None:
     source = load_voxtral(ModelConfig(path=str(tiny_model), precision="bfloat16"))
-    copy = skeleton(VoxtralConfig.from_pretrained(tiny_model))
-    fill_skeleton(
+    copy = meta_model(VoxtralConfig.from_pretrained(tiny_model))
+    fill_meta_model(
         copy, ((name, parameter.detach()) for name, parameter in source.named_parameters()), source.named_buffers()
     )
     for ours, theirs in (
@@ -46,7 +46,7 @@ def test_a_trained_model_generates_as_the_published_class_does(tiny_model: Path)
 def test_blocks_are_compiled_in_training_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda forward: lambda *_, **__: "compiled")
     config = ModelConfig(path=str(tiny_model), precision="float32", compile_blocks=True)
-    model = trained_skeleton(config, TrainableConfig(), torch.float32)
+    model = trained_meta_model(config, TrainableConfig(), torch.float32)
     block = blocks_of(model)["encoder"][0]
     hidden = torch.empty(1, 4, model.config.audio_config.d_model, device="meta")
     assert block(hidden, None) == "compiled"

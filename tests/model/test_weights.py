@@ -13,13 +13,13 @@ from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import ActivationCheckpointingConfig, ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import trained_skeleton
-from voxtral_dist.weights import InitialWeights, fingerprint, load_voxtral
+from voxtral_dist.model.voxtral import trained_meta_model
+from voxtral_dist.model.weights import InitialWeights, fingerprint, load_voxtral
 
 
 def initial(path: Path) -> InitialWeights:
     config = ModelConfig(path=str(path), precision="float32")
-    return InitialWeights(str(path), trained_skeleton(config, TrainableConfig(), torch.float32), seed=0)
+    return InitialWeights(str(path), trained_meta_model(config, TrainableConfig(), torch.float32), seed=0)
 
 
 def test_a_model_begins_as_transformers_loads_it(tiny_model):

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import dump_config
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.members import Sample
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.report import Measurements, score_test_set, write_results
-from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.layout import Sample
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.scoring.results import Measurements, score_test_set, write_results
+from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 
 from runs import run_config
 
@@ -29,7 +29,7 @@ def utterance(number: int, reference: str, hypothesis: str, **chosen: Any) -> Sc
     """One scored by the default normalizer."""
     known = {"key": f"key-{number}", "language": "en", "duration_seconds": 1.5, "hit_limit": False} | chosen
     texts = {"reference": reference, "hypothesis": hypothesis}
-    return score_utterance(DecodedUtterance(sample_id=number, **texts, **known), BASIC)
+    return score_utterance(DecodedUtterance(utterance_id=number, **texts, **known), BASIC)
 
 
 def write_set(folder: Path, name: str, utterances: Sequence[ScoredUtterance], slices: tuple[str, ...] = ()) -> Path:
@@ -39,7 +39,7 @@ def write_set(folder: Path, name: str, utterances: Sequence[ScoredUtterance], sl
     return folder
 
 
-def stored_samples(shards: Path) -> list[Sample]:
+def stored_utterances(shards: Path) -> list[Sample]:
     """All samples of a set."""
     index, storage = read_index([str(shards)]), Storage()
     return [index.parse(number, storage.read(index.span(number))) for number in range(len(index))]
@@ -56,7 +56,7 @@ def misheard(shards: Path, num_words: int) -> list[ScoredUtterance]:
             language=sample.language,
             fields={"speaker": sample.fields["speaker"]},
         )
-        for number, sample in enumerate(stored_samples(shards))
+        for number, sample in enumerate(stored_utterances(shards))
     ]
 
 

@@ -12,7 +12,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.axes import linear_axis, logarithmic_axis, tick_label
 from voxtral_dist.reporting.charts import MAX_POINTS, Chart, draw, thinned
 from voxtral_dist.reporting.curves import Curve, Point, Series, curves_of, read_rows
-from voxtral_dist.reporting.source import find_source, read_scores
+from voxtral_dist.reporting.results_folder import find_source, read_scores
 
 from saved_results import NUM_STEPS, score_of
 
@@ -79,7 +79,7 @@ def test_long_runs_are_thinned_and_keep_their_spikes():
     assert [point.step for point in kept] == sorted({point.step for point in kept})
     assert Point(77_777, 100.0) in kept
     chart = draw(Curve("Loss", "", (Series("Loss", tuple(points)),)))
-    assert chart.num_left_out == len(points) - len(kept)
+    assert chart.num_skipped == len(points) - len(kept)
     assert not chart.lines[0].marks
     assert thinned(points[:MAX_POINTS]) == tuple(points[:MAX_POINTS])
 

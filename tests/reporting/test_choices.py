@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.evaluation.report import score_test_set
-from voxtral_dist.evaluation.slices import Grouping
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.reporting.cards import changed_most, in_turns, with_highest_rates, with_most_errors
 from voxtral_dist.reporting.clips import Clip, NoClip, StoredClips, media_type
 from voxtral_dist.reporting.slice_tables import MAX_SLICES, MIN_UTTERANCES, slice_tables
+from voxtral_dist.scoring.results import score_test_set
+from voxtral_dist.scoring.slices import Grouping
 
-from saved_results import BASIC, stored_samples, utterance
+from saved_results import BASIC, stored_utterances, utterance
 
 ROWS = [
     utterance(0, "a b c d e f g h", "a b c d x x x x"),  # 4 errors, 50 %
@@ -36,8 +36,8 @@ def test_the_worst_come_first_and_none_is_without_an_error():
 
 
 def test_changes_are_those_of_the_second_run():
-    better = [utterance(one.sample_id, one.reference, one.reference) for one in ROWS[:3]]
-    worse = [utterance(one.sample_id, one.reference, "") for one in ROWS[3:]]
+    better = [utterance(one.utterance_id, one.reference, one.reference) for one in ROWS[:3]]
+    worse = [utterance(one.utterance_id, one.reference, "") for one in ROWS[3:]]
     pairs = list(zip(ROWS, better + worse, strict=True))
     assert [number for number, _ in changed_most(pairs, 20, -1)] == [4, 1, 2]
     assert changed_most(pairs, 20, 1) == []
@@ -66,7 +66,7 @@ def test_of_many_slices_the_largest_are_kept():
     rows = [utterance(number, "a", "a", fields={"speaker": f"s{number:03d}"}) for number in range(MAX_SLICES + 7)]
     rows.append(utterance(999, "a", "x", fields={"speaker": f"s{MAX_SLICES + 6:03d}"}))
     table = slice_tables(score_test_set(rows, BASIC, grouping=Grouping(("speaker",))))[-1]
-    assert (len(table.rows), table.num_left_out) == (MAX_SLICES, 7)
+    assert (len(table.rows), table.num_skipped) == (MAX_SLICES, 7)
     assert table.rows[0].label == f"s{MAX_SLICES + 6:03d}"
 
 
@@ -100,13 +100,13 @@ def test_mp3_with_tags_is_played_and_empty_audio_is_not():
 
 def test_clips_are_those_of_the_same_key(shard_folder):
     stored = StoredClips(read_index([str(shard_folder)]), Storage())
-    samples = stored_samples(shard_folder)
+    samples = stored_utterances(shard_folder)
     one = utterance(3, "a", "b", key=samples[3].key)
     assert stored.read(one) == Clip(media_type(samples[3].audio), samples[3].audio)
     assert stored.read(replace(one, key="other")) == NoClip(
         f"sample 3 of the shards is another utterance, {samples[3].key!r}"
     )
-    assert stored.read(replace(one, sample_id=len(samples))) == NoClip(f"the shards have no sample {len(samples)}")
+    assert stored.read(replace(one, utterance_id=len(samples))) == NoClip(f"the shards have no sample {len(samples)}")
 
 
 def test_a_damaged_clip_is_told_and_no_error(shard_folder, tmp_path):
@@ -116,6 +116,6 @@ def test_a_damaged_clip_is_told_and_no_error(shard_folder, tmp_path):
             contents[600] ^= 255
         (tmp_path / file.name).write_bytes(contents)
     stored = StoredClips(read_index([str(tmp_path)]), Storage())
-    clip = stored.read(utterance(0, "a", "b", key=stored_samples(shard_folder)[0].key))
+    clip = stored.read(utterance(0, "a", "b", key=stored_utterances(shard_folder)[0].key))
     assert isinstance(clip, NoClip)
     assert "the checksum differs" in clip.reason

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.evaluation.alignment import align_words
-from voxtral_dist.evaluation.hypotheses import read_scored
 from voxtral_dist.reporting.options import ReportOptions
 from voxtral_dist.reporting.writing import write_report
+from voxtral_dist.scoring.alignment import align_words
+from voxtral_dist.scoring.hypotheses import read_scored
 
-from saved_results import BASIC, Element, parse, stored_samples, utterance, words_of, write_set
+from saved_results import BASIC, Element, parse, stored_utterances, utterance, words_of, write_set
 
 HOSTILE = "\"'><script>alert(1)</script><img src=x onerror=alert(1)> &amp; {{ 7 * 7 }} | `a` *b* [c](d)"
 
@@ -63,7 +63,7 @@ def test_cards_show_the_alignment_of_normalized_words_and_both_texts(run, page):
 
 
 def test_players_hold_the_stored_bytes_each_once(page, shard_folder):
-    stored = {one.key: one.audio for one in stored_samples(shard_folder)}
+    stored = {one.key: one.audio for one in stored_utterances(shard_folder)}
     section = next(one for one in page.all("section") if one.attributes["id"] == "set-1")
     played = []
     for card in cards_of(section):
@@ -85,7 +85,7 @@ def test_audio_keeps_to_its_limits_and_says_so(run, shard_folder, tmp_path):
     assert not none.all("audio")
     assert none.text.count("No audio: no clips were asked for.") == 2
     # Each set has half of the room.
-    sizes = sorted(len(one.audio) for one in stored_samples(shard_folder))
+    sizes = sorted(len(one.audio) for one in stored_utterances(shard_folder))
     few = report_of(run, tmp_path, max_audio_megabytes=2 * 3 * sizes[0] / 1e6)
     embedded = [(player.attributes["src"] or "").partition(";base64,")[2] for player in few.all("audio")]
     assert embedded

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.evaluation.report import percent
-from voxtral_dist.evaluation.tables import shown_audio, shown_interval
+from voxtral_dist.scoring.results import percent
+from voxtral_dist.scoring.tables import shown_audio, shown_interval
 
 from commands import Result, run_command
 from saved_results import parse, score_of, utterance, write_run, write_set
@@ -324,7 +324,7 @@ def test_torch_is_not_imported(run, tmp_path):
     """It costs seconds, and is nothing that a report needs."""
     script = (
         "import sys\n"
-        "from voxtral_dist.cli import main\n"
+        "from voxtral_dist.cli.main import main\n"
         "try:\n"
         f"    main(['report', {str(run)!r}, '--out', {str(tmp_path)!r}])\n"
         "finally:\n"

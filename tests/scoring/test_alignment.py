@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxtral_dist.evaluation.alignment import AlignedWord, Confusion, align_words, most_frequent_confusions
-from voxtral_dist.evaluation.word_errors import ErrorCounts, count_word_errors
+from voxtral_dist.scoring.alignment import AlignedWord, Confusion, align_words, most_frequent_confusions
+from voxtral_dist.scoring.word_errors import ErrorCounts, count_word_errors
 
 TEXTS = st.text(alphabet="ab c\u00e9\u00a0\t", max_size=30)
 

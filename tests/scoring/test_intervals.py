@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from voxtral_dist.evaluation.intervals import MIN_SPEAKERS, bootstrap_interval, resampling_units
-from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.scoring.intervals import MIN_SPEAKERS, bootstrap_interval, resampling_units
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 REFERENCE_LENGTH = 20
 
@@ -105,5 +105,5 @@ def test_speakers_are_resampled_where_all_are_known_and_there_are_enough(speaker
 def test_a_large_set_is_resampled_in_parts(monkeypatch):
     counts = counts_of(np.random.default_rng(0).binomial(REFERENCE_LENGTH, 0.2, 100))
     at_once = interval_of(counts)
-    monkeypatch.setattr("voxtral_dist.evaluation.intervals._MAX_DRAWS_AT_A_TIME", 700)
+    monkeypatch.setattr("voxtral_dist.scoring.intervals._MAX_DRAWS_AT_A_TIME", 700)
     assert interval_of(counts) == at_once

@@ -10,8 +10,8 @@ import pytest
 import transformers
 
 from voxtral_dist.errors import RankError, UserError
-from voxtral_dist.evaluation import normalizer as normalizer_module
-from voxtral_dist.evaluation.normalizer import normalizer, normalizer_of_label
+from voxtral_dist.scoring import normalizer as normalizer_module
+from voxtral_dist.scoring.normalizer import normalizer, normalizer_of_label
 
 BASIC = normalizer("basic").apply
 NONE = normalizer("none").apply

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxtral_dist.evaluation.repetition import has_repetition_loop
+from voxtral_dist.scoring.repetition import has_repetition_loop
 
 
 @pytest.mark.parametrize(

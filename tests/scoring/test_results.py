@@ -10,12 +10,12 @@ import soundfile
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own name pytest would collect it
-from voxtral_dist.data.context import WordList
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import RankError
-from voxtral_dist.evaluation.hypotheses import read_scored
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.report import (
+from voxtral_dist.evaluation.test_sets import build_test_set, check_whole
+from voxtral_dist.scoring.hypotheses import read_scored
+from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.scoring.results import (
     BiasedScore,
     LanguageIdentification,
     Measurements,
@@ -23,10 +23,10 @@ from voxtral_dist.evaluation.report import (
     score_test_set,
     write_results,
 )
-from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.test_sets import build_test_set, check_whole
-from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
-from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
+from voxtral_dist.scoring.word_errors import ErrorCounts
+from voxtral_dist.text.word_list import WordList
 
 from corpora import pack_manifest, tone, write_lines
 
@@ -43,21 +43,23 @@ PAIRS = (
 
 
 def decoded(
-    sample_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en"
+    utterance_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en"
 ) -> DecodedUtterance:
     return DecodedUtterance(
-        sample_id=sample_id,
-        key=f"key-{sample_id}",
+        utterance_id=utterance_id,
+        key=f"key-{utterance_id}",
         language=language,
         duration_seconds=1.5,
         reference=reference,
         hypothesis=hypothesis,
-        hit_limit=sample_id == 1,
+        hit_limit=utterance_id == 1,
     )
 
 
-def scored(sample_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en") -> ScoredUtterance:
-    return score_utterance(decoded(sample_id, reference, hypothesis, language), BASIC)
+def scored(
+    utterance_id: int, reference: str = "a", hypothesis: str = "a", language: str | None = "en"
+) -> ScoredUtterance:
+    return score_utterance(decoded(utterance_id, reference, hypothesis, language), BASIC)
 
 
 @pytest.fixture
@@ -198,19 +200,19 @@ def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, pro
     settings = EvaluationConfig(slices=("lang", "nothing"))
     asked = build_test_set("held_out", config, settings, prompts, (), Storage())[0]
     index = asked.index
-    for sample_id in range(4):
-        example = asked.reader.example(sample_id)
-        stored = asked.reader.read(sample_id).fields
+    for utterance_id in range(4):
+        example = asked.reader.example(utterance_id)
+        stored = asked.reader.read(utterance_id).fields
         assert example.fields == {name: stored[name] for name in ("lang", "speaker") if name in stored}
-        assert index.language(sample_id) == example.fields.get("lang")
-    assert any("lang" in asked.reader.example(sample_id).fields for sample_id in range(4))
+        assert index.language(utterance_id) == example.fields.get("lang")
+    assert any("lang" in asked.reader.example(utterance_id).fields for utterance_id in range(4))
 
 
 def test_targets_of_a_test_set_are_those_of_training_and_references_stay(shard_folder, prompts):
     config = ShardsToTest(shards=str(shard_folder))
     steps = ("lower_case", "no_punctuation")
     asked = build_test_set("held_out", config, EvaluationConfig(), prompts, steps, Storage())[0]
-    examples = [asked.reader.example(sample_id) for sample_id in range(len(asked.index))]
+    examples = [asked.reader.example(utterance_id) for utterance_id in range(len(asked.index))]
     targets = {example.reference: prompts.transcript(example.completion[:-1]).text for example in examples}
     assert targets["Übermorgen fährt der Zug früher 1"] == "übermorgen fährt der zug früher 1"
 
@@ -234,18 +236,20 @@ def held_out(shard_folder, prompts):
 def test_batches_hold_every_utterance_once_longest_first(held_out):
     batches = held_out.batches
     assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert sorted(sample_id for batch in batches for sample_id in batch) == list(range(7))
-    windows = [[-(-held_out.index.duration_seconds[sample_id] // 1.28) for sample_id in batch] for batch in batches]
+    assert sorted(utterance_id for batch in batches for utterance_id in batch) == list(range(7))
+    windows = [
+        [-(-held_out.index.duration_seconds[utterance_id] // 1.28) for utterance_id in batch] for batch in batches
+    ]
     assert all(max(later) <= min(earlier) for earlier, later in pairwise(windows))
 
 
 def test_a_whole_test_set_comes_back_in_the_order_of_the_index(held_out):
-    shuffled = [scored(sample_id) for sample_id in (4, 0, 6, 2, 1, 5, 3)]
-    assert [utterance.sample_id for utterance in check_whole(held_out, shuffled)] == list(range(7))
+    shuffled = [scored(utterance_id) for utterance_id in (4, 0, 6, 2, 1, 5, 3)]
+    assert [utterance.utterance_id for utterance in check_whole(held_out, shuffled)] == list(range(7))
 
 
 @pytest.mark.parametrize(
-    ("sample_ids", "sentence"),
+    ("utterance_ids", "sentence"),
     [
         ([0, 1, 2, 3, 4, 5], r"lost 1 utterances \(first: \[6\]\)"),
         ([], "lost 7 utterances"),
@@ -255,9 +259,9 @@ def test_a_whole_test_set_comes_back_in_the_order_of_the_index(held_out):
         ([-1, 0, 1, 2, 3, 4, 5, 6], "held_out"),
     ],
 )
-def test_other_ids_than_those_of_the_index_give_no_rate(held_out, sample_ids, sentence):
+def test_other_ids_than_those_of_the_index_give_no_rate(held_out, utterance_ids, sentence):
     with pytest.raises(RankError, match=sentence):
-        check_whole(held_out, [scored(sample_id) for sample_id in sample_ids])
+        check_whole(held_out, [scored(utterance_id) for utterance_id in utterance_ids])
 
 
 def test_what_is_written_is_read_back(utterances, tmp_path):

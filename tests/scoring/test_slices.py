@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.evaluation.intervals import MIN_SPEAKERS
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.report import score_test_set
-from voxtral_dist.evaluation.slices import Grouping, duration_range, field_label
-from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
-from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.scoring.intervals import MIN_SPEAKERS
+from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.scoring.results import score_test_set
+from voxtral_dist.scoring.slices import Grouping, duration_range, field_label
+from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 BASIC = normalizer("basic")
 
@@ -21,7 +21,7 @@ def scored(
     number: int, hypothesis: str, duration_seconds: float | None = 3.0, language: str | None = "en", **fields: object
 ) -> ScoredUtterance:
     utterance = DecodedUtterance(
-        sample_id=number,
+        utterance_id=number,
         key=f"key-{number}",
         language=language,
         duration_seconds=duration_seconds,

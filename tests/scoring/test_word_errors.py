@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxtral_dist.data.context import WordList
-from voxtral_dist.evaluation import word_errors
-from voxtral_dist.evaluation.alignment import align_words
-from voxtral_dist.evaluation.word_errors import ErrorCounts, count_character_errors
+from voxtral_dist.scoring import word_errors
+from voxtral_dist.scoring.alignment import align_words
+from voxtral_dist.scoring.word_errors import ErrorCounts, count_character_errors
+from voxtral_dist.text.word_list import WordList
 
 WORDS = ("one", "two", "three", "für", "हाथ", "l'été", "a")
 

@@ -11,33 +11,33 @@ import pytest
 import soundfile
 from webdataset.writer import TarWriter
 
-from voxtral_dist.data.causes import Cause
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.members import Field, SampleMembers
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.causes import Cause
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.layout import Field, UtteranceLayout
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.indexing import index_tars
-from voxtral_dist.shards.lookup import find_sample
+from voxtral_dist.shards.lookup import find_utterance
 from voxtral_dist.shards.packing import PackRules
 from voxtral_dist.shards.sources import SourceOptions, open_source
 from voxtral_dist.shards.summary import SetSummary, summarize
-from voxtral_dist.shards.verification import BrokenSample, verify
+from voxtral_dist.shards.verification import BrokenUtterance, verify
 from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_speech_manifest
-from stored import contents_of, samples_of, stored_in
+from stored import contents_of, stored_in, utterances_in
 
 RATE = 16_000
 BLOCK = 512
 
 
 def index(
-    pattern: Path | str, out: Path | None = None, members: SampleMembers | None = None, workers: int = 1
+    pattern: Path | str, out: Path | None = None, members: UtteranceLayout | None = None, workers: int = 1
 ) -> SetSummary:
-    return index_tars(str(pattern), out, members or SampleMembers(), PackRules(), workers)
+    return index_tars(str(pattern), out, members or UtteranceLayout(), PackRules(), workers)
 
 
-def verified(folder: Path, workers: int = 1) -> list[BrokenSample]:
+def verified(folder: Path, workers: int = 1) -> list[BrokenUtterance]:
     return [broken for run in verify(str(folder), workers) for broken in run.broken]
 
 
@@ -85,14 +85,14 @@ def test_an_index_may_lie_in_another_folder(tars, shard_folder, tmp_path):
 @pytest.mark.parametrize(
     ("sample", "members", "expected"),
     [
-        ({"wav": wav(), "txt": b"hello \n"}, SampleMembers(text=Field("txt"), language="en"), ("hello", "en")),
-        ({"wav": wav(), "cls": b"7"}, SampleMembers(text=Field("cls"), language=None), ("7", None)),
+        ({"wav": wav(), "txt": b"hello \n"}, UtteranceLayout(text=Field("txt"), language="en"), ("hello", "en")),
+        ({"wav": wav(), "cls": b"7"}, UtteranceLayout(text=Field("cls"), language=None), ("7", None)),
         (
             {"a.wav": wav(), "b.wav": wav(0.7), "json": b'{"said": "hi", "locale": "German"}'},
-            SampleMembers("b.wav", Field("json", "said"), Field("json", "locale")),
+            UtteranceLayout("b.wav", Field("json", "said"), Field("json", "locale")),
             ("hi", "de"),
         ),
-        ({"wav": wav(), "json": b'{"text": "hi"}', "png": b"no"}, SampleMembers(), ("hi", None)),
+        ({"wav": wav(), "json": b'{"text": "hi"}', "png": b"no"}, UtteranceLayout(), ("hi", None)),
     ],
 )
 def test_tars_of_other_layouts(tmp_path, sample, members, expected):
@@ -100,7 +100,7 @@ def test_tars_of_other_layouts(tmp_path, sample, members, expected):
     write_tar(tmp_path / "t.tar", [sample, sample], mtime=1234.5678)
     summary = index(tmp_path, members=members)
     assert [(one.text, one.language) for one in stored_in(tmp_path)] == [expected] * 2
-    assert [(one.text, one.language) for one in samples_of(tmp_path)] == [expected] * 2
+    assert [(one.text, one.language) for one in utterances_in(tmp_path)] == [expected] * 2
     assert summary.duration_seconds == (1.4 if "b.wav" in sample else 1.0)
     assert verified(tmp_path) == []
 
@@ -115,8 +115,8 @@ def test_members_that_are_no_samples_are_passed_by(tmp_path):
             entry = tarfile.TarInfo(name)
             entry.size = len(contents)
             tar.addfile(entry, io.BytesIO(contents))
-    assert index(tmp_path).num_samples == 1
-    assert samples_of(tmp_path)[0].key == f"deep/{'one' * 60}"
+    assert index(tmp_path).num_utterances == 1
+    assert utterances_in(tmp_path)[0].key == f"deep/{'one' * 60}"
     assert verified(tmp_path) == []
 
 
@@ -125,14 +125,14 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     samples = [good, good | {"wav": b"no audio"}, {"json": good["json"]}, good | {"json": b"{"}, good]
     path = write_tar(tmp_path / "t.tar", samples)
     summary = index(tmp_path)
-    assert [sample.key for sample in samples_of(tmp_path)] == ["s0", "s4"]
-    assert summary.left_out.causes == {Cause.UNDECODABLE: 1, Cause.NO_AUDIO: 1, Cause.NOT_JSON: 1}
-    rows = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert [sample.key for sample in utterances_in(tmp_path)] == ["s0", "s4"]
+    assert summary.skipped.causes == {Cause.UNDECODABLE: 1, Cause.NO_AUDIO: 1, Cause.NOT_JSON: 1}
+    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["s1", "s2", "s3"]
     assert all(row["place"].startswith(f"{path}:") for row in rows)
     write_tar(path, [good])
     index(tmp_path)
-    assert not (tmp_path / "left_out.jsonl").exists(), "of an index that is no more"
+    assert not (tmp_path / "skipped.jsonl").exists(), "of an index that is no more"
 
 
 # A tar of 6 samples, each with two members, is damaged; what remains, and what is said of it.
@@ -184,14 +184,14 @@ def test_a_damaged_tar_is_named_and_read_around_the_damage(tmp_path, damage, kep
     damage(contents, offset)
     path.write_bytes(contents)
     summary = index(tmp_path)
-    assert [one.key for one in samples_of(tmp_path)] == kept.split()
-    assert summary.left_out.causes == causes
-    assert all(reason.startswith(str(path)) for reason in summary.left_out.first_reasons)
-    assert said in "\n".join(summary.left_out.first_reasons)
+    assert [one.key for one in utterances_in(tmp_path)] == kept.split()
+    assert summary.skipped.causes == causes
+    assert all(reason.startswith(str(path)) for reason in summary.skipped.first_reasons)
+    assert said in "\n".join(summary.skipped.first_reasons)
     # As a source, the same is kept and left out.
     packed = pack(open_source(str(path), SourceOptions()), tmp_path / "out", PackOptions(skip_bad=True))
-    assert packed.left_out.causes == causes
-    assert [one.key for one in samples_of(tmp_path / "out")] == kept.split()
+    assert packed.skipped.causes == causes
+    assert [one.key for one in utterances_in(tmp_path / "out")] == kept.split()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_tars_that_cannot_be_indexed_are_one_sentence(tmp_path, make, sentence):
         index(tmp_path)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
-    assert {path.name for path in tmp_path.iterdir()} - {"left_out.jsonl"} == before
+    assert {path.name for path in tmp_path.iterdir()} - {"skipped.jsonl"} == before
 
 
 # `inspect`
@@ -222,7 +222,7 @@ def test_the_summary_of_a_set_is_that_of_its_samples(shard_index):
     summary = summarize(shard_index)
     seconds = shard_index.duration_seconds
     languages = [shard_index.language(number) or "unknown" for number in range(len(shard_index))]
-    assert {name: of.num_samples for name, of in summary.languages.items()} == {
+    assert {name: of.num_utterances for name, of in summary.languages.items()} == {
         name: languages.count(name) for name in set(languages)
     }
     for name, of in summary.languages.items():
@@ -305,8 +305,8 @@ def test_a_sample_that_was_broken_is_found_and_named(tmp_path, spoil, cause, rea
 
 def test_every_key_finds_its_sample(shard_folder):
     found = read_index([str(shard_folder)])
-    for number, sample in enumerate(samples_of(shard_folder)):
-        assert find_sample(found, sample.key, Storage()) == find_sample(found, f"#{number}", Storage()) == number
+    for number, sample in enumerate(utterances_in(shard_folder)):
+        assert find_utterance(found, sample.key, Storage()) == find_utterance(found, f"#{number}", Storage()) == number
 
 
 def test_a_key_with_a_long_name_is_found(tmp_path):
@@ -315,7 +315,7 @@ def test_a_key_with_a_long_name_is_found(tmp_path):
     shutil.copy(tmp_path / "audio" / "0_001.wav", tmp_path / f"{long}.wav")
     manifest.write_text(manifest.read_text().replace("audio/0_001.wav", f"{long}.wav"))
     pack_manifest(manifest, tmp_path / "out", SHARD_BYTES, skip_bad=False)
-    assert find_sample(read_index([str(tmp_path / "out")]), long, Storage()) == 1
+    assert find_utterance(read_index([str(tmp_path / "out")]), long, Storage()) == 1
 
 
 @pytest.mark.parametrize(
@@ -329,4 +329,4 @@ def test_a_key_with_a_long_name_is_found(tmp_path):
 )
 def test_a_key_that_there_is_not_is_one_sentence(shard_folder, key, sentence):
     with pytest.raises(UserError, match=sentence):
-        find_sample(read_index([str(shard_folder)]), key, Storage())
+        find_utterance(read_index([str(shard_folder)]), key, Storage())

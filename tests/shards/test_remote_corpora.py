@@ -9,8 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.members import SampleMembers
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.packing import PackRules
@@ -52,7 +52,7 @@ def web(environment, shard_folder, speech_manifest) -> Iterator[str]:
 
 
 def index(pattern: str, out: Path | None) -> SetSummary:
-    return index_tars(pattern, out, SampleMembers(), PackRules(), num_workers=1)
+    return index_tars(pattern, out, UtteranceLayout(), PackRules(), num_workers=1)
 
 
 @pytest.fixture(params=["s3 folder", "s3 glob", "web"])
@@ -100,8 +100,8 @@ def test_audio_that_a_server_has_not_is_left_out(web, tmp_path):
     rows = [{"audio": f"{web}/audio/{name}", "text": "x"} for name in ("nowhere.wav", "0_001.wav")]
     manifest = write_lines(tmp_path / "m.jsonl", rows)
     summary = pack(open_source(str(manifest), SourceOptions()), tmp_path / "out", PackOptions(skip_bad=True))
-    assert (summary.num_samples, summary.left_out.causes) == (1, {"unreadable": 1})
-    assert "nowhere.wav" in summary.left_out.first_reasons[0]
+    assert (summary.num_utterances, summary.skipped.causes) == (1, {"unreadable": 1})
+    assert "nowhere.wav" in summary.skipped.first_reasons[0]
 
 
 @pytest.mark.parametrize(

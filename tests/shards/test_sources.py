@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import soundfile
 
-from voxtral_dist.cli_shards import FORMATS
-from voxtral_dist.data.causes import Cause
-from voxtral_dist.data.members import Field, SampleMembers
+from voxtral_dist.cli.shards import FORMATS
+from voxtral_dist.data.stored.causes import Cause
+from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.sources import SourceFormat, SourceOptions, open_source
 from voxtral_dist.shards.utterances import FieldNames, Refusal, Utterance
 from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import tone, write_lines
-from stored import Stored, samples_of, stored_in
+from stored import Stored, stored_in, utterances_in
 
 RATE = 16_000
 TEXTS = [f'Ela disse "olá" às {number}, João' for number in range(12)]
@@ -167,8 +167,8 @@ def test_every_source_gives_the_same_samples(tmp_path, make: Callable[[Path], tu
     source, options = make(tmp_path / "source")
     summary = pack(open_source(source, options), tmp_path / "out", PackOptions())
     assert stored_in(tmp_path / "out") == EXPECTED
-    assert summary.num_samples == 12
-    assert not list(tmp_path.glob("out/left_out.jsonl"))
+    assert summary.num_utterances == 12
+    assert not list(tmp_path.glob("out/skipped.jsonl"))
 
 
 def test_segments_of_a_recording_are_cut_to_the_sample(tmp_path):
@@ -202,7 +202,7 @@ def test_a_recording_of_24_bits_is_cut_without_loss(tmp_path):
     soundfile.write(tmp_path / "fine.wav", samples, 44_100, subtype="PCM_24")
     row = {"audio_filepath": "fine.wav", "text": "x", "offset": 0.1, "duration": 0.2}
     pack(open_source(str(write_lines(tmp_path / "m.jsonl", [row])), SourceOptions()), tmp_path / "out", PackOptions())
-    (sample,) = samples_of(tmp_path / "out")
+    (sample,) = utterances_in(tmp_path / "out")
     (tmp_path / "cut.flac").write_bytes(sample.audio)
     cut, rate = soundfile.read(tmp_path / "cut.flac", dtype="int32")
     assert rate == 44_100
@@ -291,7 +291,7 @@ def test_a_file_name_that_is_not_unicode_is_packed(tmp_path):
         pack(open_source(str(tmp_path / "source"), PORTUGUESE), tmp_path / "out", PackOptions())
     source = open_source(str(tmp_path / "source"), PORTUGUESE)
     summary = pack(source, tmp_path / "out", PackOptions(skip_bad=True))
-    assert summary.left_out.causes == {Cause.EMPTY_TEXT: 1}
+    assert summary.skipped.causes == {Cause.EMPTY_TEXT: 1}
     assert rb"caf\udce9.wav" in "\n".join(summary.lines()).encode("utf-8")
     (tmp_path / "source" / name).with_suffix(".txt").write_text("ao fim")
     pack(open_source(str(tmp_path / "source"), PORTUGUESE), tmp_path / "again", PackOptions())
@@ -306,7 +306,7 @@ def test_a_tar_with_other_members_is_read_by_its_layout(tmp_path):
             tar.add(tmp_path / name, name.replace(".", ".far."))
             tar.add(tmp_path / name, name.replace(".", ".near."))
             tar.add(tmp_path / "text", f"{name.partition('.')[0]}.txt")
-    members = SampleMembers(audio="near.wav", text=Field("txt"), language="en")
+    members = UtteranceLayout(audio="near.wav", text=Field("txt"), language="en")
     first, second = lines_of(tmp_path / "t.tar", SourceOptions(members=members))
     assert isinstance(first, Utterance)
     assert (first.key, first.text, first.language) == ("clip00", "hello", "en")

@@ -17,10 +17,10 @@ import pytest
 import soundfile
 import webdataset
 
-from voxtral_dist.cli_shards import MAX_CHARS_PER_SECOND as GRAMMAR_MAX_CHARS
-from voxtral_dist.data.causes import Cause
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.plausible import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND
+from voxtral_dist.cli.shards import MAX_CHARS_PER_SECOND as GRAMMAR_MAX_CHARS
+from voxtral_dist.data.stored.causes import Cause
+from voxtral_dist.data.stored.checks import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND
+from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.packing import PackRules
 from voxtral_dist.shards.sources import SourceOptions, open_source
@@ -28,7 +28,7 @@ from voxtral_dist.shards.summary import SetSummary
 from voxtral_dist.shards.writing import PackOptions, PackProgress, pack
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_lines, write_speech_manifest
-from stored import contents_of, samples_of, stored_in, tar_samples
+from stored import contents_of, stored_in, tar_samples, utterances_in
 
 ALL = 10**9
 RATE = 16_000
@@ -108,7 +108,7 @@ def test_any_number_of_workers_makes_equal_bytes(speech_manifest, shard_folder, 
 def test_flac_is_16_khz_mono_and_loses_nothing_of_such_audio(tmp_path, speech_manifest, shard_folder):
     pack_from(speech_manifest, tmp_path / "flac", rules=PackRules(encode="flac"))
     assert stored_in(tmp_path / "flac") == stored_in(shard_folder)
-    for sample in samples_of(tmp_path / "flac"):
+    for sample in utterances_in(tmp_path / "flac"):
         assert sample.audio_suffix == "flac"
         (tmp_path / "clip.flac").write_bytes(sample.audio)
         found = soundfile.info(tmp_path / "clip.flac")
@@ -124,15 +124,15 @@ def test_unusual_audio_is_taken(tmp_path, rate, channels, subtype):
     soundfile.write(tmp_path / "a.wav", np.stack([wave] * channels, axis=1), rate, subtype=subtype)
     manifest = write_lines(tmp_path / "m.jsonl", [{"audio": "a.wav", "text": "x", "duration": 0.5}])
     assert pack_from(manifest, tmp_path / "out").duration_seconds == 0.5
-    assert samples_of(tmp_path / "out")[0].audio == (tmp_path / "a.wav").read_bytes()
+    assert utterances_in(tmp_path / "out")[0].audio == (tmp_path / "a.wav").read_bytes()
 
 
 def test_the_summary_counts_what_was_packed(clips):
     rows = [good_row(1), good_row(2) | {"lang": None}]
     summary = pack_manifest(write_lines(clips / "m.jsonl", rows), clips / "out", ALL, skip_bad=False)
-    assert (summary.num_samples, summary.duration_seconds, summary.num_shards) == (2, 1.0, 1)
-    assert {name: of.num_samples for name, of in summary.languages.items()} == {"en": 1, "unknown": 1}
-    assert summary.left_out.count == 0
+    assert (summary.num_utterances, summary.duration_seconds, summary.num_shards) == (2, 1.0, 1)
+    assert {name: of.num_utterances for name, of in summary.languages.items()} == {"en": 1, "unknown": 1}
+    assert summary.skipped.count == 0
     text = list(summary.lines())
     assert text[0].startswith("2 utterances, 0.00 h, 1 shards")
     assert text[-1].split() == ["0.5", "to", "1", "█" * 40, "2"]
@@ -173,7 +173,7 @@ def test_any_file_name_can_be_packed(clips, audio):
     shutil.copy(clips / "good1.wav", target)
     rows = [good_row(2), good_row() | {"audio_filepath": audio}, good_row(2)]
     pack_manifest(write_lines(clips / "m.jsonl", rows), clips / "out", ALL, skip_bad=False)
-    samples = samples_of(clips / "out")
+    samples = utterances_in(clips / "out")
     assert samples[1].audio == target.read_bytes()
     streamed = list(webdataset.WebDataset([str(clips / "out" / "out-000000.tar")], shardshuffle=False))
     assert [sample["__key__"] for sample in streamed] == [sample.key for sample in samples]
@@ -183,7 +183,7 @@ def test_repeated_audio_gets_keys_that_differ(clips):
     shutil.copy(clips / "good1.wav", clips / "good1-2.wav")
     rows = [good_row(), good_row(), good_row() | {"audio_filepath": "good1-2.wav"}, good_row()]
     pack_manifest(write_lines(clips / "m.jsonl", rows), clips / "out", ALL, skip_bad=False)
-    assert [sample.key for sample in samples_of(clips / "out")] == ["good1", "good1-2", "good1-2-2", "good1-3"]
+    assert [sample.key for sample in utterances_in(clips / "out")] == ["good1", "good1-2", "good1-2-2", "good1-3"]
 
 
 # Line 1 and line 3 of the manifest are good; this is line 2, its cause, and what the refusal says about it.
@@ -252,23 +252,23 @@ def test_a_bad_line_is_refused_by_file_and_line(bad_manifest, tmp_path):
 def test_with_skip_bad_a_bad_line_is_left_out_and_named(bad_manifest, tmp_path):
     manifest, cause, sentence = bad_manifest
     summary = pack_manifest(manifest, tmp_path / "out", ALL, skip_bad=True)
-    assert summary.num_samples == 2
-    assert summary.left_out.causes == {cause: 1}
-    assert summary.left_out.first_reasons[0].startswith(f"{manifest}:2: ")
-    assert sentence in summary.left_out.first_reasons[0]
+    assert summary.num_utterances == 2
+    assert summary.skipped.causes == {cause: 1}
+    assert summary.skipped.first_reasons[0].startswith(f"{manifest}:2: ")
+    assert sentence in summary.skipped.first_reasons[0]
     assert f"left out 1: 1 {cause}" in summary.lines()
-    (row,) = rows_of(tmp_path / "out" / "left_out.jsonl")
+    (row,) = rows_of(tmp_path / "out" / "skipped.jsonl")
     assert (row["place"], row["cause"]) == (f"{manifest}:2", cause)
     assert sentence in row["reason"]
-    assert [sample.key for sample in samples_of(tmp_path / "out")] == ["good1", "good2"]
+    assert [sample.key for sample in utterances_in(tmp_path / "out")] == ["good1", "good2"]
 
 
 def test_a_text_may_have_as_many_characters_as_the_rule_says(clips):
     rows = [{"path": "good1.wav", "text": "x" * ALWAYS_POSSIBLE_CHARS}, {"path": "good2.wav", "text": LONG}]
     manifest = write_lines(clips / "m.jsonl", rows)
     summary = pack_from(manifest, clips / "one", skip_bad=True)
-    assert (summary.num_samples, summary.left_out.causes) == (1, {Cause.TEXT_TOO_LONG: 1})
-    assert pack_from(manifest, clips / "two", rules=PackRules(max_chars_per_second=200)).num_samples == 2
+    assert (summary.num_utterances, summary.skipped.causes) == (1, {Cause.TEXT_TOO_LONG: 1})
+    assert pack_from(manifest, clips / "two", rules=PackRules(max_chars_per_second=200)).num_utterances == 2
     assert GRAMMAR_MAX_CHARS == MAX_CHARS_PER_SECOND
 
 
@@ -360,11 +360,11 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, mixed_manifest, unin
         assert not (tmp_path / "set" / "index.npy").exists()
     summary = pack_from(mixed_manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True)
     assert contents_of(tmp_path / "set") == contents_of(uninterrupted)
-    assert (summary.num_samples, summary.left_out.count) == (71, 9)
+    assert (summary.num_utterances, summary.skipped.count) == (71, 9)
 
 
 def command(manifest: Path, out: Path, workers: int, megabytes: int = 1) -> list[str]:
-    program = "import sys; from voxtral_dist.cli import console; console(sys.argv[1:])"
+    program = "import sys; from voxtral_dist.cli.main import console; console(sys.argv[1:])"
     options = ["--workers", str(workers), "--shard-megabytes", str(megabytes), "--skip-bad"]
     return [sys.executable, "-c", program, "shards", "pack", str(manifest), str(out), *options]
 
@@ -498,7 +498,7 @@ def test_a_refusal_on_the_way_keeps_what_is_finished(tmp_path, mixed_manifest, u
     with pytest.raises(UserError, match=f"{manifest}:72: "):
         pack_from(manifest, tmp_path / "set", shard_bytes=100_000)
     assert len(list((tmp_path / "set").glob("*.tar"))) > 2
-    assert pack_from(manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True).num_samples == 71
+    assert pack_from(manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True).num_utterances == 71
     assert stored_in(tmp_path / "set") == stored_in(uninterrupted)
 
 
@@ -510,4 +510,4 @@ def test_two_commands_do_not_pack_into_one_folder(tmp_path, mixed_manifest):
 
     options = PackOptions(skip_bad=True)
     summary = pack(open_source(str(mixed_manifest), SourceOptions()), tmp_path / "set", options, intrude)
-    assert summary.num_samples == 71
+    assert summary.num_utterances == 71

@@ -2,7 +2,7 @@
 
 import pytest
 
-from voxtral_dist.data.texts import apply_steps, fold
+from voxtral_dist.text.steps import apply_steps, fold
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from voxtral_dist.data.index import INDEX_FILE, SHARD_TABLE_FILE, ShardIndex, read_index
-from voxtral_dist.data.members import Sample, parse_sample
-from voxtral_dist.data.samples import SampleReader
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.metrics import read_metrics
+from voxtral_dist.data.examples.reader import UtteranceReader
+from voxtral_dist.data.stored.index import INDEX_FILE, SHARD_TABLE_FILE, ShardIndex, read_index
+from voxtral_dist.data.stored.layout import Sample, parse_utterance
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.training.metrics import read_metrics
 
 from corpora import pack_manifest, tone, write_lines
 from runs import finish, launch, run_config
@@ -71,9 +71,9 @@ def broken(whole, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     index = read_index([shutil.copytree(whole, folder)])
     expected = {}
     # 16 kHz, 16-bit and mono, so that offsets and lengths are those of a plain WAV.
-    plain = [sample_id for sample_id in range(0, NUM_SAMPLES, 4) if sample_id % 10 not in (3, 9)]
-    for sample_id, (member, change, sentence) in zip(plain, BREAKAGES.values(), strict=False):
-        expected[rewrite(index, sample_id, member, change)] = sentence
+    plain = [utterance_id for utterance_id in range(0, NUM_SAMPLES, 4) if utterance_id % 10 not in (3, 9)]
+    for utterance_id, (member, change, sentence) in zip(plain, BREAKAGES.values(), strict=False):
+        expected[rewrite(index, utterance_id, member, change)] = sentence
     refresh_checksums(folder, index)
     # And three that the index knows nothing of: flipped bits, a garbled header, a tar that ends early.
     flipped, garbled = plain[-1], plain[-2]
@@ -85,30 +85,30 @@ def broken(whole, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     return folder, expected
 
 
-def stored(index: ShardIndex, sample_id: int) -> tuple[Sample, bytes]:
-    contents = Storage().read(index.span(sample_id))
-    return parse_sample(contents, index.members(sample_id)), contents
+def stored(index: ShardIndex, utterance_id: int) -> tuple[Sample, bytes]:
+    contents = Storage().read(index.span(utterance_id))
+    return parse_utterance(contents, index.members(utterance_id)), contents
 
 
-def rewrite(index: ShardIndex, sample_id: int, member: str, change: Callable[[bytes], bytes]) -> str:
+def rewrite(index: ShardIndex, utterance_id: int, member: str, change: Callable[[bytes], bytes]) -> str:
     """Change a member of a stored sample without changing its length; the sample's key."""
-    sample, contents = stored(index, sample_id)
+    sample, contents = stored(index, utterance_id)
     start = contents.index(b"RIFF") if member == "wav" else contents.index(b'{"text"')
     end = start + len(sample.audio) if member == "wav" else contents.index(b"}", start) + 1
     changed = change(contents[start:end])
     assert len(changed) == end - start
-    write_at(index, sample_id, start, changed)
+    write_at(index, utterance_id, start, changed)
     return sample.key
 
 
-def garble(index: ShardIndex, sample_id: int, offset: int) -> str:
-    sample, _ = stored(index, sample_id)
-    write_at(index, sample_id, offset, b"\xff" * 200)
+def garble(index: ShardIndex, utterance_id: int, offset: int) -> str:
+    sample, _ = stored(index, utterance_id)
+    write_at(index, utterance_id, offset, b"\xff" * 200)
     return sample.key
 
 
-def write_at(index: ShardIndex, sample_id: int, offset: int, contents: bytes) -> None:
-    span = index.span(sample_id)
+def write_at(index: ShardIndex, utterance_id: int, offset: int, contents: bytes) -> None:
+    span = index.span(utterance_id)
     with Path(span.location).open("r+b") as tar:
         tar.seek(span.offset + offset)
         tar.write(contents)
@@ -117,13 +117,13 @@ def write_at(index: ShardIndex, sample_id: int, offset: int, contents: bytes) ->
 def refresh_checksums(folder: Path, index: ShardIndex) -> None:
     """As if the index had been made of what is there now."""
     records = np.load(folder / INDEX_FILE)
-    records["crc32"] = [zlib.crc32(Storage().read(index.span(sample_id))) for sample_id in range(len(index))]
+    records["crc32"] = [zlib.crc32(Storage().read(index.span(utterance_id))) for utterance_id in range(len(index))]
     np.save(folder / INDEX_FILE, records)
 
 
 def truncate_first_shard(folder: Path, index: ShardIndex) -> int:
     """Cut the last sample of the first shard in two, as a full disk does; the sample's number."""
-    last = index.shards[0].num_samples - 1
+    last = index.shards[0].num_utterances - 1
     span = index.span(last)
     num_bytes = span.offset + span.num_bytes // 2
     with Path(span.location).open("r+b") as tar:
@@ -143,13 +143,13 @@ def test_a_run_finishes_and_names_every_broken_sample_once_a_pass(broken, tiny_m
     process = launch(config, 2, "num_steps=5", *overrides)
     output = finish(process)
     assert process.returncode == 0, output
-    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "bad_sample"]
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "bad_utterance"]
     assert sorted(row["key"] for row in rows) == sorted(expected)
     for row in rows:
         assert_matches(row["reason"], expected[row["key"]])
         assert row["key"] in output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["num_bad_samples"] == len(expected) == NUM_SAMPLES // 20
+    assert summary["num_bad_utterances"] == len(expected) == NUM_SAMPLES // 20
 
 
 def assert_matches(reason: str, pattern: str) -> None:
@@ -158,9 +158,9 @@ def assert_matches(reason: str, pattern: str) -> None:
 
 def test_unusual_audio_is_not_broken(whole, prompts):
     index = read_index([whole])
-    reader = SampleReader(index, prompts, 448)
-    for sample_id in range(len(index)):
-        assert reader.example(sample_id).duration_seconds == pytest.approx(0.5 + sample_id % 7 / 10, abs=0.001)
+    reader = UtteranceReader(index, prompts, 448)
+    for utterance_id in range(len(index)):
+        assert reader.example(utterance_id).duration_seconds == pytest.approx(0.5 + utterance_id % 7 / 10, abs=0.001)
 
 
 def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_finds_it(whole, tiny_model, tmp_path):
@@ -172,7 +172,7 @@ def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_find
     assert output.count("`train_data.too_long` is `refuse`, and") == 1
     assert "samples of step 1 are too long: metrics.jsonl names each" in output
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert any("more than the limit of 6" in row["reason"] for row in rows if row.get("event") == "bad_sample")
+    assert any("more than the limit of 6" in row["reason"] for row in rows if row.get("event") == "bad_utterance")
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
@@ -184,4 +184,4 @@ def test_what_is_too_long_is_left_out_and_is_no_sign_of_broken_data(whole, tiny_
     output = finish(process)
     assert process.returncode == 0, output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["num_too_long"] == summary["num_bad_samples"] > 200
+    assert summary["num_too_long"] == summary["num_bad_utterances"] > 200

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.batches import MicroBatch
+from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.devices import known_peak_flops, peak_flops, peak_memory_bytes
+from voxtral_dist.distributed.devices import known_peak_flops, peak_flops, peak_memory_bytes
 from voxtral_dist.distributed.world import World, alone
-from voxtral_dist.engine.base import StepUpdate
-from voxtral_dist.metrics import MetricsLog, StepMetrics, read_metrics
+from voxtral_dist.engine.engine import StepUpdate
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.training.metrics import MetricsLog, StepMetrics, read_metrics
 
 from ranks import run_ranks
 from runs import run_config, scalars_of
@@ -40,7 +40,7 @@ STEP = StepMetrics(
 class NoModel:
     """An engine that computes nothing: what a step counts does not depend on it."""
 
-    def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
+    def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         return torch.zeros(())
 
     def step(self, learning_rate: float) -> StepUpdate:
@@ -164,7 +164,7 @@ def test_tensorboard_has_the_rows_once_after_a_resume(tmp_path: Path) -> None:
             resumed.train_step(step, replace(STEP, loss=10.0 + step))
         resumed.write("evaluation", 7, {"name": "dev", "wer": 0.5, "num_utterances": 4})
         resumed.write("checkpoint", 7, {"path": "step-0000007"})
-        resumed.write("event", 7, {"event": "bad_sample", "key": "x"})
+        resumed.write("event", 7, {"event": "bad_utterance", "key": "x"})
     scalars = scalars_of(tmp_path)
     assert scalars["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 14.0), (5, 15.0), (6, 16.0), (7, 17.0)]
     assert scalars["train/model_flops_utilization"] == [(step, pytest.approx(0.3)) for step in range(4, 8)]
@@ -196,9 +196,9 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_a_summary_weighs_steps_by_their_time_and_takes_older_rows(tmp_path: Path, tiny_model: Path) -> None:
-    from voxtral_dist.checkpoint import TrainProgress
-    from voxtral_dist.evaluation.selection import Verdict
+    from voxtral_dist.checkpoints.directory import TrainProgress
     from voxtral_dist.train import write_summary
+    from voxtral_dist.training.selection import Verdict
 
     config = run_config(tmp_path, tiny_model, tmp_path, num_steps=3)
     with MetricsLog(tmp_path, 3, 0, alone("cpu"), peak_flops=10e12) as log:

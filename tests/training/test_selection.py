@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from voxtral_dist.config import EvaluationConfig, GuardConfig, SelectionConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.selection import judge, refuse_guard_without_start
+from voxtral_dist.training.selection import judge, refuse_guard_without_start
 
 EVERY = 10
 # All steps that these runs evaluate.

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from voxtral_dist.checkpoint import load_checkpoint
+from voxtral_dist.checkpoints.directory import load_checkpoint
 from voxtral_dist.config import RunConfig, SelectionConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.metrics import read_metrics
+from voxtral_dist.model.weights import load_for_inference
 from voxtral_dist.train import EXIT_STOPPED
-from voxtral_dist.weights import load_for_inference
+from voxtral_dist.training.metrics import read_metrics
 
 from ranks import run_ranks
 from runs import run_config
@@ -30,8 +30,8 @@ CPU = torch.device("cpu")
 
 
 def train_with_scripted_wer(world: World, config: RunConfig) -> int:
-    from voxtral_dist.evaluation import evaluator
     from voxtral_dist.train import train
+    from voxtral_dist.training import evaluator
 
     evaluator.evaluate_test_set = scripted(evaluator.evaluate_test_set)
     return train(config, world)
@@ -133,8 +133,8 @@ def test_what_an_attempt_without_a_checkpoint_measured_does_not_count(
 
 
 def train_and_stop_in_an_evaluation(world: World, config: RunConfig) -> int:
-    from voxtral_dist.evaluation import evaluator
     from voxtral_dist.train import train
+    from voxtral_dist.training import evaluator
 
     original = evaluator.evaluate_test_set
 

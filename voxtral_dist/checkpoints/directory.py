@@ -31,11 +31,11 @@ from torch import Tensor
 from voxtral_dist.config import RunConfig, dump_config, load_config
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, wait_for_all
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import Engine, ParameterState, ShardFiles
-from voxtral_dist.engine.shard_files import read_whole, stored_moments
+from voxtral_dist.engine.engine import Engine, ParameterState, ShardFiles
+from voxtral_dist.engine.fsdp2.dcp_files import read_whole, stored_moments
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import TrainedVoxtral
-from voxtral_dist.weights import fingerprint, load_voxtral
+from voxtral_dist.model.voxtral import TrainedVoxtral
+from voxtral_dist.model.weights import fingerprint, load_voxtral
 
 _COMPLETE = "complete.json"
 _FORMAT = 2
@@ -59,8 +59,8 @@ class TrainProgress:
     """
 
     step: int = 0
-    num_samples_seen: int = 0
-    num_bad_samples: int = 0
+    num_utterances_seen: int = 0
+    num_bad_utterances: int = 0
     num_too_long: int = 0
     audio_seconds: float = 0.0
     train_seconds: float = 0.0

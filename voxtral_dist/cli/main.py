@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from voxtral_dist.cli_plan import add_plan
-from voxtral_dist.cli_report import add_report
-from voxtral_dist.cli_score import add_score, add_scoring
-from voxtral_dist.cli_shards import Commands, add_shards, count, positive
-from voxtral_dist.cli_transcribe import add_decoding, add_transcribe, decoding_settings
+from voxtral_dist.cli.plan import add_plan
+from voxtral_dist.cli.report import add_report
+from voxtral_dist.cli.score import add_score, add_scoring
+from voxtral_dist.cli.shards import Commands, add_shards, count, positive
+from voxtral_dist.cli.transcribe import add_decoding, add_transcribe, decoding_settings
 from voxtral_dist.config import (
     EvaluationConfig,
     TestContextConfig,
@@ -185,7 +185,7 @@ def _add_tiny(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _tiny(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.tiny import build_tiny_voxtral, tiny_shape
+    from voxtral_dist.model.tiny import build_tiny_voxtral, tiny_shape
 
     if parsed.out.exists() and not parsed.out.is_dir():
         raise UserError(f"{parsed.out} is a file: give the name of a folder to make.")

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from voxtral_dist.cli_shards import Commands, positive, positive_number
+from voxtral_dist.cli.shards import Commands, positive, positive_number
 from voxtral_dist.config import load_config
 
 
@@ -38,9 +38,9 @@ def _share(text: str) -> float:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.planning.planner import Machine
-    from voxtral_dist.planning.quantities import parse_bytes
-    from voxtral_dist.planning.report import plan_run
+    from voxtral_dist.estimate.estimate import estimate_run
+    from voxtral_dist.estimate.estimator import Machine
+    from voxtral_dist.estimate.quantities import parse_bytes
 
     config = load_config(parsed.config, parsed.set)
     machine = Machine(
@@ -52,7 +52,7 @@ def _plan(parsed: argparse.Namespace) -> int:
         mfu=parsed.mfu,
         peak_tflops=parsed.peak_tflops or config.metrics.peak_tflops or Machine.peak_tflops,
     )
-    report = plan_run(config, machine)
+    report = estimate_run(config, machine)
     if parsed.json:
         print(json.dumps(report.to_json(), indent=1))
     else:

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli_shards import Commands, count, positive, positive_number
+from voxtral_dist.cli.shards import Commands, count, positive, positive_number
 
 if TYPE_CHECKING:
-    from voxtral_dist.reporting.source import Step
+    from voxtral_dist.reporting.results_folder import Step
 
 
 def add_report(commands: Commands[argparse.ArgumentParser]) -> None:

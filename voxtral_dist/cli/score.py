@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from voxtral_dist.cli_shards import Commands
+from voxtral_dist.cli.shards import Commands
 from voxtral_dist.config import NORMALIZERS, EvaluationConfig, TextStep, check_normalizer
 
 
@@ -54,8 +54,6 @@ def normalizer_name(text: str) -> str:
 
 
 def _score(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.evaluation.slices import Grouping
-    from voxtral_dist.evaluation.tables import comparison_line, score_lines
     from voxtral_dist.score import (
         ScoreOptions,
         compare_files,
@@ -64,6 +62,8 @@ def _score(parsed: argparse.Namespace) -> int:
         write_comparison,
         write_scored,
     )
+    from voxtral_dist.scoring.slices import Grouping
+    from voxtral_dist.scoring.tables import comparison_line, score_lines
 
     grouping = Grouping(tuple(parsed.slices), parsed.speaker_field)
     options = ScoreOptions(parsed.normalizer, tuple(parsed.target_text), grouping, parsed.words)

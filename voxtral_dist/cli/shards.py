@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from voxtral_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from voxtral_dist.data.members import SampleMembers
+    from voxtral_dist.data.stored.layout import UtteranceLayout
     from voxtral_dist.shards.packing import PackRules
     from voxtral_dist.shards.sources import Instruction
 
@@ -110,7 +110,7 @@ def _add_show(actions: Commands[argparse.ArgumentParser]) -> None:
     show.add_argument("--tokens", action="store_true", help="print prompt and completion token by token")
     show.add_argument("--model", metavar="PATH", help="whose tokenizer --tokens takes: a folder or hub name")
     show.add_argument("--config", type=Path, metavar="FILE", help="or the run whose model and prompts it takes")
-    show.add_argument("--pass", type=int, default=0, dest="pass_index", metavar="N", help="of the run (default: 0)")
+    show.add_argument("--pass", type=int, default=0, dest="epoch_index", metavar="N", help="of the run (default: 0)")
     show.set_defaults(run=_show)
 
 
@@ -172,7 +172,7 @@ def _pack(parsed: argparse.Namespace) -> int:
 
 
 def _index(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.data.members import Field
+    from voxtral_dist.data.stored.layout import Field
     from voxtral_dist.shards.commands import index_shards
     from voxtral_dist.shards.sources import default_language
 
@@ -198,13 +198,13 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.shards.commands import show_sample
-    from voxtral_dist.shards.tokens import Viewer
+    from voxtral_dist.data.token_view import Viewer
+    from voxtral_dist.shards.commands import show_utterance
 
     if not parsed.tokens and (parsed.model or parsed.config):
         raise UserError("`--model` and `--config` say how --tokens splits a sample: add `--tokens`, or leave them out.")
-    viewer = Viewer.of(parsed.model, parsed.config, parsed.pass_index) if parsed.tokens else None
-    return show_sample(parsed.folder, parsed.key, parsed.out, viewer)
+    viewer = Viewer.of(parsed.model, parsed.config, parsed.epoch_index) if parsed.tokens else None
+    return show_utterance(parsed.folder, parsed.key, parsed.out, viewer)
 
 
 def _rules(parsed: argparse.Namespace, encode: str | None = None) -> PackRules:
@@ -225,13 +225,13 @@ def _instruction(parsed: argparse.Namespace) -> Instruction | None:
     return Instruction(parsed.instruction, parsed.instruction_field)
 
 
-def _members(parsed: argparse.Namespace, language: str | None = None) -> SampleMembers:
-    from voxtral_dist.data.members import Field, SampleMembers
+def _members(parsed: argparse.Namespace, language: str | None = None) -> UtteranceLayout:
+    from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 
     member, _, key = parsed.text_member.partition(":")
     if member == "json" and not key:
         raise UserError("`--text-member` must say which key of the json holds the text, such as json:text.")
-    return SampleMembers(
+    return UtteranceLayout(
         audio=parsed.audio_member.lstrip(".").lower() if parsed.audio_member else None,
         text=Field(member, key or None),
         language=language or Field("json", parsed.language_field or "lang"),

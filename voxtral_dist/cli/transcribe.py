@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from voxtral_dist.cli_shards import Commands, positive, positive_number
+from voxtral_dist.cli.shards import Commands, positive, positive_number
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import failures_named, readable, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
-    from voxtral_dist.transcription import ClipError, ClipTranscript
+    from voxtral_dist.transcription.recordings import ClipError, ClipTranscript
 
 _PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
 _FORMATS = ("txt", "json", "srt")
@@ -91,7 +91,7 @@ def _seconds(text: str) -> float:
 def _transcribe(parsed: argparse.Namespace) -> int:
     from voxtral_dist.distributed.collectives import PatientSum
     from voxtral_dist.distributed.world import joined_world
-    from voxtral_dist.transcription import ClipTranscriber, Question, find_clips
+    from voxtral_dist.transcription.recordings import ClipTranscriber, Question, find_clips
 
     if "srt" in parsed.format and parsed.out is None:
         raise UserError("`--format srt` makes files: name their folder by `--out`.")
@@ -179,7 +179,7 @@ def _out_paths(clips: list[tuple[Path, Path]], folder: Path, formats: list[str])
 
 def _stems_of_clips(folder: Path) -> set[str]:
     """The names of the clips in a folder, which need not be there, without their suffixes."""
-    from voxtral_dist.transcription import is_audio
+    from voxtral_dist.transcription.recordings import is_audio
 
     return {path.stem for path in folder.iterdir() if is_audio(path)} if folder.is_dir() else set()
 
@@ -194,7 +194,7 @@ def _print(clip: Path, transcript: ClipTranscript, *, as_json: bool) -> None:
 
 
 def _write(path: Path, clip: Path, transcript: ClipTranscript, formats: list[str]) -> None:
-    from voxtral_dist.transcription import to_srt
+    from voxtral_dist.transcription.recordings import to_srt
 
     contents = {"txt": f"{transcript.text}\n", "json": f"{_row(clip, transcript)}\n", "srt": to_srt(transcript)}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,22 +20,23 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from voxtral_dist.config import SpecAugmentConfig, TrainDataConfig
-from voxtral_dist.data.batches import MicroBatch, collate, weightless_micro_batch
-from voxtral_dist.data.context import WordList, training_words
-from voxtral_dist.data.cutting import Budget
-from voxtral_dist.data.examples import SlotSamples
-from voxtral_dist.data.feature_masks import check_spec_augment, draw_feature_masks
-from voxtral_dist.data.filters import ExampleSizes
-from voxtral_dist.data.index import ShardIndex, ShardSet, read_sets, refuse_unusable
-from voxtral_dist.data.plan import PLAN_VERSION, PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
-from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND
-from voxtral_dist.data.prompting import Prompting
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import BadSample, Clip, Example, SampleError, SampleReader
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.streams import Streams, build_streams
+from voxtral_dist.data.examples.context import training_words
+from voxtral_dist.data.examples.feature_masks import check_spec_augment, draw_feature_masks
+from voxtral_dist.data.examples.micro_batch import MicroBatch, collate, weightless_micro_batch
+from voxtral_dist.data.examples.prompting import Prompting
+from voxtral_dist.data.examples.reader import BadUtterance, Clip, Example, UtteranceError, UtteranceReader
+from voxtral_dist.data.plan.cutting import Budget
+from voxtral_dist.data.plan.filters import ExampleSizes
+from voxtral_dist.data.plan.sorting import SlotExamples
+from voxtral_dist.data.plan.streams import Streams, build_streams
+from voxtral_dist.data.plan.train_plan import PLAN_VERSION, PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
+from voxtral_dist.data.stored.index import ShardIndex, ShardSet, read_sets, refuse_unusable
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.text.word_list import WordList
 
-_NOTHING = SlotSamples((), (), ())
+_NOTHING = SlotExamples((), (), ())
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,21 @@ class TrainingSet:
 
     def lines(self) -> Iterator[str]:
         """What a user should know before the run: what is left out, the mixture, and how full micro-batches are."""
-        if self.streams.left_out:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.streams.left_out.items())
-            yield f"left out {sum(self.streams.left_out.values())} of {len(self.index)} utterances: {reasons}"
+        if self.streams.skipped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.streams.skipped.items())
+            yield f"left out {sum(self.streams.skipped.values())} of {len(self.index)} utterances: {reasons}"
         if len(self.streams.streams) > 1:
             drawn_seconds = sum(stream.drawn_seconds for stream in self.streams.streams)
             for stream in self.streams.streams:
                 yield (
-                    f"{stream.name}: {stream.num_samples} utterances, each drawn "
-                    f"{stream.num_draws / stream.num_samples:.2f} times a pass: "
+                    f"{stream.name}: {stream.num_utterances} utterances, each drawn "
+                    f"{stream.num_draws / stream.num_utterances:.2f} times a pass: "
                     f"{100 * stream.drawn_seconds / drawn_seconds:.1f} % of the audio"
                 )
         figures = self.plan.figures
         yield (
-            f"a pass is {self.plan.steps_per_pass} steps; a micro-batch has about {figures.num_examples:.1f} examples "
-            f"of {figures.num_samples:.1f} utterances; audio fills {100 * figures.window_fill:.0f} % of the windows, "
+            f"an epoch has {self.plan.steps_per_epoch} steps; a micro-batch has about {figures.num_examples:.1f} "
+            f"examples of {figures.num_utterances:.1f} utterances; audio fills {100 * figures.window_fill:.0f} % of windows, "
             f"tokens {100 * figures.token_fill:.0f} % of the positions"
         )
 
@@ -122,7 +123,7 @@ class TrainLoader:
     def _num_micro_batches(self, step: int) -> int:
         return -(-self.training_set.plan.num_slots(step) // self._world_size)
 
-    def _slots_of_step(self, step: int) -> list[SlotSamples]:
+    def _slots_of_step(self, step: int) -> list[SlotExamples]:
         plan = self.training_set.plan
         mine = [plan.slot(step, slot) for slot in rank_slots(plan.num_slots(step), self._rank, self._world_size)]
         # A rank that has a slot less than others runs a micro-batch of weight zero in its place.
@@ -155,7 +156,7 @@ def build_train_loader(
 
 def training_reader(
     config: TrainDataConfig, index: ShardIndex, prompts: VoxtralPrompts, storage: Storage, words: WordList | None
-) -> SampleReader:
+) -> UtteranceReader:
     """What makes examples of the samples of a training set; `words` are those of contexts.
 
     Raises:
@@ -163,12 +164,12 @@ def training_reader(
     """
     augmentation = None
     if config.augmentation:
-        from voxtral_dist.data.augmentation import Augmentation
+        from voxtral_dist.data.examples.augmentation import Augmentation
 
         augmentation = Augmentation(config.augmentation, prompts.sampling_rate)
     most_text = config.max_chars_per_second or MAX_CHARS_PER_SECOND
     prompting = Prompting.of_training(config, prompts, words)
-    return SampleReader(index, prompts, config.max_target_tokens, storage, augmentation, most_text, prompting)
+    return UtteranceReader(index, prompts, config.max_target_tokens, storage, augmentation, most_text, prompting)
 
 
 def build_training_set(
@@ -184,13 +185,13 @@ def build_training_set(
     for name, parts in sets.items():
         refuse_unusable(name, parts)
     index = ShardIndex(list(chain.from_iterable(sets.values())))
-    counts = [sum(shard.num_samples for part in parts for shard in part.shards) for parts in sets.values()]
+    counts = [sum(shard.num_utterances for part in parts for shard in part.shards) for parts in sets.values()]
     sizes = ExampleSizes.of(prompts, config.context.max_tokens if config.context else 0)
     streams = build_streams(config, index, dict(zip(sets, accumulate(counts), strict=True)), sizes)
     shape = PlanShape(
         slots_per_step=config.slots_per_step,
         budget=Budget(config.max_examples, config.max_windows, config.max_tokens),
-        sort_window_steps=config.sort_window_steps,
+        megabatch_steps=config.megabatch_steps,
         shuffle_block_size=config.shuffle_block_size,
         max_packed_tokens=_max_packed_tokens(config, sizes) if config.packing else None,
     )
@@ -228,7 +229,7 @@ def _fingerprint(
     """The same for the same samples in the same sets and order, and the same words, whatever their place."""
     known = [(name, [part.fingerprint for part in parts]) for name, parts in sets.items()]
     listed = "" if words is None else words.fingerprint
-    return hashlib.sha256(repr((PLAN_VERSION, plan.steps_per_pass, sizes, known, listed)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((PLAN_VERSION, plan.steps_per_epoch, sizes, known, listed)).encode()).hexdigest()[:16]
 
 
 def _ignore_stop_signals(_worker: int) -> None:
@@ -241,20 +242,20 @@ def _ignore_stop_signals(_worker: int) -> None:
 class _Request:
     """The samples of a micro-batch, and those that the same worker is going to be asked for next."""
 
-    samples: SlotSamples
-    upcoming: SlotSamples
+    samples: SlotExamples
+    upcoming: SlotExamples
 
 
 class _Requests(Sampler[_Request]):
     """The micro-batches of a rank in order; a DataLoader deals them to its workers in turn."""
 
-    def __init__(self, slots_of_step: Callable[[int], list[SlotSamples]], steps: range, num_workers: int) -> None:
+    def __init__(self, slots_of_step: Callable[[int], list[SlotExamples]], steps: range, num_workers: int) -> None:
         self._slots_of_step = slots_of_step
         self._steps = steps
         self._num_workers = num_workers
 
     def __iter__(self) -> Iterator[_Request]:
-        waiting: deque[SlotSamples] = deque()
+        waiting: deque[SlotExamples] = deque()
         for samples in chain.from_iterable(map(self._slots_of_step, self._steps)):
             waiting.append(samples)
             if len(waiting) > self._num_workers:
@@ -267,7 +268,7 @@ class _SlotDataset(Dataset[MicroBatch]):
     """Micro-batches by the samples that they are made of."""
 
     def __init__(
-        self, reader: SampleReader, prompts: VoxtralPrompts, spec_augment: SpecAugmentConfig | None, seed: int
+        self, reader: UtteranceReader, prompts: VoxtralPrompts, spec_augment: SpecAugmentConfig | None, seed: int
     ) -> None:
         self._reader = reader
         self._prompts = prompts
@@ -275,16 +276,16 @@ class _SlotDataset(Dataset[MicroBatch]):
         self._seed = seed
 
     def __getitem__(self, request: _Request) -> MicroBatch:
-        bad: list[BadSample] = []
+        bad: list[BadUtterance] = []
         examples = list(self._examples(request, bad))
         if not examples:
             return weightless_micro_batch(self._prompts, bad)
         return collate(examples, self._prompts.pad_id, self._prompts.window_samples, bad)
 
-    def _examples(self, request: _Request, bad: list[BadSample]) -> Iterator[Example]:
+    def _examples(self, request: _Request, bad: list[BadUtterance]) -> Iterator[Example]:
         samples = request.samples
-        self._reader.prefetch(samples.sample_ids + request.upcoming.sample_ids)
-        drawn = zip(samples.sample_ids, samples.passes, strict=True)
+        self._reader.prefetch(samples.utterance_ids + request.upcoming.utterance_ids)
+        drawn = zip(samples.utterance_ids, samples.passes, strict=True)
         for size in samples.example_sizes:
             members = list(islice(drawn, size))
             clips = list(self._clips(members, bad))
@@ -292,35 +293,35 @@ class _SlotDataset(Dataset[MicroBatch]):
                 try:
                     yield self._masked(self._reader.join(clips, (self._seed, members[0][1])), members[0][1])
                     break
-                except SampleError as error:
+                except UtteranceError as error:
                     bad.append(self._dropped(clips, error.bad))
 
-    def _dropped(self, clips: list[Clip], bad: BadSample) -> BadSample:
+    def _dropped(self, clips: list[Clip], bad: BadUtterance) -> BadUtterance:
         """Take out the last of some clips that make no example."""
         dropped = clips.pop()
         if not clips:
             return bad
         # Where the tokens of a packed text are more than the index says, its last utterances do not fit.
-        shard = self._reader.shard_name(dropped.sample_id)
-        return BadSample(
+        shard = self._reader.shard_name(dropped.utterance_id)
+        return BadUtterance(
             shard, dropped.key, f"does not fit into the example that it is packed into, which {bad.reason}"
         )
 
-    def _clips(self, members: Sequence[tuple[int, int]], bad: list[BadSample]) -> Iterator[Clip]:
-        for sample_id, pass_index in members:
+    def _clips(self, members: Sequence[tuple[int, int]], bad: list[BadUtterance]) -> Iterator[Clip]:
+        for utterance_id, epoch_index in members:
             try:
-                yield self._reader.clip(sample_id, (self._seed, pass_index), is_packed=len(members) > 1)
-            except SampleError as error:
+                yield self._reader.clip(utterance_id, (self._seed, epoch_index), is_packed=len(members) > 1)
+            except UtteranceError as error:
                 # Taken out, never replaced: the plan of all other slots stays as it is.
                 bad.append(error.bad)
 
-    def _masked(self, example: Example, pass_index: int) -> Example:
+    def _masked(self, example: Example, epoch_index: int) -> Example:
         if self._spec_augment is None:
             return example
         prompts = self._prompts
         masks = draw_feature_masks(
             self._spec_augment,
-            (self._seed, pass_index, example.sample_id),
+            (self._seed, epoch_index, example.utterance_id),
             math.ceil(round(example.duration_seconds * prompts.sampling_rate) / prompts.hop_samples),
             prompts.window_samples // prompts.hop_samples,
             prompts.num_mel_bins,

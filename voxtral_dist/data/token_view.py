@@ -11,14 +11,14 @@ from itertools import groupby
 from pathlib import Path
 
 from voxtral_dist.config import RunConfig, load_config
-from voxtral_dist.data.batches import IGNORED_LABEL, collate
-from voxtral_dist.data.context import training_words
-from voxtral_dist.data.index import ShardIndex, read_index
+from voxtral_dist.data.examples.context import training_words
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate
+from voxtral_dist.data.examples.reader import Example, UtteranceError, UtteranceReader
 from voxtral_dist.data.loader import training_reader
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import Example, SampleError, SampleReader
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Viewer:
 
     prompts: VoxtralPrompts
     config: RunConfig | None
-    pass_index: int
+    epoch_index: int
 
     @classmethod
-    def of(cls, model: str | None, config: Path | None, pass_index: int = 0) -> Viewer:
+    def of(cls, model: str | None, config: Path | None, epoch_index: int = 0) -> Viewer:
         """A viewer for the samples of a run, or for a model.
 
         Raises:
@@ -40,46 +40,46 @@ class Viewer:
             raise UserError("`--tokens` needs a tokenizer: give either `--model PATH` or the `--config FILE` of a run.")
         run = None if config is None else load_config(config)
         path = run.model.path if run is not None else str(model)
-        return cls(VoxtralPrompts.from_pretrained(path), run, pass_index)
+        return cls(VoxtralPrompts.from_pretrained(path), run, epoch_index)
 
-    def lines(self, index: ShardIndex, sample_id: int, storage: Storage) -> Iterator[str]:
+    def lines(self, index: ShardIndex, utterance_id: int, storage: Storage) -> Iterator[str]:
         """A line for each token: its position, id and piece, and what the model learns to say after it.
 
         Raises:
             UserError: the sample cannot be used; the sentence says why.
         """
         try:
-            example = self._example(index, sample_id, storage)
-        except SampleError as error:
+            example = self._example(index, utterance_id, storage)
+        except UtteranceError as error:
             raise UserError(f"The {error}.") from error
         batch = collate([example], self.prompts.pad_id, self.prompts.window_samples)
-        yield from self._summary(example, batch.num_targets)
+        yield from self._summary(example, batch.num_target_tokens)
         yield "      position      id  token                 learns to say"
         ids = batch.input_ids[0].tolist()
         labels = [IGNORED_LABEL] * (len(ids) - batch.labels.shape[1]) + batch.labels[0].tolist()
         yield from self._token_lines(ids, labels)
 
-    def _example(self, index: ShardIndex, sample_id: int, storage: Storage) -> Example:
+    def _example(self, index: ShardIndex, utterance_id: int, storage: Storage) -> Example:
         if self.config is None:
-            return SampleReader(index, self.prompts, None, storage).example(sample_id)
+            return UtteranceReader(index, self.prompts, None, storage).example(utterance_id)
         train_data = self.config.train_data
         patterns = [pattern for patterns in train_data.named_sets.values() for pattern in patterns]
         drawn_from = read_index(patterns, storage)
-        drawn = drawn_from.find(index.span(sample_id))
+        drawn = drawn_from.find(index.span(utterance_id))
         if drawn is None:
             raise UserError(
                 f"The sample is not in the shards of the run ({', '.join(patterns)}): correct the folder or `--config`."
             )
         words = training_words(train_data.context)
         reader = training_reader(train_data, drawn_from, self.prompts, storage, words)
-        key = (self.config.seed, self.pass_index)
+        key = (self.config.seed, self.epoch_index)
         return reader.join([reader.clip(drawn, key)], key)
 
-    def _summary(self, example: Example, num_targets: int) -> Iterator[str]:
+    def _summary(self, example: Example, num_target_tokens: int) -> Iterator[str]:
         num_positions = len(example.prompt) + len(example.completion) - 1
         yield (
             f"{num_positions} positions of {self.prompts.max_positions}: {example.num_windows} windows of audio with "
-            f"{example.num_windows * self.prompts.audio_tokens_per_window} tokens, and {num_targets} targets"
+            f"{example.num_windows * self.prompts.audio_tokens_per_window} tokens, and {num_target_tokens} targets"
         )
         if self.config is not None and self.config.train_data.packing and example.is_transcription:
             yield "The run may pack it with others into one example; here it is alone."

@@ -15,7 +15,7 @@ _STOPPED = "stopped"
 _NEXT = "next"
 
 
-class HandOut:
+class TaskQueue:
     """The numbers from 0, each of which one rank gets. All ranks make it together, and go through it on their own.
 
     The ranks share a counter in the store by which they met, so nobody waits for a collective.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from voxtral_dist.config import EngineConfig, RunConfig
-from voxtral_dist.data.features import LogMel
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import Engine
+from voxtral_dist.engine.engine import Engine
+from voxtral_dist.model.features import LogMel
 
 
 def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None = None) -> Engine:
@@ -23,10 +23,10 @@ def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows:
     """
     check_engine(config, world.size)
     if config.engine.fsdp2 is not None:
-        from voxtral_dist.engine.fsdp2 import Fsdp2Engine
+        from voxtral_dist.engine.fsdp2.engine import Fsdp2Engine
 
         return Fsdp2Engine(config, config.engine.fsdp2, log_mel, world)
-    from voxtral_dist.engine.zero import ZeroEngine
+    from voxtral_dist.engine.zero.engine import ZeroEngine
 
     return ZeroEngine(config, log_mel, world, most_windows)
 
@@ -38,11 +38,11 @@ def check_engine(config: RunConfig, world_size: int | None = None) -> None:
         UserError: DeepSpeed's file is not usable, or an option does not go with the engine.
     """
     if config.engine.fsdp2 is not None:
-        from voxtral_dist.engine.fsdp2 import check_fsdp2
+        from voxtral_dist.engine.fsdp2.engine import check_fsdp2
 
         check_fsdp2(config, config.engine.fsdp2, world_size)
     else:
-        from voxtral_dist.engine.zero_settings import check_zero
+        from voxtral_dist.engine.zero.settings import check_zero
 
         check_zero(config)
 
@@ -51,6 +51,6 @@ def engine_name(config: EngineConfig) -> str:
     """For logs: `ZeRO-3`, `FSDP2`."""
     if config.fsdp2 is not None:
         return "FSDP2"
-    from voxtral_dist.engine.zero_settings import read_deepspeed_file, zero_stage
+    from voxtral_dist.engine.zero.settings import read_deepspeed_file, zero_stage
 
     return f"ZeRO-{zero_stage(read_deepspeed_file(config.deepspeed))}"

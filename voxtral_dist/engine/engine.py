@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from voxtral_dist.data.batches import MicroBatch
+from voxtral_dist.data.examples.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class ParameterState:
 class Engine(Protocol):
     """A sharded model and its optimizer. Implemented by `engine.zero.ZeroEngine` and `engine.fsdp2.Fsdp2Engine`."""
 
-    def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
+    def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         """Accumulate the gradient of one micro-batch; the loss summed over its targets on this rank, detached.
 
         Args:
             batch: on any device.
-            num_targets: targets of the whole step over all ranks, so that each of them weighs the same.
+            num_target_tokens: targets of the whole step over all ranks, so that each of them weighs the same.
             is_last: whether no micro-batch of this step follows.
         """
 

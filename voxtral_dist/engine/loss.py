@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from voxtral_dist.data.batches import MicroBatch
-from voxtral_dist.data.features import LogMel, mask_features
+from voxtral_dist.data.examples.micro_batch import MicroBatch
+from voxtral_dist.model.features import LogMel, mask_features
 
 
 class LossOfMicroBatch:

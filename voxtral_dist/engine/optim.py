@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from voxtral_dist.config import Component, OptimizerConfig
-from voxtral_dist.trainable import component_of
+from voxtral_dist.model.trainable import component_of
 
 # In each group: its learning rate over that of the configuration.
 _FACTOR = "learning_rate_factor"

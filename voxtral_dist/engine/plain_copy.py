@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.engine.encoder import EncoderPasses
-from voxtral_dist.model import DTYPES, TrainedVoxtral, fill_skeleton, trained_skeleton
+from voxtral_dist.model.encoder import ChunkedEncoder
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, fill_meta_model, trained_meta_model
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def evaluation_copy(
 def _filled_copy(
     config: RunConfig, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
 ) -> TrainedVoxtral:
-    copy = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
-    fill_skeleton(copy, weights, buffers)
-    EncoderPasses(copy, config.model.encoder_windows_per_pass)
+    copy = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
+    fill_meta_model(copy, weights, buffers)
+    ChunkedEncoder(copy, config.model.encoder_windows_per_chunk)
     copy.eval()
     return copy

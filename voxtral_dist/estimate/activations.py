@@ -22,9 +22,9 @@ from typing import Any
 from torch import nn
 
 from voxtral_dist.config import ModelConfig
-from voxtral_dist.engine.encoder import num_passes
-from voxtral_dist.model import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
-from voxtral_dist.trainable import ADAPTER_NAME
+from voxtral_dist.model.encoder import num_chunks
+from voxtral_dist.model.trainable import ADAPTER_NAME
+from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
 
 _FLOAT32_BYTES = 4
 _INDEX_BYTES = 8
@@ -35,14 +35,14 @@ class MicroBatchShape:
     """What the activations of a micro-batch depend on.
 
     num_windows: of the encoder, C. num_examples: B. num_positions: of the language model for each example, with its
-    padding, T. num_targets: of all examples, N. is_padded: whether examples differ in length, so that attention needs a
+    padding, T. num_target_tokens: of all examples, N. is_padded: whether lengths differ, so that attention needs a
     mask.
     """
 
     num_windows: int
     num_examples: int
     num_positions: int
-    num_targets: int
+    num_target_tokens: int
     is_padded: bool = True
 
 
@@ -84,24 +84,24 @@ class Activations:
         text = self._text_config
         places = shape.num_examples * shape.num_positions
         cache = places * 2 * self._keys * int(text.num_hidden_layers) * self._itemsize
-        windows = min(shape.num_windows, self._config.encoder_windows_per_pass)
+        windows = min(shape.num_windows, self._config.encoder_windows_per_chunk)
         prompts = max(part.passing for part in self.parts(shape))
         logits = shape.num_examples * int(text.vocab_size) * (self._itemsize + _FLOAT32_BYTES)
         return cache + max(prompts, *(part.passing for part in self.encoder(windows))) + logits
 
     def parts(self, shape: MicroBatchShape) -> list[Part]:
         """Encoder and projector, embeddings, blocks of the language model, and the loss."""
-        encoder = self._encoder_in_passes(shape)
+        encoder = self._encoder_in_chunks(shape)
         is_reached = any(part.num_trained for part in encoder)
         language = self._language_model(shape, is_reached)
         return [*encoder, *language]
 
-    def _encoder_in_passes(self, shape: MicroBatchShape) -> list[Part]:
+    def _encoder_in_chunks(self, shape: MicroBatchShape) -> list[Part]:
         """All parts of the encoder in a single pass, or one part of all passes, each computed again (`engine.encoder`).
 
         Between forward and backward passes these keep 4 C M 2 S bytes of features and C E S / 4 embeddings.
         """
-        count = num_passes(shape.num_windows, self._config.encoder_windows_per_pass)
+        count = num_chunks(shape.num_windows, self._config.encoder_windows_per_chunk)
         inside = self.encoder(-(-shape.num_windows // count))
         if count == 1:
             return inside
@@ -240,9 +240,9 @@ class Activations:
         places = shape.num_examples * shape.num_positions
         norm = places * (width * _FLOAT32_BYTES + width * size * _is_trained(self._model.model.language_model.norm))
         modules = [self._model.model.language_model.norm, self._model.lm_head]
-        chunk = min(self._config.loss_chunk_tokens, shape.num_targets)
+        chunk = min(self._config.loss_chunk_tokens, shape.num_target_tokens)
         logits = 3 * chunk * self._model.lm_head.weight.shape[0] * _FLOAT32_BYTES
-        kept = norm + shape.num_targets * width * size
+        kept = norm + shape.num_target_tokens * width * size
         return _part("loss", modules, kept if reached or _is_trained(*modules) else 0.0, working=logits)
 
     @property

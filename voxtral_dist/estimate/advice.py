@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from voxtral_dist.config import ActivationCheckpointingConfig, LoraConfig, RunConfig, TrainableConfig
-from voxtral_dist.planning.activations import MicroBatchShape
-from voxtral_dist.planning.planner import Planner
-from voxtral_dist.planning.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
+from voxtral_dist.estimate.activations import MicroBatchShape
+from voxtral_dist.estimate.estimator import Estimator
+from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
 
 _ALL_BLOCKS = ActivationCheckpointingConfig(encoder=1, language_model=1)
 _STAGES = [one for one in STANDARD_SHARDINGS if isinstance(one, ZeroSharding)]
@@ -31,25 +31,25 @@ class Change:
 class _State:
     """A changed run. changes: what was set."""
 
-    planner: Planner
+    estimator: Estimator
     sharding: Sharding
     changes: tuple[str, ...] = ()
 
     def judged(self) -> Change:
-        row = self.planner.row(self.planner.estimate(self.sharding, self.planner.largest_shape(self.sharding)))
+        row = self.estimator.row(self.estimator.estimate(self.sharding, self.estimator.largest_shape(self.sharding)))
         return Change("; ".join(self.changes), row.device_bytes, row.host_bytes_of_node, bool(row.fits))
 
-    def named(self, change: str, planner: Planner | None = None, sharding: Sharding | None = None) -> _State:
-        return _State(planner or self.planner, sharding or self.sharding, (*self.changes, change))
+    def named(self, change: str, estimator: Estimator | None = None, sharding: Sharding | None = None) -> _State:
+        return _State(estimator or self.estimator, sharding or self.sharding, (*self.changes, change))
 
 
-def advise(planner: Planner, sharding: Sharding) -> list[Change]:
+def advise(estimator: Estimator, sharding: Sharding) -> list[Change]:
     """Single changes, the cheapest in time and quality first; where none is enough, as many as it takes together.
 
     Changes of the sharding keep what is computed; checkpoints cost a third more time; smaller micro-batches use a GPU
     less well; offloading is slow; adapters are another training.
     """
-    start = _State(planner, sharding)
+    start = _State(estimator, sharding)
     changes = [state.judged() for step in _STEPS for state in step(start)]
     if not any(change.fits for change in changes):
         changes += _together(start)
@@ -74,22 +74,22 @@ def _shard_more(state: _State) -> Iterator[_State]:
 
 
 def _checkpoint(state: _State) -> Iterator[_State]:
-    config = state.planner.config
+    config = state.estimator.config
     if config.model.activation_checkpointing != _ALL_BLOCKS:
         model = config.model.model_copy(update={"activation_checkpointing": _ALL_BLOCKS})
-        changed = _planner(state, config.model_copy(update={"model": model}))
+        changed = _estimator(state, config.model_copy(update={"model": model}))
         yield state.named("model.activation_checkpointing: {encoder: 1, language_model: 1}", changed)
 
 
 def _fewer_windows(state: _State) -> Iterator[_State]:
     """The largest halving of the windows that fits, or a single window where none does."""
-    windows = max(shape.num_windows for shape in state.planner.workload.candidates)
+    windows = max(shape.num_windows for shape in state.estimator.workload.candidates)
     changed = None
     while windows > 1 and not (changed and changed.judged().fits):
         windows //= 2
-        slots = state.planner.config.train_data.slots_per_step
+        slots = state.estimator.config.train_data.slots_per_step
         text = f"train_data.max_windows: {windows} (with more slots_per_step than {slots} for as large a batch)"
-        changed = state.named(text, _planner(state, state.planner.config, max_windows=windows))
+        changed = state.named(text, _estimator(state, state.estimator.config, max_windows=windows))
     if changed:
         yield changed
 
@@ -100,9 +100,9 @@ def _offload(state: _State) -> Iterator[_State]:
 
 
 def _adapters(state: _State) -> Iterator[_State]:
-    if state.planner.config.trainable.lora is None:
-        config = state.planner.config.model_copy(update={"trainable": TrainableConfig(lora=LoraConfig())})
-        yield state.named("trainable.lora: {} (adapters alone are trained)", _planner(state, config))
+    if state.estimator.config.trainable.lora is None:
+        config = state.estimator.config.model_copy(update={"trainable": TrainableConfig(lora=LoraConfig())})
+        yield state.named("trainable.lora: {} (adapters alone are trained)", _estimator(state, config))
 
 
 _STEPS: tuple[Callable[[_State], Iterator[_State]], ...] = (
@@ -114,11 +114,11 @@ _STEPS: tuple[Callable[[_State], Iterator[_State]], ...] = (
 )
 
 
-def _planner(state: _State, config: RunConfig, max_windows: int | None = None) -> Planner:
-    workload = state.planner.workload
+def _estimator(state: _State, config: RunConfig, max_windows: int | None = None) -> Estimator:
+    workload = state.estimator.workload
     if max_windows is not None:
         workload = replace(workload, candidates=tuple(_cut(shape, max_windows) for shape in workload.candidates))
-    return Planner(config, state.planner.machine, workload)
+    return Estimator(config, state.estimator.machine, workload)
 
 
 def _cut(shape: MicroBatchShape, max_windows: int) -> MicroBatchShape:
@@ -126,5 +126,5 @@ def _cut(shape: MicroBatchShape, max_windows: int) -> MicroBatchShape:
     if shape.num_windows <= max_windows:
         return shape
     examples = max(1, shape.num_examples * max_windows // shape.num_windows)
-    targets = -(-shape.num_targets * examples // shape.num_examples)
-    return replace(shape, num_windows=max_windows, num_examples=examples, num_targets=targets)
+    targets = -(-shape.num_target_tokens * examples // shape.num_examples)
+    return replace(shape, num_windows=max_windows, num_examples=examples, num_target_tokens=targets)

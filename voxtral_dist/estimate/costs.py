@@ -1,12 +1,12 @@
-"""Steps, floating point operations and time of a run, from formulas (`voxtral_dist.flops`)."""
+"""Steps, floating point operations and time of a run, from formulas (`voxtral_dist.model.flops`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.flops import TrainingFlops
-from voxtral_dist.planning.workload import Workload
+from voxtral_dist.estimate.workload import Workload
+from voxtral_dist.model.flops import TrainingFlops
 
 
 @dataclass(frozen=True)

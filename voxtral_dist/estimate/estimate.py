@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.plan import refuse_idle_ranks
-from voxtral_dist.planning.activations import MicroBatchShape
-from voxtral_dist.planning.advice import Change, advise
-from voxtral_dist.planning.costs import Costs, run_costs
-from voxtral_dist.planning.planner import Machine, Planner, Row
-from voxtral_dist.planning.quantities import duration, gigabytes
-from voxtral_dist.planning.sharding import configured_sharding
-from voxtral_dist.planning.workload import Workload
-from voxtral_dist.trainable import count_parameters, parameter_table
+from voxtral_dist.data.plan.train_plan import refuse_idle_ranks
+from voxtral_dist.estimate.activations import MicroBatchShape
+from voxtral_dist.estimate.advice import Change, advise
+from voxtral_dist.estimate.costs import Costs, run_costs
+from voxtral_dist.estimate.estimator import Estimator, Machine, Row
+from voxtral_dist.estimate.quantities import duration, gigabytes
+from voxtral_dist.estimate.sharding import configured_sharding
+from voxtral_dist.estimate.workload import Workload
+from voxtral_dist.model.trainable import count_parameters, parameter_table
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Report:
             yield f"Hours, passes and padding are left out: {self.workload.missing}"
         else:
             yield (
-                f"{data.num_utterances} utterances, {data.hours_per_pass:.1f} hours and {data.steps_per_pass} steps a "
-                f"pass; {costs.num_steps} steps are {data.num_passes:.2f} passes of {data.target_tokens:.0f} target "
+                f"{data.num_utterances} utterances, {data.hours_per_epoch:.1f} hours, {data.steps_per_epoch} steps an "
+                f"epoch; {costs.num_steps} steps are {data.num_epochs:.2f} epochs of {data.target_tokens:.0f} target "
                 f"tokens a step; audio fills {100 * data.window_fill:.0f} % of the windows, padding "
                 f"{100 * data.padding:.0f} % of the positions"
             )
@@ -129,7 +129,7 @@ class Report:
             )
 
 
-def plan_run(config: RunConfig, machine: Machine) -> Report:
+def estimate_run(config: RunConfig, machine: Machine) -> Report:
     """The report of a configuration on a machine, within seconds and without its weights.
 
     Raises:
@@ -137,21 +137,23 @@ def plan_run(config: RunConfig, machine: Machine) -> Report:
     """
     refuse_idle_ranks(config.train_data.slots_per_step, machine.num_gpus)
     sharding = configured_sharding(config, machine.num_gpus)
-    planner = Planner(config, machine)
-    largest = planner.largest_shape(sharding)
-    configured = planner.estimate(sharding, largest)
-    row = planner.row(configured)
-    counts = count_parameters(planner.model)
+    estimator = Estimator(config, machine)
+    largest = estimator.largest_shape(sharding)
+    configured = estimator.estimate(sharding, largest)
+    row = estimator.row(configured)
+    counts = count_parameters(estimator.model)
     return Report(
         parameters={name: asdict(count) for name, count in counts.items()},
-        parameter_lines=parameter_table(planner.model),
+        parameter_lines=parameter_table(estimator.model),
         machine=machine,
         shape=largest,
-        workload=planner.workload,
+        workload=estimator.workload,
         configured=row,
         by_kind={"device": configured.peak.device, "host": configured.peak.host},
         moments={moment.name: moment.device_bytes for moment in configured.moments},
-        table=[planner.row(planner.estimate(one, largest)) for one in planner.standard_shardings()],
-        changes=advise(planner, sharding) if row.fits is False else [],
-        costs=run_costs(config, planner.flops, planner.workload, machine.num_gpus, machine.mfu, machine.peak_tflops),
+        table=[estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()],
+        changes=advise(estimator, sharding) if row.fits is False else [],
+        costs=run_costs(
+            config, estimator.flops, estimator.workload, machine.num_gpus, machine.mfu, machine.peak_tflops
+        ),
     )

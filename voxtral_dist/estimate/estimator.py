@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS
-from voxtral_dist.flops import TrainingFlops
-from voxtral_dist.model import DTYPES, TrainedVoxtral, audio_tokens_per_window, trained_skeleton
-from voxtral_dist.planning.activations import Activations, MicroBatchShape
-from voxtral_dist.planning.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate
-from voxtral_dist.planning.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
-from voxtral_dist.planning.workload import WindowSizes, Workload, find_workload
-from voxtral_dist.tiny import POSITIONS_PER_SECOND
+from voxtral_dist.estimate.activations import Activations, MicroBatchShape
+from voxtral_dist.estimate.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate
+from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
+from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
+from voxtral_dist.evaluation.transcriber import MIN_NEW_TOKENS
+from voxtral_dist.model.flops import TrainingFlops
+from voxtral_dist.model.tiny import POSITIONS_PER_SECOND
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, audio_tokens_per_window, trained_meta_model
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Row:
     fits: bool | None
 
 
-class Planner:
+class Estimator:
     """One configuration on one machine."""
 
     def __init__(self, config: RunConfig, machine: Machine, workload: Workload | None = None) -> None:
         self.config = config
         self.machine = machine
-        self.model = skeleton_of(config)
+        self.model = meta_model_of(config)
         self.flops = TrainingFlops(self.model, config.model)
         self._sizes = ModelSizes.of(self.model)
         self._activations = Activations(self.model, config.model)
@@ -106,14 +106,14 @@ class Planner:
         return self._activations.decoding(MicroBatchShape(num_windows, num_rows, sizes.audio_tokens + answer, 0))
 
 
-def skeleton_of(config: RunConfig) -> TrainedVoxtral:
+def meta_model_of(config: RunConfig) -> TrainedVoxtral:
     """The model on the meta device, whatever attention and compilation this machine has.
 
     Raises:
         UserError: its config.json is missing or describes no Voxtral.
     """
     anywhere = config.model.model_copy(update={"attention": "sdpa", "compile_blocks": False})
-    return trained_skeleton(anywhere, config.trainable, DTYPES[config.model.precision])
+    return trained_meta_model(anywhere, config.trainable, DTYPES[config.model.precision])
 
 
 def window_sizes(model: TrainedVoxtral) -> WindowSizes:

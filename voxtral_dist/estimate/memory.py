@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from voxtral_dist.model import TrainedVoxtral, blocks_of
-from voxtral_dist.planning.activations import Part, backward_peak, forward_peak
-from voxtral_dist.planning.sharding import Fsdp2Sharding, Place, Sharding, ZeroSharding
+from voxtral_dist.estimate.activations import Part, backward_peak, forward_peak
+from voxtral_dist.estimate.sharding import Fsdp2Sharding, Place, Sharding, ZeroSharding
+from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of
 
 DeviceKind = Literal["gpu", "cpu"]
 
@@ -89,7 +89,7 @@ class Setting:
     evaluation_weights: Literal["auto", "gathered", "sharded"] = "auto"
     device_memory: int | None = None
 
-    def evaluation(self, whole: Moment, sharded: Moment) -> Moment:
+    def evaluation(self, whole: Phase, sharded: Phase) -> Phase:
         """What a run does: `auto` decodes with whole weights where they fit, and else in lockstep."""
         if self.evaluation_weights == "auto":
             needed = whole.process_bytes if self.device == "cpu" else whole.device_bytes
@@ -100,7 +100,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Moment:
+class Phase:
     """Bytes on a rank's device and in its share of host memory by kind, at one moment of a run."""
 
     name: str
@@ -128,11 +128,11 @@ class MemoryEstimate:
     """The moments of a run under one sharding, and bytes on each rank's share of a drive."""
 
     sharding: Sharding
-    moments: tuple[Moment, ...]
+    moments: tuple[Phase, ...]
     nvme_bytes: float
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> Phase:
         """The moment with most on the device."""
         return max(self.moments, key=lambda moment: moment.device_bytes)
 
@@ -183,7 +183,7 @@ class _Zero:
             nvme += self._sizes.all / self._ranks * self._size
         return MemoryEstimate(self._sharding, tuple(moments), nvme)
 
-    def _forward(self) -> Moment:
+    def _forward(self) -> Phase:
         activations = forward_peak(self._parts)
         gradients = self._held_gradients() if self._is_accumulating else self._fixed_gradients()
         return self._moment(
@@ -193,7 +193,7 @@ class _Zero:
             gathered=self._gathered_in_forward(),
         )
 
-    def _backward(self) -> Moment:
+    def _backward(self) -> Phase:
         """Gradients that are there already, or those that this backward pass leaves while activations go.
 
         A gradient is in the model's precision until its bucket is reduced, and ranks reduce a copy of the bucket.
@@ -213,7 +213,7 @@ class _Zero:
             has_buckets=True,
         )
 
-    def _reduction(self) -> Moment:
+    def _reduction(self) -> Phase:
         """After the backward pass all that is left in buckets is reduced; stages 1 and 2 then add up their part."""
         gradients = self._held_gradients()
         if self._sharding.stage == 2 and self._is_accumulating:
@@ -226,7 +226,7 @@ class _Zero:
             "reduction of gradients", gradients=gradients, gathered=gathered, flight=flight, has_buckets=True
         )
 
-    def _update(self) -> Moment:
+    def _update(self) -> Phase:
         """Gradients of what is updated together are copied into one float32 tensor; those of weights are gone.
 
         Stages 1 and 2 update a rank's whole part at once, stage 3 a group of it. On GPUs AdamW is one kernel.
@@ -244,17 +244,17 @@ class _Zero:
         temporary = at_once * copies * _FLOAT32_BYTES if is_here else 0.0
         return self._moment("update", gradients=gradients, flight=temporary)
 
-    def _evaluation(self) -> Moment:
+    def _evaluation(self) -> Phase:
         """Under stage 3 a whole model in the model's precision is gathered, or what a forward pass gathers."""
         if self._sharding.stage < 3:
             return self._evaluation_with(0.0)
         whole = self._evaluation_with(self._sizes.all * self._size)
         return self._setting.evaluation(whole, self._evaluation_with(self._gathered_in_forward()))
 
-    def _evaluation_with(self, gathered: float) -> Moment:
+    def _evaluation_with(self, gathered: float) -> Phase:
         moment = self._moment("evaluation", gradients=self._fixed_gradients())
         more = {"gathered weights": gathered, "decoding": self._setting.evaluation_bytes}
-        return Moment(moment.name, moment.device | more, moment.host)
+        return Phase(moment.name, moment.device | more, moment.host)
 
     def _gathered_in_forward(self) -> float:
         return self._live(self._sharding.max_live) + self._in_flight()
@@ -267,7 +267,7 @@ class _Zero:
         gathered: float = 0.0,
         flight: float = 0.0,
         has_buckets: bool = False,
-    ) -> Moment:
+    ) -> Phase:
         """has_buckets: whether gradients are on their way, so that stages 1 and 2 have buckets for them too."""
         weights = self._weights()
         buckets = self._buckets() if has_buckets or self._sharding.stage == 3 else 0.0
@@ -285,7 +285,7 @@ class _Zero:
             "gradients": self._host_gradients(),
             "optimizer": self._optimizer()["host"],
         }
-        return Moment(name, device, host)
+        return Phase(name, device, host)
 
     def _weights(self) -> dict[Place, float]:
         """s P whole, or s P / W and what is too small to be sharded. What is on NVMe passes through five buffers."""
@@ -401,7 +401,7 @@ class _Fsdp2:
         gathered: float = 0.0,
         buffers: float = 0.0,
         decoding: float = 0.0,
-    ) -> Moment:
+    ) -> Phase:
         """Gradients are reduced to float32 shards in every micro-batch. Frozen weights have the model's precision."""
         frozen = self._sizes.frozen * self._setting.value_bytes
         states = {
@@ -417,8 +417,8 @@ class _Fsdp2:
             "libraries": library_bytes(self._setting),
         }
         if self._sharding.is_offloaded:
-            return Moment(name, device, states)
-        return Moment(name, states | device, {})
+            return Phase(name, device, states)
+        return Phase(name, states | device, {})
 
     def _gathered(self) -> float:
         """Two units, one that is used and one that is fetched, each with the buffer that ranks fill; or all weights."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from voxtral_dist.config import Fsdp2Config, RunConfig
-from voxtral_dist.engine.sharding import refuse_partial_replicas
-from voxtral_dist.engine.zero_settings import read_deepspeed_file
+from voxtral_dist.engine.fsdp2.sharding import refuse_partial_replicas
+from voxtral_dist.engine.zero.settings import read_deepspeed_file
 
 Place = Literal["device", "host", "nvme"]
 

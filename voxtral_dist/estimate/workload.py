@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from voxtral_dist.config import RunConfig, TrainDataConfig
-from voxtral_dist.data.examples import SlotSamples
-from voxtral_dist.data.filters import ExampleSizes, text_tokens
 from voxtral_dist.data.loader import TrainingSet, build_training_set
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.plan.filters import ExampleSizes, text_tokens
+from voxtral_dist.data.plan.sorting import SlotExamples
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
-from voxtral_dist.flops import BatchShape
-from voxtral_dist.planning.activations import MicroBatchShape
+from voxtral_dist.estimate.activations import MicroBatchShape
+from voxtral_dist.model.flops import BatchShape
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 # Of a prompt besides its audio, where no tokenizer tells: markers and the tag of a language.
 _PROMPT_TOKENS = 10
@@ -34,18 +34,18 @@ class WindowSizes:
 
 
 @dataclass(frozen=True)
-class DataFigures:
+class DataStatistics:
     """What is known of the training data.
 
-    hours_per_pass: of audio, drawn in one pass. num_utterances: that pass the filters. target_tokens: of a step.
-    padding: share of positions that are padding. window_fill: share of the windows that is audio. num_passes: over the
+    hours_per_epoch: of audio, drawn in one pass. num_utterances: that pass the filters. target_tokens: of a step.
+    padding: share of positions that are padding. window_fill: share of the windows that is audio. num_epochs: over the
     data, in the whole run.
     """
 
-    hours_per_pass: float
+    hours_per_epoch: float
     num_utterances: int
-    steps_per_pass: int
-    num_passes: float
+    steps_per_epoch: int
+    num_epochs: float
     target_tokens: float
     padding: float
     window_fill: float
@@ -64,7 +64,7 @@ class Workload:
     computed: BatchShape
     num_averaged: int
     source: str
-    data: DataFigures | None = None
+    data: DataStatistics | None = None
     missing: str = ""
 
 
@@ -84,10 +84,12 @@ def _by_budgets(config: RunConfig, sizes: WindowSizes, missing: str) -> Workload
         largest.num_windows,
         largest.num_examples,
         largest.num_positions,
-        largest.num_targets,
-        -(-largest.num_windows // config.model.encoder_windows_per_pass),
+        largest.num_target_tokens,
+        -(-largest.num_windows // config.model.encoder_windows_per_chunk),
     )
-    needed = BatchShape.needed(largest.num_windows, [largest.num_positions] * largest.num_examples, largest.num_targets)
+    needed = BatchShape.needed(
+        largest.num_windows, [largest.num_positions] * largest.num_examples, largest.num_target_tokens
+    )
     return Workload((largest,), needed, shape, 1, "the budgets of `train_data`, filled to the last", missing=missing)
 
 
@@ -118,42 +120,44 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
     sizes = ExampleSizes.of(prompts, context.max_tokens if context else 0)
     found = [_micro_batch(slot, training_set, sizes) for slot in _slots(config, training_set)]
     shapes = [shape for shape, _ in found]
-    per_pass = config.model.encoder_windows_per_pass
+    per_chunk = config.model.encoder_windows_per_chunk
     needed = sum((positions for _, positions in found), BatchShape())
-    computed = sum((_computed(shape, per_pass) for shape in shapes), BatchShape())
+    computed = sum((_computed(shape, per_chunk) for shape in shapes), BatchShape())
     largest = {
         max(shapes, key=lambda shape: shape.num_windows),
         max(shapes, key=lambda shape: shape.num_examples * shape.num_positions),
-        max(shapes, key=lambda shape: shape.num_targets),
+        max(shapes, key=lambda shape: shape.num_target_tokens),
     }
     real = sum(positions.num_positions for _, positions in found)
-    slots_per_pass = training_set.plan.steps_per_pass * config.train_data.slots_per_step
-    plan_figures = training_set.plan.figures
-    windows_of_pass = sum(shape.num_windows for shape in shapes) / len(shapes) * slots_per_pass
-    figures = DataFigures(
-        hours_per_pass=windows_of_pass * prompts.window_seconds * plan_figures.window_fill / 3600,
-        num_utterances=sum(stream.num_samples for stream in training_set.streams.streams),
-        steps_per_pass=training_set.plan.steps_per_pass,
-        num_passes=config.num_steps / training_set.plan.steps_per_pass,
-        target_tokens=sum(shape.num_targets for shape in shapes) / len(shapes) * config.train_data.slots_per_step,
+    slots_per_epoch = training_set.plan.steps_per_epoch * config.train_data.slots_per_step
+    plan_statistics = training_set.plan.figures
+    windows_of_chunk = sum(shape.num_windows for shape in shapes) / len(shapes) * slots_per_epoch
+    figures = DataStatistics(
+        hours_per_epoch=windows_of_chunk * prompts.window_seconds * plan_statistics.window_fill / 3600,
+        num_utterances=sum(stream.num_utterances for stream in training_set.streams.streams),
+        steps_per_epoch=training_set.plan.steps_per_epoch,
+        num_epochs=config.num_steps / training_set.plan.steps_per_epoch,
+        target_tokens=sum(shape.num_target_tokens for shape in shapes) / len(shapes) * config.train_data.slots_per_step,
         padding=1 - real / max(1, sum(shape.num_examples * shape.num_positions for shape in shapes)),
-        window_fill=plan_figures.window_fill,
+        window_fill=plan_statistics.window_fill,
     )
     source = f"the largest of the first {len(shapes)} micro-batches that the plan of the data makes"
     return Workload(tuple(largest), needed, computed, len(shapes), source, figures)
 
 
-def _computed(shape: MicroBatchShape, windows_per_pass: int) -> BatchShape:
-    passes = max(1, -(-shape.num_windows // windows_per_pass))
-    return BatchShape.computed(shape.num_windows, shape.num_examples, shape.num_positions, shape.num_targets, passes)
+def _computed(shape: MicroBatchShape, windows_per_chunk: int) -> BatchShape:
+    passes = max(1, -(-shape.num_windows // windows_per_chunk))
+    return BatchShape.computed(
+        shape.num_windows, shape.num_examples, shape.num_positions, shape.num_target_tokens, passes
+    )
 
 
-def _slots(config: RunConfig, training_set: TrainingSet) -> Iterator[SlotSamples]:
+def _slots(config: RunConfig, training_set: TrainingSet) -> Iterator[SlotExamples]:
     plan, num_probed = training_set.plan, 0
     for step in range(config.num_steps):
         for slot in range(plan.num_slots(step)):
             samples = plan.slot(step, slot)
-            if samples.sample_ids:
+            if samples.utterance_ids:
                 yield samples
                 num_probed += 1
         if num_probed >= _PROBED_MICRO_BATCHES:
@@ -161,10 +165,10 @@ def _slots(config: RunConfig, training_set: TrainingSet) -> Iterator[SlotSamples
 
 
 def _micro_batch(
-    slot: SlotSamples, training_set: TrainingSet, sizes: ExampleSizes
+    slot: SlotExamples, training_set: TrainingSet, sizes: ExampleSizes
 ) -> tuple[MicroBatchShape, BatchShape]:
     """What is computed, with padding, and what is needed."""
-    records = training_set.index.gather(np.array(slot.sample_ids, dtype=np.int64))
+    records = training_set.index.gather(np.array(slot.utterance_ids, dtype=np.int64))
     firsts = np.cumsum([0, *slot.example_sizes[:-1]])
     windows = sizes.windows(np.add.reduceat(records["duration_ms"].astype(np.int64), firsts))
     tokens = np.add.reduceat(text_tokens(records), firsts)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from voxtral_dist.data.samples import Example
+from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, wait_for_all
-from voxtral_dist.distributed.hand_out import HandOut
+from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, what_was_asked
 from voxtral_dist.errors import RankError, SharedError, UserError
-from voxtral_dist.evaluation.transcribe import DecodedBatch, Hypothesis, Transcriber
+from voxtral_dist.evaluation.transcriber import DecodedBatch, Hypothesis, Transcriber
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Decoded:
 
     pairs: list[tuple[Example, Hypothesis]]
     loss_sum: float
-    num_targets: int
+    num_target_tokens: int
     seconds: float
 
 
@@ -61,7 +61,7 @@ def decode_batches(
     failure = part.decode()
     seconds = time.monotonic() - started
     _refuse_if_any_failed(name, failure, world)
-    return Decoded(part.pairs, part.loss_sum, part.num_targets, seconds)
+    return Decoded(part.pairs, part.loss_sum, part.num_target_tokens, seconds)
 
 
 class _OtherRankFailedError(Exception):
@@ -86,7 +86,7 @@ class _Part:
     ) -> None:
         self.pairs: list[tuple[Example, Hypothesis]] = []
         self.loss_sum = 0.0
-        self.num_targets = 0
+        self.num_target_tokens = 0
         self._name = name
         self._batches = batches
         self._read = read
@@ -111,13 +111,13 @@ class _Part:
 
     def _decode_what_is_handed_out(self) -> None:
         """Whoever is free takes the next batch."""
-        hand_out = HandOut(len(self._batches), self._world)
+        task_queue = TaskQueue(len(self._batches), self._world)
         try:
-            for number in hand_out:
+            for number in task_queue:
                 examples = self._read(self._batches[number])
                 self._add(examples, self._transcriber.decode(examples, with_loss=self._with_loss))
         except Exception:
-            hand_out.stop()
+            task_queue.stop()
             raise
 
     def _decode_in_lockstep(self) -> None:
@@ -155,7 +155,7 @@ class _Part:
     def _add(self, examples: Sequence[Example], decoded: DecodedBatch) -> None:
         self.pairs += zip(examples, decoded.hypotheses, strict=True)
         self.loss_sum += decoded.loss_sum
-        self.num_targets += decoded.num_targets
+        self.num_target_tokens += decoded.num_target_tokens
 
 
 def _refuse_if_any_failed(name: str, failure: Exception | None, world: World) -> None:

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.devices import free_memory_bytes
 from voxtral_dist.distributed.collectives import max_over_ranks
+from voxtral_dist.distributed.devices import free_memory_bytes
 from voxtral_dist.distributed.world import World, ranks_on_node
-from voxtral_dist.engine.base import Engine
+from voxtral_dist.engine.engine import Engine
 
 # Of the free memory: allocators cannot use all of it, and other processes come and go.
 _USABLE = 0.9
@@ -54,7 +54,7 @@ def decoding_weights(
 
 
 def decoding_bytes(
-    config: VoxtralConfig, num_positions: int, num_beams: int, windows_per_pass: int, dtype: torch.dtype
+    config: VoxtralConfig, num_positions: int, num_beams: int, windows_per_chunk: int, dtype: torch.dtype
 ) -> int:
     """An estimate of what decoding takes of a rank besides weights: keys and values, and the widest tensors of a block.
 
@@ -62,12 +62,12 @@ def decoding_bytes(
         config: of the model.
         num_positions: prompts and new tokens of the largest batch, padding included.
         num_beams: rows of each utterance.
-        windows_per_pass: that the encoder takes at a time.
+        windows_per_chunk: that the encoder takes at a time.
         dtype: of weights and activations.
     """
     text, audio = config.text_config, config.audio_config
     cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     # Rows are whole in the first pass over a prompt; afterwards they are one token long.
     language_model = num_beams * num_positions * (cached + _LIVE_TENSORS * text.intermediate_size)
-    encoder = _LIVE_TENSORS * windows_per_pass * audio.max_source_positions * audio.intermediate_size
+    encoder = _LIVE_TENSORS * windows_per_chunk * audio.max_source_positions * audio.intermediate_size
     return int((language_model + encoder) * dtype.itemsize)

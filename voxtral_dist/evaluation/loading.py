@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from voxtral_dist.checkpoint import config_of_checkpoint, is_checkpoint, load_checkpoint
+from voxtral_dist.checkpoints.directory import config_of_checkpoint, is_checkpoint, load_checkpoint
 from voxtral_dist.config import EvaluationConfig, ModelConfig
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.encoder import EncoderPasses
-from voxtral_dist.evaluation.transcribe import Transcriber
-from voxtral_dist.weights import load_for_inference
+from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.model.encoder import ChunkedEncoder
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.weights import load_for_inference
 
-_WINDOWS_PER_PASS: int = ModelConfig.model_fields["encoder_windows_per_pass"].default
+_WINDOWS_PER_CHUNK: int = ModelConfig.model_fields["encoder_windows_per_chunk"].default
 
 
 def load_transcriber(
@@ -26,7 +26,7 @@ def load_transcriber(
     """
     load = load_checkpoint if is_checkpoint(model_path) else load_for_inference
     model = load(model_path, world.device, precision)
-    EncoderPasses(model, _WINDOWS_PER_PASS)
+    ChunkedEncoder(model, _WINDOWS_PER_CHUNK)
     log_mel = LogMel.from_pretrained(processor_path(model_path), world.device)
     return Transcriber(model, prompts, log_mel, settings)
 

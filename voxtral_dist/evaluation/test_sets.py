@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.config import EvaluationConfig, TestSetConfig, TextStep
-from voxtral_dist.data.context import TestContexts, WordList
-from voxtral_dist.data.cutting import Budget, cut
-from voxtral_dist.data.filters import ExampleSizes, text_tokens
-from voxtral_dist.data.index import Ids, Records, ShardIndex, read_index
-from voxtral_dist.data.prompting import Prompting
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import Example, SampleError, SampleReader
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.examples.context import TestContexts
+from voxtral_dist.data.examples.prompting import Prompting
+from voxtral_dist.data.examples.reader import Example, UtteranceError, UtteranceReader
+from voxtral_dist.data.plan.cutting import Budget, cut
+from voxtral_dist.data.plan.filters import ExampleSizes, text_tokens
+from voxtral_dist.data.stored.index import Ids, Records, ShardIndex, read_index
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import (
     from_first_rank,
     gather_on_first,
@@ -31,11 +30,13 @@ from voxtral_dist.distributed.collectives import (
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.evaluation.decoding import Batch, Decoded, decode_batches
-from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.report import Measurements, TestSetScore, score_test_set, write_results
-from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Hypothesis, Transcriber
-from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance, score_utterance
+from voxtral_dist.evaluation.transcriber import MIN_NEW_TOKENS, Hypothesis, Transcriber
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.results import Measurements, TestSetScore, score_test_set, write_results
+from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
+from voxtral_dist.text.word_list import WordList
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class TestSet:
 
     name: str
     index: ShardIndex
-    reader: SampleReader
+    reader: UtteranceReader
     batches: tuple[Batch, ...]
     most_positions: int
     has_answers: bool = False
@@ -75,8 +76,8 @@ class TestSet:
             RankError: one is unusable; a smaller test set would be another test set.
         """
         try:
-            return [self.reader.example(sample_id) for sample_id in batch]
-        except SampleError as error:
+            return [self.reader.example(utterance_id) for utterance_id in batch]
+        except UtteranceError as error:
             raise RankError(
                 f"The test set `{self.name}` has an unusable utterance: {error}. Mend or remove it, then pack the set "
                 "again."
@@ -161,7 +162,7 @@ def build_test_set(
         TestSet(
             name=name if size is None else f"{name}-distractors-{size}",
             index=index,
-            reader=SampleReader(
+            reader=UtteranceReader(
                 index,
                 prompts,
                 max_target_tokens=None,
@@ -291,8 +292,8 @@ def _write(out_dir: Path, name: str, utterances: Sequence[ScoredUtterance], scor
 def _over_ranks(decoded: Decoded, world: World) -> Measurements:
     """What all ranks measured together: the seconds of the slowest, and the loss of all targets."""
     milliseconds = max_over_ranks([round(1000 * decoded.seconds)], world)[0]
-    loss_sum, num_targets = sum_over_ranks([decoded.loss_sum, decoded.num_targets], world)
-    return Measurements(milliseconds / 1000, loss_sum / num_targets if num_targets else None)
+    loss_sum, num_target_tokens = sum_over_ranks([decoded.loss_sum, decoded.num_target_tokens], world)
+    return Measurements(milliseconds / 1000, loss_sum / num_target_tokens if num_target_tokens else None)
 
 
 def check_whole(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:
@@ -301,24 +302,24 @@ def check_whole(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> lis
     Raises:
         RankError: one is missing or came twice, so that any rate of them would be wrong.
     """
-    counts = Counter(utterance.sample_id for utterance in utterances)
-    unknown = [sample_id for sample_id in counts if not 0 <= sample_id < len(test_set.index)]
-    missing = [sample_id for sample_id in range(len(test_set.index)) if sample_id not in counts]
-    repeated = [sample_id for sample_id, count in counts.items() if count > 1]
+    counts = Counter(utterance.utterance_id for utterance in utterances)
+    unknown = [utterance_id for utterance_id in counts if not 0 <= utterance_id < len(test_set.index)]
+    missing = [utterance_id for utterance_id in range(len(test_set.index)) if utterance_id not in counts]
+    repeated = [utterance_id for utterance_id, count in counts.items() if count > 1]
     if missing or repeated or unknown:
         raise RankError(
             f"The evaluation of `{test_set.name}` lost {len(missing)} utterances (first: {missing[:3]}), decoded "
             f"{len(repeated)} twice (first: {repeated[:3]}) and {len(unknown)} that it does not have (first: "
             f"{unknown[:3]}): its word error rate would be wrong, so there is none."
         )
-    return sorted(utterances, key=lambda utterance: utterance.sample_id)
+    return sorted(utterances, key=lambda utterance: utterance.utterance_id)
 
 
 def _utterance(test_set: TestSet, example: Example, hypothesis: Hypothesis) -> DecodedUtterance:
     return DecodedUtterance(
-        sample_id=example.sample_id,
+        utterance_id=example.utterance_id,
         key=example.key,
-        language=test_set.index.language(example.sample_id),
+        language=test_set.index.language(example.utterance_id),
         duration_seconds=round(example.duration_seconds, 4),
         reference=example.reference,
         hypothesis=hypothesis.text,

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.data.batches import collate, pad_left, silent_example
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import Example
-from voxtral_dist.engine.encoder import EncoderPasses, num_passes
+from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_example
+from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.engine.loss import LossOfMicroBatch
+from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 # Even the shortest clip may have this many tokens.
 MIN_NEW_TOKENS = 16
@@ -45,7 +45,7 @@ class DecodedBatch:
 
     hypotheses: list[Hypothesis]
     loss_sum: float = 0.0
-    num_targets: int = 0
+    num_target_tokens: int = 0
 
 
 class Transcriber:
@@ -63,10 +63,10 @@ class Transcriber:
         settings: EvaluationConfig,
         in_lockstep: bool = False,
     ) -> None:
-        """Decode by a `TrainedVoxtral` in evaluation mode that has `EncoderPasses`."""
+        """Decode by a `TrainedVoxtral` in evaluation mode that has `ChunkedEncoder`."""
         self.in_lockstep = in_lockstep
         self._model = model
-        self._passes = EncoderPasses.of(model)
+        self._passes = ChunkedEncoder.of(model)
         self._prompts = prompts
         self._log_mel = log_mel
         self.silence = silent_example(prompts)
@@ -88,12 +88,12 @@ class Transcriber:
         """
         batch = collate(examples, self._prompts.pad_id, self._prompts.window_samples).to(self._device)
         features = self._log_mel(batch.pcm, batch.windows_per_example)
-        self._passes.num_passes = most_windows and num_passes(most_windows, self._passes.windows_per_pass)
+        self._passes.num_chunks = most_windows and num_chunks(most_windows, self._passes.windows_per_chunk)
         with self._passes.holding(features, batch.windows_per_example) as numbers:
             # The loss comes first on all ranks, so that all of them encode in the same pass.
             loss_sum = float(self._loss(self._model, batch, numbers)) if with_loss else 0.0
             hypotheses = self._generate(examples, numbers)
-        return DecodedBatch(hypotheses, loss_sum, batch.num_targets if with_loss else 0)
+        return DecodedBatch(hypotheses, loss_sum, batch.num_target_tokens if with_loss else 0)
 
     def _generate(self, examples: Sequence[Example], numbers: Tensor) -> list[Hypothesis]:
         prompts, attention_mask = pad_left([example.prompt for example in examples], self._prompts.pad_id)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from voxtral_dist.config import Component, LoraConfig
-from voxtral_dist.trainable import ADAPTER_NAME, component_of, is_adapter, peft_config
+from voxtral_dist.model.trainable import ADAPTER_NAME, component_of, is_adapter, peft_config
 
 _BASE = ".base_layer."
 _MAGNITUDE = ".lora_magnitude_vector."

@@ -22,9 +22,9 @@ from transformers import VoxtralForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
-def num_passes(num_windows: int, windows_per_pass: int) -> int:
+def num_chunks(num_windows: int, windows_per_chunk: int) -> int:
     """Passes that this many windows take."""
-    return max(1, -(-num_windows // windows_per_pass))
+    return max(1, -(-num_windows // windows_per_chunk))
 
 
 @dataclass
@@ -36,27 +36,27 @@ class _HeldExamples:
     embedded: tuple[Tensor, ...] = ()
 
 
-class EncoderPasses:
+class ChunkedEncoder:
     """Takes the place of a Voxtral's `get_audio_features`, which maps mel features to the embeddings of audio tokens.
 
-    num_passes: of the next forward pass; None makes as many as its windows need, as on a rank that decodes alone.
-    windows_per_pass: at most so many windows are taken at a time.
+    num_chunks: of the next forward pass; None makes as many as its windows need, as on a rank that decodes alone.
+    windows_per_chunk: at most so many windows are taken at a time.
     """
 
-    def __init__(self, model: VoxtralForConditionalGeneration, windows_per_pass: int) -> None:
+    def __init__(self, model: VoxtralForConditionalGeneration, windows_per_chunk: int) -> None:
         """Put passes of at most so many windows into a model."""
-        self.num_passes: int | None = None
-        self.windows_per_pass = windows_per_pass
+        self.num_chunks: int | None = None
+        self.windows_per_chunk = windows_per_chunk
         self._held: _HeldExamples | None = None
         self._whole: Callable[..., BaseModelOutputWithPooling] = model.model.get_audio_features
         # On the instance, where the forward pass looks first; the class and saved models know nothing of it.
         model.model.get_audio_features = self
 
     @classmethod
-    def of(cls, model: nn.Module) -> EncoderPasses:
+    def of(cls, model: nn.Module) -> ChunkedEncoder:
         """The passes that were put into a model."""
         passes = model.get_submodule("model").get_audio_features
-        assert isinstance(passes, EncoderPasses), "every model that is trained or decoded has them"
+        assert isinstance(passes, ChunkedEncoder), "every model that is trained or decoded has them"
         return passes
 
     @contextmanager
@@ -86,17 +86,17 @@ class EncoderPasses:
         Inside of `holding`, of examples by their numbers.
         """
         if self._held is None:
-            return BaseModelOutputWithPooling(pooler_output=self._in_passes(input_features))
+            return BaseModelOutputWithPooling(pooler_output=self._in_chunks(input_features))
         if not self._held.embedded:
-            embedded = self._in_passes(self._held.features)
+            embedded = self._in_chunks(self._held.features)
             tokens_per_window = len(embedded) // len(self._held.features)
             sizes = [tokens_per_window * count for count in self._held.windows_per_example]
             self._held.embedded = torch.split(embedded, sizes)
         chosen = [self._held.embedded[number] for number in input_features.tolist()]
         return BaseModelOutputWithPooling(pooler_output=torch.cat(chosen))
 
-    def _in_passes(self, input_features: Tensor) -> Tensor:
-        count = self.num_passes or num_passes(len(input_features), self.windows_per_pass)
+    def _in_chunks(self, input_features: Tensor) -> Tensor:
+        count = self.num_chunks or num_chunks(len(input_features), self.windows_per_chunk)
         if count == 1:
             return self._embed(input_features)
         parts = [part for part in input_features.tensor_split(count) if len(part)]

@@ -35,8 +35,8 @@ from typing import Any
 from torch import nn
 
 from voxtral_dist.config import Component, ModelConfig
-from voxtral_dist.model import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
-from voxtral_dist.trainable import ADAPTER_NAME
+from voxtral_dist.model.trainable import ADAPTER_NAME
+from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
 
 
 @dataclass(frozen=True)
@@ -46,39 +46,44 @@ class BatchShape:
     num_windows: of the encoder.
     num_positions: of the language model.
     num_pairs: of positions, such that the first attends to the second.
-    num_targets: whose logits are computed.
+    num_target_tokens: whose logits are computed.
     num_windows_again: of the windows, those in checkpointed passes of the encoder (`engine.encoder`).
     """
 
     num_windows: int = 0
     num_positions: int = 0
     num_pairs: int = 0
-    num_targets: int = 0
+    num_target_tokens: int = 0
     num_windows_again: int = 0
 
     @classmethod
-    def needed(cls, num_windows: int, positions_of_examples: Iterable[int], num_targets: int) -> BatchShape:
+    def needed(cls, num_windows: int, positions_of_examples: Iterable[int], num_target_tokens: int) -> BatchShape:
         """Of examples without their padding: for model FLOPs. A window counts whole, as the encoder takes it."""
         positions = list(positions_of_examples)
         num_pairs = sum(count * (count + 1) // 2 for count in positions)
-        return cls(num_windows, sum(positions), num_pairs, num_targets)
+        return cls(num_windows, sum(positions), num_pairs, num_target_tokens)
 
     @classmethod
     def computed(
-        cls, num_windows: int, num_examples: int, num_positions: int, num_targets: int, num_encoder_passes: int = 1
+        cls,
+        num_windows: int,
+        num_examples: int,
+        num_positions: int,
+        num_target_tokens: int,
+        num_encoder_chunks: int = 1,
     ) -> BatchShape:
         """Of one micro-batch that is padded to `(num_examples, num_positions)`: for hardware FLOPs.
 
         Every position is paired with every other, as in `sdpa` with a mask; FlashAttention leaves out most of those
         that are not needed. A pass of the encoder without a window takes a silent one.
         """
-        windows = max(num_windows, num_encoder_passes)
+        windows = max(num_windows, num_encoder_chunks)
         return cls(
             windows,
             num_examples * num_positions,
             num_examples * num_positions**2,
-            num_targets,
-            windows if num_encoder_passes > 1 else 0,
+            num_target_tokens,
+            windows if num_encoder_chunks > 1 else 0,
         )
 
     def __add__(self, other: BatchShape) -> BatchShape:
@@ -86,7 +91,7 @@ class BatchShape:
             self.num_windows + other.num_windows,
             self.num_positions + other.num_positions,
             self.num_pairs + other.num_pairs,
-            self.num_targets + other.num_targets,
+            self.num_target_tokens + other.num_target_tokens,
             self.num_windows_again + other.num_windows_again,
         )
 
@@ -110,12 +115,12 @@ class TrainingFlops:
     """FLOPs of batches under one model and one choice of what is trained and what is computed again."""
 
     def __init__(self, model: TrainedVoxtral, config: ModelConfig) -> None:
-        """Look through a model that may be on the meta device, such as `trained_skeleton` makes it; nothing is kept."""
+        """Look through a model that may be on the meta device, as `trained_meta_model` makes it; nothing is kept."""
         every = config.activation_checkpointing
         gradient = _GradientFlow()
         encoder = _encoder(model.model.audio_tower, gradient, every.encoder)
         projector = _projector(model, gradient)
-        self._encoder_again = _pass_again(encoder, projector, model) if gradient.is_needed else 0.0
+        self._encoder_again = _chunk_again(encoder, projector, model) if gradient.is_needed else 0.0
         self._window: dict[Component, Flops] = {"encoder": encoder, "projector": projector}
         self._position, self._pair = _language_model(model.model.language_model, gradient, every.language_model)
         logits = gradient.products(model.lm_head)
@@ -137,7 +142,9 @@ class TrainingFlops:
         return self.model(shape) + again + self._encoder_again * shape.num_windows_again
 
     def _by_component(self, shape: BatchShape) -> dict[Component, Flops]:
-        text = self._position * shape.num_positions + self._pair * shape.num_pairs + self._target * shape.num_targets
+        text = (
+            self._position * shape.num_positions + self._pair * shape.num_pairs + self._target * shape.num_target_tokens
+        )
         windows = {component: flops * shape.num_windows for component, flops in self._window.items()}
         return {**windows, "language_model": text}
 
@@ -270,7 +277,7 @@ def _projector(model: TrainedVoxtral, gradient: _GradientFlow) -> Flops:
     return row * audio_tokens_per_window(model.config)
 
 
-def _pass_again(encoder: Flops, projector: Flops, model: TrainedVoxtral) -> float:
+def _chunk_again(encoder: Flops, projector: Flops, model: TrainedVoxtral) -> float:
     """Of one window, in the backward pass of a checkpointed pass of the encoder."""
     last = _last_product(model.model.multi_modal_projector.linear_2) * audio_tokens_per_window(model.config)
     return encoder.forward + projector.forward - last

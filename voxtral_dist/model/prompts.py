@@ -32,8 +32,8 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from pydantic import ValidationError
 from transformers import MistralCommonBackend, VoxtralConfig
 
-from voxtral_dist.data.languages import LANGUAGE_CODES
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.text.languages import LANGUAGE_CODES
 
 # A tag in other tokens than those that Mistral encodes it by, as an undertrained model may write it.
 _WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})")

@@ -1,4 +1,4 @@
-"""Voxtral's modules: as a skeleton without weights that an engine fills, or whole, as it is served."""
+"""Voxtral's modules: as a meta_model without weights that an engine fills, or whole, as it is served."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalG
 
 from voxtral_dist.config import Component, ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.trainable import choose_trainable
+from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # FlashAttention's kernels need a GPU of this generation (Ampere) or newer.
@@ -81,7 +81,7 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
     forward.__signature__ = signature(VoxtralForConditionalGeneration.forward)  # type: ignore[attr-defined]
 
 
-def trained_skeleton(config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype) -> TrainedVoxtral:
+def trained_meta_model(config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype) -> TrainedVoxtral:
     """The model of a run on the meta device, in training mode: frozen, adapted and checkpointed as configured.
 
     Raises:
@@ -197,7 +197,7 @@ def _checkpointed(forward: Callable[..., Any], block: nn.Module) -> Callable[...
 
 
 def initialize_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give a skeleton's buffers, none of which are stored, their values: rotary frequencies, in float32."""
+    """Give a meta_model's buffers, none of which are stored, their values: rotary frequencies, in float32."""
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             fresh = type(module)(module.config)
@@ -205,18 +205,18 @@ def initialize_buffers(model: nn.Module, device: torch.device) -> None:
                 setattr(module, name, buffer.to(device))
 
 
-def skeleton(config: VoxtralConfig) -> VoxtralForConditionalGeneration:
+def meta_model(config: VoxtralConfig) -> VoxtralForConditionalGeneration:
     """The modules of a Voxtral on the meta device: shapes without storage."""
     with torch.device("meta"):
         return VoxtralForConditionalGeneration(config)
 
 
-def fill_skeleton(
+def fill_meta_model(
     model: VoxtralForConditionalGeneration,
     weights: Iterable[tuple[str, Tensor]],
     buffers: Iterable[tuple[str, Tensor]] = (),
 ) -> None:
-    """Give a skeleton its weights, which come in the order of its parameters, and copies of buffers.
+    """Give a meta_model its weights, which come in the order of its parameters, and copies of buffers.
 
     Each keeps its precision and device: rotary frequencies stay float32 in a bfloat16 model, as they are in training.
     """

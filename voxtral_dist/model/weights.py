@@ -19,16 +19,16 @@ from transformers.core_model_loading import rename_source_key
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.model import (
+from voxtral_dist.model.trainable import is_adapter
+from voxtral_dist.model.voxtral import (
     DTYPES,
     TrainedVoxtral,
     initialize_buffers,
+    meta_model,
     read_voxtral_config,
     set_tensor,
-    skeleton,
-    trained_skeleton,
+    trained_meta_model,
 )
-from voxtral_dist.trainable import is_adapter
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -79,7 +79,7 @@ class InitialWeights:
         return self._adapter(name)[start:stop]
 
     def fill(self, model: nn.Module, device: torch.device) -> None:
-        """Give all parameters of a skeleton their first values, in its precision."""
+        """Give all parameters of a meta_model their first values, in its precision."""
         for name, parameter in list(model.named_parameters()):
             value = self(name).to(device, parameter.dtype)
             set_tensor(model, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
@@ -153,7 +153,7 @@ def load_voxtral(config: ModelConfig, trainable: TrainableConfig | None = None, 
     Raises:
         UserError: the path leads to no Voxtral checkpoint, or the configuration does not fit it.
     """
-    model = trained_skeleton(config, trainable or TrainableConfig(), DTYPES[config.precision])
+    model = trained_meta_model(config, trainable or TrainableConfig(), DTYPES[config.precision])
     initialize_buffers(model, torch.device("cpu"))
     InitialWeights(config.path, model, seed).fill(model, torch.device("cpu"))
     return model
@@ -195,5 +195,5 @@ def weight_files(path: str) -> list[Path]:
 def _renaming(model: TrainedVoxtral) -> Callable[[str], str]:
     """Published checkpoints call some tensors by older names: transformers' own table tells the new ones."""
     # Known for published classes alone.
-    mapping = get_model_conversion_mapping(skeleton(model.config))
+    mapping = get_model_conversion_mapping(meta_model(model.config))
     return lambda key: rename_source_key(key, mapping, [])[0]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
-from voxtral_dist.evaluation.alignment import AlignedWord, align_words
-from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.pairing import Pair
-from voxtral_dist.evaluation.utterances import ScoredUtterance
 from voxtral_dist.reporting.clips import Clip, NoClip
+from voxtral_dist.scoring.alignment import AlignedWord, align_words
+from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.pairing import Pair
+from voxtral_dist.scoring.utterances import ScoredUtterance
 
 # A hypothesis that loops may have thousands of words, and a language without spaces has words of any length.
 MAX_WORDS = 120
@@ -28,7 +28,7 @@ class SideBySide:
     """The aligned words of a normalized reference and hypothesis, and how many more there are."""
 
     words: tuple[AlignedWord, ...]
-    num_left_out: int
+    num_skipped: int
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Chart:
     lines: tuple[Line, ...]
     summary: str
     is_logarithmic: bool
-    num_left_out: int
+    num_skipped: int
 
     width, height, left, right, top, bottom = WIDTH, HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM
 
@@ -98,7 +98,7 @@ def draw(curve: Curve) -> Chart:
         lines=tuple(_line(number, series, curve, x_axis, y_axis) for number, series in enumerate(shown)),
         summary=_summary(curve),
         is_logarithmic=y_axis.is_logarithmic,
-        num_left_out=len(points) - sum(len(series.points) for series in shown),
+        num_skipped=len(points) - sum(len(series.points) for series in shown),
     )
 
 

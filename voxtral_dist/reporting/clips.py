@@ -7,9 +7,9 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.evaluation.utterances import ScoredUtterance
+from voxtral_dist.data.stored.index import ShardIndex
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.scoring.utterances import ScoredUtterance
 
 # What browsers play, by the first bytes: names of members tell less.
 _MEDIA_TYPES = ((b"fLaC", "audio/flac"), (b"OggS", "audio/ogg"), (b"ID3", "audio/mpeg"))
@@ -54,15 +54,15 @@ class StoredClips:
 
     def read(self, utterance: ScoredUtterance) -> Clip | NoClip:
         """The audio of an utterance, by the number of its sample; the key must be the same."""
-        sample_id = utterance.sample_id
-        if not 0 <= sample_id < len(self.index):
-            return NoClip(f"the shards have no sample {sample_id}")
+        utterance_id = utterance.utterance_id
+        if not 0 <= utterance_id < len(self.index):
+            return NoClip(f"the shards have no sample {utterance_id}")
         try:
-            sample = self.index.parse(sample_id, self.storage.read(self.index.span(sample_id)))
+            sample = self.index.parse(utterance_id, self.storage.read(self.index.span(utterance_id)))
         except (OSError, ValueError, tarfile.TarError) as error:
-            return NoClip(f"sample {sample_id} cannot be read: {error}")
+            return NoClip(f"sample {utterance_id} cannot be read: {error}")
         if sample.key != utterance.key:
-            return NoClip(f"sample {sample_id} of the shards is another utterance, {sample.key!r}")
+            return NoClip(f"sample {utterance_id} of the shards is another utterance, {sample.key!r}")
         kind = media_type(sample.audio)
         return NoClip(f"browsers do not play .{sample.audio_suffix}") if kind is None else Clip(kind, sample.audio)
 

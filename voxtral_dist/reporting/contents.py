@@ -13,8 +13,8 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.charts import Chart, draw
 from voxtral_dist.reporting.curves import Scores, curves_of
 from voxtral_dist.reporting.options import ReportOptions
-from voxtral_dist.reporting.source import Source, find_source, read_scores
-from voxtral_dist.reporting.test_sets import TestSetGatherer, TestSetReport
+from voxtral_dist.reporting.results_folder import Source, find_source, read_scores
+from voxtral_dist.reporting.test_set_section import TestSetGatherer, TestSetReport
 
 
 @dataclass(frozen=True)

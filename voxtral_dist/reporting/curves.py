@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.intervals import Interval
-from voxtral_dist.evaluation.report import TestSetScore
-from voxtral_dist.metrics import read_metrics
+from voxtral_dist.scoring.intervals import Interval
+from voxtral_dist.scoring.results import TestSetScore
+from voxtral_dist.training.metrics import read_metrics
 
 Scores = Mapping[tuple[int, str], TestSetScore]
 

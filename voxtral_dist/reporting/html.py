@@ -14,13 +14,13 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from voxtral_dist.evaluation.report import percent
-from voxtral_dist.evaluation.tables import shown_audio, shown_interval
 from voxtral_dist.reporting.cards import shortened
-from voxtral_dist.reporting.figures import Column, other_columns, points
-from voxtral_dist.reporting.gather import Report
+from voxtral_dist.reporting.contents import Report
 from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES
-from voxtral_dist.reporting.test_sets import TestSetReport
+from voxtral_dist.reporting.statistics import Column, other_columns, points
+from voxtral_dist.reporting.test_set_section import TestSetReport
+from voxtral_dist.scoring.results import percent
+from voxtral_dist.scoring.tables import shown_audio, shown_interval
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _CONTROLS = {

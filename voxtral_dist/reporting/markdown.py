@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from voxtral_dist.evaluation.alignment import AlignedWord, EditKind
-from voxtral_dist.evaluation.report import percent
-from voxtral_dist.evaluation.tables import shown_audio, shown_interval, with_certainty
 from voxtral_dist.reporting.cards import Card
+from voxtral_dist.reporting.contents import Report
 from voxtral_dist.reporting.curves import Scores
-from voxtral_dist.reporting.figures import other_columns, points
-from voxtral_dist.reporting.gather import Report
 from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES, SliceTable
-from voxtral_dist.reporting.test_sets import Comparison, TestSetReport
+from voxtral_dist.reporting.statistics import other_columns, points
+from voxtral_dist.reporting.test_set_section import Comparison, TestSetReport
+from voxtral_dist.scoring.alignment import AlignedWord, EditKind
+from voxtral_dist.scoring.results import percent
+from voxtral_dist.scoring.tables import shown_audio, shown_interval, with_certainty
 
 _NUM_CONFUSIONS = 10
 _NUM_UTTERANCES = 10
@@ -115,8 +115,8 @@ def _slices(table: SliceTable) -> Iterator[str]:
     yield from _table((plain(table.field), "WER", "95 % interval", "CER", "utterances", "audio"), rows)
     if table.has_uncertain:
         yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too small to be sure.")
-    if table.num_left_out:
-        yield from ("", f"{table.num_left_out} smaller slices are left out.")
+    if table.num_skipped:
+        yield from ("", f"{table.num_skipped} smaller slices are left out.")
 
 
 def _confusions(test_set: TestSetReport) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _confusions(test_set: TestSetReport) -> Iterator[str]:
 def _utterance(card: Card) -> str:
     one = card.utterance
     words = " ".join(_word(word) for word in card.aligned.words)
-    more = f" … and {card.aligned.num_left_out:,} more" if card.aligned.num_left_out else ""
+    more = f" … and {card.aligned.num_skipped:,} more" if card.aligned.num_skipped else ""
     flags = f" ({', '.join(card.flags)})" if card.flags else ""
     name = plain(one.key) or f"line {card.number}"
     return f"- {name}: {one.words.errors} of {one.words.reference_length}{flags}: {words}{more}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from voxtral_dist.reporting.source import Step
+from voxtral_dist.reporting.results_folder import Step
 
 
 @dataclass(frozen=True)

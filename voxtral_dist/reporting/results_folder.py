@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.report import TestSetScore, read_score
-from voxtral_dist.evaluation.selection import selected_step
 from voxtral_dist.reporting.curves import read_rows
+from voxtral_dist.scoring.results import TestSetScore, read_score
+from voxtral_dist.training.selection import selected_step
 
 Step = int | Literal["newest", "best"]
 

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.pairing import Pair
-from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.utterances import ScoredUtterance
 from voxtral_dist.reporting.cards import (
     Card,
     Numbered,
@@ -20,6 +16,10 @@ from voxtral_dist.reporting.cards import (
     with_most_errors,
 )
 from voxtral_dist.reporting.clips import Clip, NoClip
+from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.pairing import Pair
+from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.utterances import ScoredUtterance
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from voxtral_dist.evaluation.report import TestSetScore
-from voxtral_dist.evaluation.significance import MIN_MATCHED_PAIRS
-from voxtral_dist.evaluation.slices import SliceScore
+from voxtral_dist.scoring.results import TestSetScore
+from voxtral_dist.scoring.significance import MIN_MATCHED_PAIRS
+from voxtral_dist.scoring.slices import SliceScore
 
 MAX_SLICES = 50
 # As for a mean of differences: below it, the bootstrap's resamples differ too little, and its interval is too narrow.
@@ -32,11 +32,11 @@ class SliceRow:
 
 @dataclass(frozen=True)
 class SliceTable:
-    """The slices of a field; the highest WER first, but durations by length. num_left_out: small ones, of many."""
+    """The slices of a field; the highest WER first, but durations by length. num_skipped: small ones, of many."""
 
     field: str
     rows: tuple[SliceRow, ...]
-    num_left_out: int
+    num_skipped: int
 
     @property
     def has_uncertain(self) -> bool:

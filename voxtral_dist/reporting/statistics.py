@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from voxtral_dist.evaluation.report import TestSetScore, percent
+from voxtral_dist.scoring.results import TestSetScore, percent
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from voxtral_dist.data.index import read_index
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.alignment import Confusion, EditKind, align_words, most_frequent_confusions
-from voxtral_dist.evaluation.hypotheses import read_scored
-from voxtral_dist.evaluation.normalizer import Normalizer, normalizer_of_label
-from voxtral_dist.evaluation.pairing import Pair, compare_pairs, pair_utterances
-from voxtral_dist.evaluation.report import TestSetScore, read_score
-from voxtral_dist.evaluation.significance import PairedComparison
-from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.utterances import ScoredUtterance
-from voxtral_dist.evaluation.word_errors import ErrorCounts
 from voxtral_dist.reporting.cards import Card, more_errors
 from voxtral_dist.reporting.clips import Clip, ClipLimits, NoClip, StoredClips, read_clips
 from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.results_folder import Source, configured_name
 from voxtral_dist.reporting.shown import CardMaker, Shown
 from voxtral_dist.reporting.slice_tables import SliceTable, slice_tables
-from voxtral_dist.reporting.source import Source, configured_name
+from voxtral_dist.scoring.alignment import Confusion, EditKind, align_words, most_frequent_confusions
+from voxtral_dist.scoring.hypotheses import read_scored
+from voxtral_dist.scoring.normalizer import Normalizer, normalizer_of_label
+from voxtral_dist.scoring.pairing import Pair, compare_pairs, pair_utterances
+from voxtral_dist.scoring.results import TestSetScore, read_score
+from voxtral_dist.scoring.significance import PairedComparison
+from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.utterances import ScoredUtterance
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 _NUM_CONFUSIONS = 20
 _MEGABYTE = 10**6

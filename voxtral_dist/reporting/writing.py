@@ -6,7 +6,7 @@ from pathlib import Path
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import readable, write_whole
-from voxtral_dist.reporting.gather import gather_report
+from voxtral_dist.reporting.contents import gather_report
 from voxtral_dist.reporting.html import render_html
 from voxtral_dist.reporting.markdown import render_markdown
 from voxtral_dist.reporting.options import ReportOptions

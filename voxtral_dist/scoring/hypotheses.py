@@ -12,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from voxtral_dist.errors import UserError, lower_first
-from voxtral_dist.evaluation.utterances import COUNTED, DecodedUtterance, ScoredUtterance
-from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.scoring.utterances import COUNTED, DecodedUtterance, ScoredUtterance
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 _ERROR_COUNTS = TypeAdapter(ErrorCounts)
 
@@ -25,7 +25,7 @@ class _Row(BaseModel):
 
     reference: str
     hypothesis: str
-    sample_id: int | None = None
+    utterance_id: int | None = None
     key: str = ""
     language: str | None = None
     duration_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -105,7 +105,7 @@ def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
 
 def _decoded(row: _Row, number: int, chosen: Mapping[str, Any]) -> DecodedUtterance:
     read = row.model_dump(include=set(_Row.model_fields)) | {"fields": chosen}
-    return DecodedUtterance(**read | {"sample_id": number - 1 if row.sample_id is None else row.sample_id})
+    return DecodedUtterance(**read | {"utterance_id": number - 1 if row.utterance_id is None else row.utterance_id})
 
 
 def _reason(error: ValidationError) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 Unit = Literal["utterance", "speaker"]
 Interval = tuple[float, float]

@@ -16,8 +16,8 @@ from types import ModuleType
 from pydantic import TypeAdapter, ValidationError
 
 from voxtral_dist.config import TextStep, check_normalizer
-from voxtral_dist.data.texts import apply_steps, even_spaces, fold
 from voxtral_dist.errors import RankError, UserError, first_line
+from voxtral_dist.text.steps import apply_steps, even_spaces, fold
 
 _ENGLISH_SPELLING = Path(__file__).with_name("english_spelling.json")
 _TRIAL_TEXT = "Hello, World: 1 2 3."

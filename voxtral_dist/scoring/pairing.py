@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.intervals import resampling_units
-from voxtral_dist.evaluation.significance import PairedComparison, compare_runs
-from voxtral_dist.evaluation.slices import Grouping
-from voxtral_dist.evaluation.utterances import ScoredUtterance
+from voxtral_dist.scoring.intervals import resampling_units
+from voxtral_dist.scoring.significance import PairedComparison, compare_runs
+from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.utterances import ScoredUtterance
 
 Pair = tuple[ScoredUtterance, ScoredUtterance]
 

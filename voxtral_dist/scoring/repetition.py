@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from voxtral_dist.data.texts import fold
+from voxtral_dist.text.steps import fold
 
 MAX_LOOP_WORDS = 6
 MIN_REPETITIONS = 4

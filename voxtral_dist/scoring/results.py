@@ -11,11 +11,11 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from voxtral_dist.errors import UserError, lower_first
-from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
-from voxtral_dist.evaluation.utterances import ScoredUtterance
-from voxtral_dist.evaluation.word_errors import ErrorCounts
 from voxtral_dist.files import refuse_to_replace, write_whole
+from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
+from voxtral_dist.scoring.utterances import ScoredUtterance
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 
 @dataclass(frozen=True)

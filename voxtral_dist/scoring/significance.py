@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voxtral_dist.evaluation.intervals import Interval, ResamplingUnits, Unit, central_interval, resampled_sums
-from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.scoring.intervals import Interval, ResamplingUnits, Unit, central_interval, resampled_sums
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 # Below it a mean of differences is not normal enough.
 MIN_MATCHED_PAIRS = 30

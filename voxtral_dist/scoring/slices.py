@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.evaluation.intervals import Interval, Unit, bootstrap_interval, resampling_units
-from voxtral_dist.evaluation.utterances import DecodedUtterance, ScoredUtterance
-from voxtral_dist.evaluation.word_errors import ErrorCounts
+from voxtral_dist.scoring.intervals import Interval, Unit, bootstrap_interval, resampling_units
+from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 UNKNOWN = "unknown"
 # What every test set is cut by.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from voxtral_dist.evaluation.report import TestSetScore, percent
-from voxtral_dist.evaluation.significance import PairedComparison
-from voxtral_dist.evaluation.slices import ErrorRates, SliceScore
+from voxtral_dist.scoring.results import TestSetScore, percent
+from voxtral_dist.scoring.significance import PairedComparison
+from voxtral_dist.scoring.slices import ErrorRates, SliceScore
 
 _HEADER = ("", "WER", "95 % interval", "CER", "S", "D", "I", "words", "utterances", "audio")
 _MAX_SLICES = 20

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from voxtral_dist.data.context import WordList
-from voxtral_dist.evaluation.alignment import align_words
-from voxtral_dist.evaluation.normalizer import Normalizer
-from voxtral_dist.evaluation.repetition import has_repetition_loop
-from voxtral_dist.evaluation.word_errors import (
+from voxtral_dist.scoring.alignment import align_words
+from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.repetition import has_repetition_loop
+from voxtral_dist.scoring.word_errors import (
     ErrorCounts,
     count_biased_errors,
     count_character_errors,
     count_word_errors,
 )
+from voxtral_dist.text.word_list import WordList
 
 # What is counted of an utterance, as the keys of its line begin; `word_substitutions` is one of them.
 COUNTED = ("word", "character", "orthographic_word", "orthographic_character", "biased_word")
@@ -30,7 +30,7 @@ class DecodedUtterance:
     fields: those of the sample's json that slices and intervals need.
     """
 
-    sample_id: int
+    utterance_id: int
     key: str
     language: str | None
     duration_seconds: float | None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import jiwer
 
-from voxtral_dist.data.context import WordList
-from voxtral_dist.data.texts import fold
-from voxtral_dist.evaluation.alignment import AlignedWord, Alignment
+from voxtral_dist.scoring.alignment import AlignedWord, Alignment
+from voxtral_dist.text.steps import fold
+from voxtral_dist.text.word_list import WordList
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from voxtral_dist.data.causes import UnusableError
-from voxtral_dist.data.index import ShardIndex, read_index
-from voxtral_dist.data.members import SampleMembers
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.causes import UnusableError
+from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.layout import UtteranceLayout
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.token_view import Viewer
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.journal import count_finished_shards
-from voxtral_dist.shards.lookup import find_sample
+from voxtral_dist.shards.lookup import find_utterance
 from voxtral_dist.shards.packing import PackRules
 from voxtral_dist.shards.sources import SourceOptions, open_source, tar_utterance
 from voxtral_dist.shards.summary import (
@@ -38,9 +39,8 @@ from voxtral_dist.shards.summary import (
     summarize,
 )
 from voxtral_dist.shards.tars import parse_span
-from voxtral_dist.shards.tokens import Viewer
 from voxtral_dist.shards.utterances import Utterance
-from voxtral_dist.shards.verification import BrokenSample, verify
+from voxtral_dist.shards.verification import BrokenUtterance, verify
 from voxtral_dist.shards.writing import PackOptions, pack
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -57,7 +57,7 @@ def pack_shards(source: str, out_dir: Path, source_options: SourceOptions, optio
     opened = open_source(source, source_options)
     try:
         with _progress(f"pack {out_dir.name}", opened.num_lines) as display:
-            summary = pack(opened, out_dir, options, lambda at: display(at.num_lines, f"{at.num_left_out} left out"))
+            summary = pack(opened, out_dir, options, lambda at: display(at.num_lines, f"{at.num_skipped} left out"))
     except KeyboardInterrupt as error:
         finished = count_finished_shards(out_dir)
         raise InterruptedPackingError(
@@ -67,7 +67,9 @@ def pack_shards(source: str, out_dir: Path, source_options: SourceOptions, optio
     return 0
 
 
-def index_shards(pattern: str, out_dir: Path | None, members: SampleMembers, rules: PackRules, num_workers: int) -> int:
+def index_shards(
+    pattern: str, out_dir: Path | None, members: UtteranceLayout, rules: PackRules, num_workers: int
+) -> int:
     """`shards index`: the index of tars that other tools made; prints what they hold and what is left out."""
     with _progress(f"index {pattern}", None) as display:
         summary = index_tars(
@@ -84,7 +86,7 @@ def inspect_shards(folders: Sequence[str]) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(_sets_table(summaries))
     for folder, summary in summaries.items():
-        print(f"{folder}: {summary.num_samples} utterances, {hours(summary.duration_seconds)}")
+        print(f"{folder}: {summary.num_utterances} utterances, {hours(summary.duration_seconds)}")
         console.print(_languages_table(summary))
         print("\n".join(_shape_lines(summary)))
     return 0
@@ -96,41 +98,41 @@ def verify_shards(folders: Sequence[str], num_workers: int, json_file: Path | No
         _check_writable(json_file)
     runs = {folder: _verify_one(folder, num_workers) for folder in folders}
     broken = {folder: found for folder, (_, found) in runs.items()}
-    num_samples = sum(count for count, _ in runs.values())
+    num_utterances = sum(count for count, _ in runs.values())
     everything = [found for of_folder in broken.values() for found in of_folder]
-    print(f"{num_samples} samples were read and decoded, {len(everything)} are broken{_by_cause(everything)}")
+    print(f"{num_utterances} samples were read and decoded, {len(everything)} are broken{_by_cause(everything)}")
     if json_file is not None:
-        _write_report(json_file, num_samples, broken)
+        _write_report(json_file, num_utterances, broken)
     return 1 if everything else 0
 
 
-def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenSample]]:
+def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenUtterance]]:
     """The number of samples of a set, and the broken ones, each printed when it is found."""
-    num_samples = len(read_index([folder]))
-    broken: list[BrokenSample] = []
-    with _progress(f"verify {folder}", num_samples) as display:
+    num_utterances = len(read_index([folder]))
+    broken: list[BrokenUtterance] = []
+    with _progress(f"verify {folder}", num_utterances) as display:
         for run in verify(folder, num_workers):
             for found in run.broken:
                 print(f"{folder}: {found.shard}: {found.key}: {found.cause}: {found.reason}", flush=True)
             broken += run.broken
             display(run.last_id + 1, f"{len(broken)} broken")
-    return num_samples, broken
+    return num_utterances, broken
 
 
-def show_sample(folder: str, key: str, out: Path | None, viewer: Viewer | None = None) -> int:
+def show_utterance(folder: str, key: str, out: Path | None, viewer: Viewer | None = None) -> int:
     """`shards show`: what is stored of one sample; with `out` its clip is written, with a viewer its tokens follow."""
     storage = Storage()
     index = read_index([folder], storage)
-    sample_id = find_sample(index, key, storage)
-    span = index.span(sample_id)
+    utterance_id = find_utterance(index, key, storage)
+    span = index.span(utterance_id)
     try:
         sample = parse_span(storage.read(span))
-        utterance = tar_utterance(sample, span.location, index.members(sample_id))
+        utterance = tar_utterance(sample, span.location, index.members(utterance_id))
     except (UnusableError, OSError) as error:
         raise UserError(f"The sample {key} at byte {span.offset} of {span.location} {first_line(error)}.") from error
-    tokens = ["", *viewer.lines(index, sample_id, storage)] if viewer is not None else []
+    tokens = ["", *viewer.lines(index, utterance_id, storage)] if viewer is not None else []
     written = _write_clip(utterance, out) if out is not None else None
-    print("\n".join(_sample_lines(index, sample_id, sample.key, utterance)))
+    print("\n".join(_sample_lines(index, utterance_id, sample.key, utterance)))
     if written is not None:
         print(f"clip       {written}")
     if tokens:
@@ -138,15 +140,15 @@ def show_sample(folder: str, key: str, out: Path | None, viewer: Viewer | None =
     return 0
 
 
-def _sample_lines(index: ShardIndex, sample_id: int, key: str, utterance: Utterance) -> Iterator[str]:
-    span = index.span(sample_id)
+def _sample_lines(index: ShardIndex, utterance_id: int, key: str, utterance: Utterance) -> Iterator[str]:
+    span = index.span(utterance_id)
     yield f"key        {key}"
-    yield f"number     #{sample_id}"
+    yield f"number     #{utterance_id}"
     if utterance.instruction is not None:
         yield f"instruction {utterance.instruction}"
     yield f"text       {utterance.text}"
     yield f"language   {utterance.language or 'unknown'}"
-    yield f"duration   {int(index.record(sample_id)['duration_ms']) / 1000:.3f} s"
+    yield f"duration   {int(index.record(utterance_id)['duration_ms']) / 1000:.3f} s"
     yield f"shard      {span.location}"
     yield f"bytes      {span.num_bytes} at {span.offset}"
     for name, value in utterance.extra.items():
@@ -175,7 +177,7 @@ def _sets_table(summaries: dict[str, SetSummary]) -> Table:
     for name in ("shards", "utterances", "hours", "MB", "text tokens", "longest", "shortest"):
         table.add_column(name, justify="right", no_wrap=True)
     for folder, of in summaries.items():
-        sizes = (of.num_shards, of.num_samples, f"{of.duration_seconds / 3600:.2f}", f"{of.num_bytes / 1e6:.1f}")
+        sizes = (of.num_shards, of.num_utterances, f"{of.duration_seconds / 3600:.2f}", f"{of.num_bytes / 1e6:.1f}")
         ends = (f"{of.longest[1]:.2f} s (#{of.longest[0]})", f"{of.shortest[1]:.2f} s (#{of.shortest[0]})")
         table.add_row(folder, *map(str, (*sizes, of.num_text_tokens, *ends)))
     return table
@@ -187,7 +189,7 @@ def _languages_table(summary: SetSummary) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, of in summary.by_size():
         share = of.duration_seconds / summary.duration_seconds if summary.duration_seconds else 0.0
-        table.add_row(name, str(of.num_samples), f"{of.duration_seconds / 3600:.2f}", f"{100 * share:.1f} %")
+        table.add_row(name, str(of.num_utterances), f"{of.duration_seconds / 3600:.2f}", f"{100 * share:.1f} %")
     return table
 
 
@@ -198,15 +200,15 @@ def _shape_lines(summary: SetSummary) -> Iterator[str]:
     yield from histogram_lines(RATE_EDGES, summary.rate_counts)
 
 
-def _by_cause(broken: Sequence[BrokenSample]) -> str:
+def _by_cause(broken: Sequence[BrokenUtterance]) -> str:
     counts = Counter(str(found.cause) for found in broken).most_common()
     return f": {', '.join(f'{count} {cause}' for cause, count in counts)}" if counts else ""
 
 
-def _write_report(path: Path, num_samples: int, broken: dict[str, list[BrokenSample]]) -> None:
+def _write_report(path: Path, num_utterances: int, broken: dict[str, list[BrokenUtterance]]) -> None:
     rows = [{"folder": folder} | asdict(found) for folder, of_folder in broken.items() for found in of_folder]
     causes = Counter(str(row["cause"]) for row in rows)
-    report = {"num_samples": num_samples, "num_broken": len(rows), "causes": dict(causes), "broken": rows}
+    report = {"num_utterances": num_utterances, "num_broken": len(rows), "causes": dict(causes), "broken": rows}
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from voxtral_dist.data.audio import decode_audio
-from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.index import RECORD, Records, Shard, language_numbers, read_index, write_index
-from voxtral_dist.data.members import SampleMembers
-from voxtral_dist.data.storage import Storage, is_remote
+from voxtral_dist.data.stored.audio import decode_audio
+from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.index import RECORD, Records, Shard, language_numbers, read_index, write_index
+from voxtral_dist.data.stored.layout import UtteranceLayout
+from voxtral_dist.data.stored.storage import Storage, is_remote
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.shards.left_out import LEFT_OUT_FILE, read_left_out, write_refusal
-from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
+from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, UtteranceSpan, index_record, measure
+from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped, write_refusal
 from voxtral_dist.shards.sources import tar_utterance
 from voxtral_dist.shards.summary import SetSummary, summarize
 from voxtral_dist.shards.tar_files import COMPRESSED_SUFFIXES, PIPE_PREFIX, tar_locations
-from voxtral_dist.shards.tars import TarDamage, TarSample, TarScan
+from voxtral_dist.shards.tars import MemberGroup, TarDamage, TarScan
 from voxtral_dist.shards.utterances import Refusal
 from voxtral_dist.shards.workers import ordered_map
 
@@ -42,7 +42,7 @@ class IndexedShard:
 def index_tars(
     pattern: str,
     out_dir: Path | None,
-    members: SampleMembers,
+    members: UtteranceLayout,
     rules: PackRules,
     num_workers: int,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -63,17 +63,17 @@ def index_tars(
         with _records_file(folder) as records_path:
             with closing(_index_all(locations, members, rules, num_workers)) as indexed:
                 shards, languages = _collect(indexed, records_path, folder, len(locations), report)
-            if not any(shard.num_samples for shard in shards):
+            if not any(shard.num_utterances for shard in shards):
                 raise UserError(_nothing_indexed(pattern, folder))
             write_index(folder, shards, np.memmap(records_path, dtype=RECORD, mode="r"), languages, members)
     except OSError as error:
         raise UserError(
             f"The index cannot be written into {folder}: {error.strerror}. Name another folder behind the pattern."
         ) from error
-    return summarize(read_index([str(folder)]), read_left_out(folder / LEFT_OUT_FILE))
+    return summarize(read_index([str(folder)]), read_skipped(folder / SKIPPED_FILE))
 
 
-def index_tar(location: str, members: SampleMembers, rules: PackRules) -> IndexedShard:
+def index_tar(location: str, members: UtteranceLayout, rules: PackRules) -> IndexedShard:
     """One tar, read from its first byte to its last.
 
     Raises:
@@ -96,24 +96,24 @@ def index_tar(location: str, members: SampleMembers, rules: PackRules) -> Indexe
 
 
 def _row(
-    found: TarSample | TarDamage, location: str, members: SampleMembers, rules: PackRules, languages: list[str]
+    found: MemberGroup | TarDamage, location: str, members: UtteranceLayout, rules: PackRules, languages: list[str]
 ) -> tuple[int, ...]:
     if isinstance(found, TarDamage):
         raise UnusableError(Cause.DAMAGED_TAR, str(found))
     utterance = tar_utterance(found, location, members)
     measures = measure(utterance, decode_audio(utterance.clip.contents or b"", SAMPLING_RATE), rules)
-    span = SampleSpan(found.offset, len(found.contents), zlib.crc32(found.contents))
+    span = UtteranceSpan(found.offset, len(found.contents), zlib.crc32(found.contents))
     return index_record(span, measures, languages)
 
 
-def _refusal(found: TarSample | TarDamage, location: str, error: UnusableError) -> Refusal:
+def _refusal(found: MemberGroup | TarDamage, location: str, error: UnusableError) -> Refusal:
     if isinstance(found, TarDamage):
         return Refusal(location, "", error.cause, str(error))
     return Refusal(f"{location}:{found.offset}", found.key, error.cause, f"the sample {found.key} {error}")
 
 
 def _index_all(
-    locations: list[str], members: SampleMembers, rules: PackRules, num_workers: int
+    locations: list[str], members: UtteranceLayout, rules: PackRules, num_workers: int
 ) -> Generator[IndexedShard, None, None]:
     one = partial(index_tar, members=members, rules=rules)
     return ordered_map(one, locations, min(num_workers, len(locations)), batch_size=1)
@@ -129,19 +129,19 @@ def _collect(
     """Write the records of all shards one after the other, with one table of languages."""
     shards: list[Shard] = []
     languages: list[str] = []
-    temporary = folder / f".{LEFT_OUT_FILE}.tmp"
-    with records_path.open("wb") as records, temporary.open("wb") as left_out:
+    temporary = folder / f".{SKIPPED_FILE}.tmp"
+    with records_path.open("wb") as records, temporary.open("wb") as skipped:
         for part in indexed:
             languages += [language for language in part.languages if language not in languages]
             part.records["language"] = language_numbers(part.languages, languages)[part.records["language"]]
             records.write(part.records.tobytes())
             for refusal in part.refusals:
-                write_refusal(left_out, refusal)
+                write_refusal(skipped, refusal)
             shards.append(part.shard)
             report(len(shards), num_shards)
-    temporary.replace(folder / LEFT_OUT_FILE)
-    if (folder / LEFT_OUT_FILE).stat().st_size == 0:
-        (folder / LEFT_OUT_FILE).unlink()
+    temporary.replace(folder / SKIPPED_FILE)
+    if (folder / SKIPPED_FILE).stat().st_size == 0:
+        (folder / SKIPPED_FILE).unlink()
     return shards, languages
 
 
@@ -178,10 +178,10 @@ def _records_file(folder: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
-        (folder / f".{LEFT_OUT_FILE}.tmp").unlink(missing_ok=True)
+        (folder / f".{SKIPPED_FILE}.tmp").unlink(missing_ok=True)
 
 
 def _nothing_indexed(pattern: str, folder: Path) -> str:
-    left_out = read_left_out(folder / LEFT_OUT_FILE)
-    first = f" ({left_out.count} left out, the first: {left_out.first_reasons[0]})" if left_out.count else ""
+    skipped = read_skipped(folder / SKIPPED_FILE)
+    first = f" ({skipped.count} left out, the first: {skipped.first_reasons[0]})" if skipped.count else ""
     return f"No sample in {pattern} can be used{first}: say by --text-member and --audio-member where they hold what."

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from voxtral_dist.data.index import RECORD, Records, Shard, write_index
-from voxtral_dist.data.members import SampleMembers
+from voxtral_dist.data.stored.index import RECORD, Records, Shard, write_index
+from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.errors import UserError
-from voxtral_dist.shards.left_out import LEFT_OUT_FILE, LeftOut, read_left_out, write_refusal
+from voxtral_dist.shards.skipped import SKIPPED_FILE, Skipped, read_skipped, write_refusal
 from voxtral_dist.shards.utterances import Refusal
 
 JOURNAL_FILE = ".packing.jsonl"
@@ -39,34 +39,34 @@ class PackingJournal:
         self.num_lines = 0
         self._journal = _locked(folder / JOURNAL_FILE)
         self._records = (folder / _RECORDS_FILE).open("ab")
-        self._left_out = (folder / LEFT_OUT_FILE).open("ab")
+        self._skipped = (folder / SKIPPED_FILE).open("ab")
         try:
             self._read(identity)
         except BaseException:
             self.close()
             raise
 
-    def leave_out(self, refusal: Refusal) -> None:
+    def skip(self, refusal: Refusal) -> None:
         """Name a line that is not packed."""
-        write_refusal(self._left_out, refusal)
+        write_refusal(self._skipped, refusal)
 
     def finish_shard(self, shard: Shard, records: Records, num_lines: int, languages: Sequence[str]) -> None:
         """Remember a shard that is on disk, and everything before it."""
         self._records.write(records.tobytes())
         _sync(self._records)
-        _sync(self._left_out)
+        _sync(self._skipped)
         row = {
             "shard": asdict(replace(shard, location=shard.name)),
             "num_lines": num_lines,
             "languages": list(languages),
         }
-        sizes = {"record_bytes": self._records.tell(), "left_out_bytes": self._left_out.tell()}
+        sizes = {"record_bytes": self._records.tell(), "left_out_bytes": self._skipped.tell()}
         _append(self._journal, row | sizes)
         self.shards.append(shard)
 
-    def complete(self, languages: Sequence[str], members: SampleMembers) -> None:
+    def complete(self, languages: Sequence[str], members: UtteranceLayout) -> None:
         """Write the index of all shards, whose samples are laid out like this, and forget the journal."""
-        _sync(self._left_out)
+        _sync(self._skipped)
         records = np.memmap(self._folder / _RECORDS_FILE, dtype=RECORD, mode="r")
         write_index(self._folder, self.shards, records, list(languages), members)
         self.discard()
@@ -74,18 +74,18 @@ class PackingJournal:
     def discard(self, everything: bool = False) -> None:
         """Remove the files of the journal and an empty list of what was left out; or the list whatever it holds."""
         (self._folder / _RECORDS_FILE).unlink()
-        if everything or self._left_out.tell() == 0:
-            (self._folder / LEFT_OUT_FILE).unlink()
+        if everything or self._skipped.tell() == 0:
+            (self._folder / SKIPPED_FILE).unlink()
         (self._folder / JOURNAL_FILE).unlink()
 
-    def left_out(self) -> LeftOut:
+    def skipped(self) -> Skipped:
         """What was left out so far."""
-        self._left_out.flush()
-        return read_left_out(self._folder / LEFT_OUT_FILE)
+        self._skipped.flush()
+        return read_skipped(self._folder / SKIPPED_FILE)
 
     def close(self) -> None:
         """Let go of the files."""
-        for file in (self._records, self._left_out, self._journal):
+        for file in (self._records, self._skipped, self._journal):
             file.close()
 
     def _read(self, identity: dict[str, Any]) -> None:
@@ -115,8 +115,8 @@ class PackingJournal:
         last = finished[-1] if finished else start
         self.num_lines, self.languages = last["num_lines"], last["languages"]
         self._records.truncate(last["record_bytes"])
-        self._left_out.truncate(last["left_out_bytes"])
-        for file in (self._records, self._left_out):
+        self._skipped.truncate(last["left_out_bytes"])
+        for file in (self._records, self._skipped):
             file.seek(0, os.SEEK_END)
         for leftover in self._folder.glob(".*.tar.tmp"):
             leftover.unlink()

@@ -7,9 +7,9 @@ import io
 import tarfile
 from collections.abc import Iterator
 
-from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.members import split_name
-from voxtral_dist.data.storage import Span, Storage
+from voxtral_dist.data.stored.index import ShardIndex
+from voxtral_dist.data.stored.layout import split_name
+from voxtral_dist.data.stored.storage import Span, Storage
 from voxtral_dist.errors import UserError
 
 _RUN_LENGTH = 256
@@ -19,7 +19,7 @@ _HEADER_BYTES = 4096
 _MAX_COMPARED_KEYS = 20_000
 
 
-def find_sample(index: ShardIndex, key: str, storage: Storage) -> int:
+def find_utterance(index: ShardIndex, key: str, storage: Storage) -> int:
     """The number of the sample with this key, or of `#NUMBER`.
 
     Raises:
@@ -28,9 +28,9 @@ def find_sample(index: ShardIndex, key: str, storage: Storage) -> int:
     if key.startswith("#"):
         return _numbered(index, key)
     seen: list[str] = []
-    for sample_id, found in _keys(index, storage):
+    for utterance_id, found in _keys(index, storage):
         if found == key:
-            return sample_id
+            return utterance_id
         if len(seen) < _MAX_COMPARED_KEYS:
             seen.append(found)
     near = difflib.get_close_matches(key, seen, n=3, cutoff=0.5)
@@ -46,25 +46,25 @@ def _numbered(index: ShardIndex, key: str) -> int:
 
 def _keys(index: ShardIndex, storage: Storage) -> Iterator[tuple[int, str]]:
     for first_id in range(0, len(index), _RUN_LENGTH):
-        heads = {sample_id: _head(index.span(sample_id)) for sample_id in _run(first_id, len(index))}
+        heads = {utterance_id: _head(index.span(utterance_id)) for utterance_id in _run(first_id, len(index))}
         storage.prefetch(heads.values())
-        for sample_id, head in heads.items():
-            yield sample_id, _key(storage.read(head), sample_id)
+        for utterance_id, head in heads.items():
+            yield utterance_id, _key(storage.read(head), utterance_id)
 
 
-def _run(first_id: int, num_samples: int) -> range:
-    return range(first_id, min(first_id + _RUN_LENGTH, num_samples))
+def _run(first_id: int, num_utterances: int) -> range:
+    return range(first_id, min(first_id + _RUN_LENGTH, num_utterances))
 
 
 def _head(span: Span) -> Span:
     return Span(span.location, span.offset, min(span.num_bytes, _HEADER_BYTES))
 
 
-def _key(head: bytes, sample_id: int) -> str:
+def _key(head: bytes, utterance_id: int) -> str:
     try:
         with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as tar:
             first = tar.next()
     except tarfile.TarError:
         first = None
     # A damaged sample has no key that could be asked for.
-    return f"#{sample_id}" if first is None else split_name(first.name)[0]
+    return f"#{utterance_id}" if first is None else split_name(first.name)[0]

@@ -14,12 +14,12 @@ import mistral_common
 import soundfile
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from voxtral_dist.data.audio import LONGEST_CLIP_SECONDS, AudioError, Waveform, decode_audio, to_pcm
-from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.index import LARGEST_COUNT, UNKNOWN_LANGUAGE
-from voxtral_dist.data.members import AUDIO_SUFFIXES, TAR_BLOCK_BYTES
-from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_silent, is_too_much_text
-from voxtral_dist.data.storage import Storage, is_remote
+from voxtral_dist.data.stored.audio import LONGEST_CLIP_SECONDS, AudioError, Waveform, decode_audio, to_pcm
+from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, is_silent, is_too_much_text
+from voxtral_dist.data.stored.index import LARGEST_COUNT, UNKNOWN_LANGUAGE
+from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES, TAR_BLOCK_BYTES
+from voxtral_dist.data.stored.storage import Storage, is_remote
 from voxtral_dist.errors import first_line
 from voxtral_dist.shards.tars import sample_bytes
 from voxtral_dist.shards.utterances import Clip, Refusal, Utterance
@@ -52,7 +52,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class SampleSpan:
+class UtteranceSpan:
     """Where the members of a sample lie in their tar, and the checksum of their bytes."""
 
     offset: int
@@ -61,7 +61,7 @@ class SampleSpan:
 
 
 @dataclass(frozen=True)
-class PackedSample:
+class PackedUtterance:
     """The tar members of one sample as bytes, and what the index says of them."""
 
     contents: bytes
@@ -69,7 +69,7 @@ class PackedSample:
     measures: Measures
 
 
-def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedSample | Refusal:
+def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | Refusal:
     """The sample of a line, or why there is none."""
     if isinstance(line, Refusal):
         return line
@@ -107,7 +107,7 @@ def measure(utterance: Utterance, waveform: Waveform, rules: PackRules) -> Measu
     )
 
 
-def index_record(span: SampleSpan, measures: Measures, languages: list[str]) -> tuple[int, ...]:
+def index_record(span: UtteranceSpan, measures: Measures, languages: list[str]) -> tuple[int, ...]:
     """One `RECORD`; a language that is new is appended to the table."""
     return (
         span.offset // TAR_BLOCK_BYTES,
@@ -129,7 +129,7 @@ def _number_of(language: str | None, languages: list[str]) -> int:
     return languages.index(language)
 
 
-def _pack(utterance: Utterance, rules: PackRules) -> PackedSample:
+def _pack(utterance: Utterance, rules: PackRules) -> PackedUtterance:
     clip = utterance.clip
     audio = _cut(clip) if clip.is_part else _read(clip)
     waveform = decode_audio(audio, SAMPLING_RATE)
@@ -138,7 +138,7 @@ def _pack(utterance: Utterance, rules: PackRules) -> PackedSample:
     if rules.encode is not None:
         audio, suffix = _flac(to_pcm(waveform), SAMPLING_RATE, "PCM_16"), "flac"
     contents = sample_bytes(utterance.key, {suffix: audio, "json": _encode_fields(_fields(utterance))})
-    return PackedSample(contents, zlib.crc32(contents), measures)
+    return PackedUtterance(contents, zlib.crc32(contents), measures)
 
 
 def _fields(utterance: Utterance) -> dict[str, Any]:

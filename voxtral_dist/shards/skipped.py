@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 from voxtral_dist.shards.utterances import Refusal
 
-LEFT_OUT_FILE = "left_out.jsonl"
+SKIPPED_FILE = "skipped.jsonl"
 _NUM_NAMED = 10
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class Skipped:
     """Counts by cause, and the reasons of the first ones."""
 
     causes: Mapping[str, int] = field(default_factory=dict)
@@ -35,7 +35,7 @@ def write_refusal(file: BinaryIO, refusal: Refusal) -> None:
     file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
-def read_left_out(path: Path) -> LeftOut:
+def read_skipped(path: Path) -> Skipped:
     """What the file names; nothing if there is none."""
     causes: Counter[str] = Counter()
     reasons: list[str] = []
@@ -47,4 +47,4 @@ def read_left_out(path: Path) -> LeftOut:
                 if len(reasons) < _NUM_NAMED:
                     reason = f"{row['place']}: {row['reason']}"
                     reasons.append(reason.encode("utf-8", "backslashreplace").decode("utf-8"))
-    return LeftOut(causes, tuple(reasons))
+    return Skipped(causes, tuple(reasons))

@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.index import SHARD_TABLE_FILE
-from voxtral_dist.data.members import AUDIO_SUFFIXES, Field, MemberError, Sample, SampleMembers, sample_of
-from voxtral_dist.data.storage import Storage, is_remote
+from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.index import SHARD_TABLE_FILE
+from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES, Field, MemberError, Sample, UtteranceLayout, utterance_of
+from voxtral_dist.data.stored.storage import Storage, is_remote
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.huggingface import HUB_PREFIX, is_saved_dataset, open_dataset
 from voxtral_dist.shards.manifests import read_json_lines, read_table
 from voxtral_dist.shards.tar_files import is_tar_pattern, tar_locations
-from voxtral_dist.shards.tars import TarDamage, TarSample, TarScan
+from voxtral_dist.shards.tars import MemberGroup, TarDamage, TarScan
 from voxtral_dist.shards.utterances import (
     Clip,
     FieldNames,
@@ -64,7 +64,7 @@ class SourceOptions:
     source_format: SourceFormat | None = None
     language: str | None = None
     names: FieldNames = field(default_factory=FieldNames)
-    members: SampleMembers = field(default_factory=SampleMembers)
+    members: UtteranceLayout = field(default_factory=UtteranceLayout)
     split: str | None = None
     config: str | None = None
     instruction: Instruction | None = None
@@ -262,7 +262,7 @@ def _says_answers(table: Path) -> bool:
         return False
 
 
-def _tar_lines(locations: Iterable[str], members: SampleMembers, storage: Storage) -> Iterator[Line]:
+def _tar_lines(locations: Iterable[str], members: UtteranceLayout, storage: Storage) -> Iterator[Line]:
     for location in locations:
         try:
             for found in TarScan(location, storage):
@@ -271,7 +271,7 @@ def _tar_lines(locations: Iterable[str], members: SampleMembers, storage: Storag
             raise UserError(f"The tar {location} cannot be read: {error.strerror or error}.") from error
 
 
-def tar_line(found: TarSample | TarDamage, location: str, members: SampleMembers) -> Line:
+def tar_line(found: MemberGroup | TarDamage, location: str, members: UtteranceLayout) -> Line:
     """The line of a part of a tar."""
     if isinstance(found, TarDamage):
         return Refusal(location, "", Cause.DAMAGED_TAR, str(found))
@@ -282,14 +282,14 @@ def tar_line(found: TarSample | TarDamage, location: str, members: SampleMembers
         return Refusal(place, found.key, error.cause, f"the sample {found.key} {error}")
 
 
-def tar_utterance(found: TarSample, place: str, members: SampleMembers) -> Utterance:
+def tar_utterance(found: MemberGroup, place: str, members: UtteranceLayout) -> Utterance:
     """The utterance of a sample in a tar.
 
     Raises:
         UnusableError: a member is missing, or not what it should be.
     """
     try:
-        sample = sample_of(found.key, found.members, members)
+        sample = utterance_of(found.key, found.members, members)
     except MemberError as error:
         raise UnusableError(_CAUSE_OF_PART[error.part], str(error)) from error
     except ValueError as error:
@@ -305,7 +305,7 @@ def tar_utterance(found: TarSample, place: str, members: SampleMembers) -> Utter
     )
 
 
-def _other_fields(sample: Sample, members: SampleMembers) -> dict[str, Any]:
+def _other_fields(sample: Sample, members: UtteranceLayout) -> dict[str, Any]:
     """What the json of a sample says besides what the layout names."""
     places = (members.text, members.language, members.instruction)
     known = {place.key for place in places if isinstance(place, Field) and place.member == "json"}

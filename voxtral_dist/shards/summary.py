@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.index import UNKNOWN_LANGUAGE, RecordChunk, ShardIndex
-from voxtral_dist.shards.left_out import LeftOut
+from voxtral_dist.data.stored.index import UNKNOWN_LANGUAGE, RecordChunk, ShardIndex
+from voxtral_dist.shards.skipped import Skipped
 
 DURATION_EDGES_SECONDS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, float("inf"))
 RATE_EDGES = (0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 25.0, 30.0, 40.0, float("inf"))
@@ -22,7 +22,7 @@ Counts = NDArray[np.int64]
 class LanguageShare:
     """The part of a set in one language."""
 
-    num_samples: int
+    num_utterances: int
     duration_seconds: float
 
 
@@ -35,7 +35,7 @@ class SetSummary:
     """
 
     num_shards: int
-    num_samples: int
+    num_utterances: int
     num_bytes: int
     duration_seconds: float
     num_text_tokens: int
@@ -44,24 +44,24 @@ class SetSummary:
     rate_counts: Counts
     longest: tuple[int, float]
     shortest: tuple[int, float]
-    left_out: LeftOut
+    skipped: Skipped
 
     def lines(self) -> Iterator[str]:
         """For a reader."""
-        shares = ", ".join(f"{name} {of.num_samples} ({hours(of.duration_seconds)})" for name, of in self.by_size())
-        total = f"{self.num_samples} utterances, {hours(self.duration_seconds)}"
+        shares = ", ".join(f"{name} {of.num_utterances} ({hours(of.duration_seconds)})" for name, of in self.by_size())
+        total = f"{self.num_utterances} utterances, {hours(self.duration_seconds)}"
         yield f"{total}, {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB, {self.num_text_tokens} text tokens"
         yield f"languages: {shares}"
         yield "duration in seconds:"
         yield from histogram_lines(DURATION_EDGES_SECONDS, self.duration_counts)
-        yield from left_out_lines(self.left_out)
+        yield from skipped_lines(self.skipped)
 
     def by_size(self) -> list[tuple[str, LanguageShare]]:
         """The languages, those with the most audio first."""
         return sorted(self.languages.items(), key=lambda entry: (-entry[1].duration_seconds, entry[0]))
 
 
-def summarize(index: ShardIndex, left_out: LeftOut | None = None) -> SetSummary:
+def summarize(index: ShardIndex, skipped: Skipped | None = None) -> SetSummary:
     """The summary of a whole index, in memory that does not grow with it."""
     total = _Total(len(index.languages))
     for chunk in index.chunks():
@@ -69,7 +69,7 @@ def summarize(index: ShardIndex, left_out: LeftOut | None = None) -> SetSummary:
     names = dict(enumerate(index.languages)) | {len(index.languages): "unknown"}
     return SetSummary(
         num_shards=len(index.shards),
-        num_samples=len(index),
+        num_utterances=len(index),
         num_bytes=sum(shard.num_bytes for shard in index.shards),
         duration_seconds=float(total.seconds_by_language.sum()),
         num_text_tokens=total.num_text_tokens,
@@ -82,7 +82,7 @@ def summarize(index: ShardIndex, left_out: LeftOut | None = None) -> SetSummary:
         rate_counts=total.rate_counts,
         longest=total.longest,
         shortest=total.shortest,
-        left_out=left_out or LeftOut(),
+        skipped=skipped or Skipped(),
     )
 
 
@@ -96,15 +96,15 @@ def histogram_lines(edges: Sequence[float], counts: Counts) -> Iterator[str]:
         yield f"  {name:>12} {bar:<{_BAR_WIDTH}} {counts[number]}"
 
 
-def left_out_lines(left_out: LeftOut) -> Iterator[str]:
+def skipped_lines(skipped: Skipped) -> Iterator[str]:
     """Counts by cause and the first reasons; nothing if nothing was left out."""
-    if not left_out.count:
+    if not skipped.count:
         return
-    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(left_out.causes.items(), key=_largest_first))
-    yield f"left out {left_out.count}: {causes}"
-    yield from (f"  {reason}" for reason in left_out.first_reasons)
-    if left_out.count > len(left_out.first_reasons):
-        yield f"  and {left_out.count - len(left_out.first_reasons)} more"
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.causes.items(), key=_largest_first))
+    yield f"left out {skipped.count}: {causes}"
+    yield from (f"  {reason}" for reason in skipped.first_reasons)
+    if skipped.count > len(skipped.first_reasons):
+        yield f"  and {skipped.count - len(skipped.first_reasons)} more"
 
 
 def hours(seconds: float) -> str:

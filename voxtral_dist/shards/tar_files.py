@@ -8,7 +8,7 @@ from typing import BinaryIO, cast
 
 from braceexpand import braceexpand
 
-from voxtral_dist.data.storage import Span, Storage, is_remote, join
+from voxtral_dist.data.stored.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError, first_line
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz")

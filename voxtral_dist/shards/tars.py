@@ -17,9 +17,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.members import TAR_BLOCK_BYTES, split_name
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.layout import TAR_BLOCK_BYTES, split_name
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.shards.tar_files import open_tar
 
 _ZEROS = bytes(TAR_BLOCK_BYTES)
@@ -34,7 +34,7 @@ _META_NAME = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
-class TarSample:
+class MemberGroup:
     """Neighbouring members of one key: their contents by suffix, and all bytes from the first header on."""
 
     key: str
@@ -97,7 +97,7 @@ class TarScan:
         stream, num_bytes = open_tar(location, storage)
         self._reader = _Reader(stream, num_bytes)
 
-    def __iter__(self) -> Iterator[TarSample | TarDamage]:
+    def __iter__(self) -> Iterator[MemberGroup | TarDamage]:
         with closing(self._reader.stream):
             yield from _samples(self._reader, self._location)
 
@@ -112,7 +112,7 @@ class TarScan:
         return self._reader.digest.hexdigest()
 
 
-def parse_span(contents: bytes) -> TarSample:
+def parse_span(contents: bytes) -> MemberGroup:
     """The sample whose tar members these bytes are.
 
     Raises:
@@ -123,7 +123,7 @@ def parse_span(contents: bytes) -> TarSample:
     damage = next((part for part in found if isinstance(part, TarDamage)), None)
     if damage is not None:
         raise UnusableError(Cause.DAMAGED_TAR, f"is damaged: at byte {damage.offset} of it {damage.message}")
-    if len(found) != 1 or not isinstance(found[0], TarSample) or len(found[0].contents) != len(contents):
+    if len(found) != 1 or not isinstance(found[0], MemberGroup) or len(found[0].contents) != len(contents):
         raise UnusableError(Cause.DAMAGED_TAR, f"must be the members of one sample, but {len(found)} samples are there")
     return found[0]
 
@@ -150,10 +150,10 @@ def _belongs(found: _Member, group: list[_Member]) -> bool:
     return key == before[0][0] and suffix not in {taken for _, taken in before}
 
 
-def _sample(group: list[_Member]) -> TarSample:
+def _sample(group: list[_Member]) -> MemberGroup:
     key, _ = split_name(str(group[0].name))
     members = {split_name(str(member.name))[1]: member.contents for member in group}
-    return TarSample(key, group[0].offset, b"".join(member.raw for member in group), members)
+    return MemberGroup(key, group[0].offset, b"".join(member.raw for member in group), members)
 
 
 class _Reader:
@@ -182,7 +182,7 @@ class _Reader:
         return contents
 
 
-def _samples(reader: _Reader, location: str) -> Iterator[TarSample | TarDamage]:
+def _samples(reader: _Reader, location: str) -> Iterator[MemberGroup | TarDamage]:
     group: list[_Member] = []
     for found in _members(reader, location):
         if group and (isinstance(found, TarDamage) or not _belongs(found, group)):

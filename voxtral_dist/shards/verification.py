@@ -10,13 +10,13 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from voxtral_dist.data.audio import decode_audio
-from voxtral_dist.data.causes import Cause, UnusableError
-from voxtral_dist.data.index import RECORD, ShardIndex, read_index
-from voxtral_dist.data.plausible import is_same_duration
-from voxtral_dist.data.storage import Storage
+from voxtral_dist.data.stored.audio import decode_audio
+from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.checks import is_same_duration
+from voxtral_dist.data.stored.index import RECORD, ShardIndex, read_index
+from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import first_line
-from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, SampleSpan, index_record, measure
+from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, UtteranceSpan, index_record, measure
 from voxtral_dist.shards.sources import tar_utterance
 from voxtral_dist.shards.tars import parse_span
 from voxtral_dist.shards.workers import ordered_map
@@ -27,7 +27,7 @@ _RULES = PackRules(max_chars_per_second=math.inf)
 
 
 @dataclass(frozen=True)
-class BrokenSample:
+class BrokenUtterance:
     """A sample that is not what its index says. key: `#NUMBER` where its bytes do not tell it."""
 
     shard: str
@@ -41,7 +41,7 @@ class CheckedRun:
     """Neighbouring samples after their check, up to `last_id`."""
 
     last_id: int
-    broken: tuple[BrokenSample, ...]
+    broken: tuple[BrokenUtterance, ...]
 
 
 def verify(folder: str, num_workers: int) -> Iterator[CheckedRun]:
@@ -58,8 +58,8 @@ def check_run(first_id: int, folder: str) -> CheckedRun:
     """The check of some neighbouring samples, from `first_id` on."""
     index, storage = _opened(folder)
     ids = range(first_id, min(first_id + _RUN_LENGTH, len(index)))
-    storage.prefetch(index.span(sample_id) for sample_id in ids)
-    broken = [found for sample_id in ids if (found := _check(sample_id, index, storage)) is not None]
+    storage.prefetch(index.span(utterance_id) for utterance_id in ids)
+    broken = [found for utterance_id in ids if (found := _check(utterance_id, index, storage)) is not None]
     return CheckedRun(ids[-1], tuple(broken))
 
 
@@ -69,35 +69,35 @@ def _opened(folder: str) -> tuple[ShardIndex, Storage]:
     return read_index([folder], storage), storage
 
 
-def _check(sample_id: int, index: ShardIndex, storage: Storage) -> BrokenSample | None:
-    span, key = index.span(sample_id), f"#{sample_id}"
+def _check(utterance_id: int, index: ShardIndex, storage: Storage) -> BrokenUtterance | None:
+    span, key = index.span(utterance_id), f"#{utterance_id}"
     try:
         contents = storage.read(span)
         sample = parse_span(contents)
         key = sample.key
-        utterance = tar_utterance(sample, span.location, index.members(sample_id))
+        utterance = tar_utterance(sample, span.location, index.members(utterance_id))
         waveform = decode_audio(utterance.clip.contents or b"", SAMPLING_RATE)
         measures = measure(utterance, waveform, _RULES)
-        row = index_record(SampleSpan(span.offset, len(contents), zlib.crc32(contents)), measures, [])
-        _compare(sample_id, index, np.array([row], dtype=RECORD)[0], measures.language)
+        row = index_record(UtteranceSpan(span.offset, len(contents), zlib.crc32(contents)), measures, [])
+        _compare(utterance_id, index, np.array([row], dtype=RECORD)[0], measures.language)
     except UnusableError as error:
-        return BrokenSample(index.shard(sample_id).name, key, error.cause, str(error))
+        return BrokenUtterance(index.shard(utterance_id).name, key, error.cause, str(error))
     except OSError as error:
         reason = f"cannot be read: {error.strerror or first_line(error)}"
-        return BrokenSample(index.shard(sample_id).name, key, Cause.UNREADABLE, reason)
+        return BrokenUtterance(index.shard(utterance_id).name, key, Cause.UNREADABLE, reason)
     return None
 
 
-def _compare(sample_id: int, index: ShardIndex, found: np.void, language: str | None) -> None:
-    expected = index.record(sample_id)
+def _compare(utterance_id: int, index: ShardIndex, found: np.void, language: str | None) -> None:
+    expected = index.record(utterance_id)
     seconds, expected_seconds = int(found["duration_ms"]) / 1000, int(expected["duration_ms"]) / 1000
     if not is_same_duration(seconds, expected_seconds):
         raise UnusableError(
             Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its index says {expected_seconds:.2f} s"
         )
-    if language != index.language(sample_id):
+    if language != index.language(utterance_id):
         raise UnusableError(
-            Cause.WRONG_INDEX, f"has the language {language}, but its index says {index.language(sample_id)}"
+            Cause.WRONG_INDEX, f"has the language {language}, but its index says {index.language(utterance_id)}"
         )
     for name in ("num_chars", "num_text_tokens", "num_instruction_tokens"):
         if found[name] != expected[name]:

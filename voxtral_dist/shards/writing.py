@@ -14,12 +14,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from voxtral_dist.data.index import RECORD, SHARD_TABLE_FILE, Shard, read_index
-from voxtral_dist.data.members import TAR_BLOCK_BYTES, Field, SampleMembers
+from voxtral_dist.data.stored.index import RECORD, SHARD_TABLE_FILE, Shard, read_index
+from voxtral_dist.data.stored.layout import TAR_BLOCK_BYTES, Field, UtteranceLayout
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.journal import PackingJournal
-from voxtral_dist.shards.left_out import LEFT_OUT_FILE, read_left_out
-from voxtral_dist.shards.packing import PackedSample, PackRules, SampleSpan, index_record, pack_line
+from voxtral_dist.shards.packing import PackedUtterance, PackRules, UtteranceSpan, index_record, pack_line
+from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped
 from voxtral_dist.shards.sources import Source
 from voxtral_dist.shards.summary import SetSummary, summarize
 from voxtral_dist.shards.tars import tar_end
@@ -45,7 +45,7 @@ class PackProgress:
     """How far a packing is. num_lines: of the source, with those of the packing that this one goes on with."""
 
     num_lines: int = 0
-    num_left_out: int = 0
+    num_skipped: int = 0
 
 
 def pack(
@@ -76,7 +76,7 @@ def pack(
         ) from error
     finally:
         journal.close()
-    return summarize(read_index([str(out_dir)]), read_left_out(out_dir / LEFT_OUT_FILE))
+    return summarize(read_index([str(out_dir)]), read_skipped(out_dir / SKIPPED_FILE))
 
 
 def _identity(source: Source, out_dir: Path, options: PackOptions) -> dict[str, object]:
@@ -105,11 +105,11 @@ def _pack_into(
     writer = _ShardWriter(journal, out_dir, _name(out_dir, options), options.shard_bytes)
     try:
         _pack_lines(journal, source, writer, options, report)
-        if not writer.has_samples:
+        if not writer.has_utterances:
             raise UserError(_nothing_packed(journal, out_dir))
         writer.finish_shard()
         instruction = Field("json", "instruction") if source.instruction is not None else None
-        journal.complete(writer.languages, SampleMembers(instruction=instruction))
+        journal.complete(writer.languages, UtteranceLayout(instruction=instruction))
     except UserError:
         if not journal.shards:
             # Nothing that would be worth to go on from.
@@ -132,11 +132,11 @@ def _pack_lines(
     with closing(ordered_map(partial(pack_line, rules=options.rules), rest, options.num_workers)) as all_packed:
         for packed in all_packed:
             writer.num_lines += 1
-            if isinstance(packed, PackedSample):
+            if isinstance(packed, PackedUtterance):
                 writer.add(packed)
             elif options.skip_bad:
-                journal.leave_out(packed)
-                progress.num_left_out += 1
+                journal.skip(packed)
+                progress.num_skipped += 1
             else:
                 raise UserError(f"{packed.reason}. Correct it, or pass --skip-bad to leave such samples out.")
             progress.num_lines = writer.num_lines
@@ -144,8 +144,8 @@ def _pack_lines(
 
 
 def _nothing_packed(journal: PackingJournal, out_dir: Path) -> str:
-    left_out = journal.left_out()
-    first = f" ({left_out.count} left out, the first: {left_out.first_reasons[0]})" if left_out.count else ""
+    skipped = journal.skipped()
+    first = f" ({skipped.count} left out, the first: {skipped.first_reasons[0]})" if skipped.count else ""
     return f"Nothing was packed into {out_dir}: no sample of the source could be used{first}."
 
 
@@ -165,15 +165,15 @@ class _ShardWriter:
         self.num_lines = journal.num_lines
 
     @property
-    def has_samples(self) -> bool:
+    def has_utterances(self) -> bool:
         """Whether the set has any."""
         return bool(self._records or self._journal.shards)
 
-    def add(self, sample: PackedSample) -> None:
+    def add(self, sample: PackedUtterance) -> None:
         """Append one sample, and finish the shard if it is full."""
         if self._file is None:
             self._file = self._temporary().open("wb")
-        span = SampleSpan(self._offset, len(sample.contents), sample.crc32)
+        span = UtteranceSpan(self._offset, len(sample.contents), sample.crc32)
         self._records.append(index_record(span, sample.measures, self.languages))
         self._write(sample.contents)
         if self._offset >= self._shard_bytes:

@@ -6,18 +6,18 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.data.prompts import VoxtralPrompts
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import Engine
-from voxtral_dist.evaluation.normalizer import normalizer
-from voxtral_dist.evaluation.placement import decoding_bytes, decoding_weights
-from voxtral_dist.evaluation.selection import Verdict, judge, refuse_guard_without_start, write_best
+from voxtral_dist.engine.engine import Engine
+from voxtral_dist.evaluation.decoding_weights import decoding_bytes, decoding_weights
 from voxtral_dist.evaluation.test_sets import TestSet, evaluate_test_set
-from voxtral_dist.evaluation.transcribe import Transcriber
-from voxtral_dist.metrics import MetricsLog, read_metrics
-from voxtral_dist.model import DTYPES, read_voxtral_config
+from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.voxtral import DTYPES, read_voxtral_config
+from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.training.metrics import MetricsLog, read_metrics
+from voxtral_dist.training.selection import Verdict, judge, refuse_guard_without_start, write_best
 
 
 class Evaluator:
@@ -110,6 +110,6 @@ class Evaluator:
             read_voxtral_config(model.path),
             max(test_set.most_positions for test_set in self._test_sets),
             self._config.evaluation.num_beams,
-            model.encoder_windows_per_pass,
+            model.encoder_windows_per_chunk,
             DTYPES[model.precision],
         )

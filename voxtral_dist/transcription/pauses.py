@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.audio import Pcm
+from voxtral_dist.data.stored.audio import Pcm
 
 # Loudness is that of as much audio: shorter than pauses between sentences, longer than those inside of words.
 _FRAME_SECONDS = 0.02

@@ -10,18 +10,19 @@ from itertools import groupby
 from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.data.audio import AudioError, Pcm, decode_pcm
-from voxtral_dist.data.context import WordList, context_text
-from voxtral_dist.data.members import AUDIO_SUFFIXES
-from voxtral_dist.data.pauses import cut_at_pauses
-from voxtral_dist.data.plausible import is_silent
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import Example
-from voxtral_dist.data.texts import even_spaces
+from voxtral_dist.data.examples.context import context_text
+from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.data.stored.audio import AudioError, Pcm, decode_pcm
+from voxtral_dist.data.stored.checks import is_silent
+from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.loading import load_transcriber, processor_path
-from voxtral_dist.evaluation.transcribe import MIN_NEW_TOKENS, Hypothesis, Transcriber
+from voxtral_dist.evaluation.transcriber import MIN_NEW_TOKENS, Hypothesis, Transcriber
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.text.steps import even_spaces
+from voxtral_dist.text.word_list import WordList
+from voxtral_dist.transcription.pauses import cut_at_pauses
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class ClipTranscriber:
             return None
         num_windows = self._prompts.num_windows(len(pcm))
         return Example(
-            sample_id=0,
+            utterance_id=0,
             key=clip.stem,
             pcm=pcm,
             num_windows=num_windows,

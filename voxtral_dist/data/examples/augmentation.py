@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from voxtral_dist.config import AugmentationStep
-from voxtral_dist.data.audio import AudioError, Waveform
-from voxtral_dist.data.transforms import LengthAwareTimeStretch, build_transform, reason_of
+from voxtral_dist.data.examples.transforms import LengthAwareTimeStretch, build_transform, reason_of
+from voxtral_dist.data.stored.audio import AudioError, Waveform
 from voxtral_dist.errors import UserError
 
 # What every transform is tried on at the start.

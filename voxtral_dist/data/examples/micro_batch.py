@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.samples import BadSample, Example
+from voxtral_dist.data.examples.reader import BadUtterance, Example
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 # What torch's cross entropy ignores by default.
 IGNORED_LABEL = -100
@@ -35,7 +35,7 @@ class MicroBatch:
     target_ids: int64 `(N)`: the labels there.
     pcm: int16 `(C, S)`: the windows of the examples, in order.
     feature_masks: int64 `(M, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
-    num_encoder_passes: in how many parts the encoder takes the windows; ranks that share weights agree on it.
+    num_encoder_chunks: in how many parts the encoder takes the windows; ranks that share weights agree on it.
     """
 
     input_ids: Tensor
@@ -47,9 +47,9 @@ class MicroBatch:
     feature_masks: Tensor
     windows_per_example: tuple[int, ...]
     audio_seconds: float
-    num_samples: int
-    bad_samples: tuple[BadSample, ...] = ()
-    num_encoder_passes: int = 1
+    num_utterances: int
+    bad_utterances: tuple[BadUtterance, ...] = ()
+    num_encoder_chunks: int = 1
 
     @property
     def num_windows(self) -> int:
@@ -63,7 +63,7 @@ class MicroBatch:
         return counts
 
     @property
-    def num_targets(self) -> int:
+    def num_target_tokens(self) -> int:
         """Labels that count in the loss."""
         return len(self.target_ids)
 
@@ -87,7 +87,7 @@ class MicroBatch:
 
 
 def collate(
-    examples: Sequence[Example], pad_id: int, window_samples: int, bad_samples: Sequence[BadSample] = ()
+    examples: Sequence[Example], pad_id: int, window_samples: int, bad_utterances: Sequence[BadUtterance] = ()
 ) -> MicroBatch:
     """One micro-batch of at least one example."""
     input_ids, attention_mask = pad_left([(*example.prompt, *example.completion[:-1]) for example in examples], pad_id)
@@ -102,8 +102,8 @@ def collate(
         feature_masks=torch.from_numpy(_feature_masks(examples)),
         windows_per_example=tuple(example.num_windows for example in examples),
         audio_seconds=sum(example.duration_seconds for example in examples),
-        num_samples=sum(example.num_samples for example in examples),
-        bad_samples=tuple(bad_samples),
+        num_utterances=sum(example.num_utterances for example in examples),
+        bad_utterances=tuple(bad_utterances),
     )
 
 
@@ -148,7 +148,7 @@ def windows_of(examples: Sequence[Example], window_samples: int) -> Tensor:
 def silent_example(prompts: VoxtralPrompts) -> Example:
     """One window of silence, which belongs to no sample."""
     return Example(
-        sample_id=-1,
+        utterance_id=-1,
         key="",
         pcm=np.zeros(0, dtype=np.int16),
         num_windows=1,
@@ -159,12 +159,12 @@ def silent_example(prompts: VoxtralPrompts) -> Example:
     )
 
 
-def weightless_micro_batch(prompts: VoxtralPrompts, bad_samples: Sequence[BadSample] = ()) -> MicroBatch:
+def weightless_micro_batch(prompts: VoxtralPrompts, bad_utterances: Sequence[BadUtterance] = ()) -> MicroBatch:
     """One window of silence without a target, for a slot that has nothing to train on.
 
     Sharded engines exchange weights in every forward and backward pass, so all ranks must run equally many.
     """
-    batch = collate([silent_example(prompts)], prompts.pad_id, prompts.window_samples, bad_samples)
+    batch = collate([silent_example(prompts)], prompts.pad_id, prompts.window_samples, bad_utterances)
     nothing = torch.zeros(0, dtype=torch.int64)
     labels = torch.full_like(batch.labels, IGNORED_LABEL)
-    return replace(batch, labels=labels, target_places=nothing, target_ids=nothing, num_samples=0)
+    return replace(batch, labels=labels, target_places=nothing, target_ids=nothing, num_utterances=0)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from voxtral_dist.config import TextStep, TrainDataConfig
-from voxtral_dist.data.context import Contexts, TrainingContexts, WordList
-from voxtral_dist.data.permutation import hash_values
-from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.examples.context import Contexts, TrainingContexts
+from voxtral_dist.data.plan.permutation import hash_values
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.text.word_list import WordList
 
 # What the draw of the tag is keyed by, besides the sample.
 _DRAW = 2

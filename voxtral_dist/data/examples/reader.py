@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
-from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.members import Sample, read_members
-from voxtral_dist.data.plausible import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
-from voxtral_dist.data.prompting import Prompting
-from voxtral_dist.data.prompts import VoxtralPrompts
-from voxtral_dist.data.storage import Storage
-from voxtral_dist.data.texts import apply_steps
+from voxtral_dist.data.examples.prompting import Prompting
+from voxtral_dist.data.stored.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
+from voxtral_dist.data.stored.index import ShardIndex
+from voxtral_dist.data.stored.layout import Sample, read_members
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.text.steps import apply_steps
 
 if TYPE_CHECKING:
-    from voxtral_dist.data.augmentation import Augmentation
+    from voxtral_dist.data.examples.augmentation import Augmentation
 
 
 @dataclass(frozen=True)
-class BadSample:
+class BadUtterance:
     """A sample that could not be used: where it is stored, and why.
 
     is_too_long: for the limit of target tokens, or for the positions of the model.
@@ -36,10 +36,10 @@ class BadSample:
     is_too_long: bool = False
 
 
-class SampleError(Exception):
-    """Carries a `BadSample` from where it was found to where it is counted."""
+class UtteranceError(Exception):
+    """Carries a `BadUtterance` from where it was found to where it is counted."""
 
-    def __init__(self, bad: BadSample) -> None:
+    def __init__(self, bad: BadUtterance) -> None:
         super().__init__(f"sample {bad.key!r} of {bad.shard} {bad.reason}")
         self.bad = bad
 
@@ -56,7 +56,7 @@ class Clip:
     it is a transcript. fields: the json of the sample.
     """
 
-    sample_id: int
+    utterance_id: int
     key: str
     pcm: Pcm
     text: str
@@ -71,13 +71,13 @@ class Example:
     """One utterance, or several packed ones, as the model takes it.
 
     pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` is made of the targets,
-    and ends with `</s>`. reference: the stored texts. `sample_id` and `key` are those of the first utterance.
+    and ends with `</s>`. reference: the stored texts. `utterance_id` and `key` are those of the first utterance.
     is_transcription: whether the completion is a transcript, and not the answer to an instruction. is_untagged: whether
     the prompt does not tell the language. context: that of the prompt. fields: those of the first utterance's json that
     the reader keeps. feature_masks are those of `draw_feature_masks`, and none in evaluations.
     """
 
-    sample_id: int
+    utterance_id: int
     key: str
     pcm: Pcm
     num_windows: int
@@ -85,7 +85,7 @@ class Example:
     completion: tuple[int, ...]
     reference: str
     duration_seconds: float
-    num_samples: int = 1
+    num_utterances: int = 1
     is_transcription: bool = True
     is_untagged: bool = False
     context: str = ""
@@ -93,7 +93,7 @@ class Example:
     feature_masks: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
 
 
-class SampleReader:
+class UtteranceReader:
     """Reads samples of an index by number."""
 
     def __init__(
@@ -133,60 +133,62 @@ class SampleReader:
         self._kept_fields = tuple(kept_fields)
         self._takes_all = takes_all
 
-    def prefetch(self, sample_ids: Sequence[int]) -> None:
+    def prefetch(self, utterance_ids: Sequence[int]) -> None:
         """Start to read what is going to be asked for."""
-        self._storage.prefetch([self._index.span(sample_id) for sample_id in sample_ids])
+        self._storage.prefetch([self._index.span(utterance_id) for utterance_id in utterance_ids])
 
-    def shard_name(self, sample_id: int) -> str:
+    def shard_name(self, utterance_id: int) -> str:
         """The file that holds a sample."""
-        return self._index.shard(sample_id).name
+        return self._index.shard(utterance_id).name
 
-    def read(self, sample_id: int) -> Sample:
+    def read(self, utterance_id: int) -> Sample:
         """The stored utterance.
 
         Raises:
-            SampleError: the bytes cannot be read or are not those that were indexed, or are not the tar members of one
-                sample with audio and text.
+            UtteranceError: the bytes cannot be read, differ from the indexed ones, or are not the tar members of one
+                utterance with audio and text.
         """
-        span, contents = self._index.span(sample_id), b""
+        span, contents = self._index.span(utterance_id), b""
         try:
             contents = self._storage.read(span)
-            return self._index.parse(sample_id, contents)
+            return self._index.parse(utterance_id, contents)
         except (OSError, tarfile.TarError, ValueError) as error:
-            key = _key_in(contents) or f"#{sample_id}"
+            key = _key_in(contents) or f"#{utterance_id}"
             reason = f"cannot be read at byte {span.offset}: {error}"
-            raise SampleError(BadSample(self.shard_name(sample_id), key, reason)) from error
+            raise UtteranceError(BadUtterance(self.shard_name(utterance_id), key, reason)) from error
 
-    def clip(self, sample_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> Clip:
+    def clip(self, utterance_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> Clip:
         """The utterance with decoded, checked and augmented audio.
 
         Args:
-            sample_id: its number in the index.
+            utterance_id: its number in the index.
             key: (seed, pass), which makes augmentation reproducible.
             is_packed: whether it shares its window with others, so that no augmentation may lengthen it.
 
         Raises:
-            SampleError: anything about the sample is unusable; the reason says what.
+            UtteranceError: anything about the sample is unusable; the reason says what.
         """
-        sample = self.read(sample_id)
+        sample = self.read(utterance_id)
         try:
-            pcm = self._pcm(sample_id, sample, key, is_packed)
+            pcm = self._pcm(utterance_id, sample, key, is_packed)
             # An answer is as it is: its case and its marks were asked for.
             steps = self._prompting.target_text if sample.instruction is None else ()
             target = apply_steps(steps, sample.text)
             if not target and not self._takes_all:
                 raise ValueError("has no text after the steps of `target_text`")
         except (AudioError, ValueError) as error:
-            raise self._unusable(sample_id, sample.key, error) from error
-        return Clip(sample_id, sample.key, pcm, sample.text, target, sample.language, sample.instruction, sample.fields)
+            raise self._unusable(utterance_id, sample.key, error) from error
+        return Clip(
+            utterance_id, sample.key, pcm, sample.text, target, sample.language, sample.instruction, sample.fields
+        )
 
-    def example(self, sample_id: int) -> Example:
+    def example(self, utterance_id: int) -> Example:
         """The utterance as an example of its own.
 
         Raises:
-            SampleError: anything about the sample is unusable; the reason says what.
+            UtteranceError: anything about the sample is unusable; the reason says what.
         """
-        return self.join([self.clip(sample_id)])
+        return self.join([self.clip(utterance_id)])
 
     def join(self, clips: Sequence[Clip], key: tuple[int, ...] = ()) -> Example:
         """Utterances of one language as one example: their audio and their texts one after the other.
@@ -196,13 +198,13 @@ class SampleReader:
             key: (seed, pass), which makes what is drawn for the prompt reproducible.
 
         Raises:
-            SampleError: the text or the whole example is too long, or the language is none.
+            UtteranceError: the text or the whole example is too long, or the language is none.
         """
         first = clips[0]
         text, target = _joined([clip.text for clip in clips]), _joined([clip.target for clip in clips])
         pcm = np.concatenate([clip.pcm for clip in clips]) if len(clips) > 1 else first.pcm
         example = Example(
-            sample_id=first.sample_id,
+            utterance_id=first.utterance_id,
             key=first.key,
             pcm=pcm,
             num_windows=self._prompts.num_windows(len(pcm)),
@@ -210,16 +212,16 @@ class SampleReader:
             completion=tuple(self._prompts.completion(target)),
             reference=text,
             duration_seconds=len(pcm) / self._prompts.sampling_rate,
-            num_samples=len(clips),
+            num_utterances=len(clips),
             is_transcription=first.instruction is None,
             fields={name: first.fields[name] for name in self._kept_fields if name in first.fields},
         )
         try:
             self._check_targets(example)
-            example = self._with_prompt(example, clips, target, (*key, first.sample_id))
+            example = self._with_prompt(example, clips, target, (*key, first.utterance_id))
             self._check_positions(example)
         except ValueError as error:
-            raise self._unusable(first.sample_id, first.key, error) from error
+            raise self._unusable(first.utterance_id, first.key, error) from error
         return example
 
     def _with_prompt(self, example: Example, clips: Sequence[Clip], target: str, key: tuple[int, ...]) -> Example:
@@ -248,22 +250,22 @@ class SampleReader:
                 f"takes {num_positions} positions of the language model, which has {self._prompts.max_positions}"
             )
 
-    def _pcm(self, sample_id: int, sample: Sample, key: tuple[int, ...], is_packed: bool) -> Pcm:
+    def _pcm(self, utterance_id: int, sample: Sample, key: tuple[int, ...], is_packed: bool) -> Pcm:
         rate = self._prompts.sampling_rate
         if self._augmentation is None:
             pcm = decode_pcm(sample.audio, rate)
-            self._check(sample_id, pcm, sample)
+            self._check(utterance_id, pcm, sample)
             return pcm
         waveform = decode_audio(sample.audio, rate)
-        self._check(sample_id, waveform, sample)
+        self._check(utterance_id, waveform, sample)
         windows = self._prompts.num_windows(len(waveform)) * self._prompts.window_samples
         max_samples = len(waveform) if is_packed else windows
-        return to_pcm(self._augmentation(waveform, rate, (*key, sample_id), max_samples))
+        return to_pcm(self._augmentation(waveform, rate, (*key, utterance_id), max_samples))
 
-    def _check(self, sample_id: int, audio: Waveform | Pcm, sample: Sample) -> None:
+    def _check(self, utterance_id: int, audio: Waveform | Pcm, sample: Sample) -> None:
         # Truncated mp3 and wav decode short without an error.
         seconds = len(audio) / self._prompts.sampling_rate
-        expected = float(self._index.record(sample_id)["duration_ms"]) / 1000.0
+        expected = float(self._index.record(utterance_id)["duration_ms"]) / 1000.0
         if not is_same_duration(seconds, expected):
             raise AudioError(f"decodes to {seconds:.2f} s of audio, but its index says {expected:.2f} s")
         if self._takes_all:
@@ -273,8 +275,10 @@ class SampleReader:
         if sample.instruction is None and is_too_much_text(len(sample.text), seconds, self._max_chars_per_second):
             raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(sample.text)} characters")
 
-    def _unusable(self, sample_id: int, key: str, error: Exception) -> SampleError:
-        return SampleError(BadSample(self.shard_name(sample_id), key, str(error), isinstance(error, _TooLongError)))
+    def _unusable(self, utterance_id: int, key: str, error: Exception) -> UtteranceError:
+        return UtteranceError(
+            BadUtterance(self.shard_name(utterance_id), key, str(error), isinstance(error, _TooLongError))
+        )
 
 
 def _joined(texts: Sequence[str]) -> str:

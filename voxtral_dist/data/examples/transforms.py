@@ -23,7 +23,7 @@ from audiomentations.core.utils import SUPPORTED_EXTENSIONS, find_audio_files
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from voxtral_dist.config import Argument, AugmentationStep
-from voxtral_dist.data.audio import Waveform
+from voxtral_dist.data.stored.audio import Waveform
 from voxtral_dist.errors import UserError, first_line, lower_first
 
 _FILE_ARGUMENTS = ("sounds_path", "ir_path")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.index import Ids
+from voxtral_dist.data.stored.index import Ids
 
 # Of groups with room for a clip, so many are looked at before a new one is opened: all of them may be full of text.
 _NUM_CANDIDATES = 32
@@ -31,7 +31,7 @@ def pack_into_windows(
     duration_ms: NDArray[np.int64],
     num_tokens: NDArray[np.int64],
     languages: NDArray[np.uint16],
-    sample_ids: Ids,
+    utterance_ids: Ids,
     window_ms: int,
     max_tokens: int,
 ) -> list[list[int]]:
@@ -49,16 +49,18 @@ def pack_into_windows(
     held: list[set[int]] = []
     # By language: (room left, group), ascending.
     open_groups: dict[int, list[tuple[int, int]]] = {}
-    clips = list(zip(duration_ms.tolist(), num_tokens.tolist(), languages.tolist(), sample_ids.tolist(), strict=True))
+    clips = list(
+        zip(duration_ms.tolist(), num_tokens.tolist(), languages.tolist(), utterance_ids.tolist(), strict=True)
+    )
     for position in np.argsort(-duration_ms, kind="stable").tolist():
-        duration, length, language, sample_id = clips[position]
+        duration, length, language, utterance_id = clips[position]
         rooms = open_groups.setdefault(language, [])
         tightest = bisect.bisect_left(rooms, (duration, -1))
         place = next(
             (
                 place
                 for place in range(tightest, min(tightest + _NUM_CANDIDATES, len(rooms)))
-                if tokens[rooms[place][1]] + length <= max_tokens and sample_id not in held[rooms[place][1]]
+                if tokens[rooms[place][1]] + length <= max_tokens and utterance_id not in held[rooms[place][1]]
             ),
             None,
         )
@@ -70,7 +72,7 @@ def pack_into_windows(
             tokens.append(0)
             held.append(set())
         groups[group].append(position)
-        held[group].add(sample_id)
+        held[group].add(utterance_id)
         tokens[group] += length
         if room > duration:
             bisect.insort(rooms, (room - duration, group))

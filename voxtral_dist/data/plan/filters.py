@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.index import RecordChunk, Records, ShardIndex
-from voxtral_dist.data.prompts import VoxtralPrompts
+from voxtral_dist.data.stored.index import RecordChunk, Records, ShardIndex
+from voxtral_dist.model.prompts import VoxtralPrompts
 
 Mask = NDArray[np.bool_]
 

@@ -18,14 +18,14 @@ _NUM_ROUNDS = 4
 _LARGEST_TABLE = 4096
 
 
-def permute_blocks(positions: Ids, num_samples: int, block_size: int, key: Sequence[int]) -> Ids:
+def permute_blocks(positions: Ids, num_utterances: int, block_size: int, key: Sequence[int]) -> Ids:
     """Where each position of a pass is found in the index, when blocks of neighbours are shuffled.
 
-    A bijection of 0..num_samples-1 for every key. The last block may be short: wherever it lands, all later positions
+    A bijection of 0..num_utterances-1 for every key. The last block may be short: wherever it lands, later positions
     move up by what it lacks.
     """
-    num_blocks = -(-num_samples // block_size)
-    lacking = num_blocks * block_size - num_samples
+    num_blocks = -(-num_utterances // block_size)
+    lacking = num_blocks * block_size - num_utterances
     if lacking:
         end_of_short = _place_of(num_blocks - 1, num_blocks, key) * block_size + block_size - lacking
         positions = np.where(positions >= end_of_short, positions + lacking, positions)

@@ -8,25 +8,25 @@ from itertools import accumulate
 
 import numpy as np
 
-from voxtral_dist.data.cutting import Budget, cut, pack_into_windows
-from voxtral_dist.data.filters import ExampleSizes, text_tokens
-from voxtral_dist.data.index import Ids, ShardIndex
-from voxtral_dist.data.permutation import hash_values
+from voxtral_dist.data.plan.cutting import Budget, cut, pack_into_windows
+from voxtral_dist.data.plan.filters import ExampleSizes, text_tokens
+from voxtral_dist.data.plan.permutation import hash_values
+from voxtral_dist.data.stored.index import Ids, ShardIndex
 
 # A word behind a space may take more tokens than at the start of a text: up to two more in Voxtral's vocabulary.
 TOKENS_PER_JOINT = 3
 
 
 @dataclass(frozen=True)
-class SlotSamples:
+class SlotExamples:
     """The examples of one slot of one step.
 
-    sample_ids: of all examples, one after the other.
+    utterance_ids: of all examples, one after the other.
     passes: how often the stream of each sample was gone through before; with the sample it keys augmentation.
     example_sizes: how many of the samples each example takes; other than 1 only where samples are packed.
     """
 
-    sample_ids: tuple[int, ...]
+    utterance_ids: tuple[int, ...]
     passes: tuple[int, ...]
     example_sizes: tuple[int, ...]
 
@@ -35,11 +35,11 @@ class SlotSamples:
 class SortedExamples:
     """Examples, longest first.
 
-    sample_ids, passes: of the samples of all examples, one after the other. ends: where those of each example end.
+    utterance_ids, passes: of the samples of all examples, one after the other. ends: where those of each example end.
     windows, positions: what each example costs the encoder and, at most, the language model. audio_ms: of all samples.
     """
 
-    sample_ids: Ids
+    utterance_ids: Ids
     passes: Ids
     ends: Ids
     windows: Ids
@@ -51,12 +51,12 @@ class SortedExamples:
         """Micro-batches as runs of examples; see `cutting.cut`."""
         return cut(self.windows, self.positions, budget, num_cuts)
 
-    def slot(self, run: slice) -> SlotSamples:
+    def slot(self, run: slice) -> SlotExamples:
         """The samples of a run of examples."""
         first = int(self.ends[run.start - 1]) if run.start else 0
         samples = slice(first, int(self.ends[run.stop - 1]))
-        return SlotSamples(
-            sample_ids=tuple(self.sample_ids[samples].tolist()),
+        return SlotExamples(
+            utterance_ids=tuple(self.utterance_ids[samples].tolist()),
             passes=tuple(self.passes[samples].tolist()),
             example_sizes=tuple(np.diff(self.ends[run], prepend=first).tolist()),
         )
@@ -97,7 +97,7 @@ def sort_examples(
     longest_first = np.argsort(-positions, kind="stable")
     samples = _samples_of(longest_first, ends, counts)
     return SortedExamples(
-        sample_ids=ids[samples],
+        utterance_ids=ids[samples],
         passes=passes[samples],
         ends=np.cumsum(counts[longest_first]),
         windows=windows[longest_first],

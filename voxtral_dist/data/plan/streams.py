@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.filters import TOO_MANY_POSITIONS, TOO_MANY_TARGETS, ExampleSizes, Filters
-from voxtral_dist.data.index import UNKNOWN_LANGUAGE, Ids, RecordChunk, ShardIndex
+from voxtral_dist.data.plan.filters import TOO_MANY_POSITIONS, TOO_MANY_TARGETS, ExampleSizes, Filters
+from voxtral_dist.data.stored.index import UNKNOWN_LANGUAGE, Ids, RecordChunk, ShardIndex
 from voxtral_dist.errors import UserError
 
-_BLOCK_SAMPLES = 1024
-_LEFT_OUT = 255
+_BLOCK_UTTERANCES = 1024
+_SKIPPED = 255
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Stream:
     """Samples that have a share of their own.
 
     name: of the shard set, and the language where languages are mixed. mean_seconds: of its samples, where it is known.
-    num_samples: different ones. num_draws: drawn in one pass of the plan; a stream with more draws than samples is gone
+    num_utterances: different ones. num_draws: drawn in one epoch of the plan; a stream with more draws is gone
     through again and again, each time in another order and without replacement.
     """
 
     name: str
-    num_samples: int
+    num_utterances: int
     num_draws: int
     mean_seconds: float = 0.0
 
@@ -46,17 +46,17 @@ class Stream:
 class Streams:
     """The streams of a training set, and the samples of each by their position in it."""
 
-    def __init__(self, streams: Sequence[Stream], left_out: Mapping[str, int], table: _StreamTable | None) -> None:
+    def __init__(self, streams: Sequence[Stream], skipped: Mapping[str, int], table: _StreamTable | None) -> None:
         self.streams = tuple(streams)
-        self.left_out = dict(left_out)
+        self.skipped = dict(skipped)
         self._table = table
 
     @property
-    def num_samples(self) -> int:
+    def num_utterances(self) -> int:
         """Different ones that can be drawn."""
-        return sum(stream.num_samples for stream in self.streams)
+        return sum(stream.num_utterances for stream in self.streams)
 
-    def sample_ids(self, stream: int, positions: Ids) -> Ids:
+    def utterance_ids(self, stream: int, positions: Ids) -> Ids:
         """The samples at these positions of a stream, which are in the order of the index."""
         return positions if self._table is None else self._table.find(stream, positions)
 
@@ -89,7 +89,7 @@ def build_streams(
             scan.cells, scan.counts.tolist(), draws, (scan.milliseconds / 1000.0).tolist(), strict=False
         )
     ]
-    return Streams(streams, sum(scan.left_out.values(), Counter()), _StreamTable(scan.stream_of_sample, len(streams)))
+    return Streams(streams, sum(scan.skipped.values(), Counter()), _StreamTable(scan.stream_of_utterance, len(streams)))
 
 
 # A set, and a language of it: None where its languages are not told apart.
@@ -100,15 +100,15 @@ _Cell = tuple[str, int | None]
 class _Scan:
     """What one look at all records finds.
 
-    stream_of_sample: the number of a cell, or `_LEFT_OUT`; uint8 `(N,)`. counts, milliseconds: of each cell.
+    stream_of_utterance: the number of a cell, or `_SKIPPED`; uint8 `(N,)`. counts, milliseconds: of each cell.
     """
 
     set_ends: Mapping[str, int]
-    stream_of_sample: NDArray[np.uint8]
+    stream_of_utterance: NDArray[np.uint8]
     cells: list[_Cell] = field(default_factory=list)
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
     milliseconds: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
-    left_out: dict[str, Counter[str]] = field(default_factory=dict)
+    skipped: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, chunk: RecordChunk, kept: NDArray[np.bool_], set_name: str, by_language: bool) -> None:
         """Divide the kept records of a chunk, which are all of one set, among its cells."""
@@ -117,8 +117,8 @@ class _Scan:
         for language in np.flatnonzero(counts).tolist():
             number = self._number_of((set_name, language if by_language else None))
             number_of_language[language if by_language else slice(None)] = number
-        codes = np.where(kept, number_of_language[chunk.languages], np.uint8(_LEFT_OUT))
-        self.stream_of_sample[chunk.first_id : chunk.first_id + len(codes)] = codes
+        codes = np.where(kept, number_of_language[chunk.languages], np.uint8(_SKIPPED))
+        self.stream_of_utterance[chunk.first_id : chunk.first_id + len(codes)] = codes
         self.counts += np.bincount(codes, minlength=256)
         # Whole numbers, so that their sum does not depend on how records are divided into chunks.
         self.milliseconds += np.bincount(codes, weights=chunk.records["duration_ms"], minlength=256)
@@ -133,9 +133,9 @@ class _Scan:
 
     def _number_of(self, cell: _Cell) -> int:
         if cell not in self.cells:
-            if len(self.cells) == _LEFT_OUT:
+            if len(self.cells) == _SKIPPED:
                 raise UserError(
-                    f"`train_data`: the mixture has more than {_LEFT_OUT} streams (shard sets times languages): mix "
+                    f"`train_data`: the mixture has more than {_SKIPPED} streams (shard sets times languages): mix "
                     "fewer sets, or set `language_temperature` to 1."
                 )
             self.cells.append(cell)
@@ -151,17 +151,17 @@ def _scan(index: ShardIndex, filters: Filters, set_ends: Mapping[str, int], by_l
             start = end
             part = RecordChunk(chunk.first_id + mine.start, chunk.records[mine], chunk.languages[mine])
             if len(part.records):
-                left_out = scan.left_out.setdefault(set_name, Counter())
-                scan.add(part, _kept(filters, part, left_out), set_name, by_language)
+                skipped = scan.skipped.setdefault(set_name, Counter())
+                scan.add(part, _kept(filters, part, skipped), set_name, by_language)
     return scan
 
 
-def _kept(filters: Filters, chunk: RecordChunk, left_out: Counter[str]) -> NDArray[np.bool_]:
+def _kept(filters: Filters, chunk: RecordChunk, skipped: Counter[str]) -> NDArray[np.bool_]:
     """Which records pass all filters; the others are counted by the first reason that refuses them."""
     kept = np.ones(len(chunk.records), dtype=bool)
     for reason, refused in filters.refused(chunk):
         if count := int((kept & refused).sum()):
-            left_out[reason] += count
+            skipped[reason] += count
             kept &= ~refused
     return kept
 
@@ -176,22 +176,22 @@ def _refuse_unknown_languages(config: TrainDataConfig, index: ShardIndex) -> Non
 
 
 def _refuse_too_long(config: TrainDataConfig, scan: _Scan) -> None:
-    if config.too_long == "leave_out":
+    if config.too_long == "skip":
         return
-    for set_name, left_out in scan.left_out.items():
+    for set_name, skipped in scan.skipped.items():
         for reason in (TOO_MANY_TARGETS, TOO_MANY_POSITIONS):
-            if left_out[reason]:
+            if skipped[reason]:
                 where = "" if set_name == "all" else f" of the set `{set_name}`"
                 raise UserError(
-                    f"`train_data.too_long` is `refuse`, and {left_out[reason]} samples{where} are {reason}: raise "
-                    "`max_target_tokens`, cut the recordings, or set `too_long: leave_out`."
+                    f"`train_data.too_long` is `refuse`, and {skipped[reason]} samples{where} are {reason}: raise "
+                    "`max_target_tokens`, cut the recordings, or set `too_long: skip`."
                 )
 
 
 def _refuse_empty_sets(scan: _Scan) -> None:
     for set_name in scan.set_ends:
         if not any(cell_set == set_name for cell_set, _ in scan.cells):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in scan.left_out[set_name].items())
+            reasons = ", ".join(f"{count} {reason}" for reason, count in scan.skipped[set_name].items())
             where = "" if set_name == "all" else f" of the set `{set_name}`"
             raise UserError(
                 f"`train_data`: none of the samples{where} passes the filters ({reasons}), so there is nothing to "
@@ -232,12 +232,12 @@ def _largest_remainders(ideal: NDArray[np.float64], total: int) -> list[int]:
 class _StreamTable:
     """Finds the k-th sample of a stream by the counts of each block of samples."""
 
-    def __init__(self, stream_of_sample: NDArray[np.uint8], num_streams: int) -> None:
-        whole = len(stream_of_sample) - len(stream_of_sample) % _BLOCK_SAMPLES
-        self._blocks = stream_of_sample[:whole].reshape(-1, _BLOCK_SAMPLES)
+    def __init__(self, stream_of_utterance: NDArray[np.uint8], num_streams: int) -> None:
+        whole = len(stream_of_utterance) - len(stream_of_utterance) % _BLOCK_UTTERANCES
+        self._blocks = stream_of_utterance[:whole].reshape(-1, _BLOCK_UTTERANCES)
         # What is left after the whole blocks, on its own so that the large array need not be copied.
-        self._last = np.full(_BLOCK_SAMPLES, _LEFT_OUT, dtype=np.uint8)
-        self._last[: len(stream_of_sample) - whole] = stream_of_sample[whole:]
+        self._last = np.full(_BLOCK_UTTERANCES, _SKIPPED, dtype=np.uint8)
+        self._last[: len(stream_of_utterance) - whole] = stream_of_utterance[whole:]
         self._ends = [np.cumsum(self._counts(stream)) for stream in range(num_streams)]
 
     def find(self, stream: int, positions: Ids) -> Ids:
@@ -250,12 +250,12 @@ class _StreamTable:
         for part in np.array_split(np.arange(len(positions)), -(-len(positions) // 4096) or 1):
             ranks = np.cumsum(self._rows(blocks[part]) == stream, axis=1, dtype=np.uint16)
             found[part] = (ranks <= inside[part, None]).sum(axis=1)
-        sample_ids: Ids = blocks * _BLOCK_SAMPLES + found
-        return sample_ids
+        utterance_ids: Ids = blocks * _BLOCK_UTTERANCES + found
+        return utterance_ids
 
     def _rows(self, blocks: Ids) -> NDArray[np.uint8]:
         is_last = blocks == len(self._blocks)
-        rows = np.empty((len(blocks), _BLOCK_SAMPLES), dtype=np.uint8)
+        rows = np.empty((len(blocks), _BLOCK_UTTERANCES), dtype=np.uint8)
         rows[~is_last] = self._blocks[blocks[~is_last]]
         rows[is_last] = self._last
         return rows

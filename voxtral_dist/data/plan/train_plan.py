@@ -23,20 +23,20 @@ from functools import lru_cache
 
 import numpy as np
 
-from voxtral_dist.data.cutting import Budget
-from voxtral_dist.data.examples import SlotSamples, SortedExamples, sort_examples
-from voxtral_dist.data.filters import ExampleSizes
-from voxtral_dist.data.index import ShardIndex
-from voxtral_dist.data.permutation import hash_values, permute_blocks
-from voxtral_dist.data.streams import Streams
+from voxtral_dist.data.plan.cutting import Budget
+from voxtral_dist.data.plan.filters import ExampleSizes
+from voxtral_dist.data.plan.permutation import hash_values, permute_blocks
+from voxtral_dist.data.plan.sorting import SlotExamples, SortedExamples, sort_examples
+from voxtral_dist.data.plan.streams import Streams
+from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.errors import UserError
 
 # Changes when equal samples and configurations give another order.
 PLAN_VERSION = 2
 # The estimate of what a window takes is made of so many samples or a few more: each may be a read of a cold disk. Large
 # windows are probed by smaller ones, which have the same costs on the average.
-_PROBED_SAMPLES = 8192
-_LARGEST_PROBE_SAMPLES = 4096
+_PROBED_UTTERANCES = 8192
+_LARGEST_PROBE_UTTERANCES = 4096
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,20 @@ class PlanShape:
 
     slots_per_step: int
     budget: Budget
-    sort_window_steps: int
+    megabatch_steps: int
     shuffle_block_size: int
     max_packed_tokens: int | None = None
 
 
 @dataclass(frozen=True)
-class PlanFigures:
+class PlanStatistics:
     """What the plan expects of micro-batches, measured on some windows of it.
 
     window_fill: audio over the length of the windows that it is in. token_fill: positions of the language model that
     are not padding.
     """
 
-    num_samples: float
+    num_utterances: float
     num_examples: float
     window_fill: float
     token_fill: float
@@ -82,47 +82,47 @@ class TrainPlan:
         self._num_draws = sum(stream.num_draws for stream in streams.streams)
         if self._num_draws == 0:
             raise ValueError("a plan needs at least one sample")
-        self._window = lru_cache(maxsize=2)(self._build_window)
+        self._window = lru_cache(maxsize=2)(self._build_megabatch)
         # Numbers only, and many of them: workers run ahead of the step that is asked about by several windows.
-        self._slots_of_window = lru_cache(maxsize=4096)(self._count_slots)
-        self.steps_per_pass, self.figures = self._measure()
+        self._slots_of_megabatch = lru_cache(maxsize=4096)(self._count_slots)
+        self.steps_per_epoch, self.figures = self._measure()
 
     def num_slots(self, step: int) -> int:
         """Of a step: `slots_per_step`, or more where the budgets demand it."""
-        pass_index, window, step_of_window = self._place(step)
-        return self._slots_of_window(pass_index, window)[step_of_window]
+        epoch_index, window, step_of_megabatch = self._place(step)
+        return self._slots_of_megabatch(epoch_index, window)[step_of_megabatch]
 
-    def slot(self, step: int, slot: int) -> SlotSamples:
+    def slot(self, step: int, slot: int) -> SlotExamples:
         """The examples of a slot: none where a pass has fewer examples than slots."""
-        pass_index, window, step_of_window = self._place(step)
-        return self._window(pass_index, window)[step_of_window][slot]
+        epoch_index, window, step_of_megabatch = self._place(step)
+        return self._window(epoch_index, window)[step_of_megabatch][slot]
 
     def _place(self, step: int) -> tuple[int, int, int]:
         """The pass of a step, its window in the pass, and its place in the window."""
-        pass_index, step_of_pass = divmod(step, self.steps_per_pass)
+        epoch_index, step_of_epoch = divmod(step, self.steps_per_epoch)
         # The windows of a pass are as equal as whole steps allow: window w begins at step floor(w * steps / windows).
-        window = ((step_of_pass + 1) * self._num_windows - 1) // self.steps_per_pass
-        return pass_index, window, step_of_pass - self._first_step(window)
+        window = ((step_of_epoch + 1) * self._num_windows - 1) // self.steps_per_epoch
+        return epoch_index, window, step_of_epoch - self._first_step(window)
 
-    def _count_slots(self, pass_index: int, window: int) -> tuple[int, ...]:
-        return tuple(len(slots) for slots in self._window(pass_index, window))
+    def _count_slots(self, epoch_index: int, window: int) -> tuple[int, ...]:
+        return tuple(len(slots) for slots in self._window(epoch_index, window))
 
     @property
     def _num_windows(self) -> int:
-        return -(-self.steps_per_pass // self._shape.sort_window_steps)
+        return -(-self.steps_per_epoch // self._shape.megabatch_steps)
 
     def _first_step(self, window: int) -> int:
-        return window * self.steps_per_pass // self._num_windows
+        return window * self.steps_per_epoch // self._num_windows
 
-    def _build_window(self, pass_index: int, window: int) -> list[list[SlotSamples]]:
+    def _build_megabatch(self, epoch_index: int, window: int) -> list[list[SlotExamples]]:
         """The slots of each step of a window."""
         first, end = self._first_step(window), self._first_step(window + 1)
-        drawn = self._draw(pass_index, first, end, self.steps_per_pass)
+        drawn = self._draw(epoch_index, first, end, self.steps_per_epoch)
         num_slots = (end - first) * self._shape.slots_per_step
         micro_batches = [drawn.slot(examples) for examples in drawn.cut(self._shape.budget, num_slots)]
-        micro_batches += [SlotSamples((), (), ())] * (num_slots - len(micro_batches))
+        micro_batches += [SlotExamples((), (), ())] * (num_slots - len(micro_batches))
         order = np.argsort(
-            hash_values(np.arange(len(micro_batches)), (*self._key, pass_index, window, 1)), kind="stable"
+            hash_values(np.arange(len(micro_batches)), (*self._key, epoch_index, window, 1)), kind="stable"
         )
         shuffled = [micro_batches[place] for place in order.tolist()]
         # More micro-batches than slots: what is over goes to the steps in turn.
@@ -132,7 +132,7 @@ class TrainPlan:
             for step in range(end - first)
         ]
 
-    def _draw(self, pass_index: int, start: int, end: int, denominator: int) -> SortedExamples:
+    def _draw(self, epoch_index: int, start: int, end: int, denominator: int) -> SortedExamples:
         """What all streams give between two points of a pass, which are fractions `start / denominator` of it.
 
         A stream with D draws in a pass has given floor(D * point + constant) at a point. So its number in a window
@@ -143,39 +143,39 @@ class TrainPlan:
         for number, stream in enumerate(self._streams.streams):
             # Streams round at different points, so that small ones do not all come at the end of a pass.
             first, last = (
-                pass_index * stream.num_draws
+                epoch_index * stream.num_draws
                 + (stream.num_draws * point * num_streams + number * denominator) // (denominator * num_streams)
                 for point in (start, end)
             )
-            stream_passes, inside = np.divmod(np.arange(first, last), stream.num_samples)
-            for stream_pass in np.unique(stream_passes).tolist():
+            stream_epochs, inside = np.divmod(np.arange(first, last), stream.num_utterances)
+            for stream_epoch in np.unique(stream_epochs).tolist():
                 places = permute_blocks(
-                    inside[stream_passes == stream_pass],
-                    stream.num_samples,
+                    inside[stream_epochs == stream_epoch],
+                    stream.num_utterances,
                     self._shape.shuffle_block_size,
-                    (*self._key, number, stream_pass),
+                    (*self._key, number, stream_epoch),
                 )
-                ids.append(self._streams.sample_ids(number, places))
-            passes.append(stream_passes)
-        key = (*self._key, pass_index, start, 2)
+                ids.append(self._streams.utterance_ids(number, places))
+            passes.append(stream_epochs)
+        key = (*self._key, epoch_index, start, 2)
         packed = self._shape.max_packed_tokens
         return sort_examples(np.concatenate(ids), np.concatenate(passes), self._index, self._sizes, packed, key)
 
-    def _measure(self) -> tuple[int, PlanFigures]:
+    def _measure(self) -> tuple[int, PlanStatistics]:
         """How many steps a pass takes, from windows that are cut as tightly as the budget allows."""
         budget, slots = self._shape.budget, self._shape.slots_per_step
-        first = self._draw(0, 0, min(_LARGEST_PROBE_SAMPLES, self._num_draws), self._num_draws)
-        per_cut = len(first.sample_ids) / len(first.cut(budget))
-        window_samples = max(1, round(per_cut * slots * self._shape.sort_window_steps))
-        probe_samples = min(self._num_draws, window_samples, _LARGEST_PROBE_SAMPLES)
-        num_probes = max(2, _PROBED_SAMPLES // probe_samples)
-        starts = range(0, self._num_draws - probe_samples + 1, probe_samples)[:num_probes]
-        probes = [self._draw(0, start, start + probe_samples, self._num_draws) for start in starts]
+        first = self._draw(0, 0, min(_LARGEST_PROBE_UTTERANCES, self._num_draws), self._num_draws)
+        per_cut = len(first.utterance_ids) / len(first.cut(budget))
+        window_samples = max(1, round(per_cut * slots * self._shape.megabatch_steps))
+        probe_utterances = min(self._num_draws, window_samples, _LARGEST_PROBE_UTTERANCES)
+        num_probes = max(2, _PROBED_UTTERANCES // probe_utterances)
+        starts = range(0, self._num_draws - probe_utterances + 1, probe_utterances)[:num_probes]
+        probes = [self._draw(0, start, start + probe_utterances, self._num_draws) for start in starts]
         # A slot more than planned costs a whole round of all ranks, a slot too many one micro-batch: so of all windows
         # one in `slots` may be larger than planned (the newsvendor's quantile, for as many ranks as slots).
         room = float(np.quantile([len(probe.cut(budget)) for probe in probes], 1 - 1 / slots))
-        num_steps = max(1, math.ceil(self._num_draws / probe_samples * room / slots - 1e-6))
-        return num_steps, _figures(probes, num_steps * slots / self._num_draws * probe_samples, budget)
+        num_steps = max(1, math.ceil(self._num_draws / probe_utterances * room / slots - 1e-6))
+        return num_steps, _figures(probes, num_steps * slots / self._num_draws * probe_utterances, budget)
 
 
 def rank_slots(num_slots: int, rank: int, world_size: int) -> range:
@@ -197,12 +197,12 @@ def refuse_idle_ranks(slots_per_step: int, world_size: int) -> None:
         )
 
 
-def _figures(probes: Sequence[SortedExamples], num_cuts: float, budget: Budget) -> PlanFigures:
+def _figures(probes: Sequence[SortedExamples], num_cuts: float, budget: Budget) -> PlanStatistics:
     """Of the probes, when each is cut into so many micro-batches."""
     cuts = [(probe, run) for probe in probes for run in probe.cut(budget, max(1, round(num_cuts)))]
     padded = sum(int(probe.positions[run].max()) * (run.stop - run.start) for probe, run in cuts)
-    return PlanFigures(
-        num_samples=sum(len(probe.sample_ids) for probe in probes) / len(cuts),
+    return PlanStatistics(
+        num_utterances=sum(len(probe.utterance_ids) for probe in probes) / len(cuts),
         num_examples=sum(len(probe.ends) for probe in probes) / len(cuts),
         window_fill=sum(probe.audio_ms for probe in probes)
         / sum(int(probe.windows.sum()) * probe.window_ms for probe in probes),

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.members import TAR_BLOCK_BYTES, Sample, SampleMembers, parse_sample
-from voxtral_dist.data.storage import Span, Storage, is_remote, join
+from voxtral_dist.data.stored.layout import TAR_BLOCK_BYTES, Sample, UtteranceLayout, parse_utterance
+from voxtral_dist.data.stored.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import write_whole
 
@@ -60,7 +60,7 @@ class Shard:
     """
 
     location: str
-    num_samples: int
+    num_utterances: int
     num_bytes: int
     sha256: str
 
@@ -83,7 +83,7 @@ class ShardSet:
     records: Records
     first_rows: Ids
     languages: tuple[str, ...]
-    members: SampleMembers
+    members: UtteranceLayout
     longest_seconds: float
     most_text_tokens: int
     most_instruction_tokens: int
@@ -116,19 +116,19 @@ class ShardIndex:
         self.shards = tuple(shard for part in self.sets for shard in part.shards)
         self.languages = tuple(sorted({language for part in self.sets for language in part.languages}))
         self._renumbered = [language_numbers(part.languages, self.languages) for part in self.sets]
-        self._ends = np.cumsum([shard.num_samples for shard in self.shards], dtype=np.int64)
+        self._ends = np.cumsum([shard.num_utterances for shard in self.shards], dtype=np.int64)
         self._set_of_shard = np.repeat(np.arange(len(self.sets)), [len(part.shards) for part in self.sets])
-        starts = self._ends - [shard.num_samples for shard in self.shards]
+        starts = self._ends - [shard.num_utterances for shard in self.shards]
         self._row_shift = np.concatenate([part.first_rows for part in self.sets]) - starts
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def gather(self, sample_ids: Ids) -> Records:
+    def gather(self, utterance_ids: Ids) -> Records:
         """The records of some samples, `(n,)`, with languages as positions in `self.languages`."""
-        shards = np.searchsorted(self._ends, sample_ids, side="right")
-        rows = sample_ids + self._row_shift[shards]
-        gathered = np.empty(len(sample_ids), dtype=RECORD)
+        shards = np.searchsorted(self._ends, utterance_ids, side="right")
+        rows = utterance_ids + self._row_shift[shards]
+        gathered = np.empty(len(utterance_ids), dtype=RECORD)
         for number, part in enumerate(self.sets):
             here = self._set_of_shard[shards] == number
             gathered[here] = part.records[rows[here]]
@@ -140,7 +140,7 @@ class ShardIndex:
         for number, (first_shard, end_shard) in self._neighbouring_shards():
             part = self.sets[number]
             _will_be_read(part.records, in_order=True)
-            first_id = int(self._ends[first_shard]) - self.shards[first_shard].num_samples
+            first_id = int(self._ends[first_shard]) - self.shards[first_shard].num_utterances
             end_id = int(self._ends[end_shard - 1])
             shift = int(self._row_shift[first_shard])
             for start in range(first_id, end_id, num_records):
@@ -158,69 +158,69 @@ class ShardIndex:
         """Of all samples, `(N,)`, in memory."""
         return self.records["duration_ms"] / 1000.0
 
-    def shard(self, sample_id: int) -> Shard:
+    def shard(self, utterance_id: int) -> Shard:
         """The tar that holds a sample."""
-        return self.shards[self._shard_number(sample_id)]
+        return self.shards[self._shard_number(utterance_id)]
 
-    def span(self, sample_id: int) -> Span:
+    def span(self, utterance_id: int) -> Span:
         """The bytes of a sample: a run of complete tar members."""
-        record = self.record(sample_id)
+        record = self.record(utterance_id)
         offset, num_blocks = int(record["offset_blocks"]), int(record["num_blocks"])
-        return Span(self.shard(sample_id).location, offset * TAR_BLOCK_BYTES, num_blocks * TAR_BLOCK_BYTES)
+        return Span(self.shard(utterance_id).location, offset * TAR_BLOCK_BYTES, num_blocks * TAR_BLOCK_BYTES)
 
     def find(self, span: Span) -> int | None:
         """The sample that is stored at a span; None where the index does not have it."""
         for shard, end in zip(self.shards, self._ends_as_list, strict=True):
             if _is_same_place(shard.location, span.location):
-                ids = np.arange(end - shard.num_samples, end)
+                ids = np.arange(end - shard.num_utterances, end)
                 there = np.flatnonzero(self.gather(ids)["offset_blocks"] == span.offset // TAR_BLOCK_BYTES)
                 if len(there):
                     return int(ids[there[0]])
         return None
 
-    def record(self, sample_id: int) -> np.void:
+    def record(self, utterance_id: int) -> np.void:
         """The record of one sample, with the language as its own set numbers it."""
-        shard = self._shard_number(sample_id)
-        found: np.void = self.sets[self._set_of_shard[shard]].records[sample_id + int(self._row_shift[shard])]
+        shard = self._shard_number(utterance_id)
+        found: np.void = self.sets[self._set_of_shard[shard]].records[utterance_id + int(self._row_shift[shard])]
         return found
 
-    def members(self, sample_id: int) -> SampleMembers:
+    def members(self, utterance_id: int) -> UtteranceLayout:
         """How the sample is laid out."""
-        return self._set_of(sample_id).members
+        return self._set_of(utterance_id).members
 
-    def parse(self, sample_id: int, contents: bytes) -> Sample:
+    def parse(self, utterance_id: int, contents: bytes) -> Sample:
         """The sample in the bytes of its span.
 
         Raises:
             ValueError, tarfile.TarError: they are not those that were indexed, or are not the tar members of one sample
                 with audio and text.
         """
-        if zlib.crc32(contents) != int(self.record(sample_id)["crc32"]):
+        if zlib.crc32(contents) != int(self.record(utterance_id)["crc32"]):
             raise ValueError("these are not the bytes that were indexed (the checksum differs)")
-        return parse_sample(contents, self.members(sample_id))
+        return parse_utterance(contents, self.members(utterance_id))
 
-    def language(self, sample_id: int) -> str | None:
+    def language(self, utterance_id: int) -> str | None:
         """The ISO 639-1 code of a sample; None where it is not known."""
-        number = int(self.record(sample_id)["language"])
-        return None if number == UNKNOWN_LANGUAGE else self._set_of(sample_id).languages[number]
+        number = int(self.record(utterance_id)["language"])
+        return None if number == UNKNOWN_LANGUAGE else self._set_of(utterance_id).languages[number]
 
-    def first(self, num_samples: int) -> ShardIndex:
-        """The index without the samples after the first `num_samples`."""
-        sets, left = [], num_samples
+    def first(self, num_utterances: int) -> ShardIndex:
+        """The index without the samples after the first `num_utterances`."""
+        sets, left = [], num_utterances
         for part in self.sets:
             kept = []
             for shard in part.shards:
-                kept.append(replace(shard, num_samples=min(left, shard.num_samples)))
-                left -= kept[-1].num_samples
+                kept.append(replace(shard, num_utterances=min(left, shard.num_utterances)))
+                left -= kept[-1].num_utterances
             sets.append(replace(part, shards=tuple(kept)))
         return ShardIndex(sets)
 
-    def _set_of(self, sample_id: int) -> ShardSet:
-        return self.sets[int(self._set_of_shard[self._shard_number(sample_id)])]
+    def _set_of(self, utterance_id: int) -> ShardSet:
+        return self.sets[int(self._set_of_shard[self._shard_number(utterance_id)])]
 
-    def _shard_number(self, sample_id: int) -> int:
+    def _shard_number(self, utterance_id: int) -> int:
         # For one number, this is ten times as fast as numpy's search.
-        return bisect.bisect_right(self._ends_as_list, sample_id)
+        return bisect.bisect_right(self._ends_as_list, utterance_id)
 
     @cached_property
     def _ends_as_list(self) -> list[int]:
@@ -229,7 +229,7 @@ class ShardIndex:
 
     def _neighbouring_shards(self) -> Iterator[tuple[int, tuple[int, int]]]:
         """Runs of shards whose records are neighbours in one memory map: (set, first and end of the shards)."""
-        filled = np.array([shard.num_samples > 0 for shard in self.shards])
+        filled = np.array([shard.num_utterances > 0 for shard in self.shards])
         breaks = (np.diff(self._set_of_shard) != 0) | (np.diff(self._row_shift) != 0)
         edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(self.shards)]
         for first, end in pairwise(edges):
@@ -242,7 +242,7 @@ def write_index(
     shards: Sequence[Shard],
     records: Records,
     languages: Sequence[str],
-    members: SampleMembers | None = None,
+    members: UtteranceLayout | None = None,
 ) -> None:
     """Write both files of the index; the shard table last, so that its presence says that the set is complete."""
     temporary = folder / f".{INDEX_FILE}.tmp.npy"
@@ -251,8 +251,8 @@ def write_index(
     table = {
         "format": FORMAT_VERSION,
         "languages": list(languages),
-        "members": (members or SampleMembers()).to_json(),
-        "num_samples": len(records),
+        "members": (members or UtteranceLayout()).to_json(),
+        "num_utterances": len(records),
         "duration_seconds": round(float(records["duration_ms"].sum(dtype=np.int64)) / 1000.0, 3),
         "longest_seconds": float(records["duration_ms"].max(initial=0)) / 1000.0,
         "most_text_tokens": int(records["num_text_tokens"].max(initial=0)),
@@ -297,7 +297,7 @@ def refuse_unusable(name: str, parts: Sequence[ShardSet]) -> None:
             f"{where}: the shard {twice} is named by two patterns, so that its samples would be drawn twice: make them "
             "exclude each other. To draw a set more often, give it a weight in `train_data.sets`."
         )
-    if not any(shard.num_samples for part in parts for shard in part.shards):
+    if not any(shard.num_utterances for part in parts for shard in part.shards):
         raise UserError(f"{where}: its shards hold no samples: correct the patterns.")
 
 
@@ -334,7 +334,7 @@ def _read_folder(folder: str, storage: Storage) -> ShardSet:
         raise UserError(
             f"The shard folder {folder} is empty: its index lists no samples. Pack some audio into it first."
         )
-    if part.records.dtype != RECORD or len(part.records) != sum(shard.num_samples for shard in part.shards):
+    if part.records.dtype != RECORD or len(part.records) != sum(shard.num_utterances for shard in part.shards):
         raise UserError(
             f"The files {INDEX_FILE} and {SHARD_TABLE_FILE} in {folder} do not belong together: pack or index the "
             "folder again."
@@ -352,7 +352,7 @@ def _load_set(folder: str, storage: Storage) -> ShardSet:
             f"{FORMAT_VERSION}: make it again by `voxtral-dist shards index {folder}`."
         )
     shards = tuple(Shard(**(row | {"location": _absolute(row["location"], folder)})) for row in table["shards"])
-    counts = [shard.num_samples for shard in shards]
+    counts = [shard.num_utterances for shard in shards]
     records = _as_named_now(np.load(storage.local_copy(join(folder, INDEX_FILE)), mmap_mode="r"))
     _will_be_read(records, in_order=False)
     return ShardSet(
@@ -360,7 +360,7 @@ def _load_set(folder: str, storage: Storage) -> ShardSet:
         records=records,
         first_rows=np.cumsum([0, *counts[:-1]], dtype=np.int64),
         languages=tuple(table["languages"]),
-        members=SampleMembers.from_json(table["members"]),
+        members=UtteranceLayout.from_json(table["members"]),
         longest_seconds=float(table["longest_seconds"]),
         most_text_tokens=int(table["most_text_tokens"]),
         # Indices from before there were instructions have no such key.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from voxtral_dist.data.languages import language_code
+from voxtral_dist.text.languages import language_code
 
 TAR_BLOCK_BYTES = 512
 # What libsndfile decodes. A sample may have other members, such as pictures, which are not looked at.
@@ -42,7 +42,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class SampleMembers:
+class UtteranceLayout:
     """How the samples of a shard set are laid out.
 
     audio: the suffix of the member with the audio; None where every sample has one audio member.
@@ -62,7 +62,7 @@ class SampleMembers:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, table: Mapping[str, Any]) -> SampleMembers:
+    def from_json(cls, table: Mapping[str, Any]) -> UtteranceLayout:
         """From the shard table."""
         return cls(
             audio=table["audio"],
@@ -89,14 +89,14 @@ class Sample:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parse_sample(contents: bytes, layout: SampleMembers) -> Sample:
+def parse_utterance(contents: bytes, layout: UtteranceLayout) -> Sample:
     """The sample in a run of tar members.
 
     Raises:
         ValueError: a member is missing or not what the layout says; the sentence goes on after the name of the sample.
         tarfile.TarError: these bytes are not tar members.
     """
-    return sample_of(*read_members(contents), layout)
+    return utterance_of(*read_members(contents), layout)
 
 
 def read_members(contents: bytes) -> tuple[str, dict[str, bytes]]:
@@ -144,8 +144,8 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, suffix.lower()
 
 
-def sample_of(key: str, members: Mapping[str, bytes], layout: SampleMembers) -> Sample:
-    """The sample with these members; see `parse_sample` for errors."""
+def utterance_of(key: str, members: Mapping[str, bytes], layout: UtteranceLayout) -> Sample:
+    """The sample with these members; see `parse_utterance` for errors."""
     suffix = _audio_suffix(members, layout.audio)
     found = _Places(members)
     text = _checked_text(found.value(layout.text), "text")
@@ -214,7 +214,7 @@ def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
     return found[0]
 
 
-def _language(found: _Places, layout: SampleMembers) -> str | None:
+def _language(found: _Places, layout: UtteranceLayout) -> str | None:
     """The code, also where a tool wrote a locale or a name: what is trained on is what the index says."""
     try:
         return language_code(found.value(layout.language))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from voxtral_dist.engine.base import ParameterState
+from voxtral_dist.engine.engine import ParameterState
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:

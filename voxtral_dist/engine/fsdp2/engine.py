@@ -13,16 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from voxtral_dist.config import Fsdp2Config, RunConfig
-from voxtral_dist.data.batches import MicroBatch
-from voxtral_dist.data.features import LogMel
+from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import ParameterState, StepUpdate
-from voxtral_dist.engine.copies import evaluation_copy
-from voxtral_dist.engine.encoder import EncoderPasses
-from voxtral_dist.engine.loss import LossOfMicroBatch
-from voxtral_dist.engine.loss_scale import NUM_SKIPPED, LossScale
-from voxtral_dist.engine.shard_files import read_shards, write_shards
-from voxtral_dist.engine.sharding import (
+from voxtral_dist.engine.engine import ParameterState, StepUpdate
+from voxtral_dist.engine.fsdp2.dcp_files import read_shards, write_shards
+from voxtral_dist.engine.fsdp2.sharding import (
     build_mesh,
     fill_shards,
     gathered,
@@ -33,11 +28,16 @@ from voxtral_dist.engine.sharding import (
     shard_model,
     with_local,
 )
+from voxtral_dist.engine.loss import LossOfMicroBatch
+from voxtral_dist.engine.loss_scale import NUM_SKIPPED, LossScale
+from voxtral_dist.engine.optim import parameter_groups, set_learning_rate
+from voxtral_dist.engine.plain_copy import evaluation_copy
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import DTYPES, initialize_buffers, trained_skeleton
-from voxtral_dist.optim import parameter_groups, set_learning_rate
-from voxtral_dist.trainable import parameter_table
-from voxtral_dist.weights import InitialWeights
+from voxtral_dist.model.encoder import ChunkedEncoder
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.trainable import parameter_table
+from voxtral_dist.model.voxtral import DTYPES, initialize_buffers, trained_meta_model
+from voxtral_dist.model.weights import InitialWeights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # As in torch.nn.utils.clip_grad_norm_.
@@ -74,13 +74,13 @@ class Fsdp2Engine:
         self._mesh = build_mesh(world, settings.ranks_per_replica)
         # Sums over micro-batches lose small gradients in bfloat16: then each is summed over replicas, in float32 after.
         self._sums_before_replicas = self._mesh.ndim > 1 and settings.reduce_precision == "float32"
-        model = trained_skeleton(config.model, config.trainable, torch.float32)
+        model = trained_meta_model(config.model, config.trainable, torch.float32)
         self._table = parameter_table(model)
         initialize_buffers(model, world.device)
         initial = InitialWeights(config.model.path, model, config.seed)
         shard_model(model, self._mesh, settings, DTYPES[config.model.precision])
         fill_shards(model, initial, torch.device("cpu") if settings.cpu_offload else world.device)
-        self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
+        self._encoder = ChunkedEncoder(model, config.model.encoder_windows_per_chunk)
         self._model = model
         # Taken once: while a block is gathered, its module has other parameters.
         self._parameters = dict(model.named_parameters())
@@ -95,7 +95,7 @@ class Fsdp2Engine:
         self._scale = LossScale() if config.model.precision == "float16" else None
         self._num_skipped = 0
 
-    def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
+    def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         """See `Engine`. FSDP2 averages gradients over ranks, hence the factor of the world size.
 
         Every micro-batch reduces its gradients to shards. Waiting for the last one (`set_requires_gradient_sync`) would
@@ -104,10 +104,10 @@ class Fsdp2Engine:
         """
         if self._sums_before_replicas:
             self._model.set_requires_all_reduce(is_last)
-        self._encoder.num_passes = batch.num_encoder_passes
+        self._encoder.num_chunks = batch.num_encoder_chunks
         loss_sum = self._loss(self._model, batch.to(self._world.device))
         scale = self._scale.value if self._scale else 1.0
-        (loss_sum * (scale * self._world.size / num_targets)).backward()  # type: ignore[no-untyped-call]
+        (loss_sum * (scale * self._world.size / num_target_tokens)).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from voxtral_dist.config import Fsdp2Config
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
-from voxtral_dist.model import DTYPES, TrainedVoxtral, blocks_of, set_tensor
-from voxtral_dist.weights import InitialWeights
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, blocks_of, set_tensor
+from voxtral_dist.model.weights import InitialWeights
 
 _SHARD = "shard"
 
@@ -50,7 +50,7 @@ def shard_group(mesh: DeviceMesh) -> torch.distributed.ProcessGroup:
 
 
 def shard_model(model: TrainedVoxtral, mesh: DeviceMesh, settings: Fsdp2Config, precision: torch.dtype) -> None:
-    """Shard a skeleton on the meta device in place, still without storage.
+    """Shard a meta_model on the meta device in place, still without storage.
 
     What is trained stays float32, and is cast to `precision` when it is gathered. What is frozen needs no more than
     `precision` to begin with: FSDP2 asks for one dtype of the *trained* parameters of a group only.
@@ -78,7 +78,7 @@ def shard_model(model: TrainedVoxtral, mesh: DeviceMesh, settings: Fsdp2Config, 
 
 
 def fill_shards(model: TrainedVoxtral, initial: InitialWeights, device: torch.device) -> None:
-    """Give a sharded skeleton its first values: each rank reads its own rows and nothing else."""
+    """Give a sharded meta_model its first values: each rank reads its own rows and nothing else."""
     for name, parameter in list(model.named_parameters()):
         rows = rows_of(parameter)
         # A copy, because what was read may be a view of the file's pages.

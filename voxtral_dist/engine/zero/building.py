@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.zero_settings import zero_stage
-from voxtral_dist.model import TrainedVoxtral, blocks_of, initialize_buffers, set_tensor
-from voxtral_dist.weights import InitialWeights
+from voxtral_dist.engine.zero.settings import zero_stage
+from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of, initialize_buffers, set_tensor
+from voxtral_dist.model.weights import InitialWeights
 
 
 def fill_model(model: TrainedVoxtral, config: RunConfig, settings: dict[str, Any], world: World) -> None:
-    """Give a skeleton its first weights, on this rank's device or, under stage 3, wherever the settings keep its part.
+    """Give a meta model its first weights, on this rank's device or, under stage 3, where the settings keep its part.
 
     Args:
         model: on the meta device.
@@ -26,7 +26,7 @@ def fill_model(model: TrainedVoxtral, config: RunConfig, settings: dict[str, Any
         world: this rank among all.
 
     Raises:
-        UserError: the checkpoint does not fit the skeleton.
+        UserError: the checkpoint does not fit the meta_model.
     """
     initialize_buffers(model, world.device)
     weights = InitialWeights(config.model.path, model, config.seed)
@@ -37,22 +37,22 @@ def fill_model(model: TrainedVoxtral, config: RunConfig, settings: dict[str, Any
 
 
 def _fill_sharded(model: nn.Module, weights: InitialWeights, settings: dict[str, Any], world: World) -> None:
-    """Replace each parameter of a skeleton by one that has its value and is sharded before the next one is read."""
+    """Replace each parameter of a meta_model by one that has its value and is sharded before the next one is read."""
     shard = _Sharding(settings)
-    for name, skeleton in list(model.named_parameters()):
-        parameter = nn.Parameter(_first_value(name, skeleton, weights, world), requires_grad=skeleton.requires_grad)
+    for name, meta_model in list(model.named_parameters()):
+        parameter = nn.Parameter(_first_value(name, meta_model, weights, world), requires_grad=meta_model.requires_grad)
         set_tensor(model, name, parameter)
         shard(parameter)
 
 
-def _first_value(name: str, skeleton: nn.Parameter, weights: InitialWeights, world: World) -> Tensor:
+def _first_value(name: str, meta_model: nn.Parameter, weights: InitialWeights, world: World) -> Tensor:
     """The value of a parameter on rank 0. On others, which DeepSpeed sends it to, only the room for it."""
     if world.is_first:
-        return weights(name).to(world.device, skeleton.dtype)
-    return torch.empty(skeleton.shape, dtype=skeleton.dtype, device=world.device)
+        return weights(name).to(world.device, meta_model.dtype)
+    return torch.empty(meta_model.shape, dtype=meta_model.dtype, device=world.device)
 
 
-def gather_whole_blocks(model: TrainedVoxtral, *, encoder_has_one_pass: bool) -> None:
+def gather_whole_blocks(model: TrainedVoxtral, *, encoder_has_one_chunk: bool) -> None:
     """Let ZeRO-3 gather each block at once, where it can, in place of each layer by itself: its hooks cost less.
 
     DeepSpeed reduces the gradients of such a "leaf module" when the gradient of the module's input is there. So the
@@ -60,7 +60,7 @@ def gather_whole_blocks(model: TrainedVoxtral, *, encoder_has_one_pass: bool) ->
     """
     embeddings = model.model.language_model.embed_tokens
     can_be_whole = {
-        "encoder": encoder_has_one_pass and model.model.audio_tower.conv1.weight.requires_grad,
+        "encoder": encoder_has_one_chunk and model.model.audio_tower.conv1.weight.requires_grad,
         "language_model": embeddings.weight.requires_grad,
     }
     for component, blocks in blocks_of(model).items():

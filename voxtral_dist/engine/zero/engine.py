@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.batches import MicroBatch
-from voxtral_dist.data.features import LogMel
-from voxtral_dist.devices import return_freed_memory
+from voxtral_dist.data.examples.micro_batch import MicroBatch
+from voxtral_dist.distributed.devices import return_freed_memory
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.base import ParameterState, StepUpdate
-from voxtral_dist.engine.copies import evaluation_copy
-from voxtral_dist.engine.encoder import EncoderPasses
+from voxtral_dist.engine.engine import ParameterState, StepUpdate
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
-from voxtral_dist.engine.zero_building import fill_model, gather_whole_blocks
-from voxtral_dist.engine.zero_optimizers import build_optimizer
-from voxtral_dist.engine.zero_settings import complete_settings, is_on_nvme, zero_stage
-from voxtral_dist.engine.zero_states import full_shape, master_states
-from voxtral_dist.model import DTYPES, TrainedVoxtral, trained_skeleton
-from voxtral_dist.optim import set_learning_rate
-from voxtral_dist.trainable import parameter_table
+from voxtral_dist.engine.optim import set_learning_rate
+from voxtral_dist.engine.plain_copy import evaluation_copy
+from voxtral_dist.engine.zero.building import fill_model, gather_whole_blocks
+from voxtral_dist.engine.zero.optimizers import build_optimizer
+from voxtral_dist.engine.zero.settings import complete_settings, is_on_nvme, zero_stage
+from voxtral_dist.engine.zero.states import full_shape, master_states
+from voxtral_dist.model.encoder import ChunkedEncoder
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.trainable import parameter_table
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, trained_meta_model
 
 
 class ZeroEngine:
@@ -39,11 +39,11 @@ class ZeroEngine:
         Raises:
             UserError: the configuration, the checkpoint and this machine do not fit together.
         """
-        model = trained_skeleton(config.model, config.trainable, DTYPES[config.model.precision])
+        model = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
         self._table = parameter_table(model)
         settings = complete_settings(config, model, world.size)
         self.stage = zero_stage(settings)
-        self._has_one_pass = most_windows is not None and most_windows <= config.model.encoder_windows_per_pass
+        self._has_one_chunk = most_windows is not None and most_windows <= config.model.encoder_windows_per_chunk
         self._config = config
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
@@ -51,8 +51,8 @@ class ZeroEngine:
             return_freed_memory()
         fill_model(model, config, settings, world)
         if self.stage == 3:
-            gather_whole_blocks(model, encoder_has_one_pass=self._has_one_pass)
-        self._encoder = EncoderPasses(model, config.model.encoder_windows_per_pass)
+            gather_whole_blocks(model, encoder_has_one_chunk=self._has_one_chunk)
+        self._encoder = ChunkedEncoder(model, config.model.encoder_windows_per_chunk)
         self._optimizer = build_optimizer(config, model, settings)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
         self._module: TrainedVoxtral = self._engine.module
@@ -67,12 +67,12 @@ class ZeroEngine:
             # The caller says it in a sentence.
             self._scaler.raise_error_at_min_scale = False
 
-    def backward(self, batch: MicroBatch, num_targets: int, *, is_last: bool) -> Tensor:
+    def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages gradients over ranks, hence the factor of the world size."""
         # A clip may last a little longer than its index says: blocks that take one pass take it in one all the same.
-        self._encoder.num_passes = 1 if self._has_one_pass else batch.num_encoder_passes
+        self._encoder.num_chunks = 1 if self._has_one_chunk else batch.num_encoder_chunks
         loss_sum = self._loss(self._engine, batch.to(self._world.device))
-        self._engine.backward(loss_sum * (self._world.size / num_targets), scale_wrt_gas=False)
+        self._engine.backward(loss_sum * (self._world.size / num_target_tokens), scale_wrt_gas=False)
         return loss_sum.detach()
 
     def step(self, learning_rate: float) -> StepUpdate:
@@ -120,7 +120,7 @@ class ZeroEngine:
     def sharded_weights(self) -> Iterator[nn.Module]:
         """See `Engine`."""
         self._module.eval()
-        self._encoder.num_passes = None
+        self._encoder.num_chunks = None
         try:
             yield self._module
         finally:

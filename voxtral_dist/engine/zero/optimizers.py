@@ -11,10 +11,10 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.engine.zero_settings import offload_device
-from voxtral_dist.engine.zero_states import full_shape
-from voxtral_dist.model import TrainedVoxtral, blocks_of
-from voxtral_dist.optim import parameter_groups, scale_learning_rate
+from voxtral_dist.engine.optim import parameter_groups, scale_learning_rate
+from voxtral_dist.engine.zero.settings import offload_device
+from voxtral_dist.engine.zero.states import full_shape
+from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of
 
 
 def build_optimizer(config: RunConfig, model: TrainedVoxtral, settings: dict[str, Any]) -> torch.optim.Optimizer:

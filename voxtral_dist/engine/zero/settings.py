@@ -78,7 +78,7 @@ def complete_settings(config: RunConfig, model: nn.Module, world_size: int) -> d
 
     Args:
         config: of the run.
-        model: its skeleton.
+        model: its meta_model.
         world_size: ranks that share the model.
     """
     settings = read_deepspeed_file(config.engine.deepspeed)

@@ -1,6 +1,6 @@
 """Bytes from anywhere."""
 
-from voxtral_dist.data.storage.spans import MissingFileError, ShortReadError, Span, StorageError
-from voxtral_dist.data.storage.storage import Storage, is_remote, join
+from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, Span, StorageError
+from voxtral_dist.data.stored.storage.storage import Storage, is_remote, join
 
 __all__ = ["MissingFileError", "ShortReadError", "Span", "Storage", "StorageError", "is_remote", "join"]

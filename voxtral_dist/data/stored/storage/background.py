@@ -9,7 +9,7 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from voxtral_dist.data.storage.spans import Span
+from voxtral_dist.data.stored.storage.spans import Span
 
 # Neighbours are read by one request as long as it stays as small as this.
 _MAX_JOINED_BYTES = 8 << 20

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from voxtral_dist.data.storage.cache_files import (
+from voxtral_dist.data.stored.storage.cache_files import (
     checked,
     checksums,
     chunk_file_bytes,
@@ -31,8 +31,8 @@ from voxtral_dist.data.storage.cache_files import (
     write_at,
     write_number,
 )
-from voxtral_dist.data.storage.remote import RemoteFile
-from voxtral_dist.data.storage.spans import StorageError, shown
+from voxtral_dist.data.stored.storage.remote import RemoteFile
+from voxtral_dist.data.stored.storage.spans import StorageError, shown
 from voxtral_dist.errors import UserError
 
 # A clean-up goes below the limit, so that not every new chunk needs one.

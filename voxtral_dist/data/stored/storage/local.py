@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from voxtral_dist.data.storage.spans import MissingFileError, ShortReadError, Span, StorageError
+from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, Span, StorageError
 
 _MAX_OPEN_FILES = 64
 _PAUSES_SECONDS = (0.05, 0.5)

@@ -23,7 +23,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.storage.spans import MissingFileError, ShortReadError, StorageError, shown
+from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, StorageError, shown
 from voxtral_dist.errors import UserError, first_line
 
 # A whole object is fetched in ranges of this size, so that the limit of time for an attempt fits all sizes.

@@ -20,12 +20,12 @@ from typing import Any
 from braceexpand import braceexpand
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.storage.background import Prefetch, pool_of
-from voxtral_dist.data.storage.cache import NodeCache
-from voxtral_dist.data.storage.cache_files import write_at
-from voxtral_dist.data.storage.local import advise, local_error, local_path, read_local
-from voxtral_dist.data.storage.remote import RANGE_BYTES, Remote, RemoteFile
-from voxtral_dist.data.storage.spans import ShortReadError, Span, shown
+from voxtral_dist.data.stored.storage.background import Prefetch, pool_of
+from voxtral_dist.data.stored.storage.cache import NodeCache
+from voxtral_dist.data.stored.storage.cache_files import write_at
+from voxtral_dist.data.stored.storage.local import advise, local_error, local_path, read_local
+from voxtral_dist.data.stored.storage.remote import RANGE_BYTES, Remote, RemoteFile
+from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, shown
 from voxtral_dist.errors import UserError
 
 _MEBIBYTE = 1 << 20

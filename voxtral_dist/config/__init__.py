@@ -1,0 +1,62 @@
+"""The configuration of a run: a tree of frozen models, from YAML and dotted overrides, checked before a GPU is used.
+
+Unknown keys are errors that name the nearest known key. The resolved tree is stored with the run as `config.yaml`, and
+`voxtral-dist config schema` prints its JSON schema for editors.
+"""
+
+from voxtral_dist.config.data import (
+    AugmentationStep,
+    ContextConfig,
+    ShardSetConfig,
+    SpecAugmentConfig,
+    StorageConfig,
+    TrainDataConfig,
+)
+from voxtral_dist.config.engine import CheckpointConfig, EngineConfig, Fsdp2Config, OptimizerConfig
+from voxtral_dist.config.evaluation import (
+    NORMALIZERS,
+    EvaluationConfig,
+    GuardConfig,
+    SelectionConfig,
+    TestContextConfig,
+    TestSetConfig,
+    check_normalizer,
+)
+from voxtral_dist.config.loading import config_schema, dump_config, load_config, read_yaml
+from voxtral_dist.config.model import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
+from voxtral_dist.config.run import MetricsConfig, RunConfig
+from voxtral_dist.config.section import Argument, Component, Section, TextStep
+
+__all__ = [
+    "NORMALIZERS",
+    "ActivationCheckpointingConfig",
+    "Argument",
+    "AugmentationStep",
+    "CheckpointConfig",
+    "Component",
+    "ContextConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "Fsdp2Config",
+    "GuardConfig",
+    "LoraConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "Section",
+    "SelectionConfig",
+    "ShardSetConfig",
+    "SpecAugmentConfig",
+    "StorageConfig",
+    "TestContextConfig",
+    "TestSetConfig",
+    "TextStep",
+    "TrainDataConfig",
+    "TrainableConfig",
+    "check_normalizer",
+    "config_schema",
+    "dump_config",
+    "load_config",
+    "read_yaml",
+]

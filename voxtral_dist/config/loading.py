@@ -1,0 +1,123 @@
+"""Configurations read from YAML and dotted overrides, and written back."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from voxtral_dist.config.run import RunConfig
+from voxtral_dist.errors import UserError, lower_first
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The checked configuration from a YAML file and `section.key=value` overrides (values are YAML).
+
+    Raises:
+        UserError: no file, no YAML, an unknown key, or a value out of its range; the sentence names the key.
+    """
+    if path is None:
+        raise UserError("No configuration was given: pass `--config FILE`, for example launch/recipes/demo.yaml.")
+    tree = read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_sentences(error))) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, is not YAML, or does not hold a mapping.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"The configuration {path} must be a mapping of keys to values, but is {_kind(tree)} instead.")
+    return tree
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def config_schema() -> str:
+    """The JSON schema of `RunConfig`, for completion and checks in editors."""
+    return json.dumps(RunConfig.model_json_schema(), indent=2)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise UserError(
+            f"`--set {override}` must be of the form section.key=value, such as optimizer.learning_rate=1e-5."
+        )
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"`--set {override}`: `{parent}` holds {_kind(child)}, so it has no key `{leaf}`.")
+        tree = child
+    try:
+        # YAML 1.1 reads 1e-5 as text because it lacks a dot; pydantic turns such text into a number where one is due.
+        tree[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"`--set {override}`: the value is not valid YAML.") from error
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    for detail in error.errors():
+        location = ".".join(str(part) for part in detail["loc"])
+        match detail["type"]:
+            case "extra_forbidden":
+                yield _unknown_key(detail)
+            case "missing":
+                yield f"`{location}` is missing"
+            case "value_error":
+                yield detail["msg"].removeprefix("Value error, ")
+            case _:
+                yield f"`{location}`: {lower_first(detail['msg'])}, but is {detail['input']!r} instead"
+
+
+def _unknown_key(detail: ErrorDetails) -> str:
+    *parents, key = (str(part) for part in detail["loc"])
+    known = _known_keys(parents)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys are {', '.join(known)}"
+    place = ".".join([*parents, key])
+    return f"`{place}` is not a known key; {hint}"
+
+
+def _known_keys(parents: Sequence[str]) -> list[str]:
+    """The keys of the section that the path of an error leads to, through lists and mappings of sections."""
+    section: type[BaseModel] = RunConfig
+    for part in parents:
+        field = section.model_fields.get(part)
+        if field is not None:
+            section = _section_in(field.annotation) or section
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((section for section in found if section is not None), None)
+
+
+def _kind(value: Any) -> str:
+    return "empty" if value is None else f"a {type(value).__name__}"

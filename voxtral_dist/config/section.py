@@ -1,0 +1,24 @@
+"""Base class and value types of all sections of the configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, with no unknown keys, documented field by field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Argument = float | int | str | bool
+TextStep = Literal["lower_case", "no_punctuation"]
+Component = Literal["encoder", "projector", "language_model"]
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+
+
+def sorted_set(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Sort the values and drop repeated ones, so that their order in a file does not matter."""
+    return tuple(sorted(set(values)))
