@@ -81,8 +81,8 @@ class TrainingSet:
         figures = self.plan.figures
         yield (
             f"an epoch has {self.plan.steps_per_epoch} steps; a micro-batch has about {figures.num_examples:.1f} "
-            f"examples of {figures.num_utterances:.1f} utterances; audio fills {100 * figures.window_fill:.0f} % of windows, "
-            f"tokens {100 * figures.token_fill:.0f} % of the positions"
+            f"examples of {figures.num_utterances:.1f} utterances; audio fills "
+            f"{100 * figures.window_fill:.0f} % of windows, tokens {100 * figures.token_fill:.0f} % of the positions"
         )
 
 
