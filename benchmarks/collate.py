@@ -34,8 +34,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch, collate
-from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import MAX_VOCAB_SIZE

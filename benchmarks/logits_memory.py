@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from voxtral_dist.config import ModelConfig
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate, pad_left
-from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts

@@ -33,8 +33,8 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.loader import build_training_set
-from voxtral_dist.data.plan.filters import ExampleSizes
+from voxtral_dist.data.plan.example_sizes import ExampleSizes
+from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 from workloads.command import run

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.loader import build_training_set
+from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 

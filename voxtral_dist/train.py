@@ -21,8 +21,9 @@ import torch
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, TrainProgress
 from voxtral_dist.config import RunConfig, TrainDataConfig, dump_config
 from voxtral_dist.data.examples.micro_batch import MicroBatch
-from voxtral_dist.data.loader import StepBatches, TrainingSet, build_train_loader
+from voxtral_dist.data.loader import StepBatches, build_train_loader
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.training_set import TrainingSet
 from voxtral_dist.distributed.collectives import gather_on_first, max_over_ranks, ranks_unlike_first, sum_over_ranks
 from voxtral_dist.distributed.devices import peak_flops, peak_memory_bytes
 from voxtral_dist.distributed.world import World
@@ -83,7 +84,7 @@ def train(config: RunConfig, world: World) -> int:
     test_sets = build_test_sets(config.evaluation, prompts, config.train_data.target_text, storage)
     refuse_different_test_sets(test_sets, world)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
-    engine = build_engine(config, log_mel, world, steps.training_set.most_windows)
+    engine = build_engine(config, log_mel, world, steps.training_set.max_windows_per_micro_batch)
     flops = training_flops(config)
     checkpoints = CheckpointDirectory(config, steps.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()

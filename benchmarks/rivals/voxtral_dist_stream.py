@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
-from voxtral_dist.data.loader import TrainLoader, build_train_loader, build_training_set
+from voxtral_dist.data.loader import TrainLoader, build_train_loader
+from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 

@@ -74,7 +74,7 @@ def _train(run: TrainingRun, world: World) -> dict[str, Any]:
     prompts = VoxtralPrompts.from_pretrained(run.model)
     loader = build_train_loader(config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size)
     log_mel = LogMel.from_pretrained(run.model, world.device)
-    engine = build_engine(config, log_mel, world, loader.training_set.most_windows)
+    engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
     steps = iter(loader.starting_at(0))
     meter, metered_audio = StepMeter(world.device), []
     meter.start()

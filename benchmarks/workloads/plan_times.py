@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.loader import build_training_set
 from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 

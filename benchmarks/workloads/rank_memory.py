@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
 from voxtral_dist.estimate.memory import ModelSizes, Setting, estimate
 from voxtral_dist.estimate.sharding import configured_sharding

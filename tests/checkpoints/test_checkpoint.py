@@ -17,7 +17,8 @@ from voxtral_dist.config import (
     RunConfig,
     TrainableConfig,
 )
-from voxtral_dist.data.loader import build_train_loader, build_training_set
+from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.features import LogMel

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from voxtral_dist.data.examples.bad_utterance import BadUtterance
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate, pad_left, weightless_micro_batch, windows_of
-from voxtral_dist.data.examples.reader import BadUtterance, Example
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 PAD = 11

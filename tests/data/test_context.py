@@ -5,11 +5,10 @@ from collections import Counter
 import pytest
 
 from voxtral_dist.config import ContextConfig
-from voxtral_dist.data.examples.context import (
-    TestContexts as ContextsOfTests,  # under its own name pytest would collect it
-)
-from voxtral_dist.data.examples.context import TrainingContexts, WordList, context_text, training_words
+from voxtral_dist.data.examples.prompting import TestContexts as ContextsOfTests
+from voxtral_dist.data.examples.prompting import TrainingContexts, context_text, training_word_list
 from voxtral_dist.errors import UserError
+from voxtral_dist.text.word_list import WordList
 
 TEXT = "Yesterday Siobhan flew to Saint Petersburg; Zürich was closed."
 TRUE = {"Siobhan", "Saint Petersburg", "Zürich"}
@@ -31,7 +30,7 @@ def listed(context: str) -> list[str]:
 
 
 def made_by(config: ContextConfig, prompts) -> TrainingContexts:
-    return TrainingContexts(config, prompts, training_words(config))
+    return TrainingContexts(config, prompts, training_word_list(config))
 
 
 def contexts(words_file, prompts, **settings) -> TrainingContexts:

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from voxtral_dist.data.plan.cutting import Budget, cut, pack_into_windows
+from voxtral_dist.data.plan.cutting import Budget, cut_micro_batches
+from voxtral_dist.data.plan.packing import pack_into_windows
 
 BUDGETS = [
     Budget(4, None, None),
@@ -38,7 +39,7 @@ def holds(run: slice, windows: np.ndarray, positions: np.ndarray, budget: Budget
 @pytest.mark.parametrize("num_cuts", [None, 1, 20, 60, 200, 1000])
 def test_cuts_hold_the_budget_and_each_example_once(budget, num_cuts):
     windows, positions = examples(200)
-    cuts = cut(windows, positions, budget, num_cuts)
+    cuts = cut_micro_batches(windows, positions, budget, num_cuts)
     assert [cuts[0].start, cuts[-1].stop] == [0, 200]
     assert all(one.stop == other.start for one, other in pairwise(cuts))
     assert all(holds(run, windows, positions, budget) for run in cuts)
@@ -48,22 +49,22 @@ def test_cuts_hold_the_budget_and_each_example_once(budget, num_cuts):
 @pytest.mark.parametrize("room", [1.0, 1.1, 1.5])
 def test_as_many_cuts_as_wanted_where_they_suffice(budget, room):
     windows, positions = examples(300)
-    fewest = len(cut(windows, positions, budget))
+    fewest = len(cut_micro_batches(windows, positions, budget))
     wanted = round(fewest * room) + 3
-    cuts = cut(windows, positions, budget, wanted)
+    cuts = cut_micro_batches(windows, positions, budget, wanted)
     assert wanted <= len(cuts) <= wanted + max(1, fewest // 20)
 
 
 def test_equal_examples_are_spread_evenly():
     windows, positions = np.ones(26, dtype=np.int64), np.full(26, 400)
-    sizes = [run.stop - run.start for run in cut(windows, positions, Budget(3, None, None), 10)]
+    sizes = [run.stop - run.start for run in cut_micro_batches(windows, positions, Budget(3, None, None), 10)]
     assert len(sizes) == 10
     assert max(sizes) - min(sizes) <= 1
 
 
 def test_an_example_above_the_budget_is_alone():
     windows, positions = np.array([9, 1, 1]), np.array([3400, 400, 400])
-    assert cut(windows, positions, Budget(None, 4, None)) == [slice(0, 1), slice(1, 3)]
+    assert cut_micro_batches(windows, positions, Budget(None, 4, None)) == [slice(0, 1), slice(1, 3)]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from voxtral_dist.config import AugmentationStep, SpecAugmentConfig, TrainDataConfig
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch, windows_of
-from voxtral_dist.data.examples.reader import Example, UtteranceReader
-from voxtral_dist.data.loader import StepBatches, build_train_loader, build_training_set
+from voxtral_dist.data.examples.reader import UtteranceReader
+from voxtral_dist.data.loader import StepBatches, build_train_loader
 from voxtral_dist.data.stored.index import INDEX_FILE, SHARD_TABLE_FILE, read_index, write_index
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
+from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.errors import UserError
 
 from corpora import pack_manifest, write_speech_manifest
@@ -106,7 +108,7 @@ def unbroken(config, prompts) -> list[list[tuple]]:
 
 
 def test_no_micro_batch_has_more_windows_than_the_training_set_says(config, prompts):
-    most = build_training_set(config, prompts, seed=1).most_windows
+    most = build_training_set(config, prompts, seed=1).max_windows_per_micro_batch
     found = [batch.num_windows for step in steps_of(config, prompts) for batch in step.micro_batches]
     assert max(found) <= most
     assert most - max(found) <= 2, "a bound that says something"
@@ -189,7 +191,7 @@ def test_packed_examples_hold_the_audio_and_text_of_their_utterances(uneven_fold
             num_packed += sum(size > 1 for size in samples.example_sizes)
             drawn, audio = iter(samples.utterance_ids), batch.pcm.split(batch.windows_per_example)
             for row, size in enumerate(samples.example_sizes):
-                clips = [reader.clip(utterance_id) for utterance_id in islice(drawn, size)]
+                clips = [reader.load(utterance_id) for utterance_id in islice(drawn, size)]
                 joined = np.concatenate([clip.pcm for clip in clips])
                 assert np.array_equal(audio[row].flatten()[: len(joined)].numpy(), joined)
                 targets = batch.labels[row][batch.labels[row] != IGNORED_LABEL].tolist()

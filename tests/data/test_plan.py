@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from voxtral_dist.config import TrainDataConfig
-from voxtral_dist.data.loader import _max_packed_tokens
 from voxtral_dist.data.plan.cutting import Budget
-from voxtral_dist.data.plan.filters import ExampleSizes
+from voxtral_dist.data.plan.example_sizes import ExampleSizes
 from voxtral_dist.data.plan.streams import Stream, Streams, build_streams
 from voxtral_dist.data.plan.train_plan import PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
 from voxtral_dist.data.stored.index import UNKNOWN_LANGUAGE, ShardIndex
+from voxtral_dist.data.training_set import _max_packed_tokens
 from voxtral_dist.errors import UserError
 
 from corpora import synthetic_set
@@ -37,7 +37,7 @@ def positions_of(plan: TrainPlan, utterance_ids) -> np.ndarray:
 def drawn_in_epoch(plan: TrainPlan, epoch_index: int = 0) -> list[int]:
     steps = range(epoch_index * plan.steps_per_epoch, (epoch_index + 1) * plan.steps_per_epoch)
     slots = [plan.slot(step, slot) for step in steps for slot in range(plan.num_slots(step))]
-    assert {number for slot in slots for number in slot.passes} == {epoch_index}
+    assert {number for slot in slots for number in slot.epochs} == {epoch_index}
     return [utterance_id for slot in slots for utterance_id in slot.utterance_ids]
 
 
@@ -130,7 +130,7 @@ def test_packing_fills_windows_and_keeps_languages_apart():
         make_plan(3000, replace(SHAPE, max_packed_tokens=limit), max_seconds=14.0) for limit in (None, 448)
     )
     assert sorted(drawn_in_epoch(packed)) == list(range(3000))
-    assert packed.figures.window_fill > 0.95 > 0.5 > apart.figures.window_fill
+    assert packed.statistics.window_fill > 0.95 > 0.5 > apart.statistics.window_fill
     assert packed.steps_per_epoch < 0.6 * apart.steps_per_epoch
     for slot in (packed.slot(step, 0) for step in range(packed.steps_per_epoch)):
         ends = np.cumsum([0, *slot.example_sizes]).tolist()
@@ -218,7 +218,7 @@ def test_every_sort_window_has_the_exact_mixture(changes):
     for step in range(3 * plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
             drawn[step].update(stream_of[utterance_id] for utterance_id in plan.slot(step, slot).utterance_ids)
-    edges = [plan._first_step(window) for window in range(plan._num_windows + 1)]
+    edges = [plan._first_step(window) for window in range(plan._num_megabatches + 1)]
     for epoch_index in range(3):
         for first, end in pairwise(edges):
             offset = epoch_index * plan.steps_per_epoch
@@ -246,7 +246,7 @@ def test_each_stream_is_gone_through_without_replacement(changes):
     for step in range(4 * plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
             samples = plan.slot(step, slot)
-            seen.update(zip(samples.utterance_ids, samples.passes, strict=True))
+            seen.update(zip(samples.utterance_ids, samples.epochs, strict=True))
     assert set(seen.values()) == {1}, "no sample twice in a pass of its stream"
     for number, stream in enumerate(streams.streams):
         members = set(streams.utterance_ids(number, np.arange(stream.num_utterances)).tolist())

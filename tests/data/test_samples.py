@@ -11,7 +11,8 @@ import pytest
 import soundfile
 import soxr
 
-from voxtral_dist.data.examples.reader import UtteranceError, UtteranceReader
+from voxtral_dist.data.examples.bad_utterance import UtteranceError
+from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.stored.audio import AudioError, decode_audio, resample, to_pcm
 from voxtral_dist.data.stored.index import INDEX_FILE, ShardIndex, read_index
 from voxtral_dist.data.stored.storage import Storage

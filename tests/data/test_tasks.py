@@ -10,12 +10,14 @@ import pytest
 import soundfile
 
 from voxtral_dist.config import ContextConfig, ShardSetConfig, TrainDataConfig
+from voxtral_dist.data.examples.bad_utterance import UtteranceError
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL
 from voxtral_dist.data.examples.prompting import Prompting
-from voxtral_dist.data.examples.reader import UtteranceError, UtteranceReader
-from voxtral_dist.data.loader import build_train_loader, build_training_set, training_reader
+from voxtral_dist.data.examples.reader import UtteranceReader
+from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.data.stored.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.training_set import build_training_set, training_reader
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import Transcript
 from voxtral_dist.shards.sources import Instruction, SourceOptions, open_source
@@ -250,7 +252,7 @@ def test_targets_are_made_by_the_configured_steps(shard_folder, prompts):
 def test_packed_clips_have_the_targets_of_all_and_keep_their_texts(shard_folder, prompts):
     prompting = Prompting(target_text=("lower_case", "no_punctuation"))
     reader = UtteranceReader(read_index([str(shard_folder)]), prompts, 448, prompting=prompting)
-    packed = reader.join([reader.clip(1), reader.clip(5)])
+    packed = reader.join([reader.load(1), reader.load(5)])
     assert packed.reference == f"{reader.read(1).text} {reader.read(5).text}" != packed.reference.lower()
     assert (
         prompts.transcript(packed.completion[:-1]).text
@@ -273,8 +275,8 @@ def test_contexts_stand_in_prompts_and_in_the_budget(shard_folder, prompts, tmp_
     config = config_of(shard_folder, context=context, max_examples=None, max_tokens=200)
     without = config.model_copy(update={"context": None})
     assert (
-        build_training_set(config, prompts, 0).plan.figures.num_examples
-        < build_training_set(without, prompts, 0).plan.figures.num_examples
+        build_training_set(config, prompts, 0).plan.statistics.num_examples
+        < build_training_set(without, prompts, 0).plan.statistics.num_examples
     )
     loader = build_train_loader(config, prompts, 0, 8, 0, 1)
     seen = set()

@@ -37,7 +37,7 @@ def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, world.rank, world.size)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
-    engine = build_engine(config, log_mel, world, loader.training_set.most_windows)
+    engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
     curve = []
     for batches in loader.starting_at(0):
         metrics = train_step(config, engine, batches, False, world).metrics

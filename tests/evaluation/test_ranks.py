@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.decoding import decode_batches

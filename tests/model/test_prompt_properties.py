@@ -16,8 +16,8 @@ from mistral_common.protocol.instruct.request import InstructRequest
 from mistral_common.protocol.transcription.request import TranscriptionRequest
 from transformers import MistralCommonBackend
 
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate
-from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.model.prompts import Transcript, VoxtralPrompts
 from voxtral_dist.text.languages import LANGUAGE_CODES
 

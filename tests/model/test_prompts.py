@@ -11,8 +11,8 @@ import torch
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from transformers import VoxtralProcessor
 
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate, pad_left
-from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import Transcript, VoxtralPrompts

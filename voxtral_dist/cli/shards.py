@@ -198,12 +198,12 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.data.token_view import Viewer
+    from voxtral_dist.data.token_view import TokenView
     from voxtral_dist.shards.commands import show_utterance
 
     if not parsed.tokens and (parsed.model or parsed.config):
         raise UserError("`--model` and `--config` say how --tokens splits a sample: add `--tokens`, or leave them out.")
-    viewer = Viewer.of(parsed.model, parsed.config, parsed.epoch_index) if parsed.tokens else None
+    viewer = TokenView.of(parsed.model, parsed.config, parsed.epoch_index) if parsed.tokens else None
     return show_utterance(parsed.folder, parsed.key, parsed.out, viewer)
 
 

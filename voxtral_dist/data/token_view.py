@@ -11,18 +11,20 @@ from itertools import groupby
 from pathlib import Path
 
 from voxtral_dist.config import RunConfig, load_config
-from voxtral_dist.data.examples.context import training_words
+from voxtral_dist.data.examples.bad_utterance import UtteranceError
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate
-from voxtral_dist.data.examples.reader import Example, UtteranceError, UtteranceReader
-from voxtral_dist.data.loader import training_reader
+from voxtral_dist.data.examples.prompting import training_word_list
+from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.training_set import training_reader
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 
 @dataclass(frozen=True)
-class Viewer:
+class TokenView:
     """Makes the example of a sample as a run would, or with a tokenizer alone: language told, text as it is."""
 
     prompts: VoxtralPrompts
@@ -30,7 +32,7 @@ class Viewer:
     epoch_index: int
 
     @classmethod
-    def of(cls, model: str | None, config: Path | None, epoch_index: int = 0) -> Viewer:
+    def of(cls, model: str | None, config: Path | None, epoch_index: int = 0) -> TokenView:
         """A viewer for the samples of a run, or for a model.
 
         Raises:
@@ -70,10 +72,10 @@ class Viewer:
             raise UserError(
                 f"The sample is not in the shards of the run ({', '.join(patterns)}): correct the folder or `--config`."
             )
-        words = training_words(train_data.context)
+        words = training_word_list(train_data.context)
         reader = training_reader(train_data, drawn_from, self.prompts, storage, words)
         key = (self.config.seed, self.epoch_index)
-        return reader.join([reader.clip(drawn, key)], key)
+        return reader.join([reader.load(drawn, key)], key)
 
     def _summary(self, example: Example, num_target_tokens: int) -> Iterator[str]:
         num_positions = len(example.prompt) + len(example.completion) - 1

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from voxtral_dist.config import RunConfig, TrainDataConfig
-from voxtral_dist.data.loader import TrainingSet, build_training_set
-from voxtral_dist.data.plan.filters import ExampleSizes, text_tokens
-from voxtral_dist.data.plan.sorting import SlotExamples
+from voxtral_dist.data.plan.example_sizes import ExampleSizes, text_tokens
+from voxtral_dist.data.plan.slot_examples import SlotExamples
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.training_set import TrainingSet, build_training_set
 from voxtral_dist.errors import UserError
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.model.flops import BatchShape
@@ -130,7 +130,7 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
     }
     real = sum(positions.num_positions for _, positions in found)
     slots_per_epoch = training_set.plan.steps_per_epoch * config.train_data.slots_per_step
-    plan_statistics = training_set.plan.figures
+    plan_statistics = training_set.plan.statistics
     windows_of_chunk = sum(shape.num_windows for shape in shapes) / len(shapes) * slots_per_epoch
     figures = DataStatistics(
         hours_per_epoch=windows_of_chunk * prompts.window_seconds * plan_statistics.window_fill / 3600,

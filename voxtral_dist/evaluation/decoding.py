@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, wait_for_all
 from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, what_was_asked

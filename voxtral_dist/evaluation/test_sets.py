@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.config import EvaluationConfig, TestSetConfig, TextStep
-from voxtral_dist.data.examples.context import TestContexts
-from voxtral_dist.data.examples.prompting import Prompting
-from voxtral_dist.data.examples.reader import Example, UtteranceError, UtteranceReader
-from voxtral_dist.data.plan.cutting import Budget, cut
-from voxtral_dist.data.plan.filters import ExampleSizes, text_tokens
+from voxtral_dist.data.examples.bad_utterance import UtteranceError
+from voxtral_dist.data.examples.example import Example
+from voxtral_dist.data.examples.prompting import Prompting, TestContexts
+from voxtral_dist.data.examples.reader import UtteranceReader
+from voxtral_dist.data.plan.cutting import Budget, cut_micro_batches
+from voxtral_dist.data.plan.example_sizes import ExampleSizes, text_tokens
 from voxtral_dist.data.stored.index import Ids, Records, ShardIndex, read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import (
@@ -192,7 +193,7 @@ def _batches(windows: Ids, positions: Ids, settings: EvaluationConfig) -> tuple[
     """Samples of similar cost together, the most expensive first, so that ranks finish together."""
     order = (-positions).argsort(kind="stable")
     budget = Budget(settings.batch_size, settings.max_windows, None)
-    return tuple(tuple(order[run].tolist()) for run in cut(windows[order], positions[order], budget))
+    return tuple(tuple(order[run].tolist()) for run in cut_micro_batches(windows[order], positions[order], budget))
 
 
 def _has_answers(name: str, index: ShardIndex, config: TestSetConfig) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_example
-from voxtral_dist.data.examples.reader import Example
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
 from voxtral_dist.model.features import LogMel

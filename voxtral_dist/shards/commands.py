@@ -23,7 +23,7 @@ from voxtral_dist.data.stored.causes import UnusableError
 from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.data.token_view import Viewer
+from voxtral_dist.data.token_view import TokenView
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.journal import count_finished_shards
@@ -119,7 +119,7 @@ def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenUtteranc
     return num_utterances, broken
 
 
-def show_utterance(folder: str, key: str, out: Path | None, viewer: Viewer | None = None) -> int:
+def show_utterance(folder: str, key: str, out: Path | None, viewer: TokenView | None = None) -> int:
     """`shards show`: what is stored of one sample; with `out` its clip is written, with a viewer its tokens follow."""
     storage = Storage()
     index = read_index([folder], storage)

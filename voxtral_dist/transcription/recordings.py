@@ -10,8 +10,8 @@ from itertools import groupby
 from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.data.examples.context import context_text
-from voxtral_dist.data.examples.reader import Example
+from voxtral_dist.data.examples.example import Example
+from voxtral_dist.data.examples.prompting import context_text
 from voxtral_dist.data.stored.audio import AudioError, Pcm, decode_pcm
 from voxtral_dist.data.stored.checks import is_silent
 from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from voxtral_dist.data.examples.reader import BadUtterance, Example
+from voxtral_dist.data.examples.bad_utterance import BadUtterance
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 # What torch's cross entropy ignores by default.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from voxtral_dist.data.examples.bad_utterance import BadUtterance, UtteranceError
+from voxtral_dist.data.examples.example import Example, LoadedUtterance
 from voxtral_dist.data.examples.prompting import Prompting
 from voxtral_dist.data.stored.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
@@ -23,74 +24,8 @@ if TYPE_CHECKING:
     from voxtral_dist.data.examples.augmentation import Augmentation
 
 
-@dataclass(frozen=True)
-class BadUtterance:
-    """A sample that could not be used: where it is stored, and why.
-
-    is_too_long: for the limit of target tokens, or for the positions of the model.
-    """
-
-    shard: str
-    key: str
-    reason: str
-    is_too_long: bool = False
-
-
-class UtteranceError(Exception):
-    """Carries a `BadUtterance` from where it was found to where it is counted."""
-
-    def __init__(self, bad: BadUtterance) -> None:
-        super().__init__(f"sample {bad.key!r} of {bad.shard} {bad.reason}")
-        self.bad = bad
-
-
 class _TooLongError(ValueError):
     """An example does not fit into the limits of targets or of the model."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """The audio of one utterance, `(num_samples,)` at the model's rate, and its text.
-
-    text: as it is stored. target: what the steps of `target_text` make of it. instruction: what it answers; None where
-    it is a transcript. fields: the json of the sample.
-    """
-
-    utterance_id: int
-    key: str
-    pcm: Pcm
-    text: str
-    target: str
-    language: str | None
-    instruction: str | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One utterance, or several packed ones, as the model takes it.
-
-    pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` is made of the targets,
-    and ends with `</s>`. reference: the stored texts. `utterance_id` and `key` are those of the first utterance.
-    is_transcription: whether the completion is a transcript, and not the answer to an instruction. is_untagged: whether
-    the prompt does not tell the language. context: that of the prompt. fields: those of the first utterance's json that
-    the reader keeps. feature_masks are those of `draw_feature_masks`, and none in evaluations.
-    """
-
-    utterance_id: int
-    key: str
-    pcm: Pcm
-    num_windows: int
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-    reference: str
-    duration_seconds: float
-    num_utterances: int = 1
-    is_transcription: bool = True
-    is_untagged: bool = False
-    context: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    feature_masks: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 4), dtype=np.int64))
 
 
 class UtteranceReader:
@@ -157,7 +92,7 @@ class UtteranceReader:
             reason = f"cannot be read at byte {span.offset}: {error}"
             raise UtteranceError(BadUtterance(self.shard_name(utterance_id), key, reason)) from error
 
-    def clip(self, utterance_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> Clip:
+    def load(self, utterance_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> LoadedUtterance:
         """The utterance with decoded, checked and augmented audio.
 
         Args:
@@ -178,7 +113,7 @@ class UtteranceReader:
                 raise ValueError("has no text after the steps of `target_text`")
         except (AudioError, ValueError) as error:
             raise self._unusable(utterance_id, sample.key, error) from error
-        return Clip(
+        return LoadedUtterance(
             utterance_id, sample.key, pcm, sample.text, target, sample.language, sample.instruction, sample.fields
         )
 
@@ -188,9 +123,9 @@ class UtteranceReader:
         Raises:
             UtteranceError: anything about the sample is unusable; the reason says what.
         """
-        return self.join([self.clip(utterance_id)])
+        return self.join([self.load(utterance_id)])
 
-    def join(self, clips: Sequence[Clip], key: tuple[int, ...] = ()) -> Example:
+    def join(self, clips: Sequence[LoadedUtterance], key: tuple[int, ...] = ()) -> Example:
         """Utterances of one language as one example: their audio and their texts one after the other.
 
         Args:
@@ -224,7 +159,9 @@ class UtteranceReader:
             raise self._unusable(first.utterance_id, first.key, error) from error
         return example
 
-    def _with_prompt(self, example: Example, clips: Sequence[Clip], target: str, key: tuple[int, ...]) -> Example:
+    def _with_prompt(
+        self, example: Example, clips: Sequence[LoadedUtterance], target: str, key: tuple[int, ...]
+    ) -> Example:
         """The example with what it is asked, and with the tag of its language where the model has to find it."""
         first = clips[0]
         if first.instruction is not None:

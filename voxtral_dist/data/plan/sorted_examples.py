@@ -8,9 +8,11 @@ from itertools import accumulate
 
 import numpy as np
 
-from voxtral_dist.data.plan.cutting import Budget, cut, pack_into_windows
-from voxtral_dist.data.plan.filters import ExampleSizes, text_tokens
+from voxtral_dist.data.plan.cutting import Budget, cut_micro_batches
+from voxtral_dist.data.plan.example_sizes import ExampleSizes, text_tokens
+from voxtral_dist.data.plan.packing import pack_into_windows
 from voxtral_dist.data.plan.permutation import hash_values
+from voxtral_dist.data.plan.slot_examples import SlotExamples
 from voxtral_dist.data.stored.index import Ids, ShardIndex
 
 # A word behind a space may take more tokens than at the start of a text: up to two more in Voxtral's vocabulary.
@@ -18,29 +20,15 @@ TOKENS_PER_JOINT = 3
 
 
 @dataclass(frozen=True)
-class SlotExamples:
-    """The examples of one slot of one step.
-
-    utterance_ids: of all examples, one after the other.
-    passes: how often the stream of each sample was gone through before; with the sample it keys augmentation.
-    example_sizes: how many of the samples each example takes; other than 1 only where samples are packed.
-    """
-
-    utterance_ids: tuple[int, ...]
-    passes: tuple[int, ...]
-    example_sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class SortedExamples:
     """Examples, longest first.
 
-    utterance_ids, passes: of the samples of all examples, one after the other. ends: where those of each example end.
+    utterance_ids, epochs: of the samples of all examples, one after the other. ends: where those of each example end.
     windows, positions: what each example costs the encoder and, at most, the language model. audio_ms: of all samples.
     """
 
     utterance_ids: Ids
-    passes: Ids
+    epochs: Ids
     ends: Ids
     windows: Ids
     positions: Ids
@@ -48,8 +36,8 @@ class SortedExamples:
     window_ms: int
 
     def cut(self, budget: Budget, num_cuts: int | None = None) -> list[slice]:
-        """Micro-batches as runs of examples; see `cutting.cut`."""
-        return cut(self.windows, self.positions, budget, num_cuts)
+        """Micro-batches as runs of examples; see `cut_micro_batches`."""
+        return cut_micro_batches(self.windows, self.positions, budget, num_cuts)
 
     def slot(self, run: slice) -> SlotExamples:
         """The samples of a run of examples."""
@@ -57,27 +45,27 @@ class SortedExamples:
         samples = slice(first, int(self.ends[run.stop - 1]))
         return SlotExamples(
             utterance_ids=tuple(self.utterance_ids[samples].tolist()),
-            passes=tuple(self.passes[samples].tolist()),
+            epochs=tuple(self.epochs[samples].tolist()),
             example_sizes=tuple(np.diff(self.ends[run], prepend=first).tolist()),
         )
 
 
 def sort_examples(
-    ids: Ids, passes: Ids, index: ShardIndex, sizes: ExampleSizes, max_packed_tokens: int | None, key: Sequence[int]
+    ids: Ids, epochs: Ids, index: ShardIndex, sizes: ExampleSizes, max_packed_tokens: int | None, key: Sequence[int]
 ) -> SortedExamples:
     """Samples as examples, longest first; those of equal cost are shuffled, so that different streams mix.
 
     Args:
         ids: samples, `(n,)`.
-        passes: how often the stream of each was gone through before, `(n,)`.
+        epochs: how often the stream of each was gone through before, `(n,)`.
         index: holds their records.
         sizes: what they cost.
         max_packed_tokens: how many text tokens packed examples have at most; None packs nothing.
         key: what the shuffling depends on.
     """
     # The pass takes the upper bits: two draws of one sample are not neighbours.
-    order = np.argsort(hash_values(ids | passes << 40, key), kind="stable")
-    ids, passes = ids[order], passes[order]
+    order = np.argsort(hash_values(ids | epochs << 40, key), kind="stable")
+    ids, epochs = ids[order], epochs[order]
     records = index.gather(ids)
     duration_ms, tokens = records["duration_ms"].astype(np.int64), text_tokens(records)
     if max_packed_tokens is None:
@@ -89,7 +77,7 @@ def sort_examples(
             taken_ms, tokens + TOKENS_PER_JOINT, records["language"], ids, sizes.window_ms, max_packed_tokens
         )
         grouped = np.array([place for group in groups for place in group], dtype=np.int64)
-        ids, passes, duration_ms, tokens = (values[grouped] for values in (ids, passes, duration_ms, tokens))
+        ids, epochs, duration_ms, tokens = (values[grouped] for values in (ids, epochs, duration_ms, tokens))
         ends = np.array(list(accumulate(map(len, groups))), dtype=np.int64)
     counts = np.diff(ends, prepend=0)
     windows = sizes.windows(_sums(duration_ms, ends))
@@ -98,7 +86,7 @@ def sort_examples(
     samples = _samples_of(longest_first, ends, counts)
     return SortedExamples(
         utterance_ids=ids[samples],
-        passes=passes[samples],
+        epochs=epochs[samples],
         ends=np.cumsum(counts[longest_first]),
         windows=windows[longest_first],
         positions=positions[longest_first],

@@ -24,9 +24,10 @@ from functools import lru_cache
 import numpy as np
 
 from voxtral_dist.data.plan.cutting import Budget
-from voxtral_dist.data.plan.filters import ExampleSizes
+from voxtral_dist.data.plan.example_sizes import ExampleSizes
 from voxtral_dist.data.plan.permutation import hash_values, permute_blocks
-from voxtral_dist.data.plan.sorting import SlotExamples, SortedExamples, sort_examples
+from voxtral_dist.data.plan.slot_examples import SlotExamples
+from voxtral_dist.data.plan.sorted_examples import SortedExamples, sort_examples
 from voxtral_dist.data.plan.streams import Streams
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.errors import UserError
@@ -82,47 +83,47 @@ class TrainPlan:
         self._num_draws = sum(stream.num_draws for stream in streams.streams)
         if self._num_draws == 0:
             raise ValueError("a plan needs at least one sample")
-        self._window = lru_cache(maxsize=2)(self._build_megabatch)
+        self._megabatch = lru_cache(maxsize=2)(self._build_megabatch)
         # Numbers only, and many of them: workers run ahead of the step that is asked about by several windows.
         self._slots_of_megabatch = lru_cache(maxsize=4096)(self._count_slots)
-        self.steps_per_epoch, self.figures = self._measure()
+        self.steps_per_epoch, self.statistics = self._measure()
 
     def num_slots(self, step: int) -> int:
         """Of a step: `slots_per_step`, or more where the budgets demand it."""
-        epoch_index, window, step_of_megabatch = self._place(step)
-        return self._slots_of_megabatch(epoch_index, window)[step_of_megabatch]
+        epoch_index, megabatch, step_of_megabatch = self._place(step)
+        return self._slots_of_megabatch(epoch_index, megabatch)[step_of_megabatch]
 
     def slot(self, step: int, slot: int) -> SlotExamples:
         """The examples of a slot: none where a pass has fewer examples than slots."""
-        epoch_index, window, step_of_megabatch = self._place(step)
-        return self._window(epoch_index, window)[step_of_megabatch][slot]
+        epoch_index, megabatch, step_of_megabatch = self._place(step)
+        return self._megabatch(epoch_index, megabatch)[step_of_megabatch][slot]
 
     def _place(self, step: int) -> tuple[int, int, int]:
         """The pass of a step, its window in the pass, and its place in the window."""
         epoch_index, step_of_epoch = divmod(step, self.steps_per_epoch)
         # The windows of a pass are as equal as whole steps allow: window w begins at step floor(w * steps / windows).
-        window = ((step_of_epoch + 1) * self._num_windows - 1) // self.steps_per_epoch
-        return epoch_index, window, step_of_epoch - self._first_step(window)
+        megabatch = ((step_of_epoch + 1) * self._num_megabatches - 1) // self.steps_per_epoch
+        return epoch_index, megabatch, step_of_epoch - self._first_step(megabatch)
 
-    def _count_slots(self, epoch_index: int, window: int) -> tuple[int, ...]:
-        return tuple(len(slots) for slots in self._window(epoch_index, window))
+    def _count_slots(self, epoch_index: int, megabatch: int) -> tuple[int, ...]:
+        return tuple(len(slots) for slots in self._megabatch(epoch_index, megabatch))
 
     @property
-    def _num_windows(self) -> int:
+    def _num_megabatches(self) -> int:
         return -(-self.steps_per_epoch // self._shape.megabatch_steps)
 
-    def _first_step(self, window: int) -> int:
-        return window * self.steps_per_epoch // self._num_windows
+    def _first_step(self, megabatch: int) -> int:
+        return megabatch * self.steps_per_epoch // self._num_megabatches
 
-    def _build_megabatch(self, epoch_index: int, window: int) -> list[list[SlotExamples]]:
+    def _build_megabatch(self, epoch_index: int, megabatch: int) -> list[list[SlotExamples]]:
         """The slots of each step of a window."""
-        first, end = self._first_step(window), self._first_step(window + 1)
+        first, end = self._first_step(megabatch), self._first_step(megabatch + 1)
         drawn = self._draw(epoch_index, first, end, self.steps_per_epoch)
         num_slots = (end - first) * self._shape.slots_per_step
         micro_batches = [drawn.slot(examples) for examples in drawn.cut(self._shape.budget, num_slots)]
         micro_batches += [SlotExamples((), (), ())] * (num_slots - len(micro_batches))
         order = np.argsort(
-            hash_values(np.arange(len(micro_batches)), (*self._key, epoch_index, window, 1)), kind="stable"
+            hash_values(np.arange(len(micro_batches)), (*self._key, epoch_index, megabatch, 1)), kind="stable"
         )
         shuffled = [micro_batches[place] for place in order.tolist()]
         # More micro-batches than slots: what is over goes to the steps in turn.
@@ -138,7 +139,7 @@ class TrainPlan:
         A stream with D draws in a pass has given floor(D * point + constant) at a point. So its number in a window
         differs from its exact share by less than one sample, in each window and in any number of them together.
         """
-        ids, passes = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        ids, epochs = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
         num_streams = len(self._streams.streams)
         for number, stream in enumerate(self._streams.streams):
             # Streams round at different points, so that small ones do not all come at the end of a pass.
@@ -156,18 +157,18 @@ class TrainPlan:
                     (*self._key, number, stream_epoch),
                 )
                 ids.append(self._streams.utterance_ids(number, places))
-            passes.append(stream_epochs)
+            epochs.append(stream_epochs)
         key = (*self._key, epoch_index, start, 2)
         packed = self._shape.max_packed_tokens
-        return sort_examples(np.concatenate(ids), np.concatenate(passes), self._index, self._sizes, packed, key)
+        return sort_examples(np.concatenate(ids), np.concatenate(epochs), self._index, self._sizes, packed, key)
 
     def _measure(self) -> tuple[int, PlanStatistics]:
         """How many steps a pass takes, from windows that are cut as tightly as the budget allows."""
         budget, slots = self._shape.budget, self._shape.slots_per_step
         first = self._draw(0, 0, min(_LARGEST_PROBE_UTTERANCES, self._num_draws), self._num_draws)
         per_cut = len(first.utterance_ids) / len(first.cut(budget))
-        window_samples = max(1, round(per_cut * slots * self._shape.megabatch_steps))
-        probe_utterances = min(self._num_draws, window_samples, _LARGEST_PROBE_UTTERANCES)
+        megabatch_utterances = max(1, round(per_cut * slots * self._shape.megabatch_steps))
+        probe_utterances = min(self._num_draws, megabatch_utterances, _LARGEST_PROBE_UTTERANCES)
         num_probes = max(2, _PROBED_UTTERANCES // probe_utterances)
         starts = range(0, self._num_draws - probe_utterances + 1, probe_utterances)[:num_probes]
         probes = [self._draw(0, start, start + probe_utterances, self._num_draws) for start in starts]
@@ -175,7 +176,7 @@ class TrainPlan:
         # one in `slots` may be larger than planned (the newsvendor's quantile, for as many ranks as slots).
         room = float(np.quantile([len(probe.cut(budget)) for probe in probes], 1 - 1 / slots))
         num_steps = max(1, math.ceil(self._num_draws / probe_utterances * room / slots - 1e-6))
-        return num_steps, _figures(probes, num_steps * slots / self._num_draws * probe_utterances, budget)
+        return num_steps, _statistics(probes, num_steps * slots / self._num_draws * probe_utterances, budget)
 
 
 def rank_slots(num_slots: int, rank: int, world_size: int) -> range:
@@ -197,7 +198,7 @@ def refuse_idle_ranks(slots_per_step: int, world_size: int) -> None:
         )
 
 
-def _figures(probes: Sequence[SortedExamples], num_cuts: float, budget: Budget) -> PlanStatistics:
+def _statistics(probes: Sequence[SortedExamples], num_cuts: float, budget: Budget) -> PlanStatistics:
     """Of the probes, when each is cut into so many micro-batches."""
     cuts = [(probe, run) for probe in probes for run in probe.cut(budget, max(1, round(num_cuts)))]
     padded = sum(int(probe.positions[run].max()) * (run.stop - run.start) for probe, run in cuts)
