@@ -10,21 +10,18 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import NoReturn
 
+from voxtral_dist.cli.config import add_config
+from voxtral_dist.cli.doctor import add_doctor
+from voxtral_dist.cli.evaluate import add_evaluate
 from voxtral_dist.cli.plan import add_plan
 from voxtral_dist.cli.report import add_report
-from voxtral_dist.cli.score import add_score, add_scoring
-from voxtral_dist.cli.shards import Commands, add_shards, count, positive
-from voxtral_dist.cli.transcribe import add_decoding, add_transcribe, decoding_settings
-from voxtral_dist.config import (
-    EvaluationConfig,
-    TestContextConfig,
-    config_schema,
-    dump_config,
-    load_config,
-)
+from voxtral_dist.cli.score import add_score
+from voxtral_dist.cli.shards import add_shards
+from voxtral_dist.cli.tiny import add_tiny
+from voxtral_dist.cli.train import add_train
+from voxtral_dist.cli.transcribe import add_transcribe
 from voxtral_dist.errors import RankError, UserError
 
 
@@ -74,135 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     """The grammar of the command line. Heavy libraries are imported by the commands that need them."""
     parser = argparse.ArgumentParser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_train(commands)
-    _add_evaluate(commands)
+    add_train(commands)
+    add_evaluate(commands)
     add_score(commands)
     add_transcribe(commands)
     add_report(commands)
     add_shards(commands)
     add_plan(commands)
-    _add_config(commands)
-    _add_tiny(commands)
-    _add_doctor(commands)
+    add_config(commands)
+    add_tiny(commands)
+    add_doctor(commands)
     return parser
-
-
-def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("train", help="train, or go on with, the run of a configuration")
-    parser.add_argument("--config", type=Path, help="YAML file of the run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as model.precision=float32"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    # DeepSpeed's launcher passes it; the environment says the same.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.set_defaults(run=_train)
-
-
-def _train(parsed: argparse.Namespace) -> int:
-    config = load_config(parsed.config, parsed.set)
-    if parsed.print_config:
-        print(dump_config(config), end="")
-        return 0
-    from voxtral_dist.distributed.world import joined_world
-    from voxtral_dist.train import train
-
-    with joined_world() as world:
-        return train(config, world)
-
-
-def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("evaluate", help="word error rate of a model folder on shard folders")
-    add_decoding(parser)
-    parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
-    parser.add_argument("--no-loss", action="store_true", help="do not measure the loss of the targets")
-    add_scoring(parser)
-    parser.add_argument("--detect-language", action="store_true", help="do not tell the language; count what is named")
-    parser.add_argument("--words", type=Path, metavar="FILE", help="decode with lists of words too, and report B-WER")
-    parser.add_argument(
-        "--distractors", type=count, nargs="+", metavar="N", help="of the lists, besides true words (default: 0 100)"
-    )
-    parser.set_defaults(run=_evaluate)
-
-
-def _evaluate(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.distributed.world import joined_world
-    from voxtral_dist.evaluate import EvaluationOptions, evaluate
-
-    if parsed.distractors and parsed.words is None:
-        raise UserError("`--distractors` are words of a list: name its file by `--words`.")
-    sizes = {"num_distractors": tuple(parsed.distractors)} if parsed.distractors else {}
-    options = EvaluationOptions(
-        settings=EvaluationConfig(
-            **decoding_settings(parsed),
-            measures_loss=not parsed.no_loss,
-            normalizer=parsed.normalizer,
-            slices=tuple(parsed.slices),
-            speaker_field=parsed.speaker_field,
-        ),
-        detect_language=parsed.detect_language,
-        context=TestContextConfig(words=parsed.words, **sizes) if parsed.words else None,
-        target_text=tuple(parsed.target_text),
-    )
-    with joined_world() as world:
-        for name, score in evaluate(parsed.model, parsed.shards, options, parsed.precision, parsed.out, world):
-            if world.is_first:
-                print(f"{name}: {score}")
-    return 0
-
-
-def _add_config(commands: Commands[argparse.ArgumentParser]) -> None:
-    config = commands.add_parser("config", help="about configurations").add_subparsers(required=True, metavar="ACTION")
-    schema = config.add_parser("schema", help="print the JSON schema, for editors")
-    schema.set_defaults(run=_schema)
-    check = config.add_parser("check", help="check configurations and the files that they name for DeepSpeed")
-    check.add_argument("configs", type=Path, nargs="+")
-    check.set_defaults(run=_check)
-
-
-def _schema(_: argparse.Namespace) -> int:
-    print(config_schema())
-    return 0
-
-
-def _check(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.engine.build import check_engine, engine_name
-
-    for path in parsed.configs:
-        config = load_config(path)
-        check_engine(config)
-        print(f"{path}: {config.num_steps} steps of {config.model.path}, {engine_name(config.engine)}")
-    return 0
-
-
-def _add_tiny(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("tiny", help="make a tiny random Voxtral as a Hugging Face folder")
-    parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="such as encoder_width=128")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(run=_tiny)
-
-
-def _tiny(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.model.tiny import build_tiny_voxtral, tiny_shape
-
-    if parsed.out.exists() and not parsed.out.is_dir():
-        raise UserError(f"{parsed.out} is a file: give the name of a folder to make.")
-    build_tiny_voxtral(parsed.out, tiny_shape(parsed.set), parsed.seed)
-    print(f"{parsed.out}: a tiny Voxtral with random weights")
-    return 0
-
-
-def _add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("doctor", help="check this machine, and build DeepSpeed's extensions with a limit")
-    parser.add_argument("--build-timeout", type=positive, default=900, metavar="SECONDS")
-    parser.add_argument("--with-offload", action="store_true", help="build also what offloading the optimizer needs")
-    parser.add_argument("--with-nvme", action="store_true", help="build also what offloading to NVMe needs")
-    parser.set_defaults(run=_doctor)
-
-
-def _doctor(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.doctor import examine
-
-    return examine(parsed.build_timeout, parsed.with_offload, parsed.with_nvme)

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from voxtral_dist.cli.shards import Commands, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, add_run_config, fraction, positive, positive_number
 from voxtral_dist.config import load_config
 
 
 def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = commands.add_parser("plan", help="whether a run will fit, and what it takes, without a GPU")
-    parser.add_argument("--config", type=Path, help="YAML file of the run")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as train_data.max_windows=4"
-    )
+    add_run_config(parser, "train_data.max_windows=4")
     parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="of all nodes together")
     parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N")
     parser.add_argument("--gpu-memory", metavar="80GB", help="of one GPU; without it nothing is judged")
     parser.add_argument("--host-memory", metavar="512GB", help="of one node")
-    parser.add_argument("--mfu", type=_share, default=0.4, help="share of the peak that training uses (default: 0.4)")
+    parser.add_argument("--mfu", type=fraction, default=0.4, help="share of the peak that training uses (default: 0.4)")
     parser.add_argument(
         "--peak-tflops", type=positive_number, help="of one GPU, dense (default: metrics.peak_tflops, or 989, an H100)"
     )
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: ranks are processes of a CPU")
     parser.add_argument("--json", action="store_true", help="all figures, sizes in bytes")
     parser.set_defaults(run=_plan)
-
-
-def _share(text: str) -> float:
-    value = positive_number(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must be a share from 0 to 1, such as 0.4, but is {text} instead")
-    return value
 
 
 def _plan(parsed: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.shards import Commands, count, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, count, positive, positive_number
 
 if TYPE_CHECKING:
     from voxtral_dist.reporting.results_folder import Step

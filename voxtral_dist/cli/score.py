@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
 
-from voxtral_dist.cli.shards import Commands
-from voxtral_dist.config import NORMALIZERS, EvaluationConfig, TextStep, check_normalizer
+from voxtral_dist.cli.arguments import Commands, add_scoring
 
 
 def add_score(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -23,34 +21,6 @@ def add_score(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--words", type=Path, metavar="FILE", help="report the B-WER of these words, one in each line")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write NAME.json and NAME.jsonl there")
     parser.set_defaults(run=_score)
-
-
-def add_scoring(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how hypotheses are scored."""
-    defaults = EvaluationConfig()
-    parser.add_argument(
-        "--normalizer",
-        type=normalizer_name,
-        default=defaults.normalizer,
-        metavar="NAME",
-        help=f"{', '.join(NORMALIZERS)}, or a function of yours as module:function (default: %(default)s)",
-    )
-    parser.add_argument("--target-text", choices=get_args(TextStep), nargs="+", default=[], help="as in training")
-    parser.add_argument("--slices", nargs="+", default=[], metavar="FIELD", help="rates of each value of these fields")
-    parser.add_argument(
-        "--speaker-field",
-        default=defaults.speaker_field,
-        metavar="FIELD",
-        help="whose errors go together (default: %(default)s)",
-    )
-
-
-def normalizer_name(text: str) -> str:
-    """The name of a normalizer, for argparse."""
-    try:
-        return check_normalizer(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _score(parsed: argparse.Namespace) -> int:

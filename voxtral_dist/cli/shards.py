@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from voxtral_dist.cli.arguments import Commands, positive, positive_number
 from voxtral_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ FORMATS = ("jsonl", "csv", "tsv", "folder", "huggingface", "webdataset")
 MAX_CHARS_PER_SECOND = 40.0
 _DEFAULT_SHARD_MEGABYTES = 512
 
-Commands = argparse._SubParsersAction  # the type has no public name
-
 
 def add_shards(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command and its actions."""
@@ -32,29 +31,6 @@ def add_shards(commands: Commands[argparse.ArgumentParser]) -> None:
     _add_inspect(actions)
     _add_verify(actions)
     _add_show(actions)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if (value := count(text)) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, but is {text} instead")
-    return value
-
-
-def count(text: str) -> int:
-    """A whole number from 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number that is not negative, but is {text} instead")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A number above 0, for argparse; none that overflows what is computed of it."""
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a positive number below 1e9, but is {text} instead")
-    return value
 
 
 def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:

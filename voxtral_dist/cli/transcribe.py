@@ -9,17 +9,16 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.shards import Commands, positive, positive_number
-from voxtral_dist.config import EvaluationConfig, ModelConfig
+from voxtral_dist.cli.arguments import Commands, add_decoding, decoding_settings
+from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import failures_named, readable, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from voxtral_dist.transcription.recordings import ClipError, ClipTranscript
 
-_PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
 _FORMATS = ("txt", "json", "srt")
 # A subtitle stands for as long as its segment lasts, and nobody reads a minute of speech at once.
 _SUBTITLE_SECONDS = 10.0
@@ -44,41 +43,6 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each file")
     parser.set_defaults(run=_transcribe)
-
-
-def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Add the model and the options that say how it decodes."""
-    defaults = EvaluationConfig()
-    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
-    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
-    for option, default, meaning in (
-        ("--batch-size", defaults.batch_size, "utterances that a rank decodes at a time"),
-        ("--max-windows", defaults.max_windows, "windows that a rank decodes at a time"),
-        ("--beams", defaults.num_beams, "of a beam search; 1 decodes greedily"),
-    ):
-        parser.add_argument(
-            option, type=positive, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
-        )
-    parser.add_argument(
-        "--max-tokens-per-second",
-        type=positive_number,
-        default=defaults.max_tokens_per_second,
-        metavar="NUMBER",
-        help="a transcript ends at 16 tokens and so many for each second (default: %(default)s)",
-    )
-    parser.add_argument("--static-cache", action="store_true", help="as torch.compile wants it on GPUs")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-
-
-def decoding_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """What these options say, as fields of `EvaluationConfig`."""
-    return {
-        "batch_size": parsed.batch_size,
-        "max_windows": parsed.max_windows,
-        "num_beams": parsed.beams,
-        "max_tokens_per_second": parsed.max_tokens_per_second,
-        "static_cache": parsed.static_cache,
-    }
 
 
 def _seconds(text: str) -> float:

@@ -1,0 +1,136 @@
+"""Argument types and options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, get_args
+
+from voxtral_dist.config import NORMALIZERS, EvaluationConfig, ModelConfig, TextStep, check_normalizer
+
+Commands = argparse._SubParsersAction  # the type has no public name
+
+_PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1."""
+    if (value := count(text)) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, but is {text} instead")
+    return value
+
+
+def count(text: str) -> int:
+    """Parse a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number that is not negative, but is {text} instead")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """Parse a number above 0 and below 1e9, so that products of it stay finite."""
+    value = float(text)
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a positive number below 1e9, but is {text} instead")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Parse a number above 0 and up to 1."""
+    value = positive_number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"must be a fraction up to 1, such as 0.4, but is {text} instead")
+    return value
+
+
+def normalizer_name(text: str) -> str:
+    """Parse the name of a normalizer."""
+    try:
+        return check_normalizer(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_run_config(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `--config` and `--set`, which name and override the configuration of a run."""
+    parser.add_argument("--config", type=Path, help="YAML file of the run")
+    add_overrides(parser, example)
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add `--set`, which overrides one value and may be repeated."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a value, such as {example}"
+    )
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """Add the model and the options of decoding."""
+    defaults = EvaluationConfig()
+    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
+    for option, default, meaning in (
+        ("--batch-size", defaults.batch_size, "utterances decoded together on a rank"),
+        ("--max-windows", defaults.max_windows, "encoder windows decoded together on a rank"),
+        ("--beams", defaults.num_beams, "beams of the search; 1 decodes greedily"),
+    ):
+        parser.add_argument(
+            option, type=positive, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--max-tokens-per-second",
+        type=positive_number,
+        default=defaults.max_tokens_per_second,
+        metavar="NUMBER",
+        help="stop a transcript after 16 tokens plus this number per second of audio (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--static-cache", action="store_true", help="use a key-value cache of fixed size, which torch.compile needs"
+    )
+    add_local_rank(parser)
+
+
+def decoding_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of decoding as fields of `EvaluationConfig`."""
+    return {
+        "batch_size": parsed.batch_size,
+        "max_windows": parsed.max_windows,
+        "num_beams": parsed.beams,
+        "max_tokens_per_second": parsed.max_tokens_per_second,
+        "static_cache": parsed.static_cache,
+    }
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """Add the options of scoring."""
+    defaults = EvaluationConfig()
+    parser.add_argument(
+        "--normalizer",
+        type=normalizer_name,
+        default=defaults.normalizer,
+        metavar="NAME",
+        help=f"{', '.join(NORMALIZERS)}, or your own function as module:function (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target-text",
+        choices=get_args(TextStep),
+        nargs="+",
+        default=[],
+        metavar="STEP",
+        help=f"text steps of the training targets, applied before the normalizer: {', '.join(get_args(TextStep))}",
+    )
+    parser.add_argument(
+        "--slices", nargs="+", default=[], metavar="FIELD", help="report error rates for each value of these fields"
+    )
+    parser.add_argument(
+        "--speaker-field",
+        default=defaults.speaker_field,
+        metavar="FIELD",
+        help="field with the speaker; intervals resample whole speakers (default: %(default)s)",
+    )
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Accept `--local_rank`, which DeepSpeed's launcher passes; ranks read the environment instead."""
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -1,0 +1,35 @@
+"""`voxtral-dist config`: the schema of configurations, and a check of them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from voxtral_dist.cli.arguments import Commands
+from voxtral_dist.config import config_schema, load_config
+
+
+def add_config(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the command and its actions."""
+    parser = commands.add_parser("config", help="check configurations, or print their schema")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
+    schema = actions.add_parser("schema", help="print the JSON schema of configurations, for editors")
+    schema.set_defaults(run=_schema)
+    check = actions.add_parser("check", help="check configurations and the DeepSpeed files that they name")
+    check.add_argument("configs", type=Path, nargs="+", help="YAML files of runs")
+    check.set_defaults(run=_check)
+
+
+def _schema(_: argparse.Namespace) -> int:
+    print(config_schema())
+    return 0
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.engine.build import check_engine, engine_name
+
+    for path in parsed.configs:
+        config = load_config(path)
+        check_engine(config)
+        print(f"{path}: {config.num_steps} steps of {config.model.path}, {engine_name(config.engine)}")
+    return 0

@@ -1,0 +1,28 @@
+"""`voxtral-dist tiny`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from voxtral_dist.cli.arguments import Commands, add_overrides
+from voxtral_dist.errors import UserError
+
+
+def add_tiny(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser("tiny", help="make a tiny Voxtral with random weights as a Hugging Face folder")
+    parser.add_argument("out", type=Path, help="folder to make")
+    add_overrides(parser, "encoder_width=128")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
+    parser.set_defaults(run=_tiny)
+
+
+def _tiny(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.model.tiny import build_tiny_voxtral, tiny_shape
+
+    if parsed.out.exists() and not parsed.out.is_dir():
+        raise UserError(f"{parsed.out} is a file: give the name of a folder to make.")
+    build_tiny_voxtral(parsed.out, tiny_shape(parsed.set), parsed.seed)
+    print(f"{parsed.out}: a tiny Voxtral with random weights")
+    return 0

@@ -1,0 +1,29 @@
+"""`voxtral-dist train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config
+from voxtral_dist.config import dump_config, load_config
+
+
+def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser("train", help="start or resume the run of a configuration")
+    add_run_config(parser, "model.precision=float32")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    add_local_rank(parser)
+    parser.set_defaults(run=_train)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    config = load_config(parsed.config, parsed.set)
+    if parsed.print_config:
+        print(dump_config(config), end="")
+        return 0
+    from voxtral_dist.distributed.world import joined_world
+    from voxtral_dist.train import train
+
+    with joined_world() as world:
+        return train(config, world)
