@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from voxtral_dist.cli.main import main
+
+PROGRAM = Path(sys.executable).with_name("voxtral-dist")
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,11 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Resul
     output = capsys.readouterr()
     assert isinstance(ended.value.code, int)
     return Result(ended.value.code, output.out, output.err)
+
+
+def run_program(*arguments: object) -> Result:
+    """Runs the installed command in a process of its own."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [str(PROGRAM), *map(str, arguments)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return Result(ended.returncode, ended.stdout, ended.stderr)
