@@ -12,7 +12,7 @@ import soundfile
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.reporting.cards import changed_most, in_turns, with_highest_rates, with_most_errors
-from voxtral_dist.reporting.clips import Clip, NoClip, StoredClips, media_type
+from voxtral_dist.reporting.embedded_audio import Clip, NoClip, StoredClips, media_type
 from voxtral_dist.reporting.slice_tables import MAX_SLICES, MIN_UTTERANCES, slice_tables
 from voxtral_dist.scoring.results import score_test_set
 from voxtral_dist.scoring.slices import Grouping

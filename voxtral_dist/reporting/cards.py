@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TypeVar
 
-from voxtral_dist.reporting.clips import Clip, NoClip
+from voxtral_dist.reporting.embedded_audio import Clip, NoClip
 from voxtral_dist.scoring.alignment import AlignedWord, align_words
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.pairing import Pair

@@ -15,7 +15,7 @@ from voxtral_dist.reporting.cards import (
     with_highest_rates,
     with_most_errors,
 )
-from voxtral_dist.reporting.clips import Clip, NoClip
+from voxtral_dist.reporting.embedded_audio import Clip, NoClip
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.pairing import Pair
 from voxtral_dist.scoring.slices import Grouping

@@ -10,7 +10,7 @@ from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.cards import Card, more_errors
-from voxtral_dist.reporting.clips import Clip, ClipLimits, NoClip, StoredClips, read_clips
+from voxtral_dist.reporting.embedded_audio import Clip, ClipLimits, NoClip, StoredClips, read_clips
 from voxtral_dist.reporting.options import ReportOptions
 from voxtral_dist.reporting.results_folder import Source, configured_name
 from voxtral_dist.reporting.shown import CardMaker, Shown
