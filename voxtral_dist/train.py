@@ -40,7 +40,7 @@ from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.flops import BatchShape, TrainingFlops
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.voxtral import DTYPES, chosen_attention, trained_meta_model
-from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.training.evaluator import Evaluator

@@ -20,7 +20,7 @@ import torch
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
-from voxtral_dist.estimate.memory import ModelSizes, Setting, estimate
+from voxtral_dist.estimate.memory import ModelSizes, Setting, estimate_memory
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import NUM_SPECIAL_TOKENS
@@ -77,32 +77,32 @@ def compare(config: RunConfig, num_examples: int, num_target_tokens: int) -> dic
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     examples = examples_of(prompts, num_examples, num_target_tokens)
     peaks = measured_peaks(config, num_examples, num_target_tokens)
-    predicted = predicted_moments(config, examples)
+    predicted = predicted_phases(config, examples)
     measured, expected = max(peaks), max(predicted.values())
     return {
         "parameters": sum(ModelSizes.of(trained_meta_model(config.model, config.trainable, torch.float32)).sizes),
         "measured_bytes": measured,
         "predicted_bytes": expected,
         "agreement": min(measured, expected) / max(measured, expected),
-        "predicted_moments": predicted,
+        "predicted_phases": predicted,
         "measured_of_ranks": peaks,
     }
 
 
-def predicted_moments(config: RunConfig, examples: Sequence[Example]) -> dict[str, float]:
-    """Bytes of a process at each moment of the estimator."""
+def predicted_phases(config: RunConfig, examples: Sequence[Example]) -> dict[str, float]:
+    """Bytes of a process in each phase of the estimate."""
     dtype = DTYPES[config.model.precision]
     model = trained_meta_model(config.model, config.trainable, dtype)
     positions = max(len(one.prompt) + len(one.completion) - 1 for one in examples)
     targets = sum(len(one.completion) for one in examples)
     shape = MicroBatchShape(len(examples), len(examples), positions, targets, is_padded=len(examples) > 1)
-    found = estimate(
+    found = estimate_memory(
         configured_sharding(config, NUM_RANKS),
         ModelSizes.of(model),
         Activations(model, config.model).parts(shape),
         Setting("cpu", NUM_RANKS, MICRO_BATCHES_PER_STEP, dtype.itemsize),
     )
-    return {moment.name: moment.device_bytes + moment.host_bytes for moment in found.moments}
+    return {phase.name: phase.device_bytes + phase.host_bytes for phase in found.phases}
 
 
 def measured_peaks(config: RunConfig, num_examples: int, num_target_tokens: int) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.reporting.axes import linear_axis, logarithmic_axis, tick_label
-from voxtral_dist.reporting.charts import MAX_POINTS, Chart, draw, thinned
+from voxtral_dist.reporting.charts import MAX_POINTS, Chart, draw, linear_axis, logarithmic_axis, thinned, tick_label
 from voxtral_dist.reporting.curves import Curve, Point, Series, curves_of, read_rows
-from voxtral_dist.reporting.results_folder import find_source, read_scores
+from voxtral_dist.reporting.results_folder import read_results_folder, read_scores
 
 from saved_results import NUM_STEPS, score_of
 
 
 @pytest.fixture(scope="module")
 def charts(run: Path) -> dict[str, Chart]:
-    source = find_source(run)
-    return {curve.title: draw(curve) for curve in curves_of(source.rows, read_scores(source))}
+    results = read_results_folder(run)
+    return {curve.title: draw(curve) for curve in curves_of(results.rows, read_scores(results))}
 
 
 def places_of(path: str) -> list[tuple[float, float]]:
@@ -57,8 +56,8 @@ def test_rates_are_in_percent_with_the_intervals_of_their_scores(run, charts):
 
 def test_evaluations_without_metrics_have_curves_too(run, tmp_path):
     (tmp_path / "evaluations").symlink_to(run / "evaluations")
-    source = find_source(tmp_path)
-    curves = curves_of(source.rows, read_scores(source))
+    results = read_results_folder(tmp_path)
+    curves = curves_of(results.rows, read_scores(results))
     assert [(curve.title, len(curve.series[0].points)) for curve in curves] == [("WER", 3), ("CER", 3)]
 
 

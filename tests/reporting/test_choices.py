@@ -12,8 +12,8 @@ import soundfile
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.reporting.cards import changed_most, in_turns, with_highest_rates, with_most_errors
-from voxtral_dist.reporting.embedded_audio import Clip, NoClip, StoredClips, media_type
-from voxtral_dist.reporting.slice_tables import MAX_SLICES, MIN_UTTERANCES, slice_tables
+from voxtral_dist.reporting.embedded_audio import EmbeddedAudio, MissingAudio, StoredAudio, media_type
+from voxtral_dist.reporting.statistics import MAX_SLICES, MIN_UTTERANCES, slice_tables
 from voxtral_dist.scoring.results import score_test_set
 from voxtral_dist.scoring.slices import Grouping
 
@@ -99,14 +99,16 @@ def test_mp3_with_tags_is_played_and_empty_audio_is_not():
 
 
 def test_clips_are_those_of_the_same_key(shard_folder):
-    stored = StoredClips(read_index([str(shard_folder)]), Storage())
+    stored = StoredAudio(read_index([str(shard_folder)]), Storage())
     samples = stored_utterances(shard_folder)
     one = utterance(3, "a", "b", key=samples[3].key)
-    assert stored.read(one) == Clip(media_type(samples[3].audio), samples[3].audio)
-    assert stored.read(replace(one, key="other")) == NoClip(
+    assert stored.read(one) == EmbeddedAudio(media_type(samples[3].audio), samples[3].audio)
+    assert stored.read(replace(one, key="other")) == MissingAudio(
         f"sample 3 of the shards is another utterance, {samples[3].key!r}"
     )
-    assert stored.read(replace(one, utterance_id=len(samples))) == NoClip(f"the shards have no sample {len(samples)}")
+    assert stored.read(replace(one, utterance_id=len(samples))) == MissingAudio(
+        f"the shards have no sample {len(samples)}"
+    )
 
 
 def test_a_damaged_clip_is_told_and_no_error(shard_folder, tmp_path):
@@ -115,7 +117,7 @@ def test_a_damaged_clip_is_told_and_no_error(shard_folder, tmp_path):
         if file.suffix == ".tar":
             contents[600] ^= 255
         (tmp_path / file.name).write_bytes(contents)
-    stored = StoredClips(read_index([str(tmp_path)]), Storage())
+    stored = StoredAudio(read_index([str(tmp_path)]), Storage())
     clip = stored.read(utterance(0, "a", "b", key=stored_utterances(shard_folder)[0].key))
-    assert isinstance(clip, NoClip)
+    assert isinstance(clip, MissingAudio)
     assert "the checksum differs" in clip.reason

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.alignment import align_words
 from voxtral_dist.scoring.hypotheses import read_scored

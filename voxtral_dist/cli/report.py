@@ -68,7 +68,7 @@ def _named_folder(text: str) -> tuple[str, str]:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.reporting.options import ReportOptions
+    from voxtral_dist.reporting.results_folder import ReportOptions
     from voxtral_dist.reporting.writing import write_report
 
     options = ReportOptions(

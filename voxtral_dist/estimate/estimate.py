@@ -10,8 +10,7 @@ from voxtral_dist.config import RunConfig
 from voxtral_dist.data.plan.train_plan import refuse_idle_ranks
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
-from voxtral_dist.estimate.costs import Costs, run_costs
-from voxtral_dist.estimate.estimator import Estimator, Machine, Row
+from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
 from voxtral_dist.estimate.quantities import duration, gigabytes
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.estimate.workload import Workload
@@ -19,7 +18,7 @@ from voxtral_dist.model.trainable import count_parameters, parameter_table
 
 
 @dataclass(frozen=True)
-class Report:
+class Estimate:
     """All that `voxtral-dist plan` says.
 
     shape: the micro-batch that decides the memory. configured: the run as it is configured. by_kind: bytes at its peak,
@@ -31,10 +30,10 @@ class Report:
     machine: Machine
     shape: MicroBatchShape
     workload: Workload
-    configured: Row
+    configured: ShardingRow
     by_kind: dict[str, dict[str, float]]
-    moments: dict[str, float]
-    table: list[Row]
+    phases: dict[str, float]
+    table: list[ShardingRow]
     changes: list[Change]
     costs: Costs
 
@@ -84,7 +83,7 @@ class Report:
         for kind, num_bytes in self.by_kind["device"].items():
             if num_bytes:
                 yield f"    {kind:<17}{gigabytes(num_bytes):>10}"
-        yield "  other moments: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.moments.items())
+        yield "  other moments: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.phases.items())
         if self.configured.host_bytes_of_node:
             yield f"  host memory of a node: {gigabytes(self.configured.host_bytes_of_node)}"
         if machine.device == "gpu":
@@ -129,7 +128,7 @@ class Report:
             )
 
 
-def estimate_run(config: RunConfig, machine: Machine) -> Report:
+def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
     """The report of a configuration on a machine, within seconds and without its weights.
 
     Raises:
@@ -142,7 +141,7 @@ def estimate_run(config: RunConfig, machine: Machine) -> Report:
     configured = estimator.estimate(sharding, largest)
     row = estimator.row(configured)
     counts = count_parameters(estimator.model)
-    return Report(
+    return Estimate(
         parameters={name: asdict(count) for name, count in counts.items()},
         parameter_lines=parameter_table(estimator.model),
         machine=machine,
@@ -150,10 +149,8 @@ def estimate_run(config: RunConfig, machine: Machine) -> Report:
         workload=estimator.workload,
         configured=row,
         by_kind={"device": configured.peak.device, "host": configured.peak.host},
-        moments={moment.name: moment.device_bytes for moment in configured.moments},
+        phases={phase.name: phase.device_bytes for phase in configured.phases},
         table=[estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()],
         changes=advise(estimator, sharding) if row.fits is False else [],
-        costs=run_costs(
-            config, estimator.flops, estimator.workload, machine.num_gpus, machine.mfu, machine.peak_tflops
-        ),
+        costs=estimator.costs(),
     )

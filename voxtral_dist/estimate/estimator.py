@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
-from voxtral_dist.estimate.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate
+from voxtral_dist.estimate.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate_memory
 from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
 from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
 from voxtral_dist.evaluation.transcriber import MIN_NEW_TOKENS
@@ -38,7 +38,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Row:
+class ShardingRow:
     """One way to shard the model: bytes of a GPU at its peak, of a node's host memory and of its drive.
 
     fits: None where no limits were given.
@@ -50,6 +50,25 @@ class Row:
     host_bytes_of_node: float
     nvme_bytes_of_node: float
     fits: bool | None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run computes.
+
+    model_flops: that the mathematics of all steps needs, without padding and recomputation; what a utilisation (MFU) is
+    a share of. hardware_flops: that devices compute. idle: share of the ranks' time that a step with `slots_per_step`
+    micro-batches leaves unused, where ranks do not divide them. seconds: of all steps, without evaluations and saves.
+    """
+
+    num_steps: int
+    micro_batches_per_rank: int
+    model_flops: float
+    hardware_flops: float
+    idle: float
+    mfu: float
+    peak_tflops: float
+    seconds: float
 
 
 class Estimator:
@@ -80,9 +99,9 @@ class Estimator:
             evaluation_weights=self.config.evaluation.weights,
             device_memory=self.machine.gpu_memory,
         )
-        return estimate(sharding, self._sizes, self._activations.parts(shape), setting)
+        return estimate_memory(sharding, self._sizes, self._activations.parts(shape), setting)
 
-    def row(self, found: MemoryEstimate) -> Row:
+    def row(self, found: MemoryEstimate) -> ShardingRow:
         """A line of the table."""
         ranks = self.machine.ranks_of_node
         nvme, of_rank, host = found.nvme_bytes * ranks, found.device_bytes, found.host_bytes * ranks
@@ -91,7 +110,26 @@ class Estimator:
         limits = [(of_rank, self.machine.gpu_memory), (host, self.machine.host_memory)]
         known = [needed <= limit for needed, limit in limits if limit is not None]
         fits = all(known) if known else None
-        return Row(found.sharding.name, found.peak.name, of_rank, host, nvme, fits)
+        return ShardingRow(found.sharding.name, found.peak.name, of_rank, host, nvme, fits)
+
+    def costs(self) -> Costs:
+        """Costs of the run on ranks that each reach the share `mfu` of `peak_tflops`."""
+        num_ranks, slots = self.machine.num_gpus, self.config.train_data.slots_per_step
+        per_rank = -(-slots // num_ranks)
+        micro_batches = self.config.num_steps * slots / self.workload.num_averaged
+        model_flops = self.flops.model(self.workload.needed) * micro_batches
+        idle = 1 - slots / (per_rank * num_ranks)
+        used_flops_per_second = num_ranks * self.machine.peak_tflops * 1e12 * self.machine.mfu * (1 - idle)
+        return Costs(
+            num_steps=self.config.num_steps,
+            micro_batches_per_rank=per_rank,
+            model_flops=model_flops,
+            hardware_flops=self.flops.hardware(self.workload.computed) * micro_batches,
+            idle=idle,
+            mfu=self.machine.mfu,
+            peak_tflops=self.machine.peak_tflops,
+            seconds=model_flops / used_flops_per_second,
+        )
 
     def standard_shardings(self) -> list[Sharding]:
         """Those that an engine runs in this precision: stage 0 would sum gradients in half precision."""

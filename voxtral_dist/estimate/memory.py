@@ -128,13 +128,13 @@ class MemoryEstimate:
     """The moments of a run under one sharding, and bytes on each rank's share of a drive."""
 
     sharding: Sharding
-    moments: tuple[Phase, ...]
+    phases: tuple[Phase, ...]
     nvme_bytes: float
 
     @property
     def peak(self) -> Phase:
         """The moment with most on the device."""
-        return max(self.moments, key=lambda moment: moment.device_bytes)
+        return max(self.phases, key=lambda phase: phase.device_bytes)
 
     @property
     def device_bytes(self) -> float:
@@ -144,15 +144,15 @@ class MemoryEstimate:
     @property
     def host_bytes(self) -> float:
         """Of a rank at its own peak."""
-        return max(moment.host_bytes for moment in self.moments)
+        return max(phase.host_bytes for phase in self.phases)
 
     @property
     def process_bytes(self) -> float:
         """Of a process on a CPU, where both are the same memory."""
-        return max(moment.process_bytes for moment in self.moments)
+        return max(phase.process_bytes for phase in self.phases)
 
 
-def estimate(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part], setting: Setting) -> MemoryEstimate:
+def estimate_memory(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part], setting: Setting) -> MemoryEstimate:
     """Memory of the rank that has most of it."""
     if isinstance(sharding, Fsdp2Sharding):
         return _Fsdp2(sharding, sizes, parts, setting).estimate()
@@ -173,20 +173,20 @@ class _Zero:
         self._bucket = min(sharding.reduce_bucket, sizes.trained)
 
     def estimate(self) -> MemoryEstimate:
-        moments = [self._forward(), self._backward(), self._reduction(), self._update()]
+        phases = [self._forward(), self._backward(), self._reduction(), self._update()]
         if self._setting.evaluation_bytes:
-            moments.append(self._evaluation())
+            phases.append(self._evaluation())
         nvme = 0.0
         if self._sharding.optimizer_place == "nvme":
             nvme += self._mine * (MASTER_BYTES + self._setting.moment_bytes + _FLOAT32_BYTES)
         if self._sharding.weights_place == "nvme":
             nvme += self._sizes.all / self._ranks * self._size
-        return MemoryEstimate(self._sharding, tuple(moments), nvme)
+        return MemoryEstimate(self._sharding, tuple(phases), nvme)
 
     def _forward(self) -> Phase:
         activations = forward_peak(self._parts)
         gradients = self._held_gradients() if self._is_accumulating else self._fixed_gradients()
-        return self._moment(
+        return self._phase(
             "forward pass",
             gradients=gradients,
             activations=activations,
@@ -204,7 +204,7 @@ class _Zero:
             growth += self._size if self._fills_one_bucket else 0
         # Checkpointed blocks come twice in the backward pass: weights stay for fewer of them.
         visits = 3 if any(part.again for part in self._parts) else 2
-        return self._moment(
+        return self._phase(
             "backward pass",
             gradients=held,
             activations=backward_peak(self._parts, growth),
@@ -222,7 +222,7 @@ class _Zero:
         if self._setting.device == "cpu" and self._sharding.stage == 2:
             flight += self._bucket * self._size
         gathered = self._live(self._sharding.max_reuse // 2)
-        return self._moment(
+        return self._phase(
             "reduction of gradients", gradients=gradients, gathered=gathered, flight=flight, has_buckets=True
         )
 
@@ -242,7 +242,7 @@ class _Zero:
         if self._sharding.stage == 3 and is_here:
             gradients += at_once * _FLOAT32_BYTES
         temporary = at_once * copies * _FLOAT32_BYTES if is_here else 0.0
-        return self._moment("update", gradients=gradients, flight=temporary)
+        return self._phase("update", gradients=gradients, flight=temporary)
 
     def _evaluation(self) -> Phase:
         """Under stage 3 a whole model in the model's precision is gathered, or what a forward pass gathers."""
@@ -252,14 +252,14 @@ class _Zero:
         return self._setting.evaluation(whole, self._evaluation_with(self._gathered_in_forward()))
 
     def _evaluation_with(self, gathered: float) -> Phase:
-        moment = self._moment("evaluation", gradients=self._fixed_gradients())
+        phase = self._phase("evaluation", gradients=self._fixed_gradients())
         more = {"gathered weights": gathered, "decoding": self._setting.evaluation_bytes}
-        return Phase(moment.name, moment.device | more, moment.host)
+        return Phase(phase.name, phase.device | more, phase.host)
 
     def _gathered_in_forward(self) -> float:
         return self._live(self._sharding.max_live) + self._in_flight()
 
-    def _moment(
+    def _phase(
         self,
         name: str,
         gradients: float,
@@ -381,20 +381,20 @@ class _Fsdp2:
         self._ranks = sharding.ranks_per_replica or setting.num_ranks
 
     def estimate(self) -> MemoryEstimate:
-        moments = [
-            self._moment("forward pass", forward_peak(self._parts), self._gathered()),
-            self._moment("backward pass", backward_peak(self._parts), self._gathered(), self._reduced()),
-            self._moment("update"),
+        phases = [
+            self._phase("forward pass", forward_peak(self._parts), self._gathered()),
+            self._phase("backward pass", backward_peak(self._parts), self._gathered(), self._reduced()),
+            self._phase("update"),
         ]
         if self._setting.evaluation_bytes:
             whole, sharded = (
-                self._moment("evaluation", gathered=gathered, decoding=self._setting.evaluation_bytes)
+                self._phase("evaluation", gathered=gathered, decoding=self._setting.evaluation_bytes)
                 for gathered in (self._sizes.all * self._setting.value_bytes, self._gathered())
             )
-            moments.append(self._setting.evaluation(whole, sharded))
-        return MemoryEstimate(self._sharding, tuple(moments), 0.0)
+            phases.append(self._setting.evaluation(whole, sharded))
+        return MemoryEstimate(self._sharding, tuple(phases), 0.0)
 
-    def _moment(
+    def _phase(
         self,
         name: str,
         activations: float = 0.0,

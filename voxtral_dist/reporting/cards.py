@@ -1,17 +1,18 @@
-"""Single utterances as a report shows them: which ones, and their words side by side."""
+"""The utterances that a report shows: which ones, and each as a card with its words side by side."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TypeVar
 
-from voxtral_dist.reporting.embedded_audio import Clip, NoClip
+from voxtral_dist.reporting.embedded_audio import EmbeddedAudio, MissingAudio
 from voxtral_dist.scoring.alignment import AlignedWord, align_words
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.pairing import Pair
+from voxtral_dist.scoring.slices import Grouping
 from voxtral_dist.scoring.utterances import ScoredUtterance
 
 # A hypothesis that loops may have thousands of words, and a language without spaces has words of any length.
@@ -45,18 +46,18 @@ class Card:
     aligned: SideBySide
     before: SideBySide | None = None
     more_errors: int | None = None
-    audio: Clip | NoClip | None = None
+    audio: EmbeddedAudio | MissingAudio | None = None
     is_repeated: bool = False
 
     @property
-    def clip(self) -> Clip | None:
+    def clip(self) -> EmbeddedAudio | None:
         """The audio of the utterance."""
-        return self.audio if isinstance(self.audio, Clip) else None
+        return self.audio if isinstance(self.audio, EmbeddedAudio) else None
 
     @property
     def reason_for_silence(self) -> str | None:
         """Why it has none, where it was tried."""
-        return self.audio.reason if isinstance(self.audio, NoClip) else None
+        return self.audio.reason if isinstance(self.audio, MissingAudio) else None
 
     @property
     def flags(self) -> list[str]:
@@ -119,3 +120,58 @@ def in_turns(lists: Iterable[Sequence[T]], identity: Callable[[T], int]) -> Iter
 
 def _word(word: str | None) -> str | None:
     return None if word is None else shortened(word, _MAX_WORD_CHARACTERS)
+
+
+@dataclass(frozen=True)
+class ChosenUtterances:
+    """The utterances that a test set shows, by their numbers."""
+
+    most_errors: list[Numbered]
+    highest_rates: list[Numbered]
+    better: list[tuple[int, Pair]]
+    worse: list[tuple[int, Pair]]
+
+    @classmethod
+    def of(cls, utterances: Sequence[ScoredUtterance], pairs: Sequence[Pair], num_shown: int) -> ChosenUtterances:
+        """At most so many of each kind; pairs are those of a baseline and this, and may be none."""
+        return cls(
+            with_most_errors(utterances, num_shown),
+            with_highest_rates(utterances, num_shown),
+            changed_most(pairs, num_shown, -1),
+            changed_most(pairs, num_shown, 1),
+        )
+
+    def in_turns(self) -> list[Numbered]:
+        """All of them in the order in which they get audio: so that every kind has some."""
+        better, worse = ([(number, pair[1]) for number, pair in pairs] for pairs in (self.better, self.worse))
+        return list(in_turns([self.most_errors, self.highest_rates, worse, better], lambda one: one[0]))
+
+
+class CardMaker:
+    """Makes cards in the order in which they stand, of which the first of an utterance has its audio."""
+
+    def __init__(self, used: Normalizer, grouping: Grouping, clips: Mapping[int, EmbeddedAudio | MissingAudio]) -> None:
+        self._used = used
+        self._grouping = grouping
+        self._clips = clips
+        self._seen: set[int] = set()
+
+    def plain(self, numbered: Sequence[Numbered]) -> tuple[Card, ...]:
+        """A card for each utterance."""
+        return tuple(self._card(number, utterance) for number, utterance in numbered)
+
+    def changed(self, numbered: Sequence[tuple[int, Pair]]) -> tuple[Card, ...]:
+        """Cards with the words of the baseline."""
+        return tuple(
+            replace(
+                self._card(number, pair[1]), before=side_by_side(pair[0], self._used), more_errors=more_errors(pair)
+            )
+            for number, pair in numbered
+        )
+
+    def _card(self, number: int, utterance: ScoredUtterance) -> Card:
+        is_repeated = number in self._seen
+        self._seen.add(number)
+        speaker = self._grouping.speaker(utterance)
+        aligned = side_by_side(utterance, self._used)
+        return Card(number, utterance, speaker, aligned, audio=self._clips.get(number), is_repeated=is_repeated)

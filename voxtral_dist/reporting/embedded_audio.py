@@ -18,7 +18,7 @@ _MP3_MASK, _MP3_FRAME = 0xFFE6, 0xFFE2
 
 
 @dataclass(frozen=True)
-class Clip:
+class EmbeddedAudio:
     """Encoded audio as stored, and the media type that it is played by."""
 
     media_type: str
@@ -31,14 +31,14 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class NoClip:
+class MissingAudio:
     """Why an utterance has no audio, as the end of a sentence."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class ClipLimits:
+class AudioLimits:
     """How many clips are embedded, and how many bytes of them before base64, which makes them a third longer."""
 
     num_clips: int
@@ -46,25 +46,29 @@ class ClipLimits:
 
 
 @dataclass(frozen=True)
-class StoredClips:
+class StoredAudio:
     """The shards that a test set was decoded from."""
 
     index: ShardIndex
     storage: Storage
 
-    def read(self, utterance: ScoredUtterance) -> Clip | NoClip:
+    def read(self, utterance: ScoredUtterance) -> EmbeddedAudio | MissingAudio:
         """The audio of an utterance, by the number of its sample; the key must be the same."""
         utterance_id = utterance.utterance_id
         if not 0 <= utterance_id < len(self.index):
-            return NoClip(f"the shards have no sample {utterance_id}")
+            return MissingAudio(f"the shards have no sample {utterance_id}")
         try:
             sample = self.index.parse(utterance_id, self.storage.read(self.index.span(utterance_id)))
         except (OSError, ValueError, tarfile.TarError) as error:
-            return NoClip(f"sample {utterance_id} cannot be read: {error}")
+            return MissingAudio(f"sample {utterance_id} cannot be read: {error}")
         if sample.key != utterance.key:
-            return NoClip(f"sample {utterance_id} of the shards is another utterance, {sample.key!r}")
+            return MissingAudio(f"sample {utterance_id} of the shards is another utterance, {sample.key!r}")
         kind = media_type(sample.audio)
-        return NoClip(f"browsers do not play .{sample.audio_suffix}") if kind is None else Clip(kind, sample.audio)
+        return (
+            MissingAudio(f"browsers do not play .{sample.audio_suffix}")
+            if kind is None
+            else EmbeddedAudio(kind, sample.audio)
+        )
 
 
 def media_type(contents: bytes) -> str | None:
@@ -76,19 +80,21 @@ def media_type(contents: bytes) -> str | None:
     return next((kind for start, kind in _MEDIA_TYPES if contents.startswith(start)), None)
 
 
-def read_clips(
-    numbered: Iterable[tuple[int, ScoredUtterance]], stored: StoredClips, limits: ClipLimits
-) -> dict[int, Clip | NoClip]:
+def read_audio(
+    numbered: Iterable[tuple[int, ScoredUtterance]], stored: StoredAudio, limits: AudioLimits
+) -> dict[int, EmbeddedAudio | MissingAudio]:
     """The audio of the first utterances, by number, within the limits; those past the number of clips are not tried."""
-    found: dict[int, Clip | NoClip] = {}
+    found: dict[int, EmbeddedAudio | MissingAudio] = {}
     num_left, bytes_left = limits.num_clips, limits.num_bytes
     for number, utterance in numbered:
         if num_left == 0:
             break
         clip = stored.read(utterance)
-        if isinstance(clip, Clip) and len(clip.contents) > bytes_left:
-            clip = NoClip(f"its {len(clip.contents) / 1e6:.2f} MB are more than is left of the limit of the report")
+        if isinstance(clip, EmbeddedAudio) and len(clip.contents) > bytes_left:
+            clip = MissingAudio(
+                f"its {len(clip.contents) / 1e6:.2f} MB are more than is left of the limit of the report"
+            )
         found[number] = clip
-        if isinstance(clip, Clip):
+        if isinstance(clip, EmbeddedAudio):
             num_left, bytes_left = num_left - 1, bytes_left - len(clip.contents)
     return found

@@ -15,10 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from voxtral_dist.reporting.cards import shortened
-from voxtral_dist.reporting.contents import Report
-from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES
-from voxtral_dist.reporting.statistics import Column, other_columns, points
-from voxtral_dist.reporting.test_set_section import TestSetReport
+from voxtral_dist.reporting.contents import ReportContents
+from voxtral_dist.reporting.statistics import MIN_UTTERANCES, Column, other_columns, points
+from voxtral_dist.reporting.test_set_section import TestSetSection
 from voxtral_dist.scoring.results import percent
 from voxtral_dist.scoring.tables import shown_audio, shown_interval
 
@@ -28,7 +27,7 @@ _CONTROLS = {
 }
 
 
-def render_html(report: Report) -> str:
+def render_html(report: ReportContents) -> str:
     """The page."""
     style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "behaviour.js"))
     return (
@@ -76,7 +75,7 @@ def _signed_interval(interval: tuple[float, float] | None) -> str:
     return shown_interval(interval, "+.2f")
 
 
-def _other_columns(test_sets: Sequence[TestSetReport]) -> list[Column]:
+def _other_columns(test_sets: Sequence[TestSetSection]) -> list[Column]:
     return other_columns([one.score for one in test_sets])
 
 

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from voxtral_dist.reporting.cards import Card
-from voxtral_dist.reporting.contents import Report
+from voxtral_dist.reporting.contents import ReportContents
 from voxtral_dist.reporting.curves import Scores
-from voxtral_dist.reporting.slice_tables import MIN_UTTERANCES, SliceTable
-from voxtral_dist.reporting.statistics import other_columns, points
-from voxtral_dist.reporting.test_set_section import Comparison, TestSetReport
+from voxtral_dist.reporting.statistics import MIN_UTTERANCES, SliceTable, other_columns, points
+from voxtral_dist.reporting.test_set_section import Comparison, TestSetSection
 from voxtral_dist.scoring.alignment import AlignedWord, EditKind
 from voxtral_dist.scoring.results import percent
 from voxtral_dist.scoring.tables import shown_audio, shown_interval, with_certainty
@@ -20,7 +19,7 @@ _NUM_UTTERANCES = 10
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|<>~&$^])")
 
 
-def render_markdown(report: Report) -> str:
+def render_markdown(report: ReportContents) -> str:
     """The text."""
     return "\n".join(_lines(report)) + "\n"
 
@@ -30,7 +29,7 @@ def plain(text: str) -> str:
     return _MARKUP.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\&", "&amp;")
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: ReportContents) -> Iterator[str]:
     yield from (f"# Evaluation of {plain(report.title)}", "")
     facts = dict(report.facts) | ({"Baseline": report.baseline} if report.baseline else {})
     yield from (f"- {name}: {plain(value)}" for name, value in facts.items())
@@ -43,7 +42,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield from _test_set(test_set)
 
 
-def _error_rates(test_sets: Sequence[TestSetReport]) -> Iterator[str]:
+def _error_rates(test_sets: Sequence[TestSetSection]) -> Iterator[str]:
     yield from ("## Error rates", "")
     yield from _table(
         ("test set", "WER", "95 % interval", "CER", "orthographic WER", "S", "D", "I", "words", "utterances", "audio"),
@@ -62,7 +61,7 @@ def _error_rates(test_sets: Sequence[TestSetReport]) -> Iterator[str]:
     yield ""
 
 
-def _rates(test_set: TestSetReport) -> tuple[str, ...]:
+def _rates(test_set: TestSetSection) -> tuple[str, ...]:
     score = test_set.score
     words = score.words
     counts = (words.substitutions, words.deletions, words.insertions, words.reference_length, score.num_utterances)
@@ -79,7 +78,7 @@ def _steps(scores: Scores) -> Iterator[str]:
     return _table(("step", "test set", "WER", "95 % interval", "CER"), rows)
 
 
-def _test_set(test_set: TestSetReport) -> Iterator[str]:
+def _test_set(test_set: TestSetSection) -> Iterator[str]:
     yield from (f"## Test set {plain(test_set.name)}", "")
     if test_set.comparison is not None:
         yield from (_comparison(test_set.comparison), "")
@@ -119,7 +118,7 @@ def _slices(table: SliceTable) -> Iterator[str]:
         yield from ("", f"{table.num_skipped} smaller slices are left out.")
 
 
-def _confusions(test_set: TestSetReport) -> Iterator[str]:
+def _confusions(test_set: TestSetSection) -> Iterator[str]:
     titles: dict[EditKind, str] = {"substitute": "Substitutions", "delete": "Deletions", "insert": "Insertions"}
     for kind, title in titles.items():
         found = test_set.confusions[kind][:_NUM_CONFUSIONS]

@@ -1,4 +1,4 @@
-"""Where results lie: a run with its evaluated steps, or a bare folder of `NAME.json` and `NAME.jsonl`."""
+"""A folder of results: a run with its evaluated steps, or bare `NAME.json` and `NAME.jsonl`; and what to show of it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,41 @@ from voxtral_dist.reporting.curves import read_rows
 from voxtral_dist.scoring.results import TestSetScore, read_score
 from voxtral_dist.training.selection import selected_step
 
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report shows.
+
+    step: of a run. baseline: a run (its newest step) or a folder of results to compare with. shards: those of test sets
+    by name, before the configured ones. num_utterances: of each list. num_clips: of each test set.
+    max_audio_megabytes: of all clips together, before base64. speaker_field: None takes that of the scores.
+    normalizer: the function of the user that may be run where results were normalized by it.
+    """
+
+    step: Step = "newest"
+    baseline: Path | None = None
+    shards: Mapping[str, str] = field(default_factory=dict)
+    num_utterances: int = 20
+    num_clips: int = 20
+    max_audio_megabytes: float = 20.0
+    speaker_field: str | None = None
+    normalizer: str | None = None
+
+
 Step = int | Literal["newest", "best"]
 
 
 @dataclass(frozen=True)
-class Source:
+class ResultsFolder:
     """Where the results of a report lie.
 
-    folder: that was given. results: with `NAME.json` and `NAME.jsonl`; None of a run that evaluated nothing. step: of
+    folder: that was given. evaluated: with `NAME.json` and `NAME.jsonl`; None of a run that evaluated nothing. step: of
     these results. steps: all evaluated ones. rows: of `metrics.jsonl`. config: of the run; config_error: why there is
     none.
     """
 
     folder: Path
-    results: Path | None
+    evaluated: Path | None
     step: int | None = None
     steps: Mapping[int, Path] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
@@ -41,10 +62,10 @@ class Source:
     @property
     def test_sets(self) -> list[str]:
         """Their names, in the order of the configuration."""
-        return [] if self.results is None else _in_order(result_names(self.results), self.config)
+        return [] if self.evaluated is None else _in_order(result_names(self.evaluated), self.config)
 
 
-def find_source(folder: Path, step: Step = "newest") -> Source:
+def read_results_folder(folder: Path, step: Step = "newest") -> ResultsFolder:
     """What a folder holds, and the results of one of its steps.
 
     Raises:
@@ -58,12 +79,12 @@ def find_source(folder: Path, step: Step = "newest") -> Source:
             )
         if step != "newest":
             raise UserError(f"`--step`: {folder} is a folder of results and no run, so it has no steps: leave it out.")
-        return Source(folder, folder)
+        return ResultsFolder(folder, folder)
     rows = read_rows(folder / "metrics.jsonl")
     steps = _evaluated_steps(folder, rows)
     config, config_error = _config(folder)
     chosen = _chosen(folder, step, steps, config)
-    return Source(folder, None if chosen is None else steps[chosen], chosen, steps, rows, config, config_error)
+    return ResultsFolder(folder, None if chosen is None else steps[chosen], chosen, steps, rows, config, config_error)
 
 
 def is_run(folder: Path) -> bool:
@@ -76,12 +97,12 @@ def result_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".jsonl").is_file())
 
 
-def read_scores(source: Source) -> dict[tuple[int, str], TestSetScore]:
+def read_scores(results: ResultsFolder) -> dict[tuple[int, str], TestSetScore]:
     """The scores of all evaluated steps of a run, by step and test set."""
     return {
         (step, name): read_score(folder / f"{name}.json")
-        for step, folder in source.steps.items()
-        for name in _in_order(result_names(folder), source.config)
+        for step, folder in results.steps.items()
+        for name in _in_order(result_names(folder), results.config)
     }
 
 

@@ -1,11 +1,13 @@
-"""Figures as text, alike in both forms of a report."""
+"""Statistics of a test set as text and as tables of slices, the same in both forms of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from voxtral_dist.scoring.results import TestSetScore, percent
+from voxtral_dist.scoring.significance import MIN_MATCHED_PAIRS
+from voxtral_dist.scoring.slices import SliceScore
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,62 @@ def other_columns(scores: Sequence[TestSetScore]) -> list[Column]:
 def points(difference: float | None) -> str:
     """A difference of rates in points, with its sign."""
     return "n/a" if difference is None else f"{100 * difference:+.2f} points"
+
+
+MAX_SLICES = 50
+# As for a mean of differences: below it, the bootstrap's resamples differ too little, and its interval is too narrow.
+MIN_UTTERANCES = MIN_MATCHED_PAIRS
+
+
+@dataclass(frozen=True)
+class SliceRow:
+    """One slice. low, dot, high: of the interval and the rate, from 0 to 1 of the table's scale."""
+
+    label: str
+    score: SliceScore
+    dot: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def is_uncertain(self) -> bool:
+        """Whether there is too little of it."""
+        return self.score.num_utterances < MIN_UTTERANCES or self.score.wer_interval is None
+
+
+@dataclass(frozen=True)
+class SliceTable:
+    """The slices of a field; the highest WER first, but durations by length. num_skipped: small ones, of many."""
+
+    field: str
+    rows: tuple[SliceRow, ...]
+    num_skipped: int
+
+    @property
+    def has_uncertain(self) -> bool:
+        """Whether a row is marked."""
+        return any(row.is_uncertain for row in self.rows)
+
+
+def slice_tables(score: TestSetScore) -> tuple[SliceTable, ...]:
+    """A table for each field."""
+    return tuple(_table(field, parts) for field, parts in score.slices.items())
+
+
+def _table(field: str, parts: Mapping[str, SliceScore]) -> SliceTable:
+    largest = sorted(parts.items(), key=lambda one: -one[1].num_utterances)[:MAX_SLICES]
+    chosen = {label for label, _ in largest}
+    kept = [(label, part) for label, part in parts.items() if label in chosen]
+    if field != "duration":
+        kept.sort(key=lambda one: (-(one[1].wer or 0.0), one[0]))
+    scale = max((_end(part) for _, part in kept), default=0.0) or 1.0
+    return SliceTable(field, tuple(_row(label, part, scale) for label, part in kept), len(parts) - len(kept))
+
+
+def _end(part: SliceScore) -> float:
+    return max(part.wer or 0.0, part.wer_interval[1] if part.wer_interval else 0.0)
+
+
+def _row(label: str, part: SliceScore, scale: float) -> SliceRow:
+    low, high = part.wer_interval or (None, None)
+    return SliceRow(label, part, *(None if one is None else round(one / scale, 4) for one in (part.wer, low, high)))

@@ -9,12 +9,10 @@ from pathlib import Path
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
-from voxtral_dist.reporting.cards import Card, more_errors
-from voxtral_dist.reporting.embedded_audio import Clip, ClipLimits, NoClip, StoredClips, read_clips
-from voxtral_dist.reporting.options import ReportOptions
-from voxtral_dist.reporting.results_folder import Source, configured_name
-from voxtral_dist.reporting.shown import CardMaker, Shown
-from voxtral_dist.reporting.slice_tables import SliceTable, slice_tables
+from voxtral_dist.reporting.cards import Card, CardMaker, ChosenUtterances, more_errors
+from voxtral_dist.reporting.embedded_audio import AudioLimits, EmbeddedAudio, MissingAudio, StoredAudio, read_audio
+from voxtral_dist.reporting.results_folder import ReportOptions, ResultsFolder, configured_name
+from voxtral_dist.reporting.statistics import SliceTable, slice_tables
 from voxtral_dist.scoring.alignment import Confusion, EditKind, align_words, most_frequent_confusions
 from voxtral_dist.scoring.hypotheses import read_scored
 from voxtral_dist.scoring.normalizer import Normalizer, normalizer_of_label
@@ -42,7 +40,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class TestSetReport:
+class TestSetSection:
     """One test set.
 
     is_same_normalizer: whether words are aligned by the very normalizer that they were scored by. audio_note: why
@@ -64,33 +62,33 @@ class TestSetReport:
 
 
 @dataclass(frozen=True)
-class TestSetGatherer:
+class SectionReader:
     """Reads the test sets of a report. baseline: where there is one; shared: the test sets that it has too."""
 
     __test__ = False  # pytest takes it for a test
 
-    source: Source
+    results: ResultsFolder
     options: ReportOptions
-    baseline: Source | None
+    baseline: ResultsFolder | None
     shared: Sequence[str]
 
-    def gather(self, name: str) -> TestSetReport:
+    def read(self, name: str) -> TestSetSection:
         """One of them.
 
         Raises:
             UserError: its files are damaged, or do not fit those of the baseline.
         """
-        path = _results_of(self.source) / f"{name}.jsonl"
+        path = _folder_of(self.results) / f"{name}.jsonl"
         score = read_score(path.with_suffix(".json"))
         utterances = read_scored(path)
         _refuse_other_utterances(path, score, utterances)
         used = normalizer_of_label(score.normalizer, self.options.normalizer)
         pairs = self._pairs(name, score, utterances)
-        shown = Shown.of(utterances, pairs, self.options.num_utterances)
-        clips, audio_note = self._clips(name, shown)
+        shown = ChosenUtterances.of(utterances, pairs, self.options.num_utterances)
+        audio, audio_note = self._audio(name, shown)
         grouping = Grouping(speaker_field=self.options.speaker_field or score.speaker_field or Grouping.speaker_field)
-        cards = CardMaker(used, grouping, clips)
-        return TestSetReport(
+        cards = CardMaker(used, grouping, audio)
+        return TestSetSection(
             name=name,
             score=score,
             is_same_normalizer=used.label == score.normalizer,
@@ -99,7 +97,7 @@ class TestSetGatherer:
             most_errors=cards.plain(shown.most_errors),
             highest_rates=cards.plain(shown.highest_rates),
             comparison=self._comparison(name, pairs, shown, cards, grouping) if pairs else None,
-            num_clips=sum(isinstance(clip, Clip) for clip in clips.values()),
+            num_clips=sum(isinstance(clip, EmbeddedAudio) for clip in audio.values()),
             audio_note=audio_note,
         )
 
@@ -107,7 +105,7 @@ class TestSetGatherer:
         """The baseline's utterances before these; none where it does not have the test set."""
         if self.baseline is None or name not in self.shared:
             return []
-        mine, theirs = (_results_of(one) / f"{name}.jsonl" for one in (self.source, self.baseline))
+        mine, theirs = (_folder_of(one) / f"{name}.jsonl" for one in (self.results, self.baseline))
         label = read_score(theirs.with_suffix(".json")).normalizer
         if label != score.normalizer:
             raise UserError(
@@ -117,41 +115,41 @@ class TestSetGatherer:
         paired = pair_utterances(utterances, read_scored(theirs), (mine, theirs))
         return [(before, after) for after, before in paired]
 
-    def _clips(self, name: str, shown: Shown) -> tuple[dict[int, Clip | NoClip], str | None]:
+    def _audio(self, name: str, shown: ChosenUtterances) -> tuple[dict[int, EmbeddedAudio | MissingAudio], str | None]:
         stored = self._stored(name)
-        if isinstance(stored, NoClip):
+        if isinstance(stored, MissingAudio):
             return {}, stored.reason
-        num_bytes = int(self.options.max_audio_megabytes * _MEGABYTE / len(self.source.test_sets))
-        clips = read_clips(shown.in_turns(), stored, ClipLimits(self.options.num_clips, num_bytes))
-        reasons = [clip.reason for clip in clips.values() if isinstance(clip, NoClip)]
-        has_none = clips and len(reasons) == len(clips)
-        return clips, f"none of the clips can be played ({reasons[0]})" if has_none else None
+        num_bytes = int(self.options.max_audio_megabytes * _MEGABYTE / len(self.results.test_sets))
+        audio = read_audio(shown.in_turns(), stored, AudioLimits(self.options.num_clips, num_bytes))
+        reasons = [clip.reason for clip in audio.values() if isinstance(clip, MissingAudio)]
+        has_none = audio and len(reasons) == len(audio)
+        return audio, f"none of the clips can be played ({reasons[0]})" if has_none else None
 
-    def _stored(self, name: str) -> StoredClips | NoClip:
+    def _stored(self, name: str) -> StoredAudio | MissingAudio:
         """The shards of a test set: those of the options must be there, the configured ones may have moved."""
         if self.options.num_clips == 0:
-            return NoClip("no clips were asked for")
-        config = self.source.config
+            return MissingAudio("no clips were asked for")
+        config = self.results.config
         if (given := self.options.shards.get(name)) is not None:
             storage = Storage(config.storage if config else None)
-            return StoredClips(read_index([given], storage), storage)
+            return StoredAudio(read_index([given], storage), storage)
         configured = config.evaluation.test_sets if config else {}
         set_name = configured_name(name, list(configured))
         if config is None or set_name not in configured:
-            return NoClip(f"nothing tells where its shards are: add `--shards {name}=FOLDER`")
+            return MissingAudio(f"nothing tells where its shards are: add `--shards {name}=FOLDER`")
         storage = Storage(config.storage)
         try:
-            return StoredClips(read_index([configured[set_name].shards], storage), storage)
+            return StoredAudio(read_index([configured[set_name].shards], storage), storage)
         except (UserError, OSError) as error:
-            return NoClip(f"its shards cannot be read ({str(error).rstrip('.')}): add `--shards {name}=FOLDER`")
+            return MissingAudio(f"its shards cannot be read ({str(error).rstrip('.')}): add `--shards {name}=FOLDER`")
 
     def _comparison(
-        self, name: str, pairs: Sequence[Pair], shown: Shown, cards: CardMaker, grouping: Grouping
+        self, name: str, pairs: Sequence[Pair], shown: ChosenUtterances, cards: CardMaker, grouping: Grouping
     ) -> Comparison:
         assert self.baseline is not None, "pairs come from it"
         changes = [more_errors(pair) for pair in pairs]
         return Comparison(
-            baseline_score=read_score(_results_of(self.baseline) / f"{name}.json"),
+            baseline_score=read_score(_folder_of(self.baseline) / f"{name}.json"),
             result=compare_pairs(pairs, grouping),
             num_better=sum(change < 0 for change in changes),
             num_worse=sum(change > 0 for change in changes),
@@ -176,6 +174,6 @@ def _refuse_other_utterances(path: Path, score: TestSetScore, utterances: Sequen
         )
 
 
-def _results_of(source: Source) -> Path:
-    assert source.results is not None, "it has test sets"
-    return source.results
+def _folder_of(results: ResultsFolder) -> Path:
+    assert results.evaluated is not None, "it has test sets"
+    return results.evaluated

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import readable, write_whole
-from voxtral_dist.reporting.contents import gather_report
+from voxtral_dist.reporting.contents import read_contents
 from voxtral_dist.reporting.html import render_html
 from voxtral_dist.reporting.markdown import render_markdown
-from voxtral_dist.reporting.options import ReportOptions
+from voxtral_dist.reporting.results_folder import ReportOptions
 
 
 def write_report(folder: Path, options: ReportOptions, out: Path | None = None) -> tuple[Path, Path]:
@@ -21,9 +21,9 @@ def write_report(folder: Path, options: ReportOptions, out: Path | None = None) 
         out: where they go; None takes `folder`.
 
     Raises:
-        UserError: see `gather_report`, or the files cannot be written.
+        UserError: see `read_contents`, or the files cannot be written.
     """
-    report = gather_report(folder, options)
+    report = read_contents(folder, options)
     target = out or folder
     texts = {target / "report.html": render_html(report), target / "report.md": render_markdown(report)}
     try:
