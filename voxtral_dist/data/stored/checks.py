@@ -1,7 +1,8 @@
-"""What no utterance can be: of another length than its index says, silent, or with more text than anybody says."""
+"""Why an utterance cannot be used, and the checks of its audio and text."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,47 @@ ALWAYS_POSSIBLE_CHARS = 50
 _DURATION_TOLERANCE_SECONDS = 0.1
 
 
+class Cause(StrEnum):
+    """Why an utterance is unusable: the key under which it is counted."""
+
+    NOT_JSON = "not JSON"
+    MALFORMED = "malformed row"
+    NO_AUDIO = "no audio named"
+    UNREADABLE = "unreadable"
+    UNDECODABLE = "undecodable"
+    EMPTY_AUDIO = "empty audio"
+    SILENT = "silent"
+    NOT_FINITE = "not finite"
+    ABSURD_CLAIM = "absurd claim"
+    WRONG_LENGTH = "wrong length"
+    EMPTY_TEXT = "empty text"
+    TEXT_TOO_LONG = "text too long for its audio"
+    NO_INSTRUCTION = "no instruction"
+    UNKNOWN_LANGUAGE = "unknown language"
+    DAMAGED_TAR = "damaged tar"
+    WRONG_INDEX = "differs from its index"
+
+
+class UnusableError(Exception):
+    """An utterance cannot be used. The message is a predicate: callers put the utterance's name before it."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
 def is_same_duration(seconds: float, expected_seconds: float) -> bool:
-    """Whether decoded audio is as long as its index says, but for what encoders pad and headers round."""
+    """Whether decoded audio is as long as its index says, within 0.1 s + 1 % for encoder padding and rounding."""
     return abs(seconds - expected_seconds) <= _DURATION_TOLERANCE_SECONDS + 0.01 * expected_seconds
 
 
 def is_silent(audio: NDArray[Any]) -> bool:
-    """Whether samples, float in [-1, 1] or int16, never reach -60 dB of full scale."""
+    """Whether a waveform, float in [-1, 1] or int16, never reaches -60 dB of full scale."""
     full_scale = 32768.0 if audio.dtype == np.int16 else 1.0
     loudest = max(float(audio.max(initial=0)), -float(audio.min(initial=0)))
     return loudest < _SILENT_PEAK * full_scale
 
 
 def is_too_much_text(num_chars: int, duration_seconds: float, max_chars_per_second: float) -> bool:
-    """Whether a text cannot be what is said in so short a time."""
+    """Whether a text is too long to be spoken in this time."""
     return num_chars > max(max_chars_per_second * duration_seconds, ALWAYS_POSSIBLE_CHARS)
