@@ -40,7 +40,8 @@ from typing import Any
 
 import numpy as np
 
-from voxtral_dist.data.stored.index import INDEX_FILE, Records
+from voxtral_dist.data.stored.index_files import INDEX_FILE
+from voxtral_dist.data.stored.shard_set import Records
 
 from rivals.launch import REPOSITORY, Contender, ours, prepare, rivals
 from workloads.command import run

@@ -10,8 +10,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from voxtral_dist.data.stored.audio import decode_audio, to_pcm
-from voxtral_dist.data.stored.index import RECORD, UNKNOWN_LANGUAGE, Shard, ShardSet
 from voxtral_dist.data.stored.layout import UtteranceLayout
+from voxtral_dist.data.stored.shard_set import RECORD, UNKNOWN_LANGUAGE, Shard, ShardSet
 from voxtral_dist.model.tiny import TinyShape
 from voxtral_dist.shards.sources import SourceOptions, open_source
 from voxtral_dist.shards.summary import SetSummary
@@ -123,7 +123,7 @@ def synthetic_set(num_utterances: int, *, seed: int = 0, max_seconds: float = 29
         records=records,
         first_rows=np.cumsum([0, *counts[:-1]], dtype=np.int64),
         languages=("de", "en"),
-        members=UtteranceLayout(),
+        layout=UtteranceLayout(),
         longest_seconds=float(records["duration_ms"].max(initial=0)) / 1000,
         most_text_tokens=int(records["num_text_tokens"].max(initial=0)),
         most_instruction_tokens=0,

@@ -6,8 +6,8 @@ from typing import Any
 
 from voxtral_dist.data.stored.audio import decode_audio, to_pcm
 from voxtral_dist.data.stored.index import ShardIndex, read_index
-from voxtral_dist.data.stored.layout import Sample, utterance_of
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.utterance import StoredUtterance, utterance_of
 from voxtral_dist.shards.tars import MemberGroup, parse_span
 
 
@@ -26,9 +26,9 @@ def tar_samples(index: ShardIndex) -> list[MemberGroup]:
     return [parse_span(storage.read(index.span(utterance_id))) for utterance_id in range(len(index))]
 
 
-def utterances_in(folder: Path) -> list[Sample]:
+def utterances_in(folder: Path) -> list[StoredUtterance]:
     index = read_index([str(folder)])
-    return [utterance_of(one.key, one.members, index.members(number)) for number, one in enumerate(tar_samples(index))]
+    return [utterance_of(one.key, one.members, index.layout(number)) for number, one in enumerate(tar_samples(index))]
 
 
 def stored_in(folder: Path) -> list[Stored]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.config import EngineConfig, Fsdp2Config, RunConfig
-from voxtral_dist.data.stored.index import TAR_BLOCK_BYTES, read_index
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.scoring.hypotheses import read_scored

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.index import INDEX_FILE, RECORD, Records, Shard, write_index
+from voxtral_dist.data.stored.index_files import INDEX_FILE, write_index
+from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard
 
 UTTERANCES_PER_SHARD = 1_000_000
 _BLOCKS_PER_SECOND = 32

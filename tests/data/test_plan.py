@@ -13,7 +13,8 @@ from voxtral_dist.data.plan.cutting import Budget
 from voxtral_dist.data.plan.example_sizes import ExampleSizes
 from voxtral_dist.data.plan.streams import Stream, Streams, build_streams
 from voxtral_dist.data.plan.train_plan import PlanShape, TrainPlan, rank_slots, refuse_idle_ranks
-from voxtral_dist.data.stored.index import UNKNOWN_LANGUAGE, ShardIndex
+from voxtral_dist.data.stored.index import ShardIndex
+from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE
 from voxtral_dist.data.training_set import _max_packed_tokens
 from voxtral_dist.errors import UserError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL
 from voxtral_dist.data.examples.prompting import Prompting
 from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.loader import build_train_loader
-from voxtral_dist.data.stored.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE
+from voxtral_dist.data.stored.shard_set import RECORD
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import build_training_set, training_reader
 from voxtral_dist.errors import UserError
@@ -125,17 +128,16 @@ def test_a_sample_without_an_instruction_is_named(tmp_path):
         pack(source, tmp_path / "set", PackOptions())
 
 
-def test_an_index_from_before_there_were_instructions_is_read(tmp_path, speech_manifest, prompts):
+def test_an_index_of_a_format_without_instructions_is_refused(tmp_path, speech_manifest):
     folder = tmp_path / "set"
     pack_manifest(speech_manifest, folder, 10**9, skip_bad=False)
-    now = UtteranceReader(read_index([str(folder)]), prompts, 448).example(3)
     before = np.dtype([(name if name != "num_instruction_tokens" else "flags", RECORD[name]) for name in RECORD.names])
     np.save(folder / INDEX_FILE, np.load(folder / INDEX_FILE).view(before))
     table = json.loads((folder / SHARD_TABLE_FILE).read_text())
-    del table["most_instruction_tokens"], table["members"]["instruction"]
-    (folder / SHARD_TABLE_FILE).write_text(json.dumps(table))
-    then = UtteranceReader(read_index([str(folder)]), prompts, 448).example(3)
-    assert (then.prompt, then.completion) == (now.prompt, now.completion)
+    del table["most_instruction_tokens"], table["layout"]
+    (folder / SHARD_TABLE_FILE).write_text(json.dumps(table | {"format": 2}))
+    with pytest.raises(UserError, match=f"Index the set again: `voxtral-dist shards index {re.escape(str(folder))}`"):
+        read_index([str(folder)])
 
 
 def test_a_column_with_our_name_that_is_not_chosen_does_not_replace_what_is(tmp_path, prompts):

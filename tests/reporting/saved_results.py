@@ -11,8 +11,8 @@ from typing import Any
 
 from voxtral_dist.config import dump_config
 from voxtral_dist.data.stored.index import read_index
-from voxtral_dist.data.stored.layout import Sample
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.results import Measurements, score_test_set, write_results
 from voxtral_dist.scoring.slices import Grouping
@@ -39,7 +39,7 @@ def write_set(folder: Path, name: str, utterances: Sequence[ScoredUtterance], sl
     return folder
 
 
-def stored_utterances(shards: Path) -> list[Sample]:
+def stored_utterances(shards: Path) -> list[StoredUtterance]:
     """All samples of a set."""
     index, storage = read_index([str(shards)]), Storage()
     return [index.parse(number, storage.read(index.span(number))) for number in range(len(index))]

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from webdataset.writer import TarWriter
 
-from voxtral_dist.data.stored.causes import Cause
+from voxtral_dist.data.stored.checks import Cause
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage

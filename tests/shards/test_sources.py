@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from voxtral_dist.cli.shards import FORMATS
-from voxtral_dist.data.stored.causes import Cause
+from voxtral_dist.data.stored.checks import Cause
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.sources import SourceFormat, SourceOptions, open_source

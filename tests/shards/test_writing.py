@@ -18,8 +18,7 @@ import soundfile
 import webdataset
 
 from voxtral_dist.cli.shards import MAX_CHARS_PER_SECOND as GRAMMAR_MAX_CHARS
-from voxtral_dist.data.stored.causes import Cause
-from voxtral_dist.data.stored.checks import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND
+from voxtral_dist.data.stored.checks import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND, Cause
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.packing import PackRules

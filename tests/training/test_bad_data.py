@@ -13,9 +13,10 @@ import pytest
 import soundfile
 
 from voxtral_dist.data.examples.reader import UtteranceReader
-from voxtral_dist.data.stored.index import INDEX_FILE, SHARD_TABLE_FILE, ShardIndex, read_index
-from voxtral_dist.data.stored.layout import Sample, parse_utterance
+from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.utterance import StoredUtterance, parse_utterance
 from voxtral_dist.training.metrics import read_metrics
 
 from corpora import pack_manifest, tone, write_lines
@@ -85,9 +86,9 @@ def broken(whole, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     return folder, expected
 
 
-def stored(index: ShardIndex, utterance_id: int) -> tuple[Sample, bytes]:
+def stored(index: ShardIndex, utterance_id: int) -> tuple[StoredUtterance, bytes]:
     contents = Storage().read(index.span(utterance_id))
-    return parse_utterance(contents, index.members(utterance_id)), contents
+    return parse_utterance(contents, index.layout(utterance_id)), contents
 
 
 def rewrite(index: ShardIndex, utterance_id: int, member: str, change: Callable[[bytes], bytes]) -> str:

@@ -17,7 +17,9 @@ from voxtral_dist.data.plan.example_sizes import ExampleSizes
 from voxtral_dist.data.plan.streams import Streams, build_streams
 from voxtral_dist.data.plan.train_plan import PLAN_VERSION, PlanShape, TrainPlan
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
-from voxtral_dist.data.stored.index import ShardIndex, ShardSet, read_sets, refuse_unusable
+from voxtral_dist.data.stored.index import ShardIndex
+from voxtral_dist.data.stored.index_files import check_train_shards, read_sets
+from voxtral_dist.data.stored.shard_set import ShardSet
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.text.word_list import WordList
@@ -87,7 +89,7 @@ def build_training_set(
     used = storage or Storage()
     sets = {name: read_sets(patterns, used) for name, patterns in config.named_sets.items()}
     for name, parts in sets.items():
-        refuse_unusable(name, parts)
+        check_train_shards(name, parts)
     index = ShardIndex(list(chain.from_iterable(sets.values())))
     counts = [sum(shard.num_utterances for part in parts for shard in part.shards) for parts in sets.values()]
     sizes = ExampleSizes.of(prompts, config.context.max_tokens if config.context else 0)

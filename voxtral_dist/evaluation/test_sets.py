@@ -19,7 +19,8 @@ from voxtral_dist.data.examples.prompting import Prompting, TestContexts
 from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.plan.cutting import Budget, cut_micro_batches
 from voxtral_dist.data.plan.example_sizes import ExampleSizes, text_tokens
-from voxtral_dist.data.stored.index import Ids, Records, ShardIndex, read_index
+from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.shard_set import Ids, Records
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import (
     from_first_rank,
@@ -197,7 +198,7 @@ def _batches(windows: Ids, positions: Ids, settings: EvaluationConfig) -> tuple[
 
 
 def _has_answers(name: str, index: ShardIndex, config: TestSetConfig) -> bool:
-    kinds = {part.members.instruction is not None for part in index.sets}
+    kinds = {part.layout.instruction is not None for part in index.sets}
     if len(kinds) > 1:
         raise UserError(
             f"`evaluation.test_sets.{name}`: some of its shards hold transcripts, and some answers to instructions: "

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from voxtral_dist.data.stored.causes import UnusableError
+from voxtral_dist.data.stored.checks import UnusableError
 from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
@@ -127,7 +127,7 @@ def show_utterance(folder: str, key: str, out: Path | None, viewer: TokenView | 
     span = index.span(utterance_id)
     try:
         sample = parse_span(storage.read(span))
-        utterance = tar_utterance(sample, span.location, index.members(utterance_id))
+        utterance = tar_utterance(sample, span.location, index.layout(utterance_id))
     except (UnusableError, OSError) as error:
         raise UserError(f"The sample {key} at byte {span.offset} of {span.location} {first_line(error)}.") from error
     tokens = ["", *viewer.lines(index, utterance_id, storage)] if viewer is not None else []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.utterances import (
     Clip,

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from voxtral_dist.data.stored.audio import decode_audio
-from voxtral_dist.data.stored.causes import Cause, UnusableError
-from voxtral_dist.data.stored.index import RECORD, Records, Shard, language_numbers, read_index, write_index
+from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.index_files import write_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
+from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard, language_numbers
 from voxtral_dist.data.stored.storage import Storage, is_remote
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, UtteranceSpan, index_record, measure

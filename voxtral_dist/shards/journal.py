@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from voxtral_dist.data.stored.index import RECORD, Records, Shard, write_index
+from voxtral_dist.data.stored.index_files import write_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
+from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.skipped import SKIPPED_FILE, Skipped, read_skipped, write_refusal
 from voxtral_dist.shards.utterances import Refusal

@@ -8,8 +8,8 @@ import tarfile
 from collections.abc import Iterator
 
 from voxtral_dist.data.stored.index import ShardIndex
-from voxtral_dist.data.stored.layout import split_name
 from voxtral_dist.data.stored.storage import Span, Storage
+from voxtral_dist.data.stored.tar_members import split_name
 from voxtral_dist.errors import UserError
 
 _RUN_LENGTH = 256

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.storage import is_remote
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.utterances import (

@@ -15,11 +15,11 @@ import soundfile
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from voxtral_dist.data.stored.audio import LONGEST_CLIP_SECONDS, AudioError, Waveform, decode_audio, to_pcm
-from voxtral_dist.data.stored.causes import Cause, UnusableError
-from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, is_silent, is_too_much_text
-from voxtral_dist.data.stored.index import LARGEST_COUNT, UNKNOWN_LANGUAGE
-from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES, TAR_BLOCK_BYTES
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, Cause, UnusableError, is_silent, is_too_much_text
+from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
+from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, UNKNOWN_LANGUAGE
 from voxtral_dist.data.stored.storage import Storage, is_remote
+from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.errors import first_line
 from voxtral_dist.shards.tars import sample_bytes
 from voxtral_dist.shards.utterances import Clip, Refusal, Utterance

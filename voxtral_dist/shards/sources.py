@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from voxtral_dist.data.stored.causes import Cause, UnusableError
-from voxtral_dist.data.stored.index import SHARD_TABLE_FILE
-from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES, Field, MemberError, Sample, UtteranceLayout, utterance_of
+from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.index_files import SHARD_TABLE_FILE
+from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES, Field, UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage, is_remote
+from voxtral_dist.data.stored.utterance import MemberError, StoredUtterance, utterance_of
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.huggingface import HUB_PREFIX, is_saved_dataset, open_dataset
 from voxtral_dist.shards.manifests import read_json_lines, read_table
@@ -257,7 +258,7 @@ def _refuse_to_lose_instructions(locations: Iterable[str]) -> None:
 def _says_answers(table: Path) -> bool:
     """Whether a shard table says that its texts are answers; one that is missing or damaged says nothing."""
     try:
-        return json.loads(table.read_text(encoding="utf-8"))["members"]["instruction"] is not None
+        return json.loads(table.read_text(encoding="utf-8"))["layout"]["instruction"] is not None
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -305,7 +306,7 @@ def tar_utterance(found: MemberGroup, place: str, members: UtteranceLayout) -> U
     )
 
 
-def _other_fields(sample: Sample, members: UtteranceLayout) -> dict[str, Any]:
+def _other_fields(sample: StoredUtterance, members: UtteranceLayout) -> dict[str, Any]:
     """What the json of a sample says besides what the layout names."""
     places = (members.text, members.language, members.instruction)
     known = {place.key for place in places if isinstance(place, Field) and place.member == "json"}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.index import UNKNOWN_LANGUAGE, RecordChunk, ShardIndex
+from voxtral_dist.data.stored.index import RecordChunk, ShardIndex
+from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE
 from voxtral_dist.shards.skipped import Skipped
 
 DURATION_EDGES_SECONDS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, float("inf"))

@@ -17,9 +17,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from voxtral_dist.data.stored.causes import Cause, UnusableError
-from voxtral_dist.data.stored.layout import TAR_BLOCK_BYTES, split_name
+from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES, split_name
 from voxtral_dist.shards.tar_files import open_tar
 
 _ZEROS = bytes(TAR_BLOCK_BYTES)

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.storage import is_remote
 from voxtral_dist.text.languages import language_code
 

@@ -11,9 +11,9 @@ from functools import lru_cache, partial
 import numpy as np
 
 from voxtral_dist.data.stored.audio import decode_audio
-from voxtral_dist.data.stored.causes import Cause, UnusableError
-from voxtral_dist.data.stored.checks import is_same_duration
-from voxtral_dist.data.stored.index import RECORD, ShardIndex, read_index
+from voxtral_dist.data.stored.checks import Cause, UnusableError, is_same_duration
+from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.shard_set import RECORD
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import first_line
 from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, UtteranceSpan, index_record, measure
@@ -75,7 +75,7 @@ def _check(utterance_id: int, index: ShardIndex, storage: Storage) -> BrokenUtte
         contents = storage.read(span)
         sample = parse_span(contents)
         key = sample.key
-        utterance = tar_utterance(sample, span.location, index.members(utterance_id))
+        utterance = tar_utterance(sample, span.location, index.layout(utterance_id))
         waveform = decode_audio(utterance.clip.contents or b"", SAMPLING_RATE)
         measures = measure(utterance, waveform, _RULES)
         row = index_record(UtteranceSpan(span.offset, len(contents), zlib.crc32(contents)), measures, [])

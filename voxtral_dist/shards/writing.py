@@ -14,8 +14,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from voxtral_dist.data.stored.index import RECORD, SHARD_TABLE_FILE, Shard, read_index
-from voxtral_dist.data.stored.layout import TAR_BLOCK_BYTES, Field, UtteranceLayout
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.index_files import SHARD_TABLE_FILE
+from voxtral_dist.data.stored.layout import Field, UtteranceLayout
+from voxtral_dist.data.stored.shard_set import RECORD, Shard
+from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.journal import PackingJournal
 from voxtral_dist.shards.packing import PackedUtterance, PackRules, UtteranceSpan, index_record, pack_line

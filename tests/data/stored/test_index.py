@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from voxtral_dist.data.examples.reader import UtteranceReader
-from voxtral_dist.data.stored.index import INDEX_FILE, RECORD, SHARD_TABLE_FILE, read_index
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE
+from voxtral_dist.data.stored.shard_set import RECORD
 from voxtral_dist.errors import UserError
 
 from corpora import SHARD_BYTES, pack_manifest, write_speech_manifest
@@ -106,7 +108,7 @@ def test_a_pattern_of_tars_takes_a_part_of_the_set(shard_folder, shard_index, pr
 
 def test_a_tar_that_the_index_does_not_know_is_refused(copied):
     (copied / "other.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"doesn't know the shard other\.tar"):
+    with pytest.raises(UserError, match=r"shard other\.tar is not in the index"):
         read_index([str(copied / "other.tar")])
 
 
@@ -136,9 +138,9 @@ def test_a_folder_without_its_whole_index_is_refused(copied, file):
     assert "has no complete index" in refusal(copied)
 
 
-def test_an_index_without_samples_is_refused(copied):
+def test_an_index_without_utterances_is_refused(copied):
     np.save(copied / INDEX_FILE, np.zeros(0, dtype=RECORD))
-    assert "lists no samples" in refusal(copied)
+    assert "lists no utterances" in refusal(copied)
 
 
 def test_an_index_of_other_shards_is_refused(copied, other_folder):
@@ -154,7 +156,9 @@ def test_an_index_of_another_layout_is_refused(copied):
 def test_an_index_of_another_version_is_refused(copied):
     table = json.loads((copied / SHARD_TABLE_FILE).read_text())
     (copied / SHARD_TABLE_FILE).write_text(json.dumps(table | {"format": 99}))
-    assert "has format 99, but this version reads format 2" in refusal(copied)
+    assert "has format 99, but this version reads format 3. Index the set again: `voxtral-dist shards index" in refusal(
+        copied
+    )
 
 
 @pytest.mark.parametrize("contents", ["", "{", "[]", '{"format": 1}', '{"format": 1, "languages": [], "shards": [{}]}'])

@@ -15,8 +15,9 @@ from voxtral_dist.data.examples.prompting import Prompting
 from voxtral_dist.data.stored.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
 from voxtral_dist.data.stored.index import ShardIndex
-from voxtral_dist.data.stored.layout import Sample, read_members
 from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.tar_members import read_members
+from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.text.steps import apply_steps
 
@@ -76,7 +77,7 @@ class UtteranceReader:
         """The file that holds a sample."""
         return self._index.shard(utterance_id).name
 
-    def read(self, utterance_id: int) -> Sample:
+    def read(self, utterance_id: int) -> StoredUtterance:
         """The stored utterance.
 
         Raises:
@@ -187,7 +188,7 @@ class UtteranceReader:
                 f"takes {num_positions} positions of the language model, which has {self._prompts.max_positions}"
             )
 
-    def _pcm(self, utterance_id: int, sample: Sample, key: tuple[int, ...], is_packed: bool) -> Pcm:
+    def _pcm(self, utterance_id: int, sample: StoredUtterance, key: tuple[int, ...], is_packed: bool) -> Pcm:
         rate = self._prompts.sampling_rate
         if self._augmentation is None:
             pcm = decode_pcm(sample.audio, rate)
@@ -199,7 +200,7 @@ class UtteranceReader:
         max_samples = len(waveform) if is_packed else windows
         return to_pcm(self._augmentation(waveform, rate, (*key, utterance_id), max_samples))
 
-    def _check(self, utterance_id: int, audio: Waveform | Pcm, sample: Sample) -> None:
+    def _check(self, utterance_id: int, audio: Waveform | Pcm, sample: StoredUtterance) -> None:
         # Truncated mp3 and wav decode short without an error.
         seconds = len(audio) / self._prompts.sampling_rate
         expected = float(self._index.record(utterance_id)["duration_ms"]) / 1000.0

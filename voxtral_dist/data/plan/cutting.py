@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.index import Ids
+from voxtral_dist.data.stored.shard_set import Ids
 
 
 @dataclass(frozen=True)

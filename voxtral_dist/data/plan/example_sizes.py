@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.index import Records
+from voxtral_dist.data.stored.shard_set import Records
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.plan.example_sizes import ExampleSizes
-from voxtral_dist.data.stored.index import RecordChunk, Records, ShardIndex
+from voxtral_dist.data.stored.index import RecordChunk, ShardIndex
+from voxtral_dist.data.stored.shard_set import Records
 
 Mask = NDArray[np.bool_]
 

@@ -7,7 +7,7 @@ import bisect
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.index import Ids
+from voxtral_dist.data.stored.shard_set import Ids
 
 # Of groups with room for a clip, so many are looked at before a new one is opened: all of them may be full of text.
 _NUM_CANDIDATES = 32

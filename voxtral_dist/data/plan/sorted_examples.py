@@ -13,7 +13,8 @@ from voxtral_dist.data.plan.example_sizes import ExampleSizes, text_tokens
 from voxtral_dist.data.plan.packing import pack_into_windows
 from voxtral_dist.data.plan.permutation import hash_values
 from voxtral_dist.data.plan.slot_examples import SlotExamples
-from voxtral_dist.data.stored.index import Ids, ShardIndex
+from voxtral_dist.data.stored.index import ShardIndex
+from voxtral_dist.data.stored.shard_set import Ids
 
 # A word behind a space may take more tokens than at the start of a text: up to two more in Voxtral's vocabulary.
 TOKENS_PER_JOINT = 3

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.plan.example_sizes import ExampleSizes
 from voxtral_dist.data.plan.filters import TOO_MANY_POSITIONS, TOO_MANY_TARGETS, Filters
-from voxtral_dist.data.stored.index import UNKNOWN_LANGUAGE, Ids, RecordChunk, ShardIndex
+from voxtral_dist.data.stored.index import RecordChunk, ShardIndex
+from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE, Ids
 from voxtral_dist.errors import UserError
 
 _BLOCK_UTTERANCES = 1024

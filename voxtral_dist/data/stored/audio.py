@@ -11,7 +11,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.causes import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause, UnusableError
 
 Waveform = NDArray[np.float32]
 Pcm = NDArray[np.int16]
