@@ -305,7 +305,9 @@ def test_shards_without_samples_are_refused(uneven_folders, prompts):
 
 def test_a_language_that_no_sample_has_is_refused(uneven_folders, prompts):
     config = TrainDataConfig(shards=tuple(uneven_folders), max_examples=1, languages=("pt",))
-    with pytest.raises(UserError, match="no sample has the language 'pt'; the index knows de, en, fr"):
+    with pytest.raises(
+        UserError, match="no utterance has the language 'pt'; the languages of the index are de, en, fr"
+    ):
         build_training_set(config, prompts, 0)
 
 

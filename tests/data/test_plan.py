@@ -337,6 +337,6 @@ def test_exactly_the_samples_that_pass_all_filters_are_drawn(names):
 
 def test_a_set_that_is_filtered_away_is_refused():
     with pytest.raises(
-        UserError, match=r"none of the samples passes the filters .4409 longer than `max_duration_seconds`"
+        UserError, match=r"no utterance of the training set passes the filters .4409 longer than `max_duration_seconds`"
     ):
         mixture(max_duration_seconds=0.01)

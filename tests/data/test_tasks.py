@@ -205,13 +205,15 @@ def test_transcripts_over_the_limit_are_left_out_and_counted(shard_folder, promp
     expected = int((index.records["num_text_tokens"] + 1 > limit).sum())
     training_set = build_training_set(config_of(shard_folder, max_target_tokens=limit), prompts, 0)
     assert training_set.streams.skipped == {"with more tokens than `max_target_tokens`": expected}
-    assert any(f"left out {expected} of {len(index)}" in line for line in training_set.lines())
+    assert any(f"skipped {expected} of {len(index)}" in line for line in training_set.lines())
 
 
 def test_transcripts_over_the_limit_are_refused_where_that_is_asked_for(shard_folder, prompts):
     limit = int(np.median(read_index([str(shard_folder)]).records["num_text_tokens"]))
     config = config_of(shard_folder, max_target_tokens=limit, too_long="refuse")
-    with pytest.raises(UserError, match=r"`train_data.too_long` is `refuse`, and 1\d samples are with more tokens"):
+    with pytest.raises(
+        UserError, match=r"`train_data.too_long` is `refuse`, but the training set has 1\d utterances with more tokens"
+    ):
         build_training_set(config, prompts, 0)
     build_training_set(config_of(shard_folder, too_long="refuse"), prompts, 0)
 
@@ -222,7 +224,7 @@ def test_what_does_not_fit_into_the_models_positions_is_left_out_or_refused(shar
     training_set = build_training_set(config_of(shard_folder), prompts, 0)
     num_skipped = training_set.streams.skipped["with more positions than the model has"]
     assert 0 < num_skipped < len(training_set.index)
-    with pytest.raises(UserError, match=f"{num_skipped} samples are with more positions than the model has"):
+    with pytest.raises(UserError, match=f"{num_skipped} utterances with more positions than the model has"):
         build_training_set(config_of(shard_folder, too_long="refuse"), prompts, 0)
 
 

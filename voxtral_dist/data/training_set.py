@@ -43,7 +43,7 @@ class TrainingSet:
         """What a user should know before the run: what is left out, the mixture, and how full micro-batches are."""
         if self.streams.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.streams.skipped.items())
-            yield f"left out {sum(self.streams.skipped.values())} of {len(self.index)} utterances: {reasons}"
+            yield f"skipped {sum(self.streams.skipped.values())} of {len(self.index)} utterances: {reasons}"
         if len(self.streams.streams) > 1:
             drawn_seconds = sum(stream.drawn_seconds for stream in self.streams.streams)
             for stream in self.streams.streams:

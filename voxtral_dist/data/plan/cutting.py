@@ -1,4 +1,4 @@
-"""From the samples of a sort window to its micro-batches: short ones packed together, then cuts within the budgets."""
+"""Cutting sorted examples into micro-batches that keep within a budget."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.shard_set import Ids
-
 
 @dataclass(frozen=True)
 class Budget:
-    """What a micro-batch may hold at most; None sets no limit.
+    """The limits of a micro-batch; None sets no limit.
 
-    max_tokens: input positions of the language model after padding, that is examples times the longest of them.
+    max_examples: number of examples.
+    max_windows: number of encoder windows of all examples.
+    max_tokens: input positions of the language model, padding included: examples times the longest of them.
     """
 
     max_examples: int | None
@@ -24,15 +24,17 @@ class Budget:
     max_tokens: int | None
 
 
-def cut_micro_batches(windows: Ids, positions: Ids, budget: Budget, num_cuts: int | None = None) -> list[slice]:
-    """Micro-batches as runs of examples.
+def cut_micro_batches(
+    windows: NDArray[np.int64], positions: NDArray[np.int64], budget: Budget, num_cuts: int | None = None
+) -> list[slice]:
+    """Cut a sequence of examples into micro-batches, which are runs of it.
 
     Args:
-        windows: of each example, `(n,)`.
-        positions: input positions of the language model of each example, `(n,)`, longest first.
-        budget: what a micro-batch may hold. An example that is larger by itself gets a micro-batch of its own.
-        num_cuts: how many micro-batches are wanted, equally full; more come out only where the budget demands it, fewer
-            only where there are fewer examples. None: as few as possible.
+        windows: encoder windows of each example, `(n,)`.
+        positions: input positions of each example in the language model, `(n,)`, longest first.
+        budget: limits of a micro-batch. An example above them gets a micro-batch of its own.
+        num_cuts: number of micro-batches wanted, equally full. The result has more only if the budget demands it, and
+            fewer only if there are fewer examples. None: as few as possible.
     """
     ends_of_windows = np.cumsum(windows).tolist()
     load = np.cumsum(_load(windows, positions, budget)).tolist()
@@ -47,9 +49,9 @@ def cut_micro_batches(windows: Ids, positions: Ids, budget: Budget, num_cuts: in
     return cuts
 
 
-def _load(windows: Ids, positions: Ids, budget: Budget) -> NDArray[np.float64]:
-    """The share of a micro-batch that each example takes by the budget that it strains most."""
-    shares = [
+def _load(windows: NDArray[np.int64], positions: NDArray[np.int64], budget: Budget) -> NDArray[np.float64]:
+    """The fraction of a micro-batch that each example takes, by the tightest limit, `(n,)`."""
+    fractions = [
         np.asarray(values) / limit
         for values, limit in (
             (np.ones(len(windows)), budget.max_examples),
@@ -58,12 +60,12 @@ def _load(windows: Ids, positions: Ids, budget: Budget) -> NDArray[np.float64]:
         )
         if limit is not None
     ]
-    load: NDArray[np.float64] = np.maximum.reduce(shares)
+    load: NDArray[np.float64] = np.maximum.reduce(fractions)
     return load
 
 
-def _largest_end(start: int, ends_of_windows: Sequence[int], positions: Ids, budget: Budget) -> int:
-    """Where a micro-batch that begins at `start` must end."""
+def _largest_end(start: int, ends_of_windows: Sequence[int], positions: NDArray[np.int64], budget: Budget) -> int:
+    """The last end that the budget allows for a micro-batch that begins at `start`."""
     ends = [len(positions)]
     if budget.max_examples is not None:
         ends.append(start + budget.max_examples)
@@ -76,10 +78,10 @@ def _largest_end(start: int, ends_of_windows: Sequence[int], positions: Ids, bud
 
 
 def _even_end(start: int, load: Sequence[float], num_left: int) -> int:
-    """Where a micro-batch ends that takes its even part of what is left."""
+    """The end that gives the micro-batch at `start` an equal part of the remaining load."""
     before = load[start - 1] if start else 0.0
     target = before + (load[-1] - before) / num_left
     end = bisect.bisect_left(load, target)
-    # The example on the edge goes where it brings the cut nearer to its target.
+    # The example on the edge is included if that brings the cut closer to its target.
     nearer_with_it = end < len(load) and load[end] - target <= target - (load[end - 1] if end else 0.0)
     return max(start + 1, end + int(nearer_with_it))

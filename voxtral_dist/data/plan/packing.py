@@ -1,4 +1,4 @@
-"""Short utterances packed together into windows."""
+"""Packing of short utterances into shared encoder windows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from voxtral_dist.data.stored.shard_set import Ids
 
-# Of groups with room for a clip, so many are looked at before a new one is opened: all of them may be full of text.
+# Open groups tried for an utterance before a new group is opened: all of them may have room for its audio, but none
+# for its text.
 _NUM_CANDIDATES = 32
 
 
@@ -21,25 +22,34 @@ def pack_into_windows(
     window_ms: int,
     max_tokens: int,
 ) -> list[list[int]]:
-    """Groups of positions whose audio fits into one window and whose transcripts fit into one target.
+    """Group utterances so that the audio of a group fits into one window and its text into one target.
 
-    Best fit, longest first (Johnson, "Near-optimal bin packing algorithms", MIT 1973): each clip goes where it leaves
-    the least room. Clips of different languages are never joined, nor two draws of one sample, and clips of more than a
-    window stay alone.
+    Best-fit decreasing bin packing (Johnson, "Near-optimal bin packing algorithms", MIT 1973): the longest utterances
+    come first, and each goes where it leaves the least room. Utterances of different languages never share a group,
+    nor do two draws of one utterance; an utterance longer than a window stays alone.
+
+    Args:
+        duration_ms: duration of each utterance in milliseconds, `(n,)`.
+        num_tokens: text tokens of each, `(n,)`.
+        languages: language number of each, `(n,)`.
+        utterance_ids: id of each, `(n,)`.
+        window_ms: length of a window in milliseconds.
+        max_tokens: maximum number of text tokens of a group of several utterances.
 
     Returns:
-        Groups in no particular order; the positions of a group ascend. Every position is in one group.
+        Groups of positions in the arrays, in no particular order; each position is in exactly one group, and the
+        positions of a group ascend.
     """
     groups: list[list[int]] = []
     tokens: list[int] = []
     held: list[set[int]] = []
     # By language: (room left, group), ascending.
     open_groups: dict[int, list[tuple[int, int]]] = {}
-    clips = list(
+    utterances = list(
         zip(duration_ms.tolist(), num_tokens.tolist(), languages.tolist(), utterance_ids.tolist(), strict=True)
     )
     for position in np.argsort(-duration_ms, kind="stable").tolist():
-        duration, length, language, utterance_id = clips[position]
+        duration, length, language, utterance_id = utterances[position]
         rooms = open_groups.setdefault(language, [])
         tightest = bisect.bisect_left(rooms, (duration, -1))
         place = next(

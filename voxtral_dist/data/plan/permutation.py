@@ -1,7 +1,7 @@
-"""Keyed permutations of 0..n-1 that are computed for single values, without a table of n.
+"""Keyed permutations of 0..n-1, computed value by value without a table of size n.
 
-Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), sections 3 and 5: a Feistel network with cycle
-walking. Its round function is the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+A Feistel network with cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002), sections
+3 and 5. The round function is the finalizer of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 _U64 = np.uint64
 _NUM_ROUNDS = 4
-# Networks of few bits are far from random: below this size the permutation is the order of hashes.
+# Networks of few bits are far from random: up to this size, a table sorted by hash is the permutation.
 _LARGEST_TABLE = 4096
 
 
 def permute_blocks(positions: Ids, num_utterances: int, block_size: int, key: Sequence[int]) -> Ids:
-    """Where each position of a pass is found in the index, when blocks of neighbours are shuffled.
+    """Shuffle blocks of neighbours: the place in the index of each position of an epoch, `(n,)`.
 
-    A bijection of 0..num_utterances-1 for every key. The last block may be short: wherever it lands, later positions
-    move up by what it lacks.
+    The result is a bijection of 0..num_utterances-1 for every key. The last block may be short: wherever it lands, the
+    positions after it move up by the number of utterances that it lacks.
+
+    Args:
+        positions: positions in the epoch, `(n,)`.
+        num_utterances: number of utterances in the epoch.
+        block_size: number of neighbours that stay together.
+        key: integers that seed the permutation.
     """
     num_blocks = -(-num_utterances // block_size)
     lacking = num_blocks * block_size - num_utterances
@@ -35,14 +41,14 @@ def permute_blocks(positions: Ids, num_utterances: int, block_size: int, key: Se
 
 
 def permute(values: Ids, size: int, key: Sequence[int]) -> Ids:
-    """A keyed bijection of 0..size-1, computed for `values` alone."""
+    """Apply a keyed bijection of 0..size-1 to `values`, `(n,)`."""
     if size <= _LARGEST_TABLE:
         return _table(size, key)[values]
     return _walk(values, size, _round_keys(key))
 
 
 def _place_of(value: int, size: int, key: Sequence[int]) -> int:
-    """The inverse of `permute`: a Feistel network runs backwards with reversed round keys and swapped halves."""
+    """Invert `permute`: a Feistel network runs backwards with reversed round keys and swapped halves."""
     if size <= _LARGEST_TABLE:
         return int(np.flatnonzero(_table(size, key) == value)[0])
     half_bits = _half_bits(size)
@@ -61,7 +67,8 @@ def _table(size: int, key: Sequence[int]) -> Ids:
 def _walk(values: Ids, size: int, keys: NDArray[np.uint64]) -> Ids:
     half_bits = _half_bits(size)
     current = _encrypt(values, half_bits, keys)
-    # The network permutes a power of four below 4 * size: values that leave the range are encrypted again.
+    # Cycle walking: the network permutes a power of four below 4 * size, and results outside the range are encrypted
+    # again.
     while (outside := current >= size).any():
         current[outside] = _encrypt(current[outside], half_bits, keys)
     return current
@@ -90,7 +97,7 @@ def _swap(values: Ids, half_bits: int) -> Ids:
 
 
 def hash_values(values: Ids, key: Sequence[int]) -> NDArray[np.uint64]:
-    """Numbers that look random, one for each value, equal for equal (value, key)."""
+    """Pseudorandom numbers, one for each value, `(n,)`; equal for equal (value, key)."""
     state = np.zeros(1, dtype=_U64)
     for part in key:
         state = _mix(state ^ _U64(part))

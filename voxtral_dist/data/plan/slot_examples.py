@@ -1,4 +1,4 @@
-"""The examples of one slot."""
+"""The examples of one slot, by the utterances that they hold."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SlotExamples:
-    """The examples of one slot of one step.
+    """The examples of one slot of one step; all fields are empty for an empty slot.
 
-    utterance_ids: of all examples, one after the other.
-    epochs: how often the stream of each sample was gone through before; with the sample it keys augmentation.
-    example_sizes: how many of the samples each example takes; other than 1 only where samples are packed.
+    utterance_ids: the utterances of all examples, concatenated.
+    epochs: for each utterance, the epoch of its stream in which it is drawn, counted from 0; keys its augmentation.
+    example_sizes: the number of utterances in each example; more than 1 only where utterances are packed.
     """
 
     utterance_ids: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""Which samples are drawn, and how often: filters over the index, and the streams that a mixture is made of.
+"""Streams: which utterances are drawn, and how often.
 
-A stream is what has a share of its own: a shard set, or one language of it. They are found in one scan of the index,
-some records at a time; afterwards one byte a sample says which stream it belongs to, and the k-th sample of a stream is
-found by counts of blocks. Where nothing is filtered and nothing is mixed, there is one stream, no scan and no table.
+A stream is a part of the data with a share of its own in the mixture: a shard set, or one language of it. One scan of
+the index, chunk by chunk, filters the utterances and assigns them to streams; afterwards `StreamTable` finds the k-th
+utterance of a stream. Without filters and mixtures there is one stream, no scan and no table.
 """
 
 from __future__ import annotations
@@ -16,22 +16,28 @@ from numpy.typing import NDArray
 
 from voxtral_dist.config import TrainDataConfig
 from voxtral_dist.data.plan.example_sizes import ExampleSizes
-from voxtral_dist.data.plan.filters import TOO_MANY_POSITIONS, TOO_MANY_TARGETS, Filters
+from voxtral_dist.data.plan.filters import TOO_MANY_POSITIONS, TOO_MANY_TARGET_TOKENS, Filters
+from voxtral_dist.data.plan.stream_table import SKIPPED, StreamTable
 from voxtral_dist.data.stored.index import RecordChunk, ShardIndex
 from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE, Ids
 from voxtral_dist.errors import UserError
 
-_BLOCK_UTTERANCES = 1024
-_SKIPPED = 255
+# What to do about utterances that `too_long: refuse` refuses, by the reason.
+_REMEDIES = {
+    TOO_MANY_TARGET_TOKENS: "raise `max_target_tokens`, cut the recordings into shorter ones",
+    TOO_MANY_POSITIONS: "cut the recordings into shorter ones",
+}
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Samples that have a share of their own.
+    """A part of the data with a share of its own.
 
-    name: of the shard set, and the language where languages are mixed. mean_seconds: of its samples, where it is known.
-    num_utterances: different ones. num_draws: drawn in one epoch of the plan; a stream with more draws is gone
-    through again and again, each time in another order and without replacement.
+    name: the shard set, followed by the language where languages are mixed: `podcasts/de`.
+    num_utterances: number of its utterances that pass the filters.
+    num_draws: utterances drawn in one epoch of the plan. A stream with more draws than utterances is repeated: each of
+        its epochs has another order and draws every utterance once.
+    mean_seconds: mean duration of its utterances; 0 where the records were not scanned.
     """
 
     name: str
@@ -41,41 +47,45 @@ class Stream:
 
     @property
     def drawn_seconds(self) -> float:
-        """Audio that is drawn in a pass."""
+        """Seconds of audio drawn in one epoch of the plan."""
         return self.num_draws * self.mean_seconds
 
 
 class Streams:
-    """The streams of a training set, and the samples of each by their position in it."""
+    """The streams of a training set.
 
-    def __init__(self, streams: Sequence[Stream], skipped: Mapping[str, int], table: _StreamTable | None) -> None:
+    `streams` are the streams by number, and `skipped` is the number of skipped utterances by reason.
+    """
+
+    def __init__(self, streams: Sequence[Stream], skipped: Mapping[str, int], table: StreamTable | None) -> None:
+        """Streams over a table; without a table there is one stream, which holds the whole index."""
         self.streams = tuple(streams)
         self.skipped = dict(skipped)
         self._table = table
 
     @property
     def num_utterances(self) -> int:
-        """Different ones that can be drawn."""
+        """Number of utterances that pass the filters."""
         return sum(stream.num_utterances for stream in self.streams)
 
-    def utterance_ids(self, stream: int, positions: Ids) -> Ids:
-        """The samples at these positions of a stream, which are in the order of the index."""
+    def utterance_ids(self, stream: int, positions: NDArray[np.int64]) -> Ids:
+        """The utterances at the given positions of a stream, which has the order of the index, `(n,)`."""
         return positions if self._table is None else self._table.find(stream, positions)
 
 
 def build_streams(
     config: TrainDataConfig, index: ShardIndex, set_ends: Mapping[str, int], sizes: ExampleSizes
 ) -> Streams:
-    """Filter an index and divide it into streams.
+    """Filter the utterances of an index and divide them into streams.
 
     Args:
         config: filters, weights and temperatures.
-        index: all samples.
-        set_ends: for each shard set by name, where its samples end in the index.
+        index: all utterances.
+        set_ends: for each shard set by name, where its utterances end in the index.
         sizes: what examples cost.
 
     Raises:
-        UserError: a set has nothing left to draw, or there are too many streams.
+        UserError: no utterance of a set passes the filters, there are too many streams, or `too_long` refuses one.
     """
     filters = Filters(config, sizes, index.languages)
     if not config.mixes_sets and not config.mixes_languages and not filters.can_refuse(index):
@@ -91,18 +101,22 @@ def build_streams(
             scan.cells, scan.counts.tolist(), draws, (scan.milliseconds / 1000.0).tolist(), strict=False
         )
     ]
-    return Streams(streams, sum(scan.skipped.values(), Counter()), _StreamTable(scan.stream_of_utterance, len(streams)))
+    return Streams(streams, sum(scan.skipped.values(), Counter()), StreamTable(scan.stream_of_utterance, len(streams)))
 
 
-# A set, and a language of it: None where its languages are not told apart.
+# A set and the number of a language in it; None if its languages are not mixed.
 _Cell = tuple[str, int | None]
 
 
 @dataclass
 class _Scan:
-    """What one look at all records finds.
+    """The result of one scan over all records.
 
-    stream_of_utterance: the number of a cell, or `_SKIPPED`; uint8 `(N,)`. counts, milliseconds: of each cell.
+    set_ends: where the utterances of each set end in the index.
+    stream_of_utterance: the number of each utterance's cell, or `SKIPPED`; uint8 `(N,)`.
+    cells: the cells by number; each becomes a stream.
+    counts, milliseconds: utterances of each cell and their duration, `(256,)`.
+    skipped: number of skipped utterances by set and reason.
     """
 
     set_ends: Mapping[str, int]
@@ -113,20 +127,20 @@ class _Scan:
     skipped: dict[str, Counter[str]] = field(default_factory=dict)
 
     def add(self, chunk: RecordChunk, kept: NDArray[np.bool_], set_name: str, by_language: bool) -> None:
-        """Divide the kept records of a chunk, which are all of one set, among its cells."""
+        """Assign the kept records of a chunk, all of one set, to cells."""
         number_of_language = np.zeros(2**16, dtype=np.uint8)
         counts = np.bincount(chunk.languages[kept]) if by_language else np.array([kept.any()])
         for language in np.flatnonzero(counts).tolist():
             number = self._number_of((set_name, language if by_language else None))
             number_of_language[language if by_language else slice(None)] = number
-        codes = np.where(kept, number_of_language[chunk.languages], np.uint8(_SKIPPED))
+        codes = np.where(kept, number_of_language[chunk.languages], np.uint8(SKIPPED))
         self.stream_of_utterance[chunk.first_id : chunk.first_id + len(codes)] = codes
         self.counts += np.bincount(codes, minlength=256)
-        # Whole numbers, so that their sum does not depend on how records are divided into chunks.
+        # Whole numbers, so that their sum does not depend on the division of records into chunks.
         self.milliseconds += np.bincount(codes, weights=chunk.records["duration_ms"], minlength=256)
 
     def name(self, cell: _Cell, languages: Sequence[str]) -> str:
-        """Such as `podcasts/de`."""
+        """The name of the stream that a cell becomes, such as `podcasts/de`."""
         set_name, number = cell
         if number is None:
             return set_name
@@ -135,9 +149,9 @@ class _Scan:
 
     def _number_of(self, cell: _Cell) -> int:
         if cell not in self.cells:
-            if len(self.cells) == _SKIPPED:
+            if len(self.cells) == SKIPPED:
                 raise UserError(
-                    f"`train_data`: the mixture has more than {_SKIPPED} streams (shard sets times languages): mix "
+                    f"`train_data`: the mixture has more than {SKIPPED} streams (shard sets times languages): mix "
                     "fewer sets, or set `language_temperature` to 1."
                 )
             self.cells.append(cell)
@@ -159,7 +173,7 @@ def _scan(index: ShardIndex, filters: Filters, set_ends: Mapping[str, int], by_l
 
 
 def _kept(filters: Filters, chunk: RecordChunk, skipped: Counter[str]) -> NDArray[np.bool_]:
-    """Which records pass all filters; the others are counted by the first reason that refuses them."""
+    """The mask of the records that pass all filters; the others are counted in `skipped` by their first reason."""
     kept = np.ones(len(chunk.records), dtype=bool)
     for reason, refused in filters.refused(chunk):
         if count := int((kept & refused).sum()):
@@ -172,7 +186,7 @@ def _refuse_unknown_languages(config: TrainDataConfig, index: ShardIndex) -> Non
     for language in config.languages or ():
         if language not in index.languages:
             raise UserError(
-                f"`train_data.languages`: no sample has the language {language!r}; the index knows "
+                f"`train_data.languages`: no utterance has the language {language!r}; the languages of the index are "
                 f"{', '.join(index.languages) or 'none'}."
             )
 
@@ -181,12 +195,11 @@ def _refuse_too_long(config: TrainDataConfig, scan: _Scan) -> None:
     if config.too_long == "skip":
         return
     for set_name, skipped in scan.skipped.items():
-        for reason in (TOO_MANY_TARGETS, TOO_MANY_POSITIONS):
+        for reason, remedy in _REMEDIES.items():
             if skipped[reason]:
-                where = "" if set_name == "all" else f" of the set `{set_name}`"
                 raise UserError(
-                    f"`train_data.too_long` is `refuse`, and {skipped[reason]} samples{where} are {reason}: raise "
-                    "`max_target_tokens`, cut the recordings, or set `too_long: skip`."
+                    f"`train_data.too_long` is `refuse`, but {_set_in_words(set_name)} has {skipped[reason]} "
+                    f"utterances {reason}: {remedy}, or set `too_long: skip`."
                 )
 
 
@@ -194,19 +207,22 @@ def _refuse_empty_sets(scan: _Scan) -> None:
     for set_name in scan.set_ends:
         if not any(cell_set == set_name for cell_set, _ in scan.cells):
             reasons = ", ".join(f"{count} {reason}" for reason, count in scan.skipped[set_name].items())
-            where = "" if set_name == "all" else f" of the set `{set_name}`"
             raise UserError(
-                f"`train_data`: none of the samples{where} passes the filters ({reasons}), so there is nothing to "
-                "train on: loosen them, or take the set out."
+                f"`train_data`: no utterance of {_set_in_words(set_name)} passes the filters ({reasons}), so there is "
+                "nothing to train on: loosen the filters, or remove the set."
             )
 
 
-def _draws(config: TrainDataConfig, scan: _Scan) -> list[int]:
-    """How many samples of each stream are drawn in a pass that draws as many as there are.
+def _set_in_words(set_name: str) -> str:
+    return "the training set" if set_name == "all" else f"the set `{set_name}`"
 
-    Shares are of the audio that is drawn: a set has its weight, or (hours)^(1/T) without weights, and a language of it
-    has (hours)^(1/T). This is the temperature of multilingual BERT and XLM-R (Conneau et al., arXiv 1911.02116, section
-    3.1, with alpha = 1/T), applied to hours. A share of audio becomes one of samples by the mean length of the stream.
+
+def _draws(config: TrainDataConfig, scan: _Scan) -> list[int]:
+    """The number of draws of each stream in an epoch of the plan, which together are the number of utterances.
+
+    Shares are fractions of the drawn audio: a set has its weight, or hours^(1/T) without weights, and a language of it
+    hours^(1/T). This is the temperature of multilingual BERT and XLM-R (Conneau et al., arXiv 1911.02116, section 3.1,
+    with alpha = 1/T), applied to hours. The mean duration of a stream converts its share of audio to draws.
     """
     seconds, counts = scan.milliseconds[: len(scan.cells)] / 1000.0, scan.counts[: len(scan.cells)]
     set_names = [set_name for set_name, _ in scan.cells]
@@ -216,53 +232,15 @@ def _draws(config: TrainDataConfig, scan: _Scan) -> list[int]:
         by_language = seconds[mine] ** (1 / config.language_temperature)
         weight = config.set_weight(set_name, float(seconds[mine].sum()))
         share[mine] = weight * by_language / by_language.sum()
-    # Streams without any weight in samples would never be drawn: a pass draws at least one of each.
     ideal = share / (seconds / counts)
     # Rounded, because powers differ in their last digits between kinds of processors, and ranks must agree.
     return _largest_remainders(np.round(ideal / ideal.sum() * counts.sum(), 3), int(counts.sum()))
 
 
 def _largest_remainders(ideal: NDArray[np.float64], total: int) -> list[int]:
-    """Whole numbers of at least 1 next to the ideal ones that add up to `total`, where that can be."""
+    """Round to integers that add up to `total` where possible; each is at least 1, so that no stream is never drawn."""
     floors = np.maximum(1, np.floor(ideal)).astype(int)
     order = np.argsort(-(ideal - floors), kind="stable")
     missing = max(0, total - int(floors.sum()))
     floors[order[:missing]] += 1
     return [int(number) for number in floors]
-
-
-class _StreamTable:
-    """Finds the k-th sample of a stream by the counts of each block of samples."""
-
-    def __init__(self, stream_of_utterance: NDArray[np.uint8], num_streams: int) -> None:
-        whole = len(stream_of_utterance) - len(stream_of_utterance) % _BLOCK_UTTERANCES
-        self._blocks = stream_of_utterance[:whole].reshape(-1, _BLOCK_UTTERANCES)
-        # What is left after the whole blocks, on its own so that the large array need not be copied.
-        self._last = np.full(_BLOCK_UTTERANCES, _SKIPPED, dtype=np.uint8)
-        self._last[: len(stream_of_utterance) - whole] = stream_of_utterance[whole:]
-        self._ends = [np.cumsum(self._counts(stream)) for stream in range(num_streams)]
-
-    def find(self, stream: int, positions: Ids) -> Ids:
-        """The samples at these positions of the stream, `(n,)`."""
-        ends = self._ends[stream]
-        blocks = np.searchsorted(ends, positions, side="right")
-        inside = positions - np.where(blocks > 0, ends[blocks - 1], 0)
-        found = np.empty(len(positions), dtype=np.int64)
-        # In parts, so that a large window does not take the memory of all its blocks at a time.
-        for part in np.array_split(np.arange(len(positions)), -(-len(positions) // 4096) or 1):
-            ranks = np.cumsum(self._rows(blocks[part]) == stream, axis=1, dtype=np.uint16)
-            found[part] = (ranks <= inside[part, None]).sum(axis=1)
-        utterance_ids: Ids = blocks * _BLOCK_UTTERANCES + found
-        return utterance_ids
-
-    def _rows(self, blocks: Ids) -> NDArray[np.uint8]:
-        is_last = blocks == len(self._blocks)
-        rows = np.empty((len(blocks), _BLOCK_UTTERANCES), dtype=np.uint8)
-        rows[~is_last] = self._blocks[blocks[~is_last]]
-        rows[is_last] = self._last
-        return rows
-
-    def _counts(self, stream: int) -> NDArray[np.int64]:
-        parts = [*np.array_split(self._blocks, len(self._blocks) // 4096 + 1), self._last[None]]
-        counts: Ids = np.concatenate([(part == stream).sum(axis=1, dtype=np.int64) for part in parts])
-        return counts
