@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Ids = NDArray[np.int64]
+Integers = NDArray[np.int64]
 _U64 = np.uint64
 _NUM_ROUNDS = 4
 # Networks of few bits are far from random: up to this size, a table sorted by hash is the permutation.
 _LARGEST_TABLE = 4096
 
 
-def permute_blocks(positions: Ids, num_utterances: int, block_size: int, key: Sequence[int]) -> Ids:
+def permute_blocks(positions: Integers, num_utterances: int, block_size: int, key: Sequence[int]) -> Integers:
     """Shuffle blocks of neighbours: the place in the index of each position of an epoch, `(n,)`.
 
     The result is a bijection of 0..num_utterances-1 for every key. The last block may be short: wherever it lands, the
@@ -36,11 +36,11 @@ def permute_blocks(positions: Ids, num_utterances: int, block_size: int, key: Se
         end_of_short = _place_of(num_blocks - 1, num_blocks, key) * block_size + block_size - lacking
         positions = np.where(positions >= end_of_short, positions + lacking, positions)
     blocks, inside = np.divmod(positions, block_size)
-    places: Ids = permute(blocks, num_blocks, key) * block_size + inside
+    places: Integers = permute(blocks, num_blocks, key) * block_size + inside
     return places
 
 
-def permute(values: Ids, size: int, key: Sequence[int]) -> Ids:
+def permute(values: Integers, size: int, key: Sequence[int]) -> Integers:
     """Apply a keyed bijection of 0..size-1 to `values`, `(n,)`."""
     if size <= _LARGEST_TABLE:
         return _table(size, key)[values]
@@ -60,11 +60,11 @@ def _place_of(value: int, size: int, key: Sequence[int]) -> int:
             return int(current[0])
 
 
-def _table(size: int, key: Sequence[int]) -> Ids:
+def _table(size: int, key: Sequence[int]) -> Integers:
     return np.argsort(hash_values(np.arange(size), (*key, 3)), kind="stable")
 
 
-def _walk(values: Ids, size: int, keys: NDArray[np.uint64]) -> Ids:
+def _walk(values: Integers, size: int, keys: NDArray[np.uint64]) -> Integers:
     half_bits = _half_bits(size)
     current = _encrypt(values, half_bits, keys)
     # Cycle walking: the network permutes a power of four below 4 * size, and results outside the range are encrypted
@@ -82,7 +82,7 @@ def _round_keys(key: Sequence[int]) -> NDArray[np.uint64]:
     return hash_values(np.arange(_NUM_ROUNDS), (*key, 0))
 
 
-def _encrypt(values: Ids, half_bits: int, keys: NDArray[np.uint64]) -> Ids:
+def _encrypt(values: Integers, half_bits: int, keys: NDArray[np.uint64]) -> Integers:
     mask = _U64((1 << half_bits) - 1)
     shift = _U64(half_bits)
     left, right = values.astype(_U64) >> shift, values.astype(_U64) & mask
@@ -91,12 +91,12 @@ def _encrypt(values: Ids, half_bits: int, keys: NDArray[np.uint64]) -> Ids:
     return ((left << shift) | right).astype(np.int64)
 
 
-def _swap(values: Ids, half_bits: int) -> Ids:
+def _swap(values: Integers, half_bits: int) -> Integers:
     mask = (1 << half_bits) - 1
     return ((values & mask) << half_bits) | (values >> half_bits)
 
 
-def hash_values(values: Ids, key: Sequence[int]) -> NDArray[np.uint64]:
+def hash_values(values: Integers, key: Sequence[int]) -> NDArray[np.uint64]:
     """Pseudorandom numbers, one for each value, `(n,)`; equal for equal (value, key)."""
     state = np.zeros(1, dtype=_U64)
     for part in key:
