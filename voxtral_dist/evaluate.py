@@ -10,7 +10,7 @@ from voxtral_dist.config import EvaluationConfig, TestContextConfig, TestSetConf
 from voxtral_dist.data.stored.storage import is_remote
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.loading import load_transcriber, processor_path
+from voxtral_dist.evaluation.loading import load_decoder, processor_path
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
 from voxtral_dist.files import refuse_unwritable
 from voxtral_dist.model.prompts import VoxtralPrompts
@@ -58,9 +58,9 @@ def evaluate(
     refuse_different_test_sets(built, world)
     # Before the model is loaded: it may be refused.
     used = normalizer(named.normalizer, options.target_text)
-    transcriber = load_transcriber(model_path, prompts, named, precision, world)
+    decoder = load_decoder(model_path, prompts, named, precision, world)
     for test_set in built:
-        yield test_set.name, evaluate_test_set(test_set, transcriber, named, used, out_dir, world)
+        yield test_set.name, evaluate_test_set(test_set, decoder, named, used, out_dir, world)
 
 
 def _set_name(shards: str) -> str:

@@ -20,7 +20,7 @@ from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine
 from voxtral_dist.evaluation.decoding_weights import decoding_weights
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
-from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.scoring.normalizer import normalizer
@@ -50,8 +50,8 @@ def _evaluate(run: TrainingRun, world: World) -> dict[str, Any]:
     wait_for_all(world)
     started, cores_started = time.perf_counter(), time.process_time()
     with decoding_weights(engine, settings, 0, world) as (model, in_lockstep, why):
-        transcriber = Transcriber(model, prompts, log_mel, settings, in_lockstep)
-        evaluate_test_set(test_set, transcriber, settings, normalizer("none"), run.folder / "results", world)
+        decoder = BatchDecoder(model, prompts, log_mel, settings, in_lockstep)
+        evaluate_test_set(test_set, decoder, settings, normalizer("none"), run.folder / "results", world)
     answer: dict[str, Any] = {
         "seconds": time.perf_counter() - started,
         "core_seconds": time.process_time() - cores_started,

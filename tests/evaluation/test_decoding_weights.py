@@ -9,9 +9,9 @@ import torch
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluation.loading import load_transcriber
+from voxtral_dist.evaluation.loading import load_decoder
 from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets
-from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 CPU = torch.device("cpu")
@@ -22,11 +22,11 @@ def settings_on(shards: Path, context: object = None, **more: object) -> Evaluat
     return EvaluationConfig.model_validate({"test_sets": test_sets, "max_tokens_per_second": 4.0, **more})
 
 
-def most_positions(test_set: TestSet, transcriber: Transcriber) -> int:
+def most_positions(test_set: TestSet, decoder: BatchDecoder) -> int:
     """Of a batch, with the prompts and limits that decoding has."""
     batches = [test_set.read(batch) for batch in test_set.batches]
     return max(
-        len(examples) * max(len(example.prompt) + transcriber._limit(example) for example in examples)
+        len(examples) * max(len(example.prompt) + decoder._limit(example) for example in examples)
         for examples in batches
     )
 
@@ -39,9 +39,9 @@ def test_the_estimate_of_positions_holds_those_of_every_batch(
     words.write_text("bottles\nGenève\n" + "".join(f"word{number}\n" for number in range(100)), encoding="utf-8")
     context = None if sizes is None else {"words": words, "num_distractors": sizes}
     settings = settings_on(shard_folder, context, batch_size=4)
-    transcriber = load_transcriber(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
+    decoder = load_decoder(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
     for test_set in build_test_sets(settings, prompts, target_text=()):
-        needed = most_positions(test_set, transcriber)
+        needed = most_positions(test_set, decoder)
         assert needed <= test_set.most_positions < 2 * needed, test_set.name
 
 
@@ -49,12 +49,12 @@ def test_a_static_cache_has_the_length_of_its_batch_and_not_of_those_before(
     tiny_model: Path, shard_folder: Path, prompts: VoxtralPrompts
 ) -> None:
     settings = settings_on(shard_folder, batch_size=1, static_cache=True)
-    transcriber = load_transcriber(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
+    decoder = load_decoder(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
     (test_set,) = build_test_sets(settings, prompts, target_text=())
     lengths = []
     for batch in (test_set.batches[0], test_set.batches[-1]):
         (example,) = test_set.read(batch)
-        transcriber([example])
-        lengths.append(transcriber._model._previous_max_cache_length)
-        assert lengths[-1] <= len(example.prompt) + transcriber._limit(example)
+        decoder([example])
+        lengths.append(decoder._model._previous_max_cache_length)
+        assert lengths[-1] <= len(example.prompt) + decoder._limit(example)
     assert lengths[1] < lengths[0]

@@ -24,7 +24,7 @@ from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.decoding_weights import decoding_weights
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
-from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.weights import load_for_inference
@@ -109,9 +109,9 @@ def decode_all(world: World, cases: list[tuple[Case, RunConfig]]) -> list[bool]:
         prompts = VoxtralPrompts.from_pretrained(config.model.path)
         settings = config.evaluation
         with decoding_weights(engine, settings, 0, world) as (model, in_lockstep, _):
-            transcriber = Transcriber(model, prompts, log_mel, settings, in_lockstep)
+            decoder = BatchDecoder(model, prompts, log_mel, settings, in_lockstep)
             for test_set in build_test_sets(settings, prompts, target_text=()):
-                evaluate_test_set(test_set, transcriber, settings, normalizer("basic"), config.run_dir, world)
+                evaluate_test_set(test_set, decoder, settings, normalizer("basic"), config.run_dir, world)
         found.append(in_lockstep)
     return found
 
@@ -159,11 +159,11 @@ def error_and_seconds(world: World, config: RunConfig) -> tuple[str, int, float]
     test_sets = build_test_sets(config.evaluation, prompts, target_text=())
     started = time.monotonic()
     with decoding_weights(engine, config.evaluation, 0, world) as (model, in_lockstep, _):
-        transcriber = Transcriber(model, prompts, log_mel, config.evaluation, in_lockstep)
+        decoder = BatchDecoder(model, prompts, log_mel, config.evaluation, in_lockstep)
         if world.rank == 1 and config.evaluation.num_beams == 2:
-            transcriber._generate = fails_at_the_second_batch(transcriber._generate)
+            decoder._generate = fails_at_the_second_batch(decoder._generate)
         try:
-            evaluate_test_set(test_sets[0], transcriber, config.evaluation, normalizer("none"), config.run_dir, world)
+            evaluate_test_set(test_sets[0], decoder, config.evaluation, normalizer("none"), config.run_dir, world)
         except SharedError as error:
             return str(error), error.exit_code, time.monotonic() - started
     raise AssertionError("the evaluation ended as if nothing had happened")

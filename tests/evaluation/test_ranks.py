@@ -13,7 +13,7 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.decoding import decode_batches
-from voxtral_dist.evaluation.transcriber import DecodedBatch
+from voxtral_dist.evaluation.batch_decoder import DecodedBatch
 from voxtral_dist.scoring.results import TestSetScore
 
 from corpora import pack_manifest, write_speech_manifest
@@ -63,7 +63,7 @@ def test_ranks_and_batch_sizes_do_not_change_the_word_error_rate(
 
 
 class Instant:
-    """Stands for a `Transcriber` that needs no time."""
+    """Stands for a `BatchDecoder` that needs no time."""
 
     in_lockstep = False
 

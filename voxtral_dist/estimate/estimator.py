@@ -9,7 +9,7 @@ from voxtral_dist.estimate.activations import Activations, MicroBatchShape
 from voxtral_dist.estimate.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate_memory
 from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
 from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
-from voxtral_dist.evaluation.transcriber import MIN_NEW_TOKENS
+from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
 from voxtral_dist.model.flops import TrainingFlops
 from voxtral_dist.model.tiny import POSITIONS_PER_SECOND
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, audio_tokens_per_window, trained_meta_model

@@ -48,7 +48,7 @@ class DecodedBatch:
     num_target_tokens: int = 0
 
 
-class Transcriber:
+class BatchDecoder:
     """A model with its tokenizer and features, decoding batches of examples.
 
     in_lockstep: the model is sharded over ranks, which all decode at the same time, batch by batch. A rank whose batch

@@ -19,7 +19,7 @@ from voxtral_dist.distributed.collectives import from_first_rank, gather_on_firs
 from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, what_was_asked
 from voxtral_dist.errors import RankError, SharedError, UserError
-from voxtral_dist.evaluation.transcriber import DecodedBatch, Hypothesis, Transcriber
+from voxtral_dist.evaluation.batch_decoder import DecodedBatch, Hypothesis, BatchDecoder
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Decoded:
 
 
 def decode_batches(
-    name: str, batches: Sequence[Batch], read: ReadBatch, transcriber: Transcriber, with_loss: bool, world: World
+    name: str, batches: Sequence[Batch], read: ReadBatch, decoder: BatchDecoder, with_loss: bool, world: World
 ) -> Decoded:
     """This rank's part of all batches, each of which one rank decodes. All ranks call it together.
 
@@ -46,7 +46,7 @@ def decode_batches(
         name: of the test set, for sentences.
         batches: the same on all ranks, expensive ones first.
         read: gives the examples of a batch.
-        transcriber: that decodes them.
+        decoder: that decodes them.
         with_loss: whether the loss of targets is measured.
         world: all ranks.
 
@@ -54,7 +54,7 @@ def decode_batches(
         SharedError: on all ranks, if one of them could not read a batch, or could not decode one by itself.
         RankError: on a rank that could not decode one in lockstep.
     """
-    part = _Part(name, batches, read, transcriber, with_loss, world)
+    part = _Part(name, batches, read, decoder, with_loss, world)
     # Whoever was still loading is no part of what decoding takes.
     wait_for_all(world)
     started = time.monotonic()
@@ -80,7 +80,7 @@ class _Part:
         name: str,
         batches: Sequence[Batch],
         read: ReadBatch,
-        transcriber: Transcriber,
+        decoder: BatchDecoder,
         with_loss: bool,
         world: World,
     ) -> None:
@@ -90,14 +90,14 @@ class _Part:
         self._name = name
         self._batches = batches
         self._read = read
-        self._transcriber = transcriber
+        self._decoder = decoder
         self._with_loss = with_loss
         self._world = world
 
     def decode(self) -> Exception | None:
         """Decode until no batch is left; what went wrong on this rank, if anything did."""
         try:
-            if self._transcriber.in_lockstep:
+            if self._decoder.in_lockstep:
                 self._decode_in_lockstep()
             else:
                 self._decode_what_is_handed_out()
@@ -115,7 +115,7 @@ class _Part:
         try:
             for number in task_queue:
                 examples = self._read(self._batches[number])
-                self._add(examples, self._transcriber.decode(examples, with_loss=self._with_loss))
+                self._add(examples, self._decoder.decode(examples, with_loss=self._with_loss))
         except Exception:
             task_queue.stop()
             raise
@@ -124,9 +124,9 @@ class _Part:
         """A batch for each rank, then the next ones; where none is left, a rank goes along with silence."""
         for first in range(0, len(self._batches), self._world.size):
             examples, most_windows = self._read_together(self._batches[first : first + self._world.size])
-            asked = examples or [self._transcriber.silence]
+            asked = examples or [self._decoder.silence]
             try:
-                decoded = self._transcriber.decode(asked, with_loss=self._with_loss, most_windows=most_windows)
+                decoded = self._decoder.decode(asked, with_loss=self._with_loss, most_windows=most_windows)
             except Exception as error:
                 _log_unless_plain(error, self._world)
                 raise _OthersWaitError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from voxtral_dist.checkpoints.directory import config_of_checkpoint, is_checkpoint, load_checkpoint
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.model.encoder import ChunkedEncoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
@@ -16,9 +16,9 @@ from voxtral_dist.model.weights import load_for_inference
 _WINDOWS_PER_CHUNK: int = ModelConfig.model_fields["encoder_windows_per_chunk"].default
 
 
-def load_transcriber(
+def load_decoder(
     model_path: str, prompts: VoxtralPrompts, settings: EvaluationConfig, precision: str, world: World
-) -> Transcriber:
+) -> BatchDecoder:
     """A model, whole and ready to decode on this rank's device.
 
     Raises:
@@ -28,7 +28,7 @@ def load_transcriber(
     model = load(model_path, world.device, precision)
     ChunkedEncoder(model, _WINDOWS_PER_CHUNK)
     log_mel = LogMel.from_pretrained(processor_path(model_path), world.device)
-    return Transcriber(model, prompts, log_mel, settings)
+    return BatchDecoder(model, prompts, log_mel, settings)
 
 
 def processor_path(model_path: str) -> str:

@@ -32,7 +32,7 @@ from voxtral_dist.distributed.collectives import (
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.evaluation.decoding import Batch, Decoded, decode_batches
-from voxtral_dist.evaluation.transcriber import MIN_NEW_TOKENS, Hypothesis, Transcriber
+from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS, Hypothesis, BatchDecoder
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.results import Measurements, TestSetScore, score_test_set, write_results
@@ -251,7 +251,7 @@ def _refuse_too_long(name: str, index: ShardIndex, positions: Ids, prompts: Voxt
 
 def evaluate_test_set(
     test_set: TestSet,
-    transcriber: Transcriber,
+    decoder: BatchDecoder,
     settings: EvaluationConfig,
     used: Normalizer,
     out_dir: Path,
@@ -266,7 +266,7 @@ def evaluate_test_set(
     if test_set.has_answers:
         # The steps of target text are for transcripts.
         used = replace(used, target_text=())
-    decoded = decode_batches(test_set.name, test_set.batches, test_set.read, transcriber, settings.measures_loss, world)
+    decoded = decode_batches(test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world)
     measured = _over_ranks(decoded, world)
     mine = [score_utterance(_utterance(test_set, *pair), used, test_set.words) for pair in decoded.pairs]
     gathered = gather_on_first(mine, world)

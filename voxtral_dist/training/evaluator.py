@@ -11,7 +11,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.evaluation.decoding_weights import decoding_bytes, decoding_weights
 from voxtral_dist.evaluation.test_sets import TestSet, evaluate_test_set
-from voxtral_dist.evaluation.transcriber import Transcriber
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.voxtral import DTYPES, read_voxtral_config
@@ -55,9 +55,9 @@ class Evaluator:
         out_dir = self._config.run_dir / "evaluations" / f"step-{step:07d}"
         with decoding_weights(engine, settings, self._decoding_bytes(), self._world) as (model, in_lockstep, why):
             log.say(f"step {step}: {why}")
-            transcriber = Transcriber(model, self._prompts, self._log_mel, settings, in_lockstep)
+            decoder = BatchDecoder(model, self._prompts, self._log_mel, settings, in_lockstep)
             for test_set in test_sets:
-                score = evaluate_test_set(test_set, transcriber, settings, self._normalizer, out_dir, self._world)
+                score = evaluate_test_set(test_set, decoder, settings, self._normalizer, out_dir, self._world)
                 log.write("evaluation", step, {"name": test_set.name} | score.figures())
                 log.say(f"step {step}: {test_set.name}: {score}")
 
