@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from voxtral_dist.transcription.pauses import cut_at_pauses
+from voxtral_dist.transcription.segmenter import cut_at_pauses
 
 from corpora import tone
 
