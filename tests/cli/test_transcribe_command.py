@@ -14,10 +14,11 @@ import soundfile
 import torch
 from transformers import VoxtralForConditionalGeneration
 
-from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.distributed.world import World
 from voxtral_dist.model.tiny import build_tiny_voxtral
-from voxtral_dist.transcription.recordings import ClipError, ClipTranscriber, ClipTranscript, Question, Segment, to_srt
+from voxtral_dist.transcription.question import Question
+from voxtral_dist.transcription.recordings import RecordingError
+from voxtral_dist.transcription.transcriber import Transcriber
+from voxtral_dist.transcription.transcripts import RecordingTranscript, Segment
 
 from commands import PROGRAM
 from corpora import TINY_SHAPE, tone
@@ -26,7 +27,7 @@ from corpora import TINY_SHAPE, tone
 def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
     result = run("transcribe", tiny_model, clip, clip, "--language", "en")
     assert result.code == 0
-    # A model with random weights may say anything, but of one clip twice the same.
+    # A model with random weights may say anything, but of one recording twice the same.
     first, second = result.out.split(f"{clip}\t")[1:]
     assert first == second
 
@@ -35,14 +36,17 @@ def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
     ("arguments", "sentence"),
     [
         (("{folder}/nowhere.wav",), "nowhere.wav cannot be read: No such file"),
-        (("{folder}/empty",), "empty holds no audio: none of its files ends with one of"),
+        (("{folder}/empty",), "empty holds no audio: no file in it ends with one of"),
         (("{folder}/notes.txt",), "notes.txt does not decode"),
         (("{folder}/" + 300 * "a" + ".wav",), "cannot be read: File name too long"),
-        (("{folder}/clip.wav", "{folder}/clip.wav", "--out", "{folder}/out"), "folders of their own"),
+        (("{folder}/clip.wav", "{folder}/clip.wav", "--out", "{folder}/out"), "into different folders"),
         (("{folder}/clip.wav", "--format", "srt"), "name their folder by `--out`"),
         (("{folder}/clip.wav", "--out", "{folder}/notes.txt"), "`--out`: "),
-        (("{folder}/clip.wav", "--instruction", "What?", "--max-segment-seconds", "5"), "asks about whole clips"),
-        (("{folder}/clip.wav", "--language", "klingon"), "'klingon', which is not an ISO 639-1 code"),
+        (("{folder}/clip.wav", "--instruction", "What?", "--max-segment-seconds", "5"), "is about whole recordings"),
+        (
+            ("{folder}/clip.wav", "--language", "klingon"),
+            "an ISO 639-1 code such as 'en', but is 'klingon' instead",
+        ),
     ],
 )
 def test_a_clip_that_cannot_be_transcribed_is_one_sentence(run, tiny_model, clip, arguments, sentence):
@@ -102,7 +106,7 @@ def test_transcribe_takes_context_or_an_instruction_and_writes_json(run, tiny_mo
         assert row.keys() == {"clip", "text", "detected_language", "segments"}
         assert row["clip"] == str(clip)
     refused = run("transcribe", tiny_model, clip, "--instruction", "What?", "--language", "en").refusal()
-    assert "`--instruction` asks something else than a transcript" in refused
+    assert "`--instruction` replaces the request to transcribe" in refused
     assert "`--words`: " in run("transcribe", tiny_model, clip, "--words", clip.parent / "nowhere.txt").refusal()
 
 
@@ -112,7 +116,7 @@ def test_a_clip_that_cannot_be_transcribed_does_not_keep_the_others_from_it(run,
     assert result.code == 2
     assert result.out.count(f"{clip}\t") == 2
     assert "notes.txt does not decode" in result.err
-    assert "1 of 3 clips could not be transcribed" in result.err
+    assert "1 of 3 recordings could not be transcribed" in result.err
 
 
 def test_a_clip_that_is_longer_than_the_model_has_positions_is_cut_unless_a_question_is_about_it(run, tmp_path):
@@ -128,7 +132,7 @@ def test_a_clip_that_is_longer_than_the_model_has_positions_is_cut_unless_a_ques
     crowded = run("transcribe", model, path, "--max-tokens-per-second", "5000").refusal()
     assert "leaves no room for 1.28 s of audio with 5000 tokens a second" in crowded
     refused = run("transcribe", model, path, "--instruction", "What?").refusal()
-    assert "long.flac lasts 50 s, and the model has room for 19 s" in refused
+    assert "long.flac lasts 50 s, but the model has room for 19 s" in refused
 
 
 def test_ranks_share_clips_and_one_that_is_broken_ends_none_of_them(tiny_model, clip, tmp_path):
@@ -150,29 +154,28 @@ def test_ranks_share_clips_and_one_that_is_broken_ends_none_of_them(tiny_model, 
     assert ended.returncode != 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.txt", "2.txt", "3.txt", "4.txt"]
     assert ended.stderr.count("1.wav does not decode") == 1
-    assert ended.stderr.count("1 of 5 clips could not be transcribed; above it says why") == 1
+    assert ended.stderr.count("1 of 5 recordings could not be transcribed; the messages above say why") == 1
 
 
 def test_batches_of_clips_keep_within_their_windows(tiny_model, clip, tmp_path):
     soundfile.write(tmp_path / "long.wav", tone(3.0), 16_000)
     (tmp_path / "broken.wav").write_bytes(b"no audio")
     soundfile.write(tmp_path / "silent.wav", np.zeros(16_000, dtype=np.int16), 16_000)
-    settings = EvaluationConfig(batch_size=3, max_windows=4)
-    transcriber = ClipTranscriber(
-        str(tiny_model), Question("en"), settings, "auto", World(0, 1, 0, torch.device("cpu"))
-    )
-    decode, asked = transcriber._transcriber, []
+    transcriber = Transcriber.from_pretrained(str(tiny_model), device="cpu", batch_size=3, max_windows=4)
+    decode, asked = transcriber._decoder, []
 
     def recorded(examples):
         asked.append([example.num_windows for example in examples])
         return decode(examples)
 
-    transcriber._transcriber = recorded
+    transcriber._decoder = recorded
     names = ("silent", "short", "long", "broken", "long", "short", "short", "short", "short", "silent")
     clips = [clip if name == "short" else tmp_path / f"{name}.wav" for name in names]
-    found = list(transcriber(clips))
-    assert [path for path, _ in found] == clips
-    assert [isinstance(result, ClipError) for _, result in found] == [name == "broken" for name in names]
+    found = list(transcriber.transcripts(clips, Question("en")))
+    assert len(found) == len(clips)
+    assert [isinstance(result, RecordingError) for result in found] == [name == "broken" for name in names]
+    ends = {"silent": 1.0, "short": 0.5, "long": 3.0}
+    assert all(found[place].segments[-1].end_seconds == ends[names[place]] for place in range(10) if place != 3)
     assert asked == [[1, 3], [3, 1], [1, 1, 1]]
 
 
@@ -192,19 +195,19 @@ def test_transcribe_writes_files_for_a_folder(run, tiny_model, clip, tmp_path):
     assert (tmp_path / "out" / "second.txt").read_text(encoding="utf-8") == f"{row['text']}\n"
     cue = f"2\n00:00:0{second['start_seconds']:.3f}".replace(".", ",") + " --> 00:00:07,000\n"
     assert cue in (tmp_path / "out" / "second.srt").read_text(encoding="utf-8")
-    # What was written before is replaced, but never what lies beside a clip: a human may have written it.
+    # What was written before is replaced, but never what is beside a recording: a human may have written it.
     assert run("transcribe", tiny_model, recordings, "--language", "en", *asked).code == 0
     (recordings / "second.txt").write_text("What was truly said.\n", encoding="utf-8")
     refused = run("transcribe", tiny_model, recordings, "--out", recordings).refusal()
-    assert f"{recordings / 'second.txt'} lies beside a clip and would be replaced" in refused
+    assert f"{recordings / 'second.txt'} is beside a recording and would be replaced" in refused
     assert (recordings / "second.txt").read_text(encoding="utf-8") == "What was truly said.\n"
     assert not (recordings / "monday" / "first.txt").exists(), "nothing was decoded before"
     assert run("transcribe", tiny_model, recordings, "--out", recordings, "--format", "json").code == 0
-    # Beside whichever clip, by whichever way it is named.
+    # Beside any recording, by whatever path it is given.
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "second.flac").symlink_to(recordings / "second.flac")
     asked = [tmp_path / "linked", recordings / "monday" / "first.wav", "--out", recordings]
-    assert "second.txt lies beside a clip" in run("transcribe", tiny_model, *asked).refusal()
+    assert "second.txt is beside a recording" in run("transcribe", tiny_model, *asked).refusal()
     assert (recordings / "second.txt").read_text(encoding="utf-8") == "What was truly said.\n"
 
 
@@ -213,7 +216,7 @@ def test_a_folder_with_the_name_of_a_clip_is_none(run, tiny_model, clip, tmp_pat
     shutil.copy(clip, tmp_path / "recordings" / "first.wav")
     result = run("transcribe", tiny_model, tmp_path / "recordings")
     assert (result.code, result.err) == (0, "")
-    # But a link that leads nowhere is a clip that somebody misses.
+    # But a link that leads nowhere is a recording that somebody misses.
     (tmp_path / "recordings" / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
     result = run("transcribe", tiny_model, tmp_path / "recordings")
     assert result.code == 2
@@ -225,7 +228,7 @@ def test_the_name_of_a_clip_may_be_as_long_as_that_of_its_transcript_can_be(run,
     assert run("transcribe", tiny_model, long, "--out", tmp_path / "out").code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == [251 * "a" + ".txt"]
     refused = run("transcribe", tiny_model, long, "--out", tmp_path / "out", "--format", "json").refusal()
-    assert "is longer than 255 bytes: rename the clip" in refused
+    assert "is longer than 255 bytes: rename the recording" in refused
 
 
 def test_a_transcript_that_cannot_be_written_does_not_keep_the_others_from_it(run, tiny_model, clip, tmp_path):
@@ -235,13 +238,13 @@ def test_a_transcript_that_cannot_be_written_does_not_keep_the_others_from_it(ru
     result = run("transcribe", tiny_model, tmp_path / "first.wav", tmp_path / "second.wav", "--out", tmp_path / "out")
     assert result.code == 2
     assert "first cannot be written: Is a directory" in result.err
-    assert "1 of 2 clips could not be transcribed" in result.err
+    assert "1 of 2 recordings could not be transcribed" in result.err
     assert len(result.out.splitlines()) == 2, "what was decoded is printed"
     assert (tmp_path / "out" / "second.txt").is_file()
 
 
 def test_a_text_ends_no_cue_of_subtitles():
     segment = Segment(0.0, 1.5, "one\n\n2\n00:00:00,000 --> 00:00:09,000\ntwo")
-    assert to_srt(ClipTranscript((segment, Segment(1.5, 2.0, "")))) == (
+    assert RecordingTranscript((segment, Segment(1.5, 2.0, ""))).to_srt() == (
         "1\n00:00:00,000 --> 00:00:01,500\none 2 00:00:00,000 --> 00:00:09,000 two\n\n"
     )

@@ -22,9 +22,9 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.plain_copy import evaluation_copy
 from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.evaluation.decoding_weights import decoding_weights
 from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.weights import load_for_inference

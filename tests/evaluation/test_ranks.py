@@ -12,8 +12,8 @@ from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
-from voxtral_dist.evaluation.decoding import decode_batches
 from voxtral_dist.evaluation.batch_decoder import DecodedBatch
+from voxtral_dist.evaluation.decoding import decode_batches
 from voxtral_dist.scoring.results import TestSetScore
 
 from corpora import pack_manifest, write_speech_manifest

@@ -20,7 +20,7 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--words", type=Path, metavar="FILE", help="list of likely words, one per line, as context")
     parser.add_argument("--previous-text", metavar="TEXT", help="text said before the recording, as context")
     parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio instead of a transcript")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the transcript of NAME.wav to FOLDER/NAME.txt")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write FOLDER/NAME.txt for NAME.wav")
     parser.add_argument(
         "--format", choices=_FORMATS, nargs="+", default=["txt"], help="formats of the files in --out (default: txt)"
     )

@@ -19,7 +19,7 @@ from voxtral_dist.distributed.collectives import from_first_rank, gather_on_firs
 from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, what_was_asked
 from voxtral_dist.errors import RankError, SharedError, UserError
-from voxtral_dist.evaluation.batch_decoder import DecodedBatch, Hypothesis, BatchDecoder
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, DecodedBatch, Hypothesis
 
 log = logging.getLogger(__name__)
 

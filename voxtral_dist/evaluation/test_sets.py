@@ -31,8 +31,8 @@ from voxtral_dist.distributed.collectives import (
 )
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError, UserError
+from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS, BatchDecoder, Hypothesis
 from voxtral_dist.evaluation.decoding import Batch, Decoded, decode_batches
-from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS, Hypothesis, BatchDecoder
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.results import Measurements, TestSetScore, score_test_set, write_results

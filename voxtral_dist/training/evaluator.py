@@ -9,9 +9,9 @@ from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.evaluation.decoding_weights import decoding_bytes, decoding_weights
 from voxtral_dist.evaluation.test_sets import TestSet, evaluate_test_set
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.voxtral import DTYPES, read_voxtral_config
