@@ -7,7 +7,7 @@ SPEECH := ../shared/data
 CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits an4 test test-slow lint docs bench rivals clean
+.PHONY: help install demo digits an4 test test-slow lint diagram docs bench rivals clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -57,6 +57,9 @@ lint: install ## Check style, types, layers, recipes, the image and the manifest
 	$(BIN)/shellcheck docker/entrypoint
 	$(BIN)/python launch/kubernetes/validate.py
 	$(CPU_ENV) $(BIN)/voxtral-dist config check launch/recipes/*.yaml
+
+diagram: ## Draw docs/architecture.svg from its source (needs Graphviz)
+	dot -Tsvg docs/architecture.dot -o docs/architecture.svg
 
 docs: install ## Build the documentation site in build/site
 	$(CPU_ENV) $(BIN)/mkdocs build --strict

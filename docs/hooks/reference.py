@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -17,13 +18,19 @@ from pydantic_core import PydanticUndefined
 from voxtral_dist.cli.main import build_parser
 from voxtral_dist.config import RunConfig
 
+_ROOT = Path(__file__).resolve().parents[2]
 # What argparse knows of a command beside its own options.
 _SUBCOMMANDS = argparse._SubParsersAction
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add both reference pages; called by MkDocs."""
-    for name, page in (("configuration.md", configuration_page()), ("command_line.md", command_line_page())):
+    """Add the reference pages and those of the repository's root; called by MkDocs."""
+    pages = {"configuration.md": configuration_page(), "command_line.md": command_line_page()}
+    for name in ("changelog", "contributing"):
+        text = (_ROOT / f"{name.upper()}.md").read_text(encoding="utf-8")
+        # Seen from docs/, its pages are neighbours.
+        pages[f"{name}.md"] = text.replace("](docs/", "](")
+    for name, page in pages.items():
         files.append(File.generated(config, name, content=page))
     return files
 

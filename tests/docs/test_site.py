@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.util
+import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -108,3 +110,20 @@ def _commands(parser):
             for command in action.choices.values():
                 yield command
                 yield from _commands(command)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"])
+def test_every_file_that_a_page_of_the_root_links_to_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    local = [target for target in targets if target and "://" not in target]
+    assert [target for target in local if not (ROOT / target).exists()] == []
+
+
+def test_the_drawn_architecture_has_the_boxes_of_its_source():
+    source = (ROOT / "docs" / "architecture.dot").read_text(encoding="utf-8")
+    drawn = unescape((ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8")).replace("\u00a0", " ")
+    shown = {text.strip() for text in re.findall(r">([^<]+)</text>", drawn)}
+    lines = [line.strip() for label in re.findall(r'\[label="([^"]+)"', source) for line in label.split("\\n")]
+    assert len(lines) > 15
+    assert [line for line in lines if line not in shown] == []
