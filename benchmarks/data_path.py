@@ -1,25 +1,26 @@
-"""From shards to collated batches: audio seconds per core second, ours against four other ways on the same tars.
+"""Speed of the data path, from shards to collated batches: voxtral-dist and four rivals on the same tars.
 
     python benchmarks/data_path.py --output data_path.json [--quick]
 
 Rivals: (a) webdataset, (b) Hugging Face `datasets` streaming, (c) megatron-energon, (d) lhotse Shar with dynamic
-bucketing; all decode by libsndfile and end in `VoxtralProcessor`, as scripts that fine-tune Voxtral on one GPU do. Each
-runs in the environment that `make rivals` makes for it, in one process without workers, with one thread; in turns, each
-measurement in a fresh process and after a first batch; medians of core seconds, user and system.
+bucketing. All decode with libsndfile and end in `VoxtralProcessor`, like scripts that fine-tune Voxtral on one GPU.
+Each runs in its own environment from `make rivals`, in one process without workers and with one thread. Contenders take
+turns; each measurement is a fresh process and starts after a first batch. The unit is audio seconds per core second
+(user and system); results are medians.
 
-`ratio` is ours over (a) on utterances as long as LibriSpeech's. Ours ends where its workers end: with int16 windows,
-because features are computed on the model's device, a GPU in training. `ratio_with_features` counts them on the same
-core, which is what a trainer without a GPU would see.
+`ratio` is voxtral-dist over (a) on utterances as long as LibriSpeech's. Our path ends where our workers end, with int16
+windows, because features are computed on the model's device, a GPU in training. `ratio_with_features` includes them on
+the same core, as in training without a GPU.
 
-Predicted before the first run, from 1,237 and 197 audio seconds per core second that were measured while the project
-was designed: a `ratio` of 6.3, and about 1.3 with features, because the Fourier transform then dominates both; (b), (c)
-and (d) within 20 % of (a) for the same reason.
+Predicted before the first run, from 1,237 and 197 audio seconds per core second measured during the design: a `ratio`
+of 6.3, and about 1.3 with features, because the Fourier transform then dominates both; (b), (c) and (d) within 20 % of
+(a) for the same reason.
 
-Measured then: 5.4, and 1.4 with features; the rivals lie within 9 % of each other. Two thirds of our time are
-libFLAC's, which decodes 7,400 audio seconds per core second and sets a limit of 7.6. On AN4's short clips it is 9.9,
-because a rival transforms 30 s of silence for every clip. After that, the windows of a micro-batch were allocated once
-instead of once a clip and once more, and plain tar headers were read without `tarfile`: 6.2, and 10.9 on short clips.
-Reading FLAC from a file instead of memory won nothing.
+First measurement: 5.4, and 1.4 with features; the rivals are within 9 % of each other. Two thirds of our time are spent
+in libFLAC, which decodes 7,400 audio seconds per core second and limits the ratio to 7.6. On AN4's short clips the
+ratio is 9.9, because a rival transforms 30 s of silence for every clip. Since then, the windows of a micro-batch are
+allocated once, not twice per clip, and plain tar headers are read without `tarfile`: 6.2, and 10.9 on short clips.
+Reading FLAC from a file instead of from memory was no faster.
 """
 
 import statistics
@@ -33,17 +34,17 @@ from workloads.speech import Corpus, write_librispeech_like, write_model, write_
 
 BATCH_SIZE = 8
 NOTES = {
-    "webdataset": "seeded shuffles of shards and of a buffer of 100 samples",
-    "datasets": "audio is passed on as bytes and decoded by soundfile: its own decoding needs torchcodec",
-    "energon": "its own indexes beside the tars, crude samples and a task encoder, savable loader",
-    "lhotse": "the tars converted to Shar with the audio as it is; batches of equal duration, not of equal number",
-    "ours": "int16 windows: features are computed on the model's device",
-    "ours_with_features": "the same and log-mel features on the same core",
+    "webdataset": "seeded shuffles of shards and of a buffer of 100 utterances",
+    "datasets": "audio is passed on as bytes and decoded with soundfile, because its own decoding needs torchcodec",
+    "energon": "its own indexes beside the tars, crude samples, a task encoder and a savable loader",
+    "lhotse": "tars converted to Shar without re-encoding; batches of equal duration, not of equal size",
+    "ours": "int16 windows, because features are computed on the model's device",
+    "ours_with_features": "the same, and log-mel features on the same core",
 }
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """All contenders on all corpora."""
+    """Measure all contenders on all corpora."""
     model = write_model(folder / "model")
     corpora = {"librispeech_like": write_librispeech_like(folder / "long", 16 if is_quick else 240)}
     if not is_quick:
@@ -97,7 +98,7 @@ def _rounds(
 
 
 def _median(rows: Sequence[dict[str, Any]]) -> Any:
-    """Of the speeds; the reason where there are none."""
+    """The median speed, or the row with the reason why there is none."""
     if "not_run" in rows[0]:
         return rows[0]
     return statistics.median(row["audio_seconds_per_core_second"] for row in rows)

@@ -1,32 +1,32 @@
-"""Going on after a stop: how long until the first batch, and is any sample missing or repeated.
+"""Resuming an epoch: time to the first batch, and missing or repeated utterances.
 
     python benchmarks/resume.py --output resume.json [--quick]
 
-A run of two ranks is stopped at 0, 10, 50 and 90 % of an epoch and resumed with two, three and four ranks, each
-framework by its own documented way: webdataset stores nothing, so its users skip what was seen; `datasets` and lhotse
-have state dictionaries, energon savable loaders. What one cannot do is given in words.
+A run of two ranks is stopped at 0, 10, 50 and 90 % of an epoch and resumed with two, three and four ranks, by each
+framework's documented method: webdataset stores no state, so its users skip what was already read; `datasets` and
+lhotse have state dictionaries, energon savable loaders. If a framework cannot do it, the result is the reason in words.
 
-    exactness     samples missing and repeated, compared with the same framework's own run that was not stopped; and
-                  whether the batches are those of that run, where the number of ranks is the same
-    first_batch   seconds from the start of the construction of the loader of rank 0 to its first collated batch, with
-                  shards of many more samples, in fresh processes and in turns; medians. Ours gives the batches of a
-                  whole step of the rank at once: twice as many examples as the others
-    large_index   ours on an index of 100 million samples without audio: seconds and memory of a fresh process, with the
-                  index in the page cache of the node and, once, without
+    exactness     missing and repeated utterances, compared with an uninterrupted run of the same framework; with the
+                  same number of ranks, also whether the batches are equal
+    first_batch   seconds from the construction of the loader of rank 0 to its first collated batch, with many more
+                  utterances, in fresh processes that take turns; medians. Ours returns all batches of a rank's step at
+                  once, which are twice as many examples as the others return
+    large_index   ours on an index of 100 million utterances without audio: seconds and memory of a fresh process, with
+                  the index in the node's page cache and, once, without
 
-`ratio` is the time to the first batch after a stop at 50 %, of webdataset over ours.
+`ratio` is the time to the first batch after a stop at 50 %, webdataset over ours.
 
-Predicted before the first run: ours under 0.1 s anywhere, exact everywhere; webdataset 10 times as long at 50 % because
-it reads all tars up to there, exact with as many ranks and off by a fourth with others; `datasets` loses its shuffle
-buffer; lhotse exact, as slow as webdataset, and refuses other numbers of ranks; energon exact and below a second. For
-100 million samples 0.1 s and some megabytes.
+Predicted before the first run: ours under 0.1 s and exact in all cases; webdataset 10 times as long at 50 % because it
+reads all tars up to that point, exact with the same number of ranks and off by a fourth with others; `datasets` loses
+its shuffle buffer; lhotse is exact, as slow as webdataset, and refuses other numbers of ranks; energon is exact and
+takes less than a second. For 100 million utterances 0.1 s and a few megabytes.
 
-Measured then, on shards of 8,000 clips: ours 0.07 to 0.15 s anywhere and exact everywhere, so a `ratio` of 3.4 to 3.8.
-The time of others grows with the place: webdataset 0.15 to 0.40 s, lhotse 0.15 to 1.6, `datasets` 0.20 to 0.60, while
-energon takes 0.8 to 1.3 s and up to 3.3 with four ranks, for its workers. webdataset misses and repeats up to 28 %
-with other numbers of ranks, `datasets` misses up to 10 % with the same. For 100 million samples first 0.6 s and 20
-megabytes, more than predicted, because a plan looked at eight whole sort windows to know its steps, and 2.4 s where
-the index is read first; with fewer and smaller probes 0.1 s and 5 megabytes.
+First measurement, on shards of 8,000 clips: ours 0.07 to 0.15 s and exact in all cases, so a `ratio` of 3.4 to 3.8. The
+time of the others grows with the position: webdataset 0.15 to 0.40 s, lhotse 0.15 to 1.6, `datasets` 0.20 to 0.60;
+energon takes 0.8 to 1.3 s, and up to 3.3 with four ranks, to start its workers. webdataset misses and repeats up to
+28 % with other numbers of ranks, `datasets` misses up to 10 % with the same number. For 100 million utterances ours
+first took 0.6 s and 20 megabytes, more than predicted, because the plan looked at eight whole megabatches to know its
+steps, and 2.4 s if the index was not in the page cache; with fewer and smaller probes 0.1 s and 5 megabytes.
 """
 
 import json
@@ -56,7 +56,7 @@ OTHER_WORLD_SIZES = (3, 4)
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """Exactness on a small corpus, times on a large one, and plans on an index without audio."""
+    """Measure exactness on a small corpus, times on a large one, and plans on an index without audio."""
     model = write_model(folder / "model")
     percents = (50,) if is_quick else (0, 10, 50, 90)
     contenders = [ours(), *rivals(is_quick)]
@@ -106,7 +106,7 @@ def _first_batches(
     folder: Path,
     num_rounds: int,
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """By contender and place: percent of the epoch and number of ranks that go on."""
+    """Answers by contender and by place: percent of the epoch at the stop, and number of ranks that resume."""
     requests, failures = {}, {}
     for one in contenders:
         states = folder / "states" / one.name
@@ -126,12 +126,12 @@ def _first_batches(
 
 
 def _median(rows: Sequence[dict[str, Any]]) -> Any:
-    """Of the seconds; the reason where there are none."""
+    """The median seconds, or the row with the reason why there are none."""
     return statistics.median(row["seconds"] for row in rows) if "seconds" in rows[0] else rows[0]
 
 
 def _large_index(folder: Path, model: Path, percents: Sequence[int], is_quick: bool) -> list[dict[str, Any]]:
-    """Plans over an index of 100 million samples with the lengths of LibriSpeech."""
+    """Time plans over an index of 100 million utterances with the lengths of LibriSpeech."""
     num_utterances = 100_000 if is_quick else 100_000_000
     durations = librispeech_durations(min(num_utterances, 1_000_000), seed=0)
     duration_ms = np.rint(durations * 1000).astype(np.uint32)
@@ -150,7 +150,7 @@ def _large_index(folder: Path, model: Path, percents: Sequence[int], is_quick: b
 
 
 def _forget(file: Path) -> None:
-    """Let the kernel drop a file from its page cache, as on a node that has never read it."""
+    """Drop a file from the page cache, as on a node that has never read it."""
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

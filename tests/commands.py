@@ -1,4 +1,4 @@
-"""Commands of `voxtral-dist` run inside of a test, and what came of them."""
+"""Run commands of `voxtral-dist` in the process of a test."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PROGRAM = Path(sys.executable).with_name("voxtral-dist")
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended, and what it printed."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
     err: str
 
     def refusal(self, code: int = 2) -> str:
-        """The sentence of a refused command, which says nothing else."""
+        """The error message of a refused command, which must be all that it prints."""
         assert self.code == code, self
         assert self.err.startswith("voxtral-dist: error: "), self.err
         assert self.err.endswith("\n")
@@ -35,7 +35,7 @@ class Result:
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> Result:
-    """A command in this process."""
+    """Run a command in this process."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main([str(argument) for argument in arguments])

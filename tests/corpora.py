@@ -1,4 +1,4 @@
-"""What tests train on: small shapes of Voxtral, and tones in noise with transcripts in several languages."""
+"""Small shapes of Voxtral, and corpora of tones in noise with transcripts in several languages."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from voxtral_dist.shards.writing import PackOptions, pack
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_SPEECH = REPOSITORY.parent / "shared" / "data"
 
-# Sizes are written out, so that tests do not change with the defaults of `TinyShape`. Two heads share keys and values.
+# All sizes are explicit, so that tests don't change with the defaults of `TinyShape`. Two heads share keys and values.
 TINY_SHAPE = TinyShape(
     window_seconds=1.28,
     vocab_size=512,
@@ -49,7 +49,7 @@ NUM_UTTERANCES = 26
 # Small enough for the set to have several shards.
 SHARD_BYTES = 400_000
 
-# Text in languages with ASCII, umlauts and accents, and one whose language is not known.
+# Texts with ASCII, umlauts and accents, and one without a language.
 _TRANSCRIPTS = (
     ("en", "seven green bottles"),
     ("de", "Übermorgen fährt der Zug früher"),
@@ -60,7 +60,7 @@ _FORMATS = (("flac", 16_000), ("wav", 8_000), ("wav", 16_000))
 
 
 def tone(duration_seconds: float, sampling_rate: int = 16_000, seed: int = 0) -> NDArray[np.int16]:
-    """A mono int16 waveform: a few sines under noise, different for every seed."""
+    """A mono int16 waveform of a few sines under noise, different for each seed."""
     rng = np.random.default_rng(seed)
     time = np.arange(round(duration_seconds * sampling_rate)) / sampling_rate
     frequencies, loudness = rng.uniform(100, 3500, 3), rng.uniform(0.02, 0.25, 3)
@@ -70,7 +70,7 @@ def tone(duration_seconds: float, sampling_rate: int = 16_000, seed: int = 0) ->
 
 
 def real_speech(duration_seconds: float) -> NDArray[np.int16] | None:
-    """Utterances of AN4 one after the other, cut to this length at 16 kHz; None where the corpus is absent."""
+    """Clips of AN4 joined and cut to this length, at 16 kHz; None if the corpus is absent."""
     clips = sorted((REAL_SPEECH / "an4" / "audio").glob("*.flac"))
     if not clips:
         return None
@@ -84,7 +84,7 @@ def real_speech(duration_seconds: float) -> NDArray[np.int16] | None:
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """A file of JSON lines."""
+    """Write rows to a file of JSON lines; return its path."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -92,9 +92,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 def write_speech_manifest(
     folder: Path, num_utterances: int, *, min_seconds: float = 0.3, max_seconds: float = 3.9, seed: int = 0
 ) -> Path:
-    """Write audio files and `manifest.jsonl` into a folder; the path of the manifest.
+    """Write audio files and `manifest.jsonl` into a folder; return the path of the manifest.
 
-    Durations, formats, rates and languages take turns; each line has an extra field `speaker`.
+    Durations, formats, sampling rates and languages vary; each line has an extra field `speaker`.
     """
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     durations = np.random.default_rng(seed).uniform(min_seconds, max_seconds, num_utterances)
@@ -110,7 +110,7 @@ def write_speech_manifest(
 
 
 def synthetic_set(num_utterances: int, *, seed: int = 0, max_seconds: float = 29.0) -> ShardSet:
-    """An index of samples that are stored nowhere, in shards of uneven sizes, in two languages and an unknown one."""
+    """An index of utterances without tars: shards of uneven sizes, two languages and an unknown one."""
     rng = np.random.default_rng((seed, num_utterances))
     records = np.zeros(num_utterances, dtype=RECORD)
     records["duration_ms"] = rng.uniform(300, 1000 * max_seconds, num_utterances)
@@ -132,6 +132,6 @@ def synthetic_set(num_utterances: int, *, seed: int = 0, max_seconds: float = 29
 
 
 def pack_manifest(manifest: Path, out_dir: Path, shard_bytes: int, skip_bad: bool) -> SetSummary:
-    """The shards of a JSONL manifest, by this process alone; see `pack`."""
+    """Pack a JSONL manifest in this process; see `pack`."""
     source = open_source(str(manifest), SourceOptions(source_format="jsonl"))
     return pack(source, out_dir, PackOptions(shard_bytes, skip_bad))

@@ -1,4 +1,4 @@
-"""Real servers on localhost: an object store that speaks S3, and a web server that can be told to misbehave."""
+"""Real servers on localhost: an S3 object store, and a web server with injected faults."""
 
 import threading
 import time
@@ -16,7 +16,7 @@ STALL_SECONDS = 30.0
 
 
 class FileServer:
-    """Serves `files` by name with ranges and ETags. GET requests take one fault after the other from `faults`."""
+    """A server of `files` by name, with ranges and ETags. Each GET request takes the next fault from `faults`."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -34,7 +34,7 @@ class FileServer:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def ranges(self) -> Counter[tuple[str, str | None]]:
-        """How often each range was asked for."""
+        """The number of requests for each range."""
         return Counter((path, part) for method, path, part in self.requests if method == "GET")
 
     def log(self, method: str, path: str, part: str | None) -> Fault | None:
@@ -52,7 +52,7 @@ class FileServer:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 128  # With the usual 5, connections that come together wait for a second.
+    request_queue_size = 128  # With the default of 5, simultaneous connections wait for a second.
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def file_server() -> Iterator[FileServer]:
-    """A web server that ends with the block."""
+    """A web server that runs until the block ends."""
     server = FileServer()
     try:
         yield server
@@ -120,7 +120,7 @@ def file_server() -> Iterator[FileServer]:
 
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
-    """The environment in which the usual tools of AWS find an S3 server of this machine; it has a bucket `corpus`."""
+    """An S3 server with a bucket `corpus`; yields the environment variables by which AWS clients find it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

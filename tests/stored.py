@@ -1,4 +1,4 @@
-"""What tests read back from packed or indexed tars."""
+"""Helpers that read back packed or indexed tars."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ from voxtral_dist.shards.tars import MemberGroup, parse_span
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A sample of a set, as far as it does not depend on where it came from."""
+class DecodedUtterance:
+    """The parts of an utterance that don't depend on the source it was packed from."""
 
     key: str
     text: str
@@ -21,25 +21,25 @@ class Stored:
     pcm: bytes
 
 
-def tar_samples(index: ShardIndex) -> list[MemberGroup]:
+def member_groups(index: ShardIndex) -> list[MemberGroup]:
     storage = Storage()
     return [parse_span(storage.read(index.span(utterance_id))) for utterance_id in range(len(index))]
 
 
 def utterances_in(folder: Path) -> list[StoredUtterance]:
     index = read_index([str(folder)])
-    return [utterance_of(one.key, one.members, index.layout(number)) for number, one in enumerate(tar_samples(index))]
+    return [utterance_of(one.key, one.members, index.layout(number)) for number, one in enumerate(member_groups(index))]
 
 
-def stored_in(folder: Path) -> list[Stored]:
-    """All samples of a set; the language is that of the index."""
+def decoded_in(folder: Path) -> list[DecodedUtterance]:
+    """All utterances of a set, with the languages of the index."""
     index = read_index([str(folder)])
     return [
-        Stored(one.key, one.text, index.language(number), to_pcm(decode_audio(one.audio, 16_000)).tobytes())
+        DecodedUtterance(one.key, one.text, index.language(number), to_pcm(decode_audio(one.audio, 16_000)).tobytes())
         for number, one in enumerate(utterances_in(folder))
     ]
 
 
 def contents_of(folder: Path) -> dict[str, Any]:
-    """All files of a folder, byte for byte."""
+    """The bytes of all files in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

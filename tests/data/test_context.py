@@ -167,7 +167,7 @@ def test_lists_of_a_test_set_have_all_true_words_and_grow_into_each_other(words_
 
 @pytest.mark.parametrize(
     ("contents", "sentence"),
-    [(None, "No such file"), (b"\n ... \n", "holds no words"), (b"\xff\xfe\x00", "is not UTF-8")],
+    [(None, "No such file"), (b"\n ... \n", "contains no words"), (b"\xff\xfe\x00", "is not UTF-8")],
 )
 def test_a_file_of_words_that_cannot_be_used_is_one_sentence(tmp_path, prompts, contents, sentence):
     if contents is not None:

@@ -25,7 +25,7 @@ from voxtral_dist.shards.verification import BrokenUtterance, verify
 from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_speech_manifest
-from stored import contents_of, stored_in, utterances_in
+from stored import contents_of, decoded_in, utterances_in
 
 RATE = 16_000
 BLOCK = 512
@@ -78,7 +78,7 @@ def test_the_index_of_our_own_tars_is_that_of_the_packer(tars, shard_folder, wor
 def test_an_index_may_lie_in_another_folder(tars, shard_folder, tmp_path):
     index(tars, tmp_path / "index")
     assert {path.suffix for path in tars.iterdir()} == {".tar"}
-    assert stored_in(tmp_path / "index") == stored_in(shard_folder)
+    assert decoded_in(tmp_path / "index") == decoded_in(shard_folder)
     assert verified(tmp_path / "index") == []
 
 
@@ -99,7 +99,7 @@ def test_tars_of_other_layouts(tmp_path, sample, members, expected):
     # A time with a fraction, as writers take it from the clock, makes an extended header for every member.
     write_tar(tmp_path / "t.tar", [sample, sample], mtime=1234.5678)
     summary = index(tmp_path, members=members)
-    assert [(one.text, one.language) for one in stored_in(tmp_path)] == [expected] * 2
+    assert [(one.text, one.language) for one in decoded_in(tmp_path)] == [expected] * 2
     assert [(one.text, one.language) for one in utterances_in(tmp_path)] == [expected] * 2
     assert summary.duration_seconds == (1.4 if "b.wav" in sample else 1.0)
     assert verified(tmp_path) == []

@@ -21,7 +21,7 @@ from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import write_lines
 from servers import file_server
-from stored import stored_in
+from stored import decoded_in
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,13 @@ def test_the_index_of_remote_tars_is_that_of_local_ones(tars, shard_folder, tmp_
     assert [shard.sha256 for shard in theirs.shards] == [shard.sha256 for shard in ours.shards]
     assert all(shard.location.startswith(tars.partition("/tars")[0]) for shard in theirs.shards)
     np.testing.assert_array_equal(theirs.records, ours.records)
-    assert stored_in(tmp_path) == stored_in(shard_folder)
+    assert decoded_in(tmp_path) == decoded_in(shard_folder)
     assert [broken for run in verify(str(tmp_path), 1) for broken in run.broken] == []
 
 
 def test_remote_tars_are_a_source(tars, shard_folder, tmp_path):
     pack(open_source(tars, SourceOptions()), tmp_path / "out", PackOptions())
-    assert stored_in(tmp_path / "out") == stored_in(shard_folder)
+    assert decoded_in(tmp_path / "out") == decoded_in(shard_folder)
 
 
 def test_a_manifest_may_name_audio_behind_urls(web, speech_manifest, tmp_path):
@@ -91,7 +91,7 @@ def test_a_manifest_may_name_audio_behind_urls(web, speech_manifest, tmp_path):
     for manifest in (local, write_lines(tmp_path / "remote.jsonl", remote)):
         out = tmp_path / manifest.stem
         pack(open_source(str(manifest), SourceOptions()), out, PackOptions())
-        found.append([(one.text, one.language, one.pcm) for one in stored_in(out)])
+        found.append([(one.text, one.language, one.pcm) for one in decoded_in(out)])
     assert found[0] == found[1]
     assert len(found[0]) == 9
 

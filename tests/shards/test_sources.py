@@ -22,12 +22,12 @@ from voxtral_dist.shards.utterances import FieldNames, Refusal, Utterance
 from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import tone, write_lines
-from stored import Stored, stored_in, utterances_in
+from stored import DecodedUtterance, decoded_in, utterances_in
 
 RATE = 16_000
 TEXTS = [f'Ela disse "olá" às {number}, João' for number in range(12)]
 CLIPS = [tone(0.4 + 0.05 * number, seed=number) for number in range(12)]
-EXPECTED = [Stored(f"clip{n:02d}", TEXTS[n], "pt", CLIPS[n].tobytes()) for n in range(12)]
+EXPECTED = [DecodedUtterance(f"clip{n:02d}", TEXTS[n], "pt", CLIPS[n].tobytes()) for n in range(12)]
 PORTUGUESE = SourceOptions(language="pt")
 
 
@@ -166,7 +166,7 @@ def test_a_pipe_whose_command_fails_is_refused(tmp_path):
 def test_every_source_gives_the_same_samples(tmp_path, make: Callable[[Path], tuple[str, SourceOptions]]):
     source, options = make(tmp_path / "source")
     summary = pack(open_source(source, options), tmp_path / "out", PackOptions())
-    assert stored_in(tmp_path / "out") == EXPECTED
+    assert decoded_in(tmp_path / "out") == EXPECTED
     assert summary.num_utterances == 12
     assert not list(tmp_path.glob("out/skipped.jsonl"))
 
@@ -180,7 +180,7 @@ def test_segments_of_a_recording_are_cut_to_the_sample(tmp_path):
     ]
     manifest = write_lines(tmp_path / "m.jsonl", rows)
     pack(open_source(str(manifest), PORTUGUESE), tmp_path / "out", PackOptions())
-    found = stored_in(tmp_path / "out")
+    found = decoded_in(tmp_path / "out")
     assert [(one.text, one.pcm) for one in found] == [(one.text, one.pcm) for one in EXPECTED]
     assert len({one.key for one in found}) == 12
     assert found[1].key == "long-000000400"
@@ -194,7 +194,7 @@ def test_a_cut_of_one_channel_has_that_channel(tmp_path):
     said = [{"start": 0.6, "text": "world"}, {"start": 0.0, "text": "hello"}]
     manifest = write_lines(tmp_path / "m.jsonl", [row | {"supervisions": said}])
     pack(open_source(str(manifest), SourceOptions()), tmp_path / "out", PackOptions())
-    assert stored_in(tmp_path / "out") == [Stored("a", "hello world", None, right[8_000:24_000].tobytes())]
+    assert decoded_in(tmp_path / "out") == [DecodedUtterance("a", "hello world", None, right[8_000:24_000].tobytes())]
 
 
 def test_a_recording_of_24_bits_is_cut_without_loss(tmp_path):
@@ -295,7 +295,7 @@ def test_a_file_name_that_is_not_unicode_is_packed(tmp_path):
     assert rb"caf\udce9.wav" in "\n".join(summary.lines()).encode("utf-8")
     (tmp_path / "source" / name).with_suffix(".txt").write_text("ao fim")
     pack(open_source(str(tmp_path / "source"), PORTUGUESE), tmp_path / "again", PackOptions())
-    assert stored_in(tmp_path / "again")[0].key == "caf?"
+    assert decoded_in(tmp_path / "again")[0].key == "caf?"
 
 
 def test_a_tar_with_other_members_is_read_by_its_layout(tmp_path):

@@ -27,7 +27,7 @@ from voxtral_dist.shards.summary import SetSummary
 from voxtral_dist.shards.writing import PackOptions, PackProgress, pack
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_lines, write_speech_manifest
-from stored import contents_of, stored_in, tar_samples, utterances_in
+from stored import contents_of, decoded_in, member_groups, utterances_in
 
 ALL = 10**9
 RATE = 16_000
@@ -70,7 +70,7 @@ def good_row(number: int = 1) -> dict:
 def test_packed_samples_read_back_as_they_were(speech_manifest, shard_folder, shard_index):
     rows = rows_of(speech_manifest)
     assert len(shard_index) == len(rows)
-    for number, (sample, row) in enumerate(zip(tar_samples(shard_index), rows, strict=True)):
+    for number, (sample, row) in enumerate(zip(member_groups(shard_index), rows, strict=True)):
         suffix = Path(row["audio_filepath"]).suffix[1:]
         assert sample.members[suffix] == (speech_manifest.parent / row["audio_filepath"]).read_bytes()
         assert json.loads(sample.members["json"]) == expected_fields(row)
@@ -106,7 +106,7 @@ def test_any_number_of_workers_makes_equal_bytes(speech_manifest, shard_folder, 
 
 def test_flac_is_16_khz_mono_and_loses_nothing_of_such_audio(tmp_path, speech_manifest, shard_folder):
     pack_from(speech_manifest, tmp_path / "flac", rules=PackRules(encode="flac"))
-    assert stored_in(tmp_path / "flac") == stored_in(shard_folder)
+    assert decoded_in(tmp_path / "flac") == decoded_in(shard_folder)
     for sample in utterances_in(tmp_path / "flac"):
         assert sample.audio_suffix == "flac"
         (tmp_path / "clip.flac").write_bytes(sample.audio)
@@ -150,7 +150,7 @@ def test_field_names_of_other_corpora_are_understood(clips, names):
     row = {audio: "good1.wav", text: "hello", language: "de", "speaker": "x"}
     pack_manifest(write_lines(clips / "m.jsonl", [row]), clips / "out", ALL, skip_bad=False)
     index = read_index([str(clips / "out")])
-    (sample,) = tar_samples(index)
+    (sample,) = member_groups(index)
     assert json.loads(sample.members["json"]) == {"text": "hello", "lang": "de", "speaker": "x"}
     assert index.language(0) == "de"
 
@@ -198,7 +198,7 @@ BAD_LINES = {
     "audio is a folder": ('{"path": "folder.wav", "text": "x"}', Cause.UNREADABLE, "folder.wav cannot be read"),
     "text as audio": ('{"path": "notes.wav", "text": "x"}', Cause.UNDECODABLE, "notes.wav does not decode"),
     "no bytes": ('{"path": "empty.wav", "text": "x"}', Cause.UNDECODABLE, "empty.wav does not decode"),
-    "no samples": ('{"path": "nothing.wav", "text": "x"}', Cause.EMPTY_AUDIO, "holds no audio"),
+    "no samples": ('{"path": "nothing.wav", "text": "x"}', Cause.EMPTY_AUDIO, "contains no audio"),
     "zeros": ('{"path": "zeros.wav", "text": "x"}', Cause.SILENT, "is silent"),
     "below -60 dB": ('{"path": "hiss.wav", "text": "x"}', Cause.SILENT, "is silent"),
     "infinite": ('{"path": "infinite.wav", "text": "x"}', Cause.NOT_FINITE, "not finite"),
@@ -498,7 +498,7 @@ def test_a_refusal_on_the_way_keeps_what_is_finished(tmp_path, mixed_manifest, u
         pack_from(manifest, tmp_path / "set", shard_bytes=100_000)
     assert len(list((tmp_path / "set").glob("*.tar"))) > 2
     assert pack_from(manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True).num_utterances == 71
-    assert stored_in(tmp_path / "set") == stored_in(uninterrupted)
+    assert decoded_in(tmp_path / "set") == decoded_in(uninterrupted)
 
 
 def test_two_commands_do_not_pack_into_one_folder(tmp_path, mixed_manifest):

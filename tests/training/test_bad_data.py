@@ -40,7 +40,7 @@ BREAKAGES = {
     "undecodable": ("wav", overwrite(0, bytes(12)), "does not decode"),
     "silent": ("wav", lambda audio: audio[:44] + bytes(len(audio) - 44), "is silent"),
     "cut short": ("wav", overwrite(40, struct.pack("<I", 8000)), r"decodes to 0\.25 s of audio, but its index says"),
-    "no samples": ("wav", overwrite(40, struct.pack("<I", 0)), "holds no audio"),
+    "no samples": ("wav", overwrite(40, struct.pack("<I", 0)), "contains no audio"),
     "claims 128 kHz": ("wav", overwrite(24, struct.pack("<I", 128_000)), "claims a sampling rate of 128000 Hz"),
     "empty text": ("json", text(""), "has no text"),
     "impossible text": ("json", text("far too many words " * 25), "too short for a text of 475 characters"),

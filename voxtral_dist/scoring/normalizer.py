@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from voxtral_dist.config import TextStep, check_normalizer
 from voxtral_dist.errors import RankError, UserError, first_line
-from voxtral_dist.text.steps import apply_steps, even_spaces, fold
+from voxtral_dist.text.steps import apply_steps, collapse_spaces, fold
 
 _ENGLISH_SPELLING = Path(__file__).with_name("english_spelling.json")
 _TRIAL_TEXT = "Hello, World: 1 2 3."
@@ -47,7 +47,7 @@ class Normalizer:
 
     def apply(self, text: str) -> str:
         """The text as it is compared, with one space between its words."""
-        return even_spaces(self.function(apply_steps(self.target_text, text)))
+        return collapse_spaces(self.function(apply_steps(self.target_text, text)))
 
 
 def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:

@@ -1,4 +1,4 @@
-"""Languages as the models know them: ISO 639-1 codes, found in the many ways that corpora write them."""
+"""ISO 639-1 language codes, also from the locales and names that corpora use."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pydantic_extra_types.language_code import LanguageAlpha2
 
 _LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
 
-# Every ISO 639-1 code, in alphabetical order: what mistral-common takes as the language of a transcription.
+# Every ISO 639-1 code, sorted: what mistral-common accepts as the language of a transcription.
 LANGUAGE_CODES: tuple[str, ...] = tuple(
     sorted(language.alpha_2 for language in pycountry.languages if hasattr(language, "alpha_2"))
 )
 
 
 def is_language_code(text: str) -> bool:
-    """Whether mistral-common takes the text as a language: ISO 639-1, two lower-case letters."""
+    """Whether mistral-common accepts the text as a language: an ISO 639-1 code in lower case."""
     try:
         _LANGUAGE_CODE.validate_python(text)
     except ValidationError:
@@ -27,10 +27,12 @@ def is_language_code(text: str) -> bool:
 
 
 def language_code(value: Any) -> str | None:
-    """The ISO 639-1 code of a code, a locale or an English name: `pt` of `pt-BR`, `por` or `Portuguese`; None of None.
+    """The ISO 639-1 code of a code, a locale or an English name: `pt` for `pt-BR`, `por` or `Portuguese`.
+
+    None and blank text give None.
 
     Raises:
-        ValueError: it is none of these; the sentence goes on after the name of the sample.
+        ValueError: it is none of these. The message is a predicate: callers put the utterance's name before it.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None

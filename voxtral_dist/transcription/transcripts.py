@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from voxtral_dist.text.steps import even_spaces
+from voxtral_dist.text.steps import collapse_spaces
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RecordingTranscript:
 def _cue(segment: Segment) -> str:
     times = f"{_timestamp(segment.start_seconds)} --> {_timestamp(segment.end_seconds)}"
     # A blank line inside the text would end the cue.
-    return f"{times}\n{even_spaces(segment.text)}"
+    return f"{times}\n{collapse_spaces(segment.text)}"
 
 
 def _timestamp(seconds: float) -> str:

@@ -24,18 +24,18 @@ RATE = 16_000
 def test_an_example_is_the_utterance_as_the_model_takes_it(shard_index, prompts):
     reader = UtteranceReader(shard_index, prompts, 448)
     for utterance_id in range(len(shard_index)):
-        sample, example = reader.read(utterance_id), reader.example(utterance_id)
-        waveform = to_pcm(decode_audio(sample.audio, RATE))
-        assert (example.utterance_id, example.key, example.reference) == (utterance_id, sample.key, sample.text)
+        utterance, example = reader.read(utterance_id), reader.example(utterance_id)
+        waveform = to_pcm(decode_audio(utterance.audio, RATE))
+        assert (example.utterance_id, example.key, example.reference) == (utterance_id, utterance.key, utterance.text)
         assert np.array_equal(example.pcm, waveform)
-        assert example.prompt == prompts.transcription(sample.language, example.num_windows)
-        assert list(example.completion) == prompts.completion(sample.text)
+        assert example.prompt == prompts.transcription(utterance.language, example.num_windows)
+        assert list(example.completion) == prompts.completion(utterance.text)
         assert example.duration_seconds == len(waveform) / RATE
 
 
 @pytest.fixture
 def copied(shard_folder, tmp_path) -> ShardIndex:
-    """An index whose tars a test may damage without changing their size."""
+    """An index of copied tars for a test to damage without changing their size."""
     return read_index([shutil.copytree(shard_folder, tmp_path / "copied")])
 
 
@@ -56,7 +56,7 @@ def place_of(index: ShardIndex, utterance_id: int, pattern: bytes) -> int:
     return Storage().read(index.span(utterance_id)).index(pattern)
 
 
-# Where a sample of a FLAC clip is damaged, and with what.
+# Where a stored utterance with FLAC audio is damaged, and with what.
 DAMAGES = {
     "first tar header": (lambda index: 0, bytes(600)),
     "checksum of the first tar header": (lambda index: 148, b"777777"),
@@ -72,23 +72,23 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_a_garbled_sample_is_named_and_others_are_unaffected(copied, prompts, damage):
+def test_a_garbled_utterance_is_named_and_others_are_unaffected(copied, prompts, damage):
     place, contents = damage
-    sample = UtteranceReader(copied, prompts, 448).read(3)
-    assert sample.audio.startswith(b"fLaC")
+    utterance = UtteranceReader(copied, prompts, 448).read(3)
+    assert utterance.audio.startswith(b"fLaC")
     overwrite(copied, 3, place(copied), contents)
     with pytest.raises(UtteranceError) as caught:
         UtteranceReader(copied, prompts, 448).example(3)
     bad = caught.value.bad
     assert bad.shard == copied.shard(3).name
-    # Where the members cannot be read, the number of the sample stands for its key.
-    assert bad.key in (sample.key, "#3")
+    # If the members cannot be read, the utterance's number replaces its key.
+    assert bad.key in (utterance.key, "#3")
     assert bad.shard in str(caught.value)
     assert bad.key in str(caught.value)
     assert_others_are_unaffected(copied, prompts, damaged=3)
 
 
-def test_a_tar_that_ends_early_is_a_bad_sample(copied, prompts):
+def test_a_truncated_tar_is_a_bad_utterance(copied, prompts):
     reader = UtteranceReader(copied, prompts, 448)
     last = copied.shards[0].num_utterances - 1
     span = copied.span(last)
@@ -110,14 +110,14 @@ def clip(tmp_path) -> dict:
     return {"audio_filepath": "clip.wav", "text": "two seconds", "lang": "en"}
 
 
-def test_audio_that_was_cut_short_is_a_bad_sample(tmp_path, clip, prompts):
-    """Its header still promises 2 s, and libsndfile decodes what there is without an error."""
+def test_truncated_audio_is_a_bad_utterance(tmp_path, clip, prompts):
+    """The header still claims 2 s, and libsndfile decodes the rest without an error."""
     whole = (tmp_path / "clip.wav").read_bytes()
     (tmp_path / "cut.wav").write_bytes(whole[: len(whole) // 2])
     assert len(decode_audio((tmp_path / "cut.wav").read_bytes(), RATE)) < RATE * 1.01
     folder = packed(tmp_path, clip, clip | {"audio_filepath": "cut.wav"})
     records = np.load(folder / INDEX_FILE)
-    # What an index says that was made before the file was cut.
+    # As in an index that was made before the file was truncated.
     records["duration_ms"] = 2000
     np.save(folder / INDEX_FILE, records)
     reader = UtteranceReader(read_index([folder]), prompts, 448)
@@ -127,7 +127,7 @@ def test_audio_that_was_cut_short_is_a_bad_sample(tmp_path, clip, prompts):
     assert caught.value.bad.key == "cut"
 
 
-def test_a_long_transcript_is_a_bad_sample_and_never_cut(tmp_path, clip, prompts):
+def test_a_long_transcript_is_a_bad_utterance_and_never_truncated(tmp_path, clip, prompts):
     index = read_index([packed(tmp_path, clip)])
     completion = prompts.completion(clip["text"])
     assert UtteranceReader(index, prompts, len(completion)).example(0).completion == tuple(completion)
@@ -137,7 +137,7 @@ def test_a_long_transcript_is_a_bad_sample_and_never_cut(tmp_path, clip, prompts
 
 
 def with_fields(folder: Path, fields: object) -> ShardIndex:
-    """The packed set with other fields in the json of its only sample, as another tool may have written them."""
+    """The packed set with other fields in the JSON of its only utterance, as another tool may have written them."""
     index = read_index([folder])
     before = Storage().read(index.span(0))
     start = before.index(b'{"text"')
@@ -149,7 +149,7 @@ def with_fields(folder: Path, fields: object) -> ShardIndex:
 
 
 def with_new_checksums(folder: Path) -> ShardIndex:
-    """The index as if it had been made after the tars were changed."""
+    """The index as if it were made after the tars changed."""
     index, records = read_index([folder]), np.load(folder / INDEX_FILE)
     records["crc32"] = [zlib.crc32(Storage().read(index.span(utterance_id))) for utterance_id in range(len(index))]
     np.save(folder / INDEX_FILE, records)
@@ -170,7 +170,7 @@ def with_new_checksums(folder: Path) -> ShardIndex:
         (None, "no JSON object"),
     ],
 )
-def test_unusable_fields_are_a_bad_sample(tmp_path, clip, prompts, fields, sentence):
+def test_unusable_fields_are_a_bad_utterance(tmp_path, clip, prompts, fields, sentence):
     index = with_fields(packed(tmp_path, clip), fields)
     with pytest.raises(UtteranceError, match=sentence):
         UtteranceReader(index, prompts, 448).example(0)

@@ -1,4 +1,4 @@
-"""Encoded audio is decoded to what was encoded, at the model's rate; what is unusable is an `AudioError`."""
+"""Audio is decoded to the waveform that was encoded, at the model's sampling rate; unusable audio is an error."""
 
 import io
 
@@ -55,7 +55,7 @@ def test_pcm_is_clipped_not_wrapped():
     [
         (b"", "does not decode"),
         (b"not audio at all", "does not decode"),
-        (encoded(np.zeros(0, dtype=np.int16), RATE), "holds no audio"),
+        (encoded(np.zeros(0, dtype=np.int16), RATE), "contains no audio"),
         (encoded(np.array([0.0, np.nan, 0.1]), RATE, subtype="FLOAT"), "not finite"),
         (encoded(np.array([0.0, np.inf, 0.1]), RATE, subtype="FLOAT"), "not finite"),
     ],
@@ -64,4 +64,4 @@ def test_pcm_is_clipped_not_wrapped():
 def test_unusable_audio_is_an_audio_error(contents, sentence):
     with pytest.raises(AudioError, match=sentence) as refused:
         decode_audio(contents, RATE)
-    assert " at 0x" not in str(refused.value), "an address says nothing to a reader"
+    assert " at 0x" not in str(refused.value), "a memory address is useless in a message"

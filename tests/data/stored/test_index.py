@@ -1,4 +1,4 @@
-"""The index of one or more shard folders, and what is refused before a sample is read."""
+"""The index of one or more shard folders, and what is refused before an utterance is read."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from corpora import SHARD_BYTES, pack_manifest, write_speech_manifest
 
 @pytest.fixture
 def copied(shard_folder, tmp_path) -> Path:
-    """A copy of the shards that a test may damage."""
+    """A copy of the shards for a test to damage."""
     return shutil.copytree(shard_folder, tmp_path / "copied")
 
 
@@ -50,7 +50,7 @@ def test_spans_cover_the_tars_without_gaps(shard_index):
         assert inside[0].offset == 0
         ends = [span.offset + span.num_bytes for span in inside]
         assert [span.offset for span in inside[1:]] == ends[:-1]
-        # Behind the last sample comes nothing but the end of a tar: zeros.
+        # After the last utterance there is only the end of the tar: zeros.
         contents = Path(shard.location).read_bytes()
         assert contents[ends[-1] :] == bytes(len(contents) - ends[-1])
 
@@ -72,9 +72,9 @@ def test_two_folders_are_one_index_with_one_table_of_languages(shard_folder, oth
     ]
     assert len(both) == len(expected)
     whole = UtteranceReader(both, prompts, 448)
-    for utterance_id, (language, sample, duration_seconds) in enumerate(expected):
-        assert both.language(utterance_id) == language == sample.language
-        assert whole.read(utterance_id) == sample
+    for utterance_id, (language, utterance, duration_seconds) in enumerate(expected):
+        assert both.language(utterance_id) == language == utterance.language
+        assert whole.read(utterance_id) == utterance
         assert both.duration_seconds[utterance_id] == duration_seconds
 
 

@@ -1,4 +1,4 @@
-"""Training from S3 and from a web server is training from local files, whatever goes wrong on the way."""
+"""Training from S3 or a web server gives the same batches as from local files, even when requests fail."""
 
 import hashlib
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def web_server(shard_folder: Path) -> Iterator[FileServer]:
 
 
 def micro_batches(shards: str, prompts, storage: Storage, num_workers: int = 0) -> list[str]:
-    """A digest of each micro-batch of a pass and a bit."""
+    """A digest of each micro-batch of four steps, which are more than an epoch."""
     config = TrainDataConfig(
         shards=(shards,), slots_per_step=2, max_examples=5, megabatch_steps=2, num_workers=num_workers
     )
@@ -69,16 +69,16 @@ def test_a_web_server_with_faults_gives_the_batches_of_the_folder(web_server, sh
     local = micro_batches(str(shard_folder), prompts, Storage())
     web_server.faults.extend(["503", "short", "cut", "stall", "close", "503"])
     assert micro_batches(f"{web_server.url}/speech", prompts, storage_in(tmp_path)) == local
-    assert not web_server.faults, "every fault was met"
+    assert not web_server.faults, "every fault was used"
 
 
-def test_a_second_pass_over_a_cached_set_asks_the_server_for_no_bytes(web_server, prompts, tmp_path):
+def test_a_second_epoch_over_a_cached_set_asks_the_server_for_no_bytes(web_server, prompts, tmp_path):
     first = micro_batches(f"{web_server.url}/speech", prompts, storage_in(tmp_path))
     asked = web_server.ranges()
     assert micro_batches(f"{web_server.url}/speech", prompts, storage_in(tmp_path)) == first
     again = web_server.ranges() - asked
     assert {path for path, _ in asked} > {path for path, _ in again}
-    assert {Path(path).name for path, _ in again} == {"shards.json"}, "the table is small, and read each time"
+    assert {Path(path).name for path, _ in again} == {"shards.json"}, "the table is small and is read each time"
 
 
 def test_a_folder_that_is_not_in_the_bucket_is_refused(s3_folder, prompts, tmp_path):

@@ -1,5 +1,5 @@
-"""Bytes from a local file == from a web server == from an object store, whatever the servers do; a cache fetches a
-piece once for all processes, never passes its limit, and never gives out a wrong byte."""
+"""Bytes from a local file == from a web server == from an object store, whatever the servers do; a cache fetches each
+piece once for all processes, never exceeds its limit, and never returns a wrong byte."""
 
 import contextlib
 import errno
@@ -73,7 +73,7 @@ def server() -> Iterator[FileServer]:
 
 @pytest.fixture
 def location(request, tmp_path, monkeypatch) -> str:
-    """Where the contents lie, over the protocol that the test asks for."""
+    """The location of the contents with the protocol that the test requests."""
     match request.param:
         case "local":
             folder = str(tmp_path)
@@ -203,7 +203,7 @@ def test_users_are_told_what_to_install_or_to_write():
 
 @pytest.mark.parametrize("faults", [["503", "503"], ["cut"], ["short"], ["close", "429"], ["cut", "503"]])
 @pytest.mark.parametrize("is_cached", [False, True])
-def test_faults_that_pass_change_no_byte(server, faults, is_cached, tmp_path):
+def test_temporary_faults_change_no_byte(server, faults, is_cached, tmp_path):
     storage = cached(tmp_path / "cache") if is_cached else quick()
     span = Span(f"{server.url}/{SHARD}", 70_000, 50_000)
     server.faults += faults
@@ -232,7 +232,7 @@ def test_faults_that_stay_are_errors_after_a_limited_number_of_attempts(server, 
 
 
 @pytest.mark.parametrize("is_cached", [False, True])
-def test_a_stall_ends_in_time_and_passes_with_the_server(server, is_cached, tmp_path):
+def test_a_stall_times_out_and_the_next_read_succeeds(server, is_cached, tmp_path):
     fields = {"timeout_seconds": 0.4, "num_attempts": 2}
     storage = cached(tmp_path / "cache", **fields) if is_cached else quick(**fields)
     span = Span(f"{server.url}/{SHARD}", 0, 100)
@@ -280,7 +280,7 @@ def test_what_was_read_ahead_is_not_asked_for_again(server):
     num_requests = server.ranges().total()
     assert num_requests == len({span for span in spans if span.num_bytes})
     storage.read(spans[0])
-    assert server.ranges().total() == num_requests + 1, "a result is given out once, so that none piles up"
+    assert server.ranges().total() == num_requests + 1, "a result is returned once, so that none piles up"
 
 
 def test_neighbours_are_read_by_one_request(server):
@@ -340,7 +340,7 @@ def test_a_storage_can_be_sent_to_another_process(server):
 
 
 class Spans:
-    """A dataset of the spans' bytes, as the workers of a DataLoader read it."""
+    """A dataset of the bytes of spans, for the workers of a DataLoader."""
 
     def __init__(self, storage: Storage, spans: list[Span]) -> None:
         self.storage, self.spans = storage, spans
@@ -365,11 +365,11 @@ def test_forked_workers_and_their_parent_read_with_the_same_storage(location, is
         loader = DataLoader(Spans(storage, spans), batch_size=None, num_workers=2, multiprocessing_context="fork")
         assert list(loader) == [expected(span) for span in spans]
         assert [storage.read(span) for span in spans] == [expected(span) for span in spans]
-    assert time.monotonic() - started < 20, "no process waits for what another one's event loop was to do"
+    assert time.monotonic() - started < 20, "no process waits for another process's event loop"
 
 
 def test_a_forked_process_that_drops_what_it_inherited_leaves_its_parent_its_connections(server):
-    # A session that is closed in a child takes its sockets from the event loop that the child shares with its parent.
+    # A session closed in a child removes its sockets from the event loop that the child shares with its parent.
     storage, span = Storage(), Span(f"{server.url}/{SHARD}", 5, 500)
     storage.read(span)
 
@@ -429,7 +429,7 @@ def test_a_copy_is_made_once_for_all_processes_and_again_after_a_change(server, 
 
 
 def directory_bytes(folder: Path) -> int:
-    """Of the files in a cache at one moment: under its lock none comes or goes, but one may move on while we look."""
+    """The size of all files in a cache: under its lock, none is added or removed, but one may be finished and move."""
     sizes = {}
     with (folder / "usage").open("rb") as usage:
         fcntl.flock(usage, fcntl.LOCK_EX)
@@ -440,7 +440,7 @@ def directory_bytes(folder: Path) -> int:
     return sum(sizes.values())
 
 
-def test_a_cache_never_passes_its_limit(server, tmp_path):
+def test_a_cache_never_exceeds_its_limit(server, tmp_path):
     limit = 5 * CHUNK_FILE_BYTES
     folder = tmp_path / "cache"
     storage = cached(folder, cache_gigabytes=limit / 1e9)
@@ -590,7 +590,7 @@ def test_a_full_disk_seen_while_a_chunk_is_written_loses_no_byte(server, tmp_pat
     monkeypatch.setattr(os, "pwrite", fill_up)
     assert storage.read(span) == expected(span)
     assert written == [1000]
-    assert server.ranges().total() == 2, "what was fetched is used"
+    assert server.ranges().total() == 2, "the fetched bytes are used"
     assert directory_bytes(tmp_path / "cache") == CHUNK_FILE_BYTES
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from voxtral_dist.config import ContextConfig, TextStep, TrainDataConfig
 from voxtral_dist.data.plan.permutation import hash_values
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.text.steps import even_spaces
+from voxtral_dist.text.steps import collapse_spaces
 from voxtral_dist.text.word_list import WordList
 
 # What draws are keyed by, besides the sample.
@@ -60,7 +60,7 @@ def context_text(words: Sequence[str], previous_text: str = "") -> str:
     """A context as the model reads it; empty without words and without previous text."""
     lines = []
     if previous_text.strip():
-        lines.append(f"Previous text: {even_spaces(previous_text)}")
+        lines.append(f"Previous text: {collapse_spaces(previous_text)}")
     if words:
         lines.append(f"Keywords: {', '.join(words)}")
     return "\n".join(lines)
@@ -125,7 +125,7 @@ class TrainingContexts:
 
     def _end_of(self, text: str, words: Sequence[str]) -> str:
         """The end of a text that fits beside the words, from the beginning of a word where there are spaces."""
-        end = even_spaces(text)
+        end = collapse_spaces(text)
         ids = self._prompts.encode(end)
         while end and (excess := self._count_tokens(context_text(words, end)) - self._config.max_tokens) > 0:
             ids = ids[excess:]

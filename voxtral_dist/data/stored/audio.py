@@ -1,4 +1,4 @@
-"""Audio bytes to mono float32 at the model's rate, and to the int16 that workers ship."""
+"""Decode audio to mono float32 at the model's sampling rate, or to the int16 that data workers send."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ Pcm = NDArray[np.int16]
 
 _INT16_SCALE = 32768.0
 LONGEST_CLIP_SECONDS = 6 * 3600
-# Studios go no higher and telephones no lower; a damaged header may.
+# From telephones to studios; a damaged header may claim anything.
 _RATES = range(4_000, 96_001)
 
 
 class AudioError(UnusableError):
-    """The bytes of one sample are not usable audio; the message says why."""
+    """The audio of an utterance is unusable. As in `UnusableError`, the message is a predicate."""
 
     def __init__(self, message: str, cause: Cause = Cause.UNDECODABLE) -> None:
         super().__init__(cause, message)
 
 
 def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
-    """Mono samples `(num_samples,)` in [-1, 1] at `sampling_rate` Hz, from any format that libsndfile reads.
+    """Decode any format that libsndfile reads to a mono waveform `(num_samples,)` in [-1, 1] at `sampling_rate` Hz.
 
     Raises:
-        AudioError: the bytes do not decode, or hold no samples, or hold numbers that are not finite.
+        AudioError: the bytes do not decode, contain no samples, or contain samples that are not finite.
     """
     with _opened(contents) as file:
         return _decode(file, sampling_rate)
 
 
 def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
-    """`to_pcm(decode_audio(...))`, without the way over floats where 16-bit mono audio is of the right rate.
+    """`to_pcm(decode_audio(...))`, but without conversion to float if the audio is 16-bit mono of this rate.
 
     Raises:
         AudioError: as `decode_audio`.
@@ -50,7 +50,7 @@ def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
             return to_pcm(_decode(file, sampling_rate))
         pcm: Pcm = file.read(dtype="int16")
         if len(pcm) == 0:
-            raise AudioError("holds no audio", Cause.EMPTY_AUDIO)
+            raise AudioError("contains no audio", Cause.EMPTY_AUDIO)
         return pcm
 
 
@@ -58,31 +58,32 @@ def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
 def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
     try:
         with soundfile.SoundFile(io.BytesIO(contents)) as file:
-            # A damaged header may claim any length, and memory is taken for what it claims.
+            # A damaged header may claim any length, and libsndfile allocates memory for it.
             if file.frames > LONGEST_CLIP_SECONDS * file.samplerate:
-                claimed, most = file.frames / file.samplerate / 3600, LONGEST_CLIP_SECONDS / 3600
-                raise AudioError(f"claims to be {claimed:.0f} h long, and {most:.0f} h is the most", Cause.ABSURD_CLAIM)
+                claimed, longest = file.frames / file.samplerate / 3600, LONGEST_CLIP_SECONDS / 3600
+                message = f"claims to be {claimed:.0f} h long, more than the limit of {longest:.0f} h"
+                raise AudioError(message, Cause.ABSURD_CLAIM)
             if file.samplerate not in _RATES:
                 raise AudioError(f"claims a sampling rate of {file.samplerate} Hz", Cause.ABSURD_CLAIM)
             yield file
     except (soundfile.SoundFileError, ValueError, TypeError) as error:
         # libsndfile names the object in memory before the reason.
-        what = str(error).rpartition(": ")[2].removesuffix(".")
-        raise AudioError(f"does not decode ({what})") from error
+        reason = str(error).rpartition(": ")[2].removesuffix(".")
+        raise AudioError(f"does not decode ({reason})") from error
 
 
 def _decode(file: soundfile.SoundFile, sampling_rate: int) -> Waveform:
     waveform = file.read(dtype="float32", always_2d=True)
     mono: Waveform = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
     if len(mono) == 0:
-        raise AudioError("holds no audio", Cause.EMPTY_AUDIO)
+        raise AudioError("contains no audio", Cause.EMPTY_AUDIO)
     if not np.isfinite(mono).all():
-        raise AudioError("holds samples that are not finite numbers", Cause.NOT_FINITE)
+        raise AudioError("contains samples that are not finite", Cause.NOT_FINITE)
     return resample(mono, file.samplerate, sampling_rate)
 
 
 def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:
-    """The waveform at another rate, by the filter of mistral-common, so that training hears what serving does."""
+    """Resample a waveform with the filter of mistral-common, so that training and inference get the same audio."""
     if from_rate == to_rate:
         return waveform
     resampled: Waveform = soxr.resample(waveform, from_rate, to_rate, quality="HQ").astype(np.float32)
@@ -90,7 +91,7 @@ def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:
 
 
 def to_pcm(waveform: Waveform) -> Pcm:
-    """16-bit samples: exact for audio that was 16-bit to begin with, and half the bytes of float32 on its way."""
+    """Convert to 16-bit samples: lossless for audio that was 16-bit, and half the bytes of float32."""
     scaled = np.rint(waveform * _INT16_SCALE)
     pcm: Pcm = np.clip(scaled, -_INT16_SCALE, _INT16_SCALE - 1).astype(np.int16)
     return pcm

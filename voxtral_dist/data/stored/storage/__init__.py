@@ -1,4 +1,4 @@
-"""Bytes from anywhere."""
+"""Bytes of local files and of URLs."""
 
 from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, Span, StorageError
 from voxtral_dist.data.stored.storage.storage import Storage, is_remote, join

@@ -1,10 +1,10 @@
-"""A folder on a node's disk that holds pieces of remote files: fetched once for all processes, within a limit of bytes.
+"""A cache of remote files on a node's disk: each piece is fetched once for all processes, up to a limit of bytes.
 
-`entries/` holds finished files, `partial/` those that are being written, and `usage` the number of bytes of both, which
-is also the lock under which files come and go. Whoever writes a partial file holds a lock on it, so one without a lock
-belongs to a process that was killed: the next one that needs it writes it anew, and any clean-up removes it. A partial
-file has its full size from the start, so sizes add up at any time. Finished files are locked by who relies on their
-paths, and are not removed then.
+`entries/` holds finished files and `partial/` those being written. `usage` holds the number of bytes of both; a lock on
+it is required to add or remove files. A process locks the partial file that it writes, so an unlocked one was left by a
+killed process: the next process that needs it rewrites it, and any cleanup removes it. A partial file is allocated at
+its full size, so `usage` is right at any time. A process that uses the path of a finished file holds a shared lock on
+it, which keeps it from being removed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from voxtral_dist.data.stored.storage.cache_files import (
     write_number,
 )
 from voxtral_dist.data.stored.storage.remote import RemoteFile
-from voxtral_dist.data.stored.storage.spans import StorageError, shown
+from voxtral_dist.data.stored.storage.spans import StorageError, redacted
 from voxtral_dist.errors import UserError
 
-# A clean-up goes below the limit, so that not every new chunk needs one.
+# A cleanup frees more than needed, so that not every new chunk needs another.
 _CLEAN_TO = 0.9
 _PAUSE_SECONDS = 0.01
 _FULL_PAUSE_SECONDS = 10.0
@@ -44,18 +44,18 @@ log = logging.getLogger(__name__)
 
 
 class NodeCache:
-    """Chunks and whole copies of remote files in a folder that all processes of a node share."""
+    """Chunks and whole copies of remote files, in a folder that all processes of a node share."""
 
     def __init__(self, folder: Path, limit_bytes: int, chunk_bytes: int, patience_seconds: float) -> None:
         """
         Args:
-            folder: made if it doesn't exist.
-            limit_bytes: of all files in it.
-            chunk_bytes: what is fetched at a time.
-            patience_seconds: how long to wait for another process that writes nothing.
+            folder: created if it doesn't exist.
+            limit_bytes: maximum total size of the files in it.
+            chunk_bytes: size of a fetch.
+            patience_seconds: how long to wait for another process that makes no progress.
 
         Raises:
-            UserError: the folder cannot be made.
+            UserError: the folder cannot be created.
         """
         self._folder = folder
         self._entries, self._parts = folder / "entries", folder / "partial"
@@ -72,14 +72,14 @@ class NodeCache:
                 self._remove_abandoned(usage)
         except OSError as error:
             raise UserError(
-                f"`storage.cache_dir` must be a folder that this process can write to, but {folder} is not one "
+                f"`storage.cache_dir` must be a folder that this process can write to, but {folder} is not "
                 f"({error.strerror or error})."
             ) from error
 
     def read(self, file: RemoteFile, offset: int, num_bytes: int, fetch: Callable[[int, int], bytes]) -> bytes:
-        """The bytes of a span that lies inside the file; `fetch(offset, num_bytes)` gets what is missing.
+        """Read bytes of a file; `fetch(offset, num_bytes)` gets those that are not in the cache.
 
-        Trouble with the disk is no error: then the span is fetched and nothing is kept.
+        The span must lie inside the file. A disk error is not raised: the bytes are fetched and not kept.
         """
         pieces, end = [], offset + num_bytes
         while offset < end:
@@ -90,10 +90,10 @@ class NodeCache:
         return b"".join(pieces)
 
     def copy(self, file: RemoteFile, num_bytes: int, basename: str, fill: Callable[[int], None]) -> Path:
-        """The path of a whole copy, which stays as long as this process; `fill(descriptor)` writes what is missing.
+        """The path of a whole copy, kept while this process lives; `fill(descriptor)` writes it if it is missing.
 
         Raises:
-            StorageError: there is no room for it, or another process stalls while it writes it.
+            StorageError: there is no room for it, or the process that writes it makes no progress.
         """
         path = self._entries / f"{file.key}-{basename}"
         try:
@@ -103,7 +103,7 @@ class NodeCache:
             raise
         except OSError as error:
             reason = error.strerror or error
-            raise StorageError(f"{shown(file.location)} cannot be copied to {self._folder}: {reason}") from error
+            raise StorageError(f"{redacted(file.location)} cannot be copied to {self._folder}: {reason}") from error
         return path
 
     def _read_chunk(self, file: RemoteFile, index: int, part: slice, fetch: Callable[[int, int], bytes]) -> bytes:
@@ -132,7 +132,7 @@ class NodeCache:
         return fetched[0][part] if fetched else fetch(start + part.start, part.stop - part.start)
 
     def _stored(self, name: str, length: int, part: slice) -> bytes | None:
-        """A part of a chunk, or None if the chunk is not there; a damaged one is removed."""
+        """A part of a chunk; None if the chunk is missing or damaged. A damaged one is removed."""
         path = self._entries / name
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -141,16 +141,16 @@ class NodeCache:
         try:
             contents = checked(descriptor, length, part)
             with suppress(OSError):
-                os.utime(descriptor)  # The time of the last use decides what is removed.
+                os.utime(descriptor)  # Cleanup removes the least recently used.
         finally:
             os.close(descriptor)
         if contents is None:
-            log.warning("The file %s of the cache is damaged; it is fetched again.", path)
+            log.warning("The cache file %s is damaged and will be fetched again.", path)
             self._remove(path)
         return contents
 
     def _hold(self, path: Path, num_bytes: int) -> bool:
-        """Whether the copy is there; it is locked for the life of this process, so that no clean-up removes it."""
+        """Whether the copy exists. If so, lock it until this process ends, so that no cleanup removes it."""
         if path in self._held and is_at(self._held[path], path):
             return True
         try:
@@ -169,7 +169,7 @@ class NodeCache:
         return False
 
     def _write(self, name: str, num_bytes: int, fill: Callable[[int], None], is_copy: bool) -> None:
-        """Make the entry, or wait until another process has made it."""
+        """Write the entry, or wait until another process has written it."""
         descriptor = self._claim(name, num_bytes, is_copy)
         if descriptor is None:
             return
@@ -186,7 +186,7 @@ class NodeCache:
             unlock(descriptor)
 
     def _claim(self, name: str, num_bytes: int, is_copy: bool) -> int | None:
-        """A descriptor of the partial file that is ours to write; None once the entry exists."""
+        """A descriptor of the partial file, locked for writing; None if another process finished the entry."""
         entry, part = self._entries / name, self._parts / name
         patient_until = time.monotonic() + self._patience_seconds
         while not entry.exists():
@@ -198,16 +198,16 @@ class NodeCache:
             if try_lock(descriptor) and is_at(descriptor, part):
                 os.ftruncate(descriptor, num_bytes)
                 return descriptor
-            # A copy takes its time, but then its file changes; a chunk is written at once.
+            # A large copy takes long but its file keeps changing; a chunk is written at once.
             is_moving = is_copy and time.time() - os.fstat(descriptor).st_mtime < self._patience_seconds
             os.close(descriptor)
             if time.monotonic() > patient_until and not is_moving:
-                raise OSError(errno.ETIMEDOUT, "another process of this node fetches it, but doesn't get on")
+                raise OSError(errno.ETIMEDOUT, "another process of this node fetches it, but makes no progress")
             time.sleep(_PAUSE_SECONDS)
         return None
 
     def _create(self, entry: Path, part: Path, num_bytes: int) -> None:
-        """Make room for a partial file, and make it at its full size; whoever locks it first writes it."""
+        """Make room for a partial file and allocate it; the first process to lock it writes it."""
         with self._usage() as usage:
             if entry.exists() or part.exists():
                 return
@@ -216,17 +216,19 @@ class NodeCache:
                 used = self._scan(clean_to=self._limit_bytes - num_bytes)
                 write_number(usage, used)
             if used + num_bytes > self._limit_bytes:
-                raise OSError(errno.ENOSPC, f"`storage.cache_gigabytes` leaves no room for {num_bytes} bytes")
-            write_number(usage, used + num_bytes)  # First: a process killed in between leaves too high a number.
+                raise OSError(errno.ENOSPC, f"no room for {num_bytes} bytes within `storage.cache_gigabytes`")
+            write_number(usage, used + num_bytes)  # First, so that a kill here only overestimates.
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             os.ftruncate(descriptor, num_bytes)
             os.close(descriptor)
 
     def _scan(self, clean_to: int) -> int:
-        """The bytes of all files, after those that were not used for the longest time were removed down to `clean_to`,
-        and what killed processes left."""
+        """Remove abandoned partial files and, above `clean_to` bytes, the least recently used entries.
+
+        Returns the number of bytes of the files that are left.
+        """
         remove_unlocked(files(self._parts))
-        # Parts first: one that is finished and moved in between is found twice then, and not missed.
+        # Partial files first: one that is finished in between is then listed twice instead of never.
         parts, entries = files(self._parts), sorted(files(self._entries))
         sizes = {Path(path).name: size for _, size, path in parts + entries}
         total = sum(sizes.values())
@@ -236,7 +238,7 @@ class NodeCache:
         return total - remove_unlocked(entries, surplus)
 
     def _remove_abandoned(self, usage: int) -> None:
-        """Remove what killed processes left; count anew if nobody has counted yet."""
+        """Remove what killed processes left; count all files if `usage` is empty."""
         used = read_number(usage)
         freed = remove_unlocked(files(self._parts))
         write_number(usage, self._scan(self._limit_bytes) if used is None else used - freed)
@@ -249,13 +251,13 @@ class NodeCache:
 
     @contextmanager
     def _usage(self) -> Iterator[int]:
-        """The descriptor of the file with the number of bytes in use, locked."""
+        """The descriptor of the locked `usage` file."""
         descriptor = os.open(self._folder / "usage", os.O_RDWR | os.O_CREAT, 0o666)
         patient_until = time.monotonic() + self._patience_seconds
         try:
             while not try_lock(descriptor):
                 if time.monotonic() > patient_until:
-                    raise OSError(errno.ETIMEDOUT, f"{self._folder / 'usage'} stays locked")
+                    raise OSError(errno.ETIMEDOUT, f"another process keeps {self._folder / 'usage'} locked")
                 time.sleep(_PAUSE_SECONDS)
             yield descriptor
         finally:
@@ -267,4 +269,4 @@ class NodeCache:
         if not self._warned:
             self._warned = True
             reason = error.strerror or error
-            log.warning("The cache %s cannot be used (%s); remote files are read without it.", self._folder, reason)
+            log.warning("The cache %s cannot be used (%s). Remote files are read without it.", self._folder, reason)

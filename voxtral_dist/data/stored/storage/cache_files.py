@@ -1,4 +1,4 @@
-"""The files of a cache that several processes share: their checksums, their locks, and their sum of bytes."""
+"""Files of a cache that processes share: checksums, locks, and the count of bytes in use."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-# Each block of a chunk has a checksum behind the chunk, so that reading a part of it checks this part only.
+# The checksums of a chunk's blocks follow the chunk, so that reading a part of it verifies only that part.
 _BLOCK_BYTES = 64 << 10
 _CHECKSUM_BYTES = 4
 
 
 def write_at(descriptor: int, contents: bytes, offset: int) -> None:
-    """Write all of it, or raise the `OSError` that says why not."""
+    """Write all bytes at an offset.
+
+    Raises:
+        OSError: not all could be written.
+    """
     rest = memoryview(contents)
     while rest:
         num_written = os.pwrite(descriptor, rest, offset)
@@ -24,19 +28,19 @@ def write_at(descriptor: int, contents: bytes, offset: int) -> None:
 
 
 def chunk_file_bytes(length: int) -> int:
-    """The size of the file of a chunk of this length, with its checksums."""
+    """The file size of a chunk of this length, checksums included."""
     return length + _CHECKSUM_BYTES * -(-length // _BLOCK_BYTES)
 
 
 def checksums(contents: bytes) -> bytes:
-    """What is written behind a chunk: CRC-32 of each block."""
+    """The CRC-32 of each block of a chunk, as they follow it in its file."""
     starts = range(0, len(contents), _BLOCK_BYTES)
     view = memoryview(contents)
     return np.array([zlib.crc32(view[start : start + _BLOCK_BYTES]) for start in starts], dtype="<u4").tobytes()
 
 
 def checked(descriptor: int, length: int, part: slice) -> bytes | None:
-    """A part of a chunk, or None if its checksums don't agree."""
+    """A part of a chunk; None if its checksums or the file size are wrong."""
     if os.fstat(descriptor).st_size != chunk_file_bytes(length):
         return None
     first, stop = part.start // _BLOCK_BYTES, -(-part.stop // _BLOCK_BYTES)
@@ -47,7 +51,7 @@ def checked(descriptor: int, length: int, part: slice) -> bytes | None:
 
 
 def files(folder: Path) -> list[tuple[float, int, str]]:
-    """Time of the last use, size and path of each file."""
+    """Time of last use, size and path of each file."""
     found = []
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):
@@ -57,7 +61,7 @@ def files(folder: Path) -> list[tuple[float, int, str]]:
 
 
 def remove_unlocked(files: list[tuple[float, int, str]], surplus: float = float("inf")) -> int:
-    """The number of bytes that were freed by removing files in this order, at least `surplus` if possible."""
+    """Remove files that nobody has locked, in this order, until `surplus` bytes are freed; return the number freed."""
     freed = 0
     for _, num_bytes, path in files:
         if freed >= surplus:
@@ -79,7 +83,7 @@ def _remove_if_unlocked(path: Path) -> bool:
 
 
 def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Whether the file could be locked at once; the lock ends with the descriptor."""
+    """Lock a file without waiting, until its descriptor is closed; return whether that succeeded."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,22 +92,22 @@ def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def unlock(descriptor: int) -> None:
-    """End the lock and close the file."""
-    # Closing alone keeps the lock while a forked process has the descriptor too.
+    """Release the lock and close the file."""
+    # Closing doesn't release the lock while a forked process has the descriptor open.
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that has this path now."""
+    """Whether the open file is still the one at this path."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
 
 
 def read_number(descriptor: int) -> int | None:
-    """The number in a file; None if there is none."""
+    """The number in a file; None if it has none."""
     digits = os.pread(descriptor, 32, 0).strip()
     return int(digits) if digits.isdigit() else None
 

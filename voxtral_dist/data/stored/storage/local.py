@@ -1,4 +1,4 @@
-"""Local files by positioned reads, whose length is always checked."""
+"""Positioned reads of local files, with a check of the length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def local_path(location: str) -> Path:
 
 
 def read_local(span: Span) -> bytes:
-    """The bytes of the span; shared file systems get some more chances.
+    """The bytes of a span, tried up to three times because shared file systems have hiccups.
 
     Raises:
         StorageError: the file cannot be read, or ends before the span does.
@@ -53,20 +53,20 @@ def _read_once(span: Span) -> bytes:
 
 
 def advise(span: Span) -> None:
-    """Let the system read the span ahead."""
-    # Not on every system; and a file that is missing is an error of the read, not of this.
+    """Ask the kernel to read a span ahead."""
+    # Not every system has it, and a missing file is an error of the read that follows.
     with suppress(OSError, AttributeError):
         file = _open(span.location)
         os.posix_fadvise(file.fileno(), span.offset, span.num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def local_error(location: str, error: OSError) -> StorageError:
-    """The error as a sentence that names the location."""
-    sort = MissingFileError if isinstance(error, FileNotFoundError) else StorageError
-    return sort(f"{location} cannot be read: {error.strerror or error}")
+    """A `StorageError` that names the location."""
+    error_type = MissingFileError if isinstance(error, FileNotFoundError) else StorageError
+    return error_type(f"{location} cannot be read: {error.strerror or error}")
 
 
 @lru_cache(maxsize=_MAX_OPEN_FILES)
 def _open(location: str) -> BinaryIO:
-    # Unbuffered: pread goes past Python's buffers anyway. The cache closes a file by dropping the last reference to it.
+    # Unbuffered: pread bypasses Python's buffers anyway. Evicted files are closed when their last reference goes.
     return local_path(location).open("rb", buffering=0)

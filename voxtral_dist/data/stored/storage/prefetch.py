@@ -1,4 +1,4 @@
-"""Reading ahead: threads that never hold up the end of a process, and the results that wait to be taken."""
+"""Reading ahead: daemon threads, and the results that wait to be taken."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from voxtral_dist.data.stored.storage.spans import Span
 
-# Neighbours are read by one request as long as it stays as small as this.
+# Adjacent spans are read by one request of up to this size.
 _MAX_JOINED_BYTES = 8 << 20
 
 
 class DaemonPool:
-    """Runs calls on some threads. A process that ends doesn't wait for them, other than with `concurrent.futures`: a
-    server that stalls must not hold it up."""
+    """A pool of daemon threads. Unlike with `concurrent.futures`, a process that exits doesn't wait for running calls:
+    a server that stalls must not delay it."""
 
     def __init__(self, num_threads: int) -> None:
         self._max_threads = num_threads
@@ -26,7 +26,7 @@ class DaemonPool:
         self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        """The future result of a call."""
+        """Schedule a call and return its future."""
         future: Future[Any] = Future()
         self._calls.put((future, function, arguments))
         with self._lock:
@@ -52,8 +52,8 @@ def _run(future: Future[Any], function: Callable[..., Any], arguments: tuple[Any
 
 
 @cache
-def pool_of(num_threads: int, process_id: int) -> DaemonPool:
-    """The pool that a process uses; a forked one has no threads of its parent, so it gets its own."""
+def process_pool(num_threads: int, process_id: int) -> DaemonPool:
+    """The pool of a process: a forked process gets its own, because threads don't survive a fork."""
     return DaemonPool(num_threads)
 
 
@@ -64,7 +64,7 @@ class _Piece(NamedTuple):
 
 
 class Prefetch:
-    """Spans that are being read, or were read and not taken yet: those of the last `start`, within a limit of bytes."""
+    """The spans of the latest `start`, in flight or read but not yet taken, up to `max_bytes` in total."""
 
     def __init__(self, read: Callable[[Span], bytes], pool: DaemonPool, max_bytes: int) -> None:
         self._read = read
@@ -74,11 +74,11 @@ class Prefetch:
         self._pieces: dict[Span, _Piece] = {}
 
     def start(self, spans: Iterable[Span]) -> None:
-        """Read these ahead, and drop what was read ahead before and isn't among them."""
+        """Read these spans ahead; drop earlier ones that are not among them."""
         wanted = _within(spans, self._max_bytes)
         with self._lock:
             pieces = {span: self._pieces[span] for span in wanted if span in self._pieces}
-            for group in _neighbours([span for span in wanted if span not in pieces]):
+            for group in _adjacent_groups([span for span in wanted if span not in pieces]):
                 pieces.update(self._submit(group))
             kept = {id(piece.future) for piece in pieces.values()}
             for piece in self._pieces.values():
@@ -87,10 +87,10 @@ class Prefetch:
             self._pieces = pieces
 
     def take(self, span: Span) -> bytes | None:
-        """The bytes of a span that was read ahead, waiting for them if necessary; None if it has to be read now.
+        """The bytes of a span that was read ahead, once they are there; None if it was not, or must be read again.
 
         Raises:
-            StorageError: reading it failed.
+            StorageError: the read failed.
         """
         with self._lock:
             piece = self._pieces.pop(span, None)
@@ -101,7 +101,7 @@ class Prefetch:
         except CancelledError:
             return None
         except OSError:
-            if piece.is_joined:  # Perhaps it was the fault of a neighbour.
+            if piece.is_joined:  # An adjacent span may have caused it.
                 return None
             raise
         return contents[piece.start : piece.start + span.num_bytes] if piece.is_joined else contents
@@ -124,8 +124,8 @@ def _within(spans: Iterable[Span], max_bytes: int) -> list[Span]:
     return chosen
 
 
-def _neighbours(spans: list[Span]) -> list[list[Span]]:
-    """The spans in groups that lie in a row in one file; the group that is needed first comes first."""
+def _adjacent_groups(spans: list[Span]) -> list[list[Span]]:
+    """Groups of spans that are adjacent in one file, in the order in which they are needed."""
     order = {span: number for number, span in enumerate(spans)}
     groups: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: (span.location, span.offset)):

@@ -1,8 +1,7 @@
-"""Requests to what lies behind a URL, through fsspec: each ends in time, is tried again where that may help, and says
-what failed.
+"""Requests to URLs through fsspec, with timeouts, retries and errors that name what failed.
 
-Credentials, endpoints and proxies are those of each backend's own convention; sentences show no query strings and no
-passwords, because these may be secrets.
+Credentials, endpoints and proxies follow each backend's own conventions. Messages contain no query strings and no
+passwords, which may be secrets.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, StorageError, shown
+from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, StorageError, redacted
 from voxtral_dist.errors import UserError, first_line
 
-# A whole object is fetched in ranges of this size, so that the limit of time for an attempt fits all sizes.
+# Whole objects are fetched in ranges of this size, so that one timeout per attempt fits objects of any size.
 RANGE_BYTES = 8 << 20
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 20.0
-# What will hardly mend itself gets another chance all the same: proxies and shared file systems have hiccups.
+# Even errors that look permanent are retried once: proxies and shared file systems have hiccups.
 _ATTEMPTS_IF_PERMANENT, _ATTEMPTS_IF_SHORT = 2, 3
-# Folders are listed page by page, which takes longer than to read a range.
+# Listing a folder, page by page, takes longer than reading a range.
 _LISTING_TIMEOUTS = 10
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 _STATUS_WORTH_A_RETRY = {408, 425, 429}
@@ -58,13 +57,13 @@ _VERSION_KEYS: tuple[str, ...] = (
 _VERSION_KEYS += ("LastModified", "Last-Modified", "last_modified", "mtime", "created")
 
 Result = TypeVar("Result")
-# Not the global generator: it is seeded for augmentation, and forked workers would all pause for the same time.
+# Not the global generator: augmentation seeds it, and forked workers would all pause for the same time.
 _jitter = random.SystemRandom()
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What a server says of an object; `num_bytes` is None if it doesn't say, `version` empty if it tells none."""
+    """Size and version of an object; `num_bytes` is None and `version` empty if the server reports none."""
 
     location: str
     num_bytes: int | None
@@ -72,21 +71,21 @@ class RemoteFile:
 
     @property
     def key(self) -> str:
-        """The same for the same contents at the same location, as far as the server lets us know."""
+        """A hash that identifies the contents, as far as the server reports a version."""
         return hashlib.sha256(f"{self.location}\0{self.num_bytes}\0{self.version}".encode()).hexdigest()[:32]
 
 
 class Remote:
-    """Makes requests in the process that calls it: connections are never shared across a fork."""
+    """Requests to URLs; each process has its own connections, also after a fork."""
 
     def __init__(self, config: StorageConfig) -> None:
         self._config = config
 
     def read(self, location: str, offset: int, num_bytes: int) -> bytes:
-        """A range of an object.
+        """Read a range of an object.
 
         Raises:
-            StorageError: it could not be had, or has another length.
+            StorageError: it cannot be read, or has another length.
         """
         if num_bytes == 0:
             return b""
@@ -94,36 +93,37 @@ class Remote:
         def attempt() -> bytes:
             contents: bytes = self._call(location, "_cat_file", start=offset, end=offset + num_bytes)
             if len(contents) > num_bytes:
-                raise NotImplementedError("the server answers requests for a range with the whole file")
+                raise NotImplementedError("the server ignores the range of the request and sends the whole file")
             if len(contents) < num_bytes:
                 raise ShortReadError(f"read {len(contents)} bytes instead of {num_bytes}")
             return contents
 
-        return self._retry(attempt, f"{shown(location)} cannot be read at byte {offset}")
+        return self._retry(attempt, f"{redacted(location)} cannot be read at byte {offset}")
 
     def read_whole(self, location: str) -> bytes:
-        """An object of unknown size in one request."""
-        contents: bytes = self._retry(lambda: self._call(location, "_cat_file"), f"{shown(location)} cannot be read")
+        """Read an object of unknown size in one request."""
+        contents: bytes = self._retry(lambda: self._call(location, "_cat_file"), f"{redacted(location)} cannot be read")
         return contents
 
     def describe(self, location: str) -> RemoteFile:
         """Size and version of an object."""
-        facts = self._retry(lambda: self._call(location, "_info"), f"{shown(location)} cannot be read")
-        version = next((f"{key}={facts[key]}" for key in _VERSION_KEYS if facts.get(key)), "")
-        return RemoteFile(location, facts.get("size"), version)
+        info = self._retry(lambda: self._call(location, "_info"), f"{redacted(location)} cannot be read")
+        version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
+        return RemoteFile(location, info.get("size"), version)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder."""
         rows = self._retry(
-            lambda: self._call(folder, "_ls", _LISTING_TIMEOUTS, detail=True), f"{shown(folder)} cannot be listed"
+            lambda: self._call(folder, "_ls", _LISTING_TIMEOUTS, detail=True),
+            f"{redacted(folder)} cannot be listed",
         )
         files = [row for row in rows if row["type"] == "file" and row["size"] is not None]
         return {row["name"].rsplit("/", 1)[-1]: row["size"] for row in files if not row["name"].endswith("/")}
 
     def glob(self, pattern: str) -> list[str]:
-        """The locations that match."""
+        """The locations that match a pattern."""
         names = self._retry(
-            lambda: self._call(pattern, "_glob", _LISTING_TIMEOUTS), f"{shown(pattern)} cannot be listed"
+            lambda: self._call(pattern, "_glob", _LISTING_TIMEOUTS), f"{redacted(pattern)} cannot be listed"
         )
         filesystem, _ = self._resolve(pattern)
         protocol = pattern.partition("://")[0]
@@ -158,26 +158,26 @@ class Remote:
             time.sleep(_jitter.uniform(0.0, longest))
 
     def _storage_error(self, complaint: str, cause: Exception, num_attempts: int) -> StorageError:
-        sort = MissingFileError if _is_missing(cause) else StorageError
+        error_type = MissingFileError if _is_missing(cause) else StorageError
         if isinstance(cause, TimeoutError):
-            reason = f"there was no answer within {self._config.timeout_seconds:g} s"
+            reason = f"no answer within {self._config.timeout_seconds:g} s"
         else:
             reason = _reason(cause)
         attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
-        return sort(f"{complaint}: {reason} ({attempts})")
+        return error_type(f"{complaint}: {reason} ({attempts})")
 
 
 @cache
 def _filesystem(protocol: str, num_connections: int, process_id: int) -> AsyncFileSystem:
-    # The cache keeps what a forked process inherited, forever: closing it would take the sockets of the parent from
-    # the parent's event loop.
+    # A forked process keeps the file systems that it inherited: closing them would remove the parent's sockets from
+    # the event loop that both share.
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         extra = _EXTRAS.get(protocol)
         remedy = f"`pip install 'voxtral-dist[{extra}]'`" if extra else first_line(error)
         raise UserError(
-            f"Locations that start with `{protocol}://` need a package that is missing: {remedy}."
+            f"Locations that start with `{protocol}://` need a package that is not installed: {remedy}."
         ) from error
     except ValueError as error:
         raise UserError(
@@ -193,7 +193,7 @@ def _options(protocol: str, num_connections: int) -> dict[str, Any]:
     match protocol:
         case "http" | "https":
             client = configured.get("client_kwargs", {})
-            # A compressed answer has another length. trust_env: proxies from the environment, and .netrc.
+            # A compressed response has another length. trust_env: proxies from the environment, and .netrc.
             headers = {"Accept-Encoding": "identity", **client.get("headers", {})}
             return {"client_kwargs": {"trust_env": True, **client, "headers": headers}}
         case "s3" | "s3a":
@@ -233,7 +233,7 @@ def _status(cause: Exception) -> int | None:
 
 
 def _unhidden(error: Exception) -> Exception:
-    """The true cause where fsspec's HTTP says that a file is missing whenever its size could not be had."""
+    """The true cause of an error: fsspec's HTTP reports a missing file whenever it cannot get the size."""
     cause = error.__cause__
     if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
         return error
@@ -243,9 +243,9 @@ def _unhidden(error: Exception) -> Exception:
 def _reason(cause: Exception) -> str:
     status = _status(cause)
     if _is_missing(cause):
-        return "there is no such file"
+        return "no such file"
     if status is not None:
-        return f"the server answers with status {status}"
+        return f"the server responds with status {status}"
     if isinstance(cause, PermissionError):
         return f"access is denied ({first_line(cause)})"
     return re.sub(r"\?[^\s'\")]*", "", first_line(cause)) or type(cause).__name__

@@ -1,4 +1,4 @@
-"""What is read, and what is said when it cannot be."""
+"""What a storage reads, and the errors of reading it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Span:
-    """A run of bytes in a file, for example the tar members of one sample."""
+    """A run of bytes in a file, for example the tar members of one utterance."""
 
     location: str
     offset: int
@@ -16,17 +16,17 @@ class Span:
 
 
 class StorageError(OSError):
-    """Bytes that could not be had: the sentence names the location, the offset and the cause."""
+    """Bytes could not be read. The message names the location, the offset and the cause."""
 
 
 class MissingFileError(StorageError, FileNotFoundError):
-    """There is nothing at this location."""
+    """There is no file or folder at the location."""
 
 
 class ShortReadError(StorageError):
-    """Another number of bytes came than was asked for."""
+    """Fewer or more bytes were read than requested."""
 
 
-def shown(location: str) -> str:
-    """The location without what may be a secret: user, password and query."""
+def redacted(location: str) -> str:
+    """The location for messages: without user, password and query."""
     return re.sub(r"(?<=://)[^/@]*@", "", location.partition("?")[0])

@@ -1,6 +1,6 @@
-"""Bytes from anywhere: local files by positioned reads, what lies behind URLs by ranges, through a cache of the node.
+"""Bytes of local files, by positioned reads, and of URLs, by range requests through a cache on the node's disk.
 
-A `Storage` is a value: a copy of it in a forked or spawned process makes threads and connections of its own.
+A `Storage` is a value: in a forked or spawned process it opens threads and connections of its own.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from typing import Any
 from braceexpand import braceexpand
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.stored.storage.background import Prefetch, pool_of
 from voxtral_dist.data.stored.storage.cache import NodeCache
 from voxtral_dist.data.stored.storage.cache_files import write_at
 from voxtral_dist.data.stored.storage.local import advise, local_error, local_path, read_local
+from voxtral_dist.data.stored.storage.prefetch import Prefetch, process_pool
 from voxtral_dist.data.stored.storage.remote import RANGE_BYTES, Remote, RemoteFile
-from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, shown
+from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, redacted
 from voxtral_dist.errors import UserError
 
 _MEBIBYTE = 1 << 20
 _GIGABYTE = 10**9
-# How long a process that waits for another one's download allows for the pauses between attempts, per attempt.
+# While waiting for another process's download: allowance per attempt for the pauses between attempts.
 _PAUSE_ALLOWANCE_SECONDS = 20.0
 
 
 def is_remote(location: str) -> bool:
-    """Whether a location is a URL of something that is not a local file."""
+    """Whether a location is a URL other than of a local file."""
     protocol, separator, _ = location.partition("://")
     return bool(separator) and re.fullmatch(r"[\w+.:-]+", protocol) is not None and protocol not in ("file", "local")
 
 
 def join(folder: str, name: str) -> str:
-    """The location of a file in a folder; a whole location as the name stays what it is."""
+    """The location of a file in a folder; a name that is a URL is returned as it is."""
     return name if is_remote(name) else posixpath.join(folder, name)
 
 
 class Storage:
-    """Reads spans, whole files and listings of local folders and of URLs that fsspec knows."""
+    """Reads spans, whole files and listings of local folders and of URLs with a protocol of fsspec."""
 
     def __init__(self, config: StorageConfig | None = None) -> None:
         self._config = config or StorageConfig()
@@ -56,16 +56,16 @@ class Storage:
         return Storage, (self._config,)
 
     def read(self, span: Span) -> bytes:
-        """The bytes of the span: as many as it says, and what `prefetch` has read of it already.
+        """The bytes of a span, all of them; at once if `prefetch` has read them already.
 
         Raises:
-            StorageError: they could not be had, after all attempts.
-            UserError: the protocol is unknown, or a package for it is missing.
+            StorageError: all attempts failed.
+            UserError: the protocol is unknown, or its package is not installed.
         """
         return self._here.read(span) if is_remote(span.location) else read_local(span)
 
     def prefetch(self, spans: Iterable[Span]) -> None:
-        """Start to read what will be needed next. What an earlier call announced and this one doesn't is dropped."""
+        """Start to read the spans needed next; drop those of earlier calls that are not among them."""
         spans = list(spans)
         self._here.prefetch.start(span for span in spans if is_remote(span.location))
         for span in spans:
@@ -73,10 +73,10 @@ class Storage:
                 advise(span)
 
     def read_all(self, location: str) -> bytes:
-        """A whole file.
+        """The bytes of a whole file.
 
         Raises:
-            StorageError: it cannot be read; `MissingFileError` if it isn't there.
+            StorageError: it cannot be read; `MissingFileError` if it doesn't exist.
         """
         if is_remote(location):
             return self._here.read_all(location)
@@ -86,8 +86,7 @@ class Storage:
             raise local_error(location, error) from error
 
     def local_copy(self, location: str) -> Path:
-        """The path of a file: its own if it is local, else of a copy, made once per node for as long as
-        it is unchanged.
+        """The path of a local file, or of a copy of a remote one, made once per node until the remote file changes.
 
         Raises:
             StorageError: it cannot be fetched, or there is no room for it.
@@ -95,10 +94,10 @@ class Storage:
         return self._here.copy(location) if is_remote(location) else local_path(location)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Names and sizes of the files in a folder, by one listing; empty over http, which has no listings.
+        """The sizes of the files in a folder, by name; empty over http, which has no listings.
 
         Raises:
-            MissingFileError, NotADirectoryError: there is no such folder.
+            MissingFileError, NotADirectoryError: the folder doesn't exist.
             StorageError: it cannot be listed.
         """
         if is_remote(folder):
@@ -111,22 +110,24 @@ class Storage:
             raise local_error(folder, error) from error
 
     def expand(self, pattern: str) -> list[str]:
-        """The locations that brace ranges and globs stand for, sorted; without any, the pattern itself.
+        """The locations that match brace ranges and globs, sorted; a pattern without any matches itself.
 
         Raises:
-            UserError: nothing matches a glob, or a brace has no end.
+            UserError: a glob matches nothing, or the braces are unbalanced.
         """
         try:
             names = list(braceexpand(pattern))
         except ValueError as error:
-            raise UserError(f"The pattern {shown(pattern)} must have an end for each brace, but has not.") from error
+            raise UserError(
+                f"The pattern {redacted(pattern)} has unbalanced braces: each `{{` needs a `}}`."
+            ) from error
         found = {location for name in names for location in self._matches(name)}
         if not found:
-            raise UserError(f"The pattern {shown(pattern)} must match something, but nothing is there that it fits.")
+            raise UserError(f"The pattern {redacted(pattern)} matches nothing. Correct the pattern or the path.")
         return sorted(found)
 
     def _matches(self, name: str) -> list[str]:
-        # A question mark in a web address starts its query.
+        # In a web address, a question mark starts the query.
         if not re.search(r"[*\[]" if _is_http(name) else r"[*?\[]", name):
             return [name]
         if is_remote(name):
@@ -142,23 +143,23 @@ class Storage:
 
 
 class _Process:
-    """What a storage has in one process: connections, threads and open files don't survive a fork."""
+    """The connections, threads and open files of a storage in one process: none of them survives a fork."""
 
     def __init__(self, config: StorageConfig) -> None:
         self.process_id = os.getpid()
         self.remote = Remote(config)
         self._config = config
-        self._pool = pool_of(config.num_reads_in_flight, self.process_id)
+        self._pool = process_pool(config.num_reads_in_flight, self.process_id)
         self.prefetch = Prefetch(self._fetch, self._pool, int(config.prefetch_megabytes * _MEBIBYTE))
         self._files: dict[str, RemoteFile] = {}
 
     def read(self, span: Span) -> bytes:
-        """The span, from what was read ahead if it was."""
+        """The bytes of a span, prefetched or fetched now."""
         contents = self.prefetch.take(span)
         return self._fetch(span) if contents is None else contents
 
     def read_all(self, location: str) -> bytes:
-        """A whole object, range by range."""
+        """The bytes of a whole object, fetched as ranges."""
         num_bytes = self.remote.describe(location).num_bytes
         if num_bytes is None:
             return self.remote.read_whole(location)
@@ -179,7 +180,7 @@ class _Process:
             self._in_flight([partial(self._fetch_into, descriptor, location, *part) for part in _ranges(num_bytes)])
             return None
 
-        basename = re.sub(r"[^\w.-]", "_", shown(location).rstrip("/").rpartition("/")[2])
+        basename = re.sub(r"[^\w.-]", "_", redacted(location).rstrip("/").rpartition("/")[2])
         return self._cache.copy(file, num_bytes, basename, fill)
 
     def _fetch(self, span: Span) -> bytes:
@@ -190,7 +191,7 @@ class _Process:
             return self.remote.read(span.location, span.offset, span.num_bytes)
         if span.offset + span.num_bytes > file.num_bytes:
             raise ShortReadError(
-                f"{shown(span.location)} cannot be read at byte {span.offset}: it has {file.num_bytes} bytes, fewer "
+                f"{redacted(span.location)} cannot be read at byte {span.offset}: it has {file.num_bytes} bytes, fewer "
                 f"than the {span.offset + span.num_bytes} that its index says"
             )
         return self._cache.read(file, span.offset, span.num_bytes, partial(self.remote.read, span.location))
@@ -199,13 +200,13 @@ class _Process:
         write_at(descriptor, self.remote.read(location, offset, num_bytes), offset)
 
     def _describe(self, location: str) -> RemoteFile:
-        """Asked once per process: a file that changes while it is read belongs to no index."""
+        """Size and version of a file, requested once per process: an indexed file must not change while it is read."""
         if location not in self._files:
             self._files[location] = self.remote.describe(location)
         return self._files[location]
 
     def _in_flight(self, calls: list[Callable[[], Any]]) -> list[Any]:
-        """The results of all calls, made on the threads. After an error no call is running any more."""
+        """The results of calls made on the pool. When one fails, wait until no call is running and raise its error."""
         futures = [self._pool.submit(call) for call in calls]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
