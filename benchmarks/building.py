@@ -98,11 +98,12 @@ def _in_rank(build: Callable[[RunConfig, World], object], folder: Path, store: P
 def build_ours(config: RunConfig, world: World) -> object:
     """As a run does."""
     from voxtral_dist.engine.zero.building import fill_model
-    from voxtral_dist.engine.zero.settings import complete_settings
     from voxtral_dist.model.voxtral import trained_meta_model
+    from voxtral_dist.model.weights import InitialWeights
 
     model = trained_meta_model(config.model, config.trainable, torch.float32)
-    fill_model(model, config, complete_settings(config, model, world.size), world)
+    initial = InitialWeights(config.model.path, model, config.seed)
+    fill_model(model, initial, _deepspeed_settings(config, model, world), world)
     return model
 
 
@@ -111,11 +112,16 @@ def build_peer(config: RunConfig, world: World) -> object:
     import deepspeed
     from transformers import VoxtralForConditionalGeneration
 
-    from voxtral_dist.engine.zero.settings import complete_settings
-
     model = VoxtralForConditionalGeneration.from_pretrained(config.model.path, dtype=torch.float32)
-    deepspeed.zero.Init(module=model, config_dict_or_path=complete_settings(config, model, world.size))
+    deepspeed.zero.Init(module=model, config_dict_or_path=_deepspeed_settings(config, model, world))
     return model
+
+
+def _deepspeed_settings(config: RunConfig, model: torch.nn.Module, world: World) -> dict[str, Any]:
+    from voxtral_dist.engine.zero.settings import complete_settings, read_settings
+
+    settings = read_settings(config.engine, config.run_dir)
+    return complete_settings(settings, config.model, config.optimizer, model, world.size)
 
 
 def _config(folder: Path, name: str) -> RunConfig:

@@ -31,6 +31,11 @@ class OneProcess:
         return ((name, parameter.detach()) for name, parameter in self._model.named_parameters())
 
 
+def export(model: TrainedVoxtral, config: RunConfig, dtype: torch.dtype) -> None:
+    engine: Any = OneProcess(model)
+    export_trained(engine, config.model.path, config.trainable.lora, dtype, config.run_dir, alone("cpu"))
+
+
 def inputs_of(model: VoxtralForConditionalGeneration) -> dict[str, Tensor]:
     num_positions = model.config.audio_config.max_source_positions
     audio = [model.config.audio_token_id] * (num_positions // 4)
@@ -67,7 +72,7 @@ def trained(request: pytest.FixtureRequest, tiny_model: Path, shard_folder: Path
 
 def test_adapters_are_merged_into_a_plain_model_and_stored_for_peft(trained: tuple[RunConfig, TrainedVoxtral]) -> None:
     config, model = trained
-    export_trained(OneProcess(model), config, torch.float32, alone("cpu"))  # type: ignore[arg-type]
+    export(model, config, torch.float32)
     expected = logits_of(model, inputs_of(model))
     base = VoxtralForConditionalGeneration.from_pretrained(config.model.path)
     assert not torch.allclose(logits_of(base, inputs_of(model)), expected, atol=0.1)
@@ -82,7 +87,7 @@ def test_adapters_are_merged_into_a_plain_model_and_stored_for_peft(trained: tup
 def test_without_adapters_there_is_no_adapter_folder(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> None:
     config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=5)
     model = load_voxtral(config.model)
-    export_trained(OneProcess(model), config, torch.bfloat16, alone("cpu"))  # type: ignore[arg-type]
+    export(model, config, torch.bfloat16)
     exported = VoxtralForConditionalGeneration.from_pretrained(config.run_dir / "export", dtype="auto")
     for name, value in exported.state_dict().items():
         assert torch.equal(value.float(), model.state_dict()[name].bfloat16().float()), name

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import refuse_unwritable, write_whole
+from voxtral_dist.files import refuse_unwritable, write_atomically
 
 
 def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "best.json"
-    write_whole(path, '{"step": 4}')
+    write_atomically(path, '{"step": 4}')
 
     def half(self: Path, text: str, encoding: str) -> None:
         self.write_bytes(text.encode(encoding)[: len(text) // 2])
@@ -19,11 +19,11 @@ def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, '{"step": 8}')
+        write_atomically(path, '{"step": 8}')
     assert path.read_bytes() == b'{"step": 4}'
     # What is left of it goes with the next one.
     monkeypatch.undo()
-    write_whole(path, '{"step": 8}')
+    write_atomically(path, '{"step": 8}')
     assert [one.name for one in tmp_path.iterdir()] == ["best.json"]
     assert path.read_bytes() == b'{"step": 8}'
 
@@ -31,7 +31,7 @@ def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("there", "there is a folder, where a file is to be written"),
+        ("there", "there is a folder, but a file must be written there"),
         (256 * "a", "cannot be written: File name too long"),
     ],
 )
@@ -44,5 +44,5 @@ def test_what_could_not_be_written_later_is_refused_at_the_start(tmp_path: Path,
 
 
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
-    write_whole(tmp_path / (250 * "a" + ".json"), "{}")
+    write_atomically(tmp_path / (250 * "a" + ".json"), "{}")
     assert [one.name for one in tmp_path.iterdir()] == [250 * "a" + ".json"]

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and DeepSpeed's extensions built before a run waits for them."""
+"""A report on this machine, and the build of DeepSpeed's extensions before a run has to wait for it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,20 @@ import torch
 from voxtral_dist.engine.zero.extensions import extension_locks, old_locks
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mistral-common", "webdataset", "soundfile", "jiwer")
-_BUILD = "from voxtral_dist.engine.zero.settings import build_extensions; build_extensions({}, {})"
+_BUILD = "from voxtral_dist.engine.zero.extensions import build_extensions; build_extensions({}, {})"
 
 
 def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
-    """Print a report; 0 if a run can start here, 2 if not."""
+    """Print versions and hardware, and build DeepSpeed's extensions.
+
+    Args:
+        build_timeout: limit for the build, in seconds.
+        with_offload: build the extension for offloading the optimizer too.
+        with_nvme: build the extensions for offloading to NVMe too.
+
+    Returns:
+        The exit code: 0 if runs can start on this machine, else 2.
+    """
     for package in _PACKAGES:
         print(f"{package} {importlib.metadata.version(package)}")
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
@@ -31,13 +40,13 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
 
 
 def _build(timeout: int, with_offload: bool, with_nvme: bool) -> int:
-    """Build in a process group of its own, so that a build that takes too long is ended with its compilers."""
+    """Build in a separate process group, so that a timeout ends the compilers too."""
     for lock, age in old_locks():
-        print(f"Removed the lock {lock}, {age / 60:.0f} minutes old, which a killed build had left behind.")
+        print(f"Removed the lock {lock}, {age / 60:.0f} minutes old, which a killed build left behind.")
         lock.unlink(missing_ok=True)
     print(f"Building DeepSpeed's extensions (limit {timeout} s; cached afterwards) ...", flush=True)
     command = [sys.executable, "-c", _BUILD.format(with_offload, with_nvme)]
-    # Another version of ninja would build everything again: use the one that a run in this environment finds.
+    # Use the ninja that runs in this environment find: another version would rebuild everything.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     builder = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -48,7 +57,7 @@ def _build(timeout: int, with_offload: bool, with_nvme: bool) -> int:
         os.killpg(builder.pid, signal.SIGKILL)
         for lock in extension_locks():
             lock.unlink(missing_ok=True)
-        print(f"The build did not end within {timeout} s: raise --build-timeout, or look for what holds the machine.")
+        print(f"The build took longer than {timeout} s: raise --build-timeout, or look for what slows this machine.")
         return 2
     if builder.returncode != 0:
         print(f"The build failed:\n{output.decode(errors='replace')[-4000:]}")

@@ -1,33 +1,33 @@
-"""The one kind of error that is the user's to mend: a sentence, no traceback, and an exit code that is not 0."""
+"""Errors a user can fix: a message, no traceback, and a nonzero exit code."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: what is wrong, where, and what to do.
+    """A mistake in the user's input; the message says what is wrong, where, and what to do.
 
-    The command line prints the sentence and ends with `exit_code`. Of several processes on a node the first speaks for
-    all, because all of them find the same mistake.
+    The command line prints the message and exits with `exit_code`. Only the first process of a node prints it, because
+    all of them meet the same mistake.
     """
 
     exit_code = 2
 
 
 class RankError(UserError):
-    """A `UserError` that one rank met alone, so that this rank has to print it itself."""
+    """A `UserError` of a single rank, which prints it itself."""
 
     exit_code = 3
 
 
 class SharedError(UserError):
-    """Met by one rank, which has told all others: each ends with it, and one of a node prints it."""
+    """An error of one rank that was shared with all others: all exit with it, and one per node prints it."""
 
     exit_code = 3
 
 
 def lower_first(text: str) -> str:
-    """A library's sentence as the second half of one of ours."""
+    """A library's message with a lowercase first letter, to continue a sentence."""
     return text[:1].lower() + text[1:]
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says first: the part of it that fits into a sentence of ours."""
+    """The first line of a library's error message."""
     return str(error).strip().split("\n", 1)[0]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever their writer is killed."""
+"""Atomic writes, and checks before a long computation that its results can be written."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from voxtral_dist.errors import UserError
 
 
 def refuse_unwritable(option: str, folder: Path, names: Sequence[str] = ()) -> None:
-    """Make a folder for results that are yet to be computed.
+    """Create a folder for results before they are computed.
 
     Args:
-        option: that named it.
+        option: the option that names the folder.
         folder: the folder.
-        names: of files that will be written there by `write_whole`.
+        names: names of files that `write_atomically` will write there.
 
     Raises:
-        UserError: it cannot be made, or nothing can be written there; the sentence names the option.
+        UserError: the folder cannot be created, or the files cannot be written; the message names the option.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"`{option}`: {folder} cannot be made: {error.strerror}.") from error
+        raise UserError(f"`{option}`: {folder} cannot be created: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"`{option}`: {folder} cannot be written: change its owner or choose another.")
     for path in (folder / name for name in names):
-        with failures_named(option, path):
+        with option_named_in_errors(option, path):
             with suppress(FileNotFoundError):
                 if stat.S_ISDIR(path.stat().st_mode):
-                    raise UserError(f"`{option}`: {path} is a folder, where a file is to be written: choose another.")
-            # Other ranks may try at the same time.
+                    raise UserError(
+                        f"`{option}`: {path} is a folder, but a file must be written there: choose another."
+                    )
+            # Other ranks may do the same at the same time.
             _temporary(path).touch()
             _temporary(path).unlink(missing_ok=True)
 
 
 def refuse_to_replace(option: str, path: Path, is_result: Callable[[Path], bool]) -> None:
-    """Refuse to write over what is no result, such as a manifest of the same name.
+    """Refuse to overwrite a file that is not a result, such as a manifest of the same name.
 
     Raises:
-        UserError: the file is there, and is none by `is_result`; the sentence names the option.
+        UserError: the file exists and `is_result` is false for it; the message names the option.
     """
-    with failures_named(option, path):
+    with option_named_in_errors(option, path):
         exists = path.exists()
     if exists and not is_result(path):
         raise UserError(
@@ -55,8 +57,8 @@ def refuse_to_replace(option: str, path: Path, is_result: Callable[[Path], bool]
 
 
 @contextmanager
-def failures_named(option: str, path: Path) -> Iterator[None]:
-    """Inside, what the system refuses to write is a mistake about an option.
+def option_named_in_errors(option: str, path: Path) -> Iterator[None]:
+    """Turn an `OSError` inside the block into a `UserError` that names an option and a path.
 
     Raises:
         UserError: in place of an `OSError`.
@@ -67,18 +69,18 @@ def failures_named(option: str, path: Path) -> Iterator[None]:
         raise UserError(f"`{option}`: {path} cannot be written: {error.strerror}.") from error
 
 
-def readable(text: str) -> str:
-    """A text that can be written as UTF-8: bytes of file names that are none become question marks."""
+def encodable(text: str) -> str:
+    """A text that UTF-8 can encode: undecodable bytes of file names become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text as UTF-8; a reader finds the old file or the new one, and never a part."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text as UTF-8 so that readers find either the old or the new file, never a part of it."""
     temporary = _temporary(path)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
 def _temporary(path: Path) -> Path:
-    """Of a name that is short enough wherever that of the file is."""
+    """A temporary path whose name is no longer than file systems allow, however long the file's own name is."""
     return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")

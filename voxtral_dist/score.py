@@ -9,7 +9,7 @@ from pathlib import Path
 
 from voxtral_dist.config import TextStep
 from voxtral_dist.errors import RankError, UserError
-from voxtral_dist.files import failures_named, refuse_to_replace, write_whole
+from voxtral_dist.files import option_named_in_errors, refuse_to_replace, write_atomically
 from voxtral_dist.scoring.hypotheses import read_hypotheses
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.pairing import compare_pairs, pair_utterances
@@ -107,8 +107,8 @@ def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, compar
     refuse_to_replace("--out", path, _is_comparison)
     _write(results)
     files = {"first": str(first.path), "second": str(second.path), "normalizer": first.score.normalizer}
-    with failures_named("--out", folder):
-        write_whole(path, json.dumps(files | asdict(comparison), indent=1))
+    with option_named_in_errors("--out", folder):
+        write_atomically(path, json.dumps(files | asdict(comparison), indent=1))
 
 
 def _is_comparison(path: Path) -> bool:
@@ -131,5 +131,5 @@ def _refuse_to_replace(results: Mapping[Path, ScoredFile], *others: Path) -> Non
 
 def _write(results: Mapping[Path, ScoredFile]) -> None:
     for folder, one in results.items():
-        with failures_named("--out", folder):
+        with option_named_in_errors("--out", folder):
             write_results(folder, one.path.stem, one.utterances, one.score)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from voxtral_dist.checkpoints.directory import CheckpointDirectory, TrainProgress
+from voxtral_dist.checkpoints.directory import CheckpointDirectory
+from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig, TrainDataConfig, dump_config
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import StepBatches, build_train_loader
@@ -34,7 +35,7 @@ from voxtral_dist.engine.zero.extensions import refuse_old_locks
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.test_sets import build_test_sets, refuse_different_test_sets
 from voxtral_dist.export import export_trained
-from voxtral_dist.files import refuse_unwritable, write_whole
+from voxtral_dist.files import refuse_unwritable, write_atomically
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.flops import BatchShape, TrainingFlops
@@ -94,7 +95,7 @@ def train(config: RunConfig, world: World) -> int:
         _announce(config, progress, steps.training_set, engine.parameter_table(), world, log)
         if evaluator.is_owed(progress.step):
             evaluator.evaluate(engine, progress.step, log)
-        verdict = evaluator.verdict(checkpoints.whole_steps, progress.step, log)
+        verdict = evaluator.verdict(checkpoints.intact_steps, progress.step, log)
         checkpoints.kept_step = verdict.best_step
         bad = _BadUtteranceLimits(config.train_data)
         started = time.monotonic()
@@ -114,7 +115,7 @@ def train(config: RunConfig, world: World) -> int:
                 return _stopped(progress, log)
             if is_due:
                 evaluator.evaluate(engine, progress.step, log)
-                verdict = evaluator.verdict(checkpoints.whole_steps, progress.step, log)
+                verdict = evaluator.verdict(checkpoints.intact_steps, progress.step, log)
                 checkpoints.kept_step = verdict.best_step
                 if verdict.must_stop:
                     break
@@ -124,7 +125,7 @@ def train(config: RunConfig, world: World) -> int:
             started = time.monotonic()
         if verdict.best_step not in (None, progress.step):
             checkpoints.load(engine, verdict.best_step)
-        export_trained(engine, config, _export_dtype(config), world)
+        export_trained(engine, config.model.path, config.trainable.lora, _export_dtype(config), config.run_dir, world)
         if world.is_first:
             write_summary(config, progress, verdict, world)
             try_to_report(config.run_dir, config.evaluation.normalizer)
@@ -337,7 +338,7 @@ def write_summary(config: RunConfig, progress: TrainProgress, verdict: Verdict, 
         "world_size": world.size,
         "engine": engine_name(config.engine),
     }
-    write_whole(config.run_dir / "summary.json", json.dumps(summary, indent=1))
+    write_atomically(config.run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
 def try_to_report(run_dir: Path, normalizer_name: str) -> None:
@@ -443,7 +444,7 @@ def _announce(
 ) -> None:
     """Store the configuration and say what is about to happen."""
     if world.is_first:
-        write_whole(config.run_dir / "config.yaml", dump_config(config))
+        write_atomically(config.run_dir / "config.yaml", dump_config(config))
     values = {
         "world_size": world.size,
         "num_utterances": len(training_set.index),

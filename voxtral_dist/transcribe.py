@@ -12,7 +12,7 @@ from voxtral_dist.distributed.collectives import PatientSum
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.loading import processor_path
-from voxtral_dist.files import readable
+from voxtral_dist.files import encodable
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import Recording, RecordingError, find_recordings
@@ -122,6 +122,6 @@ def _deliver(
     if isinstance(transcript, RecordingError):
         raise transcript
     path = recording.path
-    print(json_row(path, transcript) if prints_json else f"{readable(str(path))}\t{transcript.text}", flush=True)
+    print(json_row(path, transcript) if prints_json else f"{encodable(str(path))}\t{transcript.text}", flush=True)
     if files is not None:
         files.write(recording, transcript)

@@ -36,7 +36,8 @@ SAVED_STEP = 3
 
 def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Resume if there is something to resume from, train, save; the losses of this part and all state at its end."""
-    from voxtral_dist.checkpoints.directory import CheckpointDirectory, TrainProgress
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.checkpoints.progress import TrainProgress
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.train import train_step
 
@@ -207,7 +208,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert CheckpointDirectory(moved, fingerprint, alone("cpu")).latest() == whole
     assert f"{newer} is damaged: {cut.name}" in caplog.text
     shutil.rmtree(whole)
-    assert "No other one is left" in refused_sentence(moved, tiny_model, fingerprint)
+    assert "No other checkpoint is left" in refused_sentence(moved, tiny_model, fingerprint)
 
 
 def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.build import check_engine
 from voxtral_dist.errors import UserError
-from voxtral_dist.model.weights import load_voxtral
+from voxtral_dist.model.weights import InitialWeights, load_voxtral
 
 import test_checkpoint
 import test_equations
@@ -43,11 +43,13 @@ def build_in_parts(world: World, config: RunConfig) -> dict[str, tuple[bool, tup
     import deepspeed
 
     from voxtral_dist.engine.zero.building import fill_model
-    from voxtral_dist.engine.zero.settings import complete_settings
+    from voxtral_dist.engine.zero.settings import complete_settings, read_settings
     from voxtral_dist.model.voxtral import trained_meta_model
 
     model = trained_meta_model(config.model, config.trainable, torch.float32)
-    fill_model(model, config, complete_settings(config, model, world.size), world)
+    settings = read_settings(config.engine, config.run_dir)
+    settings = complete_settings(settings, config.model, config.optimizer, model, world.size)
+    fill_model(model, InitialWeights(config.model.path, model, config.seed), settings, world)
     built = {}
     for name, parameter in model.named_parameters():
         own, shape = parameter.ds_tensor.numel(), tuple(parameter.ds_shape)
@@ -156,17 +158,17 @@ def test_secondary_groups_of_zero_plus_plus_equal_one_plain_process_and_resume(
 @pytest.mark.parametrize(
     ("zero", "sections", "sentence"),
     [
-        ({"stage": 3}, {"model": {"compile_blocks": True}}, "`model.compile_blocks` does not go with ZeRO-3"),
-        ({"stage": 0}, {"model": {"precision": "bfloat16"}}, "choose the stage 1"),
+        ({"stage": 3}, {"model": {"compile_blocks": True}}, "`model.compile_blocks` does not work with ZeRO-3"),
+        ({"stage": 0}, {"model": {"precision": "bfloat16"}}, "choose stage 1"),
         ({"stage": 4}, {}, "must be 0, 1, 2 or 3, but is 4"),
         ({"stage": 1, "overlap_comm": True}, {}, "`overlap_comm`"),
-        ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "needs the stage 3"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "needs stage 3"),
         ({"stage": 3, "reduce_bucket_sise": 1}, {}, "`zero_optimization.reduce_bucket_sise`"),
         ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, {}, "`engine.nvme_dir` must name a folder"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "`stage3_prefetch_bucket_size` in"),
         ({"stage": 3}, {"optimizer": {"algorithm": "muon"}}, "`optimizer.max_grad_norm` must be 0"),
         ({"stage": 2}, {"optimizer": {"algorithm": "muon"}}, "muon needs ZeRO-3"),
-        ({"stage": 3}, {"model": {"precision": "float16"}}, "no float16 on this device"),
+        ({"stage": 3}, {"model": {"precision": "float16"}}, "does not support float16 on this device"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused_before_a_model_is_built(

@@ -19,7 +19,7 @@ import torch
 from voxtral_dist.config import EvaluationConfig, RunConfig
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.plain_copy import evaluation_copy
+from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder
@@ -234,7 +234,7 @@ def test_a_rank_that_cannot_decode_in_lockstep_ends_alone_with_its_reason(
 def test_a_gathered_copy_leaves_nothing_behind(fitted_model: Path, shards: Path, tmp_path: Path) -> None:
     config = config_of(Case(FSDP2, {}), 0, fitted_model, shards, tmp_path)
     model = load_for_inference(str(fitted_model), CPU, "float32")
-    with evaluation_copy(config, model.named_parameters(), model.named_buffers()) as copy:
+    with plain_copy(config.model, config.trainable, model.named_parameters(), model.named_buffers()) as copy:
         held = weakref.ref(copy.model.audio_tower.conv1.weight)
         assert held() is not None
     # The copy itself is still held, by this test and by its own wrapped methods.

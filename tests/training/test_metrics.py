@@ -196,7 +196,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_a_summary_weighs_steps_by_their_time_and_takes_older_rows(tmp_path: Path, tiny_model: Path) -> None:
-    from voxtral_dist.checkpoints.directory import TrainProgress
+    from voxtral_dist.checkpoints.progress import TrainProgress
     from voxtral_dist.train import write_summary
     from voxtral_dist.training.selection import Verdict
 

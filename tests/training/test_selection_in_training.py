@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from voxtral_dist.checkpoints.directory import load_checkpoint
+from voxtral_dist.checkpoints.loading import load_checkpoint
 from voxtral_dist.config import RunConfig, SelectionConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.model.weights import load_for_inference

@@ -1,4 +1,4 @@
-"""The ranks of a run as a value: who am I, how many are we, which device is mine."""
+"""The ranks of a run as a value: this process's rank, the number of ranks, and this rank's device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch.distributed as dist
 
 from voxtral_dist.errors import RankError, UserError, first_line
 
-# Long enough for rank 0 to export the largest model while the others wait, short enough not to burn a night.
+# Long enough for rank 0 to export the largest model while the others wait, short enough not to waste a night.
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all processes of the run."""
+    """The position of this process among all processes of the run."""
 
     rank: int
     size: int
@@ -28,7 +28,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes what is written once."""
+        """Whether this is rank 0, which writes everything that is written only once."""
         return self.rank == 0
 
 
@@ -39,25 +39,25 @@ def alone(device: str | None = None) -> World:
 
 @contextmanager
 def joined_world() -> Iterator[World]:
-    """Join the other ranks that the launcher started: `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`.
+    """Join the ranks that the launcher started, by `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`.
 
-    Without these variables the process is a world of its own; engines still get a process group. The group is left
-    when the block ends without an error; after one, the launcher ends the other ranks, which may wait for this one.
+    Without these variables, the process is a world of size 1; engines still get a process group. The group is destroyed
+    only if the block ends without an error. After an error, the launcher ends the other ranks, which may be waiting.
 
     Raises:
         UserError: the variables do not fit this node.
-        RankError: the memory of this rank's GPU did not suffice for what the block does.
+        RankError: this rank's GPU ran out of memory inside the block.
     """
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
-    # DeepSpeed asks the environment for it, also of a single process.
+    # DeepSpeed reads it even in a single process.
     os.environ.setdefault("LOCAL_RANK", "0")
     rank, size, local_rank = (_integer(name, default) for name, default in _PLACE.items())
     device = _device_of(local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        # Thread pools of all ranks on all cores, spinning for each other, cost more than ten times.
+        # If each rank had a thread for every core, the spinning threads would slow it down more than ten times.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_node(size)))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
@@ -71,15 +71,15 @@ def joined_world() -> Iterator[World]:
         yield World(rank, size, local_rank, device)
     except torch.OutOfMemoryError as error:
         raise RankError(
-            f"Rank {rank} ran out of the memory of its GPU ({what_was_asked(error)}): take less at a time, in training "
-            "by smaller micro-batches and more `train_data.slots_per_step`, in decoding by `--batch-size`; "
-            "`voxtral-dist plan` says what a run needs."
+            f"Rank {rank} ran out of GPU memory ({out_of_memory_reason(error)}): in training, use smaller "
+            "micro-batches and more `train_data.slots_per_step`; in decoding, lower `--batch-size`. "
+            "`voxtral-dist plan` estimates the memory of a run."
         ) from error
     dist.destroy_process_group()
 
 
-def what_was_asked(error: torch.OutOfMemoryError) -> str:
-    """The part of torch's message that tells how much was asked and how much is free, without advice on allocators."""
+def out_of_memory_reason(error: torch.OutOfMemoryError) -> str:
+    """The part of torch's message that says how much was requested and is free, without its advice on allocators."""
     return first_line(error).partition(" Including")[0].rstrip(".")
 
 
@@ -87,7 +87,7 @@ _PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def ranks_on_node(world_size: int) -> int:
-    """How many of the ranks share this node; DeepSpeed's launcher and torchrun tell it by different names."""
+    """Number of ranks on this node; DeepSpeed's launcher and torchrun set it by different variables."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 

@@ -1,1 +1,1 @@
-"""Sharded training: one protocol, one file per library behind it."""
+"""Sharded training: the `Engine` protocol, and an implementation of it per library."""

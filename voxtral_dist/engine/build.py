@@ -1,4 +1,4 @@
-"""Which engine a configuration asks for. Only that one is imported: DeepSpeed's import takes seconds."""
+"""The engine that a configuration selects. Only that one is imported, because importing DeepSpeed takes seconds."""
 
 from __future__ import annotations
 
@@ -9,46 +9,56 @@ from voxtral_dist.model.features import LogMel
 
 
 def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None = None) -> Engine:
-    """The model of a run with its initial weights, sharded over the ranks.
+    """Build the model of a run with its initial weights, sharded over the ranks.
 
     Args:
-        config: of the run.
-        log_mel: computes the features that the model takes.
+        config: the configuration of the run.
+        log_mel: computes the model's input features.
         world: all ranks.
-        most_windows: that a micro-batch can have; None where nobody knows. What takes one pass of the encoder in any
-            case is cheaper under ZeRO-3.
+        most_windows: the most windows in any micro-batch; None if unknown. If they fit into one chunk of the encoder,
+            ZeRO-3 can gather the weights of encoder blocks more cheaply.
 
     Raises:
-        UserError: the configuration, the checkpoint and this machine do not fit together.
+        UserError: the configuration, the model and this machine do not fit together.
     """
     check_engine(config, world.size)
     if config.engine.fsdp2 is not None:
         from voxtral_dist.engine.fsdp2.engine import Fsdp2Engine
 
-        return Fsdp2Engine(config, config.engine.fsdp2, log_mel, world)
+        return Fsdp2Engine(
+            config.model, config.trainable, config.optimizer, config.engine.fsdp2, config.seed, log_mel, world
+        )
     from voxtral_dist.engine.zero.engine import ZeroEngine
+    from voxtral_dist.engine.zero.settings import read_settings
 
-    return ZeroEngine(config, log_mel, world, most_windows)
+    settings = read_settings(config.engine, config.run_dir)
+    return ZeroEngine(
+        config.model, config.trainable, config.optimizer, settings, config.seed, log_mel, world, most_windows
+    )
 
 
 def check_engine(config: RunConfig, world_size: int | None = None) -> None:
-    """Refuse, before a model is built, what the engine cannot do: on any number of ranks, where it is not known yet.
+    """Refuse, before a model is built, a configuration that its engine does not support.
+
+    Args:
+        config: the configuration of the run.
+        world_size: number of ranks; None if it is not known yet.
 
     Raises:
-        UserError: DeepSpeed's file is not usable, or an option does not go with the engine.
+        UserError: DeepSpeed's file is invalid, or an option does not work with the engine.
     """
     if config.engine.fsdp2 is not None:
         from voxtral_dist.engine.fsdp2.engine import check_fsdp2
 
-        check_fsdp2(config, config.engine.fsdp2, world_size)
+        check_fsdp2(config.optimizer, config.engine.fsdp2, world_size)
     else:
-        from voxtral_dist.engine.zero.settings import check_zero
+        from voxtral_dist.engine.zero.checks import check_zero
 
-        check_zero(config)
+        check_zero(config.model, config.optimizer, config.engine, config.run_dir)
 
 
 def engine_name(config: EngineConfig) -> str:
-    """For logs: `ZeRO-3`, `FSDP2`."""
+    """The engine's name for logs, such as `ZeRO-3` or `FSDP2`."""
     if config.fsdp2 is not None:
         return "FSDP2"
     from voxtral_dist.engine.zero.settings import read_deepspeed_file, zero_stage

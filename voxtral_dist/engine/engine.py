@@ -1,4 +1,4 @@
-"""What training needs of an engine, whichever library shards the model."""
+"""The protocol between training and the library that shards the model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch
 
 @dataclass(frozen=True)
 class StepUpdate:
-    """What one optimizer update did.
+    """The outcome of one optimizer update.
 
-    is_skipped: gradients overflowed in float16, so nothing was updated and the loss is scaled less from now on.
+    grad_norm: global L2 norm of the gradients before clipping. is_skipped: gradients overflowed in float16, so the
+    update was skipped and the loss scale lowered.
     """
 
     grad_norm: float
@@ -27,7 +28,7 @@ class StepUpdate:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """One parameter with what the optimizer knows of it: float32, full shape, on the CPU.
+    """One parameter with its optimizer state: full float32 tensors on the CPU.
 
     moments: the optimizer's running means by their names in torch, such as AdamW's `exp_avg` and `exp_avg_sq`.
     """
@@ -38,57 +39,67 @@ class ParameterState:
 
 
 class Engine(Protocol):
-    """A sharded model and its optimizer. Implemented by `engine.zero.ZeroEngine` and `engine.fsdp2.Fsdp2Engine`."""
+    """A sharded model and its optimizer. Implemented by `ZeroEngine` and `Fsdp2Engine`.
+
+    All ranks must call its methods together, unless a method says otherwise.
+    """
 
     def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
-        """Accumulate the gradient of one micro-batch; the loss summed over its targets on this rank, detached.
+        """Accumulate the gradient of one micro-batch of this rank.
 
         Args:
-            batch: on any device.
-            num_target_tokens: targets of the whole step over all ranks, so that each of them weighs the same.
-            is_last: whether no micro-batch of this step follows.
+            batch: the micro-batch, on any device.
+            num_target_tokens: targets in the whole step over all ranks; the loss is divided by it, so that every target
+                has the same weight.
+            is_last: whether this is the last micro-batch of the step.
+
+        Returns:
+            The loss summed over the targets of the micro-batch, detached.
         """
 
     def step(self, learning_rate: float) -> StepUpdate:
-        """Clip, update the weights, and forget the gradients."""
+        """Clip the gradients, update the weights, and zero the gradients."""
 
     def full_weights(self) -> AbstractContextManager[nn.Module]:
-        """A whole model in evaluation mode with the current weights: every rank can generate on its own."""
+        """The full model in evaluation mode with the current weights: each rank can generate on its own."""
 
     def full_weights_bytes(self) -> int:
-        """What `full_weights` takes of a device besides what it holds already; 0 where weights are not sharded."""
+        """Device memory that `full_weights` needs in addition, in bytes; 0 if weights are not sharded."""
 
     def sharded_weights(self) -> AbstractContextManager[nn.Module]:
-        """The model as it is sharded, in evaluation mode: all ranks must call it equally often, in lockstep."""
+        """The sharded model in evaluation mode: all ranks must run it equally often, in lockstep."""
 
     def parameter_states(self) -> Iterator[ParameterState]:
-        """Every trained parameter in a fixed order. All ranks must go through it together; each gets full tensors."""
+        """Every trained parameter in a fixed order. All ranks must iterate together; each gets full tensors."""
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
-        """Take over weights and moments, in the order of `parameter_states`, after `num_updates` updates."""
+        """Load weights and moments in the order of `parameter_states`, as they were after `num_updates` updates."""
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The full shape of each trained parameter, in the order of `parameter_states`, without communication."""
+        """The full shape of each trained parameter in the order of `parameter_states`; without communication."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, frozen ones too, as in `parameter_states`: what an exported model is made of."""
+        """Every parameter, including frozen ones, as full float32 tensors on the CPU: the weights of an export.
+
+        All ranks must iterate together.
+        """
 
     def parameter_table(self) -> list[str]:
-        """Lines that say which parameters are trained: see `trainable.parameter_table`."""
+        """Lines of a table of trained parameters; see `trainable.parameter_table`."""
 
     def scalars(self) -> dict[str, float]:
-        """What else the next update depends on, such as the scale of a float16 loss; the same on all ranks."""
+        """Other state of the next update, such as the loss scale of float16; the same on all ranks."""
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
-        """Take over what `scalars` gave."""
+        """Load what `scalars` returned, possibly on another engine."""
 
 
 @runtime_checkable
-class ShardFiles(Protocol):
-    """What an engine has besides, if its ranks can write their shards side by side. Implemented by `Fsdp2Engine`."""
+class DistributedCheckpointing(Protocol):
+    """Methods of an engine whose ranks can write their own partitions. Implemented by `Fsdp2Engine`."""
 
-    def save_shards(self, folder: Path) -> None:
-        """Write what `parameter_states` gives, so that `shard_files` reads it; all ranks call it together."""
+    def save_partitions(self, folder: Path) -> None:
+        """Write the tensors of `parameter_states` by `dcp_files.write_partitions`; all ranks call it together."""
 
-    def load_shards(self, folder: Path, num_updates: int) -> None:
-        """Take over what `save_shards` wrote on any number of ranks, after `num_updates` updates."""
+    def load_partitions(self, folder: Path, num_updates: int) -> None:
+        """Load what `save_partitions` wrote on any number of ranks, as it was after `num_updates` updates."""

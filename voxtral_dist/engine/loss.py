@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, the same for every engine."""
+"""The loss of a micro-batch, shared by all engines."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from voxtral_dist.model.features import LogMel, mask_features
 
 
 class LossOfMicroBatch:
-    """The summed cross entropy of a micro-batch's targets, in float32, of a `TrainedVoxtral` or an engine around it."""
+    """The cross entropy of a `TrainedVoxtral`, or an engine around it, summed over a micro-batch's targets in float32.
+
+    Logits are computed for `chunk_tokens` targets at a time.
+    """
 
     def __init__(self, log_mel: LogMel, chunk_tokens: int) -> None:
-        """Logits are computed for so many targets at a time."""
         self._log_mel = log_mel
         self._chunk_tokens = chunk_tokens
 
     def __call__(self, model: nn.Module, batch: MicroBatch, audio: Tensor | None = None) -> Tensor:
-        """The sum over all targets, a scalar with gradient; 0 without targets. What divides it is the caller's matter.
+        """Compute the sum over all targets: a scalar with gradient, 0 without targets. The caller divides it.
 
         Args:
-            model: that computes it.
-            batch: on the model's device.
-            audio: what the model takes for the audio; None takes the features of the batch's windows, masked.
+            model: the model, or the engine around it.
+            batch: the micro-batch, on the model's device.
+            audio: the model's `input_features`; None computes masked features of the batch's windows.
         """
         if audio is None:
             audio = mask_features(self._log_mel(batch.pcm, batch.windows_per_example), batch.feature_masks)

@@ -1,18 +1,18 @@
-"""The factor of a float16 loss, which keeps small gradients above float16's smallest number."""
+"""Dynamic loss scaling for float16, which keeps small gradients above float16's smallest number."""
 
 from __future__ import annotations
 
-# Of an engine's `scalars`, the same for all engines: a run may go on under another one.
+# Names in `Engine.scalars`, common to all engines, because a run may resume with another engine.
 NUM_SKIPPED, SCALE, NUM_GOOD = "num_skipped_steps", "loss_scale", "num_good_steps"
 
 _FIRST = 2.0**16
 _LARGEST = 2.0**24
-# Steps without an overflow after which a larger factor is tried.
+# Steps without an overflow after which the scale is doubled.
 _STEPS_TO_GROWTH = 2000
 
 
 class LossScale:
-    """A factor that doubles after many good steps and halves when a gradient overflows (arXiv 1710.03740)."""
+    """A factor of the loss that doubles after many good steps and halves on overflow (arXiv 1710.03740)."""
 
     def __init__(self, num_steps_to_growth: int = _STEPS_TO_GROWTH) -> None:
         self.value = _FIRST
@@ -21,11 +21,11 @@ class LossScale:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether an overflow is none of float16's: gradients are not finite without a factor either."""
+        """Whether the scale cannot be lowered: gradients that are not finite now have another cause than float16."""
         return self.value <= 1.0
 
     def update(self, is_finite: bool) -> None:
-        """Learn whether the gradients of a step were finite."""
+        """Adapt the scale to whether the gradients of a step were finite."""
         if not is_finite:
             self.value = max(1.0, self.value / 2)
             self._num_good_steps = 0
@@ -36,10 +36,10 @@ class LossScale:
             self._num_good_steps = 0
 
     def scalars(self) -> dict[str, float]:
-        """What the next updates depend on."""
+        """The scale and the number of good steps since it changed."""
         return {SCALE: self.value, NUM_GOOD: float(self._num_good_steps)}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
-        """Take over what `scalars` gave; a run in another precision gave nothing."""
+        """Load what `scalars` returned; keep the initial scale if the run had another precision before."""
         self.value = scalars.get(SCALE, self.value)
         self._num_good_steps = int(scalars.get(NUM_GOOD, 0))

@@ -1,4 +1,4 @@
-"""What is decayed and how fast each step learns: one definition for all engines."""
+"""Parameter groups and the learning rate schedule, shared by all engines."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from voxtral_dist.config import Component, OptimizerConfig
 from voxtral_dist.model.trainable import component_of
 
-# In each group: its learning rate over that of the configuration.
+# Key of a group: the ratio of its learning rate to `optimizer.learning_rate`.
 _FACTOR = "learning_rate_factor"
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trained parameters by weight decay and learning rate, in the form that torch's optimizers take.
+    """The trained parameters grouped by weight decay and learning rate, as torch's optimizers take them.
 
-    Matrices and kernels decay; norms, biases and embeddings don't.
+    Weight decay applies to matrices and kernels, not to norms, biases and embeddings.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[Component | None, float], list[nn.Parameter]] = {}
@@ -38,22 +38,22 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give each group its part of the rate of a step, see `learning_rate`."""
+    """Set each group's learning rate for a step, from the rate that `learning_rate` returns."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group[_FACTOR]
 
 
 def scale_learning_rate(group: dict[str, Any], factor: float) -> None:
-    """Give a group of `parameter_groups` another rate; what decays of its weights in a step stays the same."""
+    """Multiply the learning rate of a group of `parameter_groups`; the decay of its weights per step stays the same."""
     group[_FACTOR] *= factor
     group["weight_decay"] /= factor
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
-    """The rate of the update with index `step` of `num_steps`: a pure function, so it has no state to save.
+    """The learning rate of the update with index `step` of `num_steps`; a pure function, without state to save.
 
-    Linear from 0 over `warmup_steps`, then along the cosine of Loshchilov and Hutter (arXiv 1608.03983), a line, or
-    constant.
+    It rises linearly over `warmup_steps`, then falls along a cosine (Loshchilov and Hutter, arXiv 1608.03983) or a
+    line, or stays constant.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
@@ -69,5 +69,5 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 
 def _num_dimensions(parameter: nn.Parameter) -> int:
-    # ZeRO-3 may have emptied the parameter already: then its shape is kept beside it.
+    # ZeRO-3 empties parameters and keeps their shape in `ds_shape`.
     return len(getattr(parameter, "ds_shape", parameter.shape))

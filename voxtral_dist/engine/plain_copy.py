@@ -1,4 +1,4 @@
-"""A plain copy of a sharded model: it has no hooks of an engine, so ranks decode without waiting for each other."""
+"""A plain copy of a sharded model, without an engine's hooks, so that each rank can decode on its own."""
 
 from __future__ import annotations
 
@@ -8,21 +8,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.model.encoder import ChunkedEncoder
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, fill_meta_model, trained_meta_model
 
 
 @contextmanager
-def evaluation_copy(
-    config: RunConfig, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
+def plain_copy(
+    config: ModelConfig,
+    trainable: TrainableConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    buffers: Iterable[tuple[str, Tensor]],
 ) -> Iterator[TrainedVoxtral]:
-    """The model of a run in evaluation mode, with weights that come in the order of its parameters.
+    """A model in evaluation mode with these weights, which come in the order of its parameters.
 
-    Its memory is given back at the end, whoever still holds the model: its wrapped methods hold it in a circle, which
-    only a collection of garbage would end.
+    On exit its memory is freed at once, even while something still refers to the model: its wrapped methods form a
+    reference cycle, which would live until the next garbage collection.
     """
-    copy = _filled_copy(config, weights, buffers)
+    copy = _filled(trained_meta_model(config, trainable, DTYPES[config.precision]), weights, buffers)
+    ChunkedEncoder(copy, config.encoder_windows_per_chunk)
     try:
         yield copy
     finally:
@@ -30,11 +34,9 @@ def evaluation_copy(
 
 
 @torch.no_grad()
-def _filled_copy(
-    config: RunConfig, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
+def _filled(
+    model: TrainedVoxtral, weights: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]]
 ) -> TrainedVoxtral:
-    copy = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
-    fill_meta_model(copy, weights, buffers)
-    ChunkedEncoder(copy, config.model.encoder_windows_per_chunk)
-    copy.eval()
-    return copy
+    fill_meta_model(model, weights, buffers)
+    model.eval()
+    return model

@@ -17,7 +17,7 @@ import torch
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, wait_for_all
 from voxtral_dist.distributed.task_queue import TaskQueue
-from voxtral_dist.distributed.world import World, what_was_asked
+from voxtral_dist.distributed.world import World, out_of_memory_reason
 from voxtral_dist.errors import RankError, SharedError, UserError
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, DecodedBatch, Hypothesis
 
@@ -181,8 +181,8 @@ def _reason(error: Exception) -> str:
             return str(error)
         case torch.OutOfMemoryError():
             return (
-                f"the memory of its GPU does not suffice for a batch ({what_was_asked(error)}): lower `batch_size` or "
-                "`max_windows` of the evaluation."
+                f"the memory of its GPU does not suffice for a batch ({out_of_memory_reason(error)}): lower "
+                "`batch_size` or `max_windows` of the evaluation."
             )
         case _:
             return f"{type(error).__name__}: {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from voxtral_dist.checkpoints.directory import config_of_checkpoint, is_checkpoint, load_checkpoint
+from voxtral_dist.checkpoints.loading import config_of_checkpoint, is_checkpoint, load_checkpoint
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import readable, write_whole
+from voxtral_dist.files import encodable, write_atomically
 from voxtral_dist.reporting.contents import read_contents
 from voxtral_dist.reporting.html import render_html
 from voxtral_dist.reporting.markdown import render_markdown
@@ -29,7 +29,7 @@ def write_report(folder: Path, options: ReportOptions, out: Path | None = None) 
     try:
         target.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
-            write_whole(path, readable(text))
+            write_atomically(path, encodable(text))
     except OSError as error:
         raise UserError(f"The report cannot be written to {target}: {error.strerror}.") from error
     page, figures = texts

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from voxtral_dist.errors import UserError, lower_first
-from voxtral_dist.files import refuse_to_replace, write_whole
+from voxtral_dist.files import refuse_to_replace, write_atomically
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.slices import ErrorRates, Grouping, SliceScore, error_rates, score_slice, score_slices
 from voxtral_dist.scoring.utterances import ScoredUtterance
@@ -156,8 +156,8 @@ def write_results(folder: Path, name: str, utterances: Sequence[ScoredUtterance]
     """Write `NAME.jsonl` and `NAME.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     lines, figures = (folder / file for file in result_files(name))
-    write_whole(lines, "".join(json.dumps(utterance.row(), ensure_ascii=False) + "\n" for utterance in utterances))
-    write_whole(figures, json.dumps(asdict(score), indent=1, ensure_ascii=False))
+    write_atomically(lines, "".join(json.dumps(utterance.row(), ensure_ascii=False) + "\n" for utterance in utterances))
+    write_atomically(figures, json.dumps(asdict(score), indent=1, ensure_ascii=False))
 
 
 def refuse_to_replace_others(option: str, folder: Path, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from voxtral_dist.files import write_whole
+from voxtral_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -163,7 +163,7 @@ def drop_rows_after(path: Path, step: int) -> None:
     Without a checkpoint, at step 0, all is forgotten: it may be of another model, or of other test sets.
     """
     rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @dataclass

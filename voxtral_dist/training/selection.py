@@ -10,7 +10,7 @@ from typing import Any
 
 from voxtral_dist.config import GuardConfig, SelectionConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import write_whole
+from voxtral_dist.files import write_atomically
 
 _BEST_FILE = "best.json"
 # Differences of rates are exact to this much; two rates of a set with N words differ by 1 / N at least.
@@ -79,7 +79,7 @@ def write_best(run_dir: Path, verdict: Verdict) -> None:
         return
     checkpoint = f"checkpoints/step-{verdict.best_step:07d}"
     best = {"step": verdict.best_step, "wer": verdict.best_wer, "checkpoint": checkpoint}
-    write_whole(run_dir / _BEST_FILE, json.dumps(best, indent=1))
+    write_atomically(run_dir / _BEST_FILE, json.dumps(best, indent=1))
 
 
 def selected_step(run_dir: Path) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import failures_named, readable, refuse_unwritable, write_whole
+from voxtral_dist.files import encodable, option_named_in_errors, refuse_unwritable, write_atomically
 from voxtral_dist.transcription.recordings import Recording, is_audio
 from voxtral_dist.transcription.transcripts import RecordingTranscript
 
@@ -20,7 +20,7 @@ TranscriptFormat = Literal["txt", "json", "srt"]
 
 def json_row(path: Path, transcript: RecordingTranscript) -> str:
     """A transcript as a line of JSON."""
-    row = {"clip": readable(str(path)), "text": transcript.text, "detected_language": transcript.detected_language}
+    row = {"clip": encodable(str(path)), "text": transcript.text, "detected_language": transcript.detected_language}
     return json.dumps(row | asdict(transcript), ensure_ascii=False)
 
 
@@ -48,10 +48,10 @@ class TranscriptFiles:
             UserError: a file cannot be written.
         """
         stem = self._stem(recording)
-        with failures_named("--out", stem):
+        with option_named_in_errors("--out", stem):
             stem.parent.mkdir(parents=True, exist_ok=True)
             for name in self._formats:
-                write_whole(_with_format(stem, name), _contents(name, recording.path, transcript))
+                write_atomically(_with_format(stem, name), _contents(name, recording.path, transcript))
 
     def _stem(self, recording: Recording) -> Path:
         return self._folder / recording.name.with_suffix("")

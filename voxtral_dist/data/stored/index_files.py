@@ -21,7 +21,7 @@ from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard, ShardSet
 from voxtral_dist.data.stored.storage import Storage, is_remote, join
 from voxtral_dist.errors import UserError
-from voxtral_dist.files import write_whole
+from voxtral_dist.files import write_atomically
 
 INDEX_FILE = "index.npy"
 SHARD_TABLE_FILE = "shards.json"
@@ -51,7 +51,7 @@ def write_index(
         "records_sha256": hashlib.sha256(np.ascontiguousarray(records).data).hexdigest(),
         "shards": [asdict(shard) | {"location": _relative(shard, folder)} for shard in shards],
     }
-    write_whole(folder / SHARD_TABLE_FILE, json.dumps(table, indent=1, ensure_ascii=False))
+    write_atomically(folder / SHARD_TABLE_FILE, json.dumps(table, indent=1, ensure_ascii=False))
 
 
 def read_sets(patterns: Sequence[str], storage: Storage) -> list[ShardSet]:

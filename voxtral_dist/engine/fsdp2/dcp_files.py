@@ -1,7 +1,7 @@
-"""Tensors in shards on disk, by torch.distributed.checkpoint (DCP): each rank writes what it holds, none is gathered.
+"""Sharded tensors on disk by torch.distributed.checkpoint (DCP): each rank writes its partitions, nothing is gathered.
 
-They are read as other shards on any number of ranks, or as whole tensors, without a process group. DCP is imported
-where it is used, because that takes a second.
+They can be read in other partitions on any number of ranks, or as full tensors without a process group. DCP is imported
+where it is used, because importing it takes a second.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from voxtral_dist.engine.engine import ParameterState
 
 
-def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write this rank's part of sharded tensors; all ranks call it together, on a folder that they share.
+def write_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write this rank's partitions of sharded tensors; all ranks call it together, with a shared folder.
 
     Raises:
-        CheckpointException: on all ranks, if one could not write.
+        CheckpointException: a rank could not write; raised on all ranks.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -27,8 +27,8 @@ def write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     save(tensors, storage_writer=FileSystemWriter(folder))
 
 
-def read_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Fill this rank's part of sharded tensors in place, and read nothing else; all ranks call it together."""
+def read_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill this rank's partitions of sharded tensors in place, reading only those; all ranks call it together."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -36,7 +36,7 @@ def read_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str, list[str]]:
-    """The names of each parameter's moments, of those of all stored tensors: `NAME` and `NAME//MOMENT`."""
+    """Names of each parameter's moments among the names of stored tensors, `NAME` and `NAME//MOMENT`."""
     moments: dict[str, list[str]] = {name: [] for name in parameters}
     for key in stored:
         name, _, moment = key.partition("//")
@@ -45,16 +45,22 @@ def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str
     return moments
 
 
-def read_whole(
+def read_full(
     folder: Path, shapes: Mapping[str, Sequence[int]], *, with_moments: bool = True
 ) -> Iterator[ParameterState]:
-    """What `write_shards` wrote, parameter by parameter, as float32 tensors of these full shapes."""
+    """Read what `write_partitions` wrote as full float32 tensors, parameter by parameter.
+
+    Args:
+        folder: the folder that was written.
+        shapes: the full shape of each parameter.
+        with_moments: False reads weights only.
+    """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata if with_moments else ()
     moments = stored_moments(shapes, stored)
     for name, shape in shapes.items():
-        whole = {key: torch.empty(tuple(shape)) for key in (name, *(f"{name}//{moment}" for moment in moments[name]))}
-        load(whole, storage_reader=FileSystemReader(folder), no_dist=True)
-        yield ParameterState(name, whole[name], {moment: whole[f"{name}//{moment}"] for moment in moments[name]})
+        full = {key: torch.empty(tuple(shape)) for key in (name, *(f"{name}//{moment}" for moment in moments[name]))}
+        load(full, storage_reader=FileSystemReader(folder), no_dist=True)
+        yield ParameterState(name, full[name], {moment: full[f"{name}//{moment}"] for moment in moments[name]})

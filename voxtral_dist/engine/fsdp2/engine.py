@@ -12,26 +12,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from voxtral_dist.config import Fsdp2Config, RunConfig
+from voxtral_dist.config import Fsdp2Config, ModelConfig, OptimizerConfig, TrainableConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import ParameterState, StepUpdate
-from voxtral_dist.engine.fsdp2.dcp_files import read_shards, write_shards
+from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, write_partitions
 from voxtral_dist.engine.fsdp2.sharding import (
     build_mesh,
-    fill_shards,
+    fill_partitions,
     gathered,
     local_part,
     refuse_partial_replicas,
+    replica_group,
     rows_of,
-    shard_group,
     shard_model,
     with_local,
 )
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_SKIPPED, LossScale
 from voxtral_dist.engine.optim import parameter_groups, set_learning_rate
-from voxtral_dist.engine.plain_copy import evaluation_copy
+from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.encoder import ChunkedEncoder
 from voxtral_dist.model.features import LogMel
@@ -44,63 +44,85 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _CLIPPING_EPSILON = 1e-6
 
 
-def check_fsdp2(config: RunConfig, settings: Fsdp2Config, world_size: int | None) -> None:
-    """Refuse what FSDP2 cannot do; the world size is None where it is not known yet.
+def check_fsdp2(optimizer: OptimizerConfig, settings: Fsdp2Config, world_size: int | None) -> None:
+    """Refuse what FSDP2 does not support; `world_size` is None if it is not known yet.
 
     Raises:
-        UserError: an optimizer that needs whole matrices or plain tensors, or replicas that do not fill the world.
+        UserError: the optimizer needs full matrices or plain tensors, or replicas do not divide the ranks evenly.
     """
-    if config.optimizer.algorithm != "adamw":
+    if optimizer.algorithm != "adamw":
         raise UserError(
-            f"`optimizer.algorithm` must be `adamw` with `engine.fsdp2`, but is `{config.optimizer.algorithm}` "
-            "instead, which does not work on FSDP2's shards: choose `adamw`, or `engine.deepspeed`."
+            f"`optimizer.algorithm` must be `adamw` with `engine.fsdp2`, but is `{optimizer.algorithm}` instead, which "
+            "does not work on sharded parameters: choose `adamw`, or `engine.deepspeed`."
         )
     if world_size is not None:
         refuse_partial_replicas(settings, world_size)
 
 
 class Fsdp2Engine:
-    """A model whose weights, gradients and optimizer states are sharded over ranks, and gathered block by block."""
+    """A model whose weights, gradients and optimizer states are sharded over ranks; weights are gathered per block."""
 
-    def __init__(self, config: RunConfig, settings: Fsdp2Config, log_mel: LogMel, world: World) -> None:
-        """Build the model of a run; no rank ever holds more than its own shard of the weights.
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        trainable: TrainableConfig,
+        optimizer_config: OptimizerConfig,
+        settings: Fsdp2Config,
+        seed: int,
+        log_mel: LogMel,
+        world: World,
+    ) -> None:
+        """Build the model of a run; no rank ever holds more than its own partition of the weights.
+
+        Args:
+            model_config: section `model` of the configuration.
+            trainable: section `trainable`.
+            optimizer_config: section `optimizer`.
+            settings: section `engine.fsdp2`.
+            seed: of the initial values of adapters.
+            log_mel: see `build_engine`.
+            world: all ranks.
 
         Raises:
-            UserError: the configuration, the checkpoint and this machine do not fit together.
+            UserError: the configuration, the model and this machine do not fit together.
         """
-        self._config = config
+        self._model_config = model_config
+        self._trainable = trainable
+        self._max_grad_norm = optimizer_config.max_grad_norm
         self._world = world
-        self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
+        self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens)
         self._mesh = build_mesh(world, settings.ranks_per_replica)
-        # Sums over micro-batches lose small gradients in bfloat16: then each is summed over replicas, in float32 after.
+        # Accumulated over micro-batches in bfloat16, small gradients would be lost. With that precision, every
+        # micro-batch is reduced over replicas, and the results are accumulated in float32.
         self._sums_before_replicas = self._mesh.ndim > 1 and settings.reduce_precision == "float32"
-        model = trained_meta_model(config.model, config.trainable, torch.float32)
+        model = trained_meta_model(model_config, trainable, torch.float32)
         self._table = parameter_table(model)
         initialize_buffers(model, world.device)
-        initial = InitialWeights(config.model.path, model, config.seed)
-        shard_model(model, self._mesh, settings, DTYPES[config.model.precision])
-        fill_shards(model, initial, torch.device("cpu") if settings.cpu_offload else world.device)
-        self._encoder = ChunkedEncoder(model, config.model.encoder_windows_per_chunk)
+        initial = InitialWeights(model_config.path, model, seed)
+        shard_model(model, self._mesh, settings, DTYPES[model_config.precision])
+        fill_partitions(model, initial, torch.device("cpu") if settings.cpu_offload else world.device)
+        self._encoder = ChunkedEncoder(model, model_config.encoder_windows_per_chunk)
         self._model = model
-        # Taken once: while a block is gathered, its module has other parameters.
+        # Collected once, because a gathered block's module has other parameters.
         self._parameters = dict(model.named_parameters())
         self._trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
         self._optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.optimizer),
-            lr=config.optimizer.learning_rate,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.epsilon,
+            parameter_groups(model, optimizer_config),
+            lr=optimizer_config.learning_rate,
+            betas=optimizer_config.betas,
+            eps=optimizer_config.epsilon,
             fused=True,
         )
-        self._scale = LossScale() if config.model.precision == "float16" else None
+        self._scale = LossScale() if model_config.precision == "float16" else None
         self._num_skipped = 0
 
     def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         """See `Engine`. FSDP2 averages gradients over ranks, hence the factor of the world size.
 
-        Every micro-batch reduces its gradients to shards. Waiting for the last one (`set_requires_gradient_sync`) would
-        send less, but keep 4 bytes a parameter on every rank, where all that is sharded takes 16 over the number of
-        ranks. What replicas exchange does wait for the last one, because it waits in shards.
+        Gradients are reduced to partitions after every micro-batch. Deferring that to the last micro-batch
+        (`set_requires_gradient_sync`) would communicate less, but keep full gradients on every rank: 4 bytes per
+        parameter, where all sharded state takes 16 bytes per parameter divided by the number of ranks. The reduction
+        over replicas is deferred, because it works on partitions.
         """
         if self._sums_before_replicas:
             self._model.set_requires_all_reduce(is_last)
@@ -112,13 +134,13 @@ class Fsdp2Engine:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepUpdate:
-        """See `Engine`. Nothing is updated by gradients that are not finite."""
+        """See `Engine`. An update whose gradients are not finite is skipped."""
         gradients = [local_part(one.grad) for one in self._trained.values() if one.grad is not None]
         scale = self._scale.value if self._scale else 1.0
         grad_norm = self._norm_over_ranks(gradients) / scale
         is_finite = math.isfinite(grad_norm)
         if is_finite:
-            _multiply(gradients, _clipping_factor(grad_norm, self._config.optimizer.max_grad_norm) / scale)
+            _multiply(gradients, _clipping_factor(grad_norm, self._max_grad_norm) / scale)
             set_learning_rate(self._optimizer, learning_rate)
             self._optimizer.step()
         self._optimizer.zero_grad()
@@ -130,16 +152,16 @@ class Fsdp2Engine:
 
     @contextmanager
     def full_weights(self) -> Iterator[nn.Module]:
-        """See `Engine`. A copy is gathered, parameter by parameter, and lives as long as the context."""
-        dtype = DTYPES[self._config.model.precision]
-        whole = ((name, gathered(one, dtype, self._world.device)) for name, one in self._parameters.items())
-        with evaluation_copy(self._config, whole, self._model.named_buffers()) as copy:
+        """See `Engine`. This is a copy, gathered parameter by parameter and freed on exit."""
+        dtype = DTYPES[self._model_config.precision]
+        full = ((name, gathered(one, dtype, self._world.device)) for name, one in self._parameters.items())
+        with plain_copy(self._model_config, self._trainable, full, self._model.named_buffers()) as copy:
             yield copy
 
     def full_weights_bytes(self) -> int:
         """See `Engine`."""
         num_values: int = sum(parameter.numel() for parameter in self._parameters.values())
-        return num_values * DTYPES[self._config.model.precision].itemsize
+        return num_values * DTYPES[self._model_config.precision].itemsize
 
     @contextmanager
     def sharded_weights(self) -> Iterator[nn.Module]:
@@ -149,7 +171,7 @@ class Fsdp2Engine:
             yield self._model
         finally:
             self._model.train()
-            # What stays gathered for a backward pass that does not come.
+            # Some modules stay gathered for a backward pass, which does not follow.
             for module in self._model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
@@ -157,29 +179,29 @@ class Fsdp2Engine:
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
         for name, parameter in self._trained.items():
-            moments = {key: self._whole(moment) for key, moment in self._moments(parameter).items()}
-            yield ParameterState(name, self._whole(parameter), moments)
+            moments = {key: self._full(moment) for key, moment in self._moments(parameter).items()}
+            yield ParameterState(name, self._full(parameter), moments)
 
     @torch.no_grad()
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         """See `Engine`."""
         for (name, parameter), state in zip(self._trained.items(), states, strict=True):
-            assert name == state.name, f"checkpoints keep the order of parameters, but {state.name} came for {name}"
+            assert name == state.name, f"states come in the order of parameters, but {state.name} came for {name}"
             rows = rows_of(parameter)
             local_part(parameter).copy_(state.weight[rows])
             self._set_moments(parameter, {key: state.moments[key][rows] for key in _MOMENTS}, num_updates)
 
-    def save_shards(self, folder: Path) -> None:
-        """See `ShardFiles`."""
-        write_shards(self._shards(), folder)
+    def save_partitions(self, folder: Path) -> None:
+        """See `DistributedCheckpointing`."""
+        write_partitions(self._partitions(), folder)
 
     @torch.no_grad()
-    def load_shards(self, folder: Path, num_updates: int) -> None:
-        """See `ShardFiles`."""
+    def load_partitions(self, folder: Path, num_updates: int) -> None:
+        """See `DistributedCheckpointing`."""
         for parameter in self._trained.values():
-            nothing = torch.zeros_like(local_part(parameter))
-            self._set_moments(parameter, dict.fromkeys(_MOMENTS, nothing), num_updates)
-        read_shards(self._shards(), folder)
+            zeros = torch.zeros_like(local_part(parameter))
+            self._set_moments(parameter, dict.fromkeys(_MOMENTS, zeros), num_updates)
+        read_partitions(self._partitions(), folder)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Engine`."""
@@ -187,52 +209,52 @@ class Fsdp2Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
-        return ((name, self._whole(parameter)) for name, parameter in self._parameters.items())
+        return ((name, self._full(parameter)) for name, parameter in self._parameters.items())
 
     def parameter_table(self) -> list[str]:
         """See `Engine`."""
         return self._table
 
     def scalars(self) -> dict[str, float]:
-        """See `Engine`: the scale of a float16 loss, and how many of the steps it has cost."""
+        """See `Engine`: the number of skipped steps and, in float16, the loss scale."""
         return {NUM_SKIPPED: float(self._num_skipped), **(self._scale.scalars() if self._scale else {})}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
-        """See `Engine`. Follows `load_parameter_states`, which counts skipped steps as updates."""
-        self._num_skipped = int(scalars.get(NUM_SKIPPED, 0))
+        """See `Engine`. Call it after `load_parameter_states`, which counts skipped steps as updates."""
+        self._num_skipped = int(scalars[NUM_SKIPPED])
         for state in self._optimizer.state.values():
             state["step"] -= self._num_skipped
         if self._scale is not None:
             self._scale.load_scalars(scalars)
 
-    def _shards(self) -> dict[str, Tensor]:
-        """All that `parameter_states` gives, sharded, by its names on disk; memory is shared with what is trained."""
-        shards: dict[str, Tensor] = {}
+    def _partitions(self) -> dict[str, Tensor]:
+        """Sharded weights and moments by their names on disk; they share memory with the engine's own."""
+        partitions: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():
-            shards[name] = parameter.detach()
-            shards |= {f"{name}//{key}": moment for key, moment in self._moments(parameter).items()}
-        return shards
+            partitions[name] = parameter.detach()
+            partitions |= {f"{name}//{key}": moment for key, moment in self._moments(parameter).items()}
+        return partitions
 
     def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self._optimizer.state.get(parameter)
-        # Nothing has been updated yet: AdamW makes its moments at the first step.
+        # AdamW creates its moments at the first update.
         return {key: state[key] if state else torch.zeros_like(parameter.detach()) for key in _MOMENTS}
 
     def _set_moments(self, parameter: nn.Parameter, local: dict[str, Tensor], num_updates: int) -> None:
-        """Give the optimizer copies of this rank's rows of its moments."""
+        """Give the optimizer copies of this rank's rows of the moments."""
         device = local_part(parameter).device
         self._optimizer.state[parameter] = {
             "step": torch.tensor(float(num_updates), device=device),
             **{key: with_local(parameter, one.to(device, torch.float32, copy=True)) for key, one in local.items()},
         }
 
-    def _whole(self, value: Tensor) -> Tensor:
+    def _full(self, value: Tensor) -> Tensor:
         return gathered(value, torch.float32, self._world.device).cpu()
 
     def _norm_over_ranks(self, gradients: list[Tensor]) -> float:
-        """The L2 norm of all gradients: each value lies on one rank of a replica."""
+        """The L2 norm of all gradients, from the part on each rank of a replica."""
         square = torch.nn.utils.get_total_norm(gradients).to(self._world.device, torch.float64).square()
-        dist.all_reduce(square, group=shard_group(self._mesh))
+        dist.all_reduce(square, group=replica_group(self._mesh))
         return math.sqrt(float(square))
 
 

@@ -1,7 +1,7 @@
-"""A model in the shards of torch's FSDP2: what is gathered together, which rows a rank holds, and whole tensors again.
+"""A model sharded by torch's FSDP2: the units that are gathered together, the rows of each rank, and full tensors.
 
-Every parameter is a `DTensor` whose rows (the first dimension) are dealt to the ranks of a replica in equal chunks; the
-last chunks may be shorter, or empty.
+Every parameter is a `DTensor`. Its rows (the first dimension) are split over the ranks of a replica in equal
+partitions; the last partitions may be smaller or empty.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, blocks_of, set_tensor
 from voxtral_dist.model.weights import InitialWeights
 
-_SHARD = "shard"
+# Names of the mesh's dimensions.
+_REPLICATE, _SHARD = "replicate", "shard"
 
 
 def refuse_partial_replicas(settings: Fsdp2Config, world_size: int) -> None:
-    """Refuse replicas of the model that do not fill the world.
+    """Refuse replicas of the model that do not divide the ranks evenly.
 
     Raises:
-        UserError: the number of ranks is no multiple of theirs.
+        UserError: the number of ranks is not a multiple of `ranks_per_replica`.
     """
     per_replica = settings.ranks_per_replica
     if per_replica is not None and world_size % per_replica != 0:
@@ -36,24 +37,24 @@ def refuse_partial_replicas(settings: Fsdp2Config, world_size: int) -> None:
 
 
 def build_mesh(world: World, ranks_per_replica: int | None) -> DeviceMesh:
-    """The ranks in one row, or one row for each replica of the model: neighbours share a replica."""
+    """The ranks in one row, or in one row per replica of the model; neighbouring ranks share a replica."""
     per_replica = ranks_per_replica or world.size
     if per_replica == world.size:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=(_SHARD,))
     shape = (world.size // per_replica, per_replica)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replica", _SHARD))
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=(_REPLICATE, _SHARD))
 
 
-def shard_group(mesh: DeviceMesh) -> torch.distributed.ProcessGroup:
-    """The ranks that together hold each value once."""
+def replica_group(mesh: DeviceMesh) -> torch.distributed.ProcessGroup:
+    """The ranks of this rank's replica, which together hold each value once."""
     return mesh.get_group(_SHARD)
 
 
 def shard_model(model: TrainedVoxtral, mesh: DeviceMesh, settings: Fsdp2Config, precision: torch.dtype) -> None:
-    """Shard a meta_model on the meta device in place, still without storage.
+    """Shard a model on the meta device in place, still without storage.
 
-    What is trained stays float32, and is cast to `precision` when it is gathered. What is frozen needs no more than
-    `precision` to begin with: FSDP2 asks for one dtype of the *trained* parameters of a group only.
+    Trained parameters stay float32 and are cast to `precision` when they are gathered. Frozen ones are stored in
+    `precision`: FSDP2 requires a common dtype of a group's trained parameters only.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -70,52 +71,52 @@ def shard_model(model: TrainedVoxtral, mesh: DeviceMesh, settings: Fsdp2Config, 
         shard(block)
     shard(model.model.audio_tower)
     shard(model.model.multi_modal_projector)
-    # The gradient of an embedding needs its indices, not its weights: one gather of a large matrix less.
+    # The backward pass of an embedding needs its indices, not its weights: this saves a gather of a large matrix.
     shard(model.model.language_model.embed_tokens).set_unshard_in_backward(False)
-    # The backward pass begins with it, so giving it back would gather it twice in a row.
+    # The backward pass begins with this layer: resharding it would gather it twice in a row.
     shard(model.lm_head, reshard_after_forward=False)
     shard(model)
 
 
-def fill_shards(model: TrainedVoxtral, initial: InitialWeights, device: torch.device) -> None:
-    """Give a sharded meta_model its first values: each rank reads its own rows and nothing else."""
+def fill_partitions(model: TrainedVoxtral, initial: InitialWeights, device: torch.device) -> None:
+    """Give a sharded model on the meta device its initial weights; each rank reads only its own rows."""
     for name, parameter in list(model.named_parameters()):
         rows = rows_of(parameter)
-        # A copy, because what was read may be a view of the file's pages.
+        # A copy, because the tensor that was read may be a view of the file's pages.
         local = initial.rows(name, rows.start, rows.stop).to(device, parameter.dtype, copy=True)
         filled = nn.Parameter(with_local(parameter, local), requires_grad=parameter.requires_grad)
         set_tensor(model, name, filled)
 
 
 def sharded(value: Tensor) -> DTensor:
-    """The same, known to be what every parameter is here, and its gradient and moments with it."""
-    assert isinstance(value, DTensor), "it belongs to no unit of sharding"
+    """The same tensor, typed as what every parameter, gradient and moment is here."""
+    assert isinstance(value, DTensor), "every parameter belongs to a unit of sharding"
     return value
 
 
 def rows_of(value: Tensor) -> slice:
-    """The rows of the whole tensor that lie on this rank; none where there are fewer rows than ranks."""
+    """This rank's rows of the full tensor; may be empty."""
     ranks, num_rows = sharded(value).device_mesh[_SHARD], value.shape[0]
-    chunk = -(-num_rows // ranks.size())
-    start = min(ranks.get_local_rank() * chunk, num_rows)
-    return slice(start, min(start + chunk, num_rows))
+    rows_per_rank = -(-num_rows // ranks.size())
+    start = min(ranks.get_local_rank() * rows_per_rank, num_rows)
+    return slice(start, min(start + rows_per_rank, num_rows))
 
 
 def with_local(like: Tensor, local: Tensor) -> DTensor:
-    """A tensor that is sharded as another one, of this rank's rows; without communication."""
+    """A tensor sharded like another one, from this rank's rows; without communication."""
     mesh, placements = sharded(like).device_mesh, sharded(like).placements
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def local_part(value: Tensor) -> Tensor:
-    """This rank's rows, sharing memory with the whole."""
+    """This rank's rows, which share memory with the sharded tensor."""
     local: Tensor = sharded(value).to_local()
     return local
 
 
 @torch.no_grad()
 def gathered(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A copy of the whole tensor on every rank, on a device that ranks communicate on; all of them call it together."""
-    # Cast first: what is sent is as small as what is asked for.
-    whole: Tensor = with_local(value, local_part(value).to(device, dtype, copy=True)).full_tensor()
-    return whole
+    """A full copy of the tensor on every rank; all ranks call it together, with a device they communicate on."""
+    # Cast before sending, so that no more bytes than needed are sent.
+    full: Tensor = with_local(value, local_part(value).to(device, dtype, copy=True)).full_tensor()
+    return full

@@ -1,4 +1,4 @@
-"""A run's model, filled and sharded parameter by parameter: under ZeRO-3 no process ever holds the whole of it."""
+"""A model filled and sharded parameter by parameter: under ZeRO-3 no process ever holds all of it."""
 
 from __future__ import annotations
 
@@ -9,54 +9,53 @@ import torch
 from deepspeed.utils import groups, set_z3_leaf_module
 from torch import Tensor, nn
 
-from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.zero.settings import zero_stage
 from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of, initialize_buffers, set_tensor
 from voxtral_dist.model.weights import InitialWeights
 
 
-def fill_model(model: TrainedVoxtral, config: RunConfig, settings: dict[str, Any], world: World) -> None:
-    """Give a meta model its first weights, on this rank's device or, under stage 3, where the settings keep its part.
+def fill_model(model: TrainedVoxtral, initial: InitialWeights, settings: dict[str, Any], world: World) -> None:
+    """Give a model on the meta device its initial weights.
 
     Args:
-        model: on the meta device.
-        config: of the run.
-        settings: DeepSpeed's, complete: where parts are kept (`offload_param`), and which ranks share them.
-        world: this rank among all.
+        model: on the meta device; ends on this rank's device or, under stage 3, where `offload_param` keeps partitions.
+        initial: the weights.
+        settings: from `complete_settings`.
+        world: all ranks.
 
     Raises:
-        UserError: the checkpoint does not fit the meta_model.
+        UserError: the weights cannot be read.
     """
     initialize_buffers(model, world.device)
-    weights = InitialWeights(config.model.path, model, config.seed)
     if zero_stage(settings) < 3:
-        weights.fill(model, world.device)
+        initial.fill(model, world.device)
     else:
-        _fill_sharded(model, weights, settings, world)
+        _fill_sharded(model, initial, settings, world)
 
 
-def _fill_sharded(model: nn.Module, weights: InitialWeights, settings: dict[str, Any], world: World) -> None:
-    """Replace each parameter of a meta_model by one that has its value and is sharded before the next one is read."""
+def _fill_sharded(model: nn.Module, initial: InitialWeights, settings: dict[str, Any], world: World) -> None:
+    """Read and shard one parameter after the other."""
     shard = _Sharding(settings)
-    for name, meta_model in list(model.named_parameters()):
-        parameter = nn.Parameter(_first_value(name, meta_model, weights, world), requires_grad=meta_model.requires_grad)
+    for name, on_meta in list(model.named_parameters()):
+        value = _initial_value(name, on_meta, initial, world)
+        parameter = nn.Parameter(value, requires_grad=on_meta.requires_grad)
         set_tensor(model, name, parameter)
         shard(parameter)
 
 
-def _first_value(name: str, meta_model: nn.Parameter, weights: InitialWeights, world: World) -> Tensor:
-    """The value of a parameter on rank 0. On others, which DeepSpeed sends it to, only the room for it."""
+def _initial_value(name: str, on_meta: nn.Parameter, initial: InitialWeights, world: World) -> Tensor:
+    """A parameter's value on rank 0; on other ranks uninitialized memory, which DeepSpeed broadcasts the value into."""
     if world.is_first:
-        return weights(name).to(world.device, meta_model.dtype)
-    return torch.empty(meta_model.shape, dtype=meta_model.dtype, device=world.device)
+        return initial(name).to(world.device, on_meta.dtype)
+    return torch.empty(on_meta.shape, dtype=on_meta.dtype, device=world.device)
 
 
 def gather_whole_blocks(model: TrainedVoxtral, *, encoder_has_one_chunk: bool) -> None:
-    """Let ZeRO-3 gather each block at once, where it can, in place of each layer by itself: its hooks cost less.
+    """Let ZeRO-3 gather a block at once instead of layer by layer, where possible: fewer hooks cost less time.
 
-    DeepSpeed reduces the gradients of such a "leaf module" when the gradient of the module's input is there. So the
-    input must need one, every parameter must be trained, and the module must be called once in a forward pass.
+    DeepSpeed reduces the gradients of such a "leaf module" as soon as the gradient of the module's input exists. So the
+    input must require a gradient, every parameter must be trained, and a forward pass must call the module only once.
     """
     embeddings = model.model.language_model.embed_tokens
     can_be_whole = {
@@ -70,7 +69,7 @@ def gather_whole_blocks(model: TrainedVoxtral, *, encoder_has_one_chunk: bool) -
 
 
 class _Sharding:
-    """Shards parameters in place, all by one `zero.Init`: it makes groups of ranks and buffers for NVMe."""
+    """Shards parameters in place by a single `zero.Init`, which creates process groups and buffers for NVMe."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._settings = settings
@@ -81,10 +80,10 @@ class _Sharding:
             deepspeed.zero.Init(
                 module=nn.ParameterList([parameter]),
                 config_dict_or_path=self._settings,
-                # DeepSpeed makes ZeRO++'s groups once in a process.
+                # DeepSpeed creates ZeRO++'s groups once per process.
                 zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
             )
             self._first = parameter
         else:
-            # What DeepSpeed does with parameters that are added later.
+            # DeepSpeed's own way to add parameters later.
             self._first.convert_to_zero_parameters([parameter])

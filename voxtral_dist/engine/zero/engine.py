@@ -11,7 +11,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import ModelConfig, OptimizerConfig, TrainableConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.devices import return_freed_memory
 from voxtral_dist.distributed.world import World
@@ -19,7 +19,7 @@ from voxtral_dist.engine.engine import ParameterState, StepUpdate
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
 from voxtral_dist.engine.optim import set_learning_rate
-from voxtral_dist.engine.plain_copy import evaluation_copy
+from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.engine.zero.building import fill_model, gather_whole_blocks
 from voxtral_dist.engine.zero.optimizers import build_optimizer
 from voxtral_dist.engine.zero.settings import complete_settings, is_on_nvme, zero_stage
@@ -28,32 +28,58 @@ from voxtral_dist.model.encoder import ChunkedEncoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.trainable import parameter_table
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, trained_meta_model
+from voxtral_dist.model.weights import InitialWeights
 
 
 class ZeroEngine:
-    """A model whose optimizer state (stage 1), gradients (2) and weights (3) are sharded over ranks; nothing (0)."""
+    """A model whose optimizer states (stage 1), gradients too (2), and weights too (3) are sharded over ranks.
 
-    def __init__(self, config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None = None) -> None:
-        """Build the model of a run, sharded as DeepSpeed's file says. Arguments are those of `build_engine`.
+    Under stage 0 nothing is sharded.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        trainable: TrainableConfig,
+        optimizer_config: OptimizerConfig,
+        settings: dict[str, Any],
+        seed: int,
+        log_mel: LogMel,
+        world: World,
+        most_windows: int | None = None,
+    ) -> None:
+        """Build the model of a run, sharded according to DeepSpeed's settings.
+
+        Args:
+            model_config: section `model` of the configuration.
+            trainable: section `trainable`.
+            optimizer_config: section `optimizer`.
+            settings: from `read_settings`.
+            seed: of the initial values of adapters.
+            log_mel: see `build_engine`.
+            world: all ranks.
+            most_windows: see `build_engine`.
 
         Raises:
-            UserError: the configuration, the checkpoint and this machine do not fit together.
+            UserError: the configuration, the model and this machine do not fit together.
         """
-        model = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
+        model = trained_meta_model(model_config, trainable, DTYPES[model_config.precision])
         self._table = parameter_table(model)
-        settings = complete_settings(config, model, world.size)
+        settings = complete_settings(settings, model_config, optimizer_config, model, world.size)
         self.stage = zero_stage(settings)
-        self._has_one_chunk = most_windows is not None and most_windows <= config.model.encoder_windows_per_chunk
-        self._config = config
+        self._has_one_chunk = most_windows is not None and most_windows <= model_config.encoder_windows_per_chunk
+        self._model_config = model_config
+        self._trainable = trainable
+        self._max_grad_norm = optimizer_config.max_grad_norm
         self._world = world
-        self._loss = LossOfMicroBatch(log_mel, config.model.loss_chunk_tokens)
+        self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens)
         if is_on_nvme(settings):
             return_freed_memory()
-        fill_model(model, config, settings, world)
+        fill_model(model, InitialWeights(model_config.path, model, seed), settings, world)
         if self.stage == 3:
             gather_whole_blocks(model, encoder_has_one_chunk=self._has_one_chunk)
-        self._encoder = ChunkedEncoder(model, config.model.encoder_windows_per_chunk)
-        self._optimizer = build_optimizer(config, model, settings)
+        self._encoder = ChunkedEncoder(model, model_config.encoder_windows_per_chunk)
+        self._optimizer = build_optimizer(optimizer_config, model, settings)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
         self._module: TrainedVoxtral = self._engine.module
         self._states = master_states(self._engine, self._optimizer, self.stage, world)
@@ -61,52 +87,53 @@ class ZeroEngine:
         self._num_skipped = 0
         self._grad_norm = math.nan
         if self.stage == 0:
-            # DeepSpeed clips there too, but tells no norm.
+            # DeepSpeed could clip too, but does not report the norm.
             self._optimizer.register_step_pre_hook(self._clip)
         if self._scaler is not None:
-            # The caller says it in a sentence.
+            # The caller refuses a norm that is not finite, with a better message.
             self._scaler.raise_error_at_min_scale = False
 
     def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages gradients over ranks, hence the factor of the world size."""
-        # A clip may last a little longer than its index says: blocks that take one pass take it in one all the same.
+        # A clip may be slightly longer than its index says. Blocks that are gathered at once still run only once.
         self._encoder.num_chunks = 1 if self._has_one_chunk else batch.num_encoder_chunks
         loss_sum = self._loss(self._engine, batch.to(self._world.device))
         self._engine.backward(loss_sum * (self._world.size / num_target_tokens), scale_wrt_gas=False)
         return loss_sum.detach()
 
     def step(self, learning_rate: float) -> StepUpdate:
-        """See `Engine`. DeepSpeed updates nothing by gradients that are not finite."""
+        """See `Engine`. DeepSpeed skips an update whose gradients are not finite."""
         set_learning_rate(self._optimizer, learning_rate)
         can_scale_less = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
         self._engine.step()
         if self._engine.was_step_applied():
             return StepUpdate(self._norm(), learning_rate)
         self._num_skipped += can_scale_less
-        # Otherwise it is no matter of the scale, and the caller refuses the norm.
+        # With the lowest scale, float16 is not the cause: the caller refuses the norm.
         return StepUpdate(math.inf, learning_rate, is_skipped=can_scale_less)
 
     def _norm(self) -> float:
         return self._grad_norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
 
     def _clip(self, *_: Any) -> None:
-        limit = self._config.optimizer.max_grad_norm or math.inf
+        limit = self._max_grad_norm or math.inf
         trained = [parameter for _, parameter in self._trained()]
         self._grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
 
     @property
     def _scaler(self) -> Any:
-        """DeepSpeed's scaler of float16 losses; None in other precisions."""
-        return self._engine.optimizer.loss_scaler if self._config.model.precision == "float16" else None
+        """DeepSpeed's loss scaler of float16; None in other precisions."""
+        return self._engine.optimizer.loss_scaler if self._model_config.precision == "float16" else None
 
     @contextmanager
     def full_weights(self) -> Iterator[nn.Module]:
-        """See `Engine`. Under stage 3 a copy is gathered, parameter by parameter, and lives as long as the context."""
+        """See `Engine`. Under stage 3 this is a copy, gathered parameter by parameter and freed on exit."""
         if self.stage < 3:
             with self.sharded_weights() as module:
                 yield module
         else:
-            with evaluation_copy(self._config, self._gathered_parameters(), self._module.named_buffers()) as copy:
+            weights, buffers = self._gathered_parameters(), self._module.named_buffers()
+            with plain_copy(self._model_config, self._trainable, weights, buffers) as copy:
                 yield copy
 
     def full_weights_bytes(self) -> int:
@@ -114,7 +141,7 @@ class ZeroEngine:
         if self.stage < 3:
             return 0
         num_values = sum(math.prod(full_shape(parameter)) for parameter in self._module.parameters())
-        return num_values * DTYPES[self._config.model.precision].itemsize
+        return num_values * DTYPES[self._model_config.precision].itemsize
 
     @contextmanager
     def sharded_weights(self) -> Iterator[nn.Module]:
@@ -136,7 +163,7 @@ class ZeroEngine:
         self._states.create_moments(num_updates)
         self._num_steps = num_updates
         for (name, parameter), state in zip(self._trained(), states, strict=True):
-            assert name == state.name, f"checkpoints keep the order of parameters, but {state.name} came for {name}"
+            assert name == state.name, f"states come in the order of parameters, but {state.name} came for {name}"
             self._load_weight(parameter, state.weight)
             self._states.load(parameter, state.weight, state.moments)
 
@@ -159,7 +186,7 @@ class ZeroEngine:
         return self._table
 
     def scalars(self) -> dict[str, float]:
-        """See `Engine`: the scale of a float16 loss, and how many of the steps it has cost."""
+        """See `Engine`: the number of skipped steps and, in float16, the loss scale."""
         skipped = {NUM_SKIPPED: float(self._num_skipped)}
         if self._scaler is None:
             return skipped
@@ -167,8 +194,8 @@ class ZeroEngine:
         return skipped | {SCALE: float(self._scaler.cur_scale), NUM_GOOD: float(good)}
 
     def load_scalars(self, scalars: dict[str, float]) -> None:
-        """See `Engine`. Follows `load_parameter_states`, which counts skipped steps as updates."""
-        self._num_skipped = int(scalars.get(NUM_SKIPPED, 0))
+        """See `Engine`. Call it after `load_parameter_states`, which counts skipped steps as updates."""
+        self._num_skipped = int(scalars[NUM_SKIPPED])
         self._states.set_num_updates(self._num_steps - self._num_skipped)
         if self._scaler is not None:
             self._scaler.cur_scale = scalars.get(SCALE, self._scaler.cur_scale)
@@ -189,7 +216,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def _load_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
-        """The weights of forward passes, in the model's precision."""
+        """Set the weights that forward passes use, in the model's precision."""
         with self._gathered([parameter], modifier_rank=0):
             if self.stage < 3 or self._world.is_first:
                 parameter.copy_(weight)

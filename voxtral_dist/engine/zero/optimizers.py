@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed wraps, by the run's configuration and where its states are kept."""
+"""The optimizer that DeepSpeed wraps: fused AdamW, DeepSpeed's AdamW for offload to the CPU, or Muon."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import nn
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.engine.optim import parameter_groups, scale_learning_rate
 from voxtral_dist.engine.zero.settings import offload_device
 from voxtral_dist.engine.zero.states import full_shape
 from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of
 
 
-def build_optimizer(config: RunConfig, model: TrainedVoxtral, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """An optimizer over the trained parameters, which may be sharded already."""
-    groups = parameter_groups(model, config.optimizer)
+def build_optimizer(config: OptimizerConfig, model: TrainedVoxtral, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """Build the optimizer of the trained parameters, which may already be sharded.
+
+    Args:
+        config: section `optimizer` of the configuration.
+        model: the model that is trained.
+        settings: from `complete_settings`, for the device of the optimizer's states.
+    """
+    groups = parameter_groups(model, config)
     arguments: dict[str, Any] = {
-        "lr": config.optimizer.learning_rate,
-        "betas": config.optimizer.betas,
-        "eps": config.optimizer.epsilon,
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.epsilon,
     }
     optimizer: torch.optim.Optimizer
-    if config.optimizer.algorithm == "muon":
+    if config.algorithm == "muon":
         return _muon(model, groups, arguments)
     if offload_device(settings, "offload_optimizer") != "none":
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
@@ -35,7 +41,7 @@ def build_optimizer(config: RunConfig, model: TrainedVoxtral, settings: dict[str
 
 
 def _muon(model: TrainedVoxtral, groups: list[dict[str, Any]], adam: dict[str, Any]) -> torch.optim.Optimizer:
-    # Its import compiles kernels.
+    # Importing it compiles kernels.
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     matrices = {id(parameter) for parameter in _block_matrices(model)}
@@ -52,11 +58,11 @@ def _block_matrices(model: TrainedVoxtral) -> Iterator[nn.Parameter]:
 
 
 def _split(group: dict[str, Any], adam: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What AdamW updates of a group, and what Muon does: matrices with equally many columns together.
+    """Split a group into the parameters of AdamW, and a group of Muon's for each number of columns.
 
-    DeepSpeed scales the update of a matrix by the root of rows over columns, if there are more rows. With a rate that
-    is 0.2 times the root of the columns, its root mean square is that of AdamW (Liu et al., arXiv 2502.16982), so both
-    take the same rate.
+    DeepSpeed multiplies the update of a matrix by sqrt(max(1, rows / columns)). With the learning rate multiplied by
+    0.2 sqrt(columns), the update's root mean square equals AdamW's (Liu et al., arXiv 2502.16982), so the configured
+    rate suits both.
     """
     by_columns: dict[int, list[nn.Parameter]] = {}
     for parameter in group["params"]:

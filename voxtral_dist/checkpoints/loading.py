@@ -1,0 +1,56 @@
+"""A checkpoint as a model for decoding, without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from voxtral_dist.checkpoints.files import COMPLETE, damage_of, read_complete, read_states
+from voxtral_dist.checkpoints.identity import model_identity
+from voxtral_dist.config import RunConfig, load_config
+from voxtral_dist.errors import UserError
+from voxtral_dist.model.voxtral import TrainedVoxtral
+from voxtral_dist.model.weights import load_voxtral
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a path is a complete checkpoint of a run, as opposed to a model folder."""
+    return (Path(path) / COMPLETE).is_file()
+
+
+def config_of_checkpoint(folder: Path) -> RunConfig:
+    """The configuration of the run that wrote a checkpoint."""
+    return load_config(folder / "config.yaml")
+
+
+def load_checkpoint(path: str, device: torch.device, precision: str) -> TrainedVoxtral:
+    """The full model at a checkpoint, in evaluation mode, loaded by a single process.
+
+    Args:
+        path: the folder of a complete checkpoint.
+        device: the model's device.
+        precision: as in `ModelConfig`, or `auto` for the precision of the run.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the initial weights of its run have changed.
+    """
+    folder = Path(path)
+    damage = damage_of(folder)
+    if damage is not None:
+        raise UserError(damage)
+    config, contents = config_of_checkpoint(folder), read_complete(folder)
+    if contents["model"] != model_identity(config):
+        raise UserError(
+            f"The checkpoint {folder} holds trained parameters only, and the weights of its `model.path` "
+            f"({config.model.path}), which hold the frozen ones, have changed since: restore them."
+        )
+    chosen = config.model if precision == "auto" else config.model.model_copy(update={"precision": precision})
+    model = load_voxtral(chosen, config.trainable, config.seed)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for state in read_states(folder, contents, with_moments=False):
+            parameters[state.name].copy_(state.weight)
+    model.to(device)
+    model.eval()
+    return model
