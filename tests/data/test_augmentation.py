@@ -1,4 +1,4 @@
-"""Augmentation is a function of (seed, pass, sample id), keeps to the windows of a clip, and is checked first."""
+"""Augmentation is a function of (seed, epoch, utterance id), adds no window, and is checked at the start."""
 
 import os
 import random
@@ -70,7 +70,7 @@ def test_a_key_gives_the_same_waveform_whatever_was_drawn_before(pipeline):
         np.testing.assert_array_equal(pipeline(clip(seed=key[2]), RATE, key, WINDOW), in_order[key])
 
 
-def test_passes_seeds_and_samples_draw_differently(pipeline):
+def test_epochs_seeds_and_utterances_draw_differently(pipeline):
     keys = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1), (0, 0, 2**40)]
     heard = [pipeline(clip(), RATE, key, WINDOW).tobytes() for key in keys]
     assert len(set(heard)) == len(keys)
@@ -107,7 +107,7 @@ def test_a_clip_that_outgrows_its_windows_is_refused(step, sentence):
 
 
 def test_a_clip_that_a_transform_leaves_nothing_of_is_refused():
-    with pytest.raises(AudioError, match="is empty after TimeStretch: make its arguments milder"):
+    with pytest.raises(AudioError, match="is empty after TimeStretch: use milder arguments"):
         chain(always("TimeStretch", min_rate=3, max_rate=3, leave_length_unchanged=False))(
             clip(1), RATE, (0, 0, 0), WINDOW
         )
@@ -142,24 +142,24 @@ def test_a_transform_that_fails_on_one_clip_names_itself(tmp_path):
         ("AddGaussianNoise", {"max_amplitude": "loud"}, "`max_amplitude` of `AddGaussianNoise`"),
         ("BitCrush", {"min_bit_depth": 5.5}, "`min_bit_depth` of `BitCrush`: .* integer"),
         ("TimeStretch", {"method": "magic"}, "`method` of `TimeStretch`: .* but is 'magic' instead"),
-        ("Gain", {"p": 1.5}, "`Gain` does not take these arguments: `0 <= p <= 1` must hold"),
+        ("Gain", {"p": 1.5}, "`Gain` does not accept these arguments: `0 <= p <= 1` must hold"),
         (
             "Gain",
             {"min_gain_db": 6, "max_gain_db": -6},
-            "must not be greater than its `max_gain_db`, but is 6.0 and -6.0",
+            "must not be greater than its `max_gain_db`, but they are 6.0 and -6.0",
         ),
         ("PeakingFilter", {"min_q": 10, "max_q": 2}, "`min_q` of `PeakingFilter` must not be greater than its `max_q`"),
         ("LengthAwareTimeStretch", {"min_rate": 0.4}, "min_rate must be >= 0.5"),
         ("LengthAwareTimeStretch", {"max_rate": 11}, "max_rate must be <= 10"),
-        ("AdjustDuration", {}, "`AdjustDuration` does not take these arguments: .* must hold"),
+        ("AdjustDuration", {}, "`AdjustDuration` does not accept these arguments: .* must hold"),
         (
             "Resample",
             {"min_sample_rate": 0, "max_sample_rate": 0},
             "cannot be transformed by Resample: .* over 0",
         ),
-        ("AdjustDuration", {"duration_seconds": 1e-6}, "a clip of noise is empty after AdjustDuration"),
+        ("AdjustDuration", {"duration_seconds": 1e-6}, "a trial clip of noise is empty after AdjustDuration"),
         ("TimeStretch", {"min_rate": 0.2, "max_rate": 0.3}, "differs each time it is transformed by TimeStretch"),
-        ("AddBackgroundNoise", {}, "`AddBackgroundNoise` does not take these arguments: .* 'sounds_path'"),
+        ("AddBackgroundNoise", {}, "`AddBackgroundNoise` does not accept these arguments: .* 'sounds_path'"),
     ],
 )
 def test_a_mistake_in_the_configuration_is_refused_at_the_start(name, arguments, sentence):
@@ -188,10 +188,10 @@ NOISE_ARGUMENTS = [
     ("place", "sentence"),
     [
         ("nowhere", "nowhere is neither"),
-        ("empty", "empty holds no audio"),
+        ("empty", "empty contains no audio files"),
         ("broken", "hiss.wav cannot be read"),
-        ("cut", "hiss.flac cannot be read|hiss.flac ends before"),
-        ("silent", "hiss.wav holds no audio"),
+        ("cut", "hiss.flac cannot be read|hiss.flac is shorter than its header"),
+        ("silent", "hiss.wav contains no audio"),
         ("text/a.txt", "a.txt is neither"),
     ],
 )

@@ -143,7 +143,7 @@ class VoxtralPrompts:
         Args:
             language: of the speech, as its ISO 639-1 code; without it the model is asked to detect it.
             num_windows: of the audio.
-            context: what the transcript is likely to hold or to follow; see `data.context`.
+            context: what the transcript is likely to hold or to follow; see `data.examples.prompting`.
 
         Raises:
             ValueError: mistral-common doesn't know the language as an ISO 639-1 code.

@@ -1,6 +1,6 @@
-"""Augmentation of waveforms that is the same on any worker in any order: a draw is keyed by (seed, pass, sample id).
+"""Augmentation of waveforms, seeded by (seed, epoch, utterance id): any worker in any order draws the same.
 
-Importing it takes a second, because audiomentations does: whoever may do without imports it where it is used.
+Audiomentations takes a second to import: import this module where it is used.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from voxtral_dist.data.examples.transforms import LengthAwareTimeStretch, build_
 from voxtral_dist.data.stored.audio import AudioError, Waveform
 from voxtral_dist.errors import UserError
 
-# What every transform is tried on at the start.
+# Durations of the noise that every transform is tried on at the start.
 _TRIAL_SECONDS = (0.05, 1.0)
 _NUM_TRIAL_DRAWS = 3
 
 
 class Augmentation:
-    """A chain of transforms of the waveform whose draws depend on nothing but the key of each call."""
+    """A chain of transforms of the waveform whose draws depend only on the key of each call."""
 
     def __init__(self, steps: Sequence[AugmentationStep], sampling_rate: int) -> None:
-        """Build the chain and try it, because many transforms check their arguments only when they are used.
+        """Build the chain and try it out, because many transforms check their arguments only when they are applied.
 
         Raises:
-            UserError: a transform cannot be built, fails on a short clip, or draws what cannot be reproduced.
+            UserError: a transform cannot be built, fails on short noise, or is not reproducible.
         """
         self._transforms = [(step.name, build_transform(step)) for step in steps]
         try:
@@ -39,16 +39,16 @@ class Augmentation:
                 self._try_out(self._transforms[position : position + 1], sampling_rate)
             self._try_out(self._transforms, sampling_rate)
         except AudioError as error:
-            raise UserError(f"`train_data.augmentation`: a clip of noise {error}.") from error
+            raise UserError(f"`train_data.augmentation`: a trial clip of noise {error}.") from error
 
     def __call__(self, waveform: Waveform, sampling_rate: int, key: Sequence[int], max_samples: int) -> Waveform:
-        """The augmented waveform `(num_samples,)`, float32.
+        """Augment a waveform; float32 `(num_samples,)`.
 
         Args:
             waveform: mono, in [-1, 1].
             sampling_rate: in Hz.
-            key: (seed, pass, sample id).
-            max_samples: what the windows of the original hold; the plan has counted these windows.
+            key: (seed, epoch, utterance id).
+            max_samples: the maximum length of the result: the windows of the original, which the plan has counted.
 
         Raises:
             AudioError: a transform fails, or the result is not finite, empty, or longer than `max_samples`.
@@ -58,7 +58,7 @@ class Augmentation:
             raise AudioError(
                 f"is {len(augmented) / sampling_rate:.2f} s long after augmentation, but its windows hold "
                 f"{max_samples / sampling_rate:.2f} s: use LengthAwareTimeStretch instead of other transforms that "
-                "lengthen, or set their leave_length_unchanged to true"
+                "lengthen audio, or set their leave_length_unchanged to true"
             )
         return augmented
 
@@ -73,15 +73,15 @@ class Augmentation:
                     )
                     if not np.array_equal(first, second):
                         raise AudioError(
-                            f"differs each time it is transformed by {transforms[-1][0]} with the same draws, so no "
-                            "run could be repeated; TimeStretch does so at rates below 0.5"
+                            f"differs each time it is transformed by {transforms[-1][0]} with the same seed, so no "
+                            "run could be reproduced; TimeStretch does so at rates below 0.5"
                         )
 
 
 def _apply(
     transforms: Sequence[tuple[str, Any]], waveform: Waveform, sampling_rate: int, key: Sequence[int], max_samples: int
 ) -> Waveform:
-    # audiomentations draws from the two global generators: seed both for each sample.
+    # audiomentations draws from the two global generators: seed both for each utterance.
     seed = int(np.random.SeedSequence(list(key)).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -89,7 +89,7 @@ def _apply(
         if isinstance(transform, LengthAwareTimeStretch):
             transform.max_samples = max_samples
         try:
-            # Each file of another rate would be warned about, in each worker.
+            # audiomentations warns in each worker about each file of another sampling rate.
             with warnings.catch_warnings(action="ignore"):
                 waveform = transform(waveform, sampling_rate)
         except Exception as error:
@@ -102,9 +102,11 @@ def _checked(waveform: Any, name: str) -> Waveform:
     if not isinstance(waveform, np.ndarray) or waveform.ndim != 1 or waveform.dtype.kind != "f":
         raise AudioError(f"is not one channel of floating point numbers after {name}")
     if len(waveform) == 0:
-        raise AudioError(f"is empty after {name}: make its arguments milder, or remove it")
+        raise AudioError(f"is empty after {name}: use milder arguments, or remove the transform")
     if not np.isfinite(waveform).all():
-        raise AudioError(f"holds samples that are not finite after {name}: make its arguments milder, or remove it")
+        raise AudioError(
+            f"contains samples that are not finite after {name}: use milder arguments, or remove the transform"
+        )
     checked: Waveform = waveform.astype(np.float32, copy=False)
     return checked
 

@@ -1,4 +1,4 @@
-"""An utterance that cannot be used."""
+"""Utterances that cannot be used."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BadUtterance:
-    """A sample that could not be used: where it is stored, and why.
+    """An utterance that cannot be used.
 
-    is_too_long: for the limit of target tokens, or for the positions of the model.
+    shard: name of the tar that holds it.
+    key: its WebDataset key.
+    reason: a predicate, such as "is silent".
+    is_too_long: whether it exceeds `max_target_tokens` or the positions of the model.
     """
 
     shard: str
@@ -19,8 +22,8 @@ class BadUtterance:
 
 
 class UtteranceError(Exception):
-    """Carries a `BadUtterance` from where it was found to where it is counted."""
+    """Carries a `BadUtterance` from where it is found to where it is counted."""
 
     def __init__(self, bad: BadUtterance) -> None:
-        super().__init__(f"sample {bad.key!r} of {bad.shard} {bad.reason}")
+        super().__init__(f"utterance {bad.key!r} of {bad.shard} {bad.reason}")
         self.bad = bad

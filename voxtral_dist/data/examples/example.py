@@ -1,4 +1,4 @@
-"""An utterance as it is loaded, and as the model takes it."""
+"""An utterance as loaded, and an example as the model takes it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from voxtral_dist.data.stored.audio import Pcm
 
 @dataclass(frozen=True)
 class LoadedUtterance:
-    """The audio of one utterance, `(num_samples,)` at the model's rate, and its text.
+    """One utterance with decoded, checked and augmented audio.
 
-    text: as it is stored. target: what the steps of `target_text` make of it. instruction: what it answers; None where
-    it is a transcript. fields: the json of the sample.
+    utterance_id: its number in the index.
+    key: its WebDataset key.
+    pcm: int16 `(num_samples,)` at the sampling rate of the model.
+    text: the stored text.
+    target: the text after the steps of `target_text`.
+    language: an ISO 639-1 code; None if unknown.
+    instruction: what the text answers; None for a transcript.
+    fields: its json.
     """
 
     utterance_id: int
@@ -34,11 +40,20 @@ class LoadedUtterance:
 class Example:
     """One utterance, or several packed ones, as the model takes it.
 
-    pcm is int16 `(num_samples,)` without padding, and takes `num_windows` windows; `completion` is made of the targets,
-    and ends with `</s>`. reference: the stored texts. `utterance_id` and `key` are those of the first utterance.
-    is_transcription: whether the completion is a transcript, and not the answer to an instruction. is_untagged: whether
-    the prompt does not tell the language. context: that of the prompt. fields: those of the first utterance's json that
-    the reader keeps. feature_masks are those of `draw_feature_masks`, and none in evaluations.
+    utterance_id, key: of the first utterance.
+    pcm: int16 `(num_samples,)` without padding.
+    num_windows: encoder windows that the audio takes.
+    prompt: token ids before the completion.
+    completion: token ids of the targets, and `</s>`; with the language tag in front if `is_untagged` and the language
+        is known.
+    reference: the stored texts.
+    duration_seconds: duration of the audio.
+    num_utterances: number of packed utterances.
+    is_transcription: whether the completion is a transcript rather than the answer to an instruction.
+    is_untagged: whether the prompt omits the language.
+    context: the context in the prompt; empty for none.
+    fields: what the reader keeps of the first utterance's json.
+    feature_masks: int64 `(num_masks, 4)`, see `draw_feature_masks`; none in evaluations.
     """
 
     utterance_id: int

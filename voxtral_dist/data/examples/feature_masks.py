@@ -1,7 +1,7 @@
-"""Masks on features that are the same on any worker in any order: they are drawn by (seed, pass, sample id).
+"""SpecAugment masks, seeded by (seed, epoch, utterance id): any worker in any order draws the same.
 
-SpecAugment: Park et al., arXiv 1904.08779, and with limits that adapt to the clip, arXiv 1912.05533. Masks are drawn in
-the workers, and applied on the device by `features.mask_features`.
+Park et al., arXiv 1904.08779, with limits that adapt to the length of the audio (arXiv 1912.05533). Data workers draw
+the masks, and `mask_features` applies them on the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ TIME_AXIS = 1
 
 
 def check_spec_augment(config: SpecAugmentConfig, num_mel_bins: int) -> None:
-    """Refuse masks that the features of the model have no room for."""
+    """Refuse frequency masks wider than the features of the model.
+
+    Raises:
+        UserError: `max_frequency_mask_bins` is too large.
+    """
     if config.max_frequency_mask_bins > num_mel_bins:
         raise UserError(
             f"`train_data.spec_augment.max_frequency_mask_bins` must be at most {num_mel_bins}, the number of mel bins "
@@ -36,18 +40,18 @@ def draw_feature_masks(
     *,
     frames_per_second: float,
 ) -> NDArray[np.int64]:
-    """The masks of one example, int64 `(num_masks, 4)`: window in the example, axis (0 frequency, 1 time), start, end.
+    """Draw the masks of one example, int64 `(num_masks, 4)`: window, axis (0 frequency, 1 time), start, end.
 
-    A clip of several windows is masked as one: a time mask is cut where a window ends, and a frequency mask is repeated
-    in each window. Ends are exclusive, and masks that are drawn with no width are left out.
+    Audio of several windows is masked as a whole: a time mask is split where a window ends, and a frequency mask is
+    repeated in each window. Ends are exclusive, and masks of width 0 are omitted.
 
     Args:
-        config: how many masks, and how wide they may be.
-        key: (seed, pass, sample id), of which the masks are a function.
-        num_valid_frames: frames of real audio; time masks lie inside of them.
-        num_frames_per_window: frames of one window, 3,000 for 30 s.
-        num_mel_bins: 128 for the published models.
-        frames_per_second: 100 for the published models.
+        config: number and maximum width of the masks.
+        key: (seed, epoch, utterance id), which seeds the draws.
+        num_valid_frames: frames with audio; time masks lie inside them.
+        num_frames_per_window: frames of an encoder window, 3,000 in the published models.
+        num_mel_bins: 128 in the published models.
+        frames_per_second: 100 in the published models.
     """
     generator = np.random.default_rng(list(key))
     max_frames = min(
@@ -63,7 +67,7 @@ def draw_feature_masks(
 
 
 def _spans(generator: np.random.Generator, num_masks: int, max_width: int, length: int) -> Iterator[tuple[int, int]]:
-    """Half-open spans of uniform width and place in `[0, length)`."""
+    """Half-open spans in `[0, length)`, uniform in width and then in place; empty ones are omitted."""
     for _ in range(num_masks):
         width = int(generator.integers(0, min(max_width, length), endpoint=True))
         start = int(generator.integers(0, length - width, endpoint=True))

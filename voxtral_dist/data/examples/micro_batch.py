@@ -1,10 +1,13 @@
-"""Examples padded together into what one forward pass of one rank takes.
+"""Micro-batches: examples padded together for one forward pass of one rank.
 
-    B examples   C windows of all examples   S samples of a window   T input positions   K positions that carry targets
-    N targets   M feature masks
+    B  examples                          T  input tokens of the longest example
+    C  encoder windows of all examples   K  tokens of the longest completion
+    S  samples of a window               N  target tokens of all examples
+    M  mel bins of a feature frame       F  feature frames of a window
 
-Prompts are padded on the left, so that all completions end at the last position. Then logits are needed for the last K
-positions alone, where K is the longest completion: not for hundreds of audio positions over the whole vocabulary.
+Examples are padded on the left, so that all completions end at the last position. Logits are then needed for the last
+K positions only, and not for hundreds of audio positions over the whole vocabulary. A micro-batch carries PCM `(C, S)`;
+the device computes the features `(C, M, F)` from it.
 """
 
 from __future__ import annotations
@@ -27,16 +30,20 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Token ids, labels and audio of some examples; see the legend of dimensions above.
+    """Token ids, labels and audio of B examples; the module explains the dimensions.
 
-    input_ids: int64 `(B, T)`: prompt and completion, without the last `</s>`, which predicts nothing.
-    attention_mask: int64 `(B, T)`: 0 on padding.
-    labels: int64 `(B, K)`: the token that follows each of the last K positions, `IGNORED_LABEL` before the completion.
-    target_places: int64 `(N)`: the places of all targets in the flattened `(B, T)` positions; each predicts its target.
-    target_ids: int64 `(N)`: the labels there.
-    pcm: int16 `(C, S)`: the windows of the examples, in order.
-    feature_masks: int64 `(M, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
-    num_encoder_chunks: in how many parts the encoder takes the windows; ranks that share weights agree on it.
+    input_ids: int64 `(B, T)`, prompt and completion without the final `</s>`, which predicts nothing.
+    attention_mask: int64 `(B, T)`, 0 on padding.
+    labels: int64 `(B, K)`, the next token of each of the last K positions, `IGNORED_LABEL` before the completion.
+    target_places: int64 `(N,)`, the positions in the flattened `(B, T)` that predict a target.
+    target_ids: int64 `(N,)`, the targets that they predict.
+    pcm: int16 `(C, S)`, the windows of the examples, in order.
+    feature_masks: int64 `(num_masks, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
+    windows_per_example: encoder windows of each example; they add up to C.
+    audio_seconds: audio of all examples, without the silence that fills windows.
+    num_utterances: utterances in all examples.
+    bad_utterances: utterances that belong here but cannot be used.
+    num_encoder_chunks: number of chunks in which the encoder takes the windows; ranks with sharded weights agree on it.
     """
 
     input_ids: Tensor
@@ -54,12 +61,12 @@ class MicroBatch:
 
     @property
     def num_windows(self) -> int:
-        """Of all examples, C."""
+        """Encoder windows of all examples, C."""
         return len(self.pcm)
 
     @property
     def positions_per_example(self) -> list[int]:
-        """Without padding. Asked of a batch on a GPU, it waits for the GPU."""
+        """Input tokens of each example, without padding. Synchronizes with the GPU if the batch is there."""
         counts: list[int] = self.attention_mask.sum(dim=1).tolist()
         return counts
 
@@ -70,11 +77,11 @@ class MicroBatch:
 
     @property
     def position_ids(self) -> Tensor:
-        """int64 `(B, T)`: counted from the first real token, as generation counts them."""
+        """Position ids, int64 `(B, T)`, counted from the first token that is not padding, as in generation."""
         return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The batch with its tensors on a device."""
+        """Copy the tensors of the batch to a device."""
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -90,7 +97,14 @@ class MicroBatch:
 def collate(
     examples: Sequence[Example], pad_id: int, window_samples: int, bad_utterances: Sequence[BadUtterance] = ()
 ) -> MicroBatch:
-    """One micro-batch of at least one example."""
+    """Pad examples into one micro-batch.
+
+    Args:
+        examples: at least one.
+        pad_id: token id of the padding.
+        window_samples: samples of an encoder window.
+        bad_utterances: utterances that the micro-batch lacks.
+    """
     input_ids, attention_mask = pad_left([(*example.prompt, *example.completion[:-1]) for example in examples], pad_id)
     labels, _ = pad_left([example.completion for example in examples], IGNORED_LABEL)
     return MicroBatch(
@@ -109,13 +123,13 @@ def collate(
 
 
 def _target_places(labels: Tensor, num_positions: int) -> Tensor:
-    """Where the labels that count stand: found here, because a GPU would have to be waited for."""
+    """The flattened positions of the labels that count, `(N,)`: found on the CPU, to avoid a GPU synchronization."""
     rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
     return rows * num_positions + num_positions - labels.shape[1] + places
 
 
 def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
-    """The masks of all examples, their windows counted over the batch."""
+    """The masks of all examples, with windows numbered over the whole batch, `(num_masks, 4)`."""
     first_windows = np.cumsum([0, *(example.num_windows for example in examples[:-1])])
     return np.concatenate(
         [
@@ -126,7 +140,7 @@ def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both int64 `(B, T)`, T being the longest of the sequences."""
+    """Pad sequences of ids on the left: ids and attention mask, both int64 `(B, T)`; T is the longest sequence."""
     width = max(len(sequence) for sequence in sequences)
     ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -137,7 +151,7 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, T
 
 
 def windows_of(examples: Sequence[Example], window_samples: int) -> Tensor:
-    """The audio of all examples, int16 `(C, S)`: each begins with a window of its own and is followed by silence."""
+    """The audio of all examples, int16 `(C, S)`: each starts in a new window, and silence fills its last one."""
     windows = np.zeros((sum(example.num_windows for example in examples), window_samples), dtype=np.int16)
     first = 0
     for example in examples:
@@ -147,7 +161,7 @@ def windows_of(examples: Sequence[Example], window_samples: int) -> Tensor:
 
 
 def silent_example(prompts: VoxtralPrompts) -> Example:
-    """One window of silence, which belongs to no sample."""
+    """An example of one window of silence, which belongs to no utterance."""
     return Example(
         utterance_id=-1,
         key="",
@@ -161,9 +175,9 @@ def silent_example(prompts: VoxtralPrompts) -> Example:
 
 
 def weightless_micro_batch(prompts: VoxtralPrompts, bad_utterances: Sequence[BadUtterance] = ()) -> MicroBatch:
-    """One window of silence without a target, for a slot that has nothing to train on.
+    """A micro-batch of one window of silence without targets, for a slot without usable examples.
 
-    Sharded engines exchange weights in every forward and backward pass, so all ranks must run equally many.
+    Sharded engines gather weights in every forward and backward pass, so all ranks must run the same number of them.
     """
     batch = collate([silent_example(prompts)], prompts.pad_id, prompts.window_samples, bad_utterances)
     nothing = torch.zeros(0, dtype=torch.int64)

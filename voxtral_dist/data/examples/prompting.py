@@ -1,11 +1,14 @@
-"""Context biasing: what a prompt tells the model about words that are likely, and about what was said before.
+"""What a prompt tells the model besides the audio: the language or not, and a context.
+
+A context is text behind the audio in the user's turn (context biasing, docs/context.md):
 
     Previous text: ... and then we met Siobhan.
     Keywords: Siobhan, Xiaomi, ibuprofen
 
-stands behind the audio in the user's turn. In training, lists hold true words (those of the transcript) and distractors
-(words that it does not hold), so that the model learns to use a word where it hears it, and no other: the idea of
-prompt biasing, "Lightweight Prompt Biasing for Contextualized End-to-End ASR Systems" (arXiv 2506.06252).
+Its keywords are listed words, which are the entries of a word list. In training they are true words (listed words that
+occur in the transcript) and distractors (listed words that do not), so that the model learns to write a listed word
+where it hears it, and only there: "Lightweight Prompt Biasing for Contextualized End-to-End ASR Systems" (arXiv
+2506.06252).
 """
 
 from __future__ import annotations
@@ -23,17 +26,31 @@ from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.text.steps import collapse_spaces
 from voxtral_dist.text.word_list import WordList
 
-# What draws are keyed by, besides the sample.
+# The last part of a draw's key, so that the draws of one utterance are independent.
 _CONTEXT_DRAW = 1
 _TAG_DRAW = 2
 
 
+class Contexts(Protocol):
+    """Makes contexts: `TrainingContexts` for training sets, `TestContexts` for test sets."""
+
+    def __call__(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
+        """The context of an utterance, or of several packed ones; empty for none.
+
+        Args:
+            text: the targets of all utterances.
+            fields: the json of each utterance.
+            key: integers that seed the draws.
+        """
+
+
 @dataclass(frozen=True)
 class Prompting:
-    """How the samples of a set are asked about, and what becomes of their texts.
+    """How the utterances of a training or test set are prompted, and how their texts become targets.
 
-    untagged_fraction: of the samples whose prompts do not tell the language. contexts: None gives none. target_text:
-    the steps that make the answer of the stored text.
+    untagged_fraction: fraction of utterances whose prompt omits the language.
+    contexts: makes the contexts of prompts; None for none.
+    target_text: steps that make the target of a stored text.
     """
 
     untagged_fraction: float = 0.0
@@ -41,56 +58,33 @@ class Prompting:
     target_text: tuple[TextStep, ...] = ()
 
     @classmethod
-    def of_training(cls, config: TrainDataConfig, prompts: VoxtralPrompts, words: WordList | None) -> Prompting:
-        """That of a run with these words of contexts."""
-        contexts = None if config.context is None else TrainingContexts(config.context, prompts, words)
+    def of_training(cls, config: TrainDataConfig, prompts: VoxtralPrompts, word_list: WordList | None) -> Prompting:
+        """The prompting of a training set; `word_list` is what `training_word_list` reads."""
+        contexts = None if config.context is None else TrainingContexts(config.context, prompts, word_list)
         return cls(config.untagged_fraction, contexts, config.target_text)
 
     def is_untagged(self, key: Sequence[int]) -> bool:
-        """Whether a sample is asked about without its language; drawn by the whole numbers of a key."""
+        """Whether the prompt of an utterance omits the language; drawn by a key of integers."""
         drawn = int(hash_values(np.zeros(1, dtype=np.int64), (*key, _TAG_DRAW))[0])
         return drawn < self.untagged_fraction * 2**64
 
     def context(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
-        """The context of clips, drawn by the same key; empty for none. See `Contexts`."""
+        """The context of an utterance, or of several packed ones; empty for none. See `Contexts`."""
         return "" if self.contexts is None else self.contexts(text, fields, key)
 
 
-def context_text(words: Sequence[str], previous_text: str = "") -> str:
-    """A context as the model reads it; empty without words and without previous text."""
-    lines = []
-    if previous_text.strip():
-        lines.append(f"Previous text: {collapse_spaces(previous_text)}")
-    if words:
-        lines.append(f"Keywords: {', '.join(words)}")
-    return "\n".join(lines)
-
-
-class Contexts(Protocol):
-    """Makes the contexts of clips."""
-
-    def __call__(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
-        """The context of a clip, or of several that are packed together; empty for none.
-
-        Args:
-            text: the targets of all of them.
-            fields: the json of the sample of each.
-            key: whole numbers that the draws depend on.
-        """
-
-
 class TrainingContexts:
-    """Contexts with drawn words, of at most `max_tokens` tokens."""
+    """Contexts with drawn listed words, of at most `ContextConfig.max_tokens` tokens."""
 
-    def __init__(self, config: ContextConfig, prompts: VoxtralPrompts, words: WordList | None) -> None:
-        """Contexts of a run with these words, as `training_word_list` reads them."""
+    def __init__(self, config: ContextConfig, prompts: VoxtralPrompts, word_list: WordList | None) -> None:
+        """Make contexts from a word list, as `training_word_list` reads it, and from the json of utterances."""
         self._config = config
         self._prompts = prompts
         self._num_tokens = lru_cache(maxsize=2**16)(self._count_tokens)
-        self._words = words or WordList([])
+        self._word_list = word_list or WordList([])
 
     def __call__(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
-        """See `Contexts`; previous text is that of the first clip."""
+        """See `Contexts`; the previous text is that of the first utterance."""
         config, generator = self._config, np.random.default_rng([*key, _CONTEXT_DRAW])
         if generator.random() >= config.fraction:
             return ""
@@ -100,36 +94,37 @@ class TrainingContexts:
         return context_text(words, self._end_of(said, words) if isinstance(said, str) else "")
 
     def _draw(self, text: str, fields: Sequence[Mapping[str, Any]], generator: np.random.Generator) -> list[str]:
-        """True words, and then distractors: what comes first fits first."""
-        pool, own = self._words, WordList([word for one in fields for word in _words_in(one, self._config.words_field)])
-        # The samples' own lists and the file may both have a word, which is drawn once.
-        true = WordList([words.entries[number] for words in (own, pool) for number in words.entries_in(text)]).entries
-        told = [word for word in true if generator.random() < self._config.true_word_fraction]
+        """True words, followed by distractors: what comes first has priority for the room."""
+        shared, own = self._word_list, _own_words(fields, self._config.words_field)
+        # A word in both lists is drawn once.
+        true = WordList([words.entries[number] for words in (own, shared) for number in words.entries_in(text)]).entries
+        shown = [word for word in true if generator.random() < self._config.true_word_fraction]
         own_held = own.all_entries_in(text)
         others = [word for number, word in enumerate(own.entries) if number not in own_held]
         count = int(generator.integers(0, self._config.max_distractors, endpoint=True))
-        drawn = distractors(len(pool.entries), pool.all_entries_in(text), count, generator)
-        return list(WordList([*told, *others, *(pool.entries[number] for number in drawn)]).entries)
+        drawn = distractors(len(shared.entries), shared.all_entries_in(text), count, generator)
+        return list(WordList([*shown, *others, *(shared.entries[number] for number in drawn)]).entries)
 
     def _fitting(self, words: Sequence[str]) -> list[str]:
+        """The words that fit into `max_tokens`, by priority."""
         room = self._config.max_tokens - self._count_tokens("Keywords:")
         kept = []
         for word in words:
             if (cost := self._num_tokens(f", {word}")) <= room:
                 kept.append(word)
                 room -= cost
-        # Tokens of a joined text are those of its parts for nearly all words.
+        # A joined text rarely has more tokens than its parts.
         while kept and self._count_tokens(context_text(kept)) > self._config.max_tokens:
             kept.pop()
         return kept
 
     def _end_of(self, text: str, words: Sequence[str]) -> str:
-        """The end of a text that fits beside the words, from the beginning of a word where there are spaces."""
+        """The end of a text that fits beside the words; it begins with a whole word if the text has spaces."""
         end = collapse_spaces(text)
         ids = self._prompts.encode(end)
         while end and (excess := self._count_tokens(context_text(words, end)) - self._config.max_tokens) > 0:
             ids = ids[excess:]
-            # The first token may be the end of a character, and of a word.
+            # The first token may be the end of a character or of a word.
             rest = self._prompts.decode(ids).lstrip("\ufffd")
             begins_inside = not rest.startswith(" ") and " " in rest
             end = (rest.partition(" ")[2] if begins_inside else rest).strip()
@@ -142,31 +137,41 @@ class TrainingContexts:
 class TestContexts:
     """Contexts with all true words and a number of distractors, of any length.
 
-    The distractors of a shorter list are among those of a longer one, so that sizes can be compared.
+    The distractors of a smaller number are among those of a larger one, so that the numbers can be compared.
     """
 
     __test__ = False  # pytest takes it for a test
 
-    def __init__(self, words: WordList, num_distractors: int, largest: int) -> None:
-        """Contexts of one size; `largest` is the largest of all sizes that are compared."""
-        self.words = words
+    def __init__(self, word_list: WordList, num_distractors: int, largest: int) -> None:
+        """Make contexts with `num_distractors` distractors; `largest` is the largest number that is compared."""
+        self._word_list = word_list
         self._num_distractors = num_distractors
         self._largest = largest
 
     def __call__(self, text: str, fields: Sequence[Mapping[str, Any]], key: Sequence[int]) -> str:
         """See `Contexts`."""
         generator = np.random.default_rng([*key, _CONTEXT_DRAW])
-        held = self.words.all_entries_in(text)
-        drawn = distractors(len(self.words.entries), held, self._largest, generator)
-        listed = [*self.words.entries_in(text), *drawn[: self._num_distractors]]
-        return context_text([self.words.entries[listed[place]] for place in generator.permutation(len(listed))])
+        entries, held = self._word_list.entries, self._word_list.all_entries_in(text)
+        drawn = distractors(len(entries), held, self._largest, generator)
+        shown = [*self._word_list.entries_in(text), *drawn[: self._num_distractors]]
+        return context_text([entries[shown[place]] for place in generator.permutation(len(shown))])
+
+
+def context_text(words: Sequence[str], previous_text: str = "") -> str:
+    """Format a context as the model reads it; empty without words and previous text."""
+    lines = []
+    if previous_text.strip():
+        lines.append(f"Previous text: {collapse_spaces(previous_text)}")
+    if words:
+        lines.append(f"Keywords: {', '.join(words)}")
+    return "\n".join(lines)
 
 
 def training_word_list(config: ContextConfig | None) -> WordList | None:
-    """The words of a run's contexts; None without a file of them.
+    """Read the word list of a training set; None if none is configured.
 
     Raises:
-        UserError: their file is missing or empty.
+        UserError: the file cannot be read or holds no words.
     """
     if config is None or config.words is None:
         return None
@@ -174,14 +179,19 @@ def training_word_list(config: ContextConfig | None) -> WordList | None:
 
 
 def distractors(num_entries: int, held: set[int], count: int, generator: np.random.Generator) -> list[int]:
-    """Numbers of `count` entries that a text does not hold, or of all there are, in a random order."""
+    """Draw the numbers of up to `count` entries that are not in `held`, in random order."""
     wanted = min(num_entries, count + len(held))
     drawn = generator.choice(num_entries, size=wanted, replace=False).tolist() if wanted else []
     return [number for number in drawn if number not in held][:count]
 
 
+def _own_words(fields: Sequence[Mapping[str, Any]], name: str | None) -> WordList:
+    """The listed words in the json of the utterances themselves."""
+    return WordList([word for one in fields for word in _words_in(one, name)])
+
+
 def _words_in(fields: Mapping[str, Any], name: str | None) -> list[str]:
-    """The words that a field lists, or has with commas between them; a field that is absent lists none."""
+    """The words in a field that holds a list, or a text with commas between words; none if the field is absent."""
     listed = fields.get(name) if name else None
     if isinstance(listed, str):
         return listed.split(",")

@@ -1,4 +1,4 @@
-"""One stored utterance: read from its shard, checked, and turned into the ids and windows of an example."""
+"""Reading of utterances: from the bytes in a shard to the token ids and audio of an example."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class _TooLongError(ValueError):
-    """An example does not fit into the limits of targets or of the model."""
+    """An example exceeds `max_target_tokens` or the positions of the model."""
 
 
 class UtteranceReader:
-    """Reads samples of an index by number."""
+    """Reads, checks and augments the utterances of an index by number, and makes examples of them."""
 
     def __init__(
         self,
@@ -44,20 +44,20 @@ class UtteranceReader:
         kept_fields: Sequence[str] = (),
         takes_all: bool = False,
     ) -> None:
-        """A reader.
+        """Build a reader.
 
         Args:
-            index: the samples.
-            prompts: makes token ids, and knows the length of windows.
-            max_target_tokens: longer transcripts are unusable. None takes any.
-            storage: what reads the bytes.
-            augmentation: of every clip.
-            max_chars_per_second: longer transcripts are unusable.
-            prompting: what prompts tell the model, and what targets are made of texts; None tells languages and
-                keeps texts.
-            kept_fields: keys of the samples' json that examples have too.
-            takes_all: also silent clips, transcripts that are longer than that, and texts of which no target is left: a
-                test set is scored as it is.
+            index: the utterances.
+            prompts: makes token ids, and knows the sampling rate and the length of windows.
+            max_target_tokens: utterances with more target tokens are unusable; None sets no limit.
+            storage: reads the bytes; None reads local files and URLs with the default settings.
+            augmentation: applied to the audio of every utterance; None for none.
+            max_chars_per_second: transcripts with more characters per second of audio are unusable.
+            prompting: what prompts tell the model, and how texts become targets; None puts the language into every
+                prompt and keeps texts as they are.
+            kept_fields: keys of the json that examples keep in `fields`.
+            takes_all: accept silent audio, any number of characters per second, and empty targets: a test set is scored
+                as it is.
         """
         self._index = index
         self._prompts = prompts
@@ -70,15 +70,15 @@ class UtteranceReader:
         self._takes_all = takes_all
 
     def prefetch(self, utterance_ids: Sequence[int]) -> None:
-        """Start to read what is going to be asked for."""
+        """Start to read the bytes of utterances that will be loaded soon."""
         self._storage.prefetch([self._index.span(utterance_id) for utterance_id in utterance_ids])
 
     def shard_name(self, utterance_id: int) -> str:
-        """The file that holds a sample."""
+        """The name of the tar that holds an utterance."""
         return self._index.shard(utterance_id).name
 
     def read(self, utterance_id: int) -> StoredUtterance:
-        """The stored utterance.
+        """Read an utterance as it is stored.
 
         Raises:
             UtteranceError: the bytes cannot be read, differ from the indexed ones, or are not the tar members of one
@@ -94,51 +94,51 @@ class UtteranceReader:
             raise UtteranceError(BadUtterance(self.shard_name(utterance_id), key, reason)) from error
 
     def load(self, utterance_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> LoadedUtterance:
-        """The utterance with decoded, checked and augmented audio.
+        """Read an utterance; decode, check and augment its audio.
 
         Args:
             utterance_id: its number in the index.
-            key: (seed, pass), which makes augmentation reproducible.
-            is_packed: whether it shares its window with others, so that no augmentation may lengthen it.
+            key: (seed, epoch), which together with the utterance seeds the augmentation.
+            is_packed: whether it shares its window with others, so that augmentation must not lengthen it.
 
         Raises:
-            UtteranceError: anything about the sample is unusable; the reason says what.
+            UtteranceError: the utterance is unusable; its reason says why.
         """
-        sample = self.read(utterance_id)
+        stored = self.read(utterance_id)
         try:
-            pcm = self._pcm(utterance_id, sample, key, is_packed)
-            # An answer is as it is: its case and its marks were asked for.
-            steps = self._prompting.target_text if sample.instruction is None else ()
-            target = apply_steps(steps, sample.text)
+            pcm = self._pcm(utterance_id, stored, key, is_packed)
+            # An instruction may ask for case and punctuation: its answer keeps them.
+            steps = self._prompting.target_text if stored.instruction is None else ()
+            target = apply_steps(steps, stored.text)
             if not target and not self._takes_all:
                 raise ValueError("has no text after the steps of `target_text`")
         except (AudioError, ValueError) as error:
-            raise self._unusable(utterance_id, sample.key, error) from error
+            raise self._unusable(utterance_id, stored.key, error) from error
         return LoadedUtterance(
-            utterance_id, sample.key, pcm, sample.text, target, sample.language, sample.instruction, sample.fields
+            utterance_id, stored.key, pcm, stored.text, target, stored.language, stored.instruction, stored.fields
         )
 
     def example(self, utterance_id: int) -> Example:
-        """The utterance as an example of its own.
+        """Load an utterance as an example of its own.
 
         Raises:
-            UtteranceError: anything about the sample is unusable; the reason says what.
+            UtteranceError: the utterance is unusable; its reason says why.
         """
         return self.join([self.load(utterance_id)])
 
-    def join(self, clips: Sequence[LoadedUtterance], key: tuple[int, ...] = ()) -> Example:
-        """Utterances of one language as one example: their audio and their texts one after the other.
+    def join(self, utterances: Sequence[LoadedUtterance], key: tuple[int, ...] = ()) -> Example:
+        """Join utterances of one language into one example: their audio and their texts, one after the other.
 
         Args:
-            clips: one or more; a clip with an instruction comes alone.
-            key: (seed, pass), which makes what is drawn for the prompt reproducible.
+            utterances: one or more; an utterance with an instruction must be alone.
+            key: (seed, epoch), which together with the first utterance seeds the draws of the prompt.
 
         Raises:
-            UtteranceError: the text or the whole example is too long, or the language is none.
+            UtteranceError: the text or the whole example is too long, or mistral-common does not know the language.
         """
-        first = clips[0]
-        text, target = _joined([clip.text for clip in clips]), _joined([clip.target for clip in clips])
-        pcm = np.concatenate([clip.pcm for clip in clips]) if len(clips) > 1 else first.pcm
+        first = utterances[0]
+        text, target = _joined([one.text for one in utterances]), _joined([one.target for one in utterances])
+        pcm = np.concatenate([one.pcm for one in utterances]) if len(utterances) > 1 else first.pcm
         example = Example(
             utterance_id=first.utterance_id,
             key=first.key,
@@ -148,26 +148,26 @@ class UtteranceReader:
             completion=tuple(self._prompts.completion(target)),
             reference=text,
             duration_seconds=len(pcm) / self._prompts.sampling_rate,
-            num_utterances=len(clips),
+            num_utterances=len(utterances),
             is_transcription=first.instruction is None,
             fields={name: first.fields[name] for name in self._kept_fields if name in first.fields},
         )
         try:
             self._check_targets(example)
-            example = self._with_prompt(example, clips, target, (*key, first.utterance_id))
+            example = self._with_prompt(example, utterances, target, (*key, first.utterance_id))
             self._check_positions(example)
         except ValueError as error:
             raise self._unusable(first.utterance_id, first.key, error) from error
         return example
 
     def _with_prompt(
-        self, example: Example, clips: Sequence[LoadedUtterance], target: str, key: tuple[int, ...]
+        self, example: Example, utterances: Sequence[LoadedUtterance], target: str, key: tuple[int, ...]
     ) -> Example:
-        """The example with what it is asked, and with the tag of its language where the model has to find it."""
-        first = clips[0]
+        """The example with its prompt, and with the language tag in its completion if the prompt omits the language."""
+        first = utterances[0]
         if first.instruction is not None:
             return replace(example, prompt=self._prompts.instruction(first.instruction, example.num_windows))
-        context = self._prompting.context(target, [clip.fields for clip in clips], key)
+        context = self._prompting.context(target, [one.fields for one in utterances], key)
         is_untagged = first.language is None or self._prompting.is_untagged(key)
         prompt = self._prompts.transcription(None if is_untagged else first.language, example.num_windows, context)
         tag = self._prompts.tag(first.language) if is_untagged and first.language is not None else ()
@@ -181,27 +181,27 @@ class UtteranceReader:
             )
 
     def _check_positions(self, example: Example) -> None:
-        # The last token is predicted, and never read.
+        # The last token is predicted, and never an input.
         num_positions = len(example.prompt) + len(example.completion) - 1
         if num_positions > self._prompts.max_positions:
             raise _TooLongError(
                 f"takes {num_positions} positions of the language model, which has {self._prompts.max_positions}"
             )
 
-    def _pcm(self, utterance_id: int, sample: StoredUtterance, key: tuple[int, ...], is_packed: bool) -> Pcm:
+    def _pcm(self, utterance_id: int, stored: StoredUtterance, key: tuple[int, ...], is_packed: bool) -> Pcm:
         rate = self._prompts.sampling_rate
         if self._augmentation is None:
-            pcm = decode_pcm(sample.audio, rate)
-            self._check(utterance_id, pcm, sample)
+            pcm = decode_pcm(stored.audio, rate)
+            self._check(utterance_id, pcm, stored)
             return pcm
-        waveform = decode_audio(sample.audio, rate)
-        self._check(utterance_id, waveform, sample)
+        waveform = decode_audio(stored.audio, rate)
+        self._check(utterance_id, waveform, stored)
         windows = self._prompts.num_windows(len(waveform)) * self._prompts.window_samples
         max_samples = len(waveform) if is_packed else windows
         return to_pcm(self._augmentation(waveform, rate, (*key, utterance_id), max_samples))
 
-    def _check(self, utterance_id: int, audio: Waveform | Pcm, sample: StoredUtterance) -> None:
-        # Truncated mp3 and wav decode short without an error.
+    def _check(self, utterance_id: int, audio: Waveform | Pcm, stored: StoredUtterance) -> None:
+        # Truncated mp3 and wav files decode to less audio without an error.
         seconds = len(audio) / self._prompts.sampling_rate
         expected = float(self._index.record(utterance_id)["duration_ms"]) / 1000.0
         if not is_same_duration(seconds, expected):
@@ -210,8 +210,8 @@ class UtteranceReader:
             return
         if is_silent(audio):
             raise AudioError("is silent: it never reaches -60 dB of full scale")
-        if sample.instruction is None and is_too_much_text(len(sample.text), seconds, self._max_chars_per_second):
-            raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(sample.text)} characters")
+        if stored.instruction is None and is_too_much_text(len(stored.text), seconds, self._max_chars_per_second):
+            raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(stored.text)} characters")
 
     def _unusable(self, utterance_id: int, key: str, error: Exception) -> UtteranceError:
         return UtteranceError(
@@ -220,12 +220,12 @@ class UtteranceReader:
 
 
 def _joined(texts: Sequence[str]) -> str:
-    """One text by itself is as it is."""
+    """Join stripped texts by spaces; a single text stays as it is."""
     return " ".join(text.strip() for text in texts) if len(texts) > 1 else texts[0]
 
 
 def _key_in(contents: bytes) -> str | None:
-    """The key of damaged members, where their names can still be read."""
+    """The key in the bytes of a damaged utterance; None if no name can be read."""
     try:
         return read_members(contents)[0] or None
     except (tarfile.TarError, ValueError, OSError):

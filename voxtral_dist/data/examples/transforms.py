@@ -1,7 +1,8 @@
-"""Transforms of the waveform by the name of their class, with arguments that are checked before the run starts.
+"""Transforms of the waveform, built by class name from arguments that are checked before the run starts.
 
-A class is one of audiomentations or one of ours. Files of noises and room responses are listed here, in an order that
-no machine changes: audiomentations draws from the list, and its own follows the order of the file system.
+Classes are those of audiomentations, and our own. Folders of noises and room impulse responses are listed here, sorted
+by name: audiomentations draws from the list, and lists them in the order of the file system, which differs between
+machines.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from voxtral_dist.data.stored.audio import Waveform
 from voxtral_dist.errors import UserError, first_line, lower_first
 
 _FILE_ARGUMENTS = ("sounds_path", "ir_path")
-# Of a larger folder, this many evenly spaced files are opened at the start.
+# In larger folders, only about this many evenly spaced files are checked at the start.
 _MAX_CHECKED_FILES = 10_000
 _CHECKING_THREADS = 8
-# Below it, signalsmith draws from a generator that nobody can seed.
+# At lower rates, the stretching library draws from a generator that cannot be seeded.
 _MIN_REPRODUCIBLE_RATE = 0.5
 
 
 class LengthAwareTimeStretch(audiomentations.TimeStretch):  # type: ignore[misc]  # it ships no types
-    """Plays a clip slower (rate < 1) or faster at the same pitch, and never past the windows that it has.
+    """Time stretching, slower (rate < 1) or faster at the same pitch, that adds no encoder window.
 
-    The rate is uniform over the part of [min_rate, max_rate] whose result has at most `max_samples`, which whoever
-    calls it sets for each clip; where no such rate exists, the clip stays as it is.
+    The rate is uniform over the part of [min_rate, max_rate] that gives at most `max_samples` samples; without such a
+    rate, the audio stays as it is. `Augmentation` sets `max_samples` before each call; None sets no limit.
     """
 
     def __init__(self, min_rate: float = 0.8, max_rate: float = 1.25, p: float = 0.5) -> None:
@@ -48,7 +49,7 @@ class LengthAwareTimeStretch(audiomentations.TimeStretch):  # type: ignore[misc]
         self.max_samples: int | None = None
 
     def randomize_parameters(self, samples: Waveform, sample_rate: int) -> None:
-        """Draw whether and how the next clip is stretched."""
+        """Draw whether to stretch, and the rate."""
         super().randomize_parameters(samples, sample_rate)
         if self.max_samples is None or not self.parameters["should_apply"]:
             return
@@ -58,10 +59,10 @@ class LengthAwareTimeStretch(audiomentations.TimeStretch):  # type: ignore[misc]
 
 
 def build_transform(step: AugmentationStep) -> Any:
-    """The transform of one step of the configuration.
+    """Build the transform of one step of the configuration.
 
     Raises:
-        UserError: no such class, an argument that it does not take, or files that are missing or broken.
+        UserError: the class or an argument is unknown, a value is invalid, or audio files are missing or damaged.
     """
     transform_class = _known_class(step.name)
     arguments = _checked_arguments(transform_class, step)
@@ -69,12 +70,12 @@ def build_transform(step: AugmentationStep) -> Any:
         return transform_class(**arguments)
     except Exception as error:
         raise UserError(
-            f"`train_data.augmentation`: `{step.name}` does not take these arguments: {reason_of(error)}."
+            f"`train_data.augmentation`: `{step.name}` does not accept these arguments: {reason_of(error)}."
         ) from error
 
 
 def reason_of(error: Exception) -> str:
-    """What a transform complains about: its words, or the assertion that failed."""
+    """The reason why a transform failed: its message, or else the assertion that failed."""
     text = first_line(error).removesuffix(".")
     if not text and isinstance(error, AssertionError):
         line = traceback.extract_tb(error.__traceback__)[-1].line or ""
@@ -92,8 +93,8 @@ def _known_class(name: str) -> Any:
     known[LengthAwareTimeStretch.__name__] = LengthAwareTimeStretch
     if name not in known:
         raise UserError(
-            f"`train_data.augmentation`: there is no transform `{name}`{_hint(name, known)}; classes of "
-            "audiomentations and `LengthAwareTimeStretch` are known."
+            f"`train_data.augmentation`: there is no transform `{name}`{_hint(name, known)}; transforms are the "
+            "classes of audiomentations, and `LengthAwareTimeStretch`."
         )
     return known[name]
 
@@ -104,7 +105,7 @@ def _hint(name: str, known: Sequence[str] | dict[str, Any]) -> str:
 
 
 def _checked_arguments(transform_class: Any, step: AugmentationStep) -> dict[str, Any]:
-    """The arguments in the types that the class declares, with folders expanded into files."""
+    """The arguments, converted to the types that the class declares, with folders expanded into files."""
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(transform_class.__init__).parameters.items()
@@ -116,7 +117,7 @@ def _checked_arguments(transform_class: Any, step: AugmentationStep) -> dict[str
         if name not in parameters:
             raise UserError(
                 f"`train_data.augmentation`: `{step.name}` has no argument `{name}`{_hint(name, list(parameters))}; "
-                f"it takes {', '.join(parameters)}."
+                f"its arguments are {', '.join(parameters)}."
             )
         default = parameters[name].default
         annotation = hints.get(name, type(default))
@@ -139,14 +140,14 @@ def _typed(annotation: Any, value: Argument | list[Argument], place: str) -> Any
 
 
 def _check_order(name: str, arguments: dict[str, Any]) -> None:
-    """Refuse a minimum above its maximum: some classes take it and draw from the wrong range."""
+    """Refuse a minimum above its maximum: some classes accept it and draw from the wrong range."""
     for low_name, low in arguments.items():
         high_name = low_name.replace("min_", "max_", 1)
         high = arguments.get(high_name)
         if low_name.startswith("min_") and _is_number(low) and _is_number(high) and low > high:
             raise UserError(
                 f"`train_data.augmentation`: `{low_name}` of `{name}` must not be greater than its `{high_name}`, "
-                f"but is {low} and {high}."
+                f"but they are {low} and {high}."
             )
 
 
@@ -155,14 +156,16 @@ def _is_number(value: Any) -> bool:
 
 
 def _audio_files(places: Any, argument: str) -> list[str]:
-    """The audio files of folders in the order of their names, and files as they are given."""
+    """The audio files in folders, sorted by name, and single files as given."""
     files: list[str] = []
     for place in places if isinstance(places, list | tuple) else [places]:
         path = Path(place).resolve()
         if path.is_dir():
             found = sorted(find_audio_files(path), key=_name_inside(path))
             if not found:
-                raise UserError(f"{argument}: the folder {place} holds no audio ({', '.join(SUPPORTED_EXTENSIONS)}).")
+                raise UserError(
+                    f"{argument}: the folder {place} contains no audio files ({', '.join(SUPPORTED_EXTENSIONS)})."
+                )
             files += [str(file) for file in found]
         elif path.is_file() and path.name.lower().endswith(SUPPORTED_EXTENSIONS):
             files.append(str(path))
@@ -177,22 +180,22 @@ def _name_inside(folder: Path) -> Callable[[Path], str]:
 
 
 def _check_files(files: Sequence[str], argument: str) -> None:
-    """Open files and read their ends; of more than `_MAX_CHECKED_FILES`, that many, evenly spaced."""
+    """Open files and read their last samples; at most `_MAX_CHECKED_FILES`, evenly spaced."""
     every = -(-len(files) // _MAX_CHECKED_FILES)
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         checked = files[::every]
         for file, trouble in zip(checked, pool.map(_trouble_of_file, checked), strict=True):
             if trouble is not None:
-                raise UserError(f"{argument}: {file} {trouble}: remove it, or convert it to WAV or FLAC.")
+                raise UserError(f"{argument}: {file} {trouble}: remove it, or replace it by a valid WAV or FLAC file.")
 
 
 def _trouble_of_file(path: str) -> str | None:
     try:
         with soundfile.SoundFile(path) as file:
             if file.frames <= 0:
-                return "holds no audio"
+                return "contains no audio"
             file.seek(file.frames - 1)
-            return None if len(file.read(1)) == 1 else "ends before its header says so"
+            return None if len(file.read(1)) == 1 else "is shorter than its header says"
     except (soundfile.SoundFileError, OSError) as error:
         reason = first_line(error).rpartition(": ")[2].removesuffix(".")
         return f"cannot be read ({reason or type(error).__name__})"
