@@ -1,232 +1,217 @@
-"""One utterance made into the bytes of a shard, with all checks: the work that worker processes share."""
+"""Write WebDataset shards from any source, with their index: in parallel, in the source's order, and resumable."""
 
 from __future__ import annotations
 
-import io
-import json
-import zlib
-from dataclasses import dataclass
-from functools import cache
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import BinaryIO
 
-import mistral_common
-import soundfile
-from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+import numpy as np
 
-from voxtral_dist.data.stored.audio import LONGEST_CLIP_SECONDS, AudioError, Waveform, decode_audio, to_pcm
-from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, Cause, UnusableError, is_silent, is_too_much_text
-from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
-from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, UNKNOWN_LANGUAGE
-from voxtral_dist.data.stored.storage import Storage, is_remote
+from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.index_files import SHARD_TABLE_FILE
+from voxtral_dist.data.stored.layout import Field, UtteranceLayout
+from voxtral_dist.data.stored.shard_set import RECORD, Shard
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
-from voxtral_dist.errors import first_line
-from voxtral_dist.shards.tars import sample_bytes
-from voxtral_dist.shards.utterances import Clip, Refusal, Utterance
+from voxtral_dist.errors import UserError
+from voxtral_dist.shards.journal import PackingJournal
+from voxtral_dist.shards.packing import PackedUtterance, PackRules, UtteranceSpan, index_record, pack_line
+from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped
+from voxtral_dist.shards.sources import Source
+from voxtral_dist.shards.summary import SetSummary, summarize
+from voxtral_dist.shards.tars import tar_end
+from voxtral_dist.shards.workers import ordered_map
 
-# Durations are measured at the rate at which the models hear.
-SAMPLING_RATE = 16_000
-_LENGTH_TOLERANCE = 0.1
-_LENGTH_TOLERANCE_SECONDS = 0.5
-
-Encoding = Literal["flac"]
-
-
-@dataclass(frozen=True)
-class PackRules:
-    """What is done to every utterance. encode: None copies the audio as it is."""
-
-    encode: Encoding | None = None
-    max_chars_per_second: float = MAX_CHARS_PER_SECOND
+_OFFSET_LIMIT_BYTES = TAR_BLOCK_BYTES * (2**32 - 1)
+DEFAULT_SHARD_BYTES = 512 * 10**6
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What the index says of a sample besides its place."""
+class PackOptions:
+    """How a set is packed. name: of its shards; None takes that of the folder. skip_bad: leave out what is unusable."""
 
-    duration_ms: int
-    num_text_tokens: int
-    num_chars: int
-    language: str | None
-    num_instruction_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class UtteranceSpan:
-    """Where the members of a sample lie in their tar, and the checksum of their bytes."""
-
-    offset: int
-    num_bytes: int
-    crc32: int
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    skip_bad: bool = False
+    rules: PackRules = field(default_factory=PackRules)
+    num_workers: int = 1
+    name: str | None = None
 
 
-@dataclass(frozen=True)
-class PackedUtterance:
-    """The tar members of one sample as bytes, and what the index says of them."""
+@dataclass
+class PackProgress:
+    """How far a packing is. num_lines: of the source, with those of the packing that this one goes on with."""
 
-    contents: bytes
-    crc32: int
-    measures: Measures
-
-
-def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | Refusal:
-    """The sample of a line, or why there is none."""
-    if isinstance(line, Refusal):
-        return line
-    try:
-        return _pack(line, rules)
-    except UnusableError as error:
-        name = Path(line.clip.location).name if line.clip.contents is not None else line.clip.location
-        return Refusal(line.place, line.key, error.cause, f"the audio {name} {error}")
+    num_lines: int = 0
+    num_skipped: int = 0
 
 
-def measure(utterance: Utterance, waveform: Waveform, rules: PackRules) -> Measures:
-    """What the index says of an utterance with this audio at 16 kHz.
+def pack(
+    source: Source, out_dir: Path, options: PackOptions, report: Callable[[PackProgress], None] = lambda _: None
+) -> SetSummary:
+    """Write the utterances of a source as shards of about `shard_bytes` each, and their index.
+
+    Every utterance is decoded once, so the index knows its true duration. Equal sources make equal bytes, whatever the
+    number of workers. What an interrupted call finished in the folder is kept, and this one goes on from there.
 
     Raises:
-        UnusableError: the audio is silent, or cannot be of this text or of the claimed duration.
+        UserError: the folder holds another set, or (without `skip_bad`) an utterance is unusable, or all are.
     """
-    seconds = len(waveform) / SAMPLING_RATE
-    if is_silent(waveform):
-        raise UnusableError(Cause.SILENT, "is silent: it never reaches -60 dB of full scale")
-    claimed = utterance.claimed_seconds
-    if claimed is not None and abs(seconds - claimed) > max(_LENGTH_TOLERANCE * claimed, _LENGTH_TOLERANCE_SECONDS):
-        raise UnusableError(Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its source says {claimed:.2f} s")
-    num_chars = len(utterance.text)
-    if utterance.instruction is None and is_too_much_text(num_chars, seconds, rules.max_chars_per_second):
-        raise UnusableError(
-            Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {num_chars} characters"
-        )
-    # Rounded up: a clip that is longer than a window by one sample needs another one.
-    return Measures(
-        duration_ms=-(-1000 * len(waveform) // SAMPLING_RATE),
-        num_text_tokens=_count_tokens(utterance.text),
-        num_chars=num_chars,
-        language=utterance.language,
-        num_instruction_tokens=_count_tokens(utterance.instruction or ""),
-    )
-
-
-def index_record(span: UtteranceSpan, measures: Measures, languages: list[str]) -> tuple[int, ...]:
-    """One `RECORD`; a language that is new is appended to the table."""
-    return (
-        span.offset // TAR_BLOCK_BYTES,
-        span.num_bytes // TAR_BLOCK_BYTES,
-        measures.duration_ms,
-        span.crc32,
-        min(measures.num_text_tokens, LARGEST_COUNT),
-        min(measures.num_chars, LARGEST_COUNT),
-        _number_of(measures.language, languages),
-        min(measures.num_instruction_tokens, LARGEST_COUNT),
-    )
-
-
-def _number_of(language: str | None, languages: list[str]) -> int:
-    if language is None:
-        return UNKNOWN_LANGUAGE
-    if language not in languages:
-        languages.append(language)
-    return languages.index(language)
-
-
-def _pack(utterance: Utterance, rules: PackRules) -> PackedUtterance:
-    clip = utterance.clip
-    audio = _cut(clip) if clip.is_part else _read(clip)
-    waveform = decode_audio(audio, SAMPLING_RATE)
-    measures = measure(utterance, waveform, rules)
-    suffix = _suffix(clip)
-    if rules.encode is not None:
-        audio, suffix = _flac(to_pcm(waveform), SAMPLING_RATE, "PCM_16"), "flac"
-    contents = sample_bytes(utterance.key, {suffix: audio, "json": _encode_fields(_fields(utterance))})
-    return PackedUtterance(contents, zlib.crc32(contents), measures)
-
-
-def _fields(utterance: Utterance) -> dict[str, Any]:
-    """What the json of a sample says; columns that have our names but are not chosen get others."""
-    ours: dict[str, Any] = {"text": utterance.text, "lang": utterance.language}
-    if utterance.instruction is not None:
-        ours["instruction"] = utterance.instruction
-    others = {f"original_{name}" if name in ours else name: value for name, value in utterance.extra.items()}
-    return ours | others
-
-
-def _read(clip: Clip) -> bytes:
-    if clip.contents is not None:
-        return clip.contents
+    if (out_dir / SHARD_TABLE_FILE).exists():
+        raise UserError(f"The folder {out_dir} holds a complete shard set already: choose another, or remove it first.")
     try:
-        return _storage().read_all(clip.location) if is_remote(clip.location) else Path(clip.location).read_bytes()
-    except (OSError, ValueError) as error:
-        raise _unreadable(error) from error
-
-
-def _cut(clip: Clip) -> bytes:
-    """The part of a recording, as FLAC at its own rate: only the part is read."""
+        out_dir.mkdir(parents=True, exist_ok=True)
+        journal = PackingJournal(out_dir, _identity(source, out_dir, options))
+    except OSError as error:
+        raise UserError(f"The folder {out_dir} cannot be made: {error.strerror}.") from error
     try:
-        opened = (
-            io.BytesIO(clip.contents) if clip.contents is not None else _storage().local_copy(clip.location).open("rb")
-        )
-        with opened, soundfile.SoundFile(opened) as file:
-            return _cut_open(file, clip)
-    except soundfile.SoundFileError as error:
-        raise AudioError(f"does not decode ({first_line(error).rpartition(': ')[2]})") from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(error) from error
+        _pack_into(journal, source, out_dir, options, report)
+    except OSError as error:
+        # Sources that cannot be read are refusals: this is the disk that is written to.
+        raise UserError(
+            f"The shards in {out_dir} cannot be written: {error.strerror}. Mend that, and run the same command again: "
+            "it goes on behind the shards that are finished."
+        ) from error
+    finally:
+        journal.close()
+    return summarize(read_index([str(out_dir)]), read_skipped(out_dir / SKIPPED_FILE))
 
 
-def _cut_open(file: soundfile.SoundFile, clip: Clip) -> bytes:
-    start = round(clip.start_seconds * file.samplerate)
-    if start >= file.frames:
-        claimed = f"it begins at {clip.start_seconds:.2f} s"
-        raise UnusableError(Cause.WRONG_LENGTH, f"lasts {file.frames / file.samplerate:.2f} s, but {claimed} of it")
-    if clip.duration_seconds is None and file.frames - start > LONGEST_CLIP_SECONDS * file.samplerate:
-        raise AudioError(f"claims to be {file.frames / file.samplerate / 3600:.0f} h long", Cause.ABSURD_CLAIM)
-    file.seek(start)
-    num_frames = -1 if clip.duration_seconds is None else round(clip.duration_seconds * file.samplerate)
-    fine = file.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
-    samples = file.read(num_frames, dtype="int32" if fine else "int16", always_2d=True)
-    if clip.channel is not None:
-        if clip.channel >= file.channels:
-            raise UnusableError(Cause.NO_AUDIO, f"has {file.channels} channels, but not the channel {clip.channel}")
-        samples = samples[:, clip.channel]
-    return _flac(samples, file.samplerate, "PCM_24" if fine else "PCM_16")
+def _identity(source: Source, out_dir: Path, options: PackOptions) -> dict[str, object]:
+    """What makes the bytes of a set: a packing goes on only where another with the same was interrupted."""
+    return source.identity | {
+        "name": _name(out_dir, options),
+        "shard_bytes": options.shard_bytes,
+        **asdict(options.rules),
+    }
 
 
-@cache
-def _storage() -> Storage:
-    """One for all clips of a process, so that connections are used again."""
-    return Storage()
+def _name(out_dir: Path, options: PackOptions) -> str:
+    name = options.name or out_dir.resolve().name
+    if Path(name).name != name or name.startswith("."):
+        raise UserError(f"`--name` must be the beginning of file names, but is {name!r} instead.")
+    return name
 
 
-def _flac(samples: Any, rate: int, subtype: str) -> bytes:
-    encoded = io.BytesIO()
-    soundfile.write(encoded, samples, rate, format="FLAC", subtype=subtype)
-    return encoded.getvalue()
+def _pack_into(
+    journal: PackingJournal,
+    source: Source,
+    out_dir: Path,
+    options: PackOptions,
+    report: Callable[[PackProgress], None],
+) -> None:
+    writer = _ShardWriter(journal, out_dir, _name(out_dir, options), options.shard_bytes)
+    try:
+        _pack_lines(journal, source, writer, options, report)
+        if not writer.has_utterances:
+            raise UserError(_nothing_packed(journal, out_dir))
+        writer.finish_shard()
+        instruction = Field("json", "instruction") if source.instruction is not None else None
+        journal.complete(writer.languages, UtteranceLayout(instruction=instruction))
+    except UserError:
+        if not journal.shards:
+            # Nothing that would be worth to go on from.
+            writer.close()
+            journal.discard(everything=True)
+        raise
+    finally:
+        writer.close()
 
 
-def _suffix(clip: Clip) -> str:
-    if clip.is_part:
-        return "flac"
-    suffix = Path(clip.location).suffix.lstrip(".").lower()
-    # Readers know audio members by these; libsndfile looks at the contents anyway.
-    return suffix if suffix in AUDIO_SUFFIXES else "audio"
+def _pack_lines(
+    journal: PackingJournal,
+    source: Source,
+    writer: _ShardWriter,
+    options: PackOptions,
+    report: Callable[[PackProgress], None],
+) -> None:
+    progress = PackProgress(journal.num_lines)
+    rest = islice(source.lines(), journal.num_lines, None)
+    with closing(ordered_map(partial(pack_line, rules=options.rules), rest, options.num_workers)) as all_packed:
+        for packed in all_packed:
+            writer.num_lines += 1
+            if isinstance(packed, PackedUtterance):
+                writer.add(packed)
+            elif options.skip_bad:
+                journal.skip(packed)
+                progress.num_skipped += 1
+            else:
+                raise UserError(f"{packed.reason}. Correct it, or pass --skip-bad to leave such samples out.")
+            progress.num_lines = writer.num_lines
+            report(progress)
 
 
-def _unreadable(error: OSError | ValueError) -> UnusableError:
-    # A ValueError says that no file can have such a name.
-    why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-    return UnusableError(Cause.UNREADABLE, f"cannot be read: {why}")
+def _nothing_packed(journal: PackingJournal, out_dir: Path) -> str:
+    skipped = journal.skipped()
+    first = f" ({skipped.count} left out, the first: {skipped.first_reasons[0]})" if skipped.count else ""
+    return f"Nothing was packed into {out_dir}: no sample of the source could be used{first}."
 
 
-def _encode_fields(fields: dict[str, Any]) -> bytes:
-    # Half a character has no UTF-8, but an escape in JSON.
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")
+class _ShardWriter:
+    """Shards under temporary names, each renamed and remembered when it is full."""
 
+    def __init__(self, journal: PackingJournal, folder: Path, name: str, shard_bytes: int) -> None:
+        self._journal = journal
+        self._folder = folder
+        self._name = name
+        self._shard_bytes = min(shard_bytes, _OFFSET_LIMIT_BYTES)
+        self._file: BinaryIO | None = None
+        self._digest = hashlib.sha256()
+        self._offset = 0
+        self._records: list[tuple[int, ...]] = []
+        self.languages = list(journal.languages)
+        self.num_lines = journal.num_lines
 
-def _count_tokens(text: str) -> int:
-    return len(_published_vocabulary().encode(text, bos=False, eos=False))
+    @property
+    def has_utterances(self) -> bool:
+        """Whether the set has any."""
+        return bool(self._records or self._journal.shards)
 
+    def add(self, sample: PackedUtterance) -> None:
+        """Append one sample, and finish the shard if it is full."""
+        if self._file is None:
+            self._file = self._temporary().open("wb")
+        span = UtteranceSpan(self._offset, len(sample.contents), sample.crc32)
+        self._records.append(index_record(span, sample.measures, self.languages))
+        self._write(sample.contents)
+        if self._offset >= self._shard_bytes:
+            self.finish_shard()
 
-@cache
-def _published_vocabulary() -> Tekkenizer:
-    """Voxtral's own, which mistral-common packages: whatever model is trained later, the index counts alike."""
-    return Tekkenizer.from_file(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json")
+    def finish_shard(self) -> None:
+        """Give the shard its final name when it is on disk; without samples nothing happens."""
+        if self._file is None:
+            return
+        self._write(tar_end(self._offset))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        final = self._path()
+        self._temporary().replace(final)
+        shard = Shard(str(final), len(self._records), self._offset, self._digest.hexdigest())
+        self._journal.finish_shard(shard, np.array(self._records, dtype=RECORD), self.num_lines, self.languages)
+        self._file, self._digest, self._offset, self._records = None, hashlib.sha256(), 0, []
+
+    def close(self) -> None:
+        """Drop a shard that is not finished."""
+        if self._file is not None:
+            self._file.close()
+            self._temporary().unlink(missing_ok=True)
+            self._file = None
+
+    def _write(self, contents: bytes) -> None:
+        assert self._file is not None
+        self._file.write(contents)
+        self._digest.update(contents)
+        self._offset += len(contents)
+
+    def _path(self) -> Path:
+        return self._folder / f"{self._name}-{len(self._journal.shards):06d}.tar"
+
+    def _temporary(self) -> Path:
+        final = self._path()
+        return final.with_name(f".{final.name}.tmp")
