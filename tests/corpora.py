@@ -13,9 +13,9 @@ from voxtral_dist.data.stored.audio import decode_audio, to_pcm
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, UNKNOWN_LANGUAGE, Shard, ShardSet
 from voxtral_dist.model.tiny import TinyShape
-from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.shards.summary import SetSummary
-from voxtral_dist.shards.writing import PackOptions, pack
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_SPEECH = REPOSITORY.parent / "shared" / "data"
@@ -133,5 +133,5 @@ def synthetic_set(num_utterances: int, *, seed: int = 0, max_seconds: float = 29
 
 def pack_manifest(manifest: Path, out_dir: Path, shard_bytes: int, skip_bad: bool) -> SetSummary:
     """Pack a JSONL manifest in this process; see `pack`."""
-    source = open_source(str(manifest), SourceOptions(source_format="jsonl"))
+    source = open_corpus(str(manifest), CorpusOptions(corpus_format="jsonl"))
     return pack(source, out_dir, PackOptions(shard_bytes, skip_bad))

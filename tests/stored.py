@@ -8,7 +8,7 @@ from voxtral_dist.data.stored.audio import decode_audio, to_pcm
 from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance, utterance_of
-from voxtral_dist.shards.tars import MemberGroup, parse_span
+from voxtral_dist.shards.tars.scan import MemberGroup, parse_span
 
 
 @dataclass(frozen=True)

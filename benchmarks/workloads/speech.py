@@ -17,8 +17,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
-from voxtral_dist.shards.sources import SourceOptions, open_source
-from voxtral_dist.shards.writing import PackOptions, pack
+from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.packing import PackOptions, pack
 
 from workloads.lengths import SHORTEST_SECONDS, WORDS_PER_SECOND, librispeech_durations
 
@@ -148,7 +148,7 @@ def _pack(folder: Path, utterances: Sequence[Utterance]) -> Corpus:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     num_bytes = sum(file.stat().st_size for file in audio.iterdir())
-    pack(open_source(str(manifest), SourceOptions()), folder / "shards", PackOptions(max(1, num_bytes // NUM_SHARDS)))
+    pack(open_corpus(str(manifest), CorpusOptions()), folder / "shards", PackOptions(max(1, num_bytes // NUM_SHARDS)))
     seconds = sum(utterance.seconds for utterance in utterances)
     return Corpus(folder / "shards", len(utterances), seconds, source())
 

@@ -30,7 +30,7 @@ def test_shards_pack_lists_what_it_left_out(run, clip, tmp_path):
     manifest = write_lines(tmp_path / "m.jsonl", [good, good | {"audio_filepath": "nowhere.wav"}, {"text": "mute"}])
     result = run("shards", "pack", manifest, tmp_path / "out", "--skip-bad", "--workers", 1)
     assert result.code == 0
-    assert "left out 2: 1 no audio named, 1 unreadable\n" in result.out
+    assert "skipped 2: 1 no audio named, 1 unreadable\n" in result.out
     assert [line.strip().split(": ")[0] for line in result.out.splitlines()[-2:]] == [f"{manifest}:2", f"{manifest}:3"]
 
 
@@ -86,12 +86,12 @@ def test_shards_verify_names_what_is_broken_and_ends_with_1(run, shard_folder, t
     assert (result.code, result.err) == (1, "")
     first, last = result.out.splitlines()
     assert first.startswith(f"{folder}: {tar.name}: #0: damaged tar: ")
-    assert last == "52 samples were read and decoded, 1 are broken: 1 damaged tar"
+    assert last == "52 utterances were read and decoded, 1 are broken: 1 damaged tar"
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["num_utterances"], report["num_broken"], report["causes"]) == (52, 1, {"damaged tar": 1})
     assert report["broken"][0]["key"] == "#0"
     whole = run("shards", "verify", shard_folder, "--workers", 1)
-    assert (whole.code, whole.out) == (0, "26 samples were read and decoded, 0 are broken\n")
+    assert (whole.code, whole.out) == (0, "26 utterances were read and decoded, 0 are broken\n")
 
 
 def test_shards_show_writes_the_clip_as_it_is_stored_or_as_wav(run, shard_folder, speech_manifest, tmp_path):

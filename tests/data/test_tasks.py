@@ -23,9 +23,9 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import build_training_set, training_reader
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import Transcript
-from voxtral_dist.shards.sources import Instruction, SourceOptions, open_source
-from voxtral_dist.shards.utterances import FieldNames
-from voxtral_dist.shards.writing import PackOptions, pack
+from voxtral_dist.shards.corpus.corpus import CorpusOptions, Instruction, open_corpus
+from voxtral_dist.shards.corpus.fields import FieldNames
+from voxtral_dist.shards.packing import PackOptions, pack
 
 from corpora import pack_manifest, tone, write_lines
 
@@ -41,9 +41,9 @@ def packed_questions(folder: Path, num_utterances: int = 9) -> Path:
         answer = f"answer {number} " + "and so on, and so on, at length " * (number % 3)
         question = QUESTIONS[number % 3]
         rows.append({"audio_filepath": f"audio/{number}.flac", "text": answer, "lang": "en", "question": question})
-    source = open_source(
+    source = open_corpus(
         str(write_lines(folder / "manifest.jsonl", rows)),
-        SourceOptions(source_format="jsonl", instruction=Instruction(column="question")),
+        CorpusOptions(corpus_format="jsonl", instruction=Instruction(column="question")),
     )
     pack(source, folder / "set", PackOptions(10**9))
     return folder / "set"
@@ -123,7 +123,7 @@ def test_packing_leaves_instructions_alone(questions, shard_folder, prompts):
 def test_a_sample_without_an_instruction_is_named(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
     manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "yes", "question": " "}])
-    source = open_source(str(manifest), SourceOptions(instruction=Instruction(column="question")))
+    source = open_corpus(str(manifest), CorpusOptions(instruction=Instruction(column="question")))
     with pytest.raises(UserError, match=r"manifest\.jsonl:1: the sample has no instruction: its field question"):
         pack(source, tmp_path / "set", PackOptions())
 
@@ -144,7 +144,7 @@ def test_a_column_with_our_name_that_is_not_chosen_does_not_replace_what_is(tmp_
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
     row = {"audio_filepath": "a.wav", "text": "yes", "lang": "en", "german": "ja", "sprache": "de"}
     names = FieldNames.chosen(None, "german", "sprache")
-    source = open_source(str(write_lines(tmp_path / "manifest.jsonl", [row])), SourceOptions(names=names))
+    source = open_corpus(str(write_lines(tmp_path / "manifest.jsonl", [row])), CorpusOptions(names=names))
     pack(source, tmp_path / "set", PackOptions())
     sample = UtteranceReader(read_index([str(tmp_path / "set")]), prompts, 448).read(0)
     assert (sample.text, sample.language) == ("ja", "de")

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import soundfile
 
-from voxtral_dist.cli.shards import FORMATS
+from voxtral_dist.cli.main import build_parser
 from voxtral_dist.data.stored.checks import Cause
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.errors import UserError
-from voxtral_dist.shards.sources import SourceFormat, SourceOptions, open_source
-from voxtral_dist.shards.utterances import FieldNames, Refusal, Utterance
-from voxtral_dist.shards.writing import PackOptions, pack
+from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.fields import FieldNames
+from voxtral_dist.shards.corpus.formats import CorpusFormat
+from voxtral_dist.shards.corpus.utterances import Refusal, Utterance
+from voxtral_dist.shards.packing import PackOptions, pack
 
 from corpora import tone, write_lines
 from stored import DecodedUtterance, decoded_in, utterances_in
@@ -28,7 +30,7 @@ RATE = 16_000
 TEXTS = [f'Ela disse "olá" às {number}, João' for number in range(12)]
 CLIPS = [tone(0.4 + 0.05 * number, seed=number) for number in range(12)]
 EXPECTED = [DecodedUtterance(f"clip{n:02d}", TEXTS[n], "pt", CLIPS[n].tobytes()) for n in range(12)]
-PORTUGUESE = SourceOptions(language="pt")
+PORTUGUESE = CorpusOptions(language="pt")
 
 
 def write_clips(folder: Path) -> None:
@@ -41,22 +43,22 @@ def names() -> list[str]:
     return [f"clip{number:02d}.{'flac' if number % 2 else 'wav'}" for number in range(12)]
 
 
-def nemo(folder: Path) -> tuple[str, SourceOptions]:
+def nemo(folder: Path) -> tuple[str, CorpusOptions]:
     write_clips(folder)
     rows = [
         {"audio_filepath": name, "text": text, "lang": "pt", "duration": len(clip) / RATE}
         for name, text, clip in zip(names(), TEXTS, CLIPS, strict=True)
     ]
-    return str(write_lines(folder / "manifest.json", rows)), SourceOptions()
+    return str(write_lines(folder / "manifest.json", rows)), CorpusOptions()
 
 
-def nemo_gzip(folder: Path) -> tuple[str, SourceOptions]:
+def nemo_gzip(folder: Path) -> tuple[str, CorpusOptions]:
     plain = Path(nemo(folder)[0])
     (folder / "manifest.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
-    return str(folder / "manifest.jsonl.gz"), SourceOptions()
+    return str(folder / "manifest.jsonl.gz"), CorpusOptions()
 
 
-def lhotse(folder: Path) -> tuple[str, SourceOptions]:
+def lhotse(folder: Path) -> tuple[str, CorpusOptions]:
     write_clips(folder)
     rows = []
     for name, text, clip in zip(names(), TEXTS, CLIPS, strict=True):
@@ -71,27 +73,27 @@ def lhotse(folder: Path) -> tuple[str, SourceOptions]:
         said = {"id": "s", "start": 0.0, "duration": seconds, "text": text, "language": "Portuguese"}
         cut = {"id": name.partition(".")[0], "start": 0, "duration": seconds, "channel": 0, "type": "MonoCut"}
         rows.append(cut | {"supervisions": [said], "recording": recording})
-    return str(write_lines(folder / "cuts.jsonl", rows)), SourceOptions()
+    return str(write_lines(folder / "cuts.jsonl", rows)), CorpusOptions()
 
 
-def common_voice(folder: Path) -> tuple[str, SourceOptions]:
+def common_voice(folder: Path) -> tuple[str, CorpusOptions]:
     write_clips(folder / "clips")
     lines = ["client_id\tpath\tsentence\tup_votes\tlocale"]
     lines += [f"abc\t{name}\t{text}\t2\tpt-BR" for name, text in zip(names(), TEXTS, strict=True)]
     (folder / "validated.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return str(folder / "validated.tsv"), SourceOptions()
+    return str(folder / "validated.tsv"), CorpusOptions()
 
 
-def table(folder: Path) -> tuple[str, SourceOptions]:
+def table(folder: Path) -> tuple[str, CorpusOptions]:
     write_clips(folder)
     with (folder / "table.csv").open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["wav", "words", "speaker"])
         writer.writerows([name, text, "x"] for name, text in zip(names(), TEXTS, strict=True))
-    return str(folder / "table.csv"), SourceOptions(language="pt", names=FieldNames.chosen("wav", "words", None))
+    return str(folder / "table.csv"), CorpusOptions(language="pt", names=FieldNames.chosen("wav", "words", None))
 
 
-def audio_folder(folder: Path) -> tuple[str, SourceOptions]:
+def audio_folder(folder: Path) -> tuple[str, CorpusOptions]:
     write_clips(folder)
     for name, text in zip(names(), TEXTS, strict=True):
         (folder / name).with_suffix(".txt").write_text(f"{text}\n", encoding="utf-8")
@@ -110,35 +112,35 @@ def dataset(folder: Path) -> datasets.Dataset:
     return made.cast_column("audio", datasets.Audio(decode=False)).cast_column("locale", labels)
 
 
-def parquet(folder: Path) -> tuple[str, SourceOptions]:
+def parquet(folder: Path) -> tuple[str, CorpusOptions]:
     dataset(folder / "source").to_parquet(folder / "set" / "data" / "train-00000.parquet")
-    return str(folder / "set"), SourceOptions()
+    return str(folder / "set"), CorpusOptions()
 
 
-def saved_dataset(folder: Path) -> tuple[str, SourceOptions]:
+def saved_dataset(folder: Path) -> tuple[str, CorpusOptions]:
     datasets.DatasetDict({"train": dataset(folder / "source")}).save_to_disk(folder / "set")
-    return str(folder / "set"), SourceOptions(split="train")
+    return str(folder / "set"), CorpusOptions(split="train")
 
 
-def other_tars(folder: Path) -> tuple[str, SourceOptions]:
+def other_tars(folder: Path) -> tuple[str, CorpusOptions]:
     source, options = nemo(folder)
-    pack(open_source(source, options), folder / "tars", PackOptions(shard_bytes=60_000))
+    pack(open_corpus(source, options), folder / "tars", PackOptions(shard_bytes=60_000))
     assert len(list((folder / "tars").glob("*.tar"))) > 1
-    return str(folder / "tars" / "*.tar"), SourceOptions()
+    return str(folder / "tars" / "*.tar"), CorpusOptions()
 
 
-def compressed_tars(folder: Path) -> tuple[str, SourceOptions]:
+def compressed_tars(folder: Path) -> tuple[str, CorpusOptions]:
     other_tars(folder)
     (folder / "packed").mkdir()
     for tar in (folder / "tars").glob("*.tar"):
         (folder / "packed" / f"{tar.name}.gz").write_bytes(gzip.compress(tar.read_bytes()))
-    return str(folder / "packed"), SourceOptions()
+    return str(folder / "packed"), CorpusOptions()
 
 
-def piped_tars(folder: Path) -> tuple[str, SourceOptions]:
+def piped_tars(folder: Path) -> tuple[str, CorpusOptions]:
     source, _ = other_tars(folder)
     last = len(list((folder / "tars").glob("*.tar"))) - 1
-    return f"pipe:cat '{Path(source).parent}/tars-{{000000..{last:06d}}}.tar'", SourceOptions()
+    return f"pipe:cat '{Path(source).parent}/tars-{{000000..{last:06d}}}.tar'", CorpusOptions()
 
 
 SOURCES = [
@@ -157,15 +159,15 @@ SOURCES = [
 
 
 def test_a_pipe_whose_command_fails_is_refused(tmp_path):
-    source = open_source("pipe:cat nowhere.tar", SourceOptions())
+    source = open_corpus("pipe:cat nowhere.tar", CorpusOptions())
     with pytest.raises(UserError, match=r"The tar pipe:cat nowhere\.tar cannot be read"):
         pack(source, tmp_path / "out", PackOptions())
 
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
-def test_every_source_gives_the_same_samples(tmp_path, make: Callable[[Path], tuple[str, SourceOptions]]):
+def test_every_source_gives_the_same_samples(tmp_path, make: Callable[[Path], tuple[str, CorpusOptions]]):
     source, options = make(tmp_path / "source")
-    summary = pack(open_source(source, options), tmp_path / "out", PackOptions())
+    summary = pack(open_corpus(source, options), tmp_path / "out", PackOptions())
     assert decoded_in(tmp_path / "out") == EXPECTED
     assert summary.num_utterances == 12
     assert not list(tmp_path.glob("out/skipped.jsonl"))
@@ -179,7 +181,7 @@ def test_segments_of_a_recording_are_cut_to_the_sample(tmp_path):
         for text, start, clip in zip(TEXTS, starts[:-1], CLIPS, strict=True)
     ]
     manifest = write_lines(tmp_path / "m.jsonl", rows)
-    pack(open_source(str(manifest), PORTUGUESE), tmp_path / "out", PackOptions())
+    pack(open_corpus(str(manifest), PORTUGUESE), tmp_path / "out", PackOptions())
     found = decoded_in(tmp_path / "out")
     assert [(one.text, one.pcm) for one in found] == [(one.text, one.pcm) for one in EXPECTED]
     assert len({one.key for one in found}) == 12
@@ -193,7 +195,7 @@ def test_a_cut_of_one_channel_has_that_channel(tmp_path):
     row = {"id": "a", "start": 0.5, "duration": 1.0, "channel": 1, "recording": recording}
     said = [{"start": 0.6, "text": "world"}, {"start": 0.0, "text": "hello"}]
     manifest = write_lines(tmp_path / "m.jsonl", [row | {"supervisions": said}])
-    pack(open_source(str(manifest), SourceOptions()), tmp_path / "out", PackOptions())
+    pack(open_corpus(str(manifest), CorpusOptions()), tmp_path / "out", PackOptions())
     assert decoded_in(tmp_path / "out") == [DecodedUtterance("a", "hello world", None, right[8_000:24_000].tobytes())]
 
 
@@ -201,7 +203,7 @@ def test_a_recording_of_24_bits_is_cut_without_loss(tmp_path):
     samples = (tone(1.0, seed=3).astype(np.int32) << 16) + (5 << 8)
     soundfile.write(tmp_path / "fine.wav", samples, 44_100, subtype="PCM_24")
     row = {"audio_filepath": "fine.wav", "text": "x", "offset": 0.1, "duration": 0.2}
-    pack(open_source(str(write_lines(tmp_path / "m.jsonl", [row])), SourceOptions()), tmp_path / "out", PackOptions())
+    pack(open_corpus(str(write_lines(tmp_path / "m.jsonl", [row])), CorpusOptions()), tmp_path / "out", PackOptions())
     (sample,) = utterances_in(tmp_path / "out")
     (tmp_path / "cut.flac").write_bytes(sample.audio)
     cut, rate = soundfile.read(tmp_path / "cut.flac", dtype="int32")
@@ -209,8 +211,8 @@ def test_a_recording_of_24_bits_is_cut_without_loss(tmp_path):
     np.testing.assert_array_equal(cut, samples[4_410 : 4_410 + 8_820])
 
 
-def lines_of(source: Path, options: SourceOptions | None = None) -> list[Utterance | Refusal]:
-    return list(open_source(str(source), options or SourceOptions()).lines())
+def lines_of(source: Path, options: CorpusOptions | None = None) -> list[Utterance | Refusal]:
+    return list(open_corpus(str(source), options or CorpusOptions()).lines())
 
 
 @pytest.mark.parametrize(
@@ -288,13 +290,13 @@ def test_a_file_name_that_is_not_unicode_is_packed(tmp_path):
     name = b"caf\xe9.wav".decode("utf-8", "surrogateescape")
     (tmp_path / "source" / "clip00.wav").rename(tmp_path / "source" / name)
     with pytest.raises(UserError, match="there is no text beside it"):
-        pack(open_source(str(tmp_path / "source"), PORTUGUESE), tmp_path / "out", PackOptions())
-    source = open_source(str(tmp_path / "source"), PORTUGUESE)
+        pack(open_corpus(str(tmp_path / "source"), PORTUGUESE), tmp_path / "out", PackOptions())
+    source = open_corpus(str(tmp_path / "source"), PORTUGUESE)
     summary = pack(source, tmp_path / "out", PackOptions(skip_bad=True))
     assert summary.skipped.causes == {Cause.EMPTY_TEXT: 1}
     assert rb"caf\udce9.wav" in "\n".join(summary.lines()).encode("utf-8")
     (tmp_path / "source" / name).with_suffix(".txt").write_text("ao fim")
-    pack(open_source(str(tmp_path / "source"), PORTUGUESE), tmp_path / "again", PackOptions())
+    pack(open_corpus(str(tmp_path / "source"), PORTUGUESE), tmp_path / "again", PackOptions())
     assert decoded_in(tmp_path / "again")[0].key == "caf?"
 
 
@@ -307,7 +309,7 @@ def test_a_tar_with_other_members_is_read_by_its_layout(tmp_path):
             tar.add(tmp_path / name, name.replace(".", ".near."))
             tar.add(tmp_path / "text", f"{name.partition('.')[0]}.txt")
     members = UtteranceLayout(audio="near.wav", text=Field("txt"), language="en")
-    first, second = lines_of(tmp_path / "t.tar", SourceOptions(members=members))
+    first, second = lines_of(tmp_path / "t.tar", CorpusOptions(layout=members))
     assert isinstance(first, Utterance)
     assert (first.key, first.text, first.language) == ("clip00", "hello", "en")
     assert isinstance(second, Refusal)
@@ -317,14 +319,14 @@ def test_a_tar_with_other_members_is_read_by_its_layout(tmp_path):
 def test_a_dataset_without_audio_or_split_is_refused(tmp_path):
     source, _ = saved_dataset(tmp_path)
     for options, sentence in [
-        (SourceOptions(split="test"), "must be one of its splits, but is 'test' instead: it has train"),
-        (SourceOptions(names=FieldNames.chosen(None, "words", None)), "has no column with text, only audio, sentence"),
+        (CorpusOptions(split="test"), "must be one of its splits, but is 'test' instead: it has train"),
+        (CorpusOptions(names=FieldNames.chosen(None, "words", None)), "has no column with text, only audio, sentence"),
     ]:
         with pytest.raises(UserError, match=sentence):
-            open_source(source, options)
+            open_corpus(source, options)
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "mute")
     with pytest.raises(UserError, match="has no column with audio, only text"):
-        open_source(str(tmp_path / "mute"), SourceOptions())
+        open_corpus(str(tmp_path / "mute"), CorpusOptions())
 
 
 @pytest.mark.parametrize(
@@ -348,19 +350,21 @@ def test_a_source_that_cannot_be_read_is_one_sentence(tmp_path, name, contents, 
     if contents not in (None, "folder", "elsewhere"):
         path.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
     with pytest.raises(UserError) as refused:
-        list(open_source(name if contents == "elsewhere" else str(path), SourceOptions()).lines())
+        list(open_corpus(name if contents == "elsewhere" else str(path), CorpusOptions()).lines())
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_the_grammar_knows_the_formats():
-    assert get_args(SourceFormat) == FORMATS
+def test_the_command_line_takes_every_format():
+    for name in get_args(CorpusFormat):
+        parsed = build_parser().parse_args(["shards", "pack", "corpus", "out", "--format", name])
+        assert parsed.format == name
 
 
 def test_a_source_is_identified_by_its_contents(tmp_path):
     source, options = nemo(tmp_path)
-    before = open_source(source, options).identity
-    assert open_source(source, options).identity == before
+    before = open_corpus(source, options).identity
+    assert open_corpus(source, options).identity == before
     with Path(source).open("a") as file:
         file.write("\n")
-    assert open_source(source, options).identity != before
+    assert open_corpus(source, options).identity != before

@@ -11,18 +11,17 @@ import pytest
 import soundfile
 from webdataset.writer import TarWriter
 
-from voxtral_dist.data.stored.checks import Cause
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, Cause
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.lookup import find_utterance
-from voxtral_dist.shards.packing import PackRules
-from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.shards.summary import SetSummary, summarize
 from voxtral_dist.shards.verification import BrokenUtterance, verify
-from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_speech_manifest
 from stored import contents_of, decoded_in, utterances_in
@@ -34,7 +33,7 @@ BLOCK = 512
 def index(
     pattern: Path | str, out: Path | None = None, members: UtteranceLayout | None = None, workers: int = 1
 ) -> SetSummary:
-    return index_tars(str(pattern), out, members or UtteranceLayout(), PackRules(), workers)
+    return index_tars(str(pattern), out, members or UtteranceLayout(), MAX_CHARS_PER_SECOND, workers)
 
 
 def verified(folder: Path, workers: int = 1) -> list[BrokenUtterance]:
@@ -189,7 +188,7 @@ def test_a_damaged_tar_is_named_and_read_around_the_damage(tmp_path, damage, kep
     assert all(reason.startswith(str(path)) for reason in summary.skipped.first_reasons)
     assert said in "\n".join(summary.skipped.first_reasons)
     # As a source, the same is kept and left out.
-    packed = pack(open_source(str(path), SourceOptions()), tmp_path / "out", PackOptions(skip_bad=True))
+    packed = pack(open_corpus(str(path), CorpusOptions()), tmp_path / "out", PackOptions(skip_bad=True))
     assert packed.skipped.causes == causes
     assert [one.key for one in utterances_in(tmp_path / "out")] == kept.split()
 

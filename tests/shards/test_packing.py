@@ -17,14 +17,14 @@ import pytest
 import soundfile
 import webdataset
 
-from voxtral_dist.cli.shards import MAX_CHARS_PER_SECOND as GRAMMAR_MAX_CHARS
+from voxtral_dist.cli.main import build_parser
 from voxtral_dist.data.stored.checks import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND, Cause
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.errors import UserError
-from voxtral_dist.shards.packing import PackRules
-from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.packed_utterance import PackRules
+from voxtral_dist.shards.packing import PackOptions, PackProgress, pack
 from voxtral_dist.shards.summary import SetSummary
-from voxtral_dist.shards.writing import PackOptions, PackProgress, pack
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_lines, write_speech_manifest
 from stored import contents_of, decoded_in, member_groups, utterances_in
@@ -42,7 +42,7 @@ def expected_fields(row: dict) -> dict:
 
 
 def pack_from(manifest: Path, out: Path, **options) -> SetSummary:
-    return pack(open_source(str(manifest), SourceOptions()), out, PackOptions(**options))
+    return pack(open_corpus(str(manifest), CorpusOptions()), out, PackOptions(**options))
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def test_with_skip_bad_a_bad_line_is_left_out_and_named(bad_manifest, tmp_path):
     assert summary.skipped.causes == {cause: 1}
     assert summary.skipped.first_reasons[0].startswith(f"{manifest}:2: ")
     assert sentence in summary.skipped.first_reasons[0]
-    assert f"left out 1: 1 {cause}" in summary.lines()
+    assert f"skipped 1: 1 {cause}" in summary.lines()
     (row,) = rows_of(tmp_path / "out" / "skipped.jsonl")
     assert (row["place"], row["cause"]) == (f"{manifest}:2", cause)
     assert sentence in row["reason"]
@@ -268,7 +268,12 @@ def test_a_text_may_have_as_many_characters_as_the_rule_says(clips):
     summary = pack_from(manifest, clips / "one", skip_bad=True)
     assert (summary.num_utterances, summary.skipped.causes) == (1, {Cause.TEXT_TOO_LONG: 1})
     assert pack_from(manifest, clips / "two", rules=PackRules(max_chars_per_second=200)).num_utterances == 2
-    assert GRAMMAR_MAX_CHARS == MAX_CHARS_PER_SECOND
+
+
+def test_the_commands_have_the_rule_of_the_library():
+    for arguments in (["pack", "corpus", "out"], ["index", "tars"]):
+        parsed = build_parser().parse_args(["shards", *arguments])
+        assert parsed.max_chars_per_second == PackRules().max_chars_per_second == MAX_CHARS_PER_SECOND
 
 
 @pytest.fixture
@@ -351,7 +356,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, mixed_manifest, unin
 
         with pytest.raises(StoppedError):
             pack(
-                open_source(str(mixed_manifest), SourceOptions()),
+                open_corpus(str(mixed_manifest), CorpusOptions()),
                 tmp_path / "set",
                 PackOptions(100_000, skip_bad=True),
                 end,
@@ -437,7 +442,7 @@ def test_a_stopped_command_leaves_no_process_and_goes_on_when_it_is_run_again(
     assert group_members(process.pid) == []
     if stop == signal.SIGINT:
         assert errors.count("\n") == 1, errors
-        assert "The same command goes on behind them" in errors
+        assert "Rerun the same command to resume" in errors
     assert not (out / "shards.json").exists()
     # It may have been stopped between the last rename and the note of it.
     finished = {path: path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))[:-1]}
@@ -452,7 +457,7 @@ def interrupt(manifest: Path, out: Path, **options) -> None:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        pack(open_source(str(manifest), SourceOptions()), out, PackOptions(**options), end)
+        pack(open_corpus(str(manifest), CorpusOptions()), out, PackOptions(**options), end)
 
 
 def test_an_unfinished_set_of_another_source_or_with_other_options_is_refused(
@@ -508,5 +513,5 @@ def test_two_commands_do_not_pack_into_one_folder(tmp_path, mixed_manifest):
                 pack_from(mixed_manifest, tmp_path / "set", skip_bad=True)
 
     options = PackOptions(skip_bad=True)
-    summary = pack(open_source(str(mixed_manifest), SourceOptions()), tmp_path / "set", options, intrude)
+    summary = pack(open_corpus(str(mixed_manifest), CorpusOptions()), tmp_path / "set", options, intrude)
     assert summary.num_utterances == 71

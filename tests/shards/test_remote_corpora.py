@@ -9,15 +9,15 @@ import fsspec
 import numpy as np
 import pytest
 
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
 from voxtral_dist.shards.indexing import index_tars
-from voxtral_dist.shards.packing import PackRules
-from voxtral_dist.shards.sources import SourceOptions, open_source
+from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.shards.summary import SetSummary
 from voxtral_dist.shards.verification import verify
-from voxtral_dist.shards.writing import PackOptions, pack
 
 from corpora import write_lines
 from servers import file_server
@@ -52,7 +52,7 @@ def web(environment, shard_folder, speech_manifest) -> Iterator[str]:
 
 
 def index(pattern: str, out: Path | None) -> SetSummary:
-    return index_tars(pattern, out, UtteranceLayout(), PackRules(), num_workers=1)
+    return index_tars(pattern, out, UtteranceLayout(), MAX_CHARS_PER_SECOND, num_workers=1)
 
 
 @pytest.fixture(params=["s3 folder", "s3 glob", "web"])
@@ -75,7 +75,7 @@ def test_the_index_of_remote_tars_is_that_of_local_ones(tars, shard_folder, tmp_
 
 
 def test_remote_tars_are_a_source(tars, shard_folder, tmp_path):
-    pack(open_source(tars, SourceOptions()), tmp_path / "out", PackOptions())
+    pack(open_corpus(tars, CorpusOptions()), tmp_path / "out", PackOptions())
     assert decoded_in(tmp_path / "out") == decoded_in(shard_folder)
 
 
@@ -90,7 +90,7 @@ def test_a_manifest_may_name_audio_behind_urls(web, speech_manifest, tmp_path):
     found = []
     for manifest in (local, write_lines(tmp_path / "remote.jsonl", remote)):
         out = tmp_path / manifest.stem
-        pack(open_source(str(manifest), SourceOptions()), out, PackOptions())
+        pack(open_corpus(str(manifest), CorpusOptions()), out, PackOptions())
         found.append([(one.text, one.language, one.pcm) for one in decoded_in(out)])
     assert found[0] == found[1]
     assert len(found[0]) == 9
@@ -99,7 +99,7 @@ def test_a_manifest_may_name_audio_behind_urls(web, speech_manifest, tmp_path):
 def test_audio_that_a_server_has_not_is_left_out(web, tmp_path):
     rows = [{"audio": f"{web}/audio/{name}", "text": "x"} for name in ("nowhere.wav", "0_001.wav")]
     manifest = write_lines(tmp_path / "m.jsonl", rows)
-    summary = pack(open_source(str(manifest), SourceOptions()), tmp_path / "out", PackOptions(skip_bad=True))
+    summary = pack(open_corpus(str(manifest), CorpusOptions()), tmp_path / "out", PackOptions(skip_bad=True))
     assert (summary.num_utterances, summary.skipped.causes) == (1, {"unreadable": 1})
     assert "nowhere.wav" in summary.skipped.first_reasons[0]
 

@@ -1,4 +1,4 @@
-"""The grammar of `voxtral-dist shards`."""
+"""`voxtral-dist shards` and its actions."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.arguments import Commands, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, count, positive, positive_number
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.corpus.formats import FORMATS
 
 if TYPE_CHECKING:
     from voxtral_dist.data.stored.layout import UtteranceLayout
-    from voxtral_dist.shards.packing import PackRules
-    from voxtral_dist.shards.sources import Instruction
+    from voxtral_dist.shards.corpus.corpus import CorpusOptions, Instruction
 
-# Kept here and not where they are used, because that costs a second of imports. Tests compare them.
-FORMATS = ("jsonl", "csv", "tsv", "folder", "huggingface", "webdataset")
-MAX_CHARS_PER_SECOND = 40.0
 _DEFAULT_SHARD_MEGABYTES = 512
 
 
@@ -36,86 +34,111 @@ def add_shards(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     pack = actions.add_parser("pack", help="pack a corpus into tars with an index")
     pack.add_argument(
-        "source",
+        "corpus",
         help="JSON lines of NeMo or Lhotse, a CSV or TSV, a folder of audio with texts, a Hugging Face dataset "
         "(a folder or hf:NAME), or other tars (a folder, glob, brace range or URL)",
     )
-    pack.add_argument("out", type=Path, help="folder to make; an interrupted packing goes on in it")
-    pack.add_argument("--format", choices=FORMATS, help="of the source; without it a good guess is made")
-    pack.add_argument("--encode", choices=["flac"], help="as 16 kHz mono; without it audio is copied as it is")
-    pack.add_argument("--name", help="of the shards, NAME-000000.tar; without it that of the folder")
-    pack.add_argument("--shard-megabytes", type=positive, default=_DEFAULT_SHARD_MEGABYTES)
-    pack.add_argument("--skip-bad", action="store_true", help="leave out unusable samples, and name them")
+    pack.add_argument("out", type=Path, help="folder to make; rerun an interrupted command to resume it")
+    pack.add_argument("--format", choices=FORMATS, help="format of the corpus (default: guessed from its name)")
+    pack.add_argument("--encode", choices=["flac"], help="store 16 kHz mono FLAC (default: copy the audio unchanged)")
+    pack.add_argument("--name", help="name of the shards, NAME-000000.tar (default: that of the folder)")
+    pack.add_argument(
+        "--shard-megabytes",
+        type=positive,
+        default=_DEFAULT_SHARD_MEGABYTES,
+        metavar="MB",
+        help="size at which a shard is finished (default: %(default)s)",
+    )
+    pack.add_argument(
+        "--skip-bad", action="store_true", help="skip unusable utterances, and list them in skipped.jsonl"
+    )
     pack.add_argument("--audio-field", metavar="NAME", help="column with the audio")
     pack.add_argument("--text-field", metavar="NAME", help="column with the text")
-    pack.add_argument("--split", help="of a Hugging Face dataset")
-    pack.add_argument("--config", metavar="NAME", help="of a Hugging Face dataset")
-    _add_rules(pack)
-    _add_members(pack)
+    pack.add_argument("--split", help="split of a Hugging Face dataset")
+    pack.add_argument("--config", metavar="NAME", help="configuration of a Hugging Face dataset")
+    _add_text_limit(pack)
+    _add_workers(pack)
+    _add_layout(pack)
     pack.set_defaults(run=_pack)
 
 
 def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
     index = actions.add_parser("index", help="make the index of tars that other tools made")
     index.add_argument("pattern", help="folder, glob, brace range or URL of tars")
-    index.add_argument("out", type=Path, nargs="?", help="folder for the index, where it cannot lie beside the tars")
-    _add_rules(index)
-    _add_members(index)
+    index.add_argument("out", type=Path, nargs="?", help="folder for the index (default: that of the tars)")
+    _add_text_limit(index)
+    _add_workers(index)
+    _add_layout(index)
     index.set_defaults(run=_index)
 
 
 def _add_inspect(actions: Commands[argparse.ArgumentParser]) -> None:
-    inspect = actions.add_parser("inspect", help="say what shard sets hold")
+    inspect = actions.add_parser("inspect", help="print sizes, languages and histograms of shard sets")
     inspect.add_argument("folders", nargs="+", help="shard sets with an index")
     inspect.set_defaults(run=_inspect)
 
 
 def _add_verify(actions: Commands[argparse.ArgumentParser]) -> None:
-    verify = actions.add_parser("verify", help="read and decode everything, and name what is broken")
+    verify = actions.add_parser("verify", help="read and decode every utterance, and list the broken ones")
     verify.add_argument("folders", nargs="+", help="shard sets with an index")
-    verify.add_argument("--json", type=Path, metavar="FILE", help="where to write what was found")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write the broken utterances to this file")
     _add_workers(verify)
     verify.set_defaults(run=_verify)
 
 
 def _add_show(actions: Commands[argparse.ArgumentParser]) -> None:
-    show = actions.add_parser("show", help="show one sample, and write its clip")
+    show = actions.add_parser("show", help="print one utterance, or write its audio to a file")
     show.add_argument("folder", help="shard set with an index")
-    show.add_argument("key", help="of the sample, or #NUMBER")
-    show.add_argument("--out", type=Path, metavar="FILE", help="where to write the clip: as stored, or .wav")
+    show.add_argument("key", help="key of the utterance, or #NUMBER")
+    show.add_argument("--out", type=Path, metavar="FILE", help="write the audio here: as stored, or as .wav")
     show.add_argument("--tokens", action="store_true", help="print prompt and completion token by token")
-    show.add_argument("--model", metavar="PATH", help="whose tokenizer --tokens takes: a folder or hub name")
-    show.add_argument("--config", type=Path, metavar="FILE", help="or the run whose model and prompts it takes")
-    show.add_argument("--pass", type=int, default=0, dest="epoch_index", metavar="N", help="of the run (default: 0)")
+    show.add_argument("--model", metavar="PATH", help="for --tokens: a folder or hub name with the tokenizer")
+    show.add_argument("--config", type=Path, metavar="FILE", help="for --tokens: the run with the model and prompts")
+    show.add_argument(
+        "--epoch",
+        type=count,
+        default=0,
+        metavar="N",
+        help="for --tokens: epoch of the run, from 0 (default: %(default)s)",
+    )
     show.set_defaults(run=_show)
 
 
-def _add_rules(parser: argparse.ArgumentParser) -> None:
+def _add_text_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-chars-per-second",
         type=positive_number,
         default=MAX_CHARS_PER_SECOND,
         metavar="NUMBER",
-        help="longer texts cannot belong to their audio (default: %(default)g)",
+        help="a transcript with more characters per second of audio is unusable (default: %(default)g)",
     )
-    _add_workers(parser)
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--workers", type=positive, default=_num_cores(), metavar="N", help="processes (default: cores)"
+        "--workers", type=positive, default=_num_cores(), metavar="N", help="processes (default: number of cores)"
     )
 
 
-def _add_members(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--language", help="ISO 639-1 code of samples that name none; of all, for `index`")
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--language",
+        help="ISO 639-1 code; for `pack`, of utterances without a language, for `index`, of all utterances",
+    )
     parser.add_argument("--language-field", metavar="NAME", help="column, or key in the json, with the language")
-    parser.add_argument("--instruction", metavar="TEXT", help="that all texts answer; without it they are transcripts")
+    parser.add_argument(
+        "--instruction", metavar="TEXT", help="instruction that every text answers (default: texts are transcripts)"
+    )
     parser.add_argument("--instruction-field", metavar="NAME", help="column, or key in the json, with the instruction")
     parser.add_argument(
-        "--text-member", default="json:text", metavar="MEMBER[:KEY]", help="of tars: json:text (default), txt, cls"
+        "--text-member",
+        default="json:text",
+        metavar="MEMBER[:KEY]",
+        help="tar member with the text, such as json:text, txt or cls (default: %(default)s)",
     )
-    parser.add_argument("--audio-member", metavar="SUFFIX", help="of tars whose samples have several audio members")
+    parser.add_argument(
+        "--audio-member", metavar="SUFFIX", help="tar member with the audio, where an utterance has several"
+    )
 
 
 def _num_cores() -> int:
@@ -123,85 +146,84 @@ def _num_cores() -> int:
 
 
 def _pack(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.shards.commands import pack_shards
-    from voxtral_dist.shards.sources import SourceOptions
-    from voxtral_dist.shards.utterances import FieldNames
-    from voxtral_dist.shards.writing import PackOptions
+    from voxtral_dist.shards.actions import pack_shards
+    from voxtral_dist.shards.packed_utterance import PackRules
+    from voxtral_dist.shards.packing import PackOptions
 
-    source_options = SourceOptions(
-        source_format=parsed.format,
+    options = PackOptions(
+        shard_bytes=parsed.shard_megabytes * 10**6,
+        skip_bad=parsed.skip_bad,
+        rules=PackRules(parsed.encode, parsed.max_chars_per_second),
+        num_workers=parsed.workers,
+        name=parsed.name,
+    )
+    return pack_shards(parsed.corpus, parsed.out, _corpus_options(parsed), options)
+
+
+def _corpus_options(parsed: argparse.Namespace) -> CorpusOptions:
+    from voxtral_dist.shards.corpus.corpus import CorpusOptions
+    from voxtral_dist.shards.corpus.fields import FieldNames
+
+    return CorpusOptions(
+        corpus_format=parsed.format,
         language=parsed.language,
         names=FieldNames.chosen(parsed.audio_field, parsed.text_field, parsed.language_field),
-        members=_members(parsed),
+        layout=_layout(parsed),
         split=parsed.split,
         config=parsed.config,
         instruction=_instruction(parsed),
     )
-    options = PackOptions(
-        shard_bytes=parsed.shard_megabytes * 10**6,
-        skip_bad=parsed.skip_bad,
-        rules=_rules(parsed, parsed.encode),
-        num_workers=parsed.workers,
-        name=parsed.name,
-    )
-    return pack_shards(parsed.source, parsed.out, source_options, options)
 
 
 def _index(parsed: argparse.Namespace) -> int:
     from voxtral_dist.data.stored.layout import Field
-    from voxtral_dist.shards.commands import index_shards
-    from voxtral_dist.shards.sources import default_language
+    from voxtral_dist.shards.actions import index_shards
+    from voxtral_dist.shards.corpus.corpus import default_language
 
     if parsed.language is not None and parsed.language_field is not None:
-        raise UserError("`--language` and `--language-field` exclude each other: a set has one or the other.")
-    members = _members(parsed, default_language(parsed.language))
+        raise UserError("`--language` and `--language-field` exclude each other: pass one of them.")
+    layout = _layout(parsed, default_language(parsed.language))
     if (instruction := _instruction(parsed)) is not None:
         place = Field("json", instruction.column) if instruction.column else instruction.text
-        members = replace(members, instruction=place)
-    return index_shards(parsed.pattern, parsed.out, members, _rules(parsed), parsed.workers)
+        layout = replace(layout, instruction=place)
+    return index_shards(parsed.pattern, parsed.out, layout, parsed.max_chars_per_second, parsed.workers)
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.shards.commands import inspect_shards
+    from voxtral_dist.shards.actions import inspect_shards
 
     return inspect_shards(parsed.folders)
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.shards.commands import verify_shards
+    from voxtral_dist.shards.actions import verify_shards
 
     return verify_shards(parsed.folders, parsed.workers, parsed.json)
 
 
 def _show(parsed: argparse.Namespace) -> int:
     from voxtral_dist.data.token_view import TokenView
-    from voxtral_dist.shards.commands import show_utterance
+    from voxtral_dist.shards.actions import show_utterance
 
     if not parsed.tokens and (parsed.model or parsed.config):
-        raise UserError("`--model` and `--config` say how --tokens splits a sample: add `--tokens`, or leave them out.")
-    viewer = TokenView.of(parsed.model, parsed.config, parsed.epoch_index) if parsed.tokens else None
-    return show_utterance(parsed.folder, parsed.key, parsed.out, viewer)
-
-
-def _rules(parsed: argparse.Namespace, encode: str | None = None) -> PackRules:
-    from voxtral_dist.shards.packing import PackRules
-
-    return PackRules("flac" if encode == "flac" else None, parsed.max_chars_per_second)
+        raise UserError("`--model` and `--config` only change what `--tokens` prints: add `--tokens`, or omit them.")
+    view = TokenView.of(parsed.model, parsed.config, parsed.epoch) if parsed.tokens else None
+    return show_utterance(parsed.folder, parsed.key, parsed.out, view)
 
 
 def _instruction(parsed: argparse.Namespace) -> Instruction | None:
-    from voxtral_dist.shards.sources import Instruction
+    from voxtral_dist.shards.corpus.corpus import Instruction
 
     if parsed.instruction is not None and parsed.instruction_field is not None:
-        raise UserError("`--instruction` and `--instruction-field` exclude each other: a set has one or the other.")
+        raise UserError("`--instruction` and `--instruction-field` exclude each other: pass one of them.")
     if parsed.instruction is not None and not parsed.instruction.strip():
-        raise UserError("`--instruction` is blank: say what the texts answer, or leave it out for transcripts.")
+        raise UserError("`--instruction` is blank: pass the instruction that the texts answer, or omit the option.")
     if parsed.instruction is None and parsed.instruction_field is None:
         return None
     return Instruction(parsed.instruction, parsed.instruction_field)
 
 
-def _members(parsed: argparse.Namespace, language: str | None = None) -> UtteranceLayout:
+def _layout(parsed: argparse.Namespace, language: str | None = None) -> UtteranceLayout:
     from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 
     member, _, key = parsed.text_member.partition(":")

@@ -19,13 +19,14 @@ from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard, language_numbers
 from voxtral_dist.data.stored.storage import Storage, is_remote
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, UtteranceSpan, index_record, measure
+from voxtral_dist.shards.corpus.tar_utterances import tar_utterance
+from voxtral_dist.shards.corpus.utterances import Refusal
+from voxtral_dist.shards.measures import SAMPLING_RATE, UtteranceSpan, index_record, measure
 from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped, write_refusal
-from voxtral_dist.shards.sources import tar_utterance
 from voxtral_dist.shards.summary import SetSummary, summarize
-from voxtral_dist.shards.tar_files import COMPRESSED_SUFFIXES, PIPE_PREFIX, tar_locations
-from voxtral_dist.shards.tars import MemberGroup, TarDamage, TarScan
-from voxtral_dist.shards.utterances import Refusal
+from voxtral_dist.shards.tars.files import COMPRESSED_SUFFIXES, PIPE_PREFIX, tar_locations
+from voxtral_dist.shards.tars.members import TarDamage
+from voxtral_dist.shards.tars.scan import MemberGroup, TarScan
 from voxtral_dist.shards.workers import ordered_map
 
 _RECORDS_FILE = ".indexing.records"
@@ -44,8 +45,8 @@ class IndexedShard:
 def index_tars(
     pattern: str,
     out_dir: Path | None,
-    members: UtteranceLayout,
-    rules: PackRules,
+    layout: UtteranceLayout,
+    max_chars_per_second: float,
     num_workers: int,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> SetSummary:
@@ -63,11 +64,11 @@ def index_tars(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _records_file(folder) as records_path:
-            with closing(_index_all(locations, members, rules, num_workers)) as indexed:
+            with closing(_index_all(locations, layout, max_chars_per_second, num_workers)) as indexed:
                 shards, languages = _collect(indexed, records_path, folder, len(locations), report)
             if not any(shard.num_utterances for shard in shards):
                 raise UserError(_nothing_indexed(pattern, folder))
-            write_index(folder, shards, np.memmap(records_path, dtype=RECORD, mode="r"), languages, members)
+            write_index(folder, shards, np.memmap(records_path, dtype=RECORD, mode="r"), languages, layout)
     except OSError as error:
         raise UserError(
             f"The index cannot be written into {folder}: {error.strerror}. Name another folder behind the pattern."
@@ -75,7 +76,7 @@ def index_tars(
     return summarize(read_index([str(folder)]), read_skipped(folder / SKIPPED_FILE))
 
 
-def index_tar(location: str, members: UtteranceLayout, rules: PackRules) -> IndexedShard:
+def index_tar(location: str, layout: UtteranceLayout, max_chars_per_second: float) -> IndexedShard:
     """One tar, read from its first byte to its last.
 
     Raises:
@@ -88,7 +89,7 @@ def index_tar(location: str, members: UtteranceLayout, rules: PackRules) -> Inde
         scan = TarScan(location, Storage())
         for found in scan:
             try:
-                rows.append(_row(found, location, members, rules, languages))
+                rows.append(_row(found, location, layout, max_chars_per_second, languages))
             except UnusableError as error:
                 refusals.append(_refusal(found, location, error))
     except OSError as error:
@@ -98,12 +99,16 @@ def index_tar(location: str, members: UtteranceLayout, rules: PackRules) -> Inde
 
 
 def _row(
-    found: MemberGroup | TarDamage, location: str, members: UtteranceLayout, rules: PackRules, languages: list[str]
+    found: MemberGroup | TarDamage,
+    location: str,
+    layout: UtteranceLayout,
+    max_chars_per_second: float,
+    languages: list[str],
 ) -> tuple[int, ...]:
     if isinstance(found, TarDamage):
         raise UnusableError(Cause.DAMAGED_TAR, str(found))
-    utterance = tar_utterance(found, location, members)
-    measures = measure(utterance, decode_audio(utterance.clip.contents or b"", SAMPLING_RATE), rules)
+    utterance = tar_utterance(found, location, layout)
+    measures = measure(utterance, decode_audio(utterance.audio.contents or b"", SAMPLING_RATE), max_chars_per_second)
     span = UtteranceSpan(found.offset, len(found.contents), zlib.crc32(found.contents))
     return index_record(span, measures, languages)
 
@@ -115,9 +120,9 @@ def _refusal(found: MemberGroup | TarDamage, location: str, error: UnusableError
 
 
 def _index_all(
-    locations: list[str], members: UtteranceLayout, rules: PackRules, num_workers: int
+    locations: list[str], layout: UtteranceLayout, max_chars_per_second: float, num_workers: int
 ) -> Generator[IndexedShard, None, None]:
-    one = partial(index_tar, members=members, rules=rules)
+    one = partial(index_tar, layout=layout, max_chars_per_second=max_chars_per_second)
     return ordered_map(one, locations, min(num_workers, len(locations)), batch_size=1)
 
 

@@ -16,8 +16,8 @@ from voxtral_dist.data.stored.index_files import write_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.corpus.utterances import Refusal
 from voxtral_dist.shards.skipped import SKIPPED_FILE, Skipped, read_skipped, write_refusal
-from voxtral_dist.shards.utterances import Refusal
 
 JOURNAL_FILE = ".packing.jsonl"
 _RECORDS_FILE = ".packing.records"
@@ -61,15 +61,15 @@ class PackingJournal:
             "num_lines": num_lines,
             "languages": list(languages),
         }
-        sizes = {"record_bytes": self._records.tell(), "left_out_bytes": self._skipped.tell()}
+        sizes = {"record_bytes": self._records.tell(), "skipped_bytes": self._skipped.tell()}
         _append(self._journal, row | sizes)
         self.shards.append(shard)
 
-    def complete(self, languages: Sequence[str], members: UtteranceLayout) -> None:
+    def complete(self, languages: Sequence[str], layout: UtteranceLayout) -> None:
         """Write the index of all shards, whose samples are laid out like this, and forget the journal."""
         _sync(self._skipped)
         records = np.memmap(self._folder / _RECORDS_FILE, dtype=RECORD, mode="r")
-        write_index(self._folder, self.shards, records, list(languages), members)
+        write_index(self._folder, self.shards, records, list(languages), layout)
         self.discard()
 
     def discard(self, everything: bool = False) -> None:
@@ -112,11 +112,11 @@ class PackingJournal:
             shard = Shard(**(line["shard"] | {"location": str(self._folder / line["shard"]["location"])}))
             _check_shard(shard)
             self.shards.append(shard)
-        start: dict[str, Any] = {"num_lines": 0, "languages": [], "record_bytes": 0, "left_out_bytes": 0}
+        start: dict[str, Any] = {"num_lines": 0, "languages": [], "record_bytes": 0, "skipped_bytes": 0}
         last = finished[-1] if finished else start
         self.num_lines, self.languages = last["num_lines"], last["languages"]
         self._records.truncate(last["record_bytes"])
-        self._skipped.truncate(last["left_out_bytes"])
+        self._skipped.truncate(last["skipped_bytes"])
         for file in (self._records, self._skipped):
             file.seek(0, os.SEEK_END)
         for leftover in self._folder.glob(".*.tar.tmp"):

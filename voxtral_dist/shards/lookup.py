@@ -1,4 +1,4 @@
-"""A sample of a shard set by its key: the index holds no keys, so the headers of the tars are read."""
+"""One utterance of a shard set: found by its key, read, described, and its audio written to a file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import difflib
 import io
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 
+import soundfile
+
+from voxtral_dist.data.stored.checks import UnusableError
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.storage import Span, Storage
 from voxtral_dist.data.stored.tar_members import split_name
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.shards.corpus.tar_utterances import tar_utterance
+from voxtral_dist.shards.corpus.utterances import Utterance
+from voxtral_dist.shards.tars.scan import parse_span
 
 _RUN_LENGTH = 256
 # Enough for a long name, which stands in an extended header of two blocks and more.
@@ -36,6 +43,60 @@ def find_utterance(index: ShardIndex, key: str, storage: Storage) -> int:
     near = difflib.get_close_matches(key, seen, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the first is {seen[0]}."
     raise UserError(f"None of the {len(index)} samples has the key {key!r}: {hint}")
+
+
+def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> tuple[str, Utterance]:
+    """The key of an utterance as its tar has it, and the utterance.
+
+    Raises:
+        UserError: its shard cannot be read, or is damaged there.
+    """
+    span = index.span(utterance_id)
+    try:
+        group = parse_span(storage.read(span))
+        return group.key, tar_utterance(group, span.location, index.layout(utterance_id))
+    except (UnusableError, OSError) as error:
+        raise UserError(
+            f"The utterance #{utterance_id} at byte {span.offset} of {span.location} {first_line(error)}."
+        ) from error
+
+
+def utterance_lines(index: ShardIndex, utterance_id: int, key: str, utterance: Utterance) -> Iterator[str]:
+    """What is stored of an utterance, a line for each field."""
+    span = index.span(utterance_id)
+    yield f"key        {key}"
+    yield f"number     #{utterance_id}"
+    if utterance.instruction is not None:
+        yield f"instruction {utterance.instruction}"
+    yield f"text       {utterance.text}"
+    yield f"language   {utterance.language or 'unknown'}"
+    yield f"duration   {int(index.record(utterance_id)['duration_ms']) / 1000:.3f} s"
+    yield f"shard      {span.location}"
+    yield f"bytes      {span.num_bytes} at {span.offset}"
+    for name, value in utterance.extra.items():
+        yield f"{name:<10} {value}"
+
+
+def write_audio(utterance: Utterance, out: Path) -> Path:
+    """Write the audio of an utterance to a file or into a folder, and return the path.
+
+    Raises:
+        UserError: the suffix is neither that of the stored audio nor .wav, or the file cannot be written.
+    """
+    stored = Path(utterance.audio.location).suffix.lower()
+    contents = utterance.audio.contents or b""
+    target = out / f"{utterance.key}{stored}" if out.is_dir() else out
+    if target.suffix.lower() not in (stored, ".wav"):
+        raise UserError(f"`--out` must end in {stored}, as the clip is stored, or in .wav, but is {out} instead.")
+    try:
+        if target.suffix.lower() == stored:
+            target.write_bytes(contents)
+        else:
+            samples, rate = soundfile.read(io.BytesIO(contents), dtype="int16")
+            soundfile.write(target, samples, rate, format="WAV", subtype="PCM_16")
+    except (OSError, soundfile.SoundFileError) as error:
+        raise UserError(f"The clip cannot be written to {target}: {first_line(error)}.") from error
+    return target
 
 
 def _numbered(index: ShardIndex, key: str) -> int:

@@ -20,12 +20,13 @@ from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, Shard
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.corpus.corpus import Corpus
 from voxtral_dist.shards.journal import PackingJournal
-from voxtral_dist.shards.packing import PackedUtterance, PackRules, UtteranceSpan, index_record, pack_line
+from voxtral_dist.shards.measures import UtteranceSpan, index_record
+from voxtral_dist.shards.packed_utterance import PackedUtterance, PackRules, pack_line
 from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped
-from voxtral_dist.shards.sources import Source
 from voxtral_dist.shards.summary import SetSummary, summarize
-from voxtral_dist.shards.tars import tar_end
+from voxtral_dist.shards.tars.writing import tar_end
 from voxtral_dist.shards.workers import ordered_map
 
 _OFFSET_LIMIT_BYTES = TAR_BLOCK_BYTES * (2**32 - 1)
@@ -52,7 +53,7 @@ class PackProgress:
 
 
 def pack(
-    source: Source, out_dir: Path, options: PackOptions, report: Callable[[PackProgress], None] = lambda _: None
+    corpus: Corpus, out_dir: Path, options: PackOptions, report: Callable[[PackProgress], None] = lambda _: None
 ) -> SetSummary:
     """Write the utterances of a source as shards of about `shard_bytes` each, and their index.
 
@@ -66,11 +67,11 @@ def pack(
         raise UserError(f"The folder {out_dir} holds a complete shard set already: choose another, or remove it first.")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        journal = PackingJournal(out_dir, _identity(source, out_dir, options))
+        journal = PackingJournal(out_dir, _identity(corpus, out_dir, options))
     except OSError as error:
         raise UserError(f"The folder {out_dir} cannot be made: {error.strerror}.") from error
     try:
-        _pack_into(journal, source, out_dir, options, report)
+        _pack_into(journal, corpus, out_dir, options, report)
     except OSError as error:
         # Sources that cannot be read are refusals: this is the disk that is written to.
         raise UserError(
@@ -82,9 +83,9 @@ def pack(
     return summarize(read_index([str(out_dir)]), read_skipped(out_dir / SKIPPED_FILE))
 
 
-def _identity(source: Source, out_dir: Path, options: PackOptions) -> dict[str, object]:
+def _identity(corpus: Corpus, out_dir: Path, options: PackOptions) -> dict[str, object]:
     """What makes the bytes of a set: a packing goes on only where another with the same was interrupted."""
-    return source.identity | {
+    return corpus.identity | {
         "name": _name(out_dir, options),
         "shard_bytes": options.shard_bytes,
         **asdict(options.rules),
@@ -100,18 +101,18 @@ def _name(out_dir: Path, options: PackOptions) -> str:
 
 def _pack_into(
     journal: PackingJournal,
-    source: Source,
+    corpus: Corpus,
     out_dir: Path,
     options: PackOptions,
     report: Callable[[PackProgress], None],
 ) -> None:
     writer = _ShardWriter(journal, out_dir, _name(out_dir, options), options.shard_bytes)
     try:
-        _pack_lines(journal, source, writer, options, report)
+        _pack_lines(journal, corpus, writer, options, report)
         if not writer.has_utterances:
             raise UserError(_nothing_packed(journal, out_dir))
         writer.finish_shard()
-        instruction = Field("json", "instruction") if source.instruction is not None else None
+        instruction = Field("json", "instruction") if corpus.instruction is not None else None
         journal.complete(writer.languages, UtteranceLayout(instruction=instruction))
     except UserError:
         if not journal.shards:
@@ -125,13 +126,13 @@ def _pack_into(
 
 def _pack_lines(
     journal: PackingJournal,
-    source: Source,
+    corpus: Corpus,
     writer: _ShardWriter,
     options: PackOptions,
     report: Callable[[PackProgress], None],
 ) -> None:
     progress = PackProgress(journal.num_lines)
-    rest = islice(source.lines(), journal.num_lines, None)
+    rest = islice(corpus.lines(), journal.num_lines, None)
     with closing(ordered_map(partial(pack_line, rules=options.rules), rest, options.num_workers)) as all_packed:
         for packed in all_packed:
             writer.num_lines += 1
@@ -172,13 +173,13 @@ class _ShardWriter:
         """Whether the set has any."""
         return bool(self._records or self._journal.shards)
 
-    def add(self, sample: PackedUtterance) -> None:
+    def add(self, packed: PackedUtterance) -> None:
         """Append one sample, and finish the shard if it is full."""
         if self._file is None:
             self._file = self._temporary().open("wb")
-        span = UtteranceSpan(self._offset, len(sample.contents), sample.crc32)
-        self._records.append(index_record(span, sample.measures, self.languages))
-        self._write(sample.contents)
+        span = UtteranceSpan(self._offset, len(packed.contents), packed.crc32)
+        self._records.append(index_record(span, packed.measures, self.languages))
+        self._write(packed.contents)
         if self._offset >= self._shard_bytes:
             self.finish_shard()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from voxtral_dist.shards.utterances import Refusal
+from voxtral_dist.shards.corpus.utterances import Refusal
 
 SKIPPED_FILE = "skipped.jsonl"
 _NUM_NAMED = 10

@@ -102,7 +102,7 @@ def skipped_lines(skipped: Skipped) -> Iterator[str]:
     if not skipped.count:
         return
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.causes.items(), key=_largest_first))
-    yield f"left out {skipped.count}: {causes}"
+    yield f"skipped {skipped.count}: {causes}"
     yield from (f"  {reason}" for reason in skipped.first_reasons)
     if skipped.count > len(skipped.first_reasons):
         yield f"  and {skipped.count - len(skipped.first_reasons)} more"

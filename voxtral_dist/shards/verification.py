@@ -16,14 +16,14 @@ from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.data.stored.shard_set import RECORD
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import first_line
-from voxtral_dist.shards.packing import SAMPLING_RATE, PackRules, UtteranceSpan, index_record, measure
-from voxtral_dist.shards.sources import tar_utterance
-from voxtral_dist.shards.tars import parse_span
+from voxtral_dist.shards.corpus.tar_utterances import tar_utterance
+from voxtral_dist.shards.measures import SAMPLING_RATE, UtteranceSpan, index_record, measure
+from voxtral_dist.shards.tars.scan import parse_span
 from voxtral_dist.shards.workers import ordered_map
 
 _RUN_LENGTH = 64
-# Whoever packed it chose how much text an audio may have.
-_RULES = PackRules(max_chars_per_second=math.inf)
+# Whoever packed the set chose how much text an audio may have.
+_MAX_CHARS_PER_SECOND = math.inf
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _check(utterance_id: int, index: ShardIndex, storage: Storage) -> BrokenUtte
     span, key = index.span(utterance_id), f"#{utterance_id}"
     try:
         contents = storage.read(span)
-        sample = parse_span(contents)
-        key = sample.key
-        utterance = tar_utterance(sample, span.location, index.layout(utterance_id))
-        waveform = decode_audio(utterance.clip.contents or b"", SAMPLING_RATE)
-        measures = measure(utterance, waveform, _RULES)
+        group = parse_span(contents)
+        key = group.key
+        utterance = tar_utterance(group, span.location, index.layout(utterance_id))
+        waveform = decode_audio(utterance.audio.contents or b"", SAMPLING_RATE)
+        measures = measure(utterance, waveform, _MAX_CHARS_PER_SECOND)
         row = index_record(UtteranceSpan(span.offset, len(contents), zlib.crc32(contents)), measures, [])
         _compare(utterance_id, index, np.array([row], dtype=RECORD)[0], measures.language)
     except UnusableError as error:

@@ -24,7 +24,11 @@ Result = TypeVar("Result")
 BATCH_SIZE = 8
 _BATCHES_IN_FLIGHT_PER_WORKER = 3
 # Imported once by the server that workers are forked from, because the imports cost more than a second.
-_PRELOADED = ["voxtral_dist.shards.packing", "voxtral_dist.shards.indexing", "voxtral_dist.shards.verification"]
+_PRELOADED = [
+    "voxtral_dist.shards.packed_utterance",
+    "voxtral_dist.shards.indexing",
+    "voxtral_dist.shards.verification",
+]
 
 
 def ordered_map(

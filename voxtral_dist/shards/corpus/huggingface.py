@@ -9,17 +9,9 @@ from typing import Any
 
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.shards.utterances import (
-    Clip,
-    FieldNames,
-    Refusal,
-    Utterance,
-    checked_language,
-    checked_seconds,
-    checked_text,
-    first_of,
-    key_of,
-)
+from voxtral_dist.shards.corpus.audio_location import AudioLocation
+from voxtral_dist.shards.corpus.fields import FieldNames, checked_language, checked_seconds, checked_text, first_of
+from voxtral_dist.shards.corpus.utterances import Refusal, Utterance, key_of
 
 HUB_PREFIX = "hf:"
 # Values that json holds, and lists of them; others, such as arrays and dates, are not stored.
@@ -166,7 +158,7 @@ def _utterance(row: Mapping[str, Any], dataset: HubDataset, name: str, place: st
     return Utterance(
         # Paths in a dataset are those of the machine that made it.
         key=key_of(Path(name).name),
-        clip=Clip(name, contents),
+        audio=AudioLocation(name, contents),
         text=checked_text(first_of(row, dataset.names.text), dataset.names.text),
         language=checked_language(_label(row, dataset)),
         place=place,

@@ -11,18 +11,11 @@ from typing import Any, TextIO
 
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.storage import is_remote
-from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.shards.utterances import (
-    Clip,
-    FieldNames,
-    Refusal,
-    Utterance,
-    checked_language,
-    checked_seconds,
-    checked_text,
-    first_of,
-    key_of,
-)
+from voxtral_dist.errors import UserError
+from voxtral_dist.shards.corpus.audio_location import AudioLocation
+from voxtral_dist.shards.corpus.fields import FieldNames, checked_language, checked_seconds, checked_text, first_of
+from voxtral_dist.shards.corpus.lhotse import is_cut, read_cut
+from voxtral_dist.shards.corpus.utterances import Refusal, Utterance, key_of
 
 _LARGEST_CELL_BYTES = 2**27
 
@@ -65,10 +58,10 @@ def row_utterance(row: Mapping[str, Any], names: FieldNames, base: Path, place: 
     Raises:
         UnusableError: the row names no audio, no text, or no language that there is.
     """
-    audio = _named_audio(row, names)
+    audio = _audio_name(row, names)
     return Utterance(
         key=_segment_key(audio, row),
-        clip=_clip(audio, row, base),
+        audio=_audio(audio, row, base),
         text=checked_text(first_of(row, names.text), names.text),
         language=checked_language(first_of(row, names.language)),
         place=place,
@@ -83,9 +76,9 @@ def _parse_line(line: str, names: FieldNames, base: Path, place: str) -> Utteran
         row = json.loads(line)
         if not isinstance(row, dict):
             raise UnusableError(Cause.NOT_JSON, "the line is not a JSON object")
-        cut = _is_cut(row)
+        cut = is_cut(row)
         key = str(row.get("id", "")) if cut else str(first_of(row, names.audio) or "")
-        return _cut(row, base, place) if cut else row_utterance(row, names, base, place)
+        return read_cut(row, base, place) if cut else row_utterance(row, names, base, place)
     except (json.JSONDecodeError, RecursionError) as error:
         message = getattr(error, "msg", "too deeply nested")
         return Refusal(place, key, Cause.NOT_JSON, f"the line is not valid JSON ({message})")
@@ -130,7 +123,7 @@ def _check_header(header: Any, names: FieldNames, path: Path) -> None:
             )
 
 
-def _named_audio(row: Mapping[str, Any], names: FieldNames) -> str:
+def _audio_name(row: Mapping[str, Any], names: FieldNames) -> str:
     audio = first_of(row, names.audio)
     if not isinstance(audio, str):
         needed = f"it needs one of the fields {', '.join(names.audio)}"
@@ -138,72 +131,17 @@ def _named_audio(row: Mapping[str, Any], names: FieldNames) -> str:
     return audio
 
 
-def _clip(audio: str, row: Mapping[str, Any], base: Path) -> Clip:
+def _audio(audio: str, row: Mapping[str, Any], base: Path) -> AudioLocation:
     location = audio if is_remote(audio) else str(base / audio)
     start_seconds = checked_seconds(row, "offset")
     if start_seconds is None:
-        return Clip(location)
-    return Clip(location, None, start_seconds, checked_seconds(row, "duration"))
+        return AudioLocation(location)
+    return AudioLocation(location, None, start_seconds, checked_seconds(row, "duration"))
 
 
 def _segment_key(audio: str, row: Mapping[str, Any]) -> str:
     offset_seconds = checked_seconds(row, "offset")
     return key_of(audio) if offset_seconds is None else f"{key_of(audio)}-{round(offset_seconds * 1000):09d}"
-
-
-def _is_cut(row: Mapping[str, Any]) -> bool:
-    return "supervisions" in row or str(row.get("type", "")).endswith("Cut")
-
-
-def _cut(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
-    try:
-        return _cut_utterance(row, base, place)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise UnusableError(Cause.MALFORMED, f"is not laid out as a cut of Lhotse ({what})") from error
-
-
-def _cut_utterance(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
-    """The utterance of a Lhotse MonoCut: the part of its recording, and the texts of its supervisions in order."""
-    said = [part for part in row.get("supervisions") or [] if isinstance(part, dict)]
-    said.sort(key=lambda part: float(part.get("start") or 0.0))
-    text = " ".join(part["text"].strip() for part in said if isinstance(part.get("text"), str))
-    spoken = first_of(
-        {str(number): part.get("language") for number, part in enumerate(said)}, map(str, range(len(said)))
-    )
-    return Utterance(
-        key=key_of(f"{row.get('id', 'cut')}.cut"),
-        clip=_cut_clip(row, base),
-        text=checked_text(text, ("supervisions",)),
-        language=checked_language(spoken),
-        place=place,
-        claimed_seconds=checked_seconds(row, "duration"),
-        extra=_cut_extra(row, said[0]),
-    )
-
-
-def _cut_extra(row: Mapping[str, Any], supervision: Mapping[str, Any]) -> dict[str, Any]:
-    """What users attach to a cut and to its first supervision, and the speaker."""
-    attached = [part["custom"] for part in (row, supervision) if isinstance(part.get("custom"), dict)]
-    speaker = {"speaker": supervision["speaker"]} if supervision.get("speaker") else {}
-    return {name: value for fields in [*attached, speaker] for name, value in fields.items()}
-
-
-def _cut_clip(row: Mapping[str, Any], base: Path) -> Clip:
-    recording = row.get("recording")
-    sources = recording.get("sources") if isinstance(recording, dict) else None
-    if not isinstance(recording, dict) or not sources or not isinstance(row.get("channel", 0), int):
-        raise UnusableError(Cause.NO_AUDIO, "names no audio: it must be a cut of one recording and one channel")
-    source = sources[0]
-    if len(sources) > 1 or source.get("type") not in ("file", "url") or not isinstance(source.get("source"), str):
-        raise UnusableError(Cause.NO_AUDIO, "names no audio: its recording must have one source of type file or url")
-    location = source["source"] if is_remote(source["source"]) else str(base / source["source"])
-    start_seconds, duration_seconds = checked_seconds(row, "start") or 0.0, checked_seconds(row, "duration")
-    several = len(source.get("channels") or [0]) > 1
-    whole = start_seconds == 0 and duration_seconds in (None, recording.get("duration")) and not several
-    if whole:
-        return Clip(location)
-    return Clip(location, None, start_seconds, duration_seconds, row.get("channel", 0) if several else None)
 
 
 def _open_text(path: Path) -> TextIO:

@@ -1,8 +1,8 @@
-"""One utterance on its way into a shard, and the line of a corpus that is none, with its cause."""
+"""One utterance of a corpus, the refusal of one that cannot be used, and their keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.storage import is_remote
-from voxtral_dist.text.languages import language_code
+from voxtral_dist.shards.corpus.audio_location import AudioLocation
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,6 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """Where the audio of an utterance is: a file, bytes that are named like one, or a part of either.
-
-    duration_seconds: None says to the end. channel: None keeps all.
-    """
-
-    location: str
-    contents: bytes | None = None
-    start_seconds: float = 0.0
-    duration_seconds: float | None = None
-    channel: int | None = None
-
-    @property
-    def is_part(self) -> bool:
-        """Whether it has to be cut out."""
-        return self.start_seconds > 0 or self.duration_seconds is not None or self.channel is not None
-
-
-@dataclass(frozen=True)
 class Utterance:
     """One usable line of a corpus.
 
@@ -56,7 +37,7 @@ class Utterance:
     """
 
     key: str
-    clip: Clip
+    audio: AudioLocation
     text: str
     language: str | None
     place: str
@@ -69,78 +50,7 @@ class Utterance:
         return Refusal(self.place, self.key, error.cause, str(error))
 
 
-@dataclass(frozen=True)
-class FieldNames:
-    """Columns by what they mean; of several the first that is filled counts. NeMo's, Common Voice's and others."""
-
-    audio: tuple[str, ...] = ("audio_filepath", "audio", "path", "file")
-    text: tuple[str, ...] = ("text", "sentence", "transcript", "transcription")
-    language: tuple[str, ...] = ("lang", "language", "locale")
-
-    @classmethod
-    def chosen(cls, audio: str | None, text: str | None, language: str | None) -> FieldNames:
-        """The names that the user gives, and the usual ones where he gives none."""
-        usual = cls()
-        return cls(
-            (audio,) if audio else usual.audio,
-            (text,) if text else usual.text,
-            (language,) if language else usual.language,
-        )
-
-    def extra(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns that mean none of these."""
-        known = {*self.audio, *self.text, *self.language}
-        return {name: value for name, value in row.items() if name not in known}
-
-
-def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The first of these fields that holds something; None if none does."""
-    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
-
-
-def checked_text(value: Any, names: Iterable[str]) -> str:
-    """The transcript.
-
-    Raises:
-        UnusableError: it is no text, or blank.
-    """
-    if not isinstance(value, str) or not value.strip():
-        raise UnusableError(Cause.EMPTY_TEXT, f"has no text: it needs one of the fields {', '.join(names)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UnusableError(Cause.MALFORMED, f"has a text that is not Unicode ({error.reason})") from error
-    return value
-
-
-def checked_language(value: Any) -> str | None:
-    """The ISO 639-1 code of a language or locale.
-
-    Raises:
-        UnusableError: there is no such language.
-    """
-    try:
-        return language_code(value)
-    except ValueError as error:
-        raise UnusableError(Cause.UNKNOWN_LANGUAGE, str(error)) from error
-
-
-def checked_seconds(row: Mapping[str, Any], name: str) -> float | None:
-    """A field that holds seconds, None where it is absent.
-
-    Raises:
-        UnusableError: it is no number from 0.
-    """
-    value = row.get(name)
-    if value in (None, ""):
-        return None
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise UnusableError(Cause.MALFORMED, f"has the {name} {value!r}, which is not a number of seconds")
-    return seconds
+Line = Utterance | Refusal
 
 
 def key_of(audio: str) -> str:
@@ -150,7 +60,7 @@ def key_of(audio: str) -> str:
     return key.encode("utf-8", "replace").decode("utf-8")
 
 
-def with_unique_keys(lines: Iterable[Utterance | Refusal]) -> Iterator[Utterance | Refusal]:
+def with_unique_keys(lines: Iterable[Line]) -> Iterator[Line]:
     """The lines; a repeated key gets a number. Keys name samples, and WebDataset joins neighbours of one key."""
     # Digests, because the keys of 100 million utterances would not fit into memory.
     used: set[int] = set()

@@ -1,0 +1,1 @@
+"""Corpora in any format as one stream of utterances."""

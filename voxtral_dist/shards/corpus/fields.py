@@ -1,0 +1,84 @@
+"""The fields of a row, by name and with checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.text.languages import language_code
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """Columns by what they mean; of several the first that is filled counts. NeMo's, Common Voice's and others."""
+
+    audio: tuple[str, ...] = ("audio_filepath", "audio", "path", "file")
+    text: tuple[str, ...] = ("text", "sentence", "transcript", "transcription")
+    language: tuple[str, ...] = ("lang", "language", "locale")
+
+    @classmethod
+    def chosen(cls, audio: str | None, text: str | None, language: str | None) -> FieldNames:
+        """The names that the user gives, and the usual ones where he gives none."""
+        usual = cls()
+        return cls(
+            (audio,) if audio else usual.audio,
+            (text,) if text else usual.text,
+            (language,) if language else usual.language,
+        )
+
+    def extra(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns that mean none of these."""
+        known = {*self.audio, *self.text, *self.language}
+        return {name: value for name, value in row.items() if name not in known}
+
+
+def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first of these fields that holds something; None if none does."""
+    return next((row[name] for name in names if row.get(name) not in (None, "")), None)
+
+
+def checked_text(value: Any, names: Iterable[str]) -> str:
+    """The transcript.
+
+    Raises:
+        UnusableError: it is no text, or blank.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise UnusableError(Cause.EMPTY_TEXT, f"has no text: it needs one of the fields {', '.join(names)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnusableError(Cause.MALFORMED, f"has a text that is not Unicode ({error.reason})") from error
+    return value
+
+
+def checked_language(value: Any) -> str | None:
+    """The ISO 639-1 code of a language or locale.
+
+    Raises:
+        UnusableError: there is no such language.
+    """
+    try:
+        return language_code(value)
+    except ValueError as error:
+        raise UnusableError(Cause.UNKNOWN_LANGUAGE, str(error)) from error
+
+
+def checked_seconds(row: Mapping[str, Any], name: str) -> float | None:
+    """A field that holds seconds, None where it is absent.
+
+    Raises:
+        UnusableError: it is no number from 0.
+    """
+    value = row.get(name)
+    if value in (None, ""):
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise UnusableError(Cause.MALFORMED, f"has the {name} {value!r}, which is not a number of seconds")
+    return seconds

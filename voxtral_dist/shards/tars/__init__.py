@@ -1,0 +1,1 @@
+"""Tars found, read past damage, and written."""

@@ -1,0 +1,99 @@
+"""The utterances of a tar as groups of members, with the damage between them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.tar_members import split_name
+from voxtral_dist.shards.tars.files import open_tar
+from voxtral_dist.shards.tars.members import Member, TarDamage, TarReader, read_members
+from voxtral_dist.shards.tars.writing import tar_end
+
+
+@dataclass(frozen=True)
+class MemberGroup:
+    """Neighbouring members of one key: their contents by suffix, and all bytes from the first header on."""
+
+    key: str
+    offset: int
+    contents: bytes
+    members: dict[str, bytes]
+
+
+class TarScan:
+    """One pass over a tar: iterating gives its samples in their order, and the damage between them.
+
+    num_bytes, sha256: of all that was read; of the whole tar when the iteration is over.
+
+    Raises:
+        OSError: the tar cannot be read.
+    """
+
+    def __init__(self, location: str, storage: Storage) -> None:
+        self._location = location
+        stream, num_bytes = open_tar(location, storage)
+        self._reader = TarReader(stream, num_bytes)
+
+    def __iter__(self) -> Iterator[MemberGroup | TarDamage]:
+        with closing(self._reader.stream):
+            yield from _groups(self._reader, self._location)
+
+    @property
+    def num_bytes(self) -> int:
+        """Read so far."""
+        return self._reader.position
+
+    @property
+    def sha256(self) -> str:
+        """Of these bytes."""
+        return self._reader.digest.hexdigest()
+
+
+def parse_span(contents: bytes) -> MemberGroup:
+    """The sample whose tar members these bytes are.
+
+    Raises:
+        UnusableError: they are not whole members of one sample.
+    """
+    ended = contents + tar_end(len(contents))
+    found = list(_groups(TarReader(io.BytesIO(ended), len(ended)), ""))
+    damage = next((part for part in found if isinstance(part, TarDamage)), None)
+    if damage is not None:
+        raise UnusableError(Cause.DAMAGED_TAR, f"is damaged: at byte {damage.offset} of it {damage.message}")
+    if len(found) != 1 or not isinstance(found[0], MemberGroup) or len(found[0].contents) != len(contents):
+        raise UnusableError(Cause.DAMAGED_TAR, f"must be the members of one sample, but {len(found)} samples are there")
+    return found[0]
+
+
+def _groups(reader: TarReader, location: str) -> Iterator[MemberGroup | TarDamage]:
+    group: list[Member] = []
+    for found in read_members(reader, location):
+        if group and (isinstance(found, TarDamage) or not _belongs(found, group)):
+            yield _group(group)
+            group = []
+        if isinstance(found, TarDamage):
+            yield found
+        elif found.name is not None:
+            group.append(found)
+    if group:
+        yield _group(group)
+
+
+def _belongs(found: Member, group: list[Member]) -> bool:
+    """Whether a member goes on with the sample: the same key, next to it, and no second one of a suffix."""
+    if found.name is None or found.offset != group[-1].offset + len(group[-1].raw):
+        return False
+    key, suffix = split_name(found.name)
+    before = [split_name(str(member.name)) for member in group]
+    return key == before[0][0] and suffix not in {taken for _, taken in before}
+
+
+def _group(group: list[Member]) -> MemberGroup:
+    key, _ = split_name(str(group[0].name))
+    members = {split_name(str(member.name))[1]: member.contents for member in group}
+    return MemberGroup(key, group[0].offset, b"".join(member.raw for member in group), members)
