@@ -46,13 +46,13 @@ class ShardIndex:
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
         self.sets = tuple(sets)
-        self.shards = tuple(shard for part in self.sets for shard in part.shards)
-        self.languages = tuple(sorted({language for part in self.sets for language in part.languages}))
-        self._language_numbers = [language_numbers(part.languages, self.languages) for part in self.sets]
+        self.shards = tuple(shard for shard_set in self.sets for shard in shard_set.shards)
+        self.languages = tuple(sorted({language for shard_set in self.sets for language in shard_set.languages}))
+        self._language_numbers = [language_numbers(shard_set.languages, self.languages) for shard_set in self.sets]
         self._ends = np.cumsum([shard.num_utterances for shard in self.shards], dtype=np.int64)
-        self._set_of_shard = np.repeat(np.arange(len(self.sets)), [len(part.shards) for part in self.sets])
+        self._set_of_shard = np.repeat(np.arange(len(self.sets)), [len(shard_set.shards) for shard_set in self.sets])
         starts = self._ends - [shard.num_utterances for shard in self.shards]
-        self._row_shift = np.concatenate([part.first_rows for part in self.sets]) - starts
+        self._row_shift = np.concatenate([shard_set.first_rows for shard_set in self.sets]) - starts
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -62,24 +62,24 @@ class ShardIndex:
         shards = np.searchsorted(self._ends, utterance_ids, side="right")
         rows = utterance_ids + self._row_shift[shards]
         gathered = np.empty(len(utterance_ids), dtype=RECORD)
-        for number, part in enumerate(self.sets):
+        for number, shard_set in enumerate(self.sets):
             here = self._set_of_shard[shards] == number
-            gathered[here] = part.records[rows[here]]
+            gathered[here] = shard_set.records[rows[here]]
             gathered["language"][here] = self._language_numbers[number][gathered["language"][here]]
         return gathered
 
     def chunks(self, num_records: int = 2**20) -> Iterator[RecordChunk]:
         """All records in order, up to `num_records` at a time, as views of the memory maps."""
         for number, (first_shard, end_shard) in self._contiguous_shards():
-            part = self.sets[number]
-            part.advise(is_sequential=True)
+            shard_set = self.sets[number]
+            shard_set.advise(is_sequential=True)
             first_id = int(self._ends[first_shard]) - self.shards[first_shard].num_utterances
             end_id = int(self._ends[end_shard - 1])
             shift = int(self._row_shift[first_shard])
             for start in range(first_id, end_id, num_records):
-                records = part.records[start + shift : min(start + num_records, end_id) + shift]
+                records = shard_set.records[start + shift : min(start + num_records, end_id) + shift]
                 yield RecordChunk(start, records, self._language_numbers[number][records["language"]])
-            part.advise(is_sequential=False)
+            shard_set.advise(is_sequential=False)
 
     @cached_property
     def records(self) -> Records:
@@ -140,12 +140,12 @@ class ShardIndex:
     def first(self, num_utterances: int) -> ShardIndex:
         """The index of the first `num_utterances` utterances."""
         sets, num_left = [], num_utterances
-        for part in self.sets:
+        for shard_set in self.sets:
             kept = []
-            for shard in part.shards:
+            for shard in shard_set.shards:
                 kept.append(replace(shard, num_utterances=min(num_left, shard.num_utterances)))
                 num_left -= kept[-1].num_utterances
-            sets.append(replace(part, shards=tuple(kept)))
+            sets.append(replace(shard_set, shards=tuple(kept)))
         return ShardIndex(sets)
 
     def _set_of(self, utterance_id: int) -> ShardSet:

@@ -56,16 +56,16 @@ def write_index(
 
 def read_sets(patterns: Sequence[str], storage: Storage) -> list[ShardSet]:
     """The shard sets that patterns match; arguments and errors as of `read_index`."""
-    return [part for pattern in patterns for part in _sets_of(str(pattern), storage)]
+    return [shard_set for pattern in patterns for shard_set in _sets_of(str(pattern), storage)]
 
 
-def check_train_shards(name: str, parts: Sequence[ShardSet]) -> None:
+def check_train_shards(name: str, shard_sets: Sequence[ShardSet]) -> None:
     """Check that shard sets can be one training set.
 
     Raises:
         UserError: they hold no utterances, or the same shard twice.
     """
-    locations = [shard.location for part in parts for shard in part.shards]
+    locations = [shard.location for shard_set in shard_sets for shard in shard_set.shards]
     repeated = next((location for location, count in Counter(locations).items() if count > 1), None)
     where = "`train_data.shards`" if name == "all" else f"`train_data.sets.{name}`"
     if repeated is not None:
@@ -74,7 +74,7 @@ def check_train_shards(name: str, parts: Sequence[ShardSet]) -> None:
             "Change the patterns so that they don't overlap. To use a set more often, give it a weight in "
             "`train_data.sets`."
         )
-    if not any(part.num_utterances for part in parts):
+    if not any(shard_set.num_utterances for shard_set in shard_sets):
         raise UserError(f"{where}: the shards contain no utterances. Correct the patterns.")
 
 
@@ -85,37 +85,39 @@ def _sets_of(pattern: str, storage: Storage) -> list[ShardSet]:
     for location in storage.expand(pattern):
         folder, _, name = location.rpartition("/")
         names_by_folder.setdefault(folder or ".", set()).add(name)
-    return [_only(_read_folder(folder, storage), names, folder) for folder, names in names_by_folder.items()]
+    return [_select(_read_folder(folder, storage), names, folder) for folder, names in names_by_folder.items()]
 
 
-def _only(part: ShardSet, names: set[str], folder: str) -> ShardSet:
-    unknown = sorted(names - {shard.name for shard in part.shards})
+def _select(shard_set: ShardSet, names: set[str], folder: str) -> ShardSet:
+    unknown = sorted(names - {shard.name for shard in shard_set.shards})
     if unknown:
         raise UserError(
             f"The shard {unknown[0]} is not in the index of {folder}. Index the folder again, or correct the pattern."
         )
-    kept = [number for number, shard in enumerate(part.shards) if shard.name in names]
-    return replace(part, shards=tuple(part.shards[number] for number in kept), first_rows=part.first_rows[kept])
+    kept = [number for number, shard in enumerate(shard_set.shards) if shard.name in names]
+    return replace(
+        shard_set, shards=tuple(shard_set.shards[number] for number in kept), first_rows=shard_set.first_rows[kept]
+    )
 
 
 def _read_folder(folder: str, storage: Storage) -> ShardSet:
     sizes = _sizes(folder, storage)
     try:
-        part = _load_set(folder, storage)
+        shard_set = _load_set(folder, storage)
     except (ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
         raise UserError(
             f"The index of {folder} is damaged ({SHARD_TABLE_FILE} or {INDEX_FILE}). Pack or index the folder again."
         ) from error
-    if len(part.records) == 0:
+    if len(shard_set.records) == 0:
         raise UserError(f"The index of {folder} lists no utterances. Pack some audio into the folder first.")
-    if part.records.dtype != RECORD or len(part.records) != part.num_utterances:
+    if shard_set.records.dtype != RECORD or len(shard_set.records) != shard_set.num_utterances:
         raise UserError(
             f"The files {INDEX_FILE} and {SHARD_TABLE_FILE} in {folder} do not belong together. Pack or index the "
             "folder again."
         )
-    for shard in part.shards:
+    for shard in shard_set.shards:
         _check_size(shard, folder, sizes)
-    return part
+    return shard_set
 
 
 def _load_set(folder: str, storage: Storage) -> ShardSet:
@@ -127,7 +129,7 @@ def _load_set(folder: str, storage: Storage) -> ShardSet:
         )
     shards = tuple(Shard(**(row | {"location": _absolute(row["location"], folder)})) for row in table["shards"])
     counts = [shard.num_utterances for shard in shards]
-    part = ShardSet(
+    shard_set = ShardSet(
         shards=shards,
         records=np.load(storage.local_copy(join(folder, INDEX_FILE)), mmap_mode="r"),
         first_rows=np.cumsum([0, *counts[:-1]], dtype=np.int64),
@@ -138,8 +140,8 @@ def _load_set(folder: str, storage: Storage) -> ShardSet:
         most_instruction_tokens=int(table["most_instruction_tokens"]),
         records_sha256=str(table["records_sha256"]),
     )
-    part.advise(is_sequential=False)
-    return part
+    shard_set.advise(is_sequential=False)
+    return shard_set
 
 
 def _sizes(folder: str, storage: Storage) -> dict[str, int] | None:

@@ -19,12 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from voxtral_dist.data.stored.storage.cache_files import (
-    checked,
     checksums,
     chunk_file_bytes,
-    files,
     is_at,
+    list_files,
     read_number,
+    read_verified,
     remove_unlocked,
     try_lock,
     unlock,
@@ -139,7 +139,7 @@ class NodeCache:
         except FileNotFoundError:
             return None
         try:
-            contents = checked(descriptor, length, part)
+            contents = read_verified(descriptor, length, part)
             with suppress(OSError):
                 os.utime(descriptor)  # Cleanup removes the least recently used.
         finally:
@@ -188,7 +188,7 @@ class NodeCache:
     def _claim(self, name: str, num_bytes: int, is_copy: bool) -> int | None:
         """A descriptor of the partial file, locked for writing; None if another process finished the entry."""
         entry, part = self._entries / name, self._parts / name
-        patient_until = time.monotonic() + self._patience_seconds
+        deadline = time.monotonic() + self._patience_seconds
         while not entry.exists():
             try:
                 descriptor = os.open(part, os.O_RDWR)
@@ -199,9 +199,9 @@ class NodeCache:
                 os.ftruncate(descriptor, num_bytes)
                 return descriptor
             # A large copy takes long but its file keeps changing; a chunk is written at once.
-            is_moving = is_copy and time.time() - os.fstat(descriptor).st_mtime < self._patience_seconds
+            is_progressing = is_copy and time.time() - os.fstat(descriptor).st_mtime < self._patience_seconds
             os.close(descriptor)
-            if time.monotonic() > patient_until and not is_moving:
+            if time.monotonic() > deadline and not is_progressing:
                 raise OSError(errno.ETIMEDOUT, "another process of this node fetches it, but makes no progress")
             time.sleep(_PAUSE_SECONDS)
         return None
@@ -227,9 +227,9 @@ class NodeCache:
 
         Returns the number of bytes of the files that are left.
         """
-        remove_unlocked(files(self._parts))
+        remove_unlocked(list_files(self._parts))
         # Partial files first: one that is finished in between is then listed twice instead of never.
-        parts, entries = files(self._parts), sorted(files(self._entries))
+        parts, entries = list_files(self._parts), sorted(list_files(self._entries))
         sizes = {Path(path).name: size for _, size, path in parts + entries}
         total = sum(sizes.values())
         if total <= clean_to:
@@ -240,7 +240,7 @@ class NodeCache:
     def _remove_abandoned(self, usage: int) -> None:
         """Remove what killed processes left; count all files if `usage` is empty."""
         used = read_number(usage)
-        freed = remove_unlocked(files(self._parts))
+        freed = remove_unlocked(list_files(self._parts))
         write_number(usage, self._scan(self._limit_bytes) if used is None else used - freed)
 
     def _remove(self, path: Path) -> None:
@@ -253,10 +253,10 @@ class NodeCache:
     def _usage(self) -> Iterator[int]:
         """The descriptor of the locked `usage` file."""
         descriptor = os.open(self._folder / "usage", os.O_RDWR | os.O_CREAT, 0o666)
-        patient_until = time.monotonic() + self._patience_seconds
+        deadline = time.monotonic() + self._patience_seconds
         try:
             while not try_lock(descriptor):
-                if time.monotonic() > patient_until:
+                if time.monotonic() > deadline:
                     raise OSError(errno.ETIMEDOUT, f"another process keeps {self._folder / 'usage'} locked")
                 time.sleep(_PAUSE_SECONDS)
             yield descriptor

@@ -39,7 +39,7 @@ def checksums(contents: bytes) -> bytes:
     return np.array([zlib.crc32(view[start : start + _BLOCK_BYTES]) for start in starts], dtype="<u4").tobytes()
 
 
-def checked(descriptor: int, length: int, part: slice) -> bytes | None:
+def read_verified(descriptor: int, length: int, part: slice) -> bytes | None:
     """A part of a chunk; None if its checksums or the file size are wrong."""
     if os.fstat(descriptor).st_size != chunk_file_bytes(length):
         return None
@@ -50,7 +50,7 @@ def checked(descriptor: int, length: int, part: slice) -> bytes | None:
     return blocks[part.start - start : part.stop - start] if checksums(blocks) == expected else None
 
 
-def files(folder: Path) -> list[tuple[float, int, str]]:
+def list_files(folder: Path) -> list[tuple[float, int, str]]:
     """Time of last use, size and path of each file."""
     found = []
     for entry in os.scandir(folder):

@@ -52,7 +52,7 @@ def _run(future: Future[Any], function: Callable[..., Any], arguments: tuple[Any
 
 
 @cache
-def process_pool(num_threads: int, process_id: int) -> DaemonPool:
+def pool_of_process(num_threads: int, process_id: int) -> DaemonPool:
     """The pool of a process: a forked process gets its own, because threads don't survive a fork."""
     return DaemonPool(num_threads)
 

@@ -23,7 +23,7 @@ from voxtral_dist.config import StorageConfig
 from voxtral_dist.data.stored.storage.cache import NodeCache
 from voxtral_dist.data.stored.storage.cache_files import write_at
 from voxtral_dist.data.stored.storage.local import advise, local_error, local_path, read_local
-from voxtral_dist.data.stored.storage.prefetch import Prefetch, process_pool
+from voxtral_dist.data.stored.storage.prefetch import Prefetch, pool_of_process
 from voxtral_dist.data.stored.storage.remote import RANGE_BYTES, Remote, RemoteFile
 from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, redacted
 from voxtral_dist.errors import UserError
@@ -149,7 +149,7 @@ class _Process:
         self.process_id = os.getpid()
         self.remote = Remote(config)
         self._config = config
-        self._pool = process_pool(config.num_reads_in_flight, self.process_id)
+        self._pool = pool_of_process(config.num_reads_in_flight, self.process_id)
         self.prefetch = Prefetch(self._fetch, self._pool, int(config.prefetch_megabytes * _MEBIBYTE))
         self._files: dict[str, RemoteFile] = {}
 
