@@ -1,13 +1,13 @@
-"""The memory that each rank needs, at its peak, to build a model that ZeRO-3 shards, over the size of the model.
+"""Peak memory of each rank while it builds a model for ZeRO-3, relative to the size of the model.
 
 A random Voxtral of about 1.1 GB in float32 is stored as a normal folder. Each rank then builds it
 
-- ours: as a meta_model, whose parameters are read, sent to the other ranks and sharded one by one;
-- peer: by transformers' `from_pretrained` in each rank, as most training scripts do before `deepspeed.initialize`,
-  which shards what is there.
+- ours: on the meta device; parameters are then read, broadcast and sharded one by one;
+- peer: by transformers' `from_pretrained` on each rank, as most training scripts do before `deepspeed.initialize`,
+  which then shards it.
 
-Both end with the same partitions. What DeepSpeed adds for updates (float32 copies, gradients) comes later and is the
-same; it is not measured here. Predicted for W ranks, before the first run: 1/W of the model and two times the largest
+Both end with the same partitions. DeepSpeed's memory for updates (float32 copies, gradients) is allocated later and
+equal for both; it is not measured. Predicted for W ranks, before the first run: 1/W of the model plus twice its largest
 parameter (6 % of it here) for ours, that is 0.62 with 2 ranks and 0.37 with 4; 1 + 1/W for the peer, so a ratio of 3.4
 with 4 ranks.
 """
@@ -48,28 +48,28 @@ SHAPE = TinyShape(
 
 
 def measure(folder: Path, quick: bool) -> dict[str, Any]:
-    """Bytes of each rank, by contender and number of ranks."""
+    """Peak memory of each rank over the size of the model, by contender and number of ranks."""
     build_tiny_voxtral(folder / "small")
     build_tiny_voxtral(folder / "model", TinyShape() if quick else SHAPE)
     (folder / "zero3.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
     model_bytes = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
-    shares = {
+    fractions = {
         name: {
             str(num_ranks): [peak / model_bytes for peak in in_ranks(num_ranks, build, folder)]
             for num_ranks in (NUM_RANKS[:1] if quick else NUM_RANKS)
         }
         for name, build in {"ours": build_ours, "peer": build_peer}.items()
     }
-    most = max(shares["ours"], key=int)
+    most = max(fractions["ours"], key=int)
     return {
         "model_bytes": model_bytes,
-        "peak_over_model_size": shares,
-        "ratio": median(shares["peer"][most]) / median(shares["ours"][most]),
+        "peak_over_model_size": fractions,
+        "ratio": median(fractions["peer"][most]) / median(fractions["ours"][most]),
     }
 
 
 def in_ranks(num_ranks: int, build: Callable[[RunConfig, World], object], folder: Path) -> list[int]:
-    """The peak that building a model adds to each of the processes that build it together."""
+    """Bytes that building a model adds, at the peak, to each process that takes part."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD_BYTES)
     store = folder / f"store-{build.__name__}-{num_ranks}"
     with ProcessPoolExecutor(num_ranks, mp_context=get_context("spawn")) as pool:
@@ -96,7 +96,7 @@ def _in_rank(build: Callable[[RunConfig, World], object], folder: Path, store: P
 
 
 def build_ours(config: RunConfig, world: World) -> object:
-    """As a run does."""
+    """Build the model like a run does."""
     from voxtral_dist.engine.zero.building import fill_model
     from voxtral_dist.model.voxtral import trained_meta_model
     from voxtral_dist.model.weights import InitialWeights
@@ -108,7 +108,7 @@ def build_ours(config: RunConfig, world: World) -> object:
 
 
 def build_peer(config: RunConfig, world: World) -> object:
-    """The whole model in each rank, then sharded as `deepspeed.initialize` shards it."""
+    """Build the full model on each rank, then shard it like `deepspeed.initialize`."""
     import deepspeed
     from transformers import VoxtralForConditionalGeneration
 

@@ -1,7 +1,7 @@
-"""Real ranks for tests: processes that meet over gloo through a file, so that no port is raced for.
+"""Real ranks for tests: processes that communicate by gloo and meet through a file, so that no port can be taken.
 
-They are forked from a process that has imported what all of them need, which alone would take each of them ten seconds,
-and that has no threads, which a fork would lose.
+They are forked from a process that has imported the libraries, which would take each rank ten seconds. That process has
+no threads, because a fork would lose them.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
 
 def _connection() -> Connection:
-    """To the process that forks ranks, which ends with this one."""
+    """The connection to the process that forks ranks, which ends with this process."""
     global _server
     if _server is None:
         mine, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=False)
         process.start()
         theirs.close()
-        # Before multiprocessing waits for its children: the server ends when nobody can ask it any more.
+        # Runs before multiprocessing waits for its children: the server ends when its connection is closed.
         atexit.register(mine.close)
         _server = process, mine
     return _server[1]
@@ -82,7 +82,7 @@ def _serve(requests: Connection) -> None:
 
 
 def _exit_codes(ranks: Sequence[Any], folder: Path) -> list[int | None]:
-    """Wait for all ranks, until one of them fails: the others may wait for it."""
+    """Wait for all ranks, or until one fails, because the others may be waiting for it."""
     deadline = time.monotonic() + _TIMEOUT_SECONDS
     running = list(ranks)
     while running and not any(folder.glob("failure-*")) and time.monotonic() < deadline:
@@ -115,15 +115,15 @@ def _run_rank(rank: int, world_size: int, folder: Path, call: bytes) -> None:
             timeout=timedelta(seconds=_TIMEOUT_SECONDS),
         )
         result = function(World(rank, world_size, rank, torch.device("cpu")), *arguments)
-        _leave(folder / f"result-{rank}", pickle.dumps(result))
+        _write(folder / f"result-{rank}", pickle.dumps(result))
         dist.destroy_process_group()
     except BaseException:
-        _leave(folder / f"failure-{rank}", traceback.format_exc().encode())
+        _write(folder / f"failure-{rank}", traceback.format_exc().encode())
         raise
 
 
-def _leave(path: Path, content: bytes) -> None:
-    """Nobody finds a part of a file."""
+def _write(path: Path, content: bytes) -> None:
+    """Write atomically."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_bytes(content)
     temporary.rename(path)

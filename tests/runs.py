@@ -1,4 +1,4 @@
-"""Configurations of small runs, and the command that users start them by."""
+"""Configurations of small runs, and the commands by which users start them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run_config(
                 "megabatch_steps": 4,
                 "num_workers": 0,
             },
-            # A larger epsilon: Adam divides by it where gradients vanish, and would blow up their last digits.
+            # A larger epsilon: Adam divides by it where gradients vanish, which would amplify rounding errors.
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 2, "epsilon": 1e-5},
             "engine": {"deepspeed": ROOT / "ds_configs" / f"zero{stage}.json"},
         }
@@ -48,25 +48,25 @@ def run_config(
 
 
 def launch(config: RunConfig, world_size: int, *overrides: str) -> subprocess.Popen[str]:
-    """Start a run by DeepSpeed's command, as the leader of a process group of its own."""
+    """Start a run by DeepSpeed's command, as the leader of a new process group."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_accelerators={world_size}"]
     return _start([*launcher, f"--master_port={_free_port()}", "launch/train.py"], config, overrides, {})
 
 
 def launch_by_torchrun(config: RunConfig, world_size: int, variables: dict[str, str]) -> subprocess.Popen[str]:
-    """Start a run by torch's own command."""
+    """Start a run by torchrun."""
     launcher = [str(Path(sys.executable).with_name("torchrun")), f"--nproc_per_node={world_size}"]
     return _start([*launcher, f"--master_port={_free_port()}", "launch/train.py"], config, (), variables)
 
 
 def launch_by_entrypoint(config: RunConfig, world_size: int) -> subprocess.Popen[str]:
-    """Start a run as containers and schedulers do."""
+    """Start a run by the entrypoint of containers and schedulers."""
     variables = {"PROCS_PER_NODE": str(world_size), "MASTER_PORT": str(_free_port())}
     return _start(["docker/entrypoint"], config, (), variables)
 
 
 def finish(process: subprocess.Popen[str], timeout_seconds: float = TIMEOUT_SECONDS) -> str:
-    """Wait for a run; all that it and its ranks have printed."""
+    """Wait for a run; return the output of the launcher and its ranks."""
     try:
         output, _ = process.communicate(timeout=timeout_seconds)
     finally:
@@ -75,7 +75,7 @@ def finish(process: subprocess.Popen[str], timeout_seconds: float = TIMEOUT_SECO
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and its ranks at once, as a node that loses power."""
+    """Kill the launcher and its ranks at once, like a node that loses power."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -84,7 +84,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 def scalars_of(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a run: (step, value) by name."""
+    """The scalars that TensorBoard shows for a run: (step, value) by name."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})

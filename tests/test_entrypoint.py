@@ -1,4 +1,4 @@
-"""`docker/entrypoint` is run for real: two "nodes" are two processes, or two network namespaces, of this machine."""
+"""`docker/entrypoint` runs for real; two "nodes" are two processes, or two network namespaces, of this machine."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRYPOINT = REPOSITORY / "docker" / "entrypoint"
 LIMIT_SECONDS = 120
 
-# What a rank does in these tests, in place of training.
+# What a rank does in these tests instead of training.
 MEET = """
 import json, os, sys
 from pathlib import Path
@@ -52,7 +52,7 @@ time.sleep(600)
 
 
 def environment(script: Path | None = None, **variables: str) -> dict[str, str]:
-    """The variables of a fresh container: none of a scheduler that this test itself may run under."""
+    """The variables of a fresh container, without those of a scheduler that this test may run under."""
     of_schedulers = re.compile(r"SLURM_|JOBSET_|JOB_COMPLETION|REPLICATED_JOB|MASTER_|NODE_RANK|NUM_NODES|CUDA_VISIBLE")
     inherited = {name: value for name, value in os.environ.items() if not of_schedulers.match(name)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -72,7 +72,7 @@ def dry_run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
 
 
 def launched(*arguments: str, **variables: str) -> dict[str, Any]:
-    """The launcher's options that a dry run prints, with the decoded `world_info`."""
+    """The launcher's options as a dry run prints them, with `world_info` decoded."""
     result = dry_run(*arguments, **variables)
     assert result.returncode == 0, result.stderr
     options: dict[str, Any] = dict(re.findall(r"--(\w+)=(\S+)", result.stdout))
@@ -94,7 +94,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> N
 
 
 def run_two_nodes(tmp_path: Path, prefixes: list[list[str]], **variables: str) -> None:
-    """Start both nodes and compare what their ranks saw; `prefixes` are the commands that put a node in its place."""
+    """Start both nodes and compare what their ranks saw; `prefixes` are the commands that each node runs under."""
     script = tmp_path / "meet.py"
     script.write_text(MEET)
     nodes = [
@@ -167,7 +167,7 @@ def test_a_single_node_needs_no_variables():
     assert (options["node_rank"], options["master_addr"]) == ("0", "127.0.0.1")
 
 
-def test_gpus_are_those_that_the_scheduler_gave():
+def test_gpus_are_those_of_the_scheduler():
     options = launched(CUDA_VISIBLE_DEVICES="5,GPU-1a,7", PROCS_PER_NODE="2")
     assert options["world_info"] == {"node-0": ["5", "GPU-1a"]}
 
@@ -185,7 +185,7 @@ def test_jobset(subdomain):
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
-    """The variables of node 1 of 2, and a `scontrol` that knows this list of nodes only."""
+    """The variables of node 1 of 2, and a `scontrol` that knows only this list of nodes."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames gpu[07-08]" ] || { echo "Invalid hostlist" >&2; exit 1; }\n'
@@ -261,7 +261,7 @@ def test_node_rank_0_that_never_appears_ends_the_wait():
 
 @pytest.fixture
 def namespaces() -> Iterator[list[str]]:
-    """Two network namespaces on one cable, in which the name `first-node` is the first one's address."""
+    """Two connected network namespaces, in which the name `first-node` resolves to the address of the first one."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and iproute2")
     names = [f"voxtral-test-{os.getpid()}-{rank}" for rank in range(2)]
@@ -282,8 +282,8 @@ def namespaces() -> Iterator[list[str]]:
         except subprocess.CalledProcessError as error:
             pytest.skip(f"this machine makes no network namespaces: {error.stderr.strip()}")
         for rank, name in enumerate(names):
-            # `ip netns exec` shows a process this file in place of /etc/hosts. The host's own name has to be found too:
-            # gloo listens on its address.
+            # `ip netns exec` mounts this file as /etc/hosts. The host's own name must resolve too, because gloo listens
+            # on its address.
             hosts = Path("/etc/netns", name, "hosts")
             hosts.parent.mkdir(parents=True)
             own_address = f"10.77.0.{rank + 1} {socket.gethostname()}"
@@ -297,6 +297,6 @@ def namespaces() -> Iterator[list[str]]:
 
 @pytest.mark.slow
 def test_two_nodes_meet_over_a_network(tmp_path, namespaces):
-    """Nothing is shared but the cable: the second node finds the first by name."""
+    """The nodes share only a network: the second one finds the first one by name."""
     prefixes = [["ip", "netns", "exec", name] for name in namespaces]
     run_two_nodes(tmp_path, prefixes, MASTER_ADDR="first-node", MASTER_PORT="29500")

@@ -1,4 +1,4 @@
-"""What is exported of a run with adapters computes what was trained: merged, and as peft loads it."""
+"""Exports of a run with adapters compute what was trained, both merged and as loaded by peft."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from runs import run_config
 
 
 class OneProcess:
-    """An engine as far as exports need it."""
+    """The part of an engine that exports need."""
 
     def __init__(self, model: TrainedVoxtral) -> None:
         self._model = model
@@ -51,7 +51,7 @@ def logits_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.fixture(params=["lora", "dora"])
 def trained(request: pytest.FixtureRequest, tiny_model: Path, shard_folder: Path, tmp_path: Path) -> Any:
-    """A run's configuration, and a model whose trained parameters have moved away from their first values."""
+    """A run's configuration, and a model whose trained parameters differ from their initial values."""
     lora = LoraConfig(
         rank=3,
         alpha=5,

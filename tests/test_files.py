@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Files are written atomically, or refused before."""
 
 import errno
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, '{"step": 8}')
     assert path.read_bytes() == b'{"step": 4}'
-    # What is left of it goes with the next one.
+    # The next write removes what is left of it.
     monkeypatch.undo()
     write_atomically(path, '{"step": 8}')
     assert [one.name for one in tmp_path.iterdir()] == ["best.json"]

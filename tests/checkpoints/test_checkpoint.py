@@ -1,4 +1,4 @@
-"""A checkpoint goes on exactly where it was made, on any number of ranks, under any engine, and refuses strangers."""
+"""A run resumes exactly from a checkpoint, on any number of ranks and any engine, and refuses checkpoints of others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SAVED_STEP = 3
 
 
 def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Resume if there is something to resume from, train, save; the losses of this part and all state at its end."""
+    """Resume if there is a checkpoint, train, save; the losses of these steps and all state at the end."""
     from voxtral_dist.checkpoints.directory import CheckpointDirectory
     from voxtral_dist.checkpoints.progress import TrainProgress
     from voxtral_dist.engine.build import build_engine
@@ -80,7 +80,7 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def saved(config: RunConfig) -> Path:
-    """The run folder of two ranks under stage 3 that stopped half-way."""
+    """The folder of a run by two ranks under stage 3 that stopped half-way."""
     run_ranks(2, train_to, config, SAVED_STEP)
     return config.run_dir
 
@@ -95,7 +95,7 @@ def unbroken(
 
 @pytest.fixture(scope="module")
 def saved_by_fsdp2(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in shards, by FSDP2."""
+    """The same by FSDP2, in partitions."""
     folder = tmp_path_factory.mktemp("fsdp2")
     run_ranks(2, train_to, with_fsdp2(config, folder), SAVED_STEP)
     return folder
@@ -136,7 +136,7 @@ def fingerprint(config: RunConfig, prompts: VoxtralPrompts) -> str:
 
 
 class FrozenShapes:
-    """An engine as far as refusals need it: they come before anything is loaded."""
+    """The part of an engine that refusals need: they come before anything is loaded."""
 
     def __init__(self, model: Path) -> None:
         from voxtral_dist.config import ModelConfig

@@ -1,4 +1,4 @@
-"""Every ZeRO stage on any number of ranks trains as one plain process does on the whole batch, in float32."""
+"""Every ZeRO stage on any number of ranks trains like one plain process on the full batch, in float32."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
 
 
 def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | None = None) -> tuple[Curve, Weights]:
-    """The same steps by torch alone: one process, one backward pass over the mean of the whole batch.
+    """The same steps by torch alone: one process, one backward pass over the mean of the full batch.
 
-    model: another one than that of the library with all weights trained, such as one with adapters.
+    model: the model to train, such as one with adapters; None takes transformers' own with all weights trained.
     """
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, 0, 1)
@@ -81,9 +81,9 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
 
 
 def whole_model(config: RunConfig) -> VoxtralForConditionalGeneration:
-    """The library's own model with all weights trained."""
+    """transformers' own model with all weights trained."""
     model = VoxtralForConditionalGeneration.from_pretrained(config.model.path, dtype=torch.float32).train()
-    # Whisper's sinusoids: the class freezes them, and loading forgets that.
+    # Whisper's sinusoids: the class freezes them, but loading unfreezes them.
     model.model.audio_tower.embed_positions.requires_grad_(False)
     return model
 
@@ -97,17 +97,17 @@ def assert_same(actual: tuple[Curve, Weights], expected: tuple[Curve, Weights], 
 
 
 def train_all(world: World, configs: list[RunConfig]) -> list[tuple[Curve, Weights]]:
-    """One run after the other: imports take longer than training does."""
+    """One run after the other in the same ranks, because imports take longer than training."""
     results = []
     for config in configs:
         results.append(train_sharded(world, config))
-        # Engines are cycles of hooks.
+        # The hooks of engines form reference cycles.
         gc.collect()
     return results
 
 
 def assert_equal_plain(world_size: int, runs: dict[str, RunConfig]) -> None:
-    """Each of some runs gives on every rank what one plain process gives on the whole batch."""
+    """Each run gives the same on every rank as one plain process on the full batch."""
     of_ranks = run_ranks(world_size, train_all, list(runs.values()))
     for number, (name, run) in enumerate(runs.items()):
         has_all = run.trainable == TrainableConfig()
@@ -118,7 +118,7 @@ def assert_equal_plain(world_size: int, runs: dict[str, RunConfig]) -> None:
 
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    # 5 slots: 2 and 3 ranks have unequal shares, so that one of them runs a micro-batch of weight zero.
+    # 5 slots do not divide evenly over 2 or 3 ranks, so one rank runs a micro-batch of weight zero.
     return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
 
 
@@ -130,28 +130,28 @@ def test_target_counts_are_uneven(config: RunConfig) -> None:
 
 
 CHECKPOINTED = {"activation_checkpointing": {"encoder": 1, "language_model": 2}, "loss_chunk_tokens": 3}
-# Two windows at a time: micro-batches have one to eight, and differ between ranks, down to a silent one.
+# Two windows at a time: micro-batches have one to eight windows, and differ between ranks.
 IN_CHUNKS = {"encoder_windows_per_chunk": 2}
-# Small parameters are usually not sharded, and those of this model are small.
+# By default ZeRO-3 does not shard small parameters, and those of this model are small.
 ALL_SHARDED = {"stage3_param_persistence_threshold": 0}
 ADAPTERS = {"lora": {"rank": 4}}
 DORA = {"lora": {"rank": 4, "use_dora": True, "trained_whole": ["encoder"]}, "frozen": ["projector"]}
 
-# By the number of ranks and a name: the stage, more of DeepSpeed's settings, those of the model, and what is trained.
+# By number of ranks and name: the stage, more settings of DeepSpeed, of section `model`, and of section `trainable`.
 VARIANTS: dict[tuple[int, str], tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    (1, "stage 1 in passes"): (1, {}, IN_CHUNKS, {}),
+    (1, "stage 1 in chunks"): (1, {}, IN_CHUNKS, {}),
     (1, "stage 2"): (2, {}, {}, {}),
     (1, "stage 3"): (3, {}, {}, {}),
     (2, "stage 0"): (0, {}, {}, {}),
     (2, "stage 1 with a frozen encoder"): (1, {}, {}, {"frozen": ["encoder"]}),
-    (2, "stage 2 in passes"): (2, {}, IN_CHUNKS, {}),
+    (2, "stage 2 in chunks"): (2, {}, IN_CHUNKS, {}),
     (2, "stage 2 with adapters"): (2, {}, {}, ADAPTERS),
     (2, "stage 3"): (3, {}, {}, {}),
-    (2, "stage 3 in passes"): (3, {}, IN_CHUNKS, {}),
-    (2, "stage 3 with nothing whole"): (3, ALL_SHARDED, CHECKPOINTED, {}),
-    (2, "stage 3 with magnitudes beside a whole encoder"): (3, ALL_SHARDED, CHECKPOINTED, DORA),
+    (2, "stage 3 in chunks"): (3, {}, IN_CHUNKS, {}),
+    (2, "stage 3 with everything sharded"): (3, ALL_SHARDED, CHECKPOINTED, {}),
+    (2, "stage 3 with DoRA and a trained encoder"): (3, ALL_SHARDED, CHECKPOINTED, DORA),
     (3, "stage 2"): (2, {}, {}, {}),
-    (3, "stage 3 in passes"): (3, {}, IN_CHUNKS, {}),
+    (3, "stage 3 in chunks"): (3, {}, IN_CHUNKS, {}),
     (3, "stage 3 with adapters"): (3, {}, {}, ADAPTERS),
 }
 

@@ -1,4 +1,4 @@
-"""FSDP2 on any number of ranks trains as one plain process does on the whole batch, in float32, however it is set."""
+"""FSDP2 with any settings on any number of ranks trains like one plain process on the full batch, in float32."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from test_equations import CHECKPOINTED, IN_CHUNKS, NUM_STEPS, assert_equal_plai
 from workloads.peak_memory import forget_peak, status_bytes
 
 FROZEN = {"frozen": ("encoder",)}
-# With fewer rows than there are ranks, some of which hold none of an adapter.
+# Fewer rows than ranks: some ranks hold no row of an adapter.
 ADAPTERS = {"lora": {"rank": 2, "targets": {"language_model": ("q_proj", "down_proj"), "projector": ("linear_2",)}}}
 DORA = {"lora": {**ADAPTERS["lora"], "use_dora": True, "trained_whole": ("encoder",)}}
 
-# By the number of ranks and a name: settings of FSDP2, of the model, and what is trained.
+# By number of ranks and name: settings of FSDP2, of section `model`, and of section `trainable`.
 VARIANTS: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     (1, "alone"): ({"cpu_offload": True}, IN_CHUNKS, {}),
     (1, "alone with adapters"): ({}, {}, ADAPTERS),
-    (2, "as it is"): ({}, {}, {}),
-    (2, "in passes and checkpointed"): ({"reshard_after_forward": False}, CHECKPOINTED | IN_CHUNKS, {}),
+    (2, "defaults"): ({}, {}, {}),
+    (2, "in chunks and checkpointed"): ({"reshard_after_forward": False}, CHECKPOINTED | IN_CHUNKS, {}),
     (2, "offloaded replicas"): ({"ranks_per_replica": 1, "cpu_offload": True}, {}, {}),
-    (2, "frozen encoder in passes"): ({}, CHECKPOINTED | IN_CHUNKS, FROZEN),
-    (2, "magnitudes beside a whole encoder"): ({}, CHECKPOINTED | IN_CHUNKS, DORA),
-    (3, "as it is"): ({}, CHECKPOINTED | IN_CHUNKS, {}),
+    (2, "frozen encoder in chunks"): ({}, CHECKPOINTED | IN_CHUNKS, FROZEN),
+    (2, "DoRA and a trained encoder"): ({}, CHECKPOINTED | IN_CHUNKS, DORA),
+    (3, "defaults"): ({}, CHECKPOINTED | IN_CHUNKS, {}),
     (3, "adapters"): ({}, IN_CHUNKS, ADAPTERS),
     (4, "replicas"): ({"ranks_per_replica": 2}, IN_CHUNKS, {}),
 }
@@ -56,7 +56,7 @@ def variant(config: RunConfig, key: tuple[int, str]) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    # 5 slots: 2 and 3 ranks have unequal shares, so that one of them runs a micro-batch of weight zero.
+    # 5 slots do not divide evenly over 2 or 3 ranks, so one rank runs a micro-batch of weight zero.
     return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
 
 
@@ -66,22 +66,22 @@ def test_fsdp2_equals_one_plain_process(config: RunConfig, world_size: int) -> N
     assert_equal_plain(world_size, {key[1]: variant(config, key) for key in keys})
 
 
-# 30 million parameters: 119 MB, many times what libraries allocate by the way.
+# 30 million parameters, 119 MB: far more than libraries allocate on the side.
 LARGER_SHAPE = replace(TINY_SHAPE, text_width=1024, text_heads=8, text_kv_heads=8, text_ffn_width=3072)
-NUM_SHARDS = 8
-# What a rank adds beyond that: 20 MB were measured.
+NUM_PARTITIONS = 8
+# Memory of a rank besides its partition: 20 MB were measured.
 MODULES_BYTES = 32 * 2**20
 
 
 def peak_of_building(small: RunConfig, large: RunConfig, rank: int, num_ranks: int) -> int:
-    """Bytes that a rank adds to its process, at its peak, while it builds the larger model; all libraries are there."""
+    """Bytes that building the larger model adds to a rank at its peak; all libraries are loaded before."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from voxtral_dist.engine.build import build_engine
 
     torch.set_num_threads(1)
-    # Sends nothing and receives nothing: what needed other ranks would end up with garbage.
+    # Sends and receives nothing: anything that needed other ranks would end up with garbage.
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     world = World(rank, num_ranks, 0, torch.device("cpu"))
     log_mel = LogMel.from_pretrained(small.model.path, world.device)
@@ -100,23 +100,23 @@ def in_fresh_process(*arguments: Any) -> int:
 
 
 @pytest.mark.slow
-def test_no_rank_ever_holds_more_than_its_part_of_the_model(
+def test_no_rank_ever_holds_more_than_its_partition_of_the_model(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(os.environ, "MALLOC_MMAP_THRESHOLD_", "65536")
     build_tiny_voxtral(tmp_path / "larger", LARGER_SHAPE)
-    small = variant(config, (2, "as it is"))
+    small = variant(config, (2, "defaults"))
     large = small.model_copy(update={"model": ModelConfig(path=str(tmp_path / "larger"), precision="float32")})
     num_bytes = (tmp_path / "larger" / "model.safetensors").stat().st_size
     # All rows, and the pages of the file that they were read from.
-    whole = in_fresh_process(small, large, 0, 1)
-    assert whole > num_bytes
-    for rank in (0, NUM_SHARDS - 1):
-        assert in_fresh_process(small, large, rank, NUM_SHARDS) < whole / NUM_SHARDS + MODULES_BYTES < num_bytes
+    alone = in_fresh_process(small, large, 0, 1)
+    assert alone > num_bytes
+    for rank in (0, NUM_PARTITIONS - 1):
+        assert in_fresh_process(small, large, rank, NUM_PARTITIONS) < alone / NUM_PARTITIONS + MODULES_BYTES < num_bytes
 
 
 def full_weights_alone(world: World, config: RunConfig) -> dict[str, torch.Tensor] | None:
-    """What rank 0 computes by itself, while the other ranks have left the context and wait for nothing."""
+    """Logits and weights of rank 0 by itself, after the other ranks have left the context."""
     from voxtral_dist.engine.build import build_engine
 
     engine = build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
@@ -128,10 +128,10 @@ def full_weights_alone(world: World, config: RunConfig) -> dict[str, torch.Tenso
         return {"logits": logits, **dict(model.named_parameters())}
 
 
-def test_the_model_of_evaluations_is_whole_and_needs_no_other_rank(config: RunConfig) -> None:
-    trainable = variant(config, (2, "magnitudes beside a whole encoder")).trainable
+def test_full_weights_need_no_other_rank(config: RunConfig) -> None:
+    trainable = variant(config, (2, "DoRA and a trained encoder")).trainable
     expected = load_voxtral(config.model, trainable, config.seed).eval()
-    adapted = variant(config, (2, "magnitudes beside a whole encoder"))
+    adapted = variant(config, (2, "DoRA and a trained encoder"))
     found = run_ranks(2, full_weights_alone, adapted)[0]
     logits = expected(input_ids=torch.arange(300, 320)[None]).logits
     torch.testing.assert_close(found.pop("logits"), logits.detach())
@@ -140,14 +140,14 @@ def test_the_model_of_evaluations_is_whole_and_needs_no_other_rank(config: RunCo
         assert torch.equal(found[name], parameter), name
 
 
-def test_an_optimizer_that_does_not_know_shards_is_refused(config: RunConfig) -> None:
-    tree = variant(config, (2, "as it is")).model_dump()
+def test_an_optimizer_that_does_not_support_sharded_parameters_is_refused(config: RunConfig) -> None:
+    tree = variant(config, (2, "defaults")).model_dump()
     other = RunConfig.model_validate(tree | {"optimizer": tree["optimizer"] | {"algorithm": "muon"}})
     with pytest.raises(UserError, match=r"`optimizer.algorithm` must be `adamw` .* but is `muon` instead"):
         check_engine(other)
 
 
-def test_replicas_that_do_not_fill_the_world_are_refused_as_soon_as_it_is_known(config: RunConfig) -> None:
+def test_replicas_that_do_not_divide_the_ranks_are_refused_once_their_number_is_known(config: RunConfig) -> None:
     replicas = variant(config, (4, "replicas"))
     check_engine(replicas)
     check_engine(replicas, 4)
@@ -155,7 +155,7 @@ def test_replicas_that_do_not_fill_the_world_are_refused_as_soon_as_it_is_known(
         check_engine(replicas, 3)
 
 
-def test_the_loss_scale_halves_on_overflow_doubles_after_good_steps_and_goes_on_after_a_restart() -> None:
+def test_the_loss_scale_halves_on_overflow_doubles_after_good_steps_and_resumes() -> None:
     scale = LossScale(num_steps_to_growth=3)
     first = scale.value
     scale.update(is_finite=False)

@@ -1,4 +1,4 @@
-"""What is decayed, and how fast each step learns."""
+"""Parameter groups and the learning rate schedule."""
 
 import math
 from itertools import pairwise
@@ -95,12 +95,12 @@ def test_frozen_parameters_are_in_no_group():
     assert {id(one) for one in grouped} == {id(one) for one in [*model[1].parameters(), model[2].weight]}
 
 
-def test_a_group_without_parameters_is_left_out():
+def test_a_group_without_parameters_is_omitted():
     assert [group["weight_decay"] for group in parameter_groups(nn.LayerNorm(3), DECAYING)] == [0.0]
 
 
 def test_a_parameter_emptied_by_zero_3_keeps_its_group():
-    """Under stage 3 a weight is a vector of length 0, and its shape is kept beside it."""
+    """Under stage 3 a weight has no elements, and its shape is in `ds_shape`."""
     model = nn.Linear(2, 3)
     model.weight.data = torch.empty(0)
     model.weight.ds_shape, model.bias.ds_shape = torch.Size([3, 2]), torch.Size([3])

@@ -1,4 +1,4 @@
-"""The same equations where an extension must be compiled first, or in bfloat16, which CPUs compute slowly."""
+"""The same equations with a compiled extension, and in half precision, which is slow on CPUs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def offload_extension() -> None:
-    """DeepSpeed's Adam for CPUs: minutes of compilation, once."""
+    """Compile DeepSpeed's Adam for CPUs, which takes minutes, once."""
     command = [Path(sys.executable).with_name("voxtral-dist"), "doctor", "--with-offload"]
     subprocess.run(command, check=True)
 
@@ -37,7 +37,7 @@ def test_offloading_everything_equals_one_plain_process_and_resumes(config: RunC
     offloaded = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": file})})
     for result in run_ranks(2, test_equations.train_sharded, offloaded):
         test_equations.assert_same(result, test_equations.train_plainly(config))
-    # DeepSpeed's Adam for CPUs does not repeat the last digit of float32 after a restart.
+    # DeepSpeed's Adam for CPUs does not reproduce the last digit of float32 after a restart.
     assert_resumes(offloaded, tmp_path, relative=1e-6)
 
 

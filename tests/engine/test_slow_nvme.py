@@ -1,4 +1,4 @@
-"""Everything on a drive: the same numbers, and a model whose states are larger than the memory that it trains in."""
+"""Offload to NVMe: the same numbers, and a model whose states are larger than the memory it trains in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from runs import ROOT, run_config
 pytestmark = pytest.mark.slow
 LAST_STEP = test_equations.NUM_STEPS
 
-# Its matrices have more than the 1 MiB from which on DeepSpeed puts a part on the drive, with 2 ranks too.
+# Even split over 2 ranks, its matrices exceed the 1 MiB above which DeepSpeed puts a partition on the drive.
 WIDE = replace(TINY_SHAPE, text_width=768)
 # 132 million parameters: 1.6 GB of float32 weights and moments.
 LARGE = TinyShape(text_width=1024, text_layers=10, text_heads=8, text_kv_heads=8, text_ffn_width=2816)
@@ -33,7 +33,7 @@ STATES_BYTES_PER_PARAMETER = 12
 
 @pytest.fixture(scope="module", autouse=True)
 def extensions() -> None:
-    """DeepSpeed's Adam for CPUs and its reading and writing of drives: minutes of compilation, once."""
+    """Compile DeepSpeed's Adam for CPUs and its asynchronous I/O, which takes minutes, once."""
     command = [Path(sys.executable).with_name("voxtral-dist"), "doctor", "--with-nvme"]
     done = subprocess.run(command, capture_output=True, text=True)
     if "libaio" in done.stdout + done.stderr:
@@ -42,7 +42,7 @@ def extensions() -> None:
 
 
 def on_drive(model: Path, shards: Path, folder: Path, file: str, sub_group_size: int) -> RunConfig:
-    """A run under one of our files with smaller sub-groups, so that there are several of them."""
+    """A run with one of our DeepSpeed files, with sub-groups so small that there are several."""
     settings = json.loads((ROOT / "ds_configs" / file).read_text())
     settings["zero_optimization"] |= {"sub_group_size": sub_group_size, "reduce_bucket_size": sub_group_size}
     folder.mkdir(exist_ok=True)
@@ -72,12 +72,12 @@ def test_a_drive_changes_no_number_and_a_resumed_run_is_the_unbroken_one(
             assert float((weights[name] - weight).abs().max()) < 2e-6, name
     assert list((tmp_path / "drive").glob("*/zero_stage_3/optimizer/rank1/exp_avg_sq-*.swp"))
     assert list((tmp_path / "drive").glob("*/zero_stage_3/float32params/rank1/*_param.tensor.swp"))
-    # DeepSpeed's Adam for CPUs does not repeat the last digit of float32 after a restart.
+    # DeepSpeed's Adam for CPUs does not reproduce the last digit of float32 after a restart.
     run_ranks(2, train_and_resume, config, 1e-6)
 
 
 def train_in(world: World, config: RunConfig, memory_bytes: int) -> list[float]:
-    """The losses of a run whose process may have so much private memory (RLIMIT_DATA) more than before the model."""
+    """The losses of a run that may add `memory_bytes` of private memory (RLIMIT_DATA), its model included."""
     from voxtral_dist.data.loader import build_train_loader
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.model.features import LogMel
@@ -100,7 +100,7 @@ def test_states_on_a_drive_train_in_less_memory_than_they_have_bytes(
     folder = tmp_path_factory.mktemp("large")
     build_tiny_voxtral(folder / "model", LARGE)
     num_parameters = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors")) // 4
-    # Less than the states alone have, for buffers, gradients (4 bytes a parameter, which DeepSpeed keeps) and all else.
+    # Less than the size of the states; it must suffice for buffers, gradients (4 bytes per parameter) and the rest.
     memory_bytes = round(0.8 * num_parameters * STATES_BYTES_PER_PARAMETER)
     on_nvme = on_drive(folder / "model", shard_folder, folder / "nvme", "zero3_nvme.json", 5_000_000)
     losses = run_ranks(1, train_in, on_nvme, memory_bytes)[0]

@@ -1,4 +1,4 @@
-"""What DeepSpeed's file asks for is done or refused: building in parts, stage 0, adapters, float16, Muon, groups."""
+"""Options of DeepSpeed's file work or are refused: sharded building, stage 0, adapters, float16, Muon, ZeRO++."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPa
 
 
 def with_zero(config: RunConfig, folder: Path, zero: dict[str, Any], **sections: Any) -> RunConfig:
-    """The same run under other settings of DeepSpeed's, and with some sections changed."""
+    """The same run with other settings of DeepSpeed, and some other sections."""
     file = folder / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": zero}))
     tree = config.model_dump()
@@ -38,8 +38,8 @@ def with_zero(config: RunConfig, folder: Path, zero: dict[str, Any], **sections:
     return RunConfig.model_validate(tree)
 
 
-def build_in_parts(world: World, config: RunConfig) -> dict[str, tuple[bool, tuple[int, ...], int, torch.Tensor]]:
-    """Of each parameter: whether it is trained, its shape, elements of this rank, and the gathered value."""
+def build_sharded(world: World, config: RunConfig) -> dict[str, tuple[bool, tuple[int, ...], int, torch.Tensor]]:
+    """For each parameter: whether it is trained, its shape, the size of this rank's partition, the gathered value."""
     import deepspeed
 
     from voxtral_dist.engine.zero.building import fill_model
@@ -53,17 +53,17 @@ def build_in_parts(world: World, config: RunConfig) -> dict[str, tuple[bool, tup
     built = {}
     for name, parameter in model.named_parameters():
         own, shape = parameter.ds_tensor.numel(), tuple(parameter.ds_shape)
-        assert parameter.numel() == 0, f"{name} is whole on a rank"
+        assert parameter.numel() == 0, f"{name} is not sharded"
         with deepspeed.zero.GatheredParameters([parameter]):
             built[name] = (parameter.requires_grad, shape, own, parameter.detach().clone())
     return built
 
 
-def test_a_model_that_is_built_in_parts_is_the_stored_one(config: RunConfig, tmp_path: Path) -> None:
+def test_a_model_that_is_built_sharded_is_the_stored_one(config: RunConfig, tmp_path: Path) -> None:
     trainable = {"frozen": ["projector"], "lora": {"rank": 4, "use_dora": True, "trained_whole": ["encoder"]}}
     adapted = with_zero(config, tmp_path, {"stage": 3}, trainable=trainable)
     whole = dict(load_voxtral(adapted.model, adapted.trainable, adapted.seed).named_parameters())
-    for built in run_ranks(2, build_in_parts, adapted):
+    for built in run_ranks(2, build_sharded, adapted):
         assert built.keys() == whole.keys()
         for name, (is_trained, shape, own, value) in built.items():
             assert (is_trained, shape) == (whole[name].requires_grad, tuple(whole[name].shape)), name
@@ -72,7 +72,7 @@ def test_a_model_that_is_built_in_parts_is_the_stored_one(config: RunConfig, tmp
 
 
 def train_in_float16(world: World, config: RunConfig, first_scale_power: int) -> tuple[list[float], dict[str, float]]:
-    """As `train_and_resume`, where DeepSpeed believes that this CPU computes in float16, which it does slowly."""
+    """Run `train_and_resume` with a DeepSpeed that believes in float16 on CPUs, where torch computes it slowly."""
     from deepspeed.accelerator import get_accelerator
 
     from voxtral_dist.engine.zero import settings as zero_settings
@@ -85,7 +85,7 @@ def train_in_float16(world: World, config: RunConfig, first_scale_power: int) ->
 def train_and_resume(
     world: World, config: RunConfig, tolerance: float = 0.0
 ) -> tuple[list[float], dict[str, float], list[str]]:
-    """Losses, scalars and the names of states of a run that never stops; one that stops half-way ends the same."""
+    """Losses, scalars and state names of a run that never stops; one that stops half-way must end the same."""
     unbroken = config.model_copy(update={"run_dir": config.run_dir / "unbroken"})
     broken = config.model_copy(update={"run_dir": config.run_dir / "broken"})
     losses, states = test_checkpoint.train_to(world, unbroken, LAST_STEP)
@@ -106,19 +106,17 @@ def train_in_float16_one_after_the_other(
 
 
 @pytest.mark.slow
-def test_float16_leaves_out_steps_that_overflow_and_resumes_to_the_last_digit(
-    config: RunConfig, tmp_path: Path
-) -> None:
+def test_float16_skips_steps_that_overflow_and_resumes_to_the_last_digit(config: RunConfig, tmp_path: Path) -> None:
     halves = []
     for stage in (2, 3):
         (tmp_path / str(stage)).mkdir()
         halves.append(with_zero(config, tmp_path / str(stage), {"stage": stage}, model={"precision": "float16"}))
-    # With 2^18 gradients of this model are near the largest float16: with 2^20 those of the first step overflow.
+    # With a scale of 2^18, gradients of this model are near the largest float16; with 2^20 the first step overflows.
     for losses, scalars in run_ranks(2, train_in_float16_one_after_the_other, halves, 20)[0]:
         num_skipped = scalars["num_skipped_steps"]
         assert 1 <= num_skipped < LAST_STEP
         assert scalars["loss_scale"] == 2.0 ** (20 - num_skipped)
-        # Since the last one that was left out.
+        # Since the last skipped one.
         assert 0 <= scalars["num_good_steps"] <= LAST_STEP - num_skipped
         assert losses[-1] < losses[0]
 
@@ -187,7 +185,7 @@ def test_what_deepspeed_cannot_do_is_refused_before_a_model_is_built(
     assert sentence in str(refusal.value)
 
 
-def test_a_machine_without_libaio_is_told_so_before_a_model_is_built(
+def test_nvme_without_libaio_is_refused_before_a_model_is_built(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("deepspeed.ops.op_builder.cpu.AsyncIOBuilder.is_compatible", lambda self: False)

@@ -1,1 +1,1 @@
-"""Ranks as values, and the few collectives that training and evaluation need."""
+"""Ranks as values, their devices, and the few collectives that training and evaluation need."""

@@ -1,4 +1,4 @@
-"""Sums, gathers and waits over ranks. In a world of one each of them is the identity."""
+"""Reductions, gathers and barriers over ranks. In a world of size 1 each of them is the identity."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from voxtral_dist.distributed.world import World
 
 T = TypeVar("T")
 
-# Other collectives end a run when a rank is late by much less. Here the launcher sees who is lost.
+# Other collectives time out much earlier. With this one, only the launcher notices a lost rank.
 _PATIENCE = timedelta(days=30)
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
-    """The element-wise sum over all ranks, in float64, the same on every rank to the last bit."""
+    """The element-wise sum over all ranks in float64, bitwise equal on every rank."""
     if world.size == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
@@ -28,13 +28,13 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
 
 
 class PatientSum:
-    """A sum over ranks that come to it hours apart, after work that nobody evens out. All ranks make it together."""
+    """A sum over ranks that may arrive hours apart, after unequal work. All ranks construct it together."""
 
     def __init__(self, world: World) -> None:
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
 
     def __call__(self, value: int) -> int:
-        """The sum of all ranks' values, when the last one has come."""
+        """The sum of all ranks' values; blocks until the last rank arrives."""
         total = torch.tensor(value)
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
@@ -42,7 +42,7 @@ class PatientSum:
 
 
 def max_over_ranks(values: Sequence[int], world: World) -> list[int]:
-    """The element-wise maximum over all ranks, which pass in equally many values."""
+    """The element-wise maximum over all ranks, which must pass the same number of values."""
     if world.size == 1:
         return list(values)
     largest = torch.tensor(values, dtype=torch.int64, device=world.device)
@@ -57,9 +57,9 @@ def sum_tensor_over_ranks(tensor: Tensor, world: World) -> None:
 
 
 def gather_on_first(value: T, world: World) -> list[T]:
-    """On rank 0 what each rank passed in, in the order of ranks; on the others an empty list.
+    """The values of all ranks in the order of ranks, on rank 0; an empty list on others.
 
-    Values travel as pickles: results and names, not tensors.
+    Values are pickled: use it for results and names, not for tensors.
     """
     if world.size == 1:
         return [value]
@@ -78,13 +78,13 @@ def from_first_rank(value: T, world: World) -> T:
 
 
 def ranks_unlike_first(value: object, world: World) -> list[int]:
-    """The ranks whose value is not that of rank 0, on every rank; values travel as pickles."""
+    """The ranks whose value differs from rank 0's, on every rank; values are pickled."""
     gathered = gather_on_first(value, world)
     return from_first_rank([rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]], world)
 
 
 def wait_for_all(world: World) -> None:
-    """Return when every rank has come here."""
+    """Block until every rank has called this."""
     if world.size > 1:
-        # A barrier of NCCL guesses the device; a sum on this rank's own device does not.
+        # NCCL's barrier guesses the device; a sum uses this rank's own.
         sum_over_ranks([0.0], world)

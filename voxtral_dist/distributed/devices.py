@@ -1,4 +1,4 @@
-"""What a rank's device can do at most, how much of its memory was in use, and how much is free."""
+"""Peak throughput of a rank's device, and its peak and free memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-# Dense 10^12 operations per second by NVIDIA's data sheets: of bfloat16 and float16 with sums in float32, and of
-# float32, for which torch leaves tensor cores aside. The first row counts whose words are all in a device's name.
+# Dense 10^12 operations per second from NVIDIA's data sheets: for bfloat16 and float16 with accumulation in float32,
+# and for float32 without tensor cores, which torch does not use by default. A device takes the first row whose words
+# are all in its name.
 _TFLOPS: list[tuple[set[str], float, float]] = [
     ({"GB200"}, 2500, 80),
     ({"B200"}, 2250, 75),
@@ -30,21 +31,21 @@ _TFLOPS: list[tuple[set[str], float, float]] = [
     ({"RTX", "5090"}, 209.5, 104.8),
     ({"RTX", "4090"}, 165.2, 82.6),
     ({"RTX", "3090"}, 71, 35.6),
-    # Without bfloat16 in hardware.
+    # No bfloat16 in hardware.
     ({"V100", "PCIE"}, 112, 14),
     ({"V100"}, 125, 15.7),
     ({"T4"}, 65, 8.1),
 ]
 _WITHOUT_BFLOAT16 = {"V100", "T4"}
-# Of glibc's <malloc.h>. Setting the first also ends its growth.
+# Constants of glibc's <malloc.h>. Setting the first one also stops glibc from raising that threshold.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
-_GIVEN_BACK_BYTES = 128 * 1024
-# Parts of a device, and slower ones under the name of a faster: nothing is better than a wrong figure.
+_RETURNED_BYTES = 128 * 1024
+# Words of partial devices, and of slower ones with the name of a faster one: no number is better than a wrong one.
 _OTHER_DEVICES = {"MIG", "LAPTOP", "MAX", "TI", "D"}
 
 
 def known_peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense operations per second of a device by its name in CUDA; None where it is not known."""
+    """Dense operations per second of a device by its CUDA name; None if unknown."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     found = next((row for row in _TFLOPS if row[0] <= words), None)
     if found is None or words & _OTHER_DEVICES or (precision == "bfloat16" and found[0] & _WITHOUT_BFLOAT16):
@@ -54,14 +55,14 @@ def known_peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def peak_flops(device: torch.device, precision: str, configured_tflops: float | None) -> float | None:
-    """Operations per second that utilisation is measured against; None where they are not known."""
+    """Peak operations per second, the denominator of model FLOPs utilisation; None if unknown."""
     if configured_tflops is not None:
         return 1e12 * configured_tflops
     return known_peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process ever held: of tensors on a GPU, of resident memory on a CPU; 0 where nothing tells."""
+    """Peak memory of this process so far: of tensors on a GPU, resident memory on a CPU; 0 if it cannot be read."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -73,44 +74,49 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device, num_sharing: int) -> int:
-    """What this process may still take: of its GPU, or its part of the host's memory that so many processes share."""
+    """Memory that this process may still allocate: on its GPU, or its fraction of host memory.
+
+    Args:
+        device: the process's device.
+        num_sharing: number of processes that share the host's memory; does nothing on a GPU.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch keeps for later tensors is free too.
+        # Memory that torch has reserved but not allocated is free too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(_available_on_host(), _available_in_cgroup()) // num_sharing
 
 
 def return_freed_memory() -> None:
-    """Let this process give large blocks of memory back as soon as they are freed.
+    """Make this process return large blocks of memory to the system as soon as they are freed.
 
-    glibc keeps what is freed below a threshold that grows up to 32 MB, in up to eight heaps per core. A process that
-    moves such buffers between threads then holds two or three times what it uses. Elsewhere than on glibc it does
+    glibc keeps freed blocks below a threshold, which grows up to 32 MB, in up to eight heaps per core. A process that
+    passes such buffers between threads then holds two or three times the memory it uses. Without glibc this does
     nothing.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        for option, value in ((_M_MMAP_THRESHOLD, _GIVEN_BACK_BYTES), (_M_TRIM_THRESHOLD, _GIVEN_BACK_BYTES)):
-            libc.mallopt(option, value)
+        libc.mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _RETURNED_BYTES)
         libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def _available_on_host() -> int:
     meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    assert found is not None, "Linux tells it since 2014"
+    assert found is not None, "Linux reports MemAvailable since 2014"
     return 1024 * int(found[1])
 
 
 def _available_in_cgroup() -> int:
-    """What is left below the limit of a container; pages of files, which the kernel gives back, do not count."""
+    """Memory left below a container's limit; page cache counts as free, because the kernel can reclaim it."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit = int((folder / "memory.max").read_text(encoding="utf-8"))
         current = int((folder / "memory.current").read_text(encoding="utf-8"))
         statistics = (folder / "memory.stat").read_text(encoding="utf-8")
     except (OSError, ValueError):
-        # No limit ("max"), or an older kind of cgroup.
+        # No limit ("max"), or cgroup v1.
         return sys.maxsize
     pages = re.search(r"^inactive_file (\d+)$", statistics, re.MULTILINE)
     return limit - current + (int(pages[1]) if pages else 0)

@@ -1,4 +1,4 @@
-"""Tasks handed to whichever rank asks first, so that a slow rank does not hold the others."""
+"""A task queue over ranks, so that a slow rank does not hold up the others."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ _NEXT = "next"
 
 
 class TaskQueue:
-    """The numbers from 0, each of which one rank gets. All ranks make it together, and go through it on their own.
+    """Task numbers from 0, each given to the first rank that asks for it.
 
-    The ranks share a counter in the store by which they met, so nobody waits for a collective.
+    All ranks construct it together and iterate independently. They share a counter in the process group's store, so no
+    rank waits for a collective.
     """
 
     def __init__(self, num_tasks: int, world: World) -> None:
         self._num_tasks = num_tasks
-        # A name of its own: the store lives as long as the run.
+        # A unique name, because the store lives as long as the run.
         name = from_first_rank(uuid.uuid4().hex, world)
-        # A world of one has no store by which it met others.
+        # A world of size 1 has no shared store.
         shared = _get_default_store() if world.size > 1 else HashStore()
         self._store = PrefixStore(name, shared)
 
     def __iter__(self) -> Iterator[int]:
-        """The next number that nobody has, until there is none or a rank has called `stop`."""
+        """Yield numbers that no other rank has, until none is left or a rank has called `stop`."""
         while not self._store.check([_STOPPED]):
             number = self._store.add(_NEXT, 1) - 1
             if number >= self._num_tasks:
@@ -38,5 +39,5 @@ class TaskQueue:
             yield number
 
     def stop(self) -> None:
-        """Let no rank begin another task: this one has failed."""
+        """Keep all ranks from starting another task, because this rank has failed."""
         self._store.set(_STOPPED, "")

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the float32 weights and moments of a parameter: in flat partitions, or in files on a drive."""
+"""Access to the float32 weights and moments that DeepSpeed keeps, in flat partitions or in files on a drive."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _MUON = ("momentum_buffer",)
 
 @dataclass(frozen=True)
 class Fragment:
-    """This rank's part of a parameter's weight or moment.
+    """This rank's partition of a parameter's weight or moment.
 
-    inside: its positions in the flattened parameter.
-    values: a view of them where DeepSpeed updates them, with one dimension.
+    inside: its positions in the flattened parameter. values: a one-dimensional view of DeepSpeed's own memory.
     """
 
     inside: slice
@@ -29,7 +28,7 @@ class Fragment:
 
 
 class MasterStates:
-    """Full float32 weights and moments of trained parameters, read from and written to what ranks hold of them.
+    """Reads and writes full float32 weights and moments of trained parameters from and to the ranks' partitions.
 
     All ranks must go through the parameters together.
     """
@@ -50,19 +49,18 @@ class MasterStates:
 
     @torch.no_grad()
     def load(self, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
-        """Take over this rank's part of a full weight and its moments, which must have been created."""
+        """Copy this rank's partition of a full weight and its moments, after `create_moments`."""
         _write(self._weight_fragment(parameter), weight)
         for key, moment in moments.items():
-            fragment = self._moment_fragment(parameter, key)
-            _write(fragment, moment)
+            _write(self._moment_fragment(parameter, key), moment)
 
     def create_moments(self, num_updates: int) -> None:
-        """Give the optimizer the states that it would otherwise make at its first step."""
+        """Create the optimizer states that DeepSpeed would create at the first step."""
         for partition, group in self._partitions():
             self._create_state(partition, group, num_updates)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """How many updates Adam's corrections of its means count."""
+        """Set the number of updates in Adam's bias correction."""
         for partition, _ in self._partitions():
             self._optimizer.state[partition]["step"] = self._step_value(partition, num_updates)
 
@@ -70,26 +68,26 @@ class MasterStates:
         state = self._optimizer.state[partition]
         state["step"] = self._step_value(partition, num_updates)
         for key in _moments_of(group.get("use_muon", False)):
-            # DeepSpeed makes Muon's before the first step, in the precision that it wants.
+            # DeepSpeed creates Muon's before the first step, in a precision of its choice.
             if key not in state:
                 state[key] = torch.zeros_like(partition)
 
     def _step_value(self, partition: Tensor, num_updates: int) -> Any:
         if not isinstance(self._optimizer, torch.optim.AdamW):
             return num_updates
-        # torch's fused AdamW counts on the device of the weights, the plain one on the CPU.
+        # torch's fused AdamW keeps the count on the device of the weights, the plain one on the CPU.
         device = partition.device if self._optimizer.defaults["fused"] else "cpu"
         return torch.tensor(float(num_updates), device=device)
 
     def _full(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
-        whole = torch.zeros(full_shape(parameter), device=self._world.device)
+        full = torch.zeros(full_shape(parameter), device=self._world.device)
         if fragment is not None:
-            whole.view(-1)[fragment.inside].copy_(fragment.values)
-        sum_tensor_over_ranks(whole, self._world)
-        return whole.cpu()
+            full.view(-1)[fragment.inside].copy_(fragment.values)
+        sum_tensor_over_ranks(full, self._world)
+        return full.cpu()
 
     def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """The tensors that the optimizer updates on this rank, each with its group."""
+        """The tensors that the optimizer updates on this rank, each with its parameter group."""
         raise NotImplementedError
 
     def _weight_fragment(self, parameter: nn.Parameter) -> Fragment | None:
@@ -100,7 +98,7 @@ class MasterStates:
 
 
 class ReplicatedStates(MasterStates):
-    """Stage 0: every rank updates whole parameters."""
+    """Stage 0: every rank updates full parameters."""
 
     def _full(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
         if fragment is None:
@@ -119,7 +117,7 @@ class ReplicatedStates(MasterStates):
 
 
 class FlatStates(MasterStates):
-    """Stages 1 and 2: the parameters of a group lie one after the other, and each rank updates an equal part."""
+    """Stages 1 and 2: the parameters of a group are concatenated, and each rank updates an equal partition."""
 
     def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((group["params"][0], group) for group in self._optimizer.param_groups)
@@ -131,22 +129,22 @@ class FlatStates(MasterStates):
         return self._fragment(parameter, key)
 
     def _fragment(self, parameter: nn.Parameter, key: str | None) -> Fragment | None:
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed puts it there
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed adds it
         if mapping is None:
             return None
         partition = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
-        # DeepSpeed links moments to parameters too, but only when it loads or saves its own checkpoints.
-        whole = partition if key is None else self._optimizer.state[partition].get(key)
-        if whole is None:
+        # DeepSpeed maps moments to parameters too, but only when it loads or saves its own checkpoints.
+        flat = partition if key is None else self._optimizer.state[partition].get(key)
+        if flat is None:
             return None
-        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return Fragment(slice(inside.start, inside.start + inside.numel), whole.narrow(0, flat.start, flat.numel))
+        inside, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Fragment(slice(inside.start, inside.start + inside.numel), flat.narrow(0, in_flat.start, in_flat.numel))
 
 
 class ShardedStates(MasterStates):
-    """Stage 3: each rank has an equal slice of every flattened parameter, which ZeRO pads at the end.
+    """Stage 3: each rank has an equal slice of every flattened parameter, padded at the end.
 
-    The slices of some parameters form a sub-group, which is updated, and moved between memory and drive, as a whole.
+    The slices of several parameters form a sub-group, the unit of updates and of swapping between memory and drive.
     """
 
     def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -155,7 +153,7 @@ class ShardedStates(MasterStates):
             yield partition, self._optimizer.param_groups[groups[number]]
 
     def create_moments(self, num_updates: int) -> None:
-        """See `MasterStates`. On a drive they are created sub-group by sub-group, as DeepSpeed's first step does."""
+        """See `MasterStates`. On a drive, they are created per sub-group, as in DeepSpeed's first step."""
         for number, (partition, group) in enumerate(self._partitions()):
             if self._is_swapped(number):
                 self._engine.optimizer.optimizer_swapper.swap_in_optimizer_state(partition)
@@ -167,8 +165,8 @@ class ShardedStates(MasterStates):
     def _weight_fragment(self, parameter: nn.Parameter) -> Fragment:
         number, start, size = self._place(parameter)
         partition = self._engine.optimizer.fp32_partitioned_groups_flat[number]
-        whole = self._mapped(number, partition) if self._is_swapped(number) else partition
-        return self._slice(parameter, whole, start, size)
+        flat = self._mapped(number, partition) if self._is_swapped(number) else partition
+        return self._slice(parameter, flat, start, size)
 
     def _moment_fragment(self, parameter: nn.Parameter, key: str) -> Fragment | None:
         number, start, size = self._place(parameter)
@@ -176,27 +174,26 @@ class ShardedStates(MasterStates):
         state = self._optimizer.state.get(partition, {})
         if key not in state:
             return None
-        whole = self._mapped(number, state[key]) if self._is_swapped(number) else state[key]
-        return self._slice(parameter, whole, start, size)
+        flat = self._mapped(number, state[key]) if self._is_swapped(number) else state[key]
+        return self._slice(parameter, flat, start, size)
 
     def _place(self, parameter: nn.Parameter) -> tuple[int, int, int]:
-        """The number of the sub-group, and where in it the parameter's slice begins, with padding how long it is."""
+        """The number of the parameter's sub-group, and the start and padded length of its slice in it."""
         number, start, size = self._engine.optimizer.grad_position[self._engine.optimizer.get_param_id(parameter)]
         return number, int(start), int(size)
 
-    def _slice(self, parameter: nn.Parameter, whole: Tensor, start: int, size: int) -> Fragment:
+    def _slice(self, parameter: nn.Parameter, flat: Tensor, start: int, size: int) -> Fragment:
         first = self._world.rank * size
-        own = max(0, min(size, parameter.ds_numel - first))  # type: ignore[attr-defined]  # DeepSpeed puts it there
-        return Fragment(slice(first, first + own), whole.narrow(0, start, own))
+        own = max(0, min(size, parameter.ds_numel - first))  # type: ignore[attr-defined]  # DeepSpeed adds it
+        return Fragment(slice(first, first + own), flat.narrow(0, start, own))
 
     def _is_swapped(self, number: int) -> bool:
         return bool(self._engine.optimizer._swappable_optimizer_subgroup(number))
 
     def _mapped(self, number: int, tensor: Tensor) -> Tensor:
-        """A sub-group's weights or one of its moments in DeepSpeed's file on the drive.
+        """A sub-group's weights or one of its moments, mapped from DeepSpeed's file on the drive.
 
-        It is mapped, so a parameter costs the reading or writing of its own slice: DeepSpeed's way to one is to swap
-        the whole sub-group in and out.
+        Mapping reads and writes only the slice of a parameter; DeepSpeed's own access swaps all of the sub-group.
         """
         sub_group = self._engine.optimizer.fp32_partitioned_groups_flat[number]
         swapped = self._engine.optimizer.optimizer_swapper.swap_params_info[sub_group.ds_id]
@@ -205,13 +202,13 @@ class ShardedStates(MasterStates):
 
 
 def master_states(engine: Any, optimizer: torch.optim.Optimizer, stage: int, world: World) -> MasterStates:
-    """How to reach the states of a DeepSpeed engine of that stage."""
+    """The states of a DeepSpeed engine of this stage."""
     kind = {0: ReplicatedStates, 3: ShardedStates}.get(stage, FlatStates)
     return kind(engine, optimizer, world)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter that may be sharded: stage 3 empties parameters and keeps their shape beside them."""
+    """The shape of a parameter; stage 3 empties sharded ones and keeps their shape in `ds_shape`."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
