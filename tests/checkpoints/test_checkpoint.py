@@ -173,7 +173,7 @@ def test_a_checkpoint_of_other_batches_or_data_is_refused(
 ) -> None:
     other = config.model_copy(update={"train_data": config.train_data.model_copy(update={"slots_per_step": 4})})
     assert "`train_data.slots_per_step` = 3, but it is 4 now" in refused_sentence(other, tiny_model, fingerprint)
-    assert "`fingerprint of the shards, their index and the words of contexts` = " in refused_sentence(
+    assert "`fingerprint of the shards, their index and the context word list` = " in refused_sentence(
         config, tiny_model, "of other shards"
     )
 

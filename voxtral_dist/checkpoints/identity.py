@@ -26,7 +26,7 @@ def data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
         "train_data.sets": {name: one.weight for name, one in config.train_data.sets.items()},
         **{f"train_data.{name}": value for name, value in train_data.items()},
         # Last, because it also changes with some of the others, whose names say more.
-        "fingerprint of the shards, their index and the words of contexts": data_fingerprint,
+        "fingerprint of the shards, their index and the context word list": data_fingerprint,
     }
 
 

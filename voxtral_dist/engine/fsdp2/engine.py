@@ -79,7 +79,7 @@ class Fsdp2Engine:
             trainable: section `trainable`.
             optimizer_config: section `optimizer`.
             settings: section `engine.fsdp2`.
-            seed: of the initial values of adapters.
+            seed: seed of the initial values of adapters.
             log_mel: see `build_engine`.
             world: all ranks.
 
@@ -92,8 +92,8 @@ class Fsdp2Engine:
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens)
         self._mesh = build_mesh(world, settings.ranks_per_replica)
-        # Accumulated over micro-batches in bfloat16, small gradients would be lost. With that precision, every
-        # micro-batch is reduced over replicas, and the results are accumulated in float32.
+        # Accumulating over micro-batches in bfloat16 would lose small gradients. With that precision, gradients are
+        # reduced over replicas after every micro-batch, and accumulated in float32 afterwards.
         self._sums_before_replicas = self._mesh.ndim > 1 and settings.reduce_precision == "float32"
         model = trained_meta_model(model_config, trainable, torch.float32)
         self._table = parameter_table(model)

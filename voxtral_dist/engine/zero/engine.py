@@ -55,7 +55,7 @@ class ZeroEngine:
             trainable: section `trainable`.
             optimizer_config: section `optimizer`.
             settings: from `read_settings`.
-            seed: of the initial values of adapters.
+            seed: seed of the initial values of adapters.
             log_mel: see `build_engine`.
             world: all ranks.
             most_windows: see `build_engine`.
@@ -95,7 +95,7 @@ class ZeroEngine:
 
     def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         """See `Engine`. DeepSpeed averages gradients over ranks, hence the factor of the world size."""
-        # A clip may be slightly longer than its index says. Blocks that are gathered at once still run only once.
+        # A clip may be slightly longer than its index says. Blocks that are gathered at once must still run only once.
         self._encoder.num_chunks = 1 if self._has_one_chunk else batch.num_encoder_chunks
         loss_sum = self._loss(self._engine, batch.to(self._world.device))
         self._engine.backward(loss_sum * (self._world.size / num_target_tokens), scale_wrt_gas=False)
