@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO; the only part of the package that imports DeepSpeed."""
