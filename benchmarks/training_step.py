@@ -4,7 +4,7 @@
 
 A Voxtral with the published number of layers and the published window at an eighth of the widths and the vocabulary;
 AN4's clips, 2 to a micro-batch; float32, AdamW, 2 ranks over gloo with one thread each. Both start from FLAC files on
-disk, and each run is two fresh processes, in turns: ours by the loader, engine and `train_step` of `voxtral-dist
+disk, and each run is two fresh processes, in turns: ours by the loader, engine and update of `voxtral-dist
 train`, the rival by `rivals/trainer_voxtral.py` with the same DeepSpeed file. Both have the same utterances in the same
 micro-batches, and the run refuses to go on if the losses of the first step differ by more than 1e-4.
 

@@ -2,7 +2,7 @@
 
     torchrun benchmarks/rivals/voxtral_dist_training.py REQUEST
 
-It is the loop of `voxtral_dist.train`: the same loader, engine and `train_step`, without checkpoints and evaluations.
+It is the loop of `voxtral_dist.train`: the same loader, engine and update, without checkpoints and evaluations.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.train import train_step
+from voxtral_dist.train import build_train_step
 
 from rivals.training_runs import TrainingRun
 from workloads.answers import answering_failures, write_answer
@@ -75,19 +75,18 @@ def _train(run: TrainingRun, world: World) -> dict[str, Any]:
     loader = build_train_loader(config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size)
     log_mel = LogMel.from_pretrained(run.model, world.device)
     engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
+    train_step = build_train_step(config, engine, world)
     steps = iter(loader.starting_at(0))
     meter, metered_audio = StepMeter(world.device), []
     meter.start()
     for _ in range(run.num_steps):
-        metrics = train_step(config, engine, next(steps), False, world).metrics
+        metrics = train_step.run(next(steps)).metrics
         meter.step_ends()
         meter.losses.append(metrics.loss)
         metered_audio.append(metrics.audio_seconds)
     answer = meter.answer() | {"audio_seconds": metered_audio}
     if run.is_profiled:
-        answer["parts"] = StepParts(engine).of(
-            lambda: next(steps), lambda batches: train_step(config, engine, batches, False, world)
-        )
+        answer["parts"] = StepParts(engine).of(lambda: next(steps), lambda batches: train_step.run(batches))
     return answer
 
 

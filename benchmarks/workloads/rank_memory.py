@@ -125,7 +125,7 @@ def measured_peaks(config: RunConfig, num_examples: int, num_target_tokens: int)
 
 
 def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_target_tokens: int) -> None:
-    """Three steps of one rank, by the engine and `train_step` of a run; the peak of memory in a file."""
+    """Three steps of one rank, by the engine and update of a run; the peak of memory in a file."""
     import torch.distributed as dist
 
     from voxtral_dist.data.examples.micro_batch import collate
@@ -133,7 +133,7 @@ def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_ta
     from voxtral_dist.distributed.world import World
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.model.features import LogMel
-    from voxtral_dist.train import train_step
+    from voxtral_dist.train import build_train_step
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
     torch.set_num_threads(1)
@@ -145,9 +145,10 @@ def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_ta
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     before = status_bytes("VmRSS")
     engine = build_engine(config, log_mel, world)
+    train_step = build_train_step(config, engine, world)
     forget_peak()
     for step in range(NUM_STEPS):
-        train_step(config, engine, StepBatches(step, [batch] * MICRO_BATCHES_PER_STEP), False, world)
+        train_step.run(StepBatches(step, [batch] * MICRO_BATCHES_PER_STEP))
     (folder / f"peak-{rank}").write_text(str(status_bytes("VmHWM") - before), encoding="ascii")
     dist.barrier()
     # Threads of gloo may abort a process that ends in the usual way.

@@ -39,7 +39,7 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     from voxtral_dist.checkpoints.directory import CheckpointDirectory
     from voxtral_dist.checkpoints.progress import TrainProgress
     from voxtral_dist.engine.build import build_engine
-    from voxtral_dist.train import train_step
+    from voxtral_dist.train import build_train_step
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, last_step, world.rank, world.size)
@@ -47,9 +47,8 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     engine = build_engine(config, log_mel, world)
     checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
     progress = checkpoints.resume(engine) or TrainProgress()
-    losses = [
-        train_step(config, engine, batches, False, world).metrics.loss for batches in loader.starting_at(progress.step)
-    ]
+    train_step = build_train_step(config, engine, world)
+    losses = [train_step.run(batches).metrics.loss for batches in loader.starting_at(progress.step)]
     checkpoints.save(engine, TrainProgress(step=last_step))
     states = {}
     for state in engine.parameter_states():

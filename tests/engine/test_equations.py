@@ -32,15 +32,16 @@ Weights = dict[str, torch.Tensor]
 def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
     """(loss, gradient norm) of every step, and the weights at the end."""
     from voxtral_dist.engine.build import build_engine
-    from voxtral_dist.train import train_step
+    from voxtral_dist.train import build_train_step
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, world.rank, world.size)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
+    train_step = build_train_step(config, engine, world)
     curve = []
     for batches in loader.starting_at(0):
-        metrics = train_step(config, engine, batches, False, world).metrics
+        metrics = train_step.run(batches).metrics
         curve.append((metrics.loss, metrics.grad_norm))
     return curve, dict(engine.weights())
 

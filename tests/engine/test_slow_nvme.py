@@ -82,7 +82,7 @@ def train_in(world: World, config: RunConfig, memory_bytes: int) -> list[float]:
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.model.features import LogMel
     from voxtral_dist.model.prompts import VoxtralPrompts
-    from voxtral_dist.train import train_step
+    from voxtral_dist.train import build_train_step
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size)
@@ -91,7 +91,8 @@ def train_in(world: World, config: RunConfig, memory_bytes: int) -> list[float]:
     limit = int(status["VmData"].split()[0]) * 1024 + memory_bytes
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     engine = build_engine(config, log_mel, world)
-    return [train_step(config, engine, batches, False, world).metrics.loss for batches in loader.starting_at(0)]
+    train_step = build_train_step(config, engine, world)
+    return [train_step.run(batches).metrics.loss for batches in loader.starting_at(0)]
 
 
 def test_states_on_a_drive_train_in_less_memory_than_they_have_bytes(

@@ -17,7 +17,7 @@ from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance, parse_utterance
-from voxtral_dist.training.metrics import read_metrics
+from voxtral_dist.training.metrics_file import read_metrics
 
 from corpora import pack_manifest, tone, write_lines
 from runs import finish, launch, run_config
@@ -171,7 +171,7 @@ def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_find
     output = finish(process)
     assert process.returncode == 2, output
     assert output.count("`train_data.too_long` is `refuse`, and") == 1
-    assert "samples of step 1 are too long: metrics.jsonl names each" in output
+    assert "utterances of step 1 are too long: metrics.jsonl names each" in output
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert any("more than the limit of 6" in row["reason"] for row in rows if row.get("event") == "bad_utterance")
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -17,8 +17,11 @@ from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.distributed.devices import known_peak_flops, peak_flops, peak_memory_bytes
 from voxtral_dist.distributed.world import World, alone
 from voxtral_dist.engine.engine import StepUpdate
+from voxtral_dist.model.flops import training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.training.metrics import MetricsLog, StepMetrics, read_metrics
+from voxtral_dist.training.metrics_file import read_metrics
+from voxtral_dist.training.metrics_log import MetricsLog
+from voxtral_dist.training.step_metrics import StepMetrics
 
 from ranks import run_ranks
 from runs import run_config, scalars_of
@@ -49,13 +52,13 @@ class NoModel:
 
 def measured(world: World, config: RunConfig) -> list[StepMetrics]:
     """Two steps of each rank, which waited as many seconds as its rank says."""
-    from voxtral_dist.train import train_step, training_flops
+    from voxtral_dist.train import build_train_step
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, 2, world.rank, world.size)
-    flops = training_flops(config)
+    train_step = build_train_step(config, NoModel(), world, training_flops(config.model, config.trainable))
     waited = (replace(batches, waiting_seconds=float(world.rank)) for batches in loader.starting_at(0))
-    return [train_step(config, NoModel(), batches, False, world, flops).metrics for batches in waited]
+    return [train_step.run(batches).metrics for batches in waited]
 
 
 def test_sums_do_not_depend_on_ranks_and_the_slowest_rank_tells_the_wait(
@@ -195,17 +198,16 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_summary_weighs_steps_by_their_time_and_takes_older_rows(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_summary_weighs_steps_by_their_time_and_takes_older_rows(tmp_path: Path) -> None:
     from voxtral_dist.checkpoints.progress import TrainProgress
-    from voxtral_dist.train import write_summary
     from voxtral_dist.training.selection import Verdict
+    from voxtral_dist.training.summary import write_summary
 
-    config = run_config(tmp_path, tiny_model, tmp_path, num_steps=3)
     with MetricsLog(tmp_path, 3, 0, alone("cpu"), peak_flops=10e12) as log:
         log.write("train", 1, {"loss": 3.0, "step_seconds": 100.0})
         log.train_step(2, STEP)
         log.train_step(3, replace(STEP, step_seconds=6.0, waiting_seconds=2.0, memory_gigabytes=33.0))
-    write_summary(config, TrainProgress(step=3, audio_seconds=60.0, train_seconds=8.0), Verdict(), alone("cpu"))
+    write_summary(tmp_path, None, TrainProgress(step=3, audio_seconds=60.0, train_seconds=8.0), Verdict())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["model_flops_utilization"] == pytest.approx(12e12 / 8.0 / 10e12)
     assert summary["waiting_fraction"] == pytest.approx(2.05 / 8.0, abs=1e-4)

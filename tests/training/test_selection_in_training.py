@@ -19,7 +19,7 @@ from voxtral_dist.config import RunConfig, SelectionConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.model.weights import load_for_inference
 from voxtral_dist.train import EXIT_STOPPED
-from voxtral_dist.training.metrics import read_metrics
+from voxtral_dist.training.metrics_file import read_metrics
 
 from ranks import run_ranks
 from runs import run_config

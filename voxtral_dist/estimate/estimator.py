@@ -11,8 +11,13 @@ from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Sharding, ZeroSha
 from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
 from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
 from voxtral_dist.model.flops import TrainingFlops
-from voxtral_dist.model.tiny import POSITIONS_PER_SECOND
-from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, audio_tokens_per_window, trained_meta_model
+from voxtral_dist.model.voxtral import (
+    DTYPES,
+    TrainedVoxtral,
+    audio_tokens_per_window,
+    trained_meta_model,
+    window_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -156,9 +161,8 @@ def meta_model_of(config: RunConfig) -> TrainedVoxtral:
 
 def window_sizes(model: TrainedVoxtral) -> WindowSizes:
     """Of a model, from its configuration alone."""
-    audio = model.config.audio_config
     return WindowSizes(
-        seconds=audio.max_source_positions / POSITIONS_PER_SECOND,
+        seconds=window_seconds(model.config),
         audio_tokens=audio_tokens_per_window(model.config),
         max_positions=model.config.text_config.max_position_embeddings,
     )

@@ -34,9 +34,15 @@ from typing import Any
 
 from torch import nn
 
-from voxtral_dist.config import Component, ModelConfig
+from voxtral_dist.config import Component, ModelConfig, TrainableConfig
 from voxtral_dist.model.trainable import ADAPTER_NAME
-from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
+from voxtral_dist.model.voxtral import (
+    DTYPES,
+    TrainedVoxtral,
+    audio_tokens_per_window,
+    is_checkpointed,
+    trained_meta_model,
+)
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,15 @@ class TrainingFlops:
         )
         windows = {component: flops * shape.num_windows for component, flops in self._window.items()}
         return {**windows, "language_model": text}
+
+
+def training_flops(config: ModelConfig, trainable: TrainableConfig) -> TrainingFlops:
+    """The FLOPs of a configured model, from its modules on the meta device.
+
+    Raises:
+        UserError: the path leads to no Voxtral, or the configuration does not fit it.
+    """
+    return TrainingFlops(trained_meta_model(config, trainable, DTYPES[config.precision]), config)
 
 
 class _GradientFlow:

@@ -21,14 +21,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalGeneration, WhisperFeatureExtractor
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.voxtral import HOP_SAMPLES, POSITIONS_PER_SECOND, SAMPLING_RATE
 
-SAMPLING_RATE = 16_000
-HOP_SAMPLES = 160
 FFT_SAMPLES = 400
 NUM_MEL_BINS = 128
-FRAMES_PER_POSITION = 2
 POSITIONS_PER_AUDIO_TOKEN = 4
-POSITIONS_PER_SECOND = SAMPLING_RATE // HOP_SAMPLES // FRAMES_PER_POSITION
 AUDIO_TOKENS_PER_SECOND = POSITIONS_PER_SECOND / POSITIONS_PER_AUDIO_TOKEN
 
 PACKAGED_VOCABULARY = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"

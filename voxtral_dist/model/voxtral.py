@@ -18,6 +18,11 @@ from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Every Voxtral takes 16 kHz audio in frames of 10 ms, two of which make one position of the encoder.
+SAMPLING_RATE = 16_000
+HOP_SAMPLES = 160
+FRAMES_PER_POSITION = 2
+POSITIONS_PER_SECOND = SAMPLING_RATE // HOP_SAMPLES // FRAMES_PER_POSITION
 # FlashAttention's kernels need a GPU of this generation (Ampere) or newer.
 _FLASH_CAPABILITY = (8, 0)
 
@@ -147,6 +152,11 @@ def audio_tokens_per_window(config: VoxtralConfig) -> int:
     """The projector joins positions of the encoder until they are as wide as its feed-forward layers: 375 for 30 s."""
     audio = config.audio_config
     return int(audio.max_source_positions * audio.hidden_size // audio.intermediate_size)
+
+
+def window_seconds(config: VoxtralConfig) -> float:
+    """The audio that one window of the encoder covers: 30 s in published models."""
+    return float(config.audio_config.max_source_positions / POSITIONS_PER_SECOND)
 
 
 def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn.Module]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from voxtral_dist.errors import UserError
 from voxtral_dist.scoring.intervals import Interval
 from voxtral_dist.scoring.results import TestSetScore
-from voxtral_dist.training.metrics import read_metrics
+from voxtral_dist.training.metrics_file import read_metrics
 
 Scores = Mapping[tuple[int, str], TestSetScore]
 

@@ -9,17 +9,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
+from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.inspection import print_summaries
 from voxtral_dist.shards.journal import count_finished_shards
 from voxtral_dist.shards.lookup import find_utterance, read_utterance, utterance_lines, write_audio
 from voxtral_dist.shards.packing import PackOptions, pack
-from voxtral_dist.shards.progress import show_progress
 from voxtral_dist.shards.summary import summarize
 from voxtral_dist.shards.verification import BrokenUtterance, verify
 
@@ -37,8 +39,8 @@ def pack_shards(source: str, out_dir: Path, corpus_options: CorpusOptions, optio
     """`shards pack`: write a corpus as shards into a folder; print what they hold and what was skipped."""
     corpus = open_corpus(source, corpus_options)
     try:
-        with show_progress(f"pack {out_dir.name}", corpus.num_lines) as display:
-            summary = pack(corpus, out_dir, options, lambda at: display(at.num_lines, f"{at.num_skipped} skipped"))
+        with _progress(f"pack {out_dir.name}", corpus.num_lines) as display:
+            summary = pack(corpus, out_dir, options, lambda at: display.show(at.num_lines, f"{at.num_skipped} skipped"))
     except KeyboardInterrupt as error:
         finished = count_finished_shards(out_dir)
         raise InterruptedPackingError(
@@ -52,14 +54,14 @@ def index_shards(
     pattern: str, out_dir: Path | None, layout: UtteranceLayout, max_chars_per_second: float, num_workers: int
 ) -> int:
     """`shards index`: write the index of tars made by other tools; print what they hold and what was skipped."""
-    with show_progress(f"index {pattern}", None) as display:
+    with _progress(f"index {pattern}: shard", None) as display:
         summary = index_tars(
             pattern,
             out_dir,
             layout,
             max_chars_per_second,
             num_workers,
-            lambda done, total: display(done, f"of {total} shards"),
+            lambda done, total: display.show(done, total=total),
         )
     print("\n".join([f"{pattern}:", *summary.lines()]))
     return 0
@@ -101,18 +103,23 @@ def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenUtteranc
     """The number of utterances of a set, and the broken ones, each printed when it is found."""
     num_utterances = len(read_index([folder]))
     broken: list[BrokenUtterance] = []
-    with show_progress(f"verify {folder}", num_utterances) as display:
+    with _progress(f"verify {folder}", num_utterances) as display:
         for run in verify(folder, num_workers):
             for found in run.broken:
                 print(f"{folder}: {found.shard}: {found.key}: {found.cause}: {found.reason}", flush=True)
             broken += run.broken
-            display(run.last_id + 1, f"{len(broken)} broken")
+            display.show(run.last_id + 1, f"{len(broken)} broken")
     return num_utterances, broken
 
 
 def _by_cause(broken: Sequence[BrokenUtterance]) -> str:
     counts = Counter(str(found.cause) for found in broken).most_common()
     return f": {', '.join(f'{count} {cause}' for cause, count in counts)}" if counts else ""
+
+
+def _progress(what: str, total: int | None) -> ProgressDisplay:
+    """A display on the error stream: standard output is for results."""
+    return ProgressDisplay(what, total, console=Console(stderr=True), transient=True, redirects_output=True)
 
 
 def _write_broken(path: Path, num_utterances: int, broken: dict[str, list[BrokenUtterance]]) -> None:

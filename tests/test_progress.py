@@ -1,0 +1,40 @@
+"""The progress display of long commands."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from voxtral_dist import progress
+from voxtral_dist.progress import ProgressDisplay
+
+
+def test_without_a_terminal_the_first_and_the_last_item_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay("pack", 5) as display:
+        for number in range(1, 6):
+            display.show(number, f"{number} skipped", seconds_left=90.0)
+    assert capsys.readouterr().out == "pack 1/5  1 skipped  left 1.5 min\npack 5/5  5 skipped  left 1.5 min\n"
+
+
+def test_between_them_a_line_is_printed_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    display = ProgressDisplay("index", None)
+    display.show(1)
+    display.show(2, total=4)
+    display.show(3)
+    assert capsys.readouterr().out.splitlines() == ["index 1", "index 2/4", "index 3/4"]
+
+
+def test_a_terminal_shows_a_bar_and_lines_above_it() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with ProgressDisplay("step", 3, console=console) as display:
+        display.show(2, "loss 1.5")
+        display.say("[a line] of the command")
+    shown = console.file.getvalue()
+    assert "[a line] of the command\n" in shown
+    assert "2/3" in shown
+    assert "loss 1.5" in shown

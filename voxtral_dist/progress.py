@@ -1,0 +1,103 @@
+"""The progress display of long commands: a bar in a terminal, and a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class ProgressDisplay:
+    """Shows how many items of a long command are done.
+
+    Without a terminal it prints the first item, one line every 15 seconds, and the last item.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None,
+        *,
+        completed: int = 0,
+        note: str = "",
+        console: Console | None = None,
+        transient: bool = False,
+        redirects_output: bool = False,
+    ) -> None:
+        """Describe what is counted; nothing is shown before the display is entered.
+
+        Args:
+            what: the name of the command or of its items.
+            total: the number of items; None where it is not known yet.
+            completed: items that an earlier process has done.
+            note: shown beside the bar before the first update.
+            console: where to print; standard output by default.
+            transient: whether the bar disappears at the end.
+            redirects_output: whether what is printed to `sys.stdout` and `sys.stderr` appears above the bar. Not for
+                processes that fork: their children would inherit the redirection, and the lock inside it.
+        """
+        self._what = what
+        self._total = total
+        self._console = console or Console()
+        self._is_live = self._console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=transient,
+            disable=not self._is_live,
+            redirect_stdout=redirects_output,
+            redirect_stderr=redirects_output,
+        )
+        self._task = self._bar.add_task(what, total=total, completed=completed, note=note)
+        self._printed_at: float | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def show(
+        self, num_done: int, note: str = "", *, total: int | None = None, seconds_left: float | None = None
+    ) -> None:
+        """Show that so many items are done.
+
+        Args:
+            num_done: items done so far.
+            note: shown after the number.
+            total: the number of items, where it became known or changed.
+            seconds_left: printed in lines where known; the bar has an estimate of its own.
+        """
+        self._total = self._total if total is None else total
+        self._bar.update(self._task, completed=num_done, total=self._total, note=note)
+        if not self._is_live and self._is_line_due(num_done):
+            self._printed_at = time.monotonic()
+            self.say(self._line(num_done, note, seconds_left))
+
+    def _is_line_due(self, num_done: int) -> bool:
+        if self._printed_at is None or num_done == self._total:
+            return True
+        return time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES
+
+    def _line(self, num_done: int, note: str, seconds_left: float | None) -> str:
+        count = f"{num_done}" if self._total is None else f"{num_done}/{self._total}"
+        left = "" if seconds_left is None else f"left {seconds_left / 60:.1f} min"
+        return "  ".join(part for part in (f"{self._what} {count}", note, left) if part)

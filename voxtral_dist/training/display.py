@@ -1,0 +1,81 @@
+"""The live display of a training run: loss, throughput and memory beside the number of steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from voxtral_dist.progress import ProgressDisplay
+from voxtral_dist.training.step_metrics import StepMetrics
+
+# Waiting for data is shown above this fraction of the time.
+_MIN_SHOWN_WAITING = 0.05
+# Weight of the earlier steps in each new average.
+_DECAY = 0.9
+
+
+class TrainDisplay:
+    """A `ProgressDisplay` over the steps of a run, with averages of recent steps."""
+
+    def __init__(self, num_steps: int, first_step: int, peak_flops: float | None) -> None:
+        """Start after `first_step` updates; `peak_flops` of all ranks together, where known."""
+        self._progress = ProgressDisplay("step", num_steps, completed=first_step, note="loss -")
+        self._num_steps = num_steps
+        self._first_step = first_step
+        self._peak_flops = peak_flops
+        self._recent = _RecentSteps()
+
+    def start(self) -> None:
+        """Show the bar."""
+        self._progress.__enter__()
+
+    def stop(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.__exit__(None, None, None)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._progress.say(line)
+
+    def show(self, step: int, metrics: StepMetrics) -> None:
+        """Show that `step` updates were made."""
+        if step == self._first_step + 2:
+            # The first step of a process compiles and fills caches, so it does not count in averages.
+            self._recent = _RecentSteps()
+        self._recent = self._recent.after(metrics)
+        note = f"loss {metrics.loss:.3f}  {self._recent.rates(metrics.memory_gigabytes, self._peak_flops)}"
+        self._progress.show(step, note, seconds_left=(self._num_steps - step) * self._recent.seconds_per_step)
+
+
+@dataclass(frozen=True)
+class _RecentSteps:
+    """Exponentially decaying sums over recent steps; rates are their ratios."""
+
+    steps: float = 0.0
+    seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    audio_seconds: float = 0.0
+    model_flops: float = 0.0
+
+    def after(self, metrics: StepMetrics) -> _RecentSteps:
+        """The sums with one more step."""
+        return _RecentSteps(
+            _DECAY * self.steps + 1.0,
+            _DECAY * self.seconds + metrics.step_seconds,
+            _DECAY * self.waiting_seconds + metrics.waiting_seconds,
+            _DECAY * self.audio_seconds + metrics.audio_seconds,
+            _DECAY * self.model_flops + metrics.model_flops,
+        )
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps
+
+    def rates(self, memory_gigabytes: float, peak_flops: float | None) -> str:
+        """Throughput, utilization where the peak is known, memory, and the wait for data where it matters."""
+        parts = [f"{self.audio_seconds / self.seconds:.0f} audio s/s"]
+        if peak_flops is not None:
+            parts.append(f"MFU {100 * self.model_flops / self.seconds / peak_flops:.1f} %")
+        parts.append(f"{memory_gigabytes:.1f} GB")
+        if self.waiting_seconds > _MIN_SHOWN_WAITING * self.seconds:
+            parts.append(f"waiting for data {100 * self.waiting_seconds / self.seconds:.0f} %")
+        return "  ".join(parts)

@@ -1,0 +1,104 @@
+"""The record of a run: rows in `metrics.jsonl`, scalars for TensorBoard, and the live display."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from voxtral_dist.distributed.collectives import from_first_rank
+from voxtral_dist.distributed.world import World
+from voxtral_dist.training.display import TrainDisplay
+from voxtral_dist.training.metrics_file import drop_rows_after, read_metrics
+from voxtral_dist.training.step_metrics import StepMetrics
+from voxtral_dist.training.tensorboard import open_writer, write_scalars
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Kind = Literal["train", "evaluation", "checkpoint", "event"]
+
+
+class MetricsLog:
+    """Rank 0's record of the run and its live display. On other ranks it records and shows nothing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        num_steps: int,
+        first_step: int,
+        world: World,
+        peak_flops: float | None = None,
+        with_tensorboard: bool = False,
+    ) -> None:
+        """Prepare the record of a run that continues after `first_step` updates.
+
+        Args:
+            run_dir: the folder of `metrics.jsonl`.
+            num_steps: updates in total.
+            first_step: updates that earlier processes made; their later rows are dropped.
+            world: all ranks.
+            peak_flops: operations per second of all ranks together; None where unknown, so that no utilization is
+                recorded.
+            with_tensorboard: also write scalars, where the package is installed.
+        """
+        self._world = world
+        self._run_dir = run_dir
+        self._path = run_dir / "metrics.jsonl"
+        self._first_step = first_step
+        self._peak_flops = peak_flops
+        self._display = TrainDisplay(num_steps, first_step, peak_flops) if world.is_first else None
+        self._with_tensorboard = with_tensorboard
+        self._tensorboard: SummaryWriter | None = None
+
+    def __enter__(self) -> Self:
+        if self._display is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            drop_rows_after(self._path, self._first_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._display.start()
+            if self._with_tensorboard:
+                self._open_tensorboard()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._display is not None:
+            self._display.stop()
+            self._file.close()
+
+    def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
+        """Append one row; `step` is the number of updates before it."""
+        if self._world.is_first:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+            self._file.flush()
+        if self._tensorboard is not None:
+            write_scalars(self._tensorboard, kind, step, values)
+
+    def train_step(self, step: int, metrics: StepMetrics) -> None:
+        """Append a row of kind `train` and update the display."""
+        self.write("train", step, metrics.row(self._peak_flops))
+        if self._display is not None:
+            self._display.show(step, metrics)
+
+    def say(self, line: str) -> None:
+        """Print a line above the live display."""
+        if self._display is not None:
+            self._display.say(line)
+
+    def rows(self, kind: Kind) -> list[dict[str, Any]]:
+        """The rows of a kind so far, as rank 0 reads them. All ranks call it together and get the same."""
+        recorded = read_metrics(self._path) if self._world.is_first else []
+        return from_first_rank([row for row in recorded if row["kind"] == kind], self._world)
+
+    def _open_tensorboard(self) -> None:
+        self._tensorboard = open_writer(self._run_dir, self._first_step)
+        if self._tensorboard is None:
+            self.say(
+                "No scalars are written for TensorBoard: install its package by "
+                "`pip install 'voxtral-dist[tensorboard]'`, or set `metrics.tensorboard` to false."
+            )

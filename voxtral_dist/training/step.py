@@ -1,0 +1,203 @@
+"""One optimizer update over all ranks: micro-batches, loss, gradient, and what was measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.config import OptimizerConfig
+from voxtral_dist.data.examples.micro_batch import MicroBatch
+from voxtral_dist.data.loader import StepBatches
+from voxtral_dist.distributed.collectives import max_over_ranks, sum_over_ranks
+from voxtral_dist.distributed.devices import peak_memory_bytes
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.engine import Engine
+from voxtral_dist.engine.optim import learning_rate
+from voxtral_dist.errors import UserError
+from voxtral_dist.model.encoder import num_chunks
+from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.training.step_metrics import StepMetrics
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one update measured over all ranks, and what all ranks agree on after it.
+
+    must_stop: whether a signal asked any rank to stop.
+    """
+
+    metrics: StepMetrics
+    num_utterances: int
+    num_bad_utterances: int
+    num_too_long: int
+    must_stop: bool
+
+    def advance(self, progress: TrainProgress) -> TrainProgress:
+        """The progress of the run after this update."""
+        return TrainProgress(
+            step=progress.step + 1,
+            num_utterances_seen=progress.num_utterances_seen + self.num_utterances,
+            num_bad_utterances=progress.num_bad_utterances + self.num_bad_utterances,
+            num_too_long=progress.num_too_long + self.num_too_long,
+            audio_seconds=progress.audio_seconds + self.metrics.audio_seconds,
+            train_seconds=progress.train_seconds + self.metrics.step_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Updates in which every target token of the global batch has the same weight.
+
+    optimizer, num_steps: the learning rate of each step, which follows a schedule over the whole run.
+    seed: of dropout.
+    encoder_windows_per_chunk: as in section `model`.
+    flops: counts the model's operations; None counts none.
+    """
+
+    engine: Engine
+    optimizer: OptimizerConfig
+    num_steps: int
+    seed: int
+    encoder_windows_per_chunk: int
+    world: World
+    flops: TrainingFlops | None = None
+
+    def run(self, batches: StepBatches, *, stop_requested: bool = False) -> StepResult:
+        """Make one update. All ranks call it together, each with its own micro-batches.
+
+        Args:
+            batches: the micro-batches of this rank, as many as on every other rank.
+            stop_requested: whether a signal asked this rank to stop.
+
+        Raises:
+            UserError: the loss or the gradient is not finite. All ranks raise it, and none of them saves this step.
+        """
+        started = time.monotonic()
+        maxima = RankMaxima.measure(batches, self.world)
+        micro_batches = self._with_equal_chunks(batches.micro_batches, maxima.num_windows)
+        totals = _Totals.of(micro_batches, self.flops, stop_requested).over_ranks(self.world)
+        loss = self._backward(micro_batches, batches.step, int(totals.num_target_tokens))
+        _refuse_not_finite("loss", loss, batches.step)
+        update = self.engine.step(learning_rate(self.optimizer, batches.step, self.num_steps))
+        if not update.is_skipped:
+            _refuse_not_finite("gradient norm", update.grad_norm, batches.step)
+        metrics = StepMetrics(
+            loss=loss,
+            num_target_tokens=int(totals.num_target_tokens),
+            num_tokens=int(totals.num_tokens),
+            audio_seconds=totals.audio_seconds,
+            model_flops=totals.model_flops,
+            learning_rate=update.learning_rate,
+            grad_norm=None if update.is_skipped else update.grad_norm,
+            step_seconds=batches.waiting_seconds + time.monotonic() - started,
+            waiting_seconds=maxima.waiting_seconds,
+            memory_gigabytes=maxima.memory_gigabytes,
+        )
+        return StepResult(
+            metrics=metrics,
+            num_utterances=int(totals.num_utterances),
+            num_bad_utterances=int(totals.num_bad_utterances),
+            num_too_long=int(totals.num_too_long),
+            must_stop=totals.num_stop_requests > 0,
+        )
+
+    def _with_equal_chunks(self, micro_batches: Sequence[MicroBatch], most_windows: Sequence[int]) -> list[MicroBatch]:
+        """Give each micro-batch as many chunks of the encoder as the rank with the most windows needs.
+
+        Engines that shard weights exchange them in every chunk, so all ranks must run equally many.
+        """
+        return [
+            replace(batch, num_encoder_chunks=num_chunks(most, self.encoder_windows_per_chunk))
+            for batch, most in zip(micro_batches, most_windows, strict=True)
+        ]
+
+    def _backward(self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int) -> float:
+        """Accumulate the gradient of the mean loss; the mean over the target tokens of all ranks."""
+        loss_sum = torch.zeros((), device=self.world.device)
+        for number, batch in enumerate(micro_batches):
+            # Dropout depends on the position in the run, and not on what ran before.
+            torch.manual_seed(_dropout_seed(self.seed, step, self.world.rank + number * self.world.size))
+            is_last = number == len(micro_batches) - 1
+            loss_sum += self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last)
+        return sum_over_ranks([float(loss_sum)], self.world)[0] / max(1, num_target_tokens)
+
+
+@dataclass(frozen=True)
+class RankMaxima:
+    """Maximum over ranks: the windows of each micro-batch, the wait for data, and the peak memory so far."""
+
+    num_windows: tuple[int, ...]
+    waiting_seconds: float
+    memory_gigabytes: float
+
+    @classmethod
+    def measure(cls, batches: StepBatches, world: World) -> RankMaxima:
+        """Exchange all of it at once."""
+        *num_windows, microseconds, num_bytes = max_over_ranks(
+            [
+                *(batch.num_windows for batch in batches.micro_batches),
+                round(1e6 * batches.waiting_seconds),
+                peak_memory_bytes(world.device),
+            ],
+            world,
+        )
+        return cls(tuple(num_windows), microseconds / 1e6, num_bytes / 1e9)
+
+
+class _Totals(NamedTuple):
+    """Sums over micro-batches: those of one rank, or of all ranks."""
+
+    num_target_tokens: float
+    num_tokens: float
+    model_flops: float
+    audio_seconds: float
+    num_utterances: float
+    num_bad_utterances: float
+    num_too_long: float
+    num_stop_requests: float
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[MicroBatch], flops: TrainingFlops | None, stop_requested: bool) -> _Totals:
+        needed = _needed_shape(micro_batches)
+        return cls(
+            num_target_tokens=sum(batch.num_target_tokens for batch in micro_batches),
+            num_tokens=needed.num_positions,
+            model_flops=flops.model(needed) if flops else 0.0,
+            audio_seconds=sum(batch.audio_seconds for batch in micro_batches),
+            num_utterances=sum(batch.num_utterances for batch in micro_batches),
+            num_bad_utterances=sum(len(batch.bad_utterances) for batch in micro_batches),
+            num_too_long=sum(bad.is_too_long for batch in micro_batches for bad in batch.bad_utterances),
+            num_stop_requests=stop_requested,
+        )
+
+    def over_ranks(self, world: World) -> _Totals:
+        return _Totals(*sum_over_ranks(list(self), world))
+
+
+def _needed_shape(micro_batches: Sequence[MicroBatch]) -> BatchShape:
+    """The shape of a rank's step for model FLOPs: without padding and without micro-batches of weight zero."""
+    shapes = (
+        BatchShape.needed(batch.num_windows, batch.positions_per_example, batch.num_target_tokens)
+        for batch in micro_batches
+        if batch.num_utterances
+    )
+    return sum(shapes, BatchShape())
+
+
+def _dropout_seed(seed: int, step: int, slot: int) -> int:
+    # Distinct odd multipliers keep (seed, step, slot) apart; torch spreads the bits.
+    return (seed * 1_000_003 + step * 65_537 + slot) % 2**63
+
+
+def _refuse_not_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise UserError(
+            f"The {name} is {value} at step {step + 1}, so the run ends; the newest checkpoint is from before it. "
+            "Lower `optimizer.learning_rate`, lengthen `optimizer.warmup_steps`, or look for broken transcripts."
+        )
