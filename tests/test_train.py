@@ -225,4 +225,4 @@ def test_ranks_with_other_data_than_rank_0_are_refused_on_all_ranks() -> None:
     assert run_ranks(2, refusal_of_fingerprint, ["same", "same"]) == [None, None]
     sentences = run_ranks(2, refusal_of_fingerprint, ["these", "those"])
     assert sentences[0] == sentences[1]
-    assert "the ranks [1] see other shards than rank 0" in sentences[0]
+    assert "the ranks [1] see other shards, another index or other context words than rank 0" in sentences[0]
