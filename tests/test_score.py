@@ -97,7 +97,7 @@ def test_listed_words_and_detected_languages_are_reported(score, tmp_path):
     (tmp_path / "words.txt").write_text("Siobhan\n")
     out = score(path, "--words", tmp_path / "words.txt").out
     assert "B-WER 100.00 %, U-WER 0.00 %" in out
-    assert "language right in 50.00 % of 2 utterances" in out
+    assert "language accuracy 50.00 % of 2 utterances" in out
     assert "B-WER" not in score(path).out
 
 
@@ -164,7 +164,7 @@ def test_runs_on_other_utterances_are_refused(refusal, tmp_path):
     lines = second.read_text().splitlines(keepends=True)
     second.write_text("".join(lines[1:]))
     sentence = refusal(first, second, "--out", tmp_path / "out")
-    assert "do not hold the same utterances (1 keys are in one of them alone, such as 'k0')" in sentence
+    assert "do not hold the same utterances (1 keys are in only one of them, such as 'k0')" in sentence
     second.write_text("".join([lines[0].replace('"a 0"', '"A 0"'), *lines[1:]]))
     assert "(the references of 'k0' differ)" in refusal(first, second)
     assert not (tmp_path / "out").exists()
@@ -173,8 +173,8 @@ def test_runs_on_other_utterances_are_refused(refusal, tmp_path):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("no json", "line 2: this is not JSON (expected "),
-        ('{"reference": "a"', "line 2: this is not JSON (EOF while parsing"),
+        ("no json", "line 2: invalid JSON (expected "),
+        ('{"reference": "a"', "line 2: invalid JSON (EOF while parsing"),
         ("[1, 2]", "line 2: an utterance must be a JSON object with `reference` and `hypothesis`"),
         ('{"text": "a", "hypothesis": "a"}', "line 2: `reference` is missing: an utterance needs"),
         ('{"reference": "a", "hypothesis": null}', "line 2: `hypothesis`: input should be a valid string, but is None"),
@@ -207,7 +207,7 @@ def test_a_byte_order_mark_is_no_part_of_a_line(score, hypotheses):
 
 def test_bytes_that_are_no_text_are_refused_by_file_and_number(refusal, hypotheses):
     hypotheses.write_bytes(b'\n{"reference": "\xff", "hypothesis": ""}')
-    assert f"{hypotheses}, line 2: this is not JSON (" in refusal(hypotheses)
+    assert f"{hypotheses}, line 2: invalid JSON (" in refusal(hypotheses)
 
 
 def test_other_mistakes_are_one_sentence(refusal, hypotheses, tmp_path):
@@ -217,7 +217,7 @@ def test_other_mistakes_are_one_sentence(refusal, hypotheses, tmp_path):
     assert "empty.jsonl are empty" in refusal(tmp_path / "empty.jsonl")
     assert "`--words`: " in refusal(hypotheses, "--words", tmp_path / "nowhere.txt")
     assert "nowhere cannot be imported" in refusal(hypotheses, "--normalizer", "nowhere:f")
-    assert "would be replaced, which is what was scored" in refusal(hypotheses, "--out", tmp_path)
+    assert "would be replaced, but it is the scored file" in refusal(hypotheses, "--out", tmp_path)
     assert "`--out`: " in refusal(hypotheses, "--out", tmp_path / "empty.jsonl")
     assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "nowhere")
     assert "`--slices nowhere`: no line of" in refusal(hypotheses, "--slices", "duration", "nowhere")
@@ -258,7 +258,7 @@ def test_nothing_but_results_is_replaced(score, refusal, hypotheses, tmp_path):
         assert score(hypotheses, hypotheses, "--out", out).code == 0
     # What has the name of a comparison is replaced if it is one.
     own = write_rows(out / "comparison.json", ROWS)
-    assert "comparison.json would be replaced, which is what was scored" in refusal(own, hypotheses, "--out", out)
+    assert "comparison.json would be replaced, but it is the scored file" in refusal(own, hypotheses, "--out", out)
     assert "comparison.json would be replaced, and is not known" in refusal(hypotheses, hypotheses, "--out", out)
     assert own.read_text() == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
@@ -282,7 +282,7 @@ def test_the_loss_of_a_diverged_model_has_no_perplexity(hypotheses):
 
     scored = score_file(hypotheses, ScoreOptions())
     whole = score_test_set(scored.utterances, normalizer("basic"), measured=Measurements(loss=1e4))
-    assert (whole.loss, whole.perplexity) == (1e4, None)
+    assert (whole.measured.loss, whole.measured.perplexity) == (1e4, None)
 
 
 def test_a_name_that_no_normalizer_has_is_refused_by_the_grammar(score, hypotheses):

@@ -21,8 +21,9 @@ from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
 from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_weights import decoding_bytes
-from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets, refuse_different_test_sets
+from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.export import export_trained
 from voxtral_dist.files import refuse_unwritable, write_atomically
 from voxtral_dist.model.features import LogMel

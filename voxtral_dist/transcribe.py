@@ -11,7 +11,7 @@ from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.distributed.collectives import PatientSum
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.loading import processor_path
+from voxtral_dist.evaluation.batch_decoder import processor_path
 from voxtral_dist.files import encodable
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.transcription.question import Question

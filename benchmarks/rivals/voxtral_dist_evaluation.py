@@ -19,8 +19,9 @@ from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder
+from voxtral_dist.evaluation.building import build_test_sets
 from voxtral_dist.evaluation.decoding_weights import decoding_weights
-from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set
+from voxtral_dist.evaluation.evaluating import evaluate_test_set
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.scoring.normalizer import normalizer

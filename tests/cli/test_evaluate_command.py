@@ -58,7 +58,8 @@ def test_evaluate_replaces_its_own_results_alone(run, tiny_model, clip, tmp_path
 def test_a_field_that_no_utterance_has_is_told(run, tiny_model, shard_folder, tmp_path, caplog):
     options = ["--slices", "nosuch", "language", "--max-tokens-per-second", "1", "--out", tmp_path / "out"]
     assert run("evaluate", tiny_model, shard_folder, *options).code == 0
-    assert caplog.messages == ["No utterance of `speech` has the field `nosuch`, which slices or intervals ask for."]
+    message = "No utterance of `speech` has the field `nosuch` that `slices` or `speaker_field` names."
+    assert caplog.messages == [message]
 
 
 def test_results_that_cannot_be_written_after_all_are_one_sentence(
@@ -102,7 +103,7 @@ def test_a_test_set_with_an_utterance_beyond_the_models_positions_is_refused(run
     rows = [{"audio_filepath": "long.flac", "text": "one two", "lang": "en"}]
     assert run("shards", "pack", write_lines(tmp_path / "m.jsonl", rows), tmp_path / "set").code == 0
     refused = run("evaluate", tiny_model, tmp_path / "set", "--out", tmp_path / "out").refusal()
-    assert "1 utterances take more positions than the 4096 of the model, the longest (#0, 330 s) 41" in refused
+    assert "1 utterances need more than the model's 4096 positions; the longest (#0, 330 s) needs 41" in refused
 
 
 def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_path):

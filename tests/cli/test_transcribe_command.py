@@ -92,8 +92,8 @@ def test_a_gpu_without_room_is_one_sentence(run, tiny_model, clip, shard_folder,
     in_transcribe = run("transcribe", tiny_model, clip).refusal(3)
     assert f"Rank 0 ran out of GPU memory ({asked}): in training, use smaller micro-batches" in in_transcribe
     in_evaluate = run("evaluate", tiny_model, shard_folder, "--out", tmp_path / "out").refusal(3)
-    assert "The evaluation of `speech` ended on rank 0: the memory of its GPU does not suffice" in in_evaluate
-    assert f"({asked}): lower `batch_size`" in in_evaluate
+    assert "The evaluation of `speech` ended on rank 0: out of GPU memory in a batch (" in in_evaluate
+    assert f"({asked}): lower `evaluation.batch_size`" in in_evaluate
 
 
 def test_transcribe_takes_context_or_an_instruction_and_writes_json(run, tiny_model, clip):

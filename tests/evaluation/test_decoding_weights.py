@@ -9,9 +9,9 @@ import torch
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder
-from voxtral_dist.evaluation.loading import load_decoder
-from voxtral_dist.evaluation.test_sets import TestSet, build_test_sets
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder
+from voxtral_dist.evaluation.building import build_test_sets
+from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 CPU = torch.device("cpu")

@@ -23,8 +23,9 @@ from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder
+from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_weights import decoding_weights
-from voxtral_dist.evaluation.test_sets import build_test_sets, evaluate_test_set, refuse_different_test_sets
+from voxtral_dist.evaluation.evaluating import evaluate_test_set
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.weights import load_for_inference
@@ -255,5 +256,6 @@ def refuse_what_differs(world: World) -> str:
 def test_ranks_that_see_other_test_sets_are_refused() -> None:
     sentences = run_ranks(2, refuse_what_differs)
     assert sentences[0] == sentences[1]
-    assert "`evaluation.test_sets.dev`: rank 1 sees other shards than rank 0" in sentences[0]
+    message = "`evaluation.test_sets.dev`: rank 1 sees other shards, another index or other words than rank 0"
+    assert message in sentences[0]
     assert run_ranks(1, refuse_what_differs) == [""]

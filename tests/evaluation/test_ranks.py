@@ -14,7 +14,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.batch_decoder import DecodedBatch
 from voxtral_dist.evaluation.decoding import decode_batches
-from voxtral_dist.scoring.results import TestSetScore
+from voxtral_dist.scoring.results import TestSetResult
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
@@ -23,7 +23,7 @@ NUM_UTTERANCES = 31
 Rows = list[dict[str, object]]
 
 
-def evaluate_on(world: World, model: str, shards: Path, batch_size: int, out_dir: Path) -> TestSetScore:
+def evaluate_on(world: World, model: str, shards: Path, batch_size: int, out_dir: Path) -> TestSetResult:
     settings = EvaluationConfig(batch_size=batch_size, max_tokens_per_second=2.0)
     options = EvaluationOptions(settings)
     return dict(evaluate(model, [str(shards)], options, "float32", out_dir, world))[shards.name]

@@ -13,9 +13,10 @@ from voxtral_dist.config import dump_config
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance
+from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import normalizer
-from voxtral_dist.scoring.results import Measurements, score_test_set, write_results
-from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.result_files import write_results
+from voxtral_dist.scoring.results import Measurements, score_test_set
 from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 
 from runs import run_config
@@ -34,8 +35,8 @@ def utterance(number: int, reference: str, hypothesis: str, **chosen: Any) -> Sc
 
 def write_set(folder: Path, name: str, utterances: Sequence[ScoredUtterance], slices: tuple[str, ...] = ()) -> Path:
     """`NAME.json` and `NAME.jsonl`; the folder."""
-    score = score_test_set(utterances, BASIC, grouping=Grouping(slices), measured=Measurements(2.0, 0.5))
-    write_results(folder, name, utterances, score)
+    result = score_test_set(utterances, BASIC, grouping=Grouping(slices), measured=Measurements(2.0, 0.5))
+    write_results(folder, name, utterances, result)
     return folder
 
 

@@ -14,8 +14,8 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.reporting.cards import changed_most, in_turns, with_highest_rates, with_most_errors
 from voxtral_dist.reporting.embedded_audio import EmbeddedAudio, MissingAudio, StoredAudio, media_type
 from voxtral_dist.reporting.statistics import MAX_SLICES, MIN_UTTERANCES, slice_tables
+from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.results import score_test_set
-from voxtral_dist.scoring.slices import Grouping
 
 from saved_results import BASIC, stored_utterances, utterance
 
@@ -36,8 +36,8 @@ def test_the_worst_come_first_and_none_is_without_an_error():
 
 
 def test_changes_are_those_of_the_second_run():
-    better = [utterance(one.utterance_id, one.reference, one.reference) for one in ROWS[:3]]
-    worse = [utterance(one.utterance_id, one.reference, "") for one in ROWS[3:]]
+    better = [utterance(one.decoded.utterance_id, one.decoded.reference, one.decoded.reference) for one in ROWS[:3]]
+    worse = [utterance(one.decoded.utterance_id, one.decoded.reference, "") for one in ROWS[3:]]
     pairs = list(zip(ROWS, better + worse, strict=True))
     assert [number for number, _ in changed_most(pairs, 20, -1)] == [4, 1, 2]
     assert changed_most(pairs, 20, 1) == []
@@ -57,7 +57,7 @@ def test_slices_are_sorted_and_small_ones_marked():
     assert [(row.label, row.is_uncertain) for row in languages.rows] == [("de", True), ("en", False), ("fr", True)]
     assert [row.dot for row in languages.rows] == [1.0, 0.3, 0.0]
     english = languages.rows[1]
-    assert (english.low, english.high) == tuple(round(end, 4) for end in english.score.wer_interval)
+    assert (english.low, english.high) == tuple(round(end, 4) for end in english.rates.wer_interval)
     assert (languages.rows[0].low, languages.rows[0].high) == (None, None)
     assert [row.label for row in durations.rows] == ["<5 s", ">=60 s"], "by length, whatever their rates"
 
@@ -103,10 +103,10 @@ def test_clips_are_those_of_the_same_key(shard_folder):
     samples = stored_utterances(shard_folder)
     one = utterance(3, "a", "b", key=samples[3].key)
     assert stored.read(one) == EmbeddedAudio(media_type(samples[3].audio), samples[3].audio)
-    assert stored.read(replace(one, key="other")) == MissingAudio(
+    assert stored.read(replace(one, decoded=replace(one.decoded, key="other"))) == MissingAudio(
         f"sample 3 of the shards is another utterance, {samples[3].key!r}"
     )
-    assert stored.read(replace(one, utterance_id=len(samples))) == MissingAudio(
+    assert stored.read(replace(one, decoded=replace(one.decoded, utterance_id=len(samples)))) == MissingAudio(
         f"the shards have no sample {len(samples)}"
     )
 

@@ -51,14 +51,16 @@ def test_links_within_the_page_lead_somewhere(page):
 
 
 def test_cards_show_the_alignment_of_normalized_words_and_both_texts(run, page):
-    utterances = {one.key: one for one in read_scored(run / "evaluations" / "step-0000008" / "speech.jsonl")}
+    scored = read_scored(run / "evaluations" / "step-0000008" / "speech.jsonl")
+    utterances = {one.decoded.key: one for one in scored}
     cards = cards_of(page)
     assert len(cards) > 40, "two lists of twenty for each of two sets"
     for card in cards:
         one = utterances[card.all("bdi", "utterance-key")[0].text]
-        aligned = align_words(BASIC.apply(one.reference), BASIC.apply(one.hypothesis))
+        aligned = align_words(BASIC.apply(one.decoded.reference), BASIC.apply(one.decoded.hypothesis))
         assert words_of(card.all("p", "words")[0]) == [tuple(word) for word in aligned]
-        assert [text.text for text in card.all("dl", "texts")[0].all("dd")] == [one.reference, one.hypothesis]
+        texts = [text.text for text in card.all("dl", "texts")[0].all("dd")]
+        assert texts == [one.decoded.reference, one.decoded.hypothesis]
         assert card.all("b")[0].text == f"{one.words.errors} of {one.words.reference_length}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from voxtral_dist.scoring.results import percent
-from voxtral_dist.scoring.tables import shown_audio, shown_interval
+from voxtral_dist.scoring.tables import format_audio, format_interval
 
 from commands import Result, run_command
 from saved_results import parse, score_of, utterance, write_run, write_set
@@ -66,18 +66,18 @@ def test_figures_are_those_of_the_score(report, run, tmp_path):
     words = score["words"]
     rates = [
         percent(score["wer"]),
-        shown_interval(score["wer_interval"]),
+        format_interval(score["wer_interval"]),
         percent(score["cer"]),
         percent(score["orthographic"]["wer"]),
         *map(str, (words["substitutions"], words["deletions"], words["insertions"], words["reference_length"])),
         str(score["num_utterances"]),
-        shown_audio(score["audio_seconds"]),
+        format_audio(score["audio_seconds"]),
     ]
     others = [percent(score["orthographic"]["cer"]), "0", "0", "0", "0", "19.5", "0.5000", "1.649"]
     assert words["substitutions"] > 0
     assert cells_of(markdown, "again") == [["again", *rates], ["again", *others]]
     german = score["slices"]["language"]["de"]
-    assert cells_of(markdown, "de †")[0][1:3] == [percent(german["wer"]), shown_interval(german["wer_interval"])]
+    assert cells_of(markdown, "de †")[0][1:3] == [percent(german["wer"]), format_interval(german["wer_interval"])]
     steps = [score_of(run / "evaluations" / f"step-000000{step}", "speech") for step in (0, 4, 8)]
     assert [cells_of(markdown, str(step))[0][2] for step in (0, 4, 8)] == [percent(one["wer"]) for one in steps]
     # The page has the same rows.
@@ -219,7 +219,7 @@ def test_mistakes_are_one_sentence(refusal, run, tmp_path):
 
 def test_a_baseline_that_does_not_fit_is_refused(refusal, run, tmp_path):
     other = [utterance(number, "a b", "a b", key=f"other-{number}") for number in range(3)]
-    assert "do not hold the same utterances (29 keys are in one of them alone" in refusal(
+    assert "do not hold the same utterances (29 keys are in only one of them" in refusal(
         run, "--baseline", write_set(tmp_path / "other", "speech", other), "--out", tmp_path / "out"
     )
     assert "has no test set of" in refusal(run, "--baseline", write_set(tmp_path / "named", "else", other))
@@ -291,18 +291,18 @@ def test_damaged_results_are_refused_by_file(refusal, tmp_path):
     folder = write_set(tmp_path, "speech", [utterance(0, "a b", "a b")])
     line = json.loads((folder / "speech.jsonl").read_text())
     (folder / "speech.jsonl").write_text(json.dumps(line | {"word_deletions": "two"}) + "\n")
-    assert "speech.jsonl, line 1: the counts of its errors are missing or damaged" in refusal(folder)
+    assert "speech.jsonl, line 1: its error counts are missing or damaged" in refusal(folder)
     del line["orthographic_character_insertions"]
     (folder / "speech.jsonl").write_text(json.dumps(line) + "\n")
-    assert "speech.jsonl, line 1: the counts of its errors are missing" in refusal(folder)
+    assert "speech.jsonl, line 1: its error counts are missing" in refusal(folder)
     score = score_of(folder, "speech")
-    del score["orthographic"]["cer"]
+    del score["orthographic"]["characters"]
     (folder / "speech.json").write_text(json.dumps(score))
-    assert "speech.json is not the score of a test set (orthographic.cer: " in refusal(folder)
+    assert "speech.json is not the result of a test set (orthographic.characters: " in refusal(folder)
     folder = write_set(tmp_path / "label", "speech", [utterance(0, "a b", "a b")])
     text = (folder / "speech.json").read_text().replace('"basic-2"', '"upper_case+basic-2"')
     (folder / "speech.json").write_text(text)
-    assert "The normalizer 'upper_case+basic-2' has a step that is not known here" in refusal(folder)
+    assert "The normalizer 'upper_case+basic-2' has an unknown step" in refusal(folder)
 
 
 @pytest.mark.parametrize(

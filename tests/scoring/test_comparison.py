@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from voxtral_dist.scoring.intervals import resampling_units
-from voxtral_dist.scoring.significance import (
+from voxtral_dist.scoring.comparison import (
     MIN_MATCHED_PAIRS,
     PairedComparison,
     compare_runs,
     matched_pairs_p_value,
 )
+from voxtral_dist.scoring.intervals import resampling_units
 from voxtral_dist.scoring.word_errors import ErrorCounts
 
 REFERENCE_LENGTH = 10

@@ -205,10 +205,10 @@ def test_a_function_of_the_user_is_applied_and_its_label_tells_its_source(own):
 @pytest.mark.parametrize(
     ("source", "function", "sentence"),
     [
-        ("def f(text): return text", "g", "has no `g`"),
-        ("f = 'lower'", "f", "must be a function on text, but is 'lower' instead"),
-        ("def f(text): return None", "f", "must return a text, but returned None of"),
-        ("def f(text): return text.split()", "f", "must return a text, but returned ["),
+        ("def f(text): return text", "g", "has no attribute `g`"),
+        ("f = 'lower'", "f", "must be a function, but is 'lower' instead"),
+        ("def f(text): return None", "f", "must return a string, but returned None for"),
+        ("def f(text): return text.split()", "f", "must return a string, but returned ["),
         (
             "def f(text, language): return text",
             "f",
@@ -230,8 +230,8 @@ def test_a_function_that_cannot_be_used_is_one_sentence(own, source, function, s
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("nowhere:f", "the module nowhere cannot be imported"),
-        ("builtins:ascii", "the module builtins has no file"),
+        ("nowhere:f", "module nowhere cannot be imported"),
+        ("builtins:ascii", "module builtins has no source file"),
         ("bsic", "must be none, basic, whisper_english, whisper_basic, or a function as `module:function`"),
         ("a b:c", "or a function as `module:function`, but is 'a b:c' instead"),
     ],

@@ -12,18 +12,18 @@ from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own name pytest would collect it
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import RankError
-from voxtral_dist.evaluation.test_sets import build_test_set, check_whole
+from voxtral_dist.evaluation.building import build_test_set
+from voxtral_dist.evaluation.evaluating import check_complete
+from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.hypotheses import read_scored
 from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.scoring.result_files import read_result, write_results
 from voxtral_dist.scoring.results import (
-    BiasedScore,
+    BiasedErrors,
     LanguageIdentification,
     Measurements,
-    read_score,
     score_test_set,
-    write_results,
 )
-from voxtral_dist.scoring.slices import Grouping
 from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 from voxtral_dist.scoring.word_errors import ErrorCounts
 from voxtral_dist.text.word_list import WordList
@@ -69,7 +69,7 @@ def utterances() -> list[ScoredUtterance]:
 
 def test_texts_are_compared_normalized_and_kept_as_they_were(utterances):
     first = utterances[0]
-    assert (first.reference, first.hypothesis) == PAIRS[0][:2]
+    assert (first.decoded.reference, first.decoded.hypothesis) == PAIRS[0][:2]
     assert first.words == ErrorCounts(substitutions=1, reference_length=3)
     assert first.characters.reference_length == len("one two three")
     assert utterances[3].words.errors == 0
@@ -77,11 +77,12 @@ def test_texts_are_compared_normalized_and_kept_as_they_were(utterances):
 
 def test_a_score_sums_counts_over_utterances_and_divides_once(utterances):
     score = score_test_set(utterances, BASIC)
-    assert score.words == ErrorCounts(substitutions=1, deletions=3, insertions=0, reference_length=8)
-    assert score.wer == 4 / 8
-    assert score.cer == score.characters.errors / sum(len(BASIC.apply(reference)) for reference, *_ in PAIRS)
-    assert score.wer_interval[0] <= score.wer <= score.wer_interval[1]
-    assert (score.num_utterances, score.num_limit_hits, score.audio_seconds) == (5, 1, 7.5)
+    rates = score.normalized
+    assert rates.words == ErrorCounts(substitutions=1, deletions=3, insertions=0, reference_length=8)
+    assert rates.wer == 4 / 8
+    assert rates.cer == rates.characters.errors / sum(len(BASIC.apply(reference)) for reference, *_ in PAIRS)
+    assert rates.wer_interval[0] <= rates.wer <= rates.wer_interval[1]
+    assert (rates.num_utterances, score.num_limit_hits, rates.audio_seconds) == (5, 1, 7.5)
     assert score.num_empty_hypotheses == 1
     assert {language: part.wer for language, part in score.slices["language"].items()} == {
         "de": 1.0,
@@ -97,38 +98,41 @@ def test_case_and_punctuation_count_in_the_orthographic_rates(utterances):
     assert exact.words == ErrorCounts(substitutions=5, deletions=2, reference_length=8)
     assert exact.wer == 7 / 8
     assert exact.characters.reference_length == sum(len(reference) for reference, *_ in PAIRS)
-    assert exact.cer > score_test_set(utterances, BASIC).cer
-    assert exact.normalizer == "none-1"
+    whole = score_test_set(utterances, BASIC)
+    assert exact.cer > whole.normalized.cer
+    assert whole.orthographic_normalizer == "none-1"
     raw = normalizer("none")
     same = score_test_set([score_utterance(decoded(number, *pair), raw) for number, pair in enumerate(PAIRS)], raw)
-    assert (same.words, same.characters, same.wer_interval) == (exact.words, exact.characters, exact.wer_interval)
+    assert same.normalized == exact
 
 
 def test_references_that_are_empty_after_normalization_are_counted_with_what_was_inserted():
     utterances = [scored(0, "...", "one two"), scored(1, "one two three four", "one two three four")]
     score = score_test_set(utterances, BASIC)
-    assert (score.num_empty_references, score.words.insertions, score.wer) == (1, 2, 2 / 4)
+    assert (score.num_empty_references, score.normalized.words.insertions, score.normalized.wer) == (1, 2, 2 / 4)
 
 
 def test_what_was_measured_while_decoding_is_passed_on(utterances):
     score = score_test_set(utterances, BASIC, measured=Measurements(decode_seconds=3.0, loss=0.5))
-    assert (score.rtfx, score.loss, score.perplexity) == (7.5 / 3, 0.5, math.exp(0.5))
-    assert {"rtfx": 2.5, "loss": 0.5}.items() <= score.figures().items()
+    assert (score.rtfx, score.measured.loss, score.measured.perplexity) == (7.5 / 3, 0.5, math.exp(0.5))
+    assert {"rtfx": 2.5, "loss": 0.5}.items() <= score.metrics().items()
     unmeasured = score_test_set(utterances, BASIC)
-    assert (unmeasured.decode_seconds, unmeasured.rtfx, unmeasured.loss, unmeasured.perplexity) == (None,) * 4
-    assert not {"rtfx", "loss", "perplexity"} & unmeasured.figures().keys()
+    assert unmeasured.measured == Measurements(None, None)
+    assert (unmeasured.rtfx, unmeasured.measured.perplexity) == (None, None)
+    assert not {"rtfx", "loss", "perplexity"} & unmeasured.metrics().keys()
 
 
 def test_hypotheses_that_got_stuck_are_counted():
     utterances = [scored(0, "so it goes", "So " + "it goes, " * 6), scored(1)]
     score = score_test_set(utterances, BASIC)
     assert [one.has_repetition_loop for one in utterances] == [True, False]
-    assert score.num_repetition_loops == score.figures()["num_repetition_loops"] == 1
+    assert score.num_repetition_loops == score.metrics()["num_repetition_loops"] == 1
 
 
 def test_a_score_does_not_depend_on_the_order(utterances):
     one, other = score_test_set(utterances, BASIC), score_test_set(utterances[::-1], BASIC)
-    assert (one.wer, one.cer, one.words) == (other.wer, other.cer, other.words)
+    assert (one.normalized.words, one.normalized.characters) == (other.normalized.words, other.normalized.characters)
+    assert (one.normalized.wer, one.normalized.cer) == (other.normalized.wer, other.normalized.cer)
     rates = [
         {label: part.wer for part_of in score.slices.values() for label, part in part_of.items()}
         for score in (one, other)
@@ -137,17 +141,19 @@ def test_a_score_does_not_depend_on_the_order(utterances):
 
 
 def detected(number: int, language: str | None, named: str | None, asked: bool = True) -> ScoredUtterance:
-    return replace(scored(number, language=language), detected_language=named, asks_for_language=asked)
+    one = scored(number, language=language)
+    return replace(one, decoded=replace(one.decoded, detected_language=named, asks_for_language=asked))
 
 
 def test_detected_languages_are_counted_where_they_were_asked_for_and_are_known():
     found = [("en", "en"), ("en", "de"), ("de", "de"), ("de", None), (None, "en")]
     utterances = [detected(number, *pair) for number, pair in enumerate(found)]
-    assert score_test_set(utterances, BASIC).language_identification == LanguageIdentification(4, 2, 1, 0.5)
+    identified = score_test_set(utterances, BASIC).language_identification
+    assert (identified, identified.accuracy) == (LanguageIdentification(4, 2, 1), 0.5)
     told = [detected(number, language, None, asked=False) for number, (language, _) in enumerate(found)]
     assert score_test_set(told, BASIC).language_identification is None
-    assert "language right in 50.00 %" in str(score_test_set(utterances, BASIC))
-    assert score_test_set(utterances, BASIC).figures()["language_accuracy"] == 0.5
+    assert "language accuracy 50.00 %" in str(score_test_set(utterances, BASIC))
+    assert score_test_set(utterances, BASIC).metrics()["language_accuracy"] == 0.5
 
 
 def test_listed_words_have_a_rate_of_their_own_and_the_rest_another():
@@ -156,9 +162,10 @@ def test_listed_words_have_a_rate_of_their_own_and_the_rest_another():
         score_utterance(decoded(number, *pair), BASIC, WordList(["Siobhan"])) for number, pair in enumerate(pairs)
     ]
     score = score_test_set(utterances, BASIC, num_distractors=7)
-    assert score.biased == BiasedScore(7, 1 / 2, 2 / 4, ErrorCounts(1, 0, 0, 2))
-    assert score.wer == 3 / 6
-    assert score.figures()["biased_wer"] == 0.5
+    assert score.biased == BiasedErrors(7, ErrorCounts(1, 0, 0, 2), ErrorCounts(0, 1, 1, 4))
+    assert (score.biased.biased_wer, score.biased.unbiased_wer) == (1 / 2, 2 / 4)
+    assert score.normalized.wer == 3 / 6
+    assert score.metrics()["biased_wer"] == 0.5
     assert score_test_set([scored(0)], BASIC).biased is None
 
 
@@ -172,8 +179,8 @@ def test_the_steps_of_target_text_come_before_the_normalizer_and_are_named():
 
 
 def test_a_test_set_without_words_has_no_rate():
-    score = score_test_set([scored(0, "?", "!")], BASIC)
-    assert (score.wer, score.wer_interval, score.cer, score.num_utterances) == (None, None, None, 1)
+    rates = score_test_set([scored(0, "?", "!")], BASIC).normalized
+    assert (rates.wer, rates.wer_interval, rates.cer, rates.num_utterances) == (None, None, None, 1)
 
 
 def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
@@ -182,7 +189,7 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "made/here/name.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((tmp_path / "made/here/name.json").read_text(encoding="utf-8"))
     assert [(row["reference"], row["hypothesis"], row["language"]) for row in rows] == list(PAIRS)
-    assert [row["key"] for row in rows] == [utterance.key for utterance in utterances]
+    assert [row["key"] for row in rows] == [utterance.decoded.key for utterance in utterances]
     for kind, rate, score_of in (
         ("word", "wer", summary),
         ("character", "cer", summary),
@@ -245,7 +252,7 @@ def test_batches_hold_every_utterance_once_longest_first(held_out):
 
 def test_a_whole_test_set_comes_back_in_the_order_of_the_index(held_out):
     shuffled = [scored(utterance_id) for utterance_id in (4, 0, 6, 2, 1, 5, 3)]
-    assert [utterance.utterance_id for utterance in check_whole(held_out, shuffled)] == list(range(7))
+    assert [utterance.decoded.utterance_id for utterance in check_complete(held_out, shuffled)] == list(range(7))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +268,7 @@ def test_a_whole_test_set_comes_back_in_the_order_of_the_index(held_out):
 )
 def test_other_ids_than_those_of_the_index_give_no_rate(held_out, utterance_ids, sentence):
     with pytest.raises(RankError, match=sentence):
-        check_whole(held_out, [scored(utterance_id) for utterance_id in utterance_ids])
+        check_complete(held_out, [scored(utterance_id) for utterance_id in utterance_ids])
 
 
 def test_what_is_written_is_read_back(utterances, tmp_path):
@@ -269,5 +276,5 @@ def test_what_is_written_is_read_back(utterances, tmp_path):
     listed = [score_utterance(decoded(9, "a three", "a tree"), BASIC, words), *utterances]
     score = score_test_set(listed, BASIC, 5, Grouping(("speaker",)), Measurements(2.0, 0.5))
     write_results(tmp_path, "speech", listed, score)
-    assert read_score(tmp_path / "speech.json") == score
+    assert read_result(tmp_path / "speech.json") == score
     assert read_scored(tmp_path / "speech.jsonl") == listed

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.scoring.grouping import Grouping, field_label
 from voxtral_dist.scoring.intervals import MIN_SPEAKERS
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.results import score_test_set
-from voxtral_dist.scoring.slices import Grouping, duration_range, field_label
+from voxtral_dist.scoring.slices import duration_range
 from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 from voxtral_dist.scoring.word_errors import ErrorCounts
 
@@ -85,16 +86,16 @@ def test_slices_have_counts_rates_and_sizes():
 def test_slices_add_up_to_the_set():
     score = score_test_set(UTTERANCES, BASIC, grouping=Grouping(("domain", "speaker", "nothing")))
     for parts in score.slices.values():
-        assert sum((part.words for part in parts.values()), ErrorCounts()) == score.words
-        assert sum((part.characters for part in parts.values()), ErrorCounts()) == score.characters
-        assert sum(part.num_utterances for part in parts.values()) == score.num_utterances
-        assert sum(part.audio_seconds for part in parts.values()) == score.audio_seconds
+        assert sum((part.words for part in parts.values()), ErrorCounts()) == score.normalized.words
+        assert sum((part.characters for part in parts.values()), ErrorCounts()) == score.normalized.characters
+        assert sum(part.num_utterances for part in parts.values()) == score.normalized.num_utterances
+        assert sum(part.audio_seconds for part in parts.values()) == score.normalized.audio_seconds
     assert list(score.slices["nothing"]) == ["unknown"]
 
 
 def test_audio_of_unknown_length_has_no_sum():
     score = score_test_set([*UTTERANCES, scored(4, "a", None)], BASIC)
-    assert score.audio_seconds is None
+    assert score.normalized.audio_seconds is None
     assert score.slices["duration"]["unknown"].num_utterances == 1
     assert score.slices["duration"]["<5 s"].audio_seconds == 3.0
 
@@ -105,10 +106,10 @@ def test_each_slice_says_what_it_resamples():
         for number in range(4 * MIN_SPEAKERS)
     ]
     score = score_test_set(utterances, BASIC, grouping=Grouping(("talker",), "talker"))
-    assert score.resampled == score.orthographic.resampled == "speaker"
+    assert score.normalized.resampled == score.orthographic.resampled == "speaker"
     assert score.slices["language"]["de"].resampled == "speaker"
     assert {part.resampled for part in score.slices["talker"].values()} == {"utterance"}
-    assert score_test_set(utterances, BASIC).resampled == "utterance", "another field names the speaker"
+    assert score_test_set(utterances, BASIC).normalized.resampled == "utterance", "another field names the speaker"
 
 
 def test_the_configuration_says_what_utterances_have_to_bring():
@@ -118,7 +119,8 @@ def test_the_configuration_says_what_utterances_have_to_bring():
 
 
 def test_a_field_that_is_called_language_does_not_replace_the_languages():
-    utterances = [replace(scored(0, "a b", language="en"), fields={"language": "x"})]
-    score = score_test_set(utterances, BASIC, grouping=Grouping(("language", "duration")))
+    one = scored(0, "a b", language="en")
+    utterance = replace(one, decoded=replace(one.decoded, fields={"language": "x"}))
+    score = score_test_set([utterance], BASIC, grouping=Grouping(("language", "duration")))
     assert list(score.slices) == ["language", "duration"]
     assert list(score.slices["language"]) == ["en"]

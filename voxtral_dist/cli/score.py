@@ -32,8 +32,8 @@ def _score(parsed: argparse.Namespace) -> int:
         write_comparison,
         write_scored,
     )
-    from voxtral_dist.scoring.slices import Grouping
-    from voxtral_dist.scoring.tables import comparison_line, score_lines
+    from voxtral_dist.scoring.grouping import Grouping
+    from voxtral_dist.scoring.tables import comparison_line, result_lines
 
     grouping = Grouping(tuple(parsed.slices), parsed.speaker_field)
     options = ScoreOptions(parsed.normalizer, tuple(parsed.target_text), grouping, parsed.words)
@@ -42,7 +42,7 @@ def _score(parsed: argparse.Namespace) -> int:
         refuse_unknown_speakers([first], grouping)
         if parsed.out is not None:
             write_scored(parsed.out, first)
-        print("\n".join(score_lines(first.score)))
+        print("\n".join(result_lines(first.result)))
         return 0
     second = score_file(parsed.second, options)
     refuse_unknown_speakers([first, second], grouping)
@@ -50,6 +50,6 @@ def _score(parsed: argparse.Namespace) -> int:
     if parsed.out is not None:
         write_comparison(parsed.out, first, second, comparison)
     for scored in (first, second):
-        print("\n".join([str(scored.path), *score_lines(scored.score), ""]))
+        print("\n".join([str(scored.path), *result_lines(scored.result), ""]))
     print(comparison_line(comparison))
     return 0

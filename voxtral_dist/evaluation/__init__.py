@@ -1,1 +1,1 @@
-"""Word error rates of generated transcripts: every utterance exactly once, integers summed, divided once."""
+"""Evaluation of a model on test sets: each utterance is decoded exactly once over all ranks, then scored."""

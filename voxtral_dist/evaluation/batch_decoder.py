@@ -1,36 +1,42 @@
-"""Transcripts by generation: batched, and the same for an utterance whatever it is batched with."""
+"""Transcripts by batched generation; the other utterances of a batch do not change a hypothesis."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.checkpoints.loading import config_of_checkpoint, is_checkpoint, load_checkpoint
+from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_example
+from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.weights import load_for_inference
 
-# Even the shortest clip may have this many tokens.
+# The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.
 MIN_NEW_TOKENS = 16
-# Targets whose logits are computed at a time.
+# Target tokens whose logits are computed at a time.
 _LOSS_CHUNK_TOKENS = 2048
+_WINDOWS_PER_CHUNK: int = ModelConfig.model_fields["encoder_windows_per_chunk"].default
 
 
 @dataclass(frozen=True)
 class Hypothesis:
     """A decoded transcript or answer.
 
-    detected_language: that the model named before a transcript; never part of the text. hit_limit: whether it was ended
-    by the limit of tokens, and not by the model.
+    Attributes:
+        detected_language: named by the model before a transcript; never part of the text.
+        hit_limit: whether the token limit ended it, not the model.
     """
 
     text: str
@@ -41,7 +47,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class DecodedBatch:
-    """Hypotheses of a batch, and the summed cross entropy of its targets; no targets where it was not asked for."""
+    """Hypotheses of a batch, and the summed cross entropy of its target tokens; 0 tokens where it was not measured."""
 
     hypotheses: list[Hypothesis]
     loss_sum: float = 0.0
@@ -49,10 +55,12 @@ class DecodedBatch:
 
 
 class BatchDecoder:
-    """A model with its tokenizer and features, decoding batches of examples.
+    """A model with its tokenizer and features, which decodes batches of examples.
 
-    in_lockstep: the model is sharded over ranks, which all decode at the same time, batch by batch. A rank whose batch
-    is finished goes on with empty steps for as long as others need it. silence: what a rank without a batch decodes.
+    Attributes:
+        in_lockstep: whether the model is sharded, so that all ranks must decode at the same time, batch by batch. A
+            rank whose batch has ended runs empty steps until the batches of all ranks have.
+        silence: the example that a rank without a batch decodes in lockstep.
     """
 
     def __init__(
@@ -63,10 +71,10 @@ class BatchDecoder:
         settings: EvaluationConfig,
         in_lockstep: bool = False,
     ) -> None:
-        """Decode by a `TrainedVoxtral` in evaluation mode that has `ChunkedEncoder`."""
+        """Wrap a `TrainedVoxtral` in evaluation mode whose encoder is a `ChunkedEncoder`."""
         self.in_lockstep = in_lockstep
         self._model = model
-        self._passes = ChunkedEncoder.of(model)
+        self._encoder = ChunkedEncoder.of(model)
         self._prompts = prompts
         self._log_mel = log_mel
         self.silence = silent_example(prompts)
@@ -74,23 +82,26 @@ class BatchDecoder:
         self._settings = settings
 
     def __call__(self, examples: Sequence[Example]) -> list[Hypothesis]:
-        """One hypothesis for each example, in their order, on a rank by itself."""
+        """Decode examples on this rank alone: one hypothesis per example, in the same order."""
         return self.decode(examples, with_loss=False).hypotheses
 
     @torch.no_grad()
     def decode(self, examples: Sequence[Example], *, with_loss: bool, most_windows: int | None = None) -> DecodedBatch:
-        """Hypotheses of examples in their order, and the loss of their targets.
+        """Decode examples, and measure the loss of their targets.
 
         Args:
             examples: at least one.
-            with_loss: measure it too: another pass of the language model, none of the encoder.
-            most_windows: on the rank that has the most of them, for decoding in lockstep.
+            with_loss: measure the loss: one more forward pass of the language model, none of the encoder.
+            most_windows: windows of the batch, maximum over ranks; needed in lockstep.
+
+        Returns:
+            Hypotheses in the order of the examples, and the loss.
         """
         batch = collate(examples, self._prompts.pad_id, self._prompts.window_samples).to(self._device)
         features = self._log_mel(batch.pcm, batch.windows_per_example)
-        self._passes.num_chunks = most_windows and num_chunks(most_windows, self._passes.windows_per_chunk)
-        with self._passes.holding(features, batch.windows_per_example) as numbers:
-            # The loss comes first on all ranks, so that all of them encode in the same pass.
+        self._encoder.num_chunks = most_windows and num_chunks(most_windows, self._encoder.windows_per_chunk)
+        with self._encoder.holding(features, batch.windows_per_example) as numbers:
+            # The loss comes first, so that all ranks encode in the same forward pass.
             loss_sum = float(self._loss(self._model, batch, numbers)) if with_loss else 0.0
             hypotheses = self._generate(examples, numbers)
         return DecodedBatch(hypotheses, loss_sum, batch.num_target_tokens if with_loss else 0)
@@ -98,7 +109,7 @@ class BatchDecoder:
     def _generate(self, examples: Sequence[Example], numbers: Tensor) -> list[Hypothesis]:
         prompts, attention_mask = pad_left([example.prompt for example in examples], self._prompts.pad_id)
         limits = [self._limit(example) for example in examples]
-        # transformers would keep the room of the longest batch so far for every later one, however many rows it has.
+        # Else transformers gives every later batch a static cache of the longest batch so far.
         self._model._previous_max_cache_length = -1  # type: ignore[assignment]
         generated: Tensor = self._model.generate(  # type: ignore[operator]
             input_ids=prompts.to(self._device),
@@ -123,7 +134,6 @@ class BatchDecoder:
 
     def _limit(self, example: Example) -> int:
         by_length = MIN_NEW_TOKENS + math.ceil(self._settings.max_tokens_per_second * example.duration_seconds)
-        # The model has no positions for more.
         return min(by_length, self._prompts.max_positions - len(example.prompt))
 
     def _hypothesis(self, example: Example, ids: list[int], limit: int) -> Hypothesis:
@@ -137,24 +147,51 @@ class BatchDecoder:
         return Hypothesis(transcript.text, transcript.language, len(own), hit_limit)
 
 
+def load_decoder(
+    model_path: str, prompts: VoxtralPrompts, settings: EvaluationConfig, precision: str, world: World
+) -> BatchDecoder:
+    """Load a whole model onto this rank's device for decoding.
+
+    Args:
+        model_path: a folder with a Hugging Face model, a name on the hub, or a checkpoint of a run.
+        prompts: of the model; see `processor_path`.
+        settings: of decoding.
+        precision: of the weights.
+        world: of this rank.
+
+    Raises:
+        UserError: the path is no Voxtral model, or a damaged checkpoint.
+    """
+    load = load_checkpoint if is_checkpoint(model_path) else load_for_inference
+    model = load(model_path, world.device, precision)
+    ChunkedEncoder(model, _WINDOWS_PER_CHUNK)
+    log_mel = LogMel.from_pretrained(processor_path(model_path), world.device)
+    return BatchDecoder(model, prompts, log_mel, settings)
+
+
+def processor_path(model_path: str) -> str:
+    """Where a model's tokenizer and feature extractor are: for a checkpoint, the model that its run started from."""
+    return config_of_checkpoint(Path(model_path)).model.path if is_checkpoint(model_path) else model_path
+
+
 def _search(settings: EvaluationConfig, in_lockstep: bool) -> dict[str, Any]:
-    """How `generate` chooses tokens, whatever a checkpoint's own file of defaults says."""
-    # Empty steps of a rank that has finished would run over the end of a static cache.
+    """Arguments of `generate` that choose tokens; they override a checkpoint's `generation_config.json`."""
+    # In lockstep, empty steps of a finished rank would run past the end of a static cache.
     cache = {"cache_implementation": "static"} if settings.static_cache and not in_lockstep else {}
-    # Stopping at the best score that is still possible depends on no other utterance of the batch.
+    # Without early stopping, a beam search ends when no open beam can win, whatever else is in the batch.
     beams = {"length_penalty": 1.0, "early_stopping": False} if settings.num_beams > 1 else {}
     return {"do_sample": False, "num_beams": settings.num_beams, "use_cache": True, **beams, **cache}
 
 
 class _OwnLimits(StoppingCriteria):  # type: ignore[misc]  # of a package without types
-    """Ends each utterance at its own limit of tokens: its neighbours, whose limits may be larger, do not matter."""
+    """Ends each utterance at its own token limit, although others of the batch may have larger ones."""
 
     def __init__(self, limits: Sequence[int], num_prompt_tokens: int, device: torch.device) -> None:
         self._limits = torch.tensor(limits, device=device)
         self._num_prompt_tokens = num_prompt_tokens
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Whether each row is at its limit; an utterance has as many rows as beams are looked at."""
+        """Whether each row has reached its limit; an utterance has one row per beam."""
         rows_per_example = len(input_ids) // len(self._limits)
         is_at_limit: Tensor = self._limits <= input_ids.shape[1] - self._num_prompt_tokens
         return is_at_limit.repeat_interleave(rows_per_example)

@@ -1,8 +1,8 @@
-"""The batches of a test set decoded over ranks: handed out one by one, or in lockstep where weights are sharded.
+"""Decoding of a test set's batches over ranks: from a shared queue, or in lockstep where weights are sharded.
 
-An error of one rank ends the evaluation on all of them, with its reason: the others learn of it before they begin
-another batch, and none waits for results that will not come. Only in the middle of a batch in lockstep nobody can be
-told, because the others wait for weights: there the rank ends, and the launcher ends them.
+An error on one rank ends the evaluation on all ranks with its reason: the others stop before their next batch, and none
+waits for results that will not come. An error inside a batch in lockstep cannot be shared, because the other ranks wait
+for weights: that rank exits, and the launcher ends the others.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, out_of_memory_reason
 from voxtral_dist.errors import RankError, SharedError, UserError
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, DecodedBatch, Hypothesis
+from voxtral_dist.evaluation.test_set import Batch
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[int, ...]
 ReadBatch = Callable[[Batch], list[Example]]
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one rank decoded: examples with their hypotheses, the loss of their targets, and how long it took."""
+    """What one rank decoded: examples with their hypotheses, the summed loss of their targets, and the wall time."""
 
     pairs: list[tuple[Example, Hypothesis]]
     loss_sum: float
@@ -40,22 +40,22 @@ class Decoded:
 def decode_batches(
     name: str, batches: Sequence[Batch], read: ReadBatch, decoder: BatchDecoder, with_loss: bool, world: World
 ) -> Decoded:
-    """This rank's part of all batches, each of which one rank decodes. All ranks call it together.
+    """Decode this rank's part of all batches; each batch is decoded by one rank. All ranks call it together.
 
     Args:
-        name: of the test set, for sentences.
+        name: of the test set, for error messages.
         batches: the same on all ranks, expensive ones first.
-        read: gives the examples of a batch.
-        decoder: that decodes them.
-        with_loss: whether the loss of targets is measured.
+        read: reads the examples of a batch.
+        decoder: decodes them.
+        with_loss: whether to measure the loss of targets.
         world: all ranks.
 
     Raises:
-        SharedError: on all ranks, if one of them could not read a batch, or could not decode one by itself.
-        RankError: on a rank that could not decode one in lockstep.
+        SharedError: on all ranks, if a rank could not read a batch, or could not decode one outside of lockstep.
+        RankError: on a rank that could not decode a batch in lockstep.
     """
-    part = _Part(name, batches, read, decoder, with_loss, world)
-    # Whoever was still loading is no part of what decoding takes.
+    part = _RankDecoder(name, batches, read, decoder, with_loss, world)
+    # The time of decoding excludes waiting for ranks that still load.
     wait_for_all(world)
     started = time.monotonic()
     failure = part.decode()
@@ -65,15 +65,15 @@ def decode_batches(
 
 
 class _OtherRankFailedError(Exception):
-    """Ends this rank's part; the other rank says why."""
+    """Ends this rank's part; the rank that failed gives the reason."""
 
 
 class _OthersWaitError(RankError):
-    """Met where the others cannot be told."""
+    """An error in lockstep, where the other ranks wait and cannot learn of it."""
 
 
-class _Part:
-    """What a rank does of an evaluation, and its results so far."""
+class _RankDecoder:
+    """One rank's part of an evaluation, and its results so far."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ class _Part:
         self._world = world
 
     def decode(self) -> Exception | None:
-        """Decode until no batch is left; what went wrong on this rank, if anything did."""
+        """Decode until no batch is left. Returns an error of this rank that all ranks must learn of."""
         try:
             if self._decoder.in_lockstep:
                 self._decode_in_lockstep()
             else:
-                self._decode_what_is_handed_out()
+                self._decode_from_queue()
         except _OtherRankFailedError:
             return None
         except _OthersWaitError:
@@ -109,8 +109,8 @@ class _Part:
             return error
         return None
 
-    def _decode_what_is_handed_out(self) -> None:
-        """Whoever is free takes the next batch."""
+    def _decode_from_queue(self) -> None:
+        """Take the next batch of the shared queue until it is empty."""
         task_queue = TaskQueue(len(self._batches), self._world)
         try:
             for number in task_queue:
@@ -121,12 +121,12 @@ class _Part:
             raise
 
     def _decode_in_lockstep(self) -> None:
-        """A batch for each rank, then the next ones; where none is left, a rank goes along with silence."""
+        """Decode in rounds of one batch per rank; a rank without a batch decodes silence."""
         for first in range(0, len(self._batches), self._world.size):
             examples, most_windows = self._read_together(self._batches[first : first + self._world.size])
-            asked = examples or [self._decoder.silence]
+            batch = examples or [self._decoder.silence]
             try:
-                decoded = self._decoder.decode(asked, with_loss=self._with_loss, most_windows=most_windows)
+                decoded = self._decoder.decode(batch, with_loss=self._with_loss, most_windows=most_windows)
             except Exception as error:
                 _log_unless_plain(error, self._world)
                 raise _OthersWaitError(
@@ -136,7 +136,7 @@ class _Part:
                 self._add(examples, decoded)
 
     def _read_together(self, batches: Sequence[Batch]) -> tuple[list[Example], int]:
-        """This rank's examples of a round, which may be none, and the windows of the rank that has most of them."""
+        """Read this rank's batch of a round, which may be empty. Returns it with its windows' maximum over ranks."""
         examples: list[Example] = []
         failure = None
         try:
@@ -159,7 +159,7 @@ class _Part:
 
 
 def _refuse_if_any_failed(name: str, failure: Exception | None, world: World) -> None:
-    """Raise on all ranks what one of them met."""
+    """Raise on all ranks the first error of any rank."""
     if failure is not None:
         _log_unless_plain(failure, world)
     reasons = gather_on_first(None if failure is None else _reason(failure), world)
@@ -170,7 +170,7 @@ def _refuse_if_any_failed(name: str, failure: Exception | None, world: World) ->
 
 
 def _log_unless_plain(error: Exception, world: World) -> None:
-    """With its traceback, if it is nothing that a user could mend by the sentence alone."""
+    """Log an error with its traceback, unless its message is enough to fix it."""
     if not isinstance(error, UserError | torch.OutOfMemoryError):
         log.error("rank %d could not decode a batch", world.rank, exc_info=error)
 
@@ -181,8 +181,8 @@ def _reason(error: Exception) -> str:
             return str(error)
         case torch.OutOfMemoryError():
             return (
-                f"the memory of its GPU does not suffice for a batch ({out_of_memory_reason(error)}): lower "
-                "`batch_size` or `max_windows` of the evaluation."
+                f"out of GPU memory in a batch ({out_of_memory_reason(error)}): lower `evaluation.batch_size` or "
+                "`evaluation.max_windows`."
             )
         case _:
             return f"{type(error).__name__}: {error}"

@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from voxtral_dist.reporting.embedded_audio import EmbeddedAudio, MissingAudio
 from voxtral_dist.scoring.alignment import AlignedWord, align_words
+from voxtral_dist.scoring.comparison import Pair
+from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer
-from voxtral_dist.scoring.pairing import Pair
-from voxtral_dist.scoring.slices import Grouping
 from voxtral_dist.scoring.utterances import ScoredUtterance
 
 # A hypothesis that loops may have thousands of words, and a language without spaces has words of any length.
@@ -64,8 +64,8 @@ class Card:
         """What went wrong as a whole."""
         one = self.utterance
         found = {
-            "empty hypothesis": not one.hypothesis.strip(),
-            "token limit": one.hit_limit,
+            "empty hypothesis": not one.decoded.hypothesis.strip(),
+            "token limit": one.decoded.hit_limit,
             "repetition loop": one.has_repetition_loop,
         }
         return [name for name, is_so in found.items() if is_so]
@@ -73,7 +73,7 @@ class Card:
 
 def side_by_side(utterance: ScoredUtterance, used: Normalizer) -> SideBySide:
     """The normalized words of an utterance, shortened where they would fill pages."""
-    aligned = align_words(used.apply(utterance.reference), used.apply(utterance.hypothesis))
+    aligned = align_words(used.apply(utterance.decoded.reference), used.apply(utterance.decoded.hypothesis))
     shown = tuple(AlignedWord(one.kind, _word(one.reference), _word(one.hypothesis)) for one in aligned[:MAX_WORDS])
     return SideBySide(shown, len(aligned) - len(shown))
 
@@ -172,6 +172,6 @@ class CardMaker:
     def _card(self, number: int, utterance: ScoredUtterance) -> Card:
         is_repeated = number in self._seen
         self._seen.add(number)
-        speaker = self._grouping.speaker(utterance)
+        speaker = self._grouping.speaker(utterance.decoded)
         aligned = side_by_side(utterance, self._used)
         return Card(number, utterance, speaker, aligned, audio=self._clips.get(number), is_repeated=is_repeated)

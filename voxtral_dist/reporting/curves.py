@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.scoring.intervals import Interval
-from voxtral_dist.scoring.results import TestSetScore
+from voxtral_dist.scoring.results import TestSetResult
 from voxtral_dist.training.metrics_file import read_metrics
 
-Scores = Mapping[tuple[int, str], TestSetScore]
+Scores = Mapping[tuple[int, str], TestSetResult]
 
 
 class Point(NamedTuple):
@@ -115,11 +115,12 @@ def _rates(
     return Curve(title, "%", tuple(series), is_measured_rarely=True)
 
 
-def _in_percent(point: Point, score: TestSetScore | None, interval: str | None) -> Point:
-    ends = getattr(score, interval) if score is not None and interval is not None else None
+def _in_percent(point: Point, score: TestSetResult | None, interval: str | None) -> Point:
+    ends = getattr(score.normalized, interval) if score is not None and interval is not None else None
     return Point(point.step, 100 * point.value, None if ends is None else (100 * ends[0], 100 * ends[1]))
 
 
 def _rows_of(scores: Scores) -> list[dict[str, Any]]:
     """What the rows of metrics say, where only evaluations were kept."""
-    return [{"step": step, "name": name, "wer": score.wer, "cer": score.cer} for (step, name), score in scores.items()]
+    rates = {key: score.normalized for key, score in scores.items()}
+    return [{"step": step, "name": name, "wer": one.wer, "cer": one.cer} for (step, name), one in rates.items()]

@@ -54,14 +54,14 @@ class StoredAudio:
 
     def read(self, utterance: ScoredUtterance) -> EmbeddedAudio | MissingAudio:
         """The audio of an utterance, by the number of its sample; the key must be the same."""
-        utterance_id = utterance.utterance_id
+        utterance_id = utterance.decoded.utterance_id
         if not 0 <= utterance_id < len(self.index):
             return MissingAudio(f"the shards have no sample {utterance_id}")
         try:
             sample = self.index.parse(utterance_id, self.storage.read(self.index.span(utterance_id)))
         except (OSError, ValueError, tarfile.TarError) as error:
             return MissingAudio(f"sample {utterance_id} cannot be read: {error}")
-        if sample.key != utterance.key:
+        if sample.key != utterance.decoded.key:
             return MissingAudio(f"sample {utterance_id} of the shards is another utterance, {sample.key!r}")
         kind = media_type(sample.audio)
         return (

@@ -19,7 +19,7 @@ from voxtral_dist.reporting.contents import ReportContents
 from voxtral_dist.reporting.statistics import MIN_UTTERANCES, Column, other_columns, points
 from voxtral_dist.reporting.test_set_section import TestSetSection
 from voxtral_dist.scoring.results import percent
-from voxtral_dist.scoring.tables import shown_audio, shown_interval
+from voxtral_dist.scoring.tables import format_audio, format_interval
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _CONTROLS = {
@@ -50,10 +50,10 @@ def _environment() -> Environment:
     environment.globals["min_utterances"] = MIN_UTTERANCES
     environment.filters |= {
         "percent": percent,
-        "interval": shown_interval,
+        "interval": format_interval,
         "signed_interval": _signed_interval,
         "points": points,
-        "audio": shown_audio,
+        "audio": format_audio,
         "shortened": shortened,
         "other_columns": _other_columns,
         "with_code": _with_code,
@@ -72,7 +72,7 @@ def _source_hash(source: str) -> str:
 
 
 def _signed_interval(interval: tuple[float, float] | None) -> str:
-    return shown_interval(interval, "+.2f")
+    return format_interval(interval, "+.2f")
 
 
 def _other_columns(test_sets: Sequence[TestSetSection]) -> list[Column]:

@@ -12,7 +12,7 @@ from voxtral_dist.reporting.statistics import MIN_UTTERANCES, SliceTable, other_
 from voxtral_dist.reporting.test_set_section import Comparison, TestSetSection
 from voxtral_dist.scoring.alignment import AlignedWord, EditKind
 from voxtral_dist.scoring.results import percent
-from voxtral_dist.scoring.tables import shown_audio, shown_interval, with_certainty
+from voxtral_dist.scoring.tables import format_audio, format_interval, with_certainty
 
 _NUM_CONFUSIONS = 10
 _NUM_UTTERANCES = 10
@@ -49,7 +49,7 @@ def _error_rates(test_sets: Sequence[TestSetSection]) -> Iterator[str]:
         [_rates(one) for one in test_sets],
     )
     labels = "; ".join(
-        f"{plain(one.name)}: normalizer `{one.score.normalizer}`, interval over {one.score.resampled}s"
+        f"{plain(one.name)}: normalizer `{one.score.normalizer}`, interval over {one.score.normalized.resampled}s"
         for one in test_sets
     )
     yield from ("", f"{labels}.", "")
@@ -62,18 +62,18 @@ def _error_rates(test_sets: Sequence[TestSetSection]) -> Iterator[str]:
 
 
 def _rates(test_set: TestSetSection) -> tuple[str, ...]:
-    score = test_set.score
-    words = score.words
-    counts = (words.substitutions, words.deletions, words.insertions, words.reference_length, score.num_utterances)
-    rates = (percent(score.wer), shown_interval(score.wer_interval), percent(score.cer))
-    sizes = (*map(str, counts), shown_audio(score.audio_seconds))
-    return (plain(test_set.name), *rates, percent(score.orthographic.wer), *sizes)
+    rates = test_set.score.normalized
+    words = rates.words
+    counts = (words.substitutions, words.deletions, words.insertions, words.reference_length, rates.num_utterances)
+    normalized = (percent(rates.wer), format_interval(rates.wer_interval), percent(rates.cer))
+    sizes = (*map(str, counts), format_audio(rates.audio_seconds))
+    return (plain(test_set.name), *normalized, percent(test_set.score.orthographic.wer), *sizes)
 
 
 def _steps(scores: Scores) -> Iterator[str]:
     rows = [
-        (f"{step:,}", plain(name), percent(score.wer), shown_interval(score.wer_interval), percent(score.cer))
-        for (step, name), score in scores.items()
+        (f"{step:,}", plain(name), percent(rates.wer), format_interval(rates.wer_interval), percent(rates.cer))
+        for (step, name), rates in ((key, score.normalized) for key, score in scores.items())
     ]
     return _table(("step", "test set", "WER", "95 % interval", "CER"), rows)
 
@@ -94,7 +94,8 @@ def _test_set(test_set: TestSetSection) -> Iterator[str]:
 
 def _comparison(compared: Comparison) -> str:
     result = compared.result
-    difference = f"Against the baseline (WER {percent(compared.baseline_score.wer)}): {points(result.wer_difference)}"
+    baseline = percent(compared.baseline_score.normalized.wer)
+    difference = f"Against the baseline (WER {baseline}): {points(result.wer_difference)}"
     changes = f"{compared.num_better} of {result.num_utterances} utterances better, {compared.num_worse} worse"
     return f"{with_certainty(difference, result)}; {changes}."
 
@@ -103,11 +104,11 @@ def _slices(table: SliceTable) -> Iterator[str]:
     rows = [
         (
             plain(row.label) + (" †" if row.is_uncertain else ""),
-            percent(row.score.wer),
-            shown_interval(row.score.wer_interval),
-            percent(row.score.cer),
-            str(row.score.num_utterances),
-            shown_audio(row.score.audio_seconds),
+            percent(row.rates.wer),
+            format_interval(row.rates.wer_interval),
+            percent(row.rates.cer),
+            str(row.rates.num_utterances),
+            format_audio(row.rates.audio_seconds),
         )
         for row in table.rows
     ]
@@ -132,7 +133,7 @@ def _utterance(card: Card) -> str:
     words = " ".join(_word(word) for word in card.aligned.words)
     more = f" … and {card.aligned.num_skipped:,} more" if card.aligned.num_skipped else ""
     flags = f" ({', '.join(card.flags)})" if card.flags else ""
-    name = plain(one.key) or f"line {card.number}"
+    name = plain(one.decoded.key) or f"line {card.number}"
     return f"- {name}: {one.words.errors} of {one.words.reference_length}{flags}: {words}{more}"
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.curves import read_rows
-from voxtral_dist.scoring.results import TestSetScore, read_score
+from voxtral_dist.scoring.result_files import read_result
+from voxtral_dist.scoring.results import TestSetResult
 from voxtral_dist.training.selection import selected_step
 
 
@@ -97,10 +98,10 @@ def result_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".jsonl").is_file())
 
 
-def read_scores(results: ResultsFolder) -> dict[tuple[int, str], TestSetScore]:
+def read_scores(results: ResultsFolder) -> dict[tuple[int, str], TestSetResult]:
     """The scores of all evaluated steps of a run, by step and test set."""
     return {
-        (step, name): read_score(folder / f"{name}.json")
+        (step, name): read_result(folder / f"{name}.json")
         for step, folder in results.steps.items()
         for name in _in_order(result_names(folder), results.config)
     }
@@ -155,5 +156,5 @@ def _chosen(folder: Path, step: Step, steps: Mapping[int, Path], config: RunConf
 
 def _first_wer(folder: Path, config: RunConfig | None) -> float:
     """The WER of the first test set."""
-    wer = read_score(folder / f"{_in_order(result_names(folder), config)[0]}.json").wer
+    wer = read_result(folder / f"{_in_order(result_names(folder), config)[0]}.json").normalized.wer
     return float("inf") if wer is None else wer

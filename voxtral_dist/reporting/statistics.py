@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from voxtral_dist.scoring.results import TestSetScore, percent
-from voxtral_dist.scoring.significance import MIN_MATCHED_PAIRS
-from voxtral_dist.scoring.slices import SliceScore
+from voxtral_dist.scoring.comparison import MIN_MATCHED_PAIRS
+from voxtral_dist.scoring.error_rates import ErrorRates
+from voxtral_dist.scoring.results import TestSetResult, percent
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Column:
     """What else was counted of a test set, and its text."""
 
     title: str
-    value: Callable[[TestSetScore], float | int | None]
+    value: Callable[[TestSetResult], float | int | None]
     form: Callable[[float], str]
 
-    def text(self, score: TestSetScore) -> str:
+    def text(self, score: TestSetResult) -> str:
         """Nothing where it was not measured."""
         value = self.value(score)
         return "" if value is None else self.form(value)
@@ -34,12 +34,12 @@ _COLUMNS = (
     Column("B-WER", lambda score: getattr(score.biased, "biased_wer", None), percent),
     Column("U-WER", lambda score: getattr(score.biased, "unbiased_wer", None), percent),
     Column("RTFx", lambda score: score.rtfx, "{:.1f}".format),
-    Column("loss", lambda score: score.loss, "{:.4f}".format),
-    Column("perplexity", lambda score: score.perplexity, "{:.4g}".format),
+    Column("loss", lambda score: score.measured.loss, "{:.4f}".format),
+    Column("perplexity", lambda score: score.measured.perplexity, "{:.4g}".format),
 )
 
 
-def other_columns(scores: Sequence[TestSetScore]) -> list[Column]:
+def other_columns(scores: Sequence[TestSetResult]) -> list[Column]:
     """Those that some test set has."""
     return [column for column in _COLUMNS if any(column.value(score) is not None for score in scores)]
 
@@ -59,7 +59,7 @@ class SliceRow:
     """One slice. low, dot, high: of the interval and the rate, from 0 to 1 of the table's scale."""
 
     label: str
-    score: SliceScore
+    rates: ErrorRates
     dot: float | None
     low: float | None
     high: float | None
@@ -67,7 +67,7 @@ class SliceRow:
     @property
     def is_uncertain(self) -> bool:
         """Whether there is too little of it."""
-        return self.score.num_utterances < MIN_UTTERANCES or self.score.wer_interval is None
+        return self.rates.num_utterances < MIN_UTTERANCES or self.rates.wer_interval is None
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class SliceTable:
         return any(row.is_uncertain for row in self.rows)
 
 
-def slice_tables(score: TestSetScore) -> tuple[SliceTable, ...]:
+def slice_tables(score: TestSetResult) -> tuple[SliceTable, ...]:
     """A table for each field."""
     return tuple(_table(field, parts) for field, parts in score.slices.items())
 
 
-def _table(field: str, parts: Mapping[str, SliceScore]) -> SliceTable:
+def _table(field: str, parts: Mapping[str, ErrorRates]) -> SliceTable:
     largest = sorted(parts.items(), key=lambda one: -one[1].num_utterances)[:MAX_SLICES]
     chosen = {label for label, _ in largest}
     kept = [(label, part) for label, part in parts.items() if label in chosen]
@@ -99,10 +99,10 @@ def _table(field: str, parts: Mapping[str, SliceScore]) -> SliceTable:
     return SliceTable(field, tuple(_row(label, part, scale) for label, part in kept), len(parts) - len(kept))
 
 
-def _end(part: SliceScore) -> float:
+def _end(part: ErrorRates) -> float:
     return max(part.wer or 0.0, part.wer_interval[1] if part.wer_interval else 0.0)
 
 
-def _row(label: str, part: SliceScore, scale: float) -> SliceRow:
+def _row(label: str, part: ErrorRates, scale: float) -> SliceRow:
     low, high = part.wer_interval or (None, None)
     return SliceRow(label, part, *(None if one is None else round(one / scale, 4) for one in (part.wer, low, high)))

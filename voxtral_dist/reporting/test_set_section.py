@@ -14,12 +14,12 @@ from voxtral_dist.reporting.embedded_audio import AudioLimits, EmbeddedAudio, Mi
 from voxtral_dist.reporting.results_folder import ReportOptions, ResultsFolder, configured_name
 from voxtral_dist.reporting.statistics import SliceTable, slice_tables
 from voxtral_dist.scoring.alignment import Confusion, EditKind, align_words, most_frequent_confusions
+from voxtral_dist.scoring.comparison import Pair, PairedComparison, compare_pairs, pair_utterances
+from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.hypotheses import read_scored
 from voxtral_dist.scoring.normalizer import Normalizer, normalizer_of_label
-from voxtral_dist.scoring.pairing import Pair, compare_pairs, pair_utterances
-from voxtral_dist.scoring.results import TestSetScore, read_score
-from voxtral_dist.scoring.significance import PairedComparison
-from voxtral_dist.scoring.slices import Grouping
+from voxtral_dist.scoring.result_files import read_result
+from voxtral_dist.scoring.results import TestSetResult
 from voxtral_dist.scoring.utterances import ScoredUtterance
 from voxtral_dist.scoring.word_errors import ErrorCounts
 
@@ -31,7 +31,7 @@ _MEGABYTE = 10**6
 class Comparison:
     """A test set against the same of a baseline: a negative difference is an improvement."""
 
-    baseline_score: TestSetScore
+    baseline_score: TestSetResult
     result: PairedComparison
     num_better: int
     num_worse: int
@@ -50,7 +50,7 @@ class TestSetSection:
     __test__ = False  # pytest takes it for a test
 
     name: str
-    score: TestSetScore
+    score: TestSetResult
     is_same_normalizer: bool
     slices: tuple[SliceTable, ...]
     confusions: Mapping[EditKind, list[Confusion]]
@@ -79,14 +79,14 @@ class SectionReader:
             UserError: its files are damaged, or do not fit those of the baseline.
         """
         path = _folder_of(self.results) / f"{name}.jsonl"
-        score = read_score(path.with_suffix(".json"))
+        score = read_result(path.with_suffix(".json"))
         utterances = read_scored(path)
         _refuse_other_utterances(path, score, utterances)
         used = normalizer_of_label(score.normalizer, self.options.normalizer)
         pairs = self._pairs(name, score, utterances)
         shown = ChosenUtterances.of(utterances, pairs, self.options.num_utterances)
         audio, audio_note = self._audio(name, shown)
-        grouping = Grouping(speaker_field=self.options.speaker_field or score.speaker_field or Grouping.speaker_field)
+        grouping = Grouping(speaker_field=self.options.speaker_field or score.speaker_field)
         cards = CardMaker(used, grouping, audio)
         return TestSetSection(
             name=name,
@@ -101,12 +101,12 @@ class SectionReader:
             audio_note=audio_note,
         )
 
-    def _pairs(self, name: str, score: TestSetScore, utterances: Sequence[ScoredUtterance]) -> list[Pair]:
+    def _pairs(self, name: str, score: TestSetResult, utterances: Sequence[ScoredUtterance]) -> list[Pair]:
         """The baseline's utterances before these; none where it does not have the test set."""
         if self.baseline is None or name not in self.shared:
             return []
         mine, theirs = (_folder_of(one) / f"{name}.jsonl" for one in (self.results, self.baseline))
-        label = read_score(theirs.with_suffix(".json")).normalizer
+        label = read_result(theirs.with_suffix(".json")).normalizer
         if label != score.normalizer:
             raise UserError(
                 f"`--baseline`: {theirs} was scored by {label}, but {mine} by {score.normalizer}: score one of them "
@@ -149,7 +149,7 @@ class SectionReader:
         assert self.baseline is not None, "pairs come from it"
         changes = [more_errors(pair) for pair in pairs]
         return Comparison(
-            baseline_score=read_score(_folder_of(self.baseline) / f"{name}.json"),
+            baseline_score=read_result(_folder_of(self.baseline) / f"{name}.json"),
             result=compare_pairs(pairs, grouping),
             num_better=sum(change < 0 for change in changes),
             num_worse=sum(change > 0 for change in changes),
@@ -160,17 +160,18 @@ class SectionReader:
 
 def _confusions(utterances: Sequence[ScoredUtterance], used: Normalizer) -> dict[EditKind, list[Confusion]]:
     wrong = (one for one in utterances if one.words.errors)
-    alignments = (align_words(used.apply(one.reference), used.apply(one.hypothesis)) for one in wrong)
+    texts = ((one.decoded.reference, one.decoded.hypothesis) for one in wrong)
+    alignments = (align_words(*map(used.apply, pair)) for pair in texts)
     return most_frequent_confusions(alignments, _NUM_CONFUSIONS)
 
 
-def _refuse_other_utterances(path: Path, score: TestSetScore, utterances: Sequence[ScoredUtterance]) -> None:
+def _refuse_other_utterances(path: Path, score: TestSetResult, utterances: Sequence[ScoredUtterance]) -> None:
     found = len(utterances), sum((one.words for one in utterances), ErrorCounts())
-    if found != (score.num_utterances, score.words):
+    if found != (score.normalized.num_utterances, score.normalized.words):
         raise UserError(
             f"{path} and {path.with_suffix('.json').name} do not belong together: {found[0]} utterances with "
-            f"{found[1].errors} word errors against {score.num_utterances} with {score.words.errors}: write both again "
-            "by `voxtral-dist score --out`."
+            f"{found[1].errors} word errors against {score.normalized.num_utterances} with "
+            f"{score.normalized.words.errors}: write both again by `voxtral-dist score --out`."
         )
 
 

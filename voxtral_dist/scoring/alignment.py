@@ -1,4 +1,4 @@
-"""Which word of a hypothesis stands for which word of its reference: everything that counts words is built on it."""
+"""Word alignment of a reference and a hypothesis, from which all word errors are counted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EditKind = Literal["equal", "substitute", "delete", "insert"]
 
 
 class AlignedWord(NamedTuple):
-    """A step of a least-cost alignment; an inserted word has no reference, a deleted one no hypothesis."""
+    """One step of an alignment. An inserted word has no reference, a deleted word no hypothesis."""
 
     kind: EditKind
     reference: str | None
@@ -25,12 +25,13 @@ Alignment = tuple[AlignedWord, ...]
 
 
 def align_words(reference: str, hypothesis: str) -> Alignment:
-    """The words of two normalized texts side by side. An empty hypothesis deletes every word of its reference.
+    """Align the words of two normalized texts at the smallest edit distance.
 
-    Substitutions, deletions and insertions cost 1 each (Levenshtein); of alignments of equal cost it is jiwer's.
+    Substitutions, deletions and insertions cost 1 each (Levenshtein); jiwer chooses among alignments of equal cost. An
+    empty hypothesis deletes every word of its reference.
     """
     words, guessed = reference.split(), hypothesis.split()
-    # jiwer takes no empty reference; neither case needs an alignment.
+    # jiwer rejects an empty reference; neither case needs an alignment.
     if not words or not guessed:
         deleted = (AlignedWord("delete", word, None) for word in words)
         return (*deleted, *(AlignedWord("insert", None, word) for word in guessed))
@@ -46,7 +47,7 @@ def align_words(reference: str, hypothesis: str) -> Alignment:
 
 @dataclass(frozen=True)
 class Confusion:
-    """An edit of words, and how often it was made."""
+    """A word edit and its number of occurrences."""
 
     kind: EditKind
     reference: str | None
@@ -55,9 +56,9 @@ class Confusion:
 
 
 def most_frequent_confusions(alignments: Iterable[Alignment], num_each: int = 20) -> dict[EditKind, list[Confusion]]:
-    """The most frequent substitutions, deletions and insertions of a set, at most `num_each` of each kind.
+    """The `num_each` most frequent substitutions, deletions and insertions of a set.
 
-    Those of equal count are in alphabetical order.
+    Confusions of equal count are in alphabetical order.
     """
     counts = Counter(word for alignment in alignments for word in alignment if word.kind != "equal")
     ranked = sorted(counts.items(), key=lambda one: (-one[1], one[0].reference or "", one[0].hypothesis or ""))

@@ -1,29 +1,46 @@
-"""Whether one run is better than another on the same utterances, or whether it is chance."""
+"""Paired comparison of two runs on the same utterances, and its significance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from voxtral_dist.scoring.intervals import Interval, ResamplingUnits, Unit, central_interval, resampled_sums
+from voxtral_dist.errors import UserError
+from voxtral_dist.scoring.grouping import Grouping
+from voxtral_dist.scoring.intervals import (
+    Interval,
+    ResamplingUnits,
+    Unit,
+    central_interval,
+    resampled_sums,
+    resampling_units,
+)
+from voxtral_dist.scoring.utterances import ScoredUtterance
 from voxtral_dist.scoring.word_errors import ErrorCounts
 
-# Below it a mean of differences is not normal enough.
+# With fewer utterances the mean difference is not close enough to normal.
 MIN_MATCHED_PAIRS = 30
+
+Pair = tuple[ScoredUtterance, ScoredUtterance]
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A second run against a first one on the same utterances.
+    """A second run compared with a first one on the same utterances.
 
-    wer_difference: of the second minus the first, so a negative one is an improvement; wer_difference_interval: its
-    central 95 % under a bootstrap of `resampled` units, drawn for both runs alike. probability_of_improvement: of
-    resamples, the share in which the second run has fewer errors; a tie counts half. p_value: of the matched-pairs
-    test. What cannot be told is None: all without words of reference, what a bootstrap tells of a single unit, and the
-    p-value of fewer than `MIN_MATCHED_PAIRS` utterances.
+    All values are None where references have no words.
+
+    Attributes:
+        wer_difference: WER of the second run minus that of the first; negative is an improvement.
+        wer_difference_interval: its central 95 % under a bootstrap that draws the same `resampled` units for both runs;
+            None for a single unit.
+        probability_of_improvement: fraction of resamples in which the second run has fewer errors; a tie counts half.
+            None for a single unit.
+        p_value: of the matched-pairs test; None for fewer than `MIN_MATCHED_PAIRS` utterances.
     """
 
     num_utterances: int
@@ -34,10 +51,49 @@ class PairedComparison:
     p_value: float | None
 
 
+def pair_utterances(
+    first: Sequence[ScoredUtterance], second: Sequence[ScoredUtterance], paths: tuple[Path, Path]
+) -> list[Pair]:
+    """Pair utterances by key, or by position where keys are missing or not unique.
+
+    Args:
+        first: the utterances of one run; pairs are in their order.
+        second: the utterances of the other run.
+        paths: their files, for error messages.
+
+    Raises:
+        UserError: the runs do not have the same utterances with the same references.
+    """
+    by_key = _by_key(second)
+    if _by_key(first) is None or by_key is None:
+        others = second
+        if len(others) != len(first):
+            raise _different(paths, f"{len(first)} against {len(others)} utterances without keys")
+    else:
+        alone = {one.decoded.key for one in first} ^ by_key.keys()
+        if alone:
+            raise _different(paths, f"{len(alone)} keys are in only one of them, such as {min(alone)!r}")
+        others = tuple(by_key[one.decoded.key] for one in first)
+    pairs = list(zip(first, others, strict=True))
+    for number, (one, other) in enumerate(pairs, 1):
+        if one.decoded.reference != other.decoded.reference:
+            name = repr(one.decoded.key) if one.decoded.key else f"utterance {number}"
+            raise _different(paths, f"the references of {name} differ")
+    return pairs
+
+
+def compare_pairs(pairs: Sequence[Pair], grouping: Grouping) -> PairedComparison:
+    """Compare the second run with the first. A speaker that only one of them names is used for both."""
+    speakers = [grouping.speaker(one.decoded) or grouping.speaker(other.decoded) for one, other in pairs]
+    return compare_runs(
+        [one.words for one, _ in pairs], [other.words for _, other in pairs], resampling_units(speakers)
+    )
+
+
 def compare_runs(
     first: Sequence[ErrorCounts], second: Sequence[ErrorCounts], units: ResamplingUnits, seed: int = 0
 ) -> PairedComparison:
-    """How the second run differs from the first; counts of the same utterances in the same order.
+    """Compare the word errors of two runs on the same utterances in the same order.
 
     Source: Bisani and Ney (ICASSP 2004), for the interval and the probability of improvement.
     """
@@ -61,7 +117,7 @@ def compare_runs(
 
 
 def matched_pairs_p_value(differences: Sequence[int]) -> float | None:
-    """The chance of a mean difference of errors at least this far from 0 if both runs were equally good.
+    """Probability of a mean error difference at least this far from 0 between equally good runs.
 
     Two-sided, with utterances as segments and the normal approximation: `W = mean / (deviation / sqrt(n))`. Source:
     Gillick and Cox, "Some statistical issues in the comparison of speech recognition algorithms" (ICASSP 1989), known
@@ -74,3 +130,15 @@ def matched_pairs_p_value(differences: Sequence[int]) -> float | None:
         return 0.0 if mean else 1.0
     statistic = mean / (deviation / math.sqrt(len(differences)))
     return math.erfc(abs(statistic) / math.sqrt(2))
+
+
+def _by_key(utterances: Sequence[ScoredUtterance]) -> dict[str, ScoredUtterance] | None:
+    """Utterances by key; None where a key is missing or not unique."""
+    by_key = {one.decoded.key: one for one in utterances}
+    return by_key if "" not in by_key and len(by_key) == len(utterances) else None
+
+
+def _different(paths: tuple[Path, Path], reason: str) -> UserError:
+    return UserError(
+        f"{paths[0]} and {paths[1]} do not hold the same utterances ({reason}): compare two runs on the same test set."
+    )

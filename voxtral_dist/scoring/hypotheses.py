@@ -1,25 +1,27 @@
-"""Saved hypotheses: the `NAME.jsonl` of an evaluation, or any JSON lines with references and hypotheses."""
+"""Hypotheses on disk: the `NAME.jsonl` of an evaluation, or any JSON lines with references and hypotheses."""
 
 from __future__ import annotations
 
 import codecs
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from voxtral_dist.errors import UserError, lower_first
-from voxtral_dist.scoring.utterances import COUNTED, DecodedUtterance, ScoredUtterance
+from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance
 from voxtral_dist.scoring.word_errors import ErrorCounts
 
+# Prefixes of the keys of counts, such as `word_substitutions`. Counts of `biased_word` exist only with a list of words.
+_COUNTED = ("word", "character", "orthographic_word", "orthographic_character", "biased_word")
 _ERROR_COUNTS = TypeAdapter(ErrorCounts)
 
 
 class _Row(BaseModel):
-    """What is read of a line; other keys may be fields."""
+    """The keys of a line that are read; other keys can be requested as fields."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -36,26 +38,35 @@ class _Row(BaseModel):
     fields: dict[str, Any] = Field(default_factory=dict)
 
 
+def scored_row(utterance: ScoredUtterance) -> dict[str, Any]:
+    """The line of an utterance in `NAME.jsonl`, with flat counts: `word_substitutions` and so on."""
+    row = asdict(utterance.decoded)
+    for name in _COUNTED:
+        counts: ErrorCounts | None = getattr(utterance, f"{name}s")
+        row |= {f"{name}_{kind}": count for kind, count in (asdict(counts) if counts else {}).items()}
+    return row | {"has_repetition_loop": utterance.has_repetition_loop}
+
+
 def read_hypotheses(path: Path, names: Sequence[str] = ()) -> list[DecodedUtterance]:
-    """The utterances of a file of JSON lines; lines without any character are passed over.
+    """Read the utterances of a file of JSON lines; blank lines are ignored.
 
     Args:
         path: the file. Each line has `reference` and `hypothesis`, and may have the other keys of `DecodedUtterance`.
-        names: fields that are asked for, in `fields` or beside it. All that `fields` holds is kept.
+        names: fields to keep that lie beside `fields`. Everything inside `fields` is kept.
 
     Raises:
-        UserError: the file cannot be read or is empty, or a line is not of this form; the sentence names the line.
+        UserError: the file cannot be read or is empty, or a line is malformed; the message gives its number.
     """
     utterances = []
     for number, row in _rows(path):
         known = row.model_dump(exclude={"fields"}, exclude_unset=True)
-        asked = {name: known[name] for name in names if name in known}
-        utterances.append(_decoded(row, number, asked | row.fields))
+        kept = {name: known[name] for name in names if name in known}
+        utterances.append(_decoded(row, number, kept | row.fields))
     return utterances
 
 
 def read_scored(path: Path) -> list[ScoredUtterance]:
-    """The utterances of the `NAME.jsonl` of an evaluation, with the counts of their errors.
+    """Read the utterances of a `NAME.jsonl` with their error counts.
 
     Raises:
         UserError: as for `read_hypotheses`, or a line has no counts.
@@ -65,18 +76,24 @@ def read_scored(path: Path) -> list[ScoredUtterance]:
 
 def _scored(path: Path, number: int, row: _Row) -> ScoredUtterance:
     stored = row.model_extra or {}
-    has_words = stored.get("biased_word_substitutions") is not None
     try:
-        counts: dict[str, Any] = {
-            f"{name}s": _counts(stored, name) for name in COUNTED if name != "biased_word" or has_words
-        }
+        counts = {name: _counts(stored, name) for name in _COUNTED[:-1]}
+        biased = _counts(stored, _COUNTED[-1]) if f"{_COUNTED[-1]}_substitutions" in stored else None
+        has_loop = bool(stored["has_repetition_loop"])
     except (KeyError, ValidationError) as error:
         raise UserError(
-            f"{path}, line {number}: the counts of its errors are missing or damaged: write the file again by "
+            f"{path}, line {number}: its error counts are missing or damaged: write the file again by "
             "`voxtral-dist score --out`."
         ) from error
-    has_loop = stored.get("has_repetition_loop") is True
-    return ScoredUtterance(**vars(_decoded(row, number, row.fields)), **counts, has_repetition_loop=has_loop)
+    return ScoredUtterance(
+        decoded=_decoded(row, number, row.fields),
+        words=counts["word"],
+        characters=counts["character"],
+        orthographic_words=counts["orthographic_word"],
+        orthographic_characters=counts["orthographic_character"],
+        biased_words=biased,
+        has_repetition_loop=has_loop,
+    )
 
 
 def _counts(stored: Mapping[str, Any], name: str) -> ErrorCounts:
@@ -84,7 +101,7 @@ def _counts(stored: Mapping[str, Any], name: str) -> ErrorCounts:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
-    """The lines with their numbers, from 1; blank ones are passed over."""
+    """The lines with their numbers, from 1, without blank ones."""
     try:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
@@ -103,18 +120,18 @@ def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
         raise UserError(f"The hypotheses {path} are empty: each line must be an utterance as JSON.")
 
 
-def _decoded(row: _Row, number: int, chosen: Mapping[str, Any]) -> DecodedUtterance:
-    read = row.model_dump(include=set(_Row.model_fields)) | {"fields": chosen}
-    return DecodedUtterance(**read | {"utterance_id": number - 1 if row.utterance_id is None else row.utterance_id})
+def _decoded(row: _Row, number: int, kept: Mapping[str, Any]) -> DecodedUtterance:
+    known = row.model_dump(include=set(_Row.model_fields)) | {"fields": kept}
+    return DecodedUtterance(**known | {"utterance_id": number - 1 if row.utterance_id is None else row.utterance_id})
 
 
 def _reason(error: ValidationError) -> str:
-    """What is wrong with a line, in the words of the sentence about it."""
+    """What is wrong with a line, as the end of a message."""
     detail = error.errors()[0]
     name = ".".join(str(part) for part in detail["loc"])
     match detail["type"]:
         case "json_invalid":
-            return f"this is not JSON ({detail['ctx']['error']})"
+            return f"invalid JSON ({detail['ctx']['error']})"
         case "missing":
             return f"`{name}` is missing: an utterance needs `reference` and `hypothesis`"
         case "model_type" | "model_attributes_type":

@@ -1,4 +1,4 @@
-"""Named, versioned text normalization: the same for reference and hypothesis, and named in every report."""
+"""Text normalizers, applied alike to references and hypotheses; results name them with their version."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _TRIAL_TEXT = "Hello, World: 1 2 3."
 
 @dataclass(frozen=True)
 class Normalizer:
-    """A function on text, and the name and version that reports give it.
+    """A function on text, with its name and version.
 
-    target_text: the steps that were applied to the targets in training, which come before it.
+    target_text: the steps applied to the targets in training; they run before the function.
     """
 
     name: str
@@ -37,60 +37,70 @@ class Normalizer:
 
     @property
     def label(self) -> str:
-        """Such as `basic-2`, or `lower_case+basic-2` after a step of target text; equal ones normalize alike."""
+        """Name and version such as `basic-2`, or `lower_case+basic-2` after a step of target text.
+
+        Normalizers with equal labels give equal texts.
+        """
         return "+".join([*self.target_text, f"{self.name}-{self.version}"])
 
     @property
     def orthographic(self) -> Normalizer:
-        """The one under which case and punctuation count, behind the same steps of target text."""
+        """The normalizer for orthographic rates, where case and punctuation count; keeps the steps of target text."""
         return Normalizer("none", "1", str, self.target_text)
 
     def apply(self, text: str) -> str:
-        """The text as it is compared, with one space between its words."""
+        """Normalize a text; its words are separated by single spaces."""
         return collapse_spaces(self.function(apply_steps(self.target_text, text)))
 
 
 def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
-    """The normalizer of a name, for references and hypotheses alike, behind the steps that targets went through.
+    """Make a normalizer by name.
 
-    `none` only evens out white space. `basic` also applies Unicode NFKC, lower case, and turns every mark of
-    punctuation and every symbol into a space, except an apostrophe inside a word. Format characters vanish.
-    `whisper_english` and `whisper_basic` are those of Whisper (Radford et al., arXiv 2212.04356, appendix C), as
-    transformers has them. `module:function` is a function of the user.
+    `none` only evens out white space. `basic` also applies Unicode NFKC and lower case, replaces punctuation and
+    symbols by spaces, except an apostrophe inside a word, and removes format characters. `whisper_english` and
+    `whisper_basic` are Whisper's (Radford et al., arXiv 2212.04356, appendix C), as implemented in transformers.
+    `module:function` is your own function.
+
+    >>> normalizer("basic").apply("Hello, World!")
+    'hello world'
+
+    Args:
+        name: of the normalizer.
+        target_text: steps applied to the targets in training, which run first.
 
     Raises:
-        UserError: there is none of this name, or the user's function cannot be used.
+        UserError: the name is unknown, or your function cannot be used.
     """
     version, function = _named(name)
     return Normalizer(name, version, function, tuple(target_text))
 
 
 def normalizer_of_label(label: str, trusted: str | None = None) -> Normalizer:
-    """What a report was normalized by, as it is on this machine: its own label differs where the version does.
+    """Make the normalizer that a result names; its label differs if this machine has another version.
 
     Args:
-        label: of a file, which may come from anybody.
-        trusted: the function that the user names; what a file alone names is never run.
+        label: as stored in a result, which may be from an untrusted source.
+        trusted: name of your own function. A function that only a file names is never imported.
 
     Raises:
-        UserError: there is none of this name here, or it is a function that the user did not name.
+        UserError: the name or a step is unknown, or the label names a function other than `trusted`.
     """
     *steps, named = label.split("+")
     try:
         known = TypeAdapter(list[TextStep]).validate_python(steps)
     except ValidationError as error:
-        raise UserError(f"The normalizer {label!r} has a step that is not known here: score again.") from error
+        raise UserError(f"The normalizer {label!r} has an unknown step: score again.") from error
     name = named.partition("-")[0]
     if ":" in name and name != trusted:
         raise UserError(
-            f"The results were normalized by the function {name!r}, which runs only if you name it: add `--normalizer "
-            f"{name}` if you trust it."
+            f"The results were normalized by the function {name!r}, which is not run unless you name it: add "
+            f"`--normalizer {name}` if you trust it."
         )
     return normalizer(name, known)
 
 
 def _named(name: str) -> tuple[str, Callable[[str], str]]:
-    """Version and function."""
+    """The version and function of a normalizer."""
     match name:
         case "none":
             return "1", str
@@ -103,7 +113,7 @@ def _named(name: str) -> tuple[str, Callable[[str], str]]:
 
 
 def _whisper(name: str) -> tuple[str, Callable[[str], str]]:
-    # Importing transformers costs seconds, which the other normalizers do not need.
+    # Importing transformers takes seconds, and the other normalizers do not need it.
     import transformers
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
@@ -114,7 +124,7 @@ def _whisper(name: str) -> tuple[str, Callable[[str], str]]:
 
 
 def _own(place: str) -> tuple[str, Callable[[str], str]]:
-    """A function of the user; its version tells the source of its module."""
+    """The user's own function; its version is a hash of its module's source."""
     try:
         module_name, _, path = check_normalizer(place).partition(":")
     except ValueError as error:
@@ -123,28 +133,28 @@ def _own(place: str) -> tuple[str, Callable[[str], str]]:
     try:
         function = reduce(getattr, path.split("."), module)
     except AttributeError as error:
-        raise UserError(f"The normalizer `{place}`: the module {module_name} has no `{path}`.") from error
+        raise UserError(f"The normalizer `{place}`: module {module_name} has no attribute `{path}`.") from error
     if not callable(function):
-        raise UserError(f"The normalizer `{place}` must be a function on text, but is {function!r} instead.")
+        raise UserError(f"The normalizer `{place}` must be a function, but is {function!r} instead.")
     checked = _checked(function, place)
     try:
         checked(_TRIAL_TEXT)
     except RankError as error:
-        # All ranks try the same text: it is nothing that one of them met alone.
+        # All ranks try the same text, so that all of them fail.
         raise UserError(str(error)) from error
     return _fingerprint(module, place), checked
 
 
 def _imported(name: str, place: str) -> ModuleType:
-    # As with `python -m`, but last: a file of the user's must not stand in for a package.
+    # As `python -m` does, but last, so that a file there does not shadow an installed package.
     if os.getcwd() not in sys.path:  # noqa: PTH109
         sys.path.append(os.getcwd())  # noqa: PTH109
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"The normalizer `{place}`: the module {name} cannot be imported ({type(error).__name__}: "
-            f"{first_line(error)}); it must lie in the working directory or be installed."
+            f"The normalizer `{place}`: module {name} cannot be imported ({type(error).__name__}: "
+            f"{first_line(error)}); it must be in the working directory or installed."
         ) from error
 
 
@@ -158,7 +168,7 @@ def _checked(function: Callable[[str], object], place: str) -> Callable[[str], s
             ) from error
         if not isinstance(normalized, str):
             raise RankError(
-                f"The normalizer `{place}` must return a text, but returned {normalized!r} of {text!r} instead."
+                f"The normalizer `{place}` must return a string, but returned {normalized!r} for {text!r} instead."
             )
         return normalized
 
@@ -166,10 +176,10 @@ def _checked(function: Callable[[str], object], place: str) -> Callable[[str], s
 
 
 def _fingerprint(module: ModuleType, place: str) -> str:
-    """The beginning of the SHA-256 of the module's file."""
+    """The first 12 hexadecimal digits of the SHA-256 of the module's file."""
     if module.__spec__ is None or not module.__spec__.has_location or module.__file__ is None:
         raise UserError(
-            f"The normalizer `{place}`: the module {module.__name__} has no file that could tell reports its version: "
-            "wrap the function in a module of yours."
+            f"The normalizer `{place}`: module {module.__name__} has no source file that gives results a version: wrap "
+            "the function in a module of your own."
         )
     return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:12]

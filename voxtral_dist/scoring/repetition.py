@@ -1,4 +1,4 @@
-"""Hypotheses that got stuck: the same words over and over."""
+"""Repetition loops: hypotheses that repeat the same words over and over."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MIN_COVERED_WORDS = 8
 
 
 def has_repetition_loop(hypothesis: str, reference: str) -> bool:
-    """Whether a hypothesis has a loop and its reference has none, whatever their case and punctuation.
+    """Whether a hypothesis has a loop and its reference has none; case and punctuation don't matter.
 
-    A loop is a sequence of 1 to `MAX_LOOP_WORDS` words that stands at least `MIN_REPETITIONS` times in a row, and takes
-    at least `MIN_COVERED_WORDS` words so. A text without spaces is one word, and has none.
+    A loop is a sequence of 1 to `MAX_LOOP_WORDS` words, repeated at least `MIN_REPETITIONS` times in a row and covering
+    at least `MIN_COVERED_WORDS` words. A text without spaces is one word, so no loop is found in it.
     """
     return _has_loop(fold(hypothesis).split()) and not _has_loop(fold(reference).split())
 
@@ -28,7 +28,7 @@ def _has_loop(words: Sequence[str]) -> bool:
 
 
 def _longest_periodic(words: Sequence[str], period: int) -> int:
-    """The most words in a row of which each is the same as the one a period before."""
+    """Length of the longest run in which each word equals the one `period` words before it; 0 where none repeats."""
     longest = run = 0
     for place in range(period, len(words)):
         run = run + 1 if words[place] == words[place - period] else 0

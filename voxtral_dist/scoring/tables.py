@@ -1,39 +1,39 @@
-"""Scores as text for a terminal."""
+"""Results as text for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from voxtral_dist.scoring.results import TestSetScore, percent
-from voxtral_dist.scoring.significance import PairedComparison
-from voxtral_dist.scoring.slices import ErrorRates, SliceScore
+from voxtral_dist.scoring.comparison import PairedComparison
+from voxtral_dist.scoring.error_rates import ErrorRates
+from voxtral_dist.scoring.results import TestSetResult, percent
 
 _HEADER = ("", "WER", "95 % interval", "CER", "S", "D", "I", "words", "utterances", "audio")
 _MAX_SLICES = 20
 
 
-def score_lines(score: TestSetScore) -> Iterator[str]:
-    """A table of the rates of a test set and of its slices, and what was counted besides."""
-    orthographic = score.orthographic
-    whole = (_row(score.normalizer, score), _row(f"{orthographic.normalizer} (orthographic)", orthographic))
-    yield from _aligned([_HEADER, *whole, *_slice_rows(score.slices)])
-    for name, parts in score.slices.items():
+def result_lines(result: TestSetResult) -> Iterator[str]:
+    """A table of the error rates of a test set and its slices, and what else was counted."""
+    orthographic = _row(f"{result.orthographic_normalizer} (orthographic)", result.orthographic)
+    whole = (_row(result.normalizer, result.normalized), (*orthographic[:-2], "", ""))
+    yield from _aligned([_HEADER, *whole, *_slice_rows(result.slices)])
+    for name, parts in result.slices.items():
         if len(parts) > _MAX_SLICES:
             yield f"{name}: the {_MAX_SLICES} largest of {len(parts)} slices"
     yield (
-        f"{score.num_empty_hypotheses} empty hypotheses, {score.num_empty_references} empty references, "
-        f"{score.num_limit_hits} ended by the token limit, {score.num_repetition_loops} repetition loops; "
-        f"intervals resample {score.resampled}s"
+        f"{result.num_empty_hypotheses} empty hypotheses, {result.num_empty_references} empty references, "
+        f"{result.num_limit_hits} ended by the token limit, {result.num_repetition_loops} repetition loops; "
+        f"intervals resample {result.normalized.resampled}s"
     )
-    if score.biased is not None:
-        yield f"B-WER {percent(score.biased.biased_wer)}, U-WER {percent(score.biased.unbiased_wer)}"
-    if score.language_identification is not None:
-        found = score.language_identification
-        yield f"language right in {percent(found.accuracy)} of {found.num_utterances} utterances"
+    if result.biased is not None:
+        yield f"B-WER {percent(result.biased.biased_wer)}, U-WER {percent(result.biased.unbiased_wer)}"
+    if result.language_identification is not None:
+        found = result.language_identification
+        yield f"language accuracy {percent(found.accuracy)} of {found.num_utterances} utterances"
 
 
 def comparison_line(comparison: PairedComparison) -> str:
-    """What a second run changes."""
+    """The WER difference of a second run, with its certainty."""
     if comparison.wer_difference is None:
         return "The references have no words: there is nothing to compare."
     difference = f"Second against first: WER {100 * comparison.wer_difference:+.2f} points"
@@ -41,8 +41,8 @@ def comparison_line(comparison: PairedComparison) -> str:
 
 
 def with_certainty(difference: str, comparison: PairedComparison) -> str:
-    """A difference of error rates as it was said, and what tells it from chance, as far as that is known."""
-    said = [f"{difference} {shown_interval(comparison.wer_difference_interval, '+.2f')}".rstrip()]
+    """Append to the text of a WER difference its interval, probability of improvement and p-value, where known."""
+    said = [f"{difference} {format_interval(comparison.wer_difference_interval, '+.2f')}".rstrip()]
     if comparison.probability_of_improvement is not None:
         said.append(f"probability of improvement {comparison.probability_of_improvement:.3f}")
     if comparison.p_value is not None:
@@ -50,8 +50,20 @@ def with_certainty(difference: str, comparison: PairedComparison) -> str:
     return ", ".join(said)
 
 
-def _slice_rows(slices: Mapping[str, Mapping[str, SliceScore]]) -> Iterator[tuple[str, ...]]:
-    """The largest slices of each field, in their order."""
+def format_interval(interval: tuple[float, float] | None, form: str = ".2f") -> str:
+    """An interval in percent, such as `[17.38, 23.97]`; empty for None."""
+    return "" if interval is None else f"[{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]"
+
+
+def format_audio(seconds: float | None) -> str:
+    """A duration such as `1.25 h` or `12.5 s`; empty for None."""
+    if seconds is None:
+        return ""
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"
+
+
+def _slice_rows(slices: Mapping[str, Mapping[str, ErrorRates]]) -> Iterator[tuple[str, ...]]:
+    """The largest slices of each field, in the order of the field's slices."""
     for name, parts in slices.items():
         sizes = {label: part.num_utterances for label, part in parts.items()}
         largest = set(sorted(sizes, key=sizes.__getitem__, reverse=True)[:_MAX_SLICES])
@@ -60,22 +72,9 @@ def _slice_rows(slices: Mapping[str, Mapping[str, SliceScore]]) -> Iterator[tupl
 
 def _row(name: str, rates: ErrorRates) -> tuple[str, ...]:
     words = rates.words
-    counts = (words.substitutions, words.deletions, words.insertions, words.reference_length)
-    size = (str(rates.num_utterances), shown_audio(rates.audio_seconds)) if isinstance(rates, SliceScore) else ("", "")
-    interval = shown_interval(rates.wer_interval)
-    return (name, percent(rates.wer), interval, percent(rates.cer), *map(str, counts), *size)
-
-
-def shown_interval(interval: tuple[float, float] | None, form: str = ".2f") -> str:
-    """Such as `[17.38, 23.97]`, in percent; nothing where there is none."""
-    return "" if interval is None else f"[{100 * interval[0]:{form}}, {100 * interval[1]:{form}}]"
-
-
-def shown_audio(seconds: float | None) -> str:
-    """Such as `1.25 h` or `12.5 s`; nothing where it is not known."""
-    if seconds is None:
-        return ""
-    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"
+    counts = (words.substitutions, words.deletions, words.insertions, words.reference_length, rates.num_utterances)
+    interval = format_interval(rates.wer_interval)
+    return name, percent(rates.wer), interval, percent(rates.cer), *map(str, counts), format_audio(rates.audio_seconds)
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Edits between transcripts as integers: the only thing that is ever added up, and divided once, last."""
+"""Word and character errors as integer counts, which are summed first and divided once, last."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import jiwer
 
-from voxtral_dist.scoring.alignment import AlignedWord, Alignment
+from voxtral_dist.scoring.alignment import AlignedWord, Alignment, align_words
+from voxtral_dist.scoring.normalizer import Normalizer, normalizer
 from voxtral_dist.text.steps import fold
 from voxtral_dist.text.word_list import WordList
 
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Edits of a least-cost alignment, and the length of the reference, in words or in characters."""
+    """Edits of a least-cost alignment and the length of the reference, both in words or both in characters."""
 
     substitutions: int = 0
     deletions: int = 0
@@ -40,35 +41,54 @@ class ErrorCounts:
 
     @property
     def errors(self) -> int:
-        """All edits."""
+        """Substitutions, deletions and insertions together."""
         return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float | None:
-        """Edits per unit of the reference; None where the reference is empty."""
+        """Errors divided by the reference length; None where the reference is empty."""
         return self.errors / self.reference_length if self.reference_length else None
 
 
+def word_errors(references: Sequence[str], hypotheses: Sequence[str], used: Normalizer | None = None) -> ErrorCounts:
+    """Word errors of a set of transcripts; the `rate` of the counts is the WER.
+
+    >>> word_errors(["Hello, world!", "good night"], ["hello word", "good night"])
+    ErrorCounts(substitutions=1, deletions=0, insertions=0, reference_length=4)
+    >>> word_errors(["Hello, world!", "good night"], ["hello word", "good night"]).rate
+    0.25
+
+    Args:
+        references: one text per utterance.
+        hypotheses: the same number of texts, in the same order.
+        used: applied to both; `normalizer("basic")` by default.
+    """
+    apply = (used or normalizer("basic")).apply
+    pairs = zip(references, hypotheses, strict=True)
+    counts = (count_word_errors(align_words(apply(one), apply(other))) for one, other in pairs)
+    return sum(counts, ErrorCounts())
+
+
 def count_word_errors(alignment: Iterable[AlignedWord]) -> ErrorCounts:
-    """Word edits of an alignment, or of a part of one."""
+    """Word errors of an alignment, or of a part of one."""
     kinds = Counter(word.kind for word in alignment)
     reference_length = kinds["equal"] + kinds["substitute"] + kinds["delete"]
     return ErrorCounts(kinds["substitute"], kinds["delete"], kinds["insert"], reference_length)
 
 
 def count_biased_errors(alignment: Alignment, listed: WordList) -> ErrorCounts:
-    """The part of `count_word_errors` that concerns listed words: the counts of the B-WER; the rest are the U-WER's.
+    """Word errors of listed words, as the B-WER counts them. All other errors of the alignment belong to the U-WER.
 
-    A substitution or deletion counts where the word of the reference belongs to an entry that the reference holds, an
-    insertion where the inserted word is one of these words. Source: Le et al., "Contextualized Streaming End-to-End
-    Speech Recognition with Trie-Based Deep Biasing and Shallow Fusion" (arXiv 2104.02194), and its scoring script.
+    A substitution or deletion counts where its word of the reference is part of a listed entry, an insertion where the
+    inserted word is one of those words. Source: Le et al., "Contextualized Streaming End-to-End Speech Recognition with
+    Trie-Based Deep Biasing and Shallow Fusion" (arXiv 2104.02194), and its scoring script.
 
     Args:
         alignment: of a normalized reference and hypothesis.
-        listed: all words of interest, whatever part of them a prompt listed: so lists of any size can be compared.
+        listed: all words of interest, whichever of them a prompt listed, so that lists of any size are comparable.
     """
     words = [word.reference for word in alignment if word.reference is not None]
-    is_listed = _listed_places(words, listed)
+    is_listed = _find_listed(words, listed)
     biased = {fold(word) for word, counts in zip(words, is_listed, strict=True) if counts}
     listed_here = iter(is_listed)
     return count_word_errors(
@@ -78,8 +98,8 @@ def count_biased_errors(alignment: Alignment, listed: WordList) -> ErrorCounts:
     )
 
 
-def _listed_places(words: Sequence[str], listed: WordList) -> list[bool]:
-    """Which words belong to an entry, however many words their normalizer makes of what the list has as one."""
+def _find_listed(words: Sequence[str], listed: WordList) -> list[bool]:
+    """Whether each word is part of an entry. A normalizer may have left several folded words in one."""
     parts = [(place, part) for place, word in enumerate(words) for part in fold(word).split()]
     is_listed = [False] * len(words)
     for occurrence in listed.find([part for _, part in parts]):
@@ -89,7 +109,7 @@ def _listed_places(words: Sequence[str], listed: WordList) -> list[bool]:
 
 
 def count_character_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Character edits between two normalized texts, spaces between words included."""
+    """Character errors between two normalized texts; a space between words is a character."""
     reference, hypothesis = reference.strip(), hypothesis.strip()
     if not reference or not hypothesis:
         return ErrorCounts(0, len(reference), len(hypothesis), len(reference))

@@ -11,7 +11,8 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder
 from voxtral_dist.evaluation.decoding_weights import decoding_weights
-from voxtral_dist.evaluation.test_sets import TestSet, evaluate_test_set
+from voxtral_dist.evaluation.evaluating import evaluate_test_set
+from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.scoring.normalizer import Normalizer
@@ -59,9 +60,9 @@ class Evaluator:
             self.metrics_log.say(f"step {step}: {why}")
             decoder = BatchDecoder(model, self.prompts, self.log_mel, self.settings, in_lockstep)
             for test_set in test_sets:
-                score = evaluate_test_set(test_set, decoder, self.settings, self.normalizer, out_dir, self.world)
-                self.metrics_log.write("evaluation", step, {"name": test_set.name} | score.figures())
-                self.metrics_log.say(f"step {step}: {test_set.name}: {score}")
+                result = evaluate_test_set(test_set, decoder, self.settings, self.normalizer, out_dir, self.world)
+                self.metrics_log.write("evaluation", step, {"name": test_set.name} | result.metrics())
+                self.metrics_log.say(f"step {step}: {test_set.name}: {result}")
 
     def _not_measured(self, step: int) -> list[TestSet]:
         measured = {row["name"] for row in self.metrics_log.rows("evaluation") if row["step"] == step}

@@ -9,8 +9,7 @@ from typing import Any
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.audio_inputs import AudioInput
 from voxtral_dist.distributed.world import World, alone
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder
-from voxtral_dist.evaluation.loading import load_decoder, processor_path
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder, processor_path
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import RecordingError

@@ -1,0 +1,112 @@
+"""Evaluation of a test set over all ranks: decoded, gathered, checked for completeness, scored and written."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.data.examples.example import Example
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
+from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import RankError
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, Hypothesis
+from voxtral_dist.evaluation.decoding import Decoded, decode_batches
+from voxtral_dist.evaluation.test_set import TestSet
+from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.result_files import write_results
+from voxtral_dist.scoring.results import Measurements, TestSetResult, score_test_set
+from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_test_set(
+    test_set: TestSet,
+    decoder: BatchDecoder,
+    settings: EvaluationConfig,
+    used: Normalizer,
+    out_dir: Path,
+    world: World,
+) -> TestSetResult:
+    """Decode every utterance once over all ranks and write the results; every rank gets the result.
+
+    Raises:
+        SharedError: an utterance of the test set is unusable, or a rank could not decode it.
+        RankError: on rank 0, if utterances are missing or the results cannot be written.
+    """
+    if test_set.has_answers:
+        # The steps of target text apply to transcripts only.
+        used = replace(used, target_text=())
+    decoded = decode_batches(test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world)
+    measured = _over_ranks(decoded, world)
+    mine = [score_utterance(_utterance(test_set, *pair), used, test_set.words) for pair in decoded.pairs]
+    gathered = gather_on_first(mine, world)
+    result = None
+    if world.is_first:
+        utterances = check_complete(test_set, [utterance for part in gathered for utterance in part])
+        _warn_of_unknown_fields(test_set, utterances)
+        result = score_test_set(utterances, used, test_set.num_distractors, test_set.grouping, measured)
+        _write(out_dir, test_set.name, utterances, result)
+    agreed = from_first_rank(result, world)
+    assert agreed is not None, "rank 0 always has a result"
+    return agreed
+
+
+def check_complete(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:
+    """Sort the utterances in the order of the index, after checking that each is there exactly once.
+
+    Raises:
+        RankError: an utterance is missing, repeated or unknown, so that its error rate would be wrong.
+    """
+    counts = Counter(utterance.decoded.utterance_id for utterance in utterances)
+    unknown = [utterance_id for utterance_id in counts if not 0 <= utterance_id < len(test_set.index)]
+    missing = [utterance_id for utterance_id in range(len(test_set.index)) if utterance_id not in counts]
+    repeated = [utterance_id for utterance_id, count in counts.items() if count > 1]
+    if missing or repeated or unknown:
+        raise RankError(
+            f"The evaluation of `{test_set.name}` lost {len(missing)} utterances (first: {missing[:3]}), decoded "
+            f"{len(repeated)} twice (first: {repeated[:3]}) and {len(unknown)} that it does not have (first: "
+            f"{unknown[:3]}): no result is written, because its word error rate would be wrong."
+        )
+    return sorted(utterances, key=lambda utterance: utterance.decoded.utterance_id)
+
+
+def _over_ranks(decoded: Decoded, world: World) -> Measurements:
+    """The time of the slowest rank, and the mean loss over the target tokens of all ranks."""
+    milliseconds = max_over_ranks([round(1000 * decoded.seconds)], world)[0]
+    loss_sum, num_target_tokens = sum_over_ranks([decoded.loss_sum, decoded.num_target_tokens], world)
+    return Measurements(milliseconds / 1000, loss_sum / num_target_tokens if num_target_tokens else None)
+
+
+def _utterance(test_set: TestSet, example: Example, hypothesis: Hypothesis) -> DecodedUtterance:
+    return DecodedUtterance(
+        utterance_id=example.utterance_id,
+        key=example.key,
+        language=test_set.index.language(example.utterance_id),
+        duration_seconds=round(example.duration_seconds, 4),
+        reference=example.reference,
+        hypothesis=hypothesis.text,
+        hit_limit=hypothesis.hit_limit,
+        detected_language=hypothesis.detected_language,
+        asks_for_language=example.is_transcription and example.is_untagged,
+        context=example.context,
+        fields=example.fields,
+    )
+
+
+def _warn_of_unknown_fields(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> None:
+    for name in test_set.grouping.unknown_in(utterance.decoded for utterance in utterances):
+        log.warning(
+            "No utterance of `%s` has the field `%s` that `slices` or `speaker_field` names.", test_set.name, name
+        )
+
+
+def _write(out_dir: Path, name: str, utterances: Sequence[ScoredUtterance], result: TestSetResult) -> None:
+    try:
+        write_results(out_dir, name, utterances, result)
+    except OSError as error:
+        raise RankError(f"The results of `{name}` cannot be written to {out_dir}: {error.strerror}.") from error
