@@ -62,7 +62,7 @@ diagram: ## Draw docs/architecture.svg from its source (needs Graphviz)
 	dot -Tsvg docs/architecture.dot -o docs/architecture.svg
 
 docs: install ## Build the documentation site in build/site
-	$(CPU_ENV) $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(CPU_ENV) $(BIN)/mkdocs build --strict
 
 bench: install ## Run the benchmarks and write JSON files to build/benchmarks
 	mkdir -p build/benchmarks
