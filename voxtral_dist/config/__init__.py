@@ -1,4 +1,4 @@
-"""The configuration of a run: a tree of frozen models, from YAML and dotted overrides, checked before a GPU is used.
+"""The configuration of a run: a tree of immutable sections from YAML and overrides, validated before a GPU is used.
 
 Unknown keys are errors that name the nearest known key. The resolved tree is stored with the run as `config.yaml`, and
 `voxtral-dist config schema` prints its JSON schema for editors.

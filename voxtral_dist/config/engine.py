@@ -1,4 +1,4 @@
-"""Sections `optimizer`, `engine` and `checkpoint`: the update, its sharding, and when its state is saved."""
+"""Sections `optimizer`, `engine` and `checkpoint`: the update, its sharding over ranks, and its saved state."""
 
 from __future__ import annotations
 
@@ -11,71 +11,74 @@ from voxtral_dist.config.section import Component, Section
 
 
 class OptimizerConfig(Section):
-    """The optimizer and its learning rate over the steps."""
+    """The optimizer and its learning rate schedule."""
 
     algorithm: Literal["adamw", "muon"] = "adamw"
-    """`adamw` (Loshchilov and Hutter, arXiv 1711.05101), fused on GPUs and DeepSpeed's own on the CPU under offload;
-    `muon` updates the matrices of blocks by DeepSpeed's Muon and all else by AdamW: ZeRO-3 alone, without clipping."""
+    """`adamw` (Loshchilov and Hutter, arXiv 1711.05101) is fused on GPUs, and DeepSpeed's CPU Adam under offload.
+    `muon` updates the matrices of blocks by DeepSpeed's Muon and all other parameters by AdamW; it needs ZeRO-3 and
+    `max_grad_norm: 0`."""
 
     learning_rate: float = Field(gt=0)
-    """The peak, reached after `warmup_steps`."""
+    """Peak learning rate, which is reached after `warmup_steps`."""
 
     component_learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Other peaks for some components, which warm up and fall in the same proportion."""
+    """Peak learning rates of single components instead of `learning_rate`, on the same schedule."""
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.98)
-    """Decay rates of the running means of the gradient and of its square."""
+    """Decay rates of Adam's first and second moments."""
 
     epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the root of the mean square."""
+    """Adam's epsilon: added to the square root of the second moment before the division."""
 
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled; not applied to norms, biases and embeddings."""
+    """Decoupled weight decay. Does nothing for norms, biases and embeddings. 0 disables it."""
 
     warmup_steps: int = Field(default=100, ge=0)
-    """Steps of linear growth from zero."""
+    """Steps in which the learning rate grows linearly from 0 to its peak. Less than `num_steps`."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The way from the peak to `final_learning_rate_fraction` of it at the last step."""
+    """Shape of the decay from the peak to `final_learning_rate_fraction` of it at the last step. `constant`: no
+    decay."""
 
     final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1)
-    """What is left of the peak at the end. Does nothing with `schedule: constant`."""
+    """Learning rate of the last step, as a fraction of the peak. Does nothing with `schedule: constant`."""
 
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are scaled down to this global L2 norm. 0 switches clipping off."""
+    """Maximum global L2 norm of gradients, above which they are scaled down to it. 0 disables clipping."""
 
 
 class Fsdp2Config(Section):
-    """torch's `fully_shard` (FSDP2): weights, gradients and optimizer states are sharded over ranks, block by block."""
+    """PyTorch's `fully_shard` (FSDP2): weights, gradients and optimizer states are sharded over ranks, block by
+    block."""
 
     reshard_after_forward: bool = True
-    """Give gathered weights back after each block's forward pass, as ZeRO-3 does. False keeps them until the backward
-    pass: one gather less, and memory for the whole model, as under ZeRO-2."""
+    """Free gathered weights after each block's forward pass, as ZeRO-3 does. False keeps them until the backward pass:
+    one gather less, and memory for the whole model, as under ZeRO-2."""
 
     ranks_per_replica: int | None = Field(default=None, gt=0)
-    """Ranks that share one copy of the model (hybrid sharding), such as the GPUs of a node: weights then travel inside
-    nodes alone. Must divide the number of ranks. None: all ranks share one."""
+    """Ranks that hold one copy of the model together (hybrid sharding), such as the GPUs of a node, so that weights are
+    gathered inside nodes only. Must divide the number of ranks. None: all ranks hold one copy."""
 
     reduce_precision: Literal["float32", "bfloat16"] = "float32"
-    """Of gradients while they are summed over ranks."""
+    """Precision in which gradients are summed over ranks."""
 
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer states in host memory, where the update is computed too."""
+    """Keep weights, gradients and optimizer states in host memory, and compute updates on the CPU."""
 
 
 class EngineConfig(Section):
-    """What shards and updates the model: DeepSpeed or FSDP2."""
+    """The engine that shards and updates the model: exactly one of `deepspeed` and `fsdp2`."""
 
     deepspeed: Path | None = None
-    """DeepSpeed's own file, such as `ds_configs/zero3.json`. Batch size, accumulation, precision, optimizer and
-    clipping belong to this configuration; a file that sets one of them too is refused."""
+    """DeepSpeed's configuration file, such as `ds_configs/zero3.json`. Batch size, accumulation, precision, optimizer
+    and clipping are set in this configuration; a file that sets one of them is refused."""
 
     nvme_dir: Path | None = None
-    """A folder on a local drive of each node for what DeepSpeed's file offloads to `nvme` without an `nvme_path` of its
-    own. What lies there is of no use after the run; checkpoints hold it too."""
+    """Folder on a local drive of each node for what DeepSpeed's file offloads to `nvme`. Does nothing where the file
+    sets `nvme_path` or offloads nothing there. Its contents are not needed after the run."""
 
     fsdp2: Fsdp2Config | None = None
-    """FSDP2 instead; `{}` takes its defaults."""
+    """Settings of FSDP2; `{}` takes the defaults."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
@@ -86,10 +89,12 @@ class EngineConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the whole state of the run is written, and how many of these are kept."""
+    """When the state of the run is saved, and how many checkpoints are kept."""
 
     every_steps: int = Field(default=500, gt=0)
-    """A checkpoint is also written at the last step and when the run is asked to stop (SIGTERM)."""
+    """Steps between checkpoints. One is also written before every evaluation, at the last step, and when a signal
+    (SIGTERM or SIGUSR1) stops the run."""
 
     keep: int = Field(default=2, gt=0)
-    """Complete checkpoints that stay on disk; older ones are removed after a newer one is complete."""
+    """Complete checkpoints to keep. Older ones are removed after a newer one is complete, except the best one (see
+    `evaluation.selection`)."""

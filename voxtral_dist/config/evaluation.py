@@ -13,10 +13,10 @@ NORMALIZERS = ("none", "basic", "whisper_english", "whisper_basic")
 
 
 def check_normalizer(name: str) -> str:
-    """The name, if it is one of `NORMALIZERS` or of the form `module:function`.
+    """The name of a normalizer, if it is one of `NORMALIZERS` or has the form `module:function`.
 
     Raises:
-        ValueError: it is neither; the sentence goes on after the name of the setting.
+        ValueError: it is neither; the message continues a sentence that begins with the name of the setting.
     """
     module, _, function = name.partition(":")
     if name in NORMALIZERS or all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
@@ -25,115 +25,123 @@ def check_normalizer(name: str) -> str:
 
 
 class TestContextConfig(Section):
-    """Lists of words in the prompts of a test set, which is decoded once without a list and once with each size.
+    """Lists of context words in the prompts of a test set.
 
-    The list of an utterance has all words of the file that its reference holds, and distractors (Le et al., arXiv
-    2104.02194). Results are those of NAME, and of `NAME-distractors-N` for each size.
+    The set is decoded once without lists, as `NAME`, and once with each number N of distractors, as
+    `NAME-distractors-N`. The list of an utterance has all words of the file that its reference contains (true words)
+    and N others (distractors), as in Le et al., arXiv 2104.02194.
     """
 
     words: Path
-    """As `train_data.context.words`. Their error rate in references is the B-WER, that of all other words the U-WER."""
+    """A text file with one word or phrase per line. The error rate of these words is the B-WER, that of all others the
+    U-WER."""
 
     num_distractors: Annotated[tuple[Annotated[int, Field(ge=0)], ...], AfterValidator(sorted_set)] = (0, 100)
-    """Sizes of the lists, besides the true words."""
+    """Numbers of distractors to measure with. 0 lists true words only."""
 
 
 class TestSetConfig(Section):
-    """One shard folder whose word error rate is measured."""
+    """A shard set whose word error rate is measured."""
 
     shards: str
-    """A folder or URL with an index, or a pattern: see `train_data.shards`."""
+    """A folder or URL with an index, or a pattern, in the form of `train_data.shards`."""
 
     max_utterances: int | None = Field(default=None, gt=0)
-    """Only the first utterances in the order of the index: for quick looks while training."""
+    """Evaluate only this many utterances, the first ones of the index, for quick evaluations in training. None: all."""
 
     detect_language: bool = False
-    """Prompts do not tell the language, and the accuracy of the detected ones is reported."""
+    """Omit the language from prompts, and report detection accuracy."""
 
     context: TestContextConfig | None = None
-    """Decode the set with lists of words too."""
+    """Also decode the set with lists of context words. None: without lists only."""
 
 
 class GuardConfig(Section):
-    """A test set of another domain, which fine-tuning must not make the model forget."""
+    """A test set of another domain, whose WER must not rise by fine-tuning (catastrophic forgetting)."""
 
     test_set: FileName
-    """One of `evaluation.test_sets`."""
+    """Name of the guarded set, one of `evaluation.test_sets`."""
 
     max_wer_increase: float = Field(default=0.01, ge=0)
-    """Its WER may rise by so much above that of the model that the run began with; 0.01 is one point. A checkpoint
-    above it is never the best one."""
+    """Maximum rise of its WER above that of the initial model, as a fraction: 0.01 is one percentage point. A
+    checkpoint above it is never selected."""
 
     action: Literal["warn", "stop"] = "warn"
-    """Say it and go on, or end the run."""
+    """What happens above the limit: `warn` logs it, `stop` also ends the run."""
 
 
 class SelectionConfig(Section):
-    """The best checkpoint by WER: it is kept, named in `run_dir/best.json`, and exported at the end."""
+    """Selection of the checkpoint with the lowest WER: it is kept, named in `run_dir/best.json`, and exported at the
+    end."""
 
     test_set: FileName
-    """One of `evaluation.test_sets`, whose WER decides."""
+    """Name of the test set whose WER decides, one of `evaluation.test_sets`."""
 
     patience: int | None = Field(default=None, gt=0)
-    """The run ends after so many evaluations in a row without improvement. None: never."""
+    """The run ends early after this many evaluations in a row without improvement. None: it does not end early."""
 
     min_improvement: float = Field(default=0.0, ge=0)
-    """A smaller fall of the WER does not count as improvement for `patience`; 0.001 is a tenth of a point."""
+    """Minimum fall of the WER that counts as improvement, as a fraction: 0.001 is a tenth of a percentage point. Does
+    nothing without `patience`."""
 
     guard: GuardConfig | None = None
-    """Another set whose WER may not rise."""
+    """A test set of another domain whose WER limits the selection. None: no limit."""
 
 
 class EvaluationConfig(Section):
-    """How and when transcripts are generated and compared with their references."""
+    """Test sets, decoding, scoring, and the times of evaluations."""
 
     test_sets: dict[FileName, TestSetConfig] = Field(default_factory=dict)
-    """By name; the name becomes the file name of its results."""
+    """Test sets by name. Result files are named after them. Empty: nothing is evaluated."""
 
     every_steps: int | None = Field(default=None, gt=0)
-    """None: only at the end (and at the start if `at_start`)."""
+    """Steps between evaluations. None: only at the end, and at the start with `at_start`."""
 
     at_start: bool = True
-    """Measure the untrained model too, so that there is something to compare with."""
+    """Also evaluate the model before the first step, for comparison."""
 
     batch_size: int = Field(default=8, gt=0)
-    """Utterances that a rank decodes at a time. Does not change hypotheses in float32."""
+    """Maximum utterances that a rank decodes at a time. Does not change hypotheses in float32."""
 
     max_windows: int = Field(default=64, gt=0)
-    """Windows that a rank decodes at a time, so that long clips come in smaller batches; a longer one comes alone."""
+    """Maximum encoder windows that a rank decodes at a time, so that long utterances form smaller batches. An utterance
+    with more windows is decoded alone."""
 
     num_beams: int = Field(default=1, gt=0)
-    """Hypotheses that a beam search keeps of each utterance; 1 decodes greedily."""
+    """Beams of the beam search; 1 decodes greedily."""
 
     static_cache: bool = False
-    """Keep room for all tokens of a batch from its start, as torch.compile wants it on GPUs; not in lockstep."""
+    """Use a key-value cache of fixed size, which torch.compile can use on GPUs. Does nothing where ranks decode in
+    lockstep (see `weights`)."""
 
     weights: Literal["auto", "gathered", "sharded"] = "auto"
-    """Of ZeRO-3 and FSDP2 in evaluations. `gathered`: whole on every rank, which decodes on its own. `sharded`: block
-    by block for every token, with all ranks in lockstep, in the memory of training. `auto`: whole where the free memory
-    of every rank has room for it."""
+    """Weights in evaluations under ZeRO-3 and FSDP2. `gathered`: a whole copy on every rank, which decodes on its own:
+    fast. `sharded`: weights are gathered block by block for every token, with all ranks in lockstep: slow, in the
+    memory of training. `auto`: `gathered` where the free memory of every rank suffices. Does nothing under ZeRO-0, 1
+    and 2."""
 
     measures_loss: bool = True
-    """Measure the loss of the targets too: one more pass of the language model."""
+    """Also measure the loss of the targets, by one more forward pass of the language model."""
 
     max_tokens_per_second: float = Field(default=12.5, gt=0, lt=1e9)
-    """A hypothesis ends at `16 + max_tokens_per_second * duration` tokens; how often that happened is reported."""
+    """Limit of a hypothesis: `16 + max_tokens_per_second * duration` tokens, with the duration in seconds. Results
+    report how many hypotheses reached it."""
 
     normalizer: str = "basic"
-    """Applied to reference and hypothesis before words are compared: `none`, `basic`, `whisper_english`,
-    `whisper_basic`, or a function of yours on text as `module:function`; see docs/evaluation.md. Rates in which case
-    and punctuation count are always reported too."""
+    """Normalizer of references and hypotheses before scoring: `none`, `basic`, `whisper_english`, `whisper_basic`, or a
+    function from text to text as `module:function`; see docs/evaluation.md. Error rates with case and punctuation are
+    always reported too."""
 
     slices: tuple[str, ...] = ()
-    """Keys of the samples' json, such as `[speaker, domain]`: each of their values gets rates of its own, as each
-    language and each range of durations always do."""
+    """Keys of the utterances' json, such as `[speaker, domain]`. Error rates are also reported for each value of each
+    key, as they always are for each language and each range of durations."""
 
     speaker_field: str = "speaker"
-    """The key of the samples' json that names the speaker. Where each utterance of a set has it and there are at least
-    5 speakers, confidence intervals resample speakers instead of utterances."""
+    """Key of the utterances' json that names the speaker. Confidence intervals resample speakers instead of utterances
+    where every utterance of a set has this key and there are at least 5 speakers. Does nothing for other sets."""
 
     selection: SelectionConfig | None = None
-    """Choose the best checkpoint, and end early. None: the last one is exported."""
+    """Select the best checkpoint, and end the run early. None: the last checkpoint is exported."""
 
     @model_validator(mode="after")
     def _can_select(self) -> Self:
@@ -149,11 +157,10 @@ class EvaluationConfig(Section):
                     "instead"
                 )
         if self.every_steps is None:
-            raise ValueError("`evaluation.selection` chooses among evaluations: set `evaluation.every_steps`")
+            raise ValueError("`evaluation.selection` compares the evaluations of a run: set `evaluation.every_steps`")
         if guard and not self.at_start:
             raise ValueError(
-                "`evaluation.selection.guard` compares with the model that the run begins with: set "
-                "`evaluation.at_start: true`"
+                "`evaluation.selection.guard` compares with the initial model: set `evaluation.at_start: true`"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Configurations read from YAML and dotted overrides, and written back."""
+"""Reading configurations from YAML and `section.key=value` overrides, and writing them back."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from voxtral_dist.errors import UserError, lower_first
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked configuration from a YAML file and `section.key=value` overrides (values are YAML).
+    """The validated configuration from a YAML file and `section.key=value` overrides, whose values are YAML.
 
     Raises:
-        UserError: no file, no YAML, an unknown key, or a value out of its range; the sentence names the key.
+        UserError: there is no file or no YAML in it, a key is unknown, or a value is out of range; the message names
+            the key.
     """
     if path is None:
         raise UserError("No configuration was given: pass `--config FILE`, for example launch/recipes/demo.yaml.")
@@ -51,12 +52,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML that `load_config` reads back to an equal one."""
+    """The resolved configuration as YAML, from which `load_config` gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def config_schema() -> str:
-    """The JSON schema of `RunConfig`, for completion and checks in editors."""
+    """The JSON schema of `RunConfig`, for completion and validation in editors."""
     return json.dumps(RunConfig.model_json_schema(), indent=2)
 
 
@@ -73,7 +74,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UserError(f"`--set {override}`: `{parent}` holds {_kind(child)}, so it has no key `{leaf}`.")
         tree = child
     try:
-        # YAML 1.1 reads 1e-5 as text because it lacks a dot; pydantic turns such text into a number where one is due.
+        # YAML 1.1 reads 1e-5 as text, for want of a dot; pydantic converts such text where the field is a number.
         tree[leaf] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"`--set {override}`: the value is not valid YAML.") from error
@@ -103,7 +104,7 @@ def _unknown_key(detail: ErrorDetails) -> str:
 
 
 def _known_keys(parents: Sequence[str]) -> list[str]:
-    """The keys of the section that the path of an error leads to, through lists and mappings of sections."""
+    """The keys of the section at a path of keys, which may lead through lists and mappings of sections."""
     section: type[BaseModel] = RunConfig
     for part in parents:
         field = section.model_fields.get(part)

@@ -1,4 +1,4 @@
-"""Sections `model` and `trainable`: the checkpoint, its precision, and the parameters that are trained."""
+"""Sections `model` and `trainable`: the initial checkpoint, its precision, and which parameters are trained."""
 
 from __future__ import annotations
 
@@ -10,72 +10,75 @@ from voxtral_dist.config.section import Component, Section, sorted_set
 
 
 class ActivationCheckpointingConfig(Section):
-    """Blocks that keep only their input in the forward pass and compute the rest again in the backward pass.
+    """Blocks that keep only their input in the forward pass, and recompute their activations in the backward pass.
 
-    About a third more computation for such a block, and activation memory of one block instead of all.
+    A checkpointed block costs about a third more computation, and needs activation memory for one block at a time.
     """
 
     encoder: int = Field(default=0, ge=0)
-    """Every n-th block of the encoder: 1 takes all of them, 2 every other one, 0 none."""
+    """Checkpoint every n-th block of the encoder: 1 checkpoints all, 2 every other one, 0 none."""
 
     language_model: int = Field(default=0, ge=0)
-    """Every n-th block of the language model."""
+    """Checkpoint every n-th block of the language model, in the same way."""
 
 
 class ModelConfig(Section):
-    """Which Voxtral is trained, and in which precision."""
+    """The model that is trained, its precision, and what trades computation for memory."""
 
     path: str
-    """A Hugging Face folder or hub name of a Voxtral checkpoint: weights, `tekken.json` and processor files."""
+    """Folder or Hugging Face hub name of a Voxtral checkpoint, with weights, `tekken.json` and processor files."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Of the weights in forward and backward passes. The optimizer's own copy is float32 in any case. `float16` is for
-    GPUs without bfloat16: its loss is scaled, and steps whose gradients overflow are left out."""
+    """Precision of weights and activations in forward and backward passes. The optimizer always updates a float32 copy.
+    `float16` is for GPUs without bfloat16: its loss is scaled, and updates whose gradients overflow are skipped."""
 
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention kernel. `flash_attention_2` needs the package flash-attn, a GPU and half precision; `auto` takes it
-    where it is there, and torch's `sdpa` elsewhere. What is used is said at the start."""
+    """Attention kernel. `flash_attention_2` needs the package flash-attn, a GPU of the Ampere generation or newer, and
+    bfloat16 or float16. `auto` uses it where these are available, and PyTorch's `sdpa` elsewhere. The start of a run
+    reports which one is used."""
 
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
-    """Which blocks trade computation for memory."""
+    """Blocks whose activations are recomputed. The default is none."""
 
     compile_blocks: bool = False
-    """Compile each block by `torch.compile`: minutes at the start, and less memory traffic after. Not under ZeRO-3,
-    whose hooks inside of blocks leave nothing to fuse."""
+    """Compile each block by `torch.compile`, which takes minutes at the start and makes steps faster. Refused under
+    ZeRO-3, whose hooks inside blocks leave nothing to fuse."""
 
     loss_chunk_tokens: int = Field(default=2048, gt=0)
-    """Target tokens whose logits over the vocabulary are computed at a time, and again in the backward pass: the memory
-    of the loss does not grow with the batch."""
+    """Target tokens whose logits over the vocabulary are computed at a time, in the forward pass and again in the
+    backward pass, so that the memory of the loss does not grow with the batch. Does not change the loss."""
 
     encoder_windows_per_chunk: int = Field(default=16, gt=0)
-    """Windows (30 s each) that the encoder takes at a time. Micro-batches with more of them on some rank go through it
-    in several passes, each computed again in the backward pass: its memory does not grow with the length of clips."""
+    """Maximum windows (of 30 s) that the encoder processes at a time. A micro-batch with more windows is split into
+    chunks, which are recomputed in the backward pass, so that the encoder's memory does not grow with the batch. Does
+    nothing for micro-batches with fewer windows on all ranks."""
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (LoRA: Hu et al., arXiv 2106.09685) by the package peft, beside weights that are frozen."""
+    """Low-rank adapters beside frozen weights (LoRA: Hu et al., arXiv 2106.09685), by the package peft."""
 
     rank: int = Field(default=16, gt=0)
-    """Of the two matrices of an adapter."""
+    """Rank of the adapter's two matrices."""
 
     alpha: float = Field(default=32.0, gt=0)
-    """The adapter's output is scaled by `alpha / rank`."""
+    """Scale of the adapter's output, which is multiplied by `alpha / rank`."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Of the adapter's input."""
+    """Dropout probability of the adapter's input. 0 disables it."""
 
     use_dora: bool = False
-    """Train the magnitudes of the weight's columns too (DoRA: Liu et al., arXiv 2402.09353)."""
+    """Also train the magnitudes of the weight matrix, one for each output (DoRA: Liu et al., arXiv 2402.09353)."""
 
     targets: dict[Component, tuple[str, ...]] = Field(
         default={"language_model": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")},
         min_length=1,
     )
-    """Names of the linear layers that get adapters, by component. The encoder has `q_proj`, `k_proj`, `v_proj`,
-    `out_proj`, `fc1` and `fc2`; the projector `linear_1` and `linear_2`."""
+    """Names of the linear layers that get adapters, by component. The language model has those of the default; the
+    encoder has `q_proj`, `k_proj`, `v_proj`, `out_proj`, `fc1` and `fc2`; the projector has `linear_1` and
+    `linear_2`."""
 
     trained_whole: Annotated[tuple[Component, ...], AfterValidator(sorted_set)] = ()
-    """Components whose own weights are trained beside the adapters. All others are frozen."""
+    """Components without adapters whose own weights are trained too. All other weights are frozen."""
 
     @model_validator(mode="after")
     def _is_either(self) -> Self:
@@ -88,11 +91,11 @@ class LoraConfig(Section):
 
 
 class TrainableConfig(Section):
-    """Which parameters are trained; the table of them is printed at the start. Default: all."""
+    """Which parameters are trained: all by default. The start of a run prints a table of them."""
 
     frozen: tuple[str, ...] = ()
-    """Components (`encoder`, `projector`, `language_model`) and patterns of parameter names with `*`, such as
-    `*.embed_tokens.*`, that keep their weights. A pattern that fits no parameter is refused."""
+    """Parameters that are not trained: components (`encoder`, `projector`, `language_model`) and patterns of parameter
+    names with `*`, such as `*.embed_tokens.*`. A pattern without a match is refused."""
 
     lora: LoraConfig | None = None
-    """Train adapters instead of weights."""
+    """Train adapters instead of weights. None: train the weights."""

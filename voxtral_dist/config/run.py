@@ -15,27 +15,29 @@ from voxtral_dist.config.section import Section
 
 
 class MetricsConfig(Section):
-    """What is recorded of a run besides `metrics.jsonl`."""
+    """Metrics of a run besides `metrics.jsonl`, which is always written."""
 
     tensorboard: bool = True
-    """Write scalars to `run_dir/tensorboard`, where the package tensorboard is installed."""
+    """Write scalars for TensorBoard to `run_dir/tensorboard`. Does nothing where the package tensorboard is not
+    installed."""
 
     peak_tflops: float | None = Field(default=None, gt=0)
-    """Dense 10^12 operations per second of one rank's device in the model's precision, which the model FLOPs
-    utilisation is measured against. None: the data sheet's figure where the device is known, else no utilisation."""
+    """Peak dense throughput of one rank's device in the model's precision, in 10^12 operations per second, for the
+    model FLOPs utilization. None: the value of the data sheet for known devices, and no utilization for others."""
 
 
 class RunConfig(Section):
     """Everything that determines a run."""
 
     run_dir: Path
-    """Checkpoints, metrics, evaluations and the exported model go here. Starting again with the same folder resumes."""
+    """Folder of checkpoints, metrics, evaluations and the exported model. A run with the folder of an earlier one
+    resumes it."""
 
     num_steps: int = Field(gt=0)
-    """Optimizer updates in total."""
+    """Total number of optimizer updates."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the order of the data, of augmentation and of dropout."""
+    """Seed of the data order, augmentation, initial adapters and dropout."""
 
     model: ModelConfig
     trainable: TrainableConfig = TrainableConfig()

@@ -1,4 +1,4 @@
-"""Base class and value types of all sections of the configuration."""
+"""The base class of all sections of the configuration, and value types that they share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, with no unknown keys, documented field by field."""
+    """A part of the configuration: immutable, strict about unknown keys, and documented field by field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -20,5 +20,5 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-
 
 
 def sorted_set(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Sort the values and drop repeated ones, so that their order in a file does not matter."""
+    """Sort the values and drop duplicates, so that their order in a file does not matter."""
     return tuple(sorted(set(values)))
