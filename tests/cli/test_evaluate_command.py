@@ -68,7 +68,7 @@ def test_results_that_cannot_be_written_after_all_are_one_sentence(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("voxtral_dist.evaluation.test_sets.write_results", full)
+    monkeypatch.setattr("voxtral_dist.evaluation.evaluating.write_results", full)
     options = ["--max-tokens-per-second", "1", "--out", tmp_path / "out"]
     refused = run("evaluate", tiny_model, shard_folder, *options).refusal(3)
     assert "The results of `speech` cannot be written to" in refused
@@ -132,6 +132,6 @@ def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_pat
     by_the_model = dict.fromkeys(("decode_seconds", "rtfx", "loss", "perplexity"))
     assert json.loads((tmp_path / "again" / "test.json").read_text()) == score | by_the_model
     refused = run("evaluate", tiny_model, folders[0], "--out", manifest).refusal()
-    assert f"`--out`: {manifest} cannot be made" in refused, "before anything is decoded"
+    assert f"`--out`: {manifest} cannot be created" in refused, "before anything is decoded"
     # Both would be written to test.json: neither may be lost in silence.
     assert "same name" in run("evaluate", tiny_model, *folders, "--out", tmp_path / "both").refusal()

@@ -1,23 +1,16 @@
-"""Every utterance is scored exactly once, and the report adds up."""
+"""The result of a test set sums integer counts, and what is written adds up and is read back."""
 
 import json
 import math
 from dataclasses import replace
-from itertools import pairwise
+from pathlib import Path
 
 import pytest
-import soundfile
 
-from voxtral_dist.config import EvaluationConfig
-from voxtral_dist.config import TestSetConfig as ShardsToTest  # under its own name pytest would collect it
-from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.errors import RankError
-from voxtral_dist.evaluation.building import build_test_set
-from voxtral_dist.evaluation.evaluating import check_complete
 from voxtral_dist.scoring.grouping import Grouping
-from voxtral_dist.scoring.hypotheses import read_scored
+from voxtral_dist.scoring.hypotheses import read_scored, scored_row
 from voxtral_dist.scoring.normalizer import normalizer
-from voxtral_dist.scoring.result_files import read_result, write_results
+from voxtral_dist.scoring.result_files import read_result, result_row, write_results
 from voxtral_dist.scoring.results import (
     BiasedErrors,
     LanguageIdentification,
@@ -27,8 +20,6 @@ from voxtral_dist.scoring.results import (
 from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
 from voxtral_dist.scoring.word_errors import ErrorCounts
 from voxtral_dist.text.word_list import WordList
-
-from corpora import pack_manifest, tone, write_lines
 
 BASIC = normalizer("basic")
 
@@ -76,20 +67,20 @@ def test_texts_are_compared_normalized_and_kept_as_they_were(utterances):
 
 
 def test_a_score_sums_counts_over_utterances_and_divides_once(utterances):
-    score = score_test_set(utterances, BASIC)
-    rates = score.normalized
+    result = score_test_set(utterances, BASIC)
+    rates = result.normalized
     assert rates.words == ErrorCounts(substitutions=1, deletions=3, insertions=0, reference_length=8)
     assert rates.wer == 4 / 8
     assert rates.cer == rates.characters.errors / sum(len(BASIC.apply(reference)) for reference, *_ in PAIRS)
     assert rates.wer_interval[0] <= rates.wer <= rates.wer_interval[1]
-    assert (rates.num_utterances, score.num_limit_hits, rates.audio_seconds) == (5, 1, 7.5)
-    assert score.num_empty_hypotheses == 1
-    assert {language: part.wer for language, part in score.slices["language"].items()} == {
+    assert (rates.num_utterances, result.num_limit_hits, rates.audio_seconds) == (5, 1, 7.5)
+    assert result.num_empty_hypotheses == 1
+    assert {language: part.wer for language, part in result.slices["language"].items()} == {
         "de": 1.0,
         "en": 2 / 5,
         "unknown": 0.0,
     }
-    assert score.normalizer == BASIC.label
+    assert result.normalizer == BASIC.label
 
 
 def test_case_and_punctuation_count_in_the_orthographic_rates(utterances):
@@ -108,14 +99,14 @@ def test_case_and_punctuation_count_in_the_orthographic_rates(utterances):
 
 def test_references_that_are_empty_after_normalization_are_counted_with_what_was_inserted():
     utterances = [scored(0, "...", "one two"), scored(1, "one two three four", "one two three four")]
-    score = score_test_set(utterances, BASIC)
-    assert (score.num_empty_references, score.normalized.words.insertions, score.normalized.wer) == (1, 2, 2 / 4)
+    result = score_test_set(utterances, BASIC)
+    assert (result.num_empty_references, result.normalized.words.insertions, result.normalized.wer) == (1, 2, 2 / 4)
 
 
 def test_what_was_measured_while_decoding_is_passed_on(utterances):
-    score = score_test_set(utterances, BASIC, measured=Measurements(decode_seconds=3.0, loss=0.5))
-    assert (score.rtfx, score.measured.loss, score.measured.perplexity) == (7.5 / 3, 0.5, math.exp(0.5))
-    assert {"rtfx": 2.5, "loss": 0.5}.items() <= score.metrics().items()
+    result = score_test_set(utterances, BASIC, measured=Measurements(decode_seconds=3.0, loss=0.5))
+    assert (result.rtfx, result.measured.loss, result.measured.perplexity) == (7.5 / 3, 0.5, math.exp(0.5))
+    assert {"rtfx": 2.5, "loss": 0.5}.items() <= result.metrics().items()
     unmeasured = score_test_set(utterances, BASIC)
     assert unmeasured.measured == Measurements(None, None)
     assert (unmeasured.rtfx, unmeasured.measured.perplexity) == (None, None)
@@ -124,9 +115,9 @@ def test_what_was_measured_while_decoding_is_passed_on(utterances):
 
 def test_hypotheses_that_got_stuck_are_counted():
     utterances = [scored(0, "so it goes", "So " + "it goes, " * 6), scored(1)]
-    score = score_test_set(utterances, BASIC)
+    result = score_test_set(utterances, BASIC)
     assert [one.has_repetition_loop for one in utterances] == [True, False]
-    assert score.num_repetition_loops == score.metrics()["num_repetition_loops"] == 1
+    assert result.num_repetition_loops == result.metrics()["num_repetition_loops"] == 1
 
 
 def test_a_score_does_not_depend_on_the_order(utterances):
@@ -134,8 +125,8 @@ def test_a_score_does_not_depend_on_the_order(utterances):
     assert (one.normalized.words, one.normalized.characters) == (other.normalized.words, other.normalized.characters)
     assert (one.normalized.wer, one.normalized.cer) == (other.normalized.wer, other.normalized.cer)
     rates = [
-        {label: part.wer for part_of in score.slices.values() for label, part in part_of.items()}
-        for score in (one, other)
+        {label: part.wer for part_of in result.slices.values() for label, part in part_of.items()}
+        for result in (one, other)
     ]
     assert rates[0] == rates[1]
 
@@ -161,11 +152,11 @@ def test_listed_words_have_a_rate_of_their_own_and_the_rest_another():
     utterances = [
         score_utterance(decoded(number, *pair), BASIC, WordList(["Siobhan"])) for number, pair in enumerate(pairs)
     ]
-    score = score_test_set(utterances, BASIC, num_distractors=7)
-    assert score.biased == BiasedErrors(7, ErrorCounts(1, 0, 0, 2), ErrorCounts(0, 1, 1, 4))
-    assert (score.biased.biased_wer, score.biased.unbiased_wer) == (1 / 2, 2 / 4)
-    assert score.normalized.wer == 3 / 6
-    assert score.metrics()["biased_wer"] == 0.5
+    result = score_test_set(utterances, BASIC, num_distractors=7)
+    assert result.biased == BiasedErrors(7, ErrorCounts(1, 0, 0, 2), ErrorCounts(0, 1, 1, 4))
+    assert (result.biased.biased_wer, result.biased.unbiased_wer) == (1 / 2, 2 / 4)
+    assert result.normalized.wer == 3 / 6
+    assert result.metrics()["biased_wer"] == 0.5
     assert score_test_set([scored(0)], BASIC).biased is None
 
 
@@ -184,8 +175,8 @@ def test_a_test_set_without_words_has_no_rate():
 
 
 def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
-    score = score_test_set(utterances, BASIC)
-    write_results(tmp_path / "made" / "here", "name", utterances, score)
+    result = score_test_set(utterances, BASIC)
+    write_results(tmp_path / "made" / "here", "name", utterances, result)
     rows = [json.loads(line) for line in (tmp_path / "made/here/name.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = json.loads((tmp_path / "made/here/name.json").read_text(encoding="utf-8"))
     assert [(row["reference"], row["hypothesis"], row["language"]) for row in rows] == list(PAIRS)
@@ -202,79 +193,17 @@ def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
     assert summary["num_utterances"] == len(rows)
 
 
-def test_fields_of_samples_that_slices_need_reach_the_examples(shard_folder, prompts):
-    config = ShardsToTest(shards=str(shard_folder))
-    settings = EvaluationConfig(slices=("lang", "nothing"))
-    asked = build_test_set("held_out", config, settings, prompts, (), Storage())[0]
-    index = asked.index
-    for utterance_id in range(4):
-        example = asked.reader.example(utterance_id)
-        stored = asked.reader.read(utterance_id).fields
-        assert example.fields == {name: stored[name] for name in ("lang", "speaker") if name in stored}
-        assert index.language(utterance_id) == example.fields.get("lang")
-    assert any("lang" in asked.reader.example(utterance_id).fields for utterance_id in range(4))
-
-
-def test_targets_of_a_test_set_are_those_of_training_and_references_stay(shard_folder, prompts):
-    config = ShardsToTest(shards=str(shard_folder))
-    steps = ("lower_case", "no_punctuation")
-    asked = build_test_set("held_out", config, EvaluationConfig(), prompts, steps, Storage())[0]
-    examples = [asked.reader.example(utterance_id) for utterance_id in range(len(asked.index))]
-    targets = {example.reference: prompts.transcript(example.completion[:-1]).text for example in examples}
-    assert targets["Übermorgen fährt der Zug früher 1"] == "übermorgen fährt der zug früher 1"
-
-
-def test_a_reference_of_which_no_target_is_left_counts_in_a_test_set(tmp_path, prompts):
-    soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
-    manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "?!", "lang": "en"}])
-    pack_manifest(manifest, tmp_path / "set", 10**9, skip_bad=False)
-    config = ShardsToTest(shards=str(tmp_path / "set"))
-    asked = build_test_set("marks", config, EvaluationConfig(), prompts, ("no_punctuation",), Storage())[0]
-    example = asked.reader.example(0)
-    assert (example.reference, example.completion) == ("?!", (prompts.eos_id,))
-
-
-@pytest.fixture(scope="module")
-def held_out(shard_folder, prompts):
-    config = ShardsToTest(shards=str(shard_folder), max_utterances=7)
-    return build_test_set("held_out", config, EvaluationConfig(batch_size=3), prompts, (), Storage())[0]
-
-
-def test_batches_hold_every_utterance_once_longest_first(held_out):
-    batches = held_out.batches
-    assert [len(batch) for batch in batches] == [3, 3, 1]
-    assert sorted(utterance_id for batch in batches for utterance_id in batch) == list(range(7))
-    windows = [
-        [-(-held_out.index.duration_seconds[utterance_id] // 1.28) for utterance_id in batch] for batch in batches
-    ]
-    assert all(max(later) <= min(earlier) for earlier, later in pairwise(windows))
-
-
-def test_a_whole_test_set_comes_back_in_the_order_of_the_index(held_out):
-    shuffled = [scored(utterance_id) for utterance_id in (4, 0, 6, 2, 1, 5, 3)]
-    assert [utterance.decoded.utterance_id for utterance in check_complete(held_out, shuffled)] == list(range(7))
-
-
-@pytest.mark.parametrize(
-    ("utterance_ids", "sentence"),
-    [
-        ([0, 1, 2, 3, 4, 5], r"lost 1 utterances \(first: \[6\]\)"),
-        ([], "lost 7 utterances"),
-        ([0, 1, 2, 3, 4, 5, 6, 6], r"decoded 1 twice \(first: \[6\]\)"),
-        ([0, 1, 2, 3, 4, 5, 5], r"lost 1 utterances"),
-        ([0, 1, 2, 3, 4, 5, 6, 7], "held_out"),
-        ([-1, 0, 1, 2, 3, 4, 5, 6], "held_out"),
-    ],
-)
-def test_other_ids_than_those_of_the_index_give_no_rate(held_out, utterance_ids, sentence):
-    with pytest.raises(RankError, match=sentence):
-        check_complete(held_out, [scored(utterance_id) for utterance_id in utterance_ids])
-
-
 def test_what_is_written_is_read_back(utterances, tmp_path):
     words = WordList(["three"])
     listed = [score_utterance(decoded(9, "a three", "a tree"), BASIC, words), *utterances]
-    score = score_test_set(listed, BASIC, 5, Grouping(("speaker",)), Measurements(2.0, 0.5))
-    write_results(tmp_path, "speech", listed, score)
-    assert read_result(tmp_path / "speech.json") == score
+    result = score_test_set(listed, BASIC, 5, Grouping(("speaker",)), Measurements(2.0, 0.5))
+    write_results(tmp_path, "speech", listed, result)
+    assert read_result(tmp_path / "speech.json") == result
     assert read_scored(tmp_path / "speech.jsonl") == listed
+
+
+def test_the_documentation_lists_the_keys_of_a_result(utterances):
+    documented = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    row = result_row(score_test_set(utterances, BASIC))
+    for keys in (row, row["orthographic"], row["slices"]["language"]["en"], row["words"], scored_row(utterances[0])):
+        assert [key for key in keys if f"`{key}`" not in documented] == []

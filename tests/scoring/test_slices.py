@@ -84,20 +84,20 @@ def test_slices_have_counts_rates_and_sizes():
 
 
 def test_slices_add_up_to_the_set():
-    score = score_test_set(UTTERANCES, BASIC, grouping=Grouping(("domain", "speaker", "nothing")))
-    for parts in score.slices.values():
-        assert sum((part.words for part in parts.values()), ErrorCounts()) == score.normalized.words
-        assert sum((part.characters for part in parts.values()), ErrorCounts()) == score.normalized.characters
-        assert sum(part.num_utterances for part in parts.values()) == score.normalized.num_utterances
-        assert sum(part.audio_seconds for part in parts.values()) == score.normalized.audio_seconds
-    assert list(score.slices["nothing"]) == ["unknown"]
+    result = score_test_set(UTTERANCES, BASIC, grouping=Grouping(("domain", "speaker", "nothing")))
+    for parts in result.slices.values():
+        assert sum((part.words for part in parts.values()), ErrorCounts()) == result.normalized.words
+        assert sum((part.characters for part in parts.values()), ErrorCounts()) == result.normalized.characters
+        assert sum(part.num_utterances for part in parts.values()) == result.normalized.num_utterances
+        assert sum(part.audio_seconds for part in parts.values()) == result.normalized.audio_seconds
+    assert list(result.slices["nothing"]) == ["unknown"]
 
 
 def test_audio_of_unknown_length_has_no_sum():
-    score = score_test_set([*UTTERANCES, scored(4, "a", None)], BASIC)
-    assert score.normalized.audio_seconds is None
-    assert score.slices["duration"]["unknown"].num_utterances == 1
-    assert score.slices["duration"]["<5 s"].audio_seconds == 3.0
+    result = score_test_set([*UTTERANCES, scored(4, "a", None)], BASIC)
+    assert result.normalized.audio_seconds is None
+    assert result.slices["duration"]["unknown"].num_utterances == 1
+    assert result.slices["duration"]["<5 s"].audio_seconds == 3.0
 
 
 def test_each_slice_says_what_it_resamples():
@@ -105,10 +105,10 @@ def test_each_slice_says_what_it_resamples():
         scored(number, "a b", language="de" if number % 2 else "en", talker=f"speaker {number // 4}")
         for number in range(4 * MIN_SPEAKERS)
     ]
-    score = score_test_set(utterances, BASIC, grouping=Grouping(("talker",), "talker"))
-    assert score.normalized.resampled == score.orthographic.resampled == "speaker"
-    assert score.slices["language"]["de"].resampled == "speaker"
-    assert {part.resampled for part in score.slices["talker"].values()} == {"utterance"}
+    result = score_test_set(utterances, BASIC, grouping=Grouping(("talker",), "talker"))
+    assert result.normalized.resampled == result.orthographic.resampled == "speaker"
+    assert result.slices["language"]["de"].resampled == "speaker"
+    assert {part.resampled for part in result.slices["talker"].values()} == {"utterance"}
     assert score_test_set(utterances, BASIC).normalized.resampled == "utterance", "another field names the speaker"
 
 
@@ -121,6 +121,6 @@ def test_the_configuration_says_what_utterances_have_to_bring():
 def test_a_field_that_is_called_language_does_not_replace_the_languages():
     one = scored(0, "a b", language="en")
     utterance = replace(one, decoded=replace(one.decoded, fields={"language": "x"}))
-    score = score_test_set([utterance], BASIC, grouping=Grouping(("language", "duration")))
-    assert list(score.slices) == ["language", "duration"]
-    assert list(score.slices["language"]) == ["en"]
+    result = score_test_set([utterance], BASIC, grouping=Grouping(("language", "duration")))
+    assert list(result.slices) == ["language", "duration"]
+    assert list(result.slices["language"]) == ["en"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from voxtral_dist.scoring import word_errors
 from voxtral_dist.scoring.alignment import align_words
+from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.word_errors import ErrorCounts, count_character_errors
 from voxtral_dist.text.word_list import WordList
 
@@ -146,6 +147,14 @@ def test_a_rate_of_nothing_is_none():
 
 def test_a_rate_may_exceed_one():
     assert count_word_errors("a", "b c d").rate == 3.0
+
+
+def test_the_errors_of_a_set_are_counted_after_the_normalizer():
+    references, hypotheses = ["Hello, world!", "good night", "..."], ["hello word", "good night", "uh"]
+    assert word_errors.word_errors(references, hypotheses) == ErrorCounts(1, 0, 1, 4)
+    assert word_errors.word_errors(references, hypotheses, normalizer("none")) == ErrorCounts(3, 0, 0, 5)
+    with pytest.raises(ValueError, match="shorter"):
+        word_errors.word_errors(references, hypotheses[:1])
 
 
 # Words of a list: B-WER and U-WER.
