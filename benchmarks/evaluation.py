@@ -1,20 +1,19 @@
-"""Utterances a second of an evaluation inside of ZeRO-3: ours against `Seq2SeqTrainer` with `predict_with_generate`.
+"""Utterances per second of an evaluation under ZeRO-3: ours against `Seq2SeqTrainer` with `predict_with_generate`.
 
     python benchmarks/evaluation.py --output evaluation.json [--quick]
 
-A tiny Voxtral with the published window, trained for a minute so that its transcripts end by themselves; 300 utterances
-of 1 to 29 s in random order; float32, 8 at a time, greedily, 2 ranks over gloo with one thread each, the same DeepSpeed
-file. Each run is two fresh processes, in turns. The clock runs from sharded weights to texts; ours also scores and
-writes them. The run refuses to go on if a hypothesis differs before the limit of tokens that ours has for its
-utterance.
+A tiny Voxtral with the published window, trained for a minute so that its transcripts end by themselves, decodes 300
+utterances of 1 to 29 s in random order: float32, batches of 8, greedy, 2 ranks over gloo with one thread each, the same
+DeepSpeed configuration. Contenders take turns, each in two fresh processes. The time is from sharded weights to texts;
+ours includes scoring and writing. The benchmark fails if hypotheses differ before our token limit of the utterance.
 
-`ratio` is ours over the rival's, by medians. `lockstep_ratio` is the same without gathering the weights, as ours does
-where a whole copy does not fit: what is left is sorting by length, ending with the batch's own limits, and whole blocks
-gathered at once. `static_cache_ratio` is ours with `evaluation.static_cache` over ours without.
+`ratio` is our rate divided by the rival's, both medians. `lockstep_ratio` is the same without gathering the weights, as
+ours decodes where a whole copy does not fit: sorting by length, ending at the batch's own limits, and gathering whole
+blocks at once remain. `static_cache_ratio` is our rate with `evaluation.static_cache` divided by that without.
 
-Predicted before the first run: 4 to 8. Hooks of DeepSpeed run for each layer and each token on the rival's side, all
-ranks wait for the one with the longest transcript in every batch, and batches mix short and long utterances.
-Of a static cache on CPUs: 0.6 to 0.9, because attention runs over room that is still empty, and nothing is compiled.
+Predicted before the first run: 4 to 8, because on the rival's side DeepSpeed's hooks run for each layer and token, all
+ranks wait for the longest transcript of every batch, and batches mix short and long utterances. For a static cache on
+CPUs: 0.6 to 0.9, because attention covers positions that are still empty, and nothing is compiled.
 """
 
 import statistics
@@ -34,7 +33,7 @@ from workloads.speech import clips_of_seconds, source, write_clips
 
 OURS, TRAINER = "voxtral_dist_evaluation.py", "trainer_evaluation.py"
 LOCKSTEP, STATIC = "ours in lockstep", "ours with a static cache"
-# One round tells what these cost.
+# Measured in one round only.
 ONCE = (LOCKSTEP, STATIC)
 SHAPE = TinyShape(
     window_seconds=30.0,
@@ -52,14 +51,14 @@ NUM_RANKS, BATCH_SIZE, NUM_ROUNDS = 2, 8, 2
 NUM_UTTERANCES, NUM_FIT_STEPS = 300, 80
 SHORTEST_SECONDS, LONGEST_SECONDS = 1.0, 29.0
 MAX_TOKENS_PER_SECOND = 6.0
-# As `evaluation.transcribe` counts them for the longest utterance.
+# Our token limit of the longest utterance: see `BatchDecoder`.
 MAX_NEW_TOKENS = 16 + int(MAX_TOKENS_PER_SECOND * LONGEST_SECONDS)
 
 Answers = list[dict[str, Any]]
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """All contenders in turns."""
+    """Measure all contenders in turns."""
     num_utterances, num_steps, num_rounds = (12, 12, 1) if is_quick else (NUM_UTTERANCES, NUM_FIT_STEPS, NUM_ROUNDS)
     asked = _run(folder, num_utterances, num_steps)
     contenders = {
@@ -80,7 +79,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     }
     return {
         "ratio": rates["ours"] / rates["trainer"],
-        "ratio_is": "utterances a second over those of Seq2SeqTrainer with predict_with_generate, under ZeRO-3",
+        "ratio_is": "utterances per second, ours by those of Seq2SeqTrainer with predict_with_generate, under ZeRO-3",
         "lockstep_ratio": rates[LOCKSTEP] / rates["trainer"],
         "static_cache_ratio": rates[STATIC] / rates["ours"],
         "core_seconds_ratio": _core_seconds(rounds["trainer"]) / _core_seconds(rounds["ours"]),
@@ -125,10 +124,10 @@ def _core_seconds(rounds: list[Answers]) -> float:
 
 
 def _refuse_different(rounds: dict[str, list[Answers]]) -> int:
-    """How many hypotheses ended by themselves. All are equal, up to where ours has its limit of tokens.
+    """Compare all hypotheses up to our token limit. Returns how many of ours ended by themselves.
 
     Raises:
-        RuntimeError: one is not.
+        RuntimeError: hypotheses differ.
     """
     ours = rounds["ours"][0][0]
     for name, answered in rounds.items():
@@ -140,7 +139,7 @@ def _refuse_different(rounds: dict[str, list[Answers]]) -> int:
                 if not (other.startswith(mine) if ours["hit_limit"][number] else other == mine)
             ]
             if different:
-                raise RuntimeError(f"{name} gives other hypotheses than ours for the utterances {different[:5]}.")
+                raise RuntimeError(f"`{name}` gives different hypotheses from ours for utterances {different[:5]}.")
     return ours["hit_limit"].count(False)
 
 

@@ -1,4 +1,4 @@
-"""`voxtral-dist score` as a user meets it: without a model, without torch, and one sentence for each mistake."""
+"""`voxtral-dist score`: needs no model and no torch, and refuses mistakes with one sentence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rows = list[dict[str, object]]
 
 @pytest.fixture
 def score(capsys) -> Callable[..., Result]:
-    """Runs the command in this process."""
+    """Run the command in this process."""
 
     def run(*arguments: object) -> Result:
         return run_command(capsys, "score", *arguments)
@@ -28,7 +28,7 @@ def score(capsys) -> Callable[..., Result]:
 
 @pytest.fixture
 def refusal(score) -> Callable[..., str]:
-    """The sentence of a refused command, which says nothing else."""
+    """The message of a refused command, which prints nothing else."""
 
     def run(*arguments: object) -> str:
         return score(*arguments).refusal()
@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, object]:
 ROWS: Rows = [
     {"reference": "Ten colours, please.", "hypothesis": "10 colors please", "language": "en", "domain": "shop"},
     {"reference": "vier fünf", "hypothesis": "", "language": "de", "duration_seconds": 3, "fields": {"domain": "news"}},
-    # A separator of lines by Unicode, which is none between rows.
+    # A Unicode line separator does not end a row.
     {"reference": "six\u2028seven", "hypothesis": "six seven", "key": "a", "hit_limit": True},
 ]
 
@@ -63,7 +63,7 @@ def test_hypotheses_are_scored_and_written_again(score, hypotheses, tmp_path):
     result = score(hypotheses, "--slices", "domain", "--out", tmp_path / "out")
     assert result.code == 0, result
     written = read(tmp_path / "out" / "speech.json")
-    # `Ten colours` against `10 colors`, and two words of which none was heard.
+    # `Ten colours` against `10 colors`, and an empty hypothesis of two words.
     assert written["words"] == {"substitutions": 2, "deletions": 2, "insertions": 0, "reference_length": 7}
     assert written["wer"] == 4 / 7
     assert written["orthographic"]["wer"] == 5 / 7
@@ -118,7 +118,7 @@ def test_many_slices_are_not_all_printed(score, tmp_path):
 
 
 def run_of(tmp_path: Path, name: str, num_wrong: int) -> Path:
-    """Forty utterances of two words, of which the first so many have a wrong one."""
+    """Forty utterances of two words; the first `num_wrong` have one wrong word."""
     rows = [
         {
             "key": f"k{number}",
@@ -132,7 +132,7 @@ def run_of(tmp_path: Path, name: str, num_wrong: int) -> Path:
 
 def test_two_runs_are_compared(score, tmp_path):
     first, second = run_of(tmp_path, "one", 24), run_of(tmp_path, "two", 4)
-    # In another order: keys tell what belongs together.
+    # In another order: utterances are paired by key.
     second.write_text("".join(reversed(second.read_text().splitlines(keepends=True))))
     result = score(first, second, "--out", tmp_path / "out")
     assert result.code == 0, result
@@ -235,7 +235,7 @@ def test_a_function_that_fails_on_a_text_is_one_sentence(refusal, hypotheses, tm
 def test_nothing_that_was_scored_is_replaced(refusal, tmp_path):
     first, second = (write_rows(tmp_path / name / "s.jsonl", ROWS) for name in ("first", "second"))
     before = first.read_bytes()
-    # What is first here would be written where the second one is.
+    # The first file's results would replace the second file.
     assert "would be replaced" in refusal(second, first, "--out", tmp_path)
     assert first.read_bytes() == second.read_bytes() == before
     lines = write_rows(tmp_path / "first" / "rows.json", ROWS)
@@ -256,7 +256,7 @@ def test_nothing_but_results_is_replaced(score, refusal, hypotheses, tmp_path):
     for _ in range(2):
         assert score(hypotheses, "--out", out).code == 0
         assert score(hypotheses, hypotheses, "--out", out).code == 0
-    # What has the name of a comparison is replaced if it is one.
+    # A `comparison.json` is replaced only if it is a comparison.
     own = write_rows(out / "comparison.json", ROWS)
     assert "comparison.json would be replaced, but it is the scored file" in refusal(own, hypotheses, "--out", out)
     assert "comparison.json would be replaced, and is not known" in refusal(hypotheses, hypotheses, "--out", out)
@@ -292,7 +292,7 @@ def test_a_name_that_no_normalizer_has_is_refused_by_the_grammar(score, hypothes
 
 
 def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
-    """A process of its own: the encoding belongs to its output."""
+    """Runs a separate process, because the encoding is set for its output."""
     path = write_rows(tmp_path / "a.jsonl", [{"reference": "a", "hypothesis": "a", "speaker": "日"}])
     ended = subprocess.run(
         [Path(sys.executable).with_name("voxtral-dist"), "score", path, "--slices", "speaker"],
@@ -305,7 +305,7 @@ def test_what_the_terminal_cannot_show_is_escaped(tmp_path):
 
 
 def test_neither_torch_nor_transformers_is_imported(hypotheses):
-    """They cost seconds, and are nothing that scores need."""
+    """Importing them takes seconds, and scoring does not need them."""
     script = (
         "import sys\n"
         "from voxtral_dist.cli.main import main\n"

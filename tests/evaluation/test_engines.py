@@ -44,7 +44,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Case:
-    """Settings of an evaluation, and whether ranks must decode in lockstep by them."""
+    """Settings of an evaluation, and whether they make ranks decode in lockstep."""
 
     engine: dict[str, Any]
     settings: dict[str, Any]
@@ -67,7 +67,7 @@ CASES = [
     Case({"stage": 3}, {"batch_size": 3, "weights": "sharded", "num_beams": 3}, in_lockstep=True),
     Case({"stage": 3}, {"batch_size": 8, "weights": "gathered", "num_beams": 3}),
     Case({"stage": 3}, {"batch_size": 3, "static_cache": True, "num_beams": 3}),
-    # Fewer batches than ranks: one of them has nothing to do.
+    # Fewer batches than ranks, so that a rank has none.
     Case({"stage": 3}, {"batch_size": 8, "weights": "sharded", "max_utterances": 5}, in_lockstep=True),
     Case({"stage": 3}, {"batch_size": 8, "max_utterances": 5}),
     Case(FSDP2, {"batch_size": 3}),
@@ -96,7 +96,7 @@ def rows_of(folder: Path) -> Rows:
 
 
 def decode_all(world: World, cases: list[tuple[Case, RunConfig]]) -> list[bool]:
-    """Whether ranks were in lockstep in each case. An engine serves neighbouring cases, and is built only once."""
+    """Whether ranks decoded in lockstep in each case. Neighbouring cases with equal engines share one."""
     from voxtral_dist.engine.build import build_engine
 
     found: list[bool] = []
@@ -223,7 +223,7 @@ def test_a_rank_that_cannot_decode_in_lockstep_ends_alone_with_its_reason(
     fitted_model: Path, shards: Path, tmp_path: Path
 ) -> None:
     case = Case(FSDP2, {"batch_size": 2, "weights": "sharded", "num_beams": 2})
-    # The other one waits for weights, until it is ended or sees that nobody is there.
+    # The other rank waits for weights, until it is ended or loses the connection.
     other, mine = run_ranks(2, how_it_ends, config_of(case, 0, fitted_model, shards, tmp_path))
     assert mine == (
         "_OthersWaitError",
@@ -238,7 +238,7 @@ def test_a_gathered_copy_leaves_nothing_behind(fitted_model: Path, shards: Path,
     with plain_copy(config.model, config.trainable, model.named_parameters(), model.named_buffers()) as copy:
         held = weakref.ref(copy.model.audio_tower.conv1.weight)
         assert held() is not None
-    # The copy itself is still held, by this test and by its own wrapped methods.
+    # This test and the wrapped methods of the copy still hold it.
     assert held() is None
     assert all(weight.is_meta for weight in copy.parameters())
     assert not any(weight.is_meta for weight in model.parameters())

@@ -1,4 +1,4 @@
-"""The word error rate of a test set is the same number, from the same hypotheses, however it is decoded."""
+"""Hypotheses and word error rate of a test set do not depend on the number of ranks and the batch size."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(folder: Path) -> tuple[Rows, dict[str, object]]:
     rows = [json.loads(line) for line in (folder / "thirty-one.jsonl").read_text().splitlines()]
     score = json.loads((folder / "thirty-one.json").read_text())
-    # Measured on the clock.
+    # Wall time differs between runs.
     assert score.pop("rtfx") == pytest.approx(score["audio_seconds"] / score.pop("decode_seconds"))
-    # Sums of other parts.
+    # Losses are summed in another order.
     return rows, score | {name: pytest.approx(score[name], rel=1e-5) for name in ("loss", "perplexity")}
 
 
@@ -63,7 +63,7 @@ def test_ranks_and_batch_sizes_do_not_change_the_word_error_rate(
 
 
 class Instant:
-    """Stands for a `BatchDecoder` that needs no time."""
+    """A stand-in for `BatchDecoder` that takes no time."""
 
     in_lockstep = False
 

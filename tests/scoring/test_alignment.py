@@ -1,4 +1,4 @@
-"""An alignment holds both texts, word for word, and confusions count what it changes."""
+"""Alignments hold every word of both texts; confusions count their edits."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""A difference between runs is found where there is one, and chance is called chance."""
+"""Paired comparisons find a real difference between runs, and call no chance difference significant."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_the_other_direction_is_the_mirror():
 
 
 def test_pairs_tell_more_than_two_intervals():
-    """Utterances differ far more from each other than runs do: only pairs see that one run is better on each kind."""
+    """Utterances differ far more than runs do, so only pairs show that one run is better on each utterance."""
     generator = np.random.default_rng(0)
     first = generator.integers(1, 10, 300)
     second = first - (generator.random(300) < 0.2)
@@ -97,7 +97,7 @@ def test_too_few_utterances_have_no_p_value():
 
 
 def test_speakers_are_resampled_together():
-    """One run is better on half of the speakers and worse on the others: chance of speakers, not of utterances."""
+    """One run is better for half of the speakers and worse for the others: which speakers are drawn decides."""
     generator = np.random.default_rng(0)
     speakers = [str(number) for number in range(10) for _ in range(40)]
     better = np.tile([1, -1], 5).repeat(40)
@@ -108,6 +108,6 @@ def test_speakers_are_resampled_together():
     assert widths[1] > 4 * widths[0]
 
 
-def test_nothing_is_told_of_nothing_and_little_of_one():
+def test_no_utterances_and_a_single_one_have_no_interval():
     assert compare([], []) == PairedComparison(0, "utterance", None, None, None, None)
     assert compare([2], [1]) == PairedComparison(1, "utterance", -0.1, None, None, None)

@@ -1,4 +1,4 @@
-"""Intervals hold what they promise, and are wider where errors go together."""
+"""Intervals cover the true rate as often as they promise, and are wider where errors are correlated."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_an_interval_holds_the_rate_and_is_the_same_every_time(seed):
 
 
 def test_the_interval_of_a_mean_is_the_normal_one():
-    """With references of equal length the rate is a mean, so theory knows: 1.96 deviations of it."""
+    """With references of equal length the rate is a mean, whose interval is 1.96 standard errors wide on each side."""
     errors = np.random.default_rng(0).binomial(REFERENCE_LENGTH, 0.2, 2000)
     rates = errors / REFERENCE_LENGTH
     deviation = rates.std() / np.sqrt(len(rates))
@@ -66,19 +66,19 @@ def test_resamples_without_a_word_of_reference_have_no_rate():
 
 
 @pytest.mark.parametrize("counts", [[], [ErrorCounts(0, 0, 3, 0)] * 3, [ErrorCounts(1, 0, 0, 4)]])
-def test_there_is_no_interval_of_nothing_and_of_one(counts):
+def test_no_utterances_and_a_single_one_have_no_interval(counts):
     assert interval_of(counts) is None
 
 
 def clustered(num_speakers: int, num_each: int) -> tuple[list[ErrorCounts], list[str]]:
-    """Speakers who are understood well or badly, with utterances that hardly differ."""
+    """Errors that differ between speakers, but hardly between utterances of one speaker."""
     generator = np.random.default_rng(0)
     rates = generator.uniform(0, 0.6, num_speakers)
     errors = generator.binomial(REFERENCE_LENGTH, rates.repeat(num_each))
     return counts_of(errors), [f"speaker {number}" for number in np.arange(num_speakers).repeat(num_each)]
 
 
-def test_speakers_give_a_wider_interval_where_their_errors_go_together():
+def test_speakers_give_a_wider_interval_where_their_errors_are_correlated():
     counts, speakers = clustered(num_speakers=20, num_each=30)
     assert resampling_units(speakers).unit == "speaker"
     assert width(interval_of(counts, speakers)) > 2 * width(interval_of(counts))

@@ -1,4 +1,4 @@
-"""What the normalizers make equal, and what they leave different."""
+"""Which texts the normalizers make equal, and which they keep different."""
 
 import hashlib
 import json
@@ -79,7 +79,7 @@ def test_a_label_names_the_normalizer_and_its_version():
     ]
 
 
-# Whisper's. The examples are those of openai/whisper's own tests (tests/test_normalizer.py at version 20250625).
+# Whisper's normalizers, on the examples of openai/whisper's tests (tests/test_normalizer.py of version 20250625).
 
 ENGLISH = normalizer("whisper_english").apply
 WHISPER_BASIC = normalizer("whisper_basic").apply
@@ -146,13 +146,13 @@ def test_whisper_basic_drops_brackets_and_punctuation_and_keeps_letters(text, ex
 
 
 def test_whisper_basic_cuts_words_at_vowel_signs_and_basic_does_not():
-    """As docs/evaluation.md warns."""
+    """docs/evaluation.md warns of it."""
     assert len(WHISPER_BASIC("हिन्दी").split()) > 1
     assert len(BASIC("हिन्दी").split()) == 1
 
 
 def test_the_table_of_spellings_is_openais():
-    """As whisper/normalizers/english.json is in the source package of openai-whisper 20250625."""
+    """The checksum is that of whisper/normalizers/english.json in the source package openai-whisper 20250625."""
     contents = Path(normalizer_module.__file__).with_name("english_spelling.json").read_bytes()
     assert len(json.loads(contents)) == 1739
     assert hashlib.sha256(contents).hexdigest() == "6607f948be9824d2e1b2fa2223cd94c06c45afa4e05ea0e3d5e1f2bdffde2465"
@@ -172,12 +172,12 @@ def test_whispers_labels_name_the_version_of_transformers():
     assert normalizer("whisper_basic", ("lower_case",)).label.startswith("lower_case+whisper_basic-transformers-")
 
 
-# Of the user.
+# Functions of the user.
 
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """Writes a module into the working directory, under a name that no other test has."""
+    """Write a module into the working directory, under a name that no other test uses."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     count = 0

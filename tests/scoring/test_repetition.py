@@ -1,4 +1,4 @@
-"""What counts as a loop, and what doesn't."""
+"""Which texts count as repetition loops."""
 
 import pytest
 from hypothesis import given
@@ -18,10 +18,10 @@ from voxtral_dist.scoring.repetition import has_repetition_loop
         ("thank you " * 3, False),
         ("a b c d e f " * 4, True),
         ("a b c d e f g " * 4, False),
-        # Cut by the limit of tokens in the middle of a repetition.
+        # Cut by the token limit in the middle of a repetition.
         ("one two three " * 4 + "one two", True),
         ("one two three " * 3 + "one two", False),
-        # Often, but not in a row.
+        # Repeated often, but not in a row.
         ("the cat the dog the cow the hen the pig the fox", False),
         ("", False),
     ],
@@ -37,7 +37,7 @@ def test_what_was_said_in_a_loop_is_none():
 
 @given(st.lists(st.sampled_from("abcd"), max_size=40))
 def test_loops_are_those_of_the_definition(words):
-    """Every place, every length: slow, and plain to read."""
+    """Compares with a slow check of every place and length."""
     defined = any(
         words[start : start + length] * 4 == words[start : start + 4 * length]
         for length in range(2, 7)

@@ -66,7 +66,7 @@ def test_texts_are_compared_normalized_and_kept_as_they_were(utterances):
     assert utterances[3].words.errors == 0
 
 
-def test_a_score_sums_counts_over_utterances_and_divides_once(utterances):
+def test_a_result_sums_counts_over_utterances_and_divides_once(utterances):
     result = score_test_set(utterances, BASIC)
     rates = result.normalized
     assert rates.words == ErrorCounts(substitutions=1, deletions=3, insertions=0, reference_length=8)
@@ -103,7 +103,7 @@ def test_references_that_are_empty_after_normalization_are_counted_with_what_was
     assert (result.num_empty_references, result.normalized.words.insertions, result.normalized.wer) == (1, 2, 2 / 4)
 
 
-def test_what_was_measured_while_decoding_is_passed_on(utterances):
+def test_measurements_of_decoding_are_part_of_the_result(utterances):
     result = score_test_set(utterances, BASIC, measured=Measurements(decode_seconds=3.0, loss=0.5))
     assert (result.rtfx, result.measured.loss, result.measured.perplexity) == (7.5 / 3, 0.5, math.exp(0.5))
     assert {"rtfx": 2.5, "loss": 0.5}.items() <= result.metrics().items()
@@ -120,7 +120,7 @@ def test_hypotheses_that_got_stuck_are_counted():
     assert result.num_repetition_loops == result.metrics()["num_repetition_loops"] == 1
 
 
-def test_a_score_does_not_depend_on_the_order(utterances):
+def test_a_result_does_not_depend_on_the_order(utterances):
     one, other = score_test_set(utterances, BASIC), score_test_set(utterances[::-1], BASIC)
     assert (one.normalized.words, one.normalized.characters) == (other.normalized.words, other.normalized.characters)
     assert (one.normalized.wer, one.normalized.cer) == (other.normalized.wer, other.normalized.cer)
@@ -136,7 +136,7 @@ def detected(number: int, language: str | None, named: str | None, asked: bool =
     return replace(one, decoded=replace(one.decoded, detected_language=named, asks_for_language=asked))
 
 
-def test_detected_languages_are_counted_where_they_were_asked_for_and_are_known():
+def test_detected_languages_are_counted_where_the_prompt_omitted_a_known_language():
     found = [("en", "en"), ("en", "de"), ("de", "de"), ("de", None), (None, "en")]
     utterances = [detected(number, *pair) for number, pair in enumerate(found)]
     identified = score_test_set(utterances, BASIC).language_identification
@@ -174,7 +174,7 @@ def test_a_test_set_without_words_has_no_rate():
     assert (rates.wer, rates.wer_interval, rates.cer, rates.num_utterances) == (None, None, None, 1)
 
 
-def test_results_on_disk_add_up_to_the_score(utterances, tmp_path):
+def test_results_on_disk_add_up_to_the_result(utterances, tmp_path):
     result = score_test_set(utterances, BASIC)
     write_results(tmp_path / "made" / "here", "name", utterances, result)
     rows = [json.loads(line) for line in (tmp_path / "made/here/name.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Edits are integers that equal jiwer's; nothing is dropped, and the only division comes last."""
+"""Error counts equal jiwer's; no utterance is dropped, and the only division comes last."""
 
 import random
 from collections import Counter
@@ -34,7 +34,7 @@ def random_texts(num_texts: int, seed: int) -> list[str]:
 @pytest.mark.parametrize("seed", range(5))
 def test_sums_of_counts_equal_jiwers_of_the_whole_lists(seed):
     references, hypotheses = random_texts(60, seed), random_texts(60, seed + 100)
-    # What a recognizer does: mostly right.
+    # Mostly right, like a recognizer.
     hypotheses = [
         reference if i % 3 else hypothesis
         for i, (reference, hypothesis) in enumerate(zip(references, hypotheses, strict=True))
@@ -140,7 +140,7 @@ def test_insertions_into_an_empty_reference_count_in_the_sum():
     assert sum((count_word_errors(*pair) for pair in pairs), ErrorCounts()).rate == 2 / 4
 
 
-def test_a_rate_of_nothing_is_none():
+def test_a_rate_without_reference_words_is_none():
     assert ErrorCounts().rate is None
     assert count_word_errors("", "a").rate is None
 
@@ -157,7 +157,7 @@ def test_the_errors_of_a_set_are_counted_after_the_normalizer():
         word_errors.word_errors(references, hypotheses[:1])
 
 
-# Words of a list: B-WER and U-WER.
+# Listed words: B-WER and U-WER.
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,16 @@ def test_the_errors_of_a_set_are_counted_after_the_normalizer():
         ("call siobhan now", "call chevon now", ErrorCounts(1, 0, 0, 1), ErrorCounts(0, 0, 0, 2)),
         ("call siobhan now", "call now", ErrorCounts(0, 1, 0, 1), ErrorCounts(0, 0, 0, 2)),
         ("call siobhan now", "please call siobhan", ErrorCounts(0, 0, 0, 1), ErrorCounts(0, 1, 1, 2)),
-        # An insertion counts where the reference has the word: a list says nothing about other utterances.
+        # An insertion counts as biased only if the reference has the listed word.
         ("call siobhan now", "call siobhan siobhan now", ErrorCounts(0, 0, 1, 1), ErrorCounts(0, 0, 0, 2)),
         ("call now", "call siobhan now", ErrorCounts(), ErrorCounts(0, 0, 1, 2)),
-        # Phrases count word by word, and parts of them are no entries.
+        # Phrases count word by word; a part of a phrase is not an entry.
         ("to saint petersburg", "to saint peters", ErrorCounts(1, 0, 0, 2), ErrorCounts(0, 0, 0, 1)),
         ("a saint", "a saint", ErrorCounts(), ErrorCounts(0, 0, 0, 2)),
         ("siobhan", "", ErrorCounts(0, 1, 0, 1), ErrorCounts()),
         ("", "siobhan", ErrorCounts(), ErrorCounts(0, 0, 1, 0)),
         ("", "", ErrorCounts(), ErrorCounts()),
-        # As without a normalizer: case and punctuation are edits, but change nothing about what is listed.
+        # Without a normalizer, case and punctuation are edits, but do not change which words are listed.
         ("Call Siobhan, now", "Call siobhan, now", ErrorCounts(1, 0, 0, 1), ErrorCounts(0, 0, 0, 2)),
     ],
 )
@@ -188,7 +188,7 @@ def test_edits_of_listed_words_and_of_all_others(reference, hypothesis, biased, 
 
 
 def test_the_rates_are_those_of_the_published_definition():
-    """Each word alone decides, as in the scoring script of Le et al. (arXiv 2104.02194), which knows single words."""
+    """Compares with the scoring script of Le et al. (arXiv 2104.02194), which lists single words only."""
     rng = np.random.default_rng(0)
     vocabulary = [f"w{number}" for number in range(12)]
     listed = WordList(vocabulary[:5])
