@@ -155,6 +155,8 @@ def test_the_errors_of_a_set_are_counted_after_the_normalizer():
     assert word_errors.word_errors(references, hypotheses, normalizer("none")) == ErrorCounts(3, 0, 0, 5)
     with pytest.raises(ValueError, match="shorter"):
         word_errors.word_errors(references, hypotheses[:1])
+    with pytest.raises(TypeError, match="must be lists of texts"):
+        word_errors.word_errors(references, hypotheses[0])
 
 
 # Listed words: B-WER and U-WER.

@@ -28,7 +28,7 @@ def evaluate_test_set(
     test_set: TestSet,
     decoder: BatchDecoder,
     settings: EvaluationConfig,
-    used: Normalizer,
+    normalizer: Normalizer,
     out_dir: Path,
     world: World,
 ) -> TestSetResult:
@@ -40,16 +40,16 @@ def evaluate_test_set(
     """
     if test_set.has_answers:
         # The steps of target text apply to transcripts only.
-        used = replace(used, target_text=())
+        normalizer = replace(normalizer, target_text=())
     decoded = decode_batches(test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world)
     measured = _over_ranks(decoded, world)
-    mine = [score_utterance(_utterance(test_set, *pair), used, test_set.words) for pair in decoded.pairs]
+    mine = [score_utterance(_utterance(test_set, *pair), normalizer, test_set.words) for pair in decoded.pairs]
     gathered = gather_on_first(mine, world)
     result = None
     if world.is_first:
         utterances = check_complete(test_set, [utterance for part in gathered for utterance in part])
         _warn_of_unknown_fields(test_set, utterances)
-        result = score_test_set(utterances, used, test_set.num_distractors, test_set.grouping, measured)
+        result = score_test_set(utterances, normalizer, test_set.num_distractors, test_set.grouping, measured)
         _write(out_dir, test_set.name, utterances, result)
     agreed = from_first_rank(result, world)
     assert agreed is not None, "rank 0 always has a result"

@@ -32,14 +32,13 @@ Pair = tuple[ScoredUtterance, ScoredUtterance]
 class PairedComparison:
     """A second run compared with a first one on the same utterances.
 
-    All values are None where references have no words.
-
     Attributes:
-        wer_difference: WER of the second run minus that of the first; negative is an improvement.
+        wer_difference: WER of the second run minus that of the first; negative is an improvement. None without
+            reference words.
         wer_difference_interval: its central 95 % under a bootstrap that draws the same `resampled` units for both runs;
-            None for a single unit.
+            None for a single unit, or without reference words.
         probability_of_improvement: fraction of resamples in which the second run has fewer errors; a tie counts half.
-            None for a single unit.
+            None for a single unit, or without reference words.
         p_value: of the matched-pairs test; None for fewer than `MIN_MATCHED_PAIRS` utterances.
     """
 

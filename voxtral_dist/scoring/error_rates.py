@@ -17,7 +17,8 @@ class ErrorRates:
 
     Attributes:
         words, characters: counts, summed over utterances.
-        wer_interval: the central 95 % of the WER under a bootstrap of `resampled` units; None where there is none.
+        wer_interval: the central 95 % of the WER under a bootstrap of `resampled` units; None for a single unit, or
+            without reference words.
         audio_seconds: None where the duration of an utterance is unknown.
     """
 

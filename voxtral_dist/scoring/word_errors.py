@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import jiwer
 
 from voxtral_dist.scoring.alignment import AlignedWord, Alignment, align_words
-from voxtral_dist.scoring.normalizer import Normalizer, normalizer
+from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.normalizer import normalizer as named_normalizer
 from voxtral_dist.text.steps import fold
 from voxtral_dist.text.word_list import WordList
 
@@ -50,7 +51,9 @@ class ErrorCounts:
         return self.errors / self.reference_length if self.reference_length else None
 
 
-def word_errors(references: Sequence[str], hypotheses: Sequence[str], used: Normalizer | None = None) -> ErrorCounts:
+def word_errors(
+    references: Sequence[str], hypotheses: Sequence[str], normalizer: Normalizer | None = None
+) -> ErrorCounts:
     """Word errors of a set of transcripts; the `rate` of the counts is the WER.
 
     >>> word_errors(["Hello, world!", "good night"], ["hello word", "good night"])
@@ -61,9 +64,11 @@ def word_errors(references: Sequence[str], hypotheses: Sequence[str], used: Norm
     Args:
         references: one text per utterance.
         hypotheses: the same number of texts, in the same order.
-        used: applied to both; `normalizer("basic")` by default.
+        normalizer: applied to both; `normalizer("basic")` by default.
     """
-    apply = (used or normalizer("basic")).apply
+    if isinstance(references, str) or isinstance(hypotheses, str):
+        raise TypeError("References and hypotheses must be lists of texts, but one is a string: wrap it in a list.")
+    apply = (normalizer or named_normalizer("basic")).apply
     pairs = zip(references, hypotheses, strict=True)
     counts = (count_word_errors(align_words(apply(one), apply(other))) for one, other in pairs)
     return sum(counts, ErrorCounts())
