@@ -1,4 +1,4 @@
-"""The encoder in passes gives the same embeddings and gradients, in memory that does not grow with the windows."""
+"""The encoder in chunks gives the same embeddings and gradients, in memory that does not grow with the windows."""
 
 from __future__ import annotations
 
@@ -35,42 +35,42 @@ def gradients(model: VoxtralForConditionalGeneration, embedded: Tensor) -> dict[
 @pytest.mark.parametrize(
     ("windows", "per_chunk", "count"), [(1, 16, 1), (16, 16, 1), (17, 16, 2), (60, 16, 4), (0, 4, 1), (5, 1, 5)]
 )
-def test_as_many_passes_as_the_windows_need(windows, per_chunk, count):
+def test_as_many_chunks_as_the_windows_need(windows, per_chunk, count):
     assert num_chunks(windows, per_chunk) == count
 
 
-@pytest.mark.parametrize(("num_windows", "passes"), [(7, 2), (7, 7), (3, 5), (1, 4), (4, 1)])
-def test_passes_change_neither_embeddings_nor_gradients(tiny_model, num_windows, passes):
+@pytest.mark.parametrize(("num_windows", "chunks"), [(7, 2), (7, 7), (3, 5), (1, 4), (4, 1)])
+def test_chunks_change_neither_embeddings_nor_gradients(tiny_model, num_windows, chunks):
     model = loaded(tiny_model)
     whole = model.model.get_audio_features(features(num_windows), return_dict=True).pooler_output
     expected = gradients(model, whole)
     encoder = ChunkedEncoder(model, windows_per_chunk=2)
-    encoder.num_chunks = passes
+    encoder.num_chunks = chunks
     parts = model.model.get_audio_features(features(num_windows), return_dict=True).pooler_output
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     found = gradients(model, parts)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Sums in another order: their rounding goes with the largest of the summands.
+        # Sums in another order: the rounding error is relative to the largest summand.
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()) + 1e-5)
 
 
-@pytest.mark.parametrize(("num_windows", "passes"), [(7, 3), (1, 4)])
-def test_every_rank_runs_the_encoder_as_often_as_was_agreed(tiny_model, num_windows, passes):
+@pytest.mark.parametrize(("num_windows", "chunks"), [(7, 3), (1, 4)])
+def test_every_rank_runs_the_encoder_as_often_as_was_agreed(tiny_model, num_windows, chunks):
     model = loaded(tiny_model)
     encoder = ChunkedEncoder(model, windows_per_chunk=2)
-    encoder.num_chunks = passes
+    encoder.num_chunks = chunks
     sizes = []
     model.model.audio_tower.register_forward_hook(lambda module, given, made: sizes.append(len(given[0])))
     embedded = model.model.get_audio_features(features(num_windows), return_dict=True).pooler_output
-    assert len(sizes) == passes
-    assert sum(sizes) == max(num_windows, passes)
+    assert len(sizes) == chunks
+    assert sum(sizes) == max(num_windows, chunks)
     embedded.sum().backward()
-    # Each pass is computed again, also where its weight is zero.
-    assert len(sizes) == 2 * passes
+    # Each chunk is recomputed, also where its weight is zero.
+    assert len(sizes) == 2 * chunks
 
 
-def test_without_an_agreement_there_are_as_many_passes_as_needed(tiny_model):
+def test_without_an_agreement_there_are_as_many_chunks_as_needed(tiny_model):
     model = loaded(tiny_model)
     whole = model.model.get_audio_features(features(5), return_dict=True).pooler_output
     ChunkedEncoder(model, windows_per_chunk=2)

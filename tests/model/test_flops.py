@@ -1,4 +1,4 @@
-"""What is counted by formula is what torch counts while it computes."""
+"""The formulas give what torch counts while it computes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def micro_batch(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> MicroBa
 
 
 def counted_by_torch(model: TrainedVoxtral, batch: MicroBatch, log_mel: LogMel) -> tuple[int, int]:
-    """FLOPs of the model's products in the forward pass, and in both passes."""
+    """FLOPs of the model's products in the forward pass, and in the forward and backward pass."""
     with FlopCounterMode(display=False) as both:
         with FlopCounterMode(display=False) as forward:
             loss = LossOfMicroBatch(log_mel, 3)(model, batch)
@@ -75,8 +75,8 @@ def counted_by_torch(model: TrainedVoxtral, batch: MicroBatch, log_mel: LogMel) 
     return forward.get_total_flops() - rest, both.get_total_flops() - rest
 
 
-def shape_of(batch: MicroBatch, passes: int = 1) -> BatchShape:
-    return BatchShape.computed(batch.num_windows, *batch.input_ids.shape, batch.num_target_tokens, passes)
+def shape_of(batch: MicroBatch, num_encoder_chunks: int = 1) -> BatchShape:
+    return BatchShape.computed(batch.num_windows, *batch.input_ids.shape, batch.num_target_tokens, num_encoder_chunks)
 
 
 @pytest.fixture(scope="module")
@@ -104,25 +104,25 @@ def test_formulas_give_what_torch_counts(
 
 
 @pytest.mark.parametrize(
-    ("trainable", "checkpointing", "passes"),
+    ("trainable", "checkpointing", "num_encoder_chunks"),
     [
         ("all", NO_CHECKPOINTS, 2),
         ("all", EVERY_OTHER, 2),
-        # More passes than windows: the rest take silence.
+        # More chunks than windows: the rest take silence.
         ("all", NO_CHECKPOINTS, 9),
         ("encoder_frozen", NO_CHECKPOINTS, 2),
         ("audio_frozen", NO_CHECKPOINTS, 2),
         ("lora_last", EVERY_BLOCK, 2),
     ],
 )
-def test_passes_of_the_encoder_are_counted_again(
-    tiny_model: Path, batch: MicroBatch, trainable: str, checkpointing: dict[str, int], passes: int
+def test_recomputed_chunks_of_the_encoder_are_counted(
+    tiny_model: Path, batch: MicroBatch, trainable: str, checkpointing: dict[str, int], num_encoder_chunks: int
 ) -> None:
     config = model_config(tiny_model, checkpointing)
     model = load_voxtral(config, TrainableConfig.model_validate(NAMED[trainable]))
-    ChunkedEncoder(model, windows_per_chunk=1).num_chunks = passes
+    ChunkedEncoder(model, windows_per_chunk=1).num_chunks = num_encoder_chunks
     _, both = counted_by_torch(model, batch, LogMel.from_pretrained(str(tiny_model), torch.device("cpu")))
-    assert TrainingFlops(model, config).hardware(shape_of(batch, passes)) == both
+    assert TrainingFlops(model, config).hardware(shape_of(batch, num_encoder_chunks)) == both
 
 
 def test_a_model_without_weights_is_counted_alike(tiny_model: Path, batch: MicroBatch) -> None:

@@ -1,4 +1,4 @@
-"""What prompts teach: tiny models learn from nothing to name the language, and to take spellings from a list."""
+"""What prompts teach: tiny models learn from scratch to detect the language, and to take spellings from a list."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 SHARD_BYTES = 100_000_000
 NUM_STEPS = 500
 NUM_TEST_UTTERANCES = 160
-# Two idle cores need less than a third of it.
+# Two idle cores need less than a third of this.
 TIMEOUT_SECONDS = 1800
 
 # Two spellings of one sound: eSpeak NG is always given the first.
@@ -47,7 +47,7 @@ VERBS = ("called", "left", "sings", "waits")
 
 
 def test_a_model_trained_without_tags_names_the_language(tmp_path: Path) -> None:
-    """Digits and commands in English and German, half each, by voices that were not heard in training.
+    """Digits and commands in English and German, half each, by voices that are not in the training set.
 
     Measured once: the right language in 155 of 160, none undetected, a WER of 172 % before and of 9.7 % after.
     """
@@ -71,10 +71,10 @@ def test_a_model_trained_without_tags_names_the_language(tmp_path: Path) -> None
 def test_a_list_of_words_tells_spellings_that_no_sound_tells(tmp_path: Path) -> None:
     """Names with two spellings and one sound, the spelling of each transcript drawn at random: "karl called".
 
-    Without a list no model can know the spelling, so about half the names are wrong at best: by construction, not by a
-    weakness of the model. A list of the true spelling and other names tells it to a model that learned to look there.
-    That is what lists are for, but it is the easiest case: these names and spellings were all seen in training, and the
-    voices alone are new. In about one list of ten the true spelling comes with the other one of its sound.
+    Without a list no model can know the spelling, so at best about half the names are wrong: by construction, not by a
+    weakness of the model. A list with the true spelling and other names gives it to a model that learned to use lists.
+    This is the easiest case: all names and spellings were seen in training, and only the voices are new. About one list
+    in ten has both spellings of the name.
 
     Measured once: a B-WER of 55 % without a list, of 0.6 % with the true spelling alone, of 10.6 % with three others.
     """
@@ -100,7 +100,7 @@ def test_a_list_of_words_tells_spellings_that_no_sound_tells(tmp_path: Path) -> 
     )
     scores = [last_score(config, name)["biased"] for name in ("names", "names-distractors-0", "names-distractors-3")]
     without, alone, among_others = (score["biased_wer"] for score in scores)
-    assert without > 0.35, "the sound tells no spelling"
+    assert without > 0.35, "the sound does not determine the spelling"
     assert alone < 0.25 * without, scores
     assert among_others < 0.5 * without, scores
     assert max(score["unbiased_wer"] for score in scores) < 0.1, "the other words stay right with any list"

@@ -1,4 +1,4 @@
-"""Which parameters are trained: components, patterns, adapters, and the sentences about what fits nothing."""
+"""Which parameters are trained: components, patterns and adapters, and the refusal of what matches nothing."""
 
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ def test_the_table_counts_every_parameter_once(tiny_model):
 @pytest.mark.parametrize(
     ("trainable", "sentence"),
     [
-        ({"frozen": ["decoder"]}, "`trainable.frozen`: 'decoder' is no component"),
-        ({"frozen": ["*.layer.0.*"]}, "fits no parameter"),
+        ({"frozen": ["decoder"]}, "`trainable.frozen`: 'decoder' is not one of encoder, projector, language_model"),
+        ({"frozen": ["*.layer.0.*"]}, "matches no parameter"),
         ({"frozen": COMPONENTS}, "leaves no parameter to train"),
         ({"lora": {"targets": {"encoder": ["o_proj"]}}}, "`trainable.lora.targets.encoder`: 'o_proj' is none"),
-        ({"lora": {"targets": {"language_model": ["lm_head"]}}}, "'lm_head' is none of its linear layers"),
+        ({"lora": {"targets": {"language_model": ["lm_head"]}}}, "'lm_head' is not one of its linear layers"),
     ],
 )
 def test_what_fits_nothing_is_refused_by_name(tiny_model, trainable, sentence):

@@ -1,4 +1,4 @@
-"""A meta_model that is filled is the model its weights came from, in their precision."""
+"""A filled meta model is the model that its weights came from, in their precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from voxtral_dist.model.voxtral import blocks_of, fill_meta_model, meta_model, t
 from voxtral_dist.model.weights import load_for_inference, load_voxtral
 
 
-def test_a_filled_skeleton_is_its_source_and_keeps_buffers_in_float32(tiny_model: Path) -> None:
+def test_a_filled_meta_model_is_its_source_and_keeps_buffers_in_float32(tiny_model: Path) -> None:
     source = load_voxtral(ModelConfig(path=str(tiny_model), precision="bfloat16"))
     copy = meta_model(VoxtralConfig.from_pretrained(tiny_model))
     fill_meta_model(

@@ -1,4 +1,4 @@
-"""First weights come from the checkpoint's files, by the names of this version, and damage is named."""
+"""Initial weights come from the checkpoint's files, by the names of this version, and damage is named."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_missing_and_misshapen_weights_and_files_are_named(tiny_model, tmp_path)
     tensors = load_file(copy / "model.safetensors")
     lacking = next(name for name in tensors if name.endswith("lm_head.weight"))
     save_file({name: value for name, value in tensors.items() if name != lacking}, copy / "model.safetensors")
-    with pytest.raises(UserError, match=r"must hold `lm_head.weight` .* but lack it"):
+    with pytest.raises(UserError, match=r"must contain `lm_head.weight` .* but do not instead"):
         initial(copy)
     save_file(tensors | {lacking: tensors[lacking][:-1].clone()}, copy / "model.safetensors")
-    with pytest.raises(UserError, match=r"must hold `lm_head.weight` with the shape .* but have"):
+    with pytest.raises(UserError, match=r"must contain `lm_head.weight` with the shape .* but have"):
         initial(copy)
     (copy / "model.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(UserError, match="cannot be read"):

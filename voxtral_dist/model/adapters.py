@@ -1,4 +1,4 @@
-"""Trained adapters on their way out: merged into the weights beside them, and as peft stores them."""
+"""The export of trained adapters: merged into the weights that they adapt, and in peft's format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from voxtral_dist.model.trainable import ADAPTER_NAME, component_of, is_adapter,
 _BASE = ".base_layer."
 _MAGNITUDE = ".lora_magnitude_vector."
 _ADAPTER_SUFFIX = f".{ADAPTER_NAME}."
-# How peft calls the model that adapters are beside.
+# peft's name for the model that adapters belong to.
 _PEFT_PREFIX = "base_model.model."
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _MODULES: dict[Component, tuple[str, ...]] = {
@@ -26,10 +26,10 @@ _MODULES: dict[Component, tuple[str, ...]] = {
 
 
 def merge_adapters(weights: Iterable[tuple[str, Tensor]], lora: LoraConfig) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a model without adapters that computes the same, by its own names.
+    """The named weights of an equivalent model without adapters.
 
-    W + alpha / rank * B A (LoRA), and the rows of that scaled to the trained magnitudes (DoRA); in float32. A layer's
-    parameters come together, its own weight first: one of them is held at a time.
+    In float32: W + alpha / rank * B A (LoRA), with its rows scaled to the trained magnitudes (DoRA). The parameters of
+    a layer come together, its own weight first, so that only one layer is held at a time.
     """
     layer = _Layer(lora)
     for name, value in weights:
@@ -48,7 +48,7 @@ def merge_adapters(weights: Iterable[tuple[str, Tensor]], lora: LoraConfig) -> I
 
 
 class _Layer:
-    """A layer with an adapter beside it, of which some parameters have come."""
+    """The parameters of an adapted layer that were collected so far."""
 
     def __init__(self, lora: LoraConfig) -> None:
         self.prefix = ""
@@ -57,11 +57,11 @@ class _Layer:
         self._scale = lora.alpha / lora.rank
 
     def add(self, name: str, value: Tensor) -> None:
-        """A parameter of the adapter: `A`, `B` or DoRA's magnitudes."""
+        """Collect a parameter of the adapter: `A`, `B` or DoRA's magnitudes."""
         self._adapter[name.removeprefix(self.prefix).partition(".")[0]] = value
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """The layer's own parameters, with what the adapter adds to its weight."""
+        """The layer's own parameters, with the adapter merged into its weight."""
         for name, value in self.own.items():
             yield name, self._with_adapter(value) if name == f"{self.prefix}weight" else value
 
@@ -74,7 +74,7 @@ class _Layer:
 
 
 def save_adapters(trained: dict[str, Tensor], lora: LoraConfig, model_path: str, folder: Path) -> None:
-    """Write what was trained (all of it, by the names of parameters) as `PeftModel.from_pretrained` loads it."""
+    """Write all trained parameters, given by name, in the format of `PeftModel.from_pretrained`."""
     layers = [name.partition(".lora_A.")[0] for name in trained if ".lora_A." in name]
     described = peft_config(lora, layers)
     described.base_model_name_or_path = model_path
@@ -86,7 +86,7 @@ def save_adapters(trained: dict[str, Tensor], lora: LoraConfig, model_path: str,
 
 
 def _peft_name(name: str) -> str:
-    """Without the name of the adapter; of magnitudes, which are a layer's weight in peft, without that too."""
+    """peft's name of a parameter: without the adapter's name, and for magnitudes without `.weight`."""
     if not is_adapter(name):
         return _PEFT_PREFIX + name
     stored = name.replace(_ADAPTER_SUFFIX, ".")
@@ -94,5 +94,5 @@ def _peft_name(name: str) -> str:
 
 
 def is_trained(name: str, lora: LoraConfig) -> bool:
-    """Whether a parameter is an adapter or of a component that is trained whole."""
+    """Whether a parameter belongs to an adapter, or to a component in `trained_whole`."""
     return is_adapter(name) or component_of(name) in lora.trained_whole

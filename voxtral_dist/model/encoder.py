@@ -1,11 +1,11 @@
-"""The encoder in passes over some windows at a time: its memory does not grow with the length of clips.
+"""The encoder in chunks of some windows at a time, so that its memory does not grow with the length of clips.
 
-A pass is checkpointed where there are several: its activations are dropped, and computed again in the backward pass.
-What stays of a window is its input and its audio tokens, a small part of what the encoder needs to compute them
+Where there are several chunks, each is checkpointed: its activations are dropped and recomputed in the backward pass.
+Only the input and the audio tokens of a window are kept, a small part of what the encoder needs to compute them
 (`benchmarks/encoder_memory.py`).
 
-Engines that shard weights gather them in every pass, so all ranks must make equally many. A rank with fewer windows
-than passes fills up with passes over one silent window of weight zero.
+Engines that shard weights gather them for every chunk, so all ranks must run equally many chunks. A rank with fewer
+windows than chunks adds chunks of one silent window with weight zero.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 def num_chunks(num_windows: int, windows_per_chunk: int) -> int:
-    """Passes that this many windows take."""
+    """The number of chunks that so many windows need; at least 1."""
     return max(1, -(-num_windows // windows_per_chunk))
 
 
 @dataclass
 class _HeldExamples:
-    """Features `(C, M, F)` of some examples, and what the encoder made of each, once it was asked."""
+    """Features `(C, M, F)` of some examples, and the embeddings of each after the first forward pass."""
 
     features: Tensor
     windows_per_example: tuple[int, ...]
@@ -37,43 +37,43 @@ class _HeldExamples:
 
 
 class ChunkedEncoder:
-    """Takes the place of a Voxtral's `get_audio_features`, which maps mel features to the embeddings of audio tokens.
+    """A replacement for a Voxtral's `get_audio_features`, which maps mel features to embeddings of audio tokens.
 
-    num_chunks: of the next forward pass; None makes as many as its windows need, as on a rank that decodes alone.
-    windows_per_chunk: at most so many windows are taken at a time.
+    num_chunks: chunks of the next forward pass; None for as many as its windows need, as on a rank that decodes alone.
+    windows_per_chunk: maximum windows of a chunk.
     """
 
     def __init__(self, model: VoxtralForConditionalGeneration, windows_per_chunk: int) -> None:
-        """Put passes of at most so many windows into a model."""
+        """Replace the method of a model, in place."""
         self.num_chunks: int | None = None
         self.windows_per_chunk = windows_per_chunk
         self._held: _HeldExamples | None = None
         self._whole: Callable[..., BaseModelOutputWithPooling] = model.model.get_audio_features
-        # On the instance, where the forward pass looks first; the class and saved models know nothing of it.
+        # On the instance, which shadows the class; saved models are not affected.
         model.model.get_audio_features = self
 
     @classmethod
     def of(cls, model: nn.Module) -> ChunkedEncoder:
-        """The passes that were put into a model."""
-        passes = model.get_submodule("model").get_audio_features
-        assert isinstance(passes, ChunkedEncoder), "every model that is trained or decoded has them"
-        return passes
+        """The chunked encoder that was put into a model."""
+        encoder = model.get_submodule("model").get_audio_features
+        assert isinstance(encoder, ChunkedEncoder), "every model that is trained or decoded has one"
+        return encoder
 
     @contextmanager
     def holding(self, features: Tensor, windows_per_example: Sequence[int]) -> Iterator[Tensor]:
-        """Inside, forward passes without gradients name examples by their numbers, in place of features.
+        """Inside the context, forward passes without gradients take numbers of examples in place of features.
 
-        Each example is encoded once, for its loss and its transcript alike. A beam search repeats rows, and would
-        repeat the windows of a clip one by one, in a wrong order where it has several.
+        Each example is encoded once, for both its loss and its transcript. A beam search repeats rows of its inputs; of
+        features it would repeat single windows, in a wrong order for clips of several windows.
 
         Args:
             features: `(C, M, F)` of all windows of some examples, in order.
-            windows_per_example: of each of B examples; C in all.
+            windows_per_example: windows of each of B examples, C in all.
 
         Yields:
-            The numbers, int64 `(B)`: what the model takes for `input_features`, repeated and chosen in any order.
+            Numbers of the examples, int64 `(B)`. The model takes them as `input_features`, in any order and repeated.
         """
-        assert not torch.is_grad_enabled(), "a graph can be gone through once"
+        assert not torch.is_grad_enabled(), "embeddings are used several times, and their graph could be only once"
         self._held = _HeldExamples(features, tuple(windows_per_example))
         try:
             yield torch.arange(len(windows_per_example), device=features.device)
@@ -81,9 +81,9 @@ class ChunkedEncoder:
             self._held = None
 
     def __call__(self, input_features: Tensor, **arguments: Any) -> BaseModelOutputWithPooling:
-        """Embeddings of the audio tokens of `(C, M, F)` features, `(C * tokens of a window, width)`.
+        """Embeddings of audio tokens, `(C * tokens of a window, width)`, of `(C, M, F)` features.
 
-        Inside of `holding`, of examples by their numbers.
+        Inside `holding`, `input_features` are numbers of examples.
         """
         if self._held is None:
             return BaseModelOutputWithPooling(pooler_output=self._in_chunks(input_features))

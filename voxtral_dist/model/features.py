@@ -1,8 +1,9 @@
-"""Log-mel features in batch on the model's device, equal to `WhisperFeatureExtractor`'s to 1e-4.
+"""Log-mel features of a batch, on the model's device and within 1e-4 of `WhisperFeatureExtractor`'s.
 
 Source of the formula: Radford et al., "Robust Speech Recognition via Large-Scale Weak Supervision" (arXiv 2212.04356),
-and the reference implementation in transformers: power spectrum, slaney mel filters, log10, floor at 8 below the clip's
-maximum, then (x + 4) / 4. As in `VoxtralProcessor`, a clip of several windows is transformed as a whole and then cut.
+and the reference implementation in transformers: power spectrum, Slaney mel filters, log10, a floor at 8 below the
+clip's maximum, then (x + 4) / 4. As in `VoxtralProcessor`, a clip of several windows is transformed whole and then cut
+into windows.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from voxtral_dist.errors import UserError
 _MIN_POWER = 1e-10
 _DYNAMIC_RANGE_LOG10 = 8.0
 _INT16_SCALE = 32768.0
-# A spectrum of more than this much audio leaves the caches of a CPU, and takes twice the time.
+# The spectrum of more audio than this does not fit into the caches of a CPU, and takes twice the time.
 _CPU_SAMPLES_AT_ONCE = 480_000
-# Elsewhere the limit is memory: a spectrum takes about 24 bytes a sample.
+# On other devices memory is the limit: a spectrum takes about 24 bytes per sample.
 _DEVICE_SAMPLES_AT_ONCE = 64 * 480_000
 
 
 class LogMel:
-    """The features of one checkpoint's `preprocessor_config.json`, computed where the model is."""
+    """Computes features as a checkpoint's `preprocessor_config.json` describes them, on the model's device."""
 
     def __init__(self, extractor: WhisperFeatureExtractor, device: torch.device) -> None:
         self.num_mel_bins = int(extractor.feature_size)
@@ -39,7 +40,11 @@ class LogMel:
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device) -> LogMel:
-        """The features of a Hugging Face folder or hub name."""
+        """Read the description of a Hugging Face folder or hub name.
+
+        Raises:
+            UserError: there is no usable `preprocessor_config.json`.
+        """
         try:
             return cls(WhisperFeatureExtractor.from_pretrained(path), device)
         except (OSError, ValueError) as error:
@@ -49,12 +54,12 @@ class LogMel:
         """Features of a batch of clips.
 
         Args:
-            pcm: int16 samples, `(C, S)`: the windows of all clips one after the other, S samples each, on the device.
-            windows_per_clip: how many of the C windows belong to each clip.
+            pcm: int16 `(C, S)` on the device: the C windows of all clips in order, with S samples each.
+            windows_per_clip: windows of each clip, C in all.
 
         Returns:
-            Float32, `(C, M, F)`: M mel bins, F frames of a window (3,000 for 30 s); under autocast too, which would
-            else multiply filters and spectrum in bfloat16.
+            Float32 `(C, M, F)`: M mel bins and F frames of each window (3,000 for 30 s). Autocast is disabled, which
+            would multiply filters and spectrum in bfloat16.
         """
         with torch.autocast(pcm.device.type, enabled=False):
             return self._features(pcm, windows_per_clip)
@@ -88,11 +93,11 @@ class LogMel:
 
 
 def mask_features(features: Tensor, feature_masks: Tensor) -> Tensor:
-    """The features with their masked cells set to 0, as transformers' Whisper does it; without masks, the same tensor.
+    """Set masked features to 0, as Whisper in transformers does; without masks the same tensor is returned.
 
     Args:
         features: `(C, M, F)`: C windows, M mel bins, F frames.
-        feature_masks: int64 `(N, 4)` on the same device: window, axis (0 frequency, 1 time), start, end (exclusive).
+        feature_masks: int64 `(N, 4)` on the same device: window, axis (0 frequency, 1 time), start, exclusive end.
     """
     if len(feature_masks) == 0:
         return features
@@ -103,7 +108,7 @@ def mask_features(features: Tensor, feature_masks: Tensor) -> Tensor:
 
 
 def _covered(masks: Tensor, axis: int, num_windows: int, length: int) -> Tensor:
-    """Which positions of an axis lie in any mask of their window: bool `(C, length)`."""
+    """Whether each position of an axis lies in a mask of its window: bool `(C, length)`."""
     window, axis_of_mask, start, end = masks.unbind(dim=1)
     position = torch.arange(length, device=masks.device)
     inside = (position >= start[:, None]) & (position < end[:, None]) & (axis_of_mask == axis)[:, None]

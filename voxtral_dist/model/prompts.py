@@ -1,13 +1,13 @@
-"""Token ids of what Voxtral is asked and should answer, and the way back to text: Mistral's own formats.
+"""Voxtral's prompts and completions as token ids in Mistral's formats, and the decoding of answers.
 
     transcription   <s>[INST][BEGIN_AUDIO][AUDIO]...CONTEXT[/INST]lang:en[TRANSCRIBE]   TRANSCRIPT</s>
     detection       <s>[INST][BEGIN_AUDIO][AUDIO]...CONTEXT[/INST][TRANSCRIBE]          lang:enTRANSCRIPT</s>
     instruction     <s>[INST][BEGIN_AUDIO][AUDIO]...INSTRUCTION[/INST]                  ANSWER</s>
 
-The frames around audio come from mistral-common's `encode_transcription` and `encode_instruct`. A context is text of
-the user behind the audio, as in Mistral's own example of a transcription with a text prompt (mistral-common's test
-`test_tokenize_transcribe_with_lang_and_text_prompt`). Text is encoded without special tokens, so what looks like one
-stays text: nothing in a transcript, a context or an instruction can close a turn or begin another.
+The tokens around audio come from mistral-common's `encode_transcription` and `encode_instruct`. A context is user text
+after the audio, as in Mistral's own example of a transcription with a text prompt (mistral-common's test
+`test_tokenize_transcribe_with_lang_and_text_prompt`). Text is encoded without special tokens, so that nothing in a
+transcript, a context or an instruction can end a turn or begin another.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from transformers import MistralCommonBackend, VoxtralConfig
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.text.languages import LANGUAGE_CODES
 
-# A tag in other tokens than those that Mistral encodes it by, as an undertrained model may write it.
+# A language tag in other tokens than Mistral's encoding of it, as an undertrained model may write it.
 _WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})")
-# Any text finds the place where a user's text goes; this one is a token in every vocabulary.
+# A text that shows where user text goes; it is one token in every vocabulary.
 _PROBE = "a"
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What a model answered: the text, and the language that it named before it; None where it named none."""
+    """A model's answer: the text, and the detected language before it, if there is one."""
 
     text: str
     language: str | None
@@ -51,7 +51,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A prompt around one window of audio and a text of the user."""
+    """The tokens of a prompt before, in and after one window of audio, without the user's text."""
 
     before: tuple[int, ...]
     window: tuple[int, ...]
@@ -62,9 +62,9 @@ class _Frame:
 
 
 class VoxtralPrompts:
-    """The tokenizer of one Voxtral checkpoint, as far as questions about audio need it.
+    """The prompts and completions of one Voxtral checkpoint.
 
-    max_positions: of the language model: prompt and completion together have at most as many tokens.
+    max_positions: maximum tokens of prompt and completion together, by the language model's positions.
     """
 
     def __init__(self, tokenizer: MistralTokenizer, max_positions: int) -> None:
@@ -79,10 +79,10 @@ class VoxtralPrompts:
 
     @classmethod
     def from_pretrained(cls, path: str) -> VoxtralPrompts:
-        """The prompts of a Hugging Face folder or hub name.
+        """Read the tokenizer of a Hugging Face folder or hub name.
 
         Raises:
-            UserError: there is no `tekken.json` or `config.json`, or it is not Voxtral's.
+            UserError: `tekken.json` or `config.json` is missing, or is not of a Voxtral checkpoint.
         """
         _check_folder(path)
         try:
@@ -95,58 +95,58 @@ class VoxtralPrompts:
 
     @property
     def sampling_rate(self) -> int:
-        """Of the audio that the model takes, in Hz."""
+        """Sampling rate of the model's audio, in Hz."""
         return int(self._audio_config.sampling_rate)
 
     @property
     def window_samples(self) -> int:
-        """Audio samples of one window of the encoder: 480,000 for 30 s."""
+        """Samples in one window of the encoder: 480,000 for 30 s."""
         return int(self._audio_config.chunk_frames)
 
     @property
     def window_seconds(self) -> float:
-        """The length of a window."""
+        """Duration of one window of the encoder."""
         return self.window_samples / self.sampling_rate
 
     @property
     def num_mel_bins(self) -> int:
-        """Of the features that the encoder takes."""
+        """Mel bins of the encoder's features."""
         return int(self._audio_config.encoding_config.num_mel_bins)
 
     @property
     def hop_samples(self) -> int:
-        """Audio samples from one frame of the features to the next."""
+        """Samples between two frames of the features."""
         return int(self._audio_config.encoding_config.hop_length)
 
     @property
     def audio_tokens_per_window(self) -> int:
-        """Positions of the language model that one window takes: 375 for 30 s."""
+        """Positions of the language model for one window: 375 for 30 s."""
         return len(self._instruction_frame.window)
 
     @property
     def pad_id(self) -> int:
-        """Fills prompts on the left."""
+        """The token that pads prompts on the left."""
         return int(self._text.pad_id)
 
     @property
     def eos_id(self) -> int:
-        """`</s>`, the end of every completion."""
+        """The token `</s>` at the end of every completion."""
         return int(self._text.eos_id)
 
     def num_windows(self, num_samples: int) -> int:
-        """Windows that audio of this many samples fills; the last one is padded with silence."""
+        """The number of windows for this many samples; the last one is padded with silence."""
         return -(-num_samples // self.window_samples)
 
     def transcription(self, language: str | None, num_windows: int, context: str = "") -> tuple[int, ...]:
-        """The ids of a request to transcribe, up to and with `[TRANSCRIBE]`.
+        """The ids of a transcription prompt, including `[TRANSCRIBE]`.
 
         Args:
-            language: of the speech, as its ISO 639-1 code; without it the model is asked to detect it.
-            num_windows: of the audio.
-            context: what the transcript is likely to hold or to follow; see `data.examples.prompting`.
+            language: ISO 639-1 code of the speech; None asks the model to detect it.
+            num_windows: windows of audio.
+            context: words that the transcript may contain, or text that it follows; see `data.examples.prompting`.
 
         Raises:
-            ValueError: mistral-common doesn't know the language as an ISO 639-1 code.
+            ValueError: the language is not an ISO 639-1 code that mistral-common knows.
         """
         if not context:
             ids: tuple[int, ...] = self._plain_transcription(language, num_windows)
@@ -154,36 +154,35 @@ class VoxtralPrompts:
         return self._transcription_frame(language).around(num_windows, self.encode(context))
 
     def instruction(self, text: str, num_windows: int) -> tuple[int, ...]:
-        """The ids of a question about audio, or of another instruction, up to and with `[/INST]`."""
+        """The ids of a prompt with a question or another instruction about audio, including `[/INST]`."""
         return self._instruction_frame.around(num_windows, self.encode(text))
 
     def completion(self, text: str) -> list[int]:
-        """The ids of an answer and `</s>`."""
+        """The ids of a target text and `</s>`."""
         return [*self.encode(text), self.eos_id]
 
     def tag(self, language: str) -> tuple[int, ...]:
-        """The ids of `lang:xx`, which a detecting model writes before a transcript; a transcript's own stay the same.
+        """The ids of the language tag `lang:xx`, which a model writes before a transcript where the prompt has none.
 
         Raises:
-            KeyError: the language is no ISO 639-1 code.
+            KeyError: the language is not an ISO 639-1 code.
         """
         return self._tags[language]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text. What looks like a special token stays text."""
+        """The ids of a text, in which the names of special tokens are plain text."""
         ids: list[int] = self._text.encode(text, bos=False, eos=False)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without special tokens: what was encoded, exactly."""
+        """The exact text of ids, without special tokens."""
         text: str = self._text.decode(list(ids), special_token_policy=SpecialTokenPolicy.IGNORE)
         return text
 
     def transcript(self, ids: Sequence[int]) -> Transcript:
-        """The transcript and the detected language in the generated ids of a transcription.
+        """The transcript and the detected language in generated ids.
 
-        The tag of a language is never part of the text. So a text that itself begins with `lang:` and a code loses
-        them; no published transcript does.
+        A language tag is never part of the text, so a transcript that begins with `lang:` and a code would lose them.
         """
         plain = [token for token in ids if not self._text.is_special(token)]
         for language, tag in self._tags.items():
@@ -196,7 +195,7 @@ class VoxtralPrompts:
         return Transcript(text[written.end() :].strip(), written[1])
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each id as a reader sees it: `[AUDIO]` of a special token, `'text'`, and `'\\xf0'` of a broken character."""
+        """Readable pieces, one per id: `[AUDIO]` for a special token, `'text'`, `'\\xf0'` for a part of a character."""
         return [self._piece(token) for token in ids]
 
     def _piece(self, token: int) -> str:
@@ -210,15 +209,15 @@ class VoxtralPrompts:
 
     @cached_property
     def num_prompt_tokens(self) -> int:
-        """Tokens of a prompt at most, besides those of audio and of a user's text: with the longest tag of a language.
+        """Maximum tokens of a prompt besides audio and user text, with the longest language tag.
 
-        It also bounds what a detecting prompt and the tag in its completion take together.
+        It also bounds a prompt without a language together with the tag in its completion.
         """
         return len(self.transcription(None, 0)) + max(map(len, self._tags.values()))
 
     @cached_property
     def _tags(self) -> dict[str, tuple[int, ...]]:
-        # As mistral-common writes it between `[/INST]` and `[TRANSCRIBE]`, and transformers takes it off answers.
+        # As mistral-common writes them before `[TRANSCRIBE]`, and as transformers removes them from answers.
         return {language: tuple(self.encode(f"lang:{language}")) for language in LANGUAGE_CODES}
 
     def _build_transcription(self, language: str | None, num_windows: int) -> tuple[int, ...]:
@@ -238,17 +237,17 @@ class VoxtralPrompts:
         return self._frame(self._instruct.encode_instruct(request).tokens, self.encode(_PROBE))
 
     def _frame(self, tokens: Sequence[int], text_ids: Sequence[int]) -> _Frame:
-        """The prompt of one window, taken apart around its audio and its text."""
+        """Split the prompt of one window at its audio and its text."""
         audio_id = self._instruct.audio_encoder.audio_token
         start = tokens.index(audio_id)
         end = start + sum(token == audio_id for token in tokens)
         after = end + len(text_ids)
-        assert list(tokens[end:after]) == list(text_ids), "mistral-common puts a user's text behind the audio"
+        assert list(tokens[end:after]) == list(text_ids), "mistral-common puts user text after the audio"
         return _Frame(tuple(tokens[:start]), tuple(tokens[start:end]), tuple(tokens[after:]))
 
     @cached_property
     def _silence(self) -> str:
-        """One window."""
+        """One window of silence, as base64 of a WAV file."""
         wav = io.BytesIO()
         samples = np.zeros(self.window_samples, dtype=np.int16)
         soundfile.write(wav, samples, self.sampling_rate, format="WAV", subtype="PCM_16")
@@ -265,7 +264,7 @@ def _max_positions(path: str) -> int:
 
 
 def _check_folder(path: str) -> None:
-    """Refuse what cannot be a hub name and is not a Voxtral folder either."""
+    """Refuse a path that is neither a hub name nor a Voxtral folder."""
     folder = Path(path)
     if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
         raise UserError(f"`model.path`: the folder {path} does not exist: give a Voxtral folder or a hub name.")

@@ -1,7 +1,7 @@
-"""A tiny but real Voxtral, saved as a normal Hugging Face folder: for tests, demos and dry runs without a download.
+"""A tiny but real Voxtral in a Hugging Face folder: for tests, demos and dry runs without a download.
 
-Everything that reads the published model reads this one too: the classes, the file names, the prompt format and the ids
-of the special tokens are the same. Only the widths, the vocabulary and the length of the window are smaller.
+It has the classes, file names, prompt format and special token ids of the published models, so whatever reads those
+reads this one too. Only its widths, its vocabulary and its window are smaller.
 """
 
 import base64
@@ -31,17 +31,17 @@ AUDIO_TOKENS_PER_SECOND = POSITIONS_PER_SECOND / POSITIONS_PER_AUDIO_TOKEN
 PACKAGED_VOCABULARY = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 NUM_BYTE_TOKENS = 256
 MAX_VOCAB_SIZE = 131_072
-# The published ids of what Voxtral added to the 20 special tokens that every version 7 tokenizer has.
+# The published ids of the tokens that Voxtral adds to the 20 special tokens of every version 7 tokenizer.
 AUDIO_SPECIAL_TOKEN_IDS = {SpecialTokens.audio: 24, SpecialTokens.begin_audio: 25, SpecialTokens.transcribe: 34}
 NUM_SPECIAL_TOKENS = 1 + max(AUDIO_SPECIAL_TOKEN_IDS.values())
 
 
 @dataclass(frozen=True)
 class TinyShape:
-    """The sizes of a tiny Voxtral. The encoder's feed-forward width isn't free: see `encoder_ffn_width`."""
+    """The sizes of a tiny Voxtral. The encoder's feed-forward width follows from others: see `encoder_ffn_width`."""
 
     window_seconds: float = 1.6
-    vocab_size: int = 1024  # ids in all: the special tokens, 256 bytes, then the most frequent merges
+    vocab_size: int = 1024  # special tokens, 256 bytes, and the most frequent merges
     encoder_width: int = 96
     encoder_layers: int = 3
     encoder_heads: int = 4
@@ -59,7 +59,7 @@ class TinyShape:
             if size <= 0:
                 raise ValueError(f"`{name}` must be positive, but is {size} instead.")
         if self.text_width % (2 * self.text_heads) or self.encoder_width % (2 * self.encoder_heads):
-            # Rotary embeddings turn pairs.
+            # Rotary embeddings rotate pairs.
             raise ValueError("`text_width` and `encoder_width` must be even multiples of their numbers of heads.")
         if self.text_heads % self.text_kv_heads:
             raise ValueError("`text_heads` must be a multiple of `text_kv_heads`.")
@@ -86,7 +86,7 @@ class TinyShape:
 
     @property
     def encoder_ffn_width(self) -> int:
-        """Four times the width: the model takes it for the size of the positions joined to one audio token."""
+        """Four times the width: the model uses it as the size of the positions that form one audio token."""
         return POSITIONS_PER_AUDIO_TOKEN * self.encoder_width
 
 
@@ -94,7 +94,7 @@ def tiny_shape(overrides: Sequence[str] = ()) -> TinyShape:
     """The default shape with some fields replaced, each given as `name=number`.
 
     Raises:
-        UserError: there is no such field, or its value does not fit.
+        UserError: there is no such field, or its value is out of range.
     """
     shape = TinyShape()
     for override in overrides:
@@ -122,7 +122,7 @@ def build_tiny_voxtral(out_dir: Path, shape: TinyShape = TinyShape(), seed: int 
 
 
 def _tekken_json(shape: TinyShape) -> dict[str, Any]:
-    """A prefix of the packaged vocabulary: BPE ranks make every prefix a complete vocabulary of its own."""
+    """A prefix of the packaged vocabulary: by the order of BPE ranks, every prefix is a complete vocabulary."""
     packaged = json.loads(PACKAGED_VOCABULARY.read_text(encoding="utf-8"))
     num_vocab_tokens = shape.vocab_size - NUM_SPECIAL_TOKENS
     vocabulary = packaged["vocab"][:num_vocab_tokens]
@@ -142,7 +142,7 @@ def _tekken_json(shape: TinyShape) -> dict[str, Any]:
 
 
 def _special_tokens() -> list[dict[str, Any]]:
-    """The 20 of version 7 and the three of Voxtral at their published ids, with fillers between."""
+    """The 20 tokens of version 7 and Voxtral's three at their published ids, with fillers in between."""
     names = {token["rank"]: str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
     names |= {rank: str(name) for name, rank in AUDIO_SPECIAL_TOKEN_IDS.items()}
     return [
@@ -165,9 +165,9 @@ def _audio_section(shape: TinyShape) -> dict[str, Any]:
 
 
 def _feature_extractor(shape: TinyShape) -> WhisperFeatureExtractor:
-    """The extractor multiplies `chunk_length` and the sampling rate: whole seconds keep its sizes integers.
+    """An extractor whose sizes are integers for windows of whole seconds.
 
-    Any other window needs `max_length=` in calls of the extractor, as an integer number of samples.
+    It multiplies `chunk_length` by the sampling rate. For other windows, pass `max_length=` in samples to its calls.
     """
     is_whole = float(shape.window_seconds).is_integer()
     return WhisperFeatureExtractor.from_dict(
@@ -236,9 +236,10 @@ def _generation_config(tokenizer: Tekkenizer) -> GenerationConfig:
 
 
 def build_random_voxtral(config: VoxtralConfig, gain: float, seed: int) -> VoxtralForConditionalGeneration:
-    """A model that learns from scratch: weights scaled by their fan-in, Whisper's sinusoids as encoder positions.
+    """A model to train from scratch: weights scaled by their fan-in, and Whisper's sinusoids as encoder positions.
 
-    The library's own 0.02 is made for widths of thousands; at 96 it needs more than twice the steps to find the audio.
+    The standard deviation of transformers, 0.02, suits widths of thousands; at 96 it needs more than twice the steps to
+    learn to use the audio.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -259,7 +260,7 @@ def _initialize(module: nn.Module, gain: float) -> None:
 
 
 def sinusoids(num_positions: int, width: int, max_timescale: float = 10_000.0) -> Tensor:
-    """Whisper's position embeddings, `(num_positions, width)`: sines in the first half, cosines in the second."""
+    """Whisper's position embeddings `(num_positions, width)`: sines in the first half, cosines in the second."""
     exponents = torch.arange(width // 2) / (width // 2 - 1)
     angles = torch.arange(num_positions)[:, None] * torch.exp(-math.log(max_timescale) * exponents)[None, :]
     return torch.cat([angles.sin(), angles.cos()], dim=1)

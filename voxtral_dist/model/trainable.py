@@ -1,4 +1,4 @@
-"""Which parameters are trained: components, patterns and adapters, and the table that says so at the start."""
+"""The choice of trained parameters by components, patterns and adapters, and the table of it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from voxtral_dist.config import Component, LoraConfig, TrainableConfig
 from voxtral_dist.errors import UserError
 
 COMPONENTS: tuple[Component, ...] = get_args(Component)
-# How parameters of a Voxtral are called. What is none of the first two belongs to the language model, `lm_head` too.
+# Prefixes of parameter names. All others belong to the language model, `lm_head` included.
 _PREFIXES: dict[str, Component] = {"model.audio_tower.": "encoder", "model.multi_modal_projector.": "projector"}
-# What peft calls the parameters that it adds to a layer, and the adapter that we add.
+# peft's names for the parameters that it adds to a layer, and for the adapter.
 _ADAPTER_PARTS = (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")
 ADAPTER_NAME = "default"
 
 
 def component_of(parameter_name: str) -> Component:
-    """The part of a Voxtral that a parameter belongs to, by its name."""
+    """The component of a Voxtral that a parameter belongs to, by its name."""
     return next((part for prefix, part in _PREFIXES.items() if parameter_name.startswith(prefix)), "language_model")
 
 
@@ -31,10 +31,10 @@ def is_adapter(parameter_name: str) -> bool:
 
 
 def choose_trainable(model: nn.Module, config: TrainableConfig) -> None:
-    """Add the adapters and freeze what is not trained, in place.
+    """Add adapters and freeze all parameters that are not trained, in place.
 
     Raises:
-        UserError: a pattern or a layer's name fits nothing, peft is not installed, or nothing is left to train.
+        UserError: a pattern or layer name matches nothing, peft is not installed, or no parameter is trained.
     """
     if config.lora is not None:
         _add_adapters(model, config.lora)
@@ -50,8 +50,8 @@ def _freeze(model: nn.Module, frozen: Sequence[str]) -> None:
         ]
         if not chosen:
             raise UserError(
-                f"`trainable.frozen`: {what!r} is no component ({', '.join(COMPONENTS)}) and fits no parameter. The "
-                f"first is {next(name for name, _ in model.named_parameters())!r}: correct the pattern."
+                f"`trainable.frozen`: {what!r} is not one of {', '.join(COMPONENTS)} and matches no parameter, "
+                f"such as {next(name for name, _ in model.named_parameters())!r}: correct the pattern."
             )
         for parameter in chosen:
             parameter.requires_grad_(False)
@@ -70,13 +70,13 @@ def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     layers = [name for component in lora.targets for name in _target_layers(model, component, lora.targets[component])]
     whole = [one for name, one in model.named_parameters() if one.requires_grad]
     peft.inject_adapter_in_model(peft_config(lora, layers), model, ADAPTER_NAME)
-    # peft freezes all that is no adapter.
+    # peft freezes all parameters but those of adapters.
     for parameter in whole:
         parameter.requires_grad_(True)
 
 
 def peft_config(lora: LoraConfig, layers: Sequence[str]) -> Any:
-    """peft's own description of the adapters beside these layers, which it also stores with them."""
+    """peft's configuration of adapters for these layers."""
     import peft
 
     return peft.LoraConfig(
@@ -89,7 +89,7 @@ def peft_config(lora: LoraConfig, layers: Sequence[str]) -> Any:
 
 
 def _target_layers(model: nn.Module, component: Component, names: Sequence[str]) -> Iterator[str]:
-    # The last layer computes losses of some positions (`TargetLogits`): an adapter would see all of them.
+    # `lm_head` computes losses of some positions only (`TargetLogits`), and an adapter around it would see all of them.
     linear = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and name != "lm_head"]
     inside = [name for name in linear if component_of(f"{name}.") == component]
     for wanted in names:
@@ -97,15 +97,15 @@ def _target_layers(model: nn.Module, component: Component, names: Sequence[str])
         if not chosen:
             known = sorted({name.rpartition(".")[2] for name in inside})
             raise UserError(
-                f"`trainable.lora.targets.{component}`: {wanted!r} is none of its linear layers, which are "
-                f"{', '.join(known)}."
+                f"`trainable.lora.targets.{component}`: {wanted!r} is not one of its linear layers, "
+                f"which are {', '.join(known)}."
             )
         yield from chosen
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a component: its own ones that are trained, those of adapters, and frozen ones."""
+    """Parameters of a component: its own trained ones, those of adapters, and frozen ones."""
 
     trained: int = 0
     adapters: int = 0
@@ -113,7 +113,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> dict[Component, ParameterCount]:
-    """The parameters of each component; on the meta device too."""
+    """Count the parameters of each component, of models on the meta device too."""
     counts = dict.fromkeys(COMPONENTS, ParameterCount())
     for name, parameter in model.named_parameters():
         before, size = counts[component_of(name)], parameter.numel()
@@ -126,7 +126,7 @@ def count_parameters(model: nn.Module) -> dict[Component, ParameterCount]:
 
 
 def parameter_table(model: nn.Module) -> list[str]:
-    """Lines for the start of a run: what is trained of each component, and what is not."""
+    """Lines of a table for the start of a run: trained, adapter and frozen parameters of each component."""
     counts = count_parameters(model)
     total = ParameterCount(*(sum(column) for column in zip(*map(astuple, counts.values()), strict=True)))
     rows = [["parameters", "trained", "adapters", "frozen"]]

@@ -1,4 +1,4 @@
-"""Voxtral's modules: as a meta_model without weights that an engine fills, or whole, as it is served."""
+"""Voxtral's modules: the trained model on the meta device, which an engine fills with weights, and its parts."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ _FLASH_CAPABILITY = (8, 0)
 
 
 class TargetLogits(nn.Linear):
-    """The last layer, which also sums the loss of targets, some at a time.
+    """The output layer, which can also sum the loss of targets in chunks.
 
-    It is one call of one module, so that an engine that shards weights gathers the layer's once, on each rank alike,
-    however many targets there are.
+    All chunks are one call of one module, so that an engine that shards weights gathers this layer once on every rank,
+    whatever the number of targets.
     """
 
     def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
-        """The cross entropy of N labels given `(N, width)` states, summed in float32: a scalar, 0 without labels."""
+        """The cross entropy of N labels given `(N, width)` hidden states, a float32 sum that is 0 without labels."""
         chunks = zip(torch.split(hidden, chunk_tokens), torch.split(labels, chunk_tokens), strict=True)
         return sum((self._chunk(*chunk) for chunk in chunks), torch.zeros((), device=hidden.device))
 
     def forward(self, input: Tensor, labels: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:  # noqa: A002
-        """Logits, or the summed loss where there are labels."""
+        """The logits, or with labels their summed cross entropy."""
         if labels is None:
             return super().forward(input)
         return self.summed_cross_entropy(input, labels, chunk_tokens)
@@ -54,7 +54,7 @@ class TargetLogits(nn.Linear):
 
 
 class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # of a package without types
-    """A Voxtral whose forward pass also gives the loss of some positions, without logits of the others."""
+    """A Voxtral whose forward pass can return the loss of some positions, without computing logits of the others."""
 
     def __init__(self, config: VoxtralConfig) -> None:
         super().__init__(config)
@@ -68,29 +68,29 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         chunk_tokens: int = 0,
         **inputs: Any,
     ) -> Any:
-        """What the published class gives; with targets the summed cross entropy of these.
+        """The output of the published class, or with targets their summed cross entropy.
 
         Args:
-            target_ids: int64 `(N)`.
-            target_places: int64 `(N)`, their positions in the flattened `(B, T)` input; each predicts its target.
+            target_ids: int64 `(N)`, the target tokens.
+            target_places: int64 `(N)`, the positions in the flattened `(B, T)` input that predict them.
             chunk_tokens: targets whose logits are computed at a time.
-            inputs: of the published class.
+            inputs: arguments of the published class.
         """
         if target_ids is None or target_places is None:
             return super().forward(**inputs)
-        # A cache would be extended a second time where blocks are computed again.
+        # Recomputed blocks would extend a cache a second time.
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
         return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens)
 
-    # `generate` reads there what it may pass on, and whether logits of some positions can be had.
+    # `generate` reads the signature to learn which arguments it may pass.
     forward.__signature__ = signature(VoxtralForConditionalGeneration.forward)  # type: ignore[attr-defined]
 
 
 def trained_meta_model(config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype) -> TrainedVoxtral:
-    """The model of a run on the meta device, in training mode: frozen, adapted and checkpointed as configured.
+    """The meta model of a run in training mode, with adapters, frozen parameters and checkpointing as configured.
 
     Raises:
-        UserError: the path leads to no Voxtral, or the configuration does not fit it.
+        UserError: the path is not a Voxtral checkpoint, or the configuration does not fit it.
     """
     voxtral_config = read_voxtral_config(config.path)
     voxtral_config._attn_implementation = chosen_attention(config)
@@ -111,15 +111,15 @@ def _generation_config(path: str, config: VoxtralConfig) -> GenerationConfig:
 
 
 def read_voxtral_config(path: str) -> VoxtralConfig:
-    """The description of a checkpoint, without its weights.
+    """The `config.json` of a checkpoint.
 
     Raises:
-        UserError: the path leads to no Voxtral checkpoint.
+        UserError: the path is not a Voxtral checkpoint.
     """
     try:
         kind = VoxtralConfig.get_config_dict(path)[0].get("model_type")
         if kind != VoxtralConfig.model_type:
-            # transformers would warn, and fill a billion-parameter Voxtral with random numbers.
+            # transformers would only warn, and initialize billions of parameters at random.
             raise ValueError(f"its config.json says model_type {kind!r}")
         return VoxtralConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -127,10 +127,10 @@ def read_voxtral_config(path: str) -> VoxtralConfig:
 
 
 def chosen_attention(config: ModelConfig) -> str:
-    """The kernel that `model.attention` means on this machine.
+    """The attention kernel that `model.attention` selects on this machine.
 
     Raises:
-        UserError: FlashAttention was asked for, and is not there.
+        UserError: FlashAttention is configured, but not available.
     """
     has_flash = (
         find_spec("flash_attn") is not None
@@ -149,18 +149,21 @@ def chosen_attention(config: ModelConfig) -> str:
 
 
 def audio_tokens_per_window(config: VoxtralConfig) -> int:
-    """The projector joins positions of the encoder until they are as wide as its feed-forward layers: 375 for 30 s."""
+    """Audio tokens of one window: 375 for 30 s.
+
+    The projector joins encoder positions until they are as wide as the encoder's feed-forward layers.
+    """
     audio = config.audio_config
     return int(audio.max_source_positions * audio.hidden_size // audio.intermediate_size)
 
 
 def window_seconds(config: VoxtralConfig) -> float:
-    """The audio that one window of the encoder covers: 30 s in published models."""
+    """Seconds of audio in one window of the encoder: 30 in published models."""
     return float(config.audio_config.max_source_positions / POSITIONS_PER_SECOND)
 
 
 def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn.Module]]:
-    """The transformer layers of each component in order: the units of sharding, checkpointing and compilation."""
+    """The transformer blocks of each component in order: the units of sharding, checkpointing and compilation."""
     return {
         "encoder": list(model.model.audio_tower.layers),
         "projector": [],
@@ -169,7 +172,7 @@ def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn
 
 
 def _wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) -> None:
-    """Put compilation and checkpointing around the forward methods of blocks, inside of an engine's hooks."""
+    """Wrap the forward methods of blocks in compilation and checkpointing, inside the hooks of engines."""
     every = {
         "encoder": config.activation_checkpointing.encoder,
         "language_model": config.activation_checkpointing.language_model,
@@ -183,7 +186,7 @@ def _wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) ->
 
 
 def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
-    """Compiled in training alone: while decoding, lengths change with every token, and torch would soon give up."""
+    """Compile training only: in decoding, lengths change with every token, and torch would recompile each time."""
     compiled = torch.compile(forward)
 
     def maybe_compiled(*arguments: Any, **named: Any) -> Any:
@@ -193,7 +196,7 @@ def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., An
 
 
 def is_checkpointed(block_number: int, every: int) -> bool:
-    """Whether every n-th block takes this one; `every` 0 takes none."""
+    """Whether a block is checkpointed where every n-th one is; with `every` 0 none is."""
     return every > 0 and block_number % every == 0
 
 
@@ -207,7 +210,7 @@ def _checkpointed(forward: Callable[..., Any], block: nn.Module) -> Callable[...
 
 
 def initialize_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give a meta_model's buffers, none of which are stored, their values: rotary frequencies, in float32."""
+    """Compute the buffers of a meta model: rotary frequencies in float32, which are not stored in checkpoints."""
     for module in model.modules():
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             fresh = type(module)(module.config)
@@ -216,7 +219,7 @@ def initialize_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def meta_model(config: VoxtralConfig) -> VoxtralForConditionalGeneration:
-    """The modules of a Voxtral on the meta device: shapes without storage."""
+    """The meta model of a published Voxtral: its modules on the meta device, which have shapes and no storage."""
     with torch.device("meta"):
         return VoxtralForConditionalGeneration(config)
 
@@ -226,12 +229,12 @@ def fill_meta_model(
     weights: Iterable[tuple[str, Tensor]],
     buffers: Iterable[tuple[str, Tensor]] = (),
 ) -> None:
-    """Give a meta_model its weights, which come in the order of its parameters, and copies of buffers.
+    """Give a meta model its weights, in the order of its parameters, and copies of buffers.
 
-    Each keeps its precision and device: rotary frequencies stay float32 in a bfloat16 model, as they are in training.
+    Each tensor keeps its precision and device: rotary frequencies stay float32 in a bfloat16 model, as in training.
     """
     for (name, _), (weight_name, weight) in zip(list(model.named_parameters()), weights, strict=True):
-        assert name == weight_name, f"weights come in the model's order, but {weight_name} came for {name}"
+        assert name == weight_name, f"weights must come in the model's order, but {weight_name} came for {name}"
         set_tensor(model, name, nn.Parameter(weight, requires_grad=False))
     for name, buffer in buffers:
         set_tensor(model, name, buffer.clone())
@@ -239,7 +242,7 @@ def fill_meta_model(
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer by its dotted name."""
+    """Replace a parameter or buffer, given by its dotted name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, value)
 

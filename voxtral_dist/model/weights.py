@@ -1,4 +1,4 @@
-"""The value that each parameter starts with, one parameter at a time: so that no process ever holds the whole model."""
+"""Initial weights, one parameter at a time, so that no process needs to hold the whole model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from voxtral_dist.model.voxtral import (
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTED = ".base_layer."
-# Of a file, evenly spread: training moves every weight, so a few show it.
+# Pieces of a file are evenly spread. Training changes every weight, so a few pieces suffice.
 _FINGERPRINT_PIECES = 64
 _FINGERPRINT_PIECE_BYTES = 65_536
 
@@ -48,16 +48,16 @@ class _Place:
 
 
 class InitialWeights:
-    """Weights of a checkpoint's safetensors files by the names of a model's parameters, and what adapters begin with.
+    """Initial values of a model's parameters, by name: from a checkpoint's safetensors files, or drawn for adapters.
 
-    Nothing is read before it is asked for, and of a matrix the asked rows alone.
+    Values are read on request, and of a matrix only the requested rows.
     """
 
     def __init__(self, path: str, model: TrainedVoxtral, seed: int) -> None:
-        """Find every parameter of a model, which may be on the meta device, in a folder or the hub's cache.
+        """Locate every parameter of a model, which may be a meta model, in a folder or the hub's cache.
 
         Raises:
-            UserError: a file is missing or damaged, or holds no parameter of that name and shape.
+            UserError: a file is missing or damaged, or a parameter of that name and shape is missing.
         """
         self._path = path
         self._seed = seed
@@ -65,29 +65,29 @@ class InitialWeights:
         self._stored = self._check(self._find(model))
 
     def __call__(self, name: str) -> Tensor:
-        """A parameter's first value on the CPU, in the precision that it is stored in."""
+        """A parameter's initial value on the CPU, in its stored precision."""
         return self.rows(name, 0, self._shapes[name][0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """A part of it along the first dimension."""
+        """The rows `start` to `stop` of a parameter's initial value, along its first dimension."""
         if not is_adapter(name):
             place = self._stored[name]
-            # The file is opened for these rows alone: pages of an open one would count as this process's memory.
+            # The file is opened for these rows only: mapped pages of an open file count as memory of this process.
             with safe_open(place.file, framework="pt") as file:
                 values: Tensor = file.get_slice(place.key)[start:stop]
             return values
         return self._adapter(name)[start:stop]
 
     def fill(self, model: nn.Module, device: torch.device) -> None:
-        """Give all parameters of a meta_model their first values, in its precision."""
+        """Give all parameters of a meta model their initial values, in its precision."""
         for name, parameter in list(model.named_parameters()):
             value = self(name).to(device, parameter.dtype)
             set_tensor(model, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
     def _adapter(self, name: str) -> Tensor:
-        """What peft gives an adapter: A random, B zero, so that it changes nothing; DoRA's magnitudes from the weight.
+        """An adapter's initial value, as in peft: A random, B zero, DoRA's magnitudes from the weight.
 
-        A is drawn from (seed, name), so that all ranks and engines begin alike.
+        A depends on (seed, name) only, so that all ranks and engines start with the same values.
         """
         if ".lora_B." in name:
             return torch.zeros(self._shapes[name])
@@ -101,7 +101,7 @@ class InitialWeights:
         return norms
 
     def _find(self, model: TrainedVoxtral) -> dict[str, _Place]:
-        """Where each stored tensor is, by the name that this version of transformers gives it."""
+        """The place of each stored tensor, by its name in this version of transformers."""
         rename = _renaming(model)
         found = {}
         try:
@@ -117,7 +117,7 @@ class InitialWeights:
         return found
 
     def _check(self, found: dict[str, _Place]) -> dict[str, _Place]:
-        """The places of the model's own parameters."""
+        """The places of all parameters of the model but those of adapters."""
         stored = {name.replace(_ADAPTED, "."): place for name, place in found.items()}
         places = {}
         for name, shape in self._shapes.items():
@@ -126,8 +126,8 @@ class InitialWeights:
             place = stored.get(name.replace(_ADAPTED, "."))
             if place is None or place.shape != shape:
                 raise UserError(
-                    f"`model.path`: the weights of {self._path!r} must hold `{name}` with the shape {shape}, but "
-                    f"{'lack it' if place is None else f'have {place.shape}'} instead: download or export the model "
+                    f"`model.path`: the weights of {self._path!r} must contain `{name}` with the shape {shape}, but "
+                    f"{'do not' if place is None else f'have {place.shape}'} instead: download or export the model "
                     "again."
                 )
             places[name] = place
@@ -135,7 +135,7 @@ class InitialWeights:
 
 
 def fingerprint(path: str) -> str:
-    """Tells whether two checkpoints hold the same weights: from the sizes of their files and some pieces of each."""
+    """A hash that differs for checkpoints with different weights, from the sizes and some pieces of their files."""
     digest = hashlib.blake2b(digest_size=8)
     for path_of_file in weight_files(path):
         size = path_of_file.stat().st_size
@@ -148,10 +148,10 @@ def fingerprint(path: str) -> str:
 
 
 def load_voxtral(config: ModelConfig, trainable: TrainableConfig | None = None, seed: int = 0) -> TrainedVoxtral:
-    """The model that a run begins with, whole and on the CPU: for one process, without an engine.
+    """The initial model of a run, whole and on the CPU: for one process, without an engine.
 
     Raises:
-        UserError: the path leads to no Voxtral checkpoint, or the configuration does not fit it.
+        UserError: the path is not a Voxtral checkpoint, or the configuration does not fit it.
     """
     model = trained_meta_model(config, trainable or TrainableConfig(), DTYPES[config.precision])
     initialize_buffers(model, torch.device("cpu"))
@@ -160,10 +160,10 @@ def load_voxtral(config: ModelConfig, trainable: TrainableConfig | None = None, 
 
 
 def load_for_inference(path: str, device: torch.device, precision: str) -> TrainedVoxtral:
-    """A model as it is served: whole, in evaluation mode, on the device; `auto` is the precision that it is stored in.
+    """The whole model on a device, in evaluation mode; the precision `auto` is the stored one.
 
     Raises:
-        UserError: the path leads to no Voxtral checkpoint.
+        UserError: the path is not a Voxtral checkpoint.
     """
     stored = str(read_voxtral_config(path).dtype).removeprefix("torch.")
     served = ModelConfig.model_validate({"path": path, "precision": stored if precision == "auto" else precision})
@@ -174,10 +174,10 @@ def load_for_inference(path: str, device: torch.device, precision: str) -> Train
 
 
 def weight_files(path: str) -> list[Path]:
-    """The safetensors files of a folder or of a model in the hub's cache, which are downloaded if they are not there.
+    """The safetensors files of a folder, or of a hub name, which are downloaded where they are not cached.
 
     Raises:
-        FileNotFoundError: there are none, or one of them is missing.
+        FileNotFoundError: a file is missing.
     """
     folder = (
         Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["model*.safetensors*"]))
@@ -193,7 +193,7 @@ def weight_files(path: str) -> list[Path]:
 
 
 def _renaming(model: TrainedVoxtral) -> Callable[[str], str]:
-    """Published checkpoints call some tensors by older names: transformers' own table tells the new ones."""
-    # Known for published classes alone.
+    """Map older names of tensors in published checkpoints to the new ones, by transformers' own table."""
+    # The table knows published classes only.
     mapping = get_model_conversion_mapping(meta_model(model.config))
     return lambda key: rename_source_key(key, mapping, [])[0]
