@@ -120,7 +120,10 @@ def test_the_table_counts_every_parameter_once(tiny_model):
         ({"frozen": ["decoder"]}, "`trainable.frozen`: 'decoder' is not one of encoder, projector, language_model"),
         ({"frozen": ["*.layer.0.*"]}, "matches no parameter"),
         ({"frozen": COMPONENTS}, "leaves no parameter to train"),
-        ({"lora": {"targets": {"encoder": ["o_proj"]}}}, "`trainable.lora.targets.encoder`: 'o_proj' is none"),
+        (
+            {"lora": {"targets": {"encoder": ["o_proj"]}}},
+            "`trainable.lora.targets.encoder`: 'o_proj' is not one of its linear layers",
+        ),
         ({"lora": {"targets": {"language_model": ["lm_head"]}}}, "'lm_head' is not one of its linear layers"),
     ],
 )
