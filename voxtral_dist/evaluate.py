@@ -8,7 +8,7 @@ from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig, TestContextConfig, TestSetConfig, TextStep
 from voxtral_dist.data.stored.storage import is_remote
-from voxtral_dist.distributed.world import World
+from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.batch_decoder import load_decoder, processor_path
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
@@ -29,6 +29,38 @@ class EvaluationOptions:
     detect_language: bool = False
     context: TestContextConfig | None = None
     target_text: tuple[TextStep, ...] = ()
+
+
+def evaluate_model(
+    model_path: str,
+    *shards: str,
+    out_dir: Path = Path("evaluation"),
+    options: EvaluationOptions | None = None,
+    precision: str = "auto",
+) -> dict[str, TestSetScore]:
+    """The error rates of a model on shard folders, on all ranks that a launcher started, or in this process alone.
+
+    Args:
+        model_path: a Hugging Face folder or hub name, or a checkpoint of a run.
+        shards: folders made by `voxtral-dist shards pack`.
+        out_dir: folder for `NAME.json` and `NAME.jsonl`, by the names of the shard folders.
+        options: how they are decoded and scored.
+        precision: `float32`, `bfloat16`, `float16`, or `auto` for that of the stored weights.
+
+    Returns:
+        A result for each shard folder, by its name.
+
+    Raises:
+        UserError: see `evaluate`.
+
+    Example:
+        >>> from voxtral_dist import evaluate_model
+        >>> results = evaluate_model("models/tiny", "shards/speech")
+        >>> results["speech"].num_utterances
+        8
+    """
+    with joined_world() as world:
+        return dict(evaluate(model_path, shards, options or EvaluationOptions(), precision, out_dir, world))
 
 
 def evaluate(

@@ -16,7 +16,7 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import TrainingSet
 from voxtral_dist.distributed.collectives import max_over_ranks, ranks_unlike_first
 from voxtral_dist.distributed.devices import peak_flops
-from voxtral_dist.distributed.world import World
+from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
@@ -47,6 +47,26 @@ logger = logging.getLogger(__name__)
 
 # The exit code of a stopped run, which means "try again later": the same command resumes it.
 EXIT_STOPPED = 75
+
+
+def train_model(config: RunConfig) -> int:
+    """Fine-tune on all ranks that a launcher started, or in this process alone; see `train`.
+
+    Returns:
+        0 at the end, `EXIT_STOPPED` where a signal stopped the run before it.
+
+    Raises:
+        UserError: the configuration cannot be met.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from voxtral_dist import load_config, train_model
+        >>> exit_code = train_model(load_config(Path("run.yaml"), ["num_steps=1"]))
+        >>> exit_code
+        0
+    """
+    with joined_world() as world:
+        return train(config, world)
 
 
 def train(config: RunConfig, world: World) -> int:

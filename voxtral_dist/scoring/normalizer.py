@@ -28,6 +28,12 @@ class Normalizer:
     """A function on text, with its name and version.
 
     target_text: the steps applied to the targets in training; they run before the function.
+
+    Example:
+        >>> from voxtral_dist import Normalizer
+        >>> upper = Normalizer("upper", "1", str.upper)
+        >>> upper.label, upper.apply("one  two")
+        ('upper-1', 'ONE TWO')
     """
 
     name: str
@@ -61,15 +67,19 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
     `whisper_basic` are Whisper's (Radford et al., arXiv 2212.04356, appendix C), as implemented in transformers.
     `module:function` is your own function.
 
-    >>> normalizer("basic").apply("Hello, World!")
-    'hello world'
-
     Args:
         name: of the normalizer.
         target_text: steps applied to the targets in training, which run first.
 
     Raises:
         UserError: the name is unknown, or your function cannot be used.
+
+    Example:
+        >>> from voxtral_dist import normalizer
+        >>> normalizer("basic").apply("It's 5 o'clock, Mr. Smith!")
+        "it's 5 o'clock mr smith"
+        >>> normalizer("whisper_english").apply("It's twenty-one, Mr. Smith!")
+        'it is 21 mister smith'
     """
     version, function = _named(name)
     return Normalizer(name, version, function, tuple(target_text))

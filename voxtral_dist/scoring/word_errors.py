@@ -17,7 +17,14 @@ from voxtral_dist.text.word_list import WordList
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Edits of a least-cost alignment and the length of the reference, both in words or both in characters."""
+    """Edits of a least-cost alignment and the length of the reference, both in words or both in characters.
+
+    Example:
+        >>> from voxtral_dist import ErrorCounts
+        >>> both = ErrorCounts(substitutions=1, reference_length=3) + ErrorCounts(deletions=1, reference_length=1)
+        >>> both.errors, both.rate
+        (2, 0.5)
+    """
 
     substitutions: int = 0
     deletions: int = 0
@@ -56,15 +63,19 @@ def word_errors(
 ) -> ErrorCounts:
     """Word errors of a set of transcripts; the `rate` of the counts is the WER.
 
-    >>> word_errors(["Hello, world!", "good night"], ["hello word", "good night"])
-    ErrorCounts(substitutions=1, deletions=0, insertions=0, reference_length=4)
-    >>> word_errors(["Hello, world!", "good night"], ["hello word", "good night"]).rate
-    0.25
-
     Args:
         references: one text per utterance.
         hypotheses: the same number of texts, in the same order.
         normalizer: applied to both; `normalizer("basic")` by default.
+
+    Example:
+        >>> from voxtral_dist import normalizer, word_errors
+        >>> word_errors(["Hello, world!", "good night"], ["hello word", "good night"])
+        ErrorCounts(substitutions=1, deletions=0, insertions=0, reference_length=4)
+        >>> word_errors(["Hello, world!", "good night"], ["hello word", "good night"]).rate
+        0.25
+        >>> word_errors(["Hello, world!"], ["hello world"], normalizer("none")).rate
+        1.0
     """
     if isinstance(references, str) or isinstance(hypotheses, str):
         raise TypeError("References and hypotheses must be lists of texts, but one is a string: wrap it in a list.")

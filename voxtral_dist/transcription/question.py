@@ -22,6 +22,11 @@ class Question:
 
     Raises:
         UserError: the language is not an ISO 639-1 code, or an instruction comes with a language or a context.
+
+    Example:
+        >>> from voxtral_dist import Question
+        >>> in_english = Question(language="en", context="Keywords: Siobhan, Xiaomi")
+        >>> summary = Question(instruction="Summarize this call in one sentence.")
     """
 
     language: str | None = None

@@ -20,7 +20,16 @@ class Recording:
 
 
 class RecordingError(UserError):
-    """A recording that cannot be transcribed, while others can."""
+    """A recording that cannot be transcribed, while others can.
+
+    Example:
+        >>> from voxtral_dist import RecordingError, Transcriber
+        >>> transcriber = Transcriber.from_pretrained("models/tiny")
+        >>> for transcript in transcriber.transcripts(["audio/0_000.flac", "missing.wav"]):
+        ...     if isinstance(transcript, RecordingError):
+        ...         print(transcript)
+        The recording missing.wav cannot be read: No such file or directory.
+    """
 
 
 def find_recordings(paths: Sequence[Path]) -> list[Recording]:

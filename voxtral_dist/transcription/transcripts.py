@@ -19,6 +19,10 @@ class Segment:
         detected_language: ISO 639-1 code that the model named before the text; None where it named none.
         num_tokens: generated tokens.
         hit_limit: whether the limit of tokens ended the text, and not the model.
+
+    Example:
+        >>> from voxtral_dist import Segment
+        >>> segment = Segment(0.0, 1.5, "Hello, world.", detected_language="en", num_tokens=5)
     """
 
     start_seconds: float

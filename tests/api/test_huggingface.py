@@ -1,0 +1,223 @@
+"""Hugging Face's trainers with our collator, metrics and generation: the same ids, loss and word errors as our own."""
+
+import io
+import math
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import (
+    EvalPrediction,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    VoxtralForConditionalGeneration,
+)
+
+from voxtral_dist import (
+    LogMel,
+    LossOfMicroBatch,
+    ShardDataset,
+    Transcriber,
+    TranscriptionCollator,
+    TranscriptionTrainer,
+    UserError,
+    UtteranceReader,
+    VoxtralPrompts,
+    WordErrorMetrics,
+    collate,
+    load_voxtral,
+    word_errors,
+)
+from voxtral_dist.config import ModelConfig
+
+from corpora import tone
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def collator(in_workspace) -> TranscriptionCollator:
+    return TranscriptionCollator.from_pretrained("models/tiny")
+
+
+@pytest.fixture
+def rows(in_workspace) -> ShardDataset:
+    return ShardDataset("shards/speech")
+
+
+def own_batch(prompts: VoxtralPrompts, rows: ShardDataset, numbers: list[int]):
+    reader = UtteranceReader(rows.index, prompts, None)
+    return collate([reader.example(number) for number in numbers], prompts.pad_id, prompts.window_samples)
+
+
+def test_a_batch_has_the_ids_and_the_features_of_our_own(collator, rows):
+    numbers = list(range(len(rows)))
+    batch = collator([rows[number] for number in numbers])
+    own = own_batch(collator.prompts, rows, numbers)
+    # Ours lacks the last `</s>`, which predicts nothing.
+    for row, mask, own_row, own_mask in zip(
+        batch["input_ids"], batch["attention_mask"], own.input_ids, own.attention_mask, strict=True
+    ):
+        assert row[mask == 1].tolist() == [*own_row[own_mask == 1].tolist(), collator.prompts.eos_id]
+    features = LogMel.from_pretrained("models/tiny", CPU)(own.pcm, own.windows_per_example)
+    assert torch.equal(batch["input_features"], features)
+
+
+def test_labels_mask_everything_but_the_completion(collator, rows):
+    batch = collator(list(rows))
+    for ids, labels, row in zip(batch["input_ids"], batch["labels"], rows, strict=True):
+        completion = collator.prompts.completion(row["text"])
+        assert labels[labels != -100].tolist() == completion
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+        assert (labels[: -len(completion)] == -100).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_step_of_hugging_faces_trainer_has_our_loss(collator, rows, tmp_path, batch_size):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        logging_steps=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
+    model = VoxtralForConditionalGeneration.from_pretrained("models/tiny", dtype=torch.float32)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer.train()
+    (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    own = own_batch(collator.prompts, rows, list(range(2 * batch_size)))
+    own_model = load_voxtral(ModelConfig(path="models/tiny", precision="float32"))
+    own_sum = LossOfMicroBatch(LogMel.from_pretrained("models/tiny", CPU), 512)(own_model, own)
+    assert loss == pytest.approx(own_sum.item() / own.num_target_tokens, abs=1e-6)
+
+
+def test_rows_of_a_dataset_are_taken_in_every_form_of_audio(collator):
+    pcm = tone(1.0)
+    wav = io.BytesIO()
+    soundfile.write(wav, pcm, 16_000, format="WAV", subtype="PCM_16")
+    soundfile.write("one.flac", pcm, 16_000, subtype="PCM_16")
+    encoded = datasets.Dataset.from_dict(
+        {"audio": [{"bytes": wav.getvalue(), "path": None}, {"bytes": None, "path": "one.flac"}], "text": ["one"] * 2}
+    ).cast_column("audio", datasets.Audio(decode=False))
+    array = {"audio": {"array": pcm / np.float32(32768), "sampling_rate": 16_000}, "text": "one"}
+    forms = [*encoded, array, {"audio": "one.flac", "text": "one"}, {"audio": pcm, "text": "one", "language": None}]
+    batches = [collator([form]) for form in forms]
+    for batch in batches[1:]:
+        assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
+    at_8_khz = collator([{"audio": {"array": tone(1.0, 8_000), "sampling_rate": 8_000}, "text": "one"}])
+    assert at_8_khz["input_features"].shape == batches[0]["input_features"].shape
+
+
+def test_a_language_is_taken_as_corpora_write_it(collator):
+    def ids(language):
+        return collator([{"audio": tone(0.5), "text": "um", "language": language}])["input_ids"].tolist()
+
+    assert ids("pt") == ids("pt-BR") == ids("Portuguese") != ids(None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "one"}, "no column `audio`, only 'text': set `remove_unused_columns=False`"),
+        ({"audio": tone(0.5), "text": None}, "The column `text` must hold texts, but holds None"),
+        ({"audio": tone(0.5), "text": "nuqneH", "language": "klingon"}, "text 'nuqneH' has the language 'klingon'"),
+        ({"audio": np.zeros((2, 8)), "text": "one"}, r"must be an array of the shape \(num_samples,\)"),
+        ({"audio": np.full(8, np.nan), "text": "one"}, "holds samples that are not finite numbers"),
+        ({"audio": b"no audio", "text": "one"}, "the text 'one' does not decode"),
+        ({"audio": np.zeros(16_000 * 400), "text": "one"}, "A row of 400 s .* but the model has 4096"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(collator, row, message):
+    with pytest.raises(UserError, match=message):
+        collator([row])
+
+
+def generation_arguments(folder, **changes) -> Seq2SeqTrainingArguments:
+    settings = {
+        "predict_with_generate": True,
+        "per_device_eval_batch_size": 3,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    return Seq2SeqTrainingArguments(str(folder), **settings | changes)
+
+
+def test_word_errors_of_the_trainer_are_those_of_our_transcripts(collator, rows, tmp_path):
+    # A model with random weights never ends a transcript: both stop after 17 tokens.
+    transcriber = Transcriber.from_pretrained("models/tiny", max_tokens_per_second=0.001)
+    hypotheses = [transcriber.transcribe([row["audio"]], row["language"])[0] for row in rows]
+    trainer = TranscriptionTrainer(
+        model=VoxtralForConditionalGeneration.from_pretrained("models/tiny", dtype=torch.float32),
+        args=generation_arguments(tmp_path),
+        eval_dataset=list(rows),
+        data_collator=collator,
+        compute_metrics=WordErrorMetrics(collator.prompts),
+    )
+    metrics = trainer.evaluate(max_new_tokens=17)
+    counts = word_errors([row["text"] for row in rows], hypotheses)
+    assert (metrics["eval_num_word_errors"], metrics["eval_num_reference_words"], metrics["eval_wer"]) == (
+        counts.errors,
+        counts.reference_length,
+        counts.rate,
+    )
+    # The loss is that of the whole input, as in training, however many tokens are generated.
+    assert metrics["eval_loss"] == pytest.approx(trainer.evaluate(max_new_tokens=1)["eval_loss"])
+
+
+def test_hugging_faces_own_evaluation_is_refused_because_it_holds_the_references(collator, rows, tmp_path):
+    trainer = Seq2SeqTrainer(
+        model=VoxtralForConditionalGeneration.from_pretrained("models/tiny", dtype=torch.float32),
+        args=generation_arguments(tmp_path),
+        eval_dataset=list(rows),
+        data_collator=collator,
+        compute_metrics=WordErrorMetrics(collator.prompts),
+    )
+    with pytest.raises(UserError, match="The predictions hold the references"):
+        trainer.evaluate(max_new_tokens=8)
+
+
+def filled_up(rows: list[list[int]]):
+    width = max(map(len, rows))
+    return np.array([[*row, *[-100] * (width - len(row))] for row in rows])
+
+
+def test_metrics_sum_integers_and_skip_prompts_tags_and_what_follows_the_end(collator):
+    prompts = collator.prompts
+    references = ["One, two, three.", "four", "five six", ""]
+    answers = ["one too three", "four", "five", "seven"]
+    labels = filled_up([prompts.completion(text) for text in references])
+    plain = [prompts.completion(text) for text in answers]
+    expected = {"wer": 3 / 6, "num_word_errors": 3, "num_reference_words": 6}
+    metrics = WordErrorMetrics(prompts)
+    assert metrics(EvalPrediction(filled_up(plain), labels)) == expected
+    in_other_forms = [
+        [*prompts.tag("en"), *plain[0]],
+        [prompts.pad_id, prompts.pad_id, *prompts.transcription("en", 2), *plain[1]],
+        [*plain[2], *prompts.completion("noise after the end")],
+        [*prompts.instruction("What is said?", 1), *plain[3]],
+    ]
+    assert metrics(EvalPrediction(filled_up(in_other_forms), labels)) == expected
+
+
+def test_metrics_of_nothing_are_not_a_number_and_logits_are_refused(collator):
+    metrics = WordErrorMetrics(collator.prompts, "none")
+    empty = np.array([[collator.prompts.eos_id]])
+    assert math.isnan(metrics(EvalPrediction(empty, empty))["wer"])
+    with pytest.raises(UserError, match=r"generated ids of the shape \(N, L\)"):
+        metrics(EvalPrediction(np.zeros((1, 2, 3)), empty))
+
+
+def test_another_collator_is_refused(rows, tmp_path):
+    model = VoxtralForConditionalGeneration.from_pretrained("models/tiny")
+    with pytest.raises(UserError, match="must be a TranscriptionCollator"):
+        TranscriptionTrainer(model=model, args=generation_arguments(tmp_path), data_collator=list)
