@@ -6,6 +6,14 @@ class UserError(Exception):
 
     The command line prints the message and exits with `exit_code`. Only the first process of a node prints it, because
     all of them meet the same mistake.
+
+    Example:
+        >>> from voxtral_dist import UserError, read_index
+        >>> try:
+        ...     read_index(["shards/nowhere"])
+        ... except UserError as error:
+        ...     print(error)
+        The shard folder shards/nowhere does not exist...
     """
 
     exit_code = 2

@@ -133,7 +133,8 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _one_paragraph(text: str | None) -> str:
-    paragraphs = re.split(r"\n\s*\n", (text or "").strip())
+    without_example = re.split(r"\n\s*Example:\n", text or "")[0]
+    paragraphs = re.split(r"\n\s*\n", without_example.strip())
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 

@@ -22,6 +22,13 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: there is no file or no YAML in it, a key is unknown, or a value is out of range; the message names
             the key.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from voxtral_dist import load_config
+        >>> config = load_config(Path("run.yaml"), ["optimizer.learning_rate=1e-5"])
+        >>> config.optimizer.learning_rate
+        1e-05
     """
     if path is None:
         raise UserError("No configuration was given: pass `--config FILE`, for example launch/recipes/demo.yaml.")

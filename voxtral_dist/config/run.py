@@ -27,7 +27,23 @@ class MetricsConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that determines a run."""
+    """Everything that determines a run.
+
+    Example:
+        >>> from voxtral_dist import RunConfig
+        >>> config = RunConfig.model_validate(
+        ...     {
+        ...         "run_dir": "runs/first",
+        ...         "num_steps": 100,
+        ...         "model": {"path": "models/tiny"},
+        ...         "train_data": {"shards": ["shards/speech"], "slots_per_step": 8, "max_examples": 4},
+        ...         "optimizer": {"learning_rate": 1e-5, "warmup_steps": 10},
+        ...         "engine": {"deepspeed": "ds_configs/zero1.json"},
+        ...     }
+        ... )
+        >>> config.train_data.slots_per_step
+        8
+    """
 
     run_dir: Path
     """Folder of checkpoints, metrics, evaluations and the exported model. A run with the folder of an earlier one

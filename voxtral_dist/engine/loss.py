@@ -12,6 +12,19 @@ class LossOfMicroBatch:
     """The cross entropy of a `TrainedVoxtral`, or an engine around it, summed over a micro-batch's targets in float32.
 
     Logits are computed for `chunk_tokens` targets at a time.
+
+    Example:
+        >>> import torch
+        >>> from voxtral_dist import LogMel, LossOfMicroBatch, UtteranceReader, VoxtralPrompts
+        >>> from voxtral_dist import collate, load_voxtral, read_index
+        >>> from voxtral_dist.config import ModelConfig
+        >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
+        >>> reader = UtteranceReader(read_index(["shards/speech"]), prompts, max_target_tokens=None)
+        >>> batch = collate([reader.example(0)], prompts.pad_id, prompts.window_samples)
+        >>> model = load_voxtral(ModelConfig(path="models/tiny", precision="float32"))
+        >>> summed_loss = LossOfMicroBatch(LogMel.from_pretrained("models/tiny", torch.device("cpu")), chunk_tokens=512)
+        >>> loss = summed_loss(model, batch) / batch.num_target_tokens
+        >>> loss.backward()
     """
 
     def __init__(self, log_mel: LogMel, chunk_tokens: int) -> None:

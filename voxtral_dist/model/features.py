@@ -27,7 +27,16 @@ _DEVICE_SAMPLES_AT_ONCE = 64 * 480_000
 
 
 class LogMel:
-    """Computes features as a checkpoint's `preprocessor_config.json` describes them, on the model's device."""
+    """Computes features as a checkpoint's `preprocessor_config.json` describes them, on the model's device.
+
+    Example:
+        >>> import torch
+        >>> from voxtral_dist import LogMel
+        >>> log_mel = LogMel.from_pretrained("models/tiny", torch.device("cpu"))
+        >>> windows = torch.zeros((3, 20_480), dtype=torch.int16)  # windows of 1.28 s: two of one clip, one of another
+        >>> log_mel(windows, windows_per_clip=[2, 1]).shape
+        torch.Size([3, 128, 128])
+    """
 
     def __init__(self, extractor: WhisperFeatureExtractor, device: torch.device) -> None:
         self.num_mel_bins = int(extractor.feature_size)

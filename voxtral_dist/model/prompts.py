@@ -65,6 +65,15 @@ class VoxtralPrompts:
     """The prompts and completions of one Voxtral checkpoint.
 
     max_positions: maximum tokens of prompt and completion together, by the language model's positions.
+
+    Example:
+        >>> from voxtral_dist import VoxtralPrompts
+        >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
+        >>> ids = prompts.transcription("en", num_windows=1)
+        >>> prompts.pieces(ids)[-2:]
+        ["'en'", '[TRANSCRIBE]']
+        >>> prompts.decode(prompts.completion("Hello, world."))
+        'Hello, world.'
     """
 
     def __init__(self, tokenizer: MistralTokenizer, max_positions: int) -> None:

@@ -38,7 +38,14 @@ NUM_SPECIAL_TOKENS = 1 + max(AUDIO_SPECIAL_TOKEN_IDS.values())
 
 @dataclass(frozen=True)
 class TinyShape:
-    """The sizes of a tiny Voxtral. The encoder's feed-forward width follows from others: see `encoder_ffn_width`."""
+    """The sizes of a tiny Voxtral. The encoder's feed-forward width follows from others: see `encoder_ffn_width`.
+
+    Example:
+        >>> from voxtral_dist import TinyShape
+        >>> shape = TinyShape(window_seconds=1.28, text_layers=1)
+        >>> shape.num_audio_tokens
+        16
+    """
 
     window_seconds: float = 1.6
     vocab_size: int = 1024  # special tokens, 256 bytes, and the most frequent merges
@@ -111,7 +118,15 @@ def tiny_shape(overrides: Sequence[str] = ()) -> TinyShape:
 
 
 def build_tiny_voxtral(out_dir: Path, shape: TinyShape = TinyShape(), seed: int = 0) -> None:
-    """Write tokenizer, processor, configuration and float32 weights; the same bytes for the same shape and seed."""
+    """Write tokenizer, processor, configuration and float32 weights; the same bytes for the same shape and seed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from voxtral_dist import TinyShape, build_tiny_voxtral
+        >>> build_tiny_voxtral(Path("models/tinier"), TinyShape(text_layers=1))
+        >>> Path("models/tinier/tekken.json").is_file()
+        True
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     tekken_path = out_dir / "tekken.json"
     tekken_path.write_text(json.dumps(_tekken_json(shape), ensure_ascii=False), encoding="utf-8")

@@ -152,6 +152,13 @@ def load_voxtral(config: ModelConfig, trainable: TrainableConfig | None = None, 
 
     Raises:
         UserError: the path is not a Voxtral checkpoint, or the configuration does not fit it.
+
+    Example:
+        >>> from voxtral_dist import load_voxtral
+        >>> from voxtral_dist.config import ModelConfig
+        >>> model = load_voxtral(ModelConfig(path="models/tiny", precision="float32"))
+        >>> model.training
+        True
     """
     model = trained_meta_model(config, trainable or TrainableConfig(), DTYPES[config.precision])
     initialize_buffers(model, torch.device("cpu"))
@@ -164,6 +171,13 @@ def load_for_inference(path: str, device: torch.device, precision: str) -> Train
 
     Raises:
         UserError: the path is not a Voxtral checkpoint.
+
+    Example:
+        >>> import torch
+        >>> from voxtral_dist import load_for_inference
+        >>> model = load_for_inference("models/tiny", torch.device("cpu"), "auto")
+        >>> model.training
+        False
     """
     stored = str(read_voxtral_config(path).dtype).removeprefix("torch.")
     served = ModelConfig.model_validate({"path": path, "precision": stored if precision == "auto" else precision})

@@ -44,6 +44,16 @@ class MicroBatch:
     num_utterances: utterances in all examples.
     bad_utterances: utterances that belong here but cannot be used.
     num_encoder_chunks: number of chunks in which the encoder takes the windows; ranks with sharded weights agree on it.
+
+    Example:
+        >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, collate, read_index
+        >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
+        >>> reader = UtteranceReader(read_index(["shards/speech"]), prompts, max_target_tokens=None)
+        >>> batch = collate([reader.example(0), reader.example(1)], prompts.pad_id, prompts.window_samples)
+        >>> batch.input_ids.shape == batch.attention_mask.shape
+        True
+        >>> (batch.labels != -100).sum().item() == batch.num_target_tokens
+        True
     """
 
     input_ids: Tensor
@@ -104,6 +114,14 @@ def collate(
         pad_id: token id of the padding.
         window_samples: samples of an encoder window.
         bad_utterances: utterances that the micro-batch lacks.
+
+    Example:
+        >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, collate, read_index
+        >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
+        >>> reader = UtteranceReader(read_index(["shards/speech"]), prompts, max_target_tokens=None)
+        >>> batch = collate([reader.example(0), reader.example(1)], prompts.pad_id, prompts.window_samples)
+        >>> batch.num_utterances
+        2
     """
     input_ids, attention_mask = pad_left([(*example.prompt, *example.completion[:-1]) for example in examples], pad_id)
     labels, _ = pad_left([example.completion for example in examples], IGNORED_LABEL)

@@ -30,7 +30,16 @@ class _TooLongError(ValueError):
 
 
 class UtteranceReader:
-    """Reads, checks and augments the utterances of an index by number, and makes examples of them."""
+    """Reads, checks and augments the utterances of an index by number, and makes examples of them.
+
+    Example:
+        >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, read_index
+        >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
+        >>> reader = UtteranceReader(read_index(["shards/speech"]), prompts, max_target_tokens=None)
+        >>> example = reader.example(0)
+        >>> prompts.decode(example.completion)
+        'seven green bottles 0'
+    """
 
     def __init__(
         self,

@@ -40,6 +40,15 @@ class LengthAwareTimeStretch(audiomentations.TimeStretch):  # type: ignore[misc]
 
     The rate is uniform over the part of [min_rate, max_rate] that gives at most `max_samples` samples; without such a
     rate, the audio stays as it is. `Augmentation` sets `max_samples` before each call; None sets no limit.
+
+    Example:
+        >>> import numpy as np
+        >>> from voxtral_dist import LengthAwareTimeStretch
+        >>> stretch = LengthAwareTimeStretch(min_rate=0.8, max_rate=1.25, p=1.0)
+        >>> stretch.max_samples = 16_000
+        >>> noise = np.random.default_rng(0).normal(0.0, 0.1, 16_000).astype(np.float32)
+        >>> len(stretch(noise, sample_rate=16_000)) <= 16_000
+        True
     """
 
     def __init__(self, min_rate: float = 0.8, max_rate: float = 1.25, p: float = 0.5) -> None:

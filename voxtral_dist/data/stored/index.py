@@ -42,7 +42,16 @@ class RecordChunk:
 
 
 class ShardIndex:
-    """The utterances of one or more shard sets, numbered from 0 in the order of sets, shards and tar members."""
+    """The utterances of one or more shard sets, numbered from 0 in the order of sets, shards and tar members.
+
+    Example:
+        >>> from voxtral_dist import read_index
+        >>> index = read_index(["shards/speech"])
+        >>> len(index), index.languages
+        (8, ('de', 'en', 'fr'))
+        >>> index.language(0), float(index.duration_seconds[0])
+        ('en', 2.594)
+    """
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
         self.sets = tuple(sets)
@@ -181,6 +190,12 @@ def read_index(patterns: Sequence[str], storage: Storage | None = None) -> Shard
     Raises:
         UserError: a folder is missing or has no index or no utterances, or a tar is missing or has another size than
             when it was indexed.
+
+    Example:
+        >>> from voxtral_dist import read_index
+        >>> index = read_index(["shards/speech"])
+        >>> len(index)
+        8
     """
     return ShardIndex(read_sets(patterns, storage or Storage()))
 
