@@ -37,14 +37,14 @@ def evaluate_model(
     out_dir: Path = Path("evaluation"),
     options: EvaluationOptions | None = None,
     precision: str = "auto",
-) -> dict[str, TestSetScore]:
-    """The error rates of a model on shard folders, on all ranks that a launcher started, or in this process alone.
+) -> dict[str, TestSetResult]:
+    """Decode and score shard folders, on all ranks that a launcher started or in this process alone.
 
     Args:
         model_path: a Hugging Face folder or hub name, or a checkpoint of a run.
         shards: folders made by `voxtral-dist shards pack`.
         out_dir: folder for `NAME.json` and `NAME.jsonl`, by the names of the shard folders.
-        options: how they are decoded and scored.
+        options: options of decoding and scoring.
         precision: `float32`, `bfloat16`, `float16`, or `auto` for that of the stored weights.
 
     Returns:
@@ -56,8 +56,10 @@ def evaluate_model(
     Example:
         >>> from voxtral_dist import evaluate_model
         >>> results = evaluate_model("models/tiny", "shards/speech")
-        >>> results["speech"].num_utterances
+        >>> results["speech"].normalized.num_utterances
         8
+        >>> results["speech"].normalized.wer >= 0.5  # of a model with random weights
+        True
     """
     with joined_world() as world:
         return dict(evaluate(model_path, shards, options or EvaluationOptions(), precision, out_dir, world))

@@ -75,3 +75,10 @@ def test_the_examples_of_a_public_name_run(name, in_workspace, capsys):
         if dist.is_initialized():
             dist.destroy_process_group()
     assert runner.summarize(verbose=False).failed == 0, capsys.readouterr().out
+
+
+def test_a_verb_can_be_called_again_after_a_mistake(in_workspace):
+    for _ in range(2):
+        with pytest.raises(voxtral_dist.UserError, match="nowhere"):
+            voxtral_dist.evaluate_model("models/nowhere", "shards/speech")
+    assert not dist.is_initialized()

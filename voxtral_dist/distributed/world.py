@@ -42,7 +42,8 @@ def joined_world() -> Iterator[World]:
     """Join the ranks that the launcher started, by `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`.
 
     Without these variables, the process is a world of size 1; engines still get a process group. The group is destroyed
-    only if the block ends without an error. After an error, the launcher ends the other ranks, which may be waiting.
+    when the block ends. After an error in a larger world it is kept: the launcher ends the other ranks, which may be
+    waiting.
 
     Raises:
         UserError: the variables do not fit this node.
@@ -67,15 +68,19 @@ def joined_world() -> Iterator[World]:
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
+    is_group_kept = size > 1
     try:
         yield World(rank, size, local_rank, device)
+        is_group_kept = False
     except torch.OutOfMemoryError as error:
         raise RankError(
             f"Rank {rank} ran out of GPU memory ({out_of_memory_reason(error)}): in training, use smaller "
             "micro-batches and more `train_data.slots_per_step`; in decoding, lower `--batch-size`. "
             "`voxtral-dist plan` estimates the memory of a run."
         ) from error
-    dist.destroy_process_group()
+    finally:
+        if not is_group_kept:
+            dist.destroy_process_group()
 
 
 def out_of_memory_reason(error: torch.OutOfMemoryError) -> str:
