@@ -1,4 +1,4 @@
-"""Measure a model: `deepspeed launch/evaluate.py RUN/export SHARDS...`."""
+"""Evaluate a model on several GPUs: `deepspeed launch/evaluate.py RUN/export SHARDS...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Start a run: `deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/demo.yaml`."""
+"""Train on several GPUs: `deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/demo.yaml`."""
 
 import sys
 

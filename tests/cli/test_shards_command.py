@@ -72,7 +72,7 @@ def test_shards_inspect_shows_each_set(run, shard_folder, tmp_path, speech_manif
     assert (result.code, result.err) == (0, "")
     for folder in (shard_folder, other):
         assert f"{folder}: 26 utterances" in result.out
-    assert result.out.count("characters a second:") == 2
+    assert result.out.count("characters per second:") == 2
     assert [line.split()[:2] for line in result.out.splitlines() if line.split()[:1] == ["en"]] == [["en", "7"]] * 2
 
 
@@ -198,7 +198,7 @@ def test_instructions_reach_the_index_by_both_commands(run, clip, tmp_path, by_f
         (("pack", "{empty}", "{out}"), "holds no audio files"),
         (("pack", "{shards}", "{out}", "--language", "klingon"), "`--language` has the language 'klingon'"),
         (("pack", "{shards}", "{out}", "--text-member", "json"), "`--text-member` must say which key"),
-        (("pack", "{shards}", "{out}", "--name", "a/b"), "`--name` must be the beginning of file names"),
+        (("pack", "{shards}", "{out}", "--name", "a/b"), "`--name` must be a prefix of file names"),
         (("index", "{empty}"), "There are no tars in"),
         (("index", "{nowhere}"), "cannot be listed"),
         (("index", "{shards}", "--language", "en", "--language-field", "lang"), "exclude each other"),

@@ -124,7 +124,7 @@ def test_a_sample_without_an_instruction_is_named(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
     manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "yes", "question": " "}])
     source = open_corpus(str(manifest), CorpusOptions(instruction=Instruction(column="question")))
-    with pytest.raises(UserError, match=r"manifest\.jsonl:1: the sample has no instruction: its field question"):
+    with pytest.raises(UserError, match=r"manifest\.jsonl:1: the utterance has no instruction: its field question"):
         pack(source, tmp_path / "set", PackOptions())
 
 

@@ -193,7 +193,7 @@ def test_users_mistakes_are_sentences(capsys, tmp_path, mini, monkeypatch):
     assert "both" in refusal(capsys, *recipe, "--set", "engine.fsdp2={}")
     assert "slots_per_step" in refusal(capsys, *recipe, "--gpus", "17")
     assert "No configuration" in refusal(capsys)
-    assert "share" in refusal(capsys, *recipe, "--mfu", "40")
+    assert "fraction" in refusal(capsys, *recipe, "--mfu", "40")
 
 
 @pytest.mark.parametrize(

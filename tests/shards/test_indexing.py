@@ -170,8 +170,8 @@ def zeros(contents: bytearray, offset: int) -> None:
         (garble_first_header, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.NO_AUDIO: 1}, "header is garbled"),
         (garble_second_header, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.EMPTY_TEXT: 1}, "header is garbled"),
         (cut_off, "s0 s1", {Cause.DAMAGED_TAR: 1}, "but only 100 follow; 612 bytes are lost"),
-        (cut_between, "s0 s1", {Cause.DAMAGED_TAR: 1}, "ends without the mark of its end"),
-        (zeros, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.NO_AUDIO: 1}, "goes on behind the mark of its end"),
+        (cut_between, "s0 s1", {Cause.DAMAGED_TAR: 1}, "has no end mark"),
+        (zeros, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.NO_AUDIO: 1}, "continues after its end mark"),
     ],
 )
 def test_a_damaged_tar_is_named_and_read_around_the_damage(tmp_path, damage, kept, causes, said):
@@ -198,7 +198,7 @@ def test_a_damaged_tar_is_named_and_read_around_the_damage(tmp_path, damage, kep
     [
         (lambda folder: None, "There are no tars in"),
         (lambda folder: (folder / "t.tar").write_bytes(b"no tar at all" * 100), "header is garbled"),
-        (lambda folder: (folder / "t.tar").touch(), "No sample in"),
+        (lambda folder: (folder / "t.tar").touch(), "No utterance in"),
         (lambda folder: write_tar(folder / "t.tar", [{"wav": wav(), "txt": b"x"}]), "--text-member"),
         (lambda folder: (folder / "t.tar.gz").touch(), "is compressed"),
         (lambda folder: (folder / "t.tar").symlink_to(folder / "nowhere"), "There are no tars in"),
@@ -282,7 +282,7 @@ def one_sample_off(contents: bytearray, offset: int) -> None:
         (no_json, Cause.NOT_JSON, "cannot be read"),
         (no_audio, Cause.UNDECODABLE, "does not decode"),
         (silence, Cause.SILENT, "is silent"),
-        (one_sample_off, Cause.WRONG_INDEX, "checksum differs"),
+        (one_sample_off, Cause.WRONG_INDEX, "CRC-32 differs"),
     ],
 )
 def test_a_sample_that_was_broken_is_found_and_named(tmp_path, spoil, cause, reason):

@@ -509,7 +509,7 @@ def test_a_refusal_on_the_way_keeps_what_is_finished(tmp_path, mixed_manifest, u
 def test_two_commands_do_not_pack_into_one_folder(tmp_path, mixed_manifest):
     def intrude(at: PackProgress) -> None:
         if at.num_lines == 5:
-            with pytest.raises(UserError, match="Another process packs into"):
+            with pytest.raises(UserError, match="Another process is packing into"):
                 pack_from(mixed_manifest, tmp_path / "set", skip_bad=True)
 
     options = PackOptions(skip_bad=True)

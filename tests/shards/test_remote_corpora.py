@@ -107,7 +107,7 @@ def test_audio_that_a_server_has_not_is_left_out(web, tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "sentence"),
     [
-        ("tars/speech-000000.tar", "name a folder for their index"),
+        ("tars/speech-000000.tar", "pass a folder for their index"),
         ("tars/nowhere.tar", "nowhere.tar"),
         ("nowhere", "nowhere"),
     ],

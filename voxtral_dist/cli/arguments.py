@@ -69,11 +69,16 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Add the model and the options of decoding."""
     defaults = EvaluationConfig()
     parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
-    parser.add_argument("--precision", choices=_PRECISIONS, default="auto", help="auto: as stored")
+    parser.add_argument(
+        "--precision",
+        choices=_PRECISIONS,
+        default="auto",
+        help="precision of the weights; auto: as stored (default: %(default)s)",
+    )
     for option, default, meaning in (
         ("--batch-size", defaults.batch_size, "utterances decoded together on a rank"),
         ("--max-windows", defaults.max_windows, "encoder windows decoded together on a rank"),
-        ("--beams", defaults.num_beams, "beams of the search; 1 decodes greedily"),
+        ("--beams", defaults.num_beams, "beams of a beam search; 1 decodes greedily"),
     ):
         parser.add_argument(
             option, type=positive, default=default, metavar="N", help=f"{meaning} (default: %(default)s)"

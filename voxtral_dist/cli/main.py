@@ -1,4 +1,4 @@
-"""`voxtral-dist`: the command line, and the one place where an error becomes a sentence and an exit code."""
+"""The entry point of `voxtral-dist`: dispatch to a command, error messages and exit codes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from voxtral_dist.errors import RankError, UserError
 
 
 def console(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run one command as a process of its own, and end the process with its exit code.
+    """Run one command, and end the process with its exit code.
 
-    Threads of torch and gloo may still ask for the interpreter while it is torn down, and abort the process: a finished
-    run would end with an error then. So everything is written out, and the process ends at once.
+    The process ends by `os._exit` after its output is flushed: threads of torch and gloo that need the interpreter
+    while it shuts down abort the process, so that a finished run would end with an error.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        # A transcript or a name that the terminal's encoding lacks must not end the command.
+        # Characters that the terminal's encoding lacks must not end the command.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough.
+        # The reader of the pipe, such as `head`, has ended.
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -51,14 +51,14 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 the user's mistake, 3 an error of one rank, 75 stopped and resumable."""
+    """Run one command and exit: 0 done, 2 an error of the user, 3 an error of one rank, 75 stopped and resumable."""
     parsed = build_parser().parse_args(arguments)
-    # DeepSpeed's calls of older names in torch are nothing that a user could change.
+    # DeepSpeed calls deprecated names of torch; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         code = parsed.run(parsed)
     except UserError as error:
-        # The ranks of a node meet the same mistake: one of them speaks.
+        # All ranks of a node meet the same error: the first one prints it.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             print(f"voxtral-dist: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The grammar of the command line. Heavy libraries are imported by the commands that need them."""
+    """The parser of all commands. It imports no heavy library: commands do so when they run."""
     parser = argparse.ArgumentParser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)

@@ -1,4 +1,4 @@
-"""The grammar of `voxtral-dist plan`."""
+"""`voxtral-dist plan`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,33 @@ from voxtral_dist.config import load_config
 
 def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("plan", help="whether a run will fit, and what it takes, without a GPU")
+    parser = commands.add_parser("plan", help="estimate without a GPU whether a run fits, its memory and its time")
     add_run_config(parser, "train_data.max_windows=4")
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="of all nodes together")
-    parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N")
-    parser.add_argument("--gpu-memory", metavar="80GB", help="of one GPU; without it nothing is judged")
-    parser.add_argument("--host-memory", metavar="512GB", help="of one node")
-    parser.add_argument("--mfu", type=fraction, default=0.4, help="share of the peak that training uses (default: 0.4)")
     parser.add_argument(
-        "--peak-tflops", type=positive_number, help="of one GPU, dense (default: metrics.peak_tflops, or 989, an H100)"
+        "--gpus", type=positive, default=1, metavar="N", help="GPUs of all nodes together (default: %(default)s)"
     )
-    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: ranks are processes of a CPU")
-    parser.add_argument("--json", action="store_true", help="all figures, sizes in bytes")
+    parser.add_argument(
+        "--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs of one node (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu-memory", metavar="80GB", help="memory of one GPU; without it the estimate is printed but not compared"
+    )
+    parser.add_argument(
+        "--host-memory", metavar="512GB", help="memory of one node; without it the estimate is printed but not compared"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=fraction,
+        default=0.4,
+        help="model FLOPs utilization: fraction of the peak that training reaches (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=positive_number,
+        help="peak of one GPU, dense (default: metrics.peak_tflops, or 989 as of an H100)",
+    )
+    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: ranks are processes on CPUs")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     parser.set_defaults(run=_plan)
 
 

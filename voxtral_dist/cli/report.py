@@ -1,4 +1,4 @@
-"""The grammar of `voxtral-dist report`."""
+"""`voxtral-dist report`."""
 
 from __future__ import annotations
 
@@ -14,39 +14,55 @@ if TYPE_CHECKING:
 
 def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("report", help="write report.html and report.md of a run or of saved results")
-    parser.add_argument("folder", type=Path, help="a run, or a folder of `evaluate --out` or `score --out`")
+    parser = commands.add_parser("report", help="write report.html and report.md about a run or saved results")
+    parser.add_argument(
+        "folder", type=Path, help="folder of a run, or folder written by `evaluate --out` or `score --out`"
+    )
     parser.add_argument(
         "--step",
         type=_step,
         default="newest",
         metavar="N",
-        help="of a run: a number, `newest` (default), or `best`: selected, or with the least WER of the first set",
+        help="step of the run: a number, `newest` (default), or `best`: the selected one, else the lowest first WER",
     )
-    parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="compare with this run, or folder of results")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: into the folder itself)")
+    parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="run or folder of results to compare with")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the report (default: the folder itself)")
     parser.add_argument(
         "--shards",
         type=_named_folder,
         nargs="+",
         default=[],
         metavar="NAME=FOLDER",
-        help="with the audio of test set NAME (default: as the run's config.yaml says)",
+        help="shards with the audio of test set NAME (default: from config.yaml of the run)",
     )
-    parser.add_argument("--num-utterances", type=positive, default=20, metavar="N", help="of each list (default: 20)")
-    parser.add_argument("--num-clips", type=count, default=20, metavar="N", help="of each test set (default: 20)")
+    parser.add_argument(
+        "--num-utterances",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="utterances in each list (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-clips",
+        type=count,
+        default=20,
+        metavar="N",
+        help="utterances with audio per test set (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-audio-megabytes",
         type=positive_number,
         default=20.0,
         metavar="MB",
-        help="of all clips together, which take a third more in the file (default: %(default)g)",
+        help="limit of all audio together, which takes a third more space in the report (default: %(default)g)",
     )
-    parser.add_argument("--speaker-field", metavar="FIELD", help="that names the speaker (default: as the run has it)")
+    parser.add_argument(
+        "--speaker-field", metavar="FIELD", help="field with the speaker (default: from config.yaml of the run)"
+    )
     parser.add_argument(
         "--normalizer",
         metavar="module:function",
-        help="yours, where results were normalized by it: a function that files alone name is not run",
+        help="your own normalizer, if results were made with one: a function named only by files is never run",
     )
     parser.set_defaults(run=_report)
 

@@ -1,4 +1,4 @@
-"""The grammar of `voxtral-dist score`."""
+"""`voxtral-dist score`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from voxtral_dist.cli.arguments import Commands, add_scoring
 
 def add_score(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("score", help="error rates of saved hypotheses, and whether a second run is better")
+    parser = commands.add_parser("score", help="measure error rates of saved hypotheses, and compare two runs")
     parser.add_argument(
-        "first", type=Path, metavar="A.jsonl", help="of an evaluation, or any with `reference` and `hypothesis`"
+        "first",
+        type=Path,
+        metavar="A.jsonl",
+        help="hypotheses from an evaluation, or any JSON lines with `reference` and `hypothesis`",
     )
     parser.add_argument(
-        "second", type=Path, nargs="?", metavar="B.jsonl", help="another run on the same utterances, compared with A"
+        "second",
+        type=Path,
+        nargs="?",
+        metavar="B.jsonl",
+        help="hypotheses of another run on the same utterances, compared with A",
     )
     add_scoring(parser)
-    parser.add_argument("--words", type=Path, metavar="FILE", help="report the B-WER of these words, one in each line")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write NAME.json and NAME.jsonl there")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="listed words, one per line: report the biased WER")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for NAME.json and NAME.jsonl")
     parser.set_defaults(run=_score)
 
 

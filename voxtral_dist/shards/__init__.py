@@ -1,1 +1,1 @@
-"""Getting data in: shard sets made from any source, indexed, looked at and checked."""
+"""Shard sets: packed from any corpus, indexed, inspected and verified."""

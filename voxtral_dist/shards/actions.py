@@ -94,7 +94,7 @@ def show_utterance(folder: str, key: str, out: Path | None, view: TokenView | No
     utterance_id = find_utterance(index, key, storage)
     stored_key, utterance = read_utterance(index, utterance_id, storage)
     tokens = ["", *view.lines(index, utterance_id, storage)] if view is not None else []
-    written = [f"clip       {write_audio(utterance, out)}"] if out is not None else []
+    written = [f"audio      {write_audio(utterance, out)}"] if out is not None else []
     print("\n".join([*utterance_lines(index, utterance_id, stored_key, utterance), *written, *tokens]))
     return 0
 

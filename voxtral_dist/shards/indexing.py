@@ -1,4 +1,4 @@
-"""The index of tars that other tools made: each is read once, by some processes at the same time."""
+"""The index of tars that other tools made: each is read once, several in parallel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RECORDS_FILE = ".indexing.records"
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """One tar: its records, which number languages by a table of their own, and what is left out."""
+    """One indexed tar: its records, the languages that they number, and the refusals of unusable utterances."""
 
     shard: Shard
     records: Records
@@ -48,15 +48,14 @@ def index_tars(
     layout: UtteranceLayout,
     max_chars_per_second: float,
     num_workers: int,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SetSummary:
     """Write the index of the tars of a folder or pattern, beside them or into `out_dir`.
 
-    Samples that cannot be used are left out and named, damaged tars too: what is whole before and behind the damage is
-    indexed.
+    Unusable utterances and damaged parts of tars are skipped, and listed in `skipped.jsonl`.
 
     Raises:
-        UserError: there are no tars, they cannot be read or indexed where they are, or no sample of them can be used.
+        UserError: there are no tars, they cannot be read or indexed where they are, or no utterance is usable.
     """
     locations = tar_locations(pattern, Storage())
     folder = out_dir or _folder_of(locations)
@@ -65,22 +64,22 @@ def index_tars(
         folder.mkdir(parents=True, exist_ok=True)
         with _records_file(folder) as records_path:
             with closing(_index_all(locations, layout, max_chars_per_second, num_workers)) as indexed:
-                shards, languages = _collect(indexed, records_path, folder, len(locations), report)
+                shards, languages = _collect(indexed, records_path, folder, len(locations), on_progress)
             if not any(shard.num_utterances for shard in shards):
                 raise UserError(_nothing_indexed(pattern, folder))
             write_index(folder, shards, np.memmap(records_path, dtype=RECORD, mode="r"), languages, layout)
     except OSError as error:
         raise UserError(
-            f"The index cannot be written into {folder}: {error.strerror}. Name another folder behind the pattern."
+            f"The index cannot be written into {folder}: {error.strerror}. Pass another folder after the pattern."
         ) from error
     return summarize(read_index([str(folder)]), read_skipped(folder / SKIPPED_FILE))
 
 
 def index_tar(location: str, layout: UtteranceLayout, max_chars_per_second: float) -> IndexedShard:
-    """One tar, read from its first byte to its last.
+    """Read a tar from its first byte to its last, and index it.
 
     Raises:
-        UserError: it cannot be read at all.
+        UserError: the tar cannot be read.
     """
     rows: list[tuple[int, ...]] = []
     languages: list[str] = []
@@ -116,7 +115,7 @@ def _row(
 def _refusal(found: MemberGroup | TarDamage, location: str, error: UnusableError) -> Refusal:
     if isinstance(found, TarDamage):
         return Refusal(location, "", error.cause, str(error))
-    return Refusal(f"{location}:{found.offset}", found.key, error.cause, f"the sample {found.key} {error}")
+    return Refusal(f"{location}:{found.offset}", found.key, error.cause, f"the utterance {found.key} {error}")
 
 
 def _index_all(
@@ -131,9 +130,9 @@ def _collect(
     records_path: Path,
     folder: Path,
     num_shards: int,
-    report: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None],
 ) -> tuple[list[Shard], list[str]]:
-    """Write the records of all shards one after the other, with one table of languages."""
+    """Write the records of all shards to one file, with one table of languages."""
     shards: list[Shard] = []
     languages: list[str] = []
     temporary = folder / f".{SKIPPED_FILE}.tmp"
@@ -145,7 +144,7 @@ def _collect(
             for refusal in part.refusals:
                 write_refusal(skipped, refusal)
             shards.append(part.shard)
-            report(len(shards), num_shards)
+            on_progress(len(shards), num_shards)
     temporary.replace(folder / SKIPPED_FILE)
     if (folder / SKIPPED_FILE).stat().st_size == 0:
         (folder / SKIPPED_FILE).unlink()
@@ -156,17 +155,17 @@ def _folder_of(locations: list[str]) -> Path:
     folders = {location.rpartition("/")[0] or "." for location in locations}
     if len(folders) == 1 and not is_remote(locations[0]):
         return Path(folders.pop())
-    where = "elsewhere" if is_remote(locations[0]) else "in several folders"
-    raise UserError(f"The tars lie {where}: name a folder for their index behind the pattern.")
+    where = "remote" if is_remote(locations[0]) else "in several folders"
+    raise UserError(f"The tars are {where}: pass a folder for their index after the pattern.")
 
 
 def _as_stored(locations: list[str], folder: Path) -> list[str]:
-    """The locations as the shard table holds them: such beside it by name, others in full."""
+    """The locations for the shard table: names of tars beside it, absolute paths or URLs of others."""
     for location in locations:
         if location.startswith(PIPE_PREFIX) or location.endswith(COMPRESSED_SUFFIXES):
             raise UserError(
-                f"The tar {location} is compressed or a pipe, so that no sample of it can be read alone: convert it by "
-                "`shards pack`."
+                f"The tar {location} is compressed or a pipe, so single utterances cannot be read from it: "
+                "convert it by `shards pack`."
             )
     return [
         location
@@ -190,5 +189,5 @@ def _records_file(folder: Path) -> Iterator[Path]:
 
 def _nothing_indexed(pattern: str, folder: Path) -> str:
     skipped = read_skipped(folder / SKIPPED_FILE)
-    first = f" ({skipped.count} left out, the first: {skipped.first_reasons[0]})" if skipped.count else ""
-    return f"No sample in {pattern} can be used{first}: say by --text-member and --audio-member where they hold what."
+    first = f" ({skipped.count} skipped, the first: {skipped.first_reasons[0]})" if skipped.count else ""
+    return f"No utterance in {pattern} is usable{first}: name their members by --text-member and --audio-member."

@@ -13,8 +13,8 @@ from voxtral_dist.shards.summary import DURATION_EDGES_SECONDS, RATE_EDGES, SetS
 
 
 def print_summaries(summaries: Mapping[str, SetSummary]) -> None:
-    """Print a table of sets, and of each its languages and histograms."""
-    # Without a terminal there is no width to keep to, and no name should be cut.
+    """Print a table of all sets, then languages and histograms of each."""
+    # Without a terminal, wide enough that no name is cut.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(_sets_table(summaries))
     for folder, summary in summaries.items():
@@ -47,5 +47,5 @@ def _languages_table(summary: SetSummary) -> Table:
 def _histograms(summary: SetSummary) -> Iterator[str]:
     yield "duration in seconds:"
     yield from histogram_lines(DURATION_EDGES_SECONDS, summary.duration_counts)
-    yield "characters a second:"
+    yield "characters per second:"
     yield from histogram_lines(RATE_EDGES, summary.rate_counts)

@@ -1,4 +1,4 @@
-"""What an interrupted packing has finished: shards, their records and what was left out, safe against SIGKILL."""
+"""The journal of a packing: finished shards, their records and skipped utterances; it survives a SIGKILL."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _RECORDS_FILE = ".packing.records"
 
 
 class PackingJournal:
-    """The state of a packing that is under way in a folder, as it was when its last shard was finished.
+    """The state of a packing in a folder when its last shard was finished.
 
-    shards: the finished ones. num_lines: how many lines of the source they and what was left out took. languages: the
-    table of the index so far.
+    shards: the finished shards. num_lines: lines of the corpus in them or skipped. languages: those of the index so
+    far.
 
     Raises:
-        UserError: the folder holds an unfinished set of another source or other options, or is being packed into.
+        UserError: the folder holds an unfinished set of another corpus or other options, or another process packs into
+            it.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
@@ -48,11 +49,11 @@ class PackingJournal:
             raise
 
     def skip(self, refusal: Refusal) -> None:
-        """Name a line that is not packed."""
+        """List a line that is not packed."""
         write_refusal(self._skipped, refusal)
 
     def finish_shard(self, shard: Shard, records: Records, num_lines: int, languages: Sequence[str]) -> None:
-        """Remember a shard that is on disk, and everything before it."""
+        """Enter a shard that is on disk, and what was skipped before its end."""
         self._records.write(records.tobytes())
         _sync(self._records)
         _sync(self._skipped)
@@ -66,48 +67,48 @@ class PackingJournal:
         self.shards.append(shard)
 
     def complete(self, languages: Sequence[str], layout: UtteranceLayout) -> None:
-        """Write the index of all shards, whose samples are laid out like this, and forget the journal."""
+        """Write the index of all shards, and remove the journal."""
         _sync(self._skipped)
         records = np.memmap(self._folder / _RECORDS_FILE, dtype=RECORD, mode="r")
         write_index(self._folder, self.shards, records, list(languages), layout)
         self.discard()
 
     def discard(self, everything: bool = False) -> None:
-        """Remove the files of the journal and an empty list of what was left out; or the list whatever it holds."""
+        """Remove the files of the journal, and `skipped.jsonl` if it is empty or `everything` is True."""
         (self._folder / _RECORDS_FILE).unlink()
         if everything or self._skipped.tell() == 0:
             (self._folder / SKIPPED_FILE).unlink()
         (self._folder / JOURNAL_FILE).unlink()
 
     def skipped(self) -> Skipped:
-        """What was left out so far."""
+        """What was skipped so far."""
         self._skipped.flush()
         return read_skipped(self._folder / SKIPPED_FILE)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files, and release the lock."""
         for file in (self._records, self._skipped, self._journal):
             file.close()
 
     def _read(self, identity: dict[str, Any]) -> None:
         self._journal.seek(0)
-        # A line that was cut off by the interruption does not count.
+        # A line that the interruption truncated does not count.
         whole = [line for line in self._journal if line.endswith(b"\n")]
         self._journal.truncate(sum(map(len, whole)))
         lines = [json.loads(line) for line in whole]
         if len(lines) <= 1:
-            # Nothing was finished, so nothing binds this packing to the source of that one.
+            # No shard was finished, so this packing may be of another corpus.
             self._journal.truncate(0)
             lines = [identity]
             _append(self._journal, identity)
         elif lines[0] != json.loads(json.dumps(identity)):
             raise UserError(
                 f"The folder {self._folder} holds an unfinished set that was packed {_differences(lines[0], identity)}"
-                ": run that command again, choose another folder, or remove this one first."
+                ": rerun that command, choose another folder, or remove this one first."
             )
-        self._go_on(lines[1:])
+        self._resume(lines[1:])
 
-    def _go_on(self, finished: list[dict[str, Any]]) -> None:
+    def _resume(self, finished: list[dict[str, Any]]) -> None:
         for line in finished:
             shard = Shard(**(line["shard"] | {"location": str(self._folder / line["shard"]["location"])}))
             _check_shard(shard)
@@ -124,7 +125,7 @@ class PackingJournal:
 
 
 def count_finished_shards(folder: Path) -> int:
-    """Of an interrupted packing."""
+    """Number of shards that an interrupted packing has finished in a folder."""
     path = folder / JOURNAL_FILE
     return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
 
@@ -136,10 +137,10 @@ def _locked(path: Path) -> BinaryIO:
     except BlockingIOError as error:
         journal.close()
         raise UserError(
-            f"Another process packs into {path.parent} now: wait for it, or choose another folder."
+            f"Another process is packing into {path.parent}: wait for it, or choose another folder."
         ) from error
     except OSError:
-        # Some network file systems know no locks.
+        # Some network file systems have no locks.
         return journal
     return journal
 
@@ -158,7 +159,7 @@ def _sync(file: BinaryIO) -> None:
 def _check_shard(shard: Shard) -> None:
     path = Path(shard.location)
     if not path.is_file() or path.stat().st_size != shard.num_bytes:
-        raise UserError(f"The unfinished set in {path.parent} misses its shard {path.name}: remove the folder first.")
+        raise UserError(f"The unfinished set in {path.parent} lacks its shard {path.name}: remove the folder first.")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -20,17 +20,19 @@ from voxtral_dist.shards.corpus.utterances import Utterance
 from voxtral_dist.shards.tars.scan import parse_span
 
 _RUN_LENGTH = 256
-# Enough for a long name, which stands in an extended header of two blocks and more.
+# Enough for a long name, which takes an extended header of at least two blocks.
 _HEADER_BYTES = 4096
-# Comparing a wrong key with all keys of a large set would take minutes.
+# Comparing a wrong key with all keys of a large set takes minutes.
 _MAX_COMPARED_KEYS = 20_000
 
 
 def find_utterance(index: ShardIndex, key: str, storage: Storage) -> int:
-    """The number of the sample with this key, or of `#NUMBER`.
+    """The number of the utterance with a key, or of `#NUMBER`.
+
+    The index holds no keys, so the headers of the tars are read.
 
     Raises:
-        UserError: there is none; the sentence names keys that are like it.
+        UserError: no utterance has the key; the message suggests similar keys.
     """
     if key.startswith("#"):
         return _numbered(index, key)
@@ -42,14 +44,14 @@ def find_utterance(index: ShardIndex, key: str, storage: Storage) -> int:
             seen.append(found)
     near = difflib.get_close_matches(key, seen, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the first is {seen[0]}."
-    raise UserError(f"None of the {len(index)} samples has the key {key!r}: {hint}")
+    raise UserError(f"None of the {len(index)} utterances has the key {key!r}: {hint}")
 
 
 def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> tuple[str, Utterance]:
-    """The key of an utterance as its tar has it, and the utterance.
+    """The key of an utterance as stored in its tar, and the utterance.
 
     Raises:
-        UserError: its shard cannot be read, or is damaged there.
+        UserError: its bytes cannot be read, or are damaged.
     """
     span = index.span(utterance_id)
     try:
@@ -62,7 +64,7 @@ def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> tu
 
 
 def utterance_lines(index: ShardIndex, utterance_id: int, key: str, utterance: Utterance) -> Iterator[str]:
-    """What is stored of an utterance, a line for each field."""
+    """An utterance as text, one line per field."""
     span = index.span(utterance_id)
     yield f"key        {key}"
     yield f"number     #{utterance_id}"
@@ -87,7 +89,7 @@ def write_audio(utterance: Utterance, out: Path) -> Path:
     contents = utterance.audio.contents or b""
     target = out / f"{utterance.key}{stored}" if out.is_dir() else out
     if target.suffix.lower() not in (stored, ".wav"):
-        raise UserError(f"`--out` must end in {stored}, as the clip is stored, or in .wav, but is {out} instead.")
+        raise UserError(f"`--out` must end in {stored}, as the audio is stored, or in .wav, but is {out} instead.")
     try:
         if target.suffix.lower() == stored:
             target.write_bytes(contents)
@@ -95,13 +97,13 @@ def write_audio(utterance: Utterance, out: Path) -> Path:
             samples, rate = soundfile.read(io.BytesIO(contents), dtype="int16")
             soundfile.write(target, samples, rate, format="WAV", subtype="PCM_16")
     except (OSError, soundfile.SoundFileError) as error:
-        raise UserError(f"The clip cannot be written to {target}: {first_line(error)}.") from error
+        raise UserError(f"The audio cannot be written to {target}: {first_line(error)}.") from error
     return target
 
 
 def _numbered(index: ShardIndex, key: str) -> int:
     if not key[1:].isdecimal() or int(key[1:]) >= len(index):
-        raise UserError(f"The number of a sample must be from #0 to #{len(index) - 1}, but is {key} instead.")
+        raise UserError(f"The number of an utterance must be from #0 to #{len(index) - 1}, but is {key} instead.")
     return int(key[1:])
 
 
@@ -127,5 +129,5 @@ def _key(head: bytes, utterance_id: int) -> str:
             first = tar.next()
     except tarfile.TarError:
         first = None
-    # A damaged sample has no key that could be asked for.
+    # A damaged utterance has no key to look up.
     return f"#{utterance_id}" if first is None else split_name(first.name)[0]

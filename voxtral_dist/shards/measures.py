@@ -1,4 +1,4 @@
-"""What the index says of one utterance: duration, characters, tokens, language, and its place in the tar."""
+"""What the index stores about one utterance: duration, characters, tokens, language, and its bytes in the tar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, UNKNOWN_LANGUAGE
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.shards.corpus.utterances import Utterance
 
-# Durations are measured at the rate at which the models hear.
+# Durations are measured at the sampling rate of the models.
 SAMPLING_RATE = 16_000
 _LENGTH_TOLERANCE = 0.1
 _LENGTH_TOLERANCE_SECONDS = 0.5
@@ -23,7 +23,7 @@ _LENGTH_TOLERANCE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Measures:
-    """What the index says of a sample besides its place."""
+    """What the index stores about an utterance besides its place."""
 
     duration_ms: int
     num_text_tokens: int
@@ -34,7 +34,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class UtteranceSpan:
-    """Where the members of a sample lie in their tar, and the checksum of their bytes."""
+    """The bytes of an utterance in its tar, and their CRC-32."""
 
     offset: int
     num_bytes: int
@@ -42,23 +42,23 @@ class UtteranceSpan:
 
 
 def measure(utterance: Utterance, waveform: Waveform, max_chars_per_second: float) -> Measures:
-    """What the index says of an utterance with this audio at 16 kHz.
+    """Measure an utterance with its waveform at 16 kHz.
 
     Raises:
-        UnusableError: the audio is silent, or cannot be of this text or of the claimed duration.
+        UnusableError: the audio is silent, too short for its text, or not as long as its corpus says.
     """
     seconds = len(waveform) / SAMPLING_RATE
     if is_silent(waveform):
         raise UnusableError(Cause.SILENT, "is silent: it never reaches -60 dB of full scale")
     claimed = utterance.claimed_seconds
     if claimed is not None and abs(seconds - claimed) > max(_LENGTH_TOLERANCE * claimed, _LENGTH_TOLERANCE_SECONDS):
-        raise UnusableError(Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its source says {claimed:.2f} s")
+        raise UnusableError(Cause.WRONG_LENGTH, f"decodes to {seconds:.2f} s, but its corpus says {claimed:.2f} s")
     num_chars = len(utterance.text)
     if utterance.instruction is None and is_too_much_text(num_chars, seconds, max_chars_per_second):
         raise UnusableError(
             Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {num_chars} characters"
         )
-    # Rounded up: a clip that is longer than a window by one sample needs another one.
+    # Rounded up: audio that is longer than a window by one sample needs another window.
     return Measures(
         duration_ms=-(-1000 * len(waveform) // SAMPLING_RATE),
         num_text_tokens=_count_tokens(utterance.text),
@@ -69,7 +69,7 @@ def measure(utterance: Utterance, waveform: Waveform, max_chars_per_second: floa
 
 
 def index_record(span: UtteranceSpan, measures: Measures, languages: list[str]) -> tuple[int, ...]:
-    """One `RECORD`; a language that is new is appended to the table."""
+    """One `RECORD`. A new language is appended to `languages`."""
     return (
         span.offset // TAR_BLOCK_BYTES,
         span.num_bytes // TAR_BLOCK_BYTES,
@@ -96,5 +96,5 @@ def _count_tokens(text: str) -> int:
 
 @cache
 def _published_vocabulary() -> Tekkenizer:
-    """Voxtral's own, which mistral-common packages: whatever model is trained later, the index counts alike."""
+    """Voxtral's published vocabulary, from mistral-common, so that counts do not depend on the model trained later."""
     return Tekkenizer.from_file(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json")

@@ -1,4 +1,4 @@
-"""One utterance made into the bytes of a shard, with all checks: the work that worker processes share."""
+"""One utterance of a corpus, checked and made into the bytes of a shard. Worker processes do this."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ Encoding = Literal["flac"]
 
 @dataclass(frozen=True)
 class PackRules:
-    """What is done to every utterance. encode: None copies the audio as it is."""
+    """How utterances are checked and stored.
+
+    encode: audio format to store; None copies the audio unchanged.
+    max_chars_per_second: a transcript with more characters per second of audio is unusable.
+    """
 
     encode: Encoding | None = None
     max_chars_per_second: float = MAX_CHARS_PER_SECOND
@@ -28,7 +32,7 @@ class PackRules:
 
 @dataclass(frozen=True)
 class PackedUtterance:
-    """The tar members of one sample as bytes, and what the index says of them."""
+    """The tar members of one utterance as bytes, their CRC-32, and the measures for the index."""
 
     contents: bytes
     crc32: int
@@ -36,7 +40,7 @@ class PackedUtterance:
 
 
 def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | Refusal:
-    """The sample of a line, or why there is none."""
+    """Pack a line of a corpus, or say why it cannot be."""
     if isinstance(line, Refusal):
         return line
     try:
@@ -57,7 +61,7 @@ def _pack(utterance: Utterance, rules: PackRules) -> PackedUtterance:
 
 
 def _fields(utterance: Utterance) -> dict[str, Any]:
-    """What the json of a sample says; columns that have our names but are not chosen get others."""
+    """The json member. Other columns named like ours get the prefix `original_`."""
     ours: dict[str, Any] = {"text": utterance.text, "lang": utterance.language}
     if utterance.instruction is not None:
         ours["instruction"] = utterance.instruction
@@ -66,5 +70,5 @@ def _fields(utterance: Utterance) -> dict[str, Any]:
 
 
 def _encode_fields(fields: dict[str, Any]) -> bytes:
-    # Half a character has no UTF-8, but an escape in JSON.
+    # A lone surrogate has no UTF-8, but an escape in JSON.
     return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace")

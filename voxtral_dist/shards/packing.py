@@ -1,4 +1,4 @@
-"""Write WebDataset shards from any source, with their index: in parallel, in the source's order, and resumable."""
+"""WebDataset shards of a corpus, with their index: packed in parallel, in the order of the corpus, and resumable."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ DEFAULT_SHARD_BYTES = 512 * 10**6
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How a set is packed. name: of its shards; None takes that of the folder. skip_bad: leave out what is unusable."""
+    """How a set is packed.
+
+    shard_bytes: size at which a shard is finished. skip_bad: skip unusable utterances instead of raising an error.
+    num_workers: processes. name: prefix of the shards; None takes the name of the folder.
+    """
 
     shard_bytes: int = DEFAULT_SHARD_BYTES
     skip_bad: bool = False
@@ -46,22 +50,22 @@ class PackOptions:
 
 @dataclass
 class PackProgress:
-    """How far a packing is. num_lines: of the source, with those of the packing that this one goes on with."""
+    """Lines of the corpus packed or skipped so far, with those of an interrupted packing; and those skipped now."""
 
     num_lines: int = 0
     num_skipped: int = 0
 
 
 def pack(
-    corpus: Corpus, out_dir: Path, options: PackOptions, report: Callable[[PackProgress], None] = lambda _: None
+    corpus: Corpus, out_dir: Path, options: PackOptions, on_progress: Callable[[PackProgress], None] = lambda _: None
 ) -> SetSummary:
-    """Write the utterances of a source as shards of about `shard_bytes` each, and their index.
+    """Write the utterances of a corpus as shards of about `shard_bytes` each, and their index.
 
-    Every utterance is decoded once, so the index knows its true duration. Equal sources make equal bytes, whatever the
-    number of workers. What an interrupted call finished in the folder is kept, and this one goes on from there.
+    Every utterance is decoded, so the index has its true duration. Equal corpora give equal bytes, whatever the number
+    of workers. A call that was interrupted is resumed after its last finished shard.
 
     Raises:
-        UserError: the folder holds another set, or (without `skip_bad`) an utterance is unusable, or all are.
+        UserError: the folder holds another set, all utterances are unusable, or one is and `skip_bad` is False.
     """
     if (out_dir / SHARD_TABLE_FILE).exists():
         raise UserError(f"The folder {out_dir} holds a complete shard set already: choose another, or remove it first.")
@@ -71,12 +75,12 @@ def pack(
     except OSError as error:
         raise UserError(f"The folder {out_dir} cannot be made: {error.strerror}.") from error
     try:
-        _pack_into(journal, corpus, out_dir, options, report)
+        _pack_into(journal, corpus, out_dir, options, on_progress)
     except OSError as error:
-        # Sources that cannot be read are refusals: this is the disk that is written to.
+        # Audio that cannot be read is a refusal, so this error is about the disk that is written to.
         raise UserError(
-            f"The shards in {out_dir} cannot be written: {error.strerror}. Mend that, and run the same command again: "
-            "it goes on behind the shards that are finished."
+            f"The shards in {out_dir} cannot be written: {error.strerror}. Fix that, and rerun the same command to "
+            "resume after the finished shards."
         ) from error
     finally:
         journal.close()
@@ -84,7 +88,7 @@ def pack(
 
 
 def _identity(corpus: Corpus, out_dir: Path, options: PackOptions) -> dict[str, object]:
-    """What makes the bytes of a set: a packing goes on only where another with the same was interrupted."""
+    """What determines the bytes of a set: only a packing with an equal identity resumes an interrupted one."""
     return corpus.identity | {
         "name": _name(out_dir, options),
         "shard_bytes": options.shard_bytes,
@@ -95,7 +99,9 @@ def _identity(corpus: Corpus, out_dir: Path, options: PackOptions) -> dict[str, 
 def _name(out_dir: Path, options: PackOptions) -> str:
     name = options.name or out_dir.resolve().name
     if Path(name).name != name or name.startswith("."):
-        raise UserError(f"`--name` must be the beginning of file names, but is {name!r} instead.")
+        raise UserError(
+            f"`--name` must be a prefix of file names, without slashes or a leading dot, but is {name!r} instead."
+        )
     return name
 
 
@@ -104,11 +110,11 @@ def _pack_into(
     corpus: Corpus,
     out_dir: Path,
     options: PackOptions,
-    report: Callable[[PackProgress], None],
+    on_progress: Callable[[PackProgress], None],
 ) -> None:
     writer = _ShardWriter(journal, out_dir, _name(out_dir, options), options.shard_bytes)
     try:
-        _pack_lines(journal, corpus, writer, options, report)
+        _pack_lines(journal, corpus, writer, options, on_progress)
         if not writer.has_utterances:
             raise UserError(_nothing_packed(journal, out_dir))
         writer.finish_shard()
@@ -116,7 +122,7 @@ def _pack_into(
         journal.complete(writer.languages, UtteranceLayout(instruction=instruction))
     except UserError:
         if not journal.shards:
-            # Nothing that would be worth to go on from.
+            # There is nothing to resume from.
             writer.close()
             journal.discard(everything=True)
         raise
@@ -129,7 +135,7 @@ def _pack_lines(
     corpus: Corpus,
     writer: _ShardWriter,
     options: PackOptions,
-    report: Callable[[PackProgress], None],
+    on_progress: Callable[[PackProgress], None],
 ) -> None:
     progress = PackProgress(journal.num_lines)
     rest = islice(corpus.lines(), journal.num_lines, None)
@@ -142,19 +148,19 @@ def _pack_lines(
                 journal.skip(packed)
                 progress.num_skipped += 1
             else:
-                raise UserError(f"{packed.reason}. Correct it, or pass --skip-bad to leave such samples out.")
+                raise UserError(f"{packed.reason}. Fix it, or pass --skip-bad to skip such utterances.")
             progress.num_lines = writer.num_lines
-            report(progress)
+            on_progress(progress)
 
 
 def _nothing_packed(journal: PackingJournal, out_dir: Path) -> str:
     skipped = journal.skipped()
-    first = f" ({skipped.count} left out, the first: {skipped.first_reasons[0]})" if skipped.count else ""
-    return f"Nothing was packed into {out_dir}: no sample of the source could be used{first}."
+    first = f" ({skipped.count} skipped, the first: {skipped.first_reasons[0]})" if skipped.count else ""
+    return f"Nothing was packed into {out_dir}: no utterance of the corpus is usable{first}."
 
 
 class _ShardWriter:
-    """Shards under temporary names, each renamed and remembered when it is full."""
+    """Writes shards under temporary names; renames each and enters it in the journal when it is full."""
 
     def __init__(self, journal: PackingJournal, folder: Path, name: str, shard_bytes: int) -> None:
         self._journal = journal
@@ -170,11 +176,11 @@ class _ShardWriter:
 
     @property
     def has_utterances(self) -> bool:
-        """Whether the set has any."""
+        """Whether the set has any utterances."""
         return bool(self._records or self._journal.shards)
 
     def add(self, packed: PackedUtterance) -> None:
-        """Append one sample, and finish the shard if it is full."""
+        """Append an utterance, and finish the shard if it is full."""
         if self._file is None:
             self._file = self._temporary().open("wb")
         span = UtteranceSpan(self._offset, len(packed.contents), packed.crc32)
@@ -184,7 +190,7 @@ class _ShardWriter:
             self.finish_shard()
 
     def finish_shard(self) -> None:
-        """Give the shard its final name when it is on disk; without samples nothing happens."""
+        """Flush the shard to disk and give it its final name; do nothing if it is empty."""
         if self._file is None:
             return
         self._write(tar_end(self._offset))
@@ -198,7 +204,7 @@ class _ShardWriter:
         self._file, self._digest, self._offset, self._records = None, hashlib.sha256(), 0, []
 
     def close(self) -> None:
-        """Drop a shard that is not finished."""
+        """Remove an unfinished shard."""
         if self._file is not None:
             self._file.close()
             self._temporary().unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The file that names what is not in a set though it was in its source."""
+"""`skipped.jsonl`, the file that lists what was in a corpus but is not in its shard set."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ _NUM_NAMED = 10
 
 @dataclass(frozen=True)
 class Skipped:
-    """Counts by cause, and the reasons of the first ones."""
+    """Number of skipped utterances by cause, and the reasons of the first ones."""
 
     causes: Mapping[str, int] = field(default_factory=dict)
     first_reasons: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
-        """Of all causes together."""
+        """Number over all causes."""
         return sum(self.causes.values())
 
 
 def write_refusal(file: BinaryIO, refusal: Refusal) -> None:
-    """Append one line."""
+    """Append one refusal as a line."""
     row = {"place": refusal.place, "key": refusal.key, "cause": refusal.cause, "reason": refusal.message}
-    # A name of a file may be no Unicode; JSON has escapes for such bytes.
+    # File names need not be Unicode: JSON escapes such bytes.
     file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_skipped(path: Path) -> Skipped:
-    """What the file names; nothing if there is none."""
+    """What the file lists; nothing if it does not exist."""
     causes: Counter[str] = Counter()
     reasons: list[str] = []
     if path.exists():

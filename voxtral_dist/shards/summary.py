@@ -1,4 +1,4 @@
-"""What a shard set holds, in numbers and text histograms, from its index alone and a part of it at a time."""
+"""Counts and text histograms of a shard set, from its index alone, read in chunks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LanguageShare:
-    """The part of a set in one language."""
+    """The utterances of a set in one language."""
 
     num_utterances: int
     duration_seconds: float
@@ -31,8 +31,8 @@ class LanguageShare:
 class SetSummary:
     """The contents of a shard set.
 
-    longest_id, shortest_id: their sample numbers. duration_counts, rate_counts: samples between neighbouring
-    `DURATION_EDGES_SECONDS` and `RATE_EDGES`; the rate is that of characters a second.
+    duration_counts, rate_counts: utterances between neighbouring edges of `DURATION_EDGES_SECONDS` and of `RATE_EDGES`,
+    in characters per second. longest, shortest: number and seconds of an utterance.
     """
 
     num_shards: int
@@ -48,7 +48,7 @@ class SetSummary:
     skipped: Skipped
 
     def lines(self) -> Iterator[str]:
-        """For a reader."""
+        """The summary as lines of text."""
         shares = ", ".join(f"{name} {of.num_utterances} ({hours(of.duration_seconds)})" for name, of in self.by_size())
         total = f"{self.num_utterances} utterances, {hours(self.duration_seconds)}"
         yield f"{total}, {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB, {self.num_text_tokens} text tokens"
@@ -58,12 +58,12 @@ class SetSummary:
         yield from skipped_lines(self.skipped)
 
     def by_size(self) -> list[tuple[str, LanguageShare]]:
-        """The languages, those with the most audio first."""
+        """The languages, sorted by descending duration."""
         return sorted(self.languages.items(), key=lambda entry: (-entry[1].duration_seconds, entry[0]))
 
 
 def summarize(index: ShardIndex, skipped: Skipped | None = None) -> SetSummary:
-    """The summary of a whole index, in memory that does not grow with it."""
+    """Summarize an index, in memory that does not grow with it."""
     total = _Total(len(index.languages))
     for chunk in index.chunks():
         total.add(chunk)
@@ -88,7 +88,7 @@ def summarize(index: ShardIndex, skipped: Skipped | None = None) -> SetSummary:
 
 
 def histogram_lines(edges: Sequence[float], counts: Counts) -> Iterator[str]:
-    """A bar for each range between neighbouring edges, without the empty ones at both ends."""
+    """A bar for each range between neighbouring edges, without empty ranges at both ends."""
     filled = np.flatnonzero(counts)
     for number in range(filled[0], filled[-1] + 1) if len(filled) else ():
         low, high = edges[number], edges[number + 1]
@@ -98,7 +98,7 @@ def histogram_lines(edges: Sequence[float], counts: Counts) -> Iterator[str]:
 
 
 def skipped_lines(skipped: Skipped) -> Iterator[str]:
-    """Counts by cause and the first reasons; nothing if nothing was left out."""
+    """Counts by cause and the first reasons; nothing if nothing was skipped."""
     if not skipped.count:
         return
     causes = ", ".join(f"{count} {cause}" for cause, count in sorted(skipped.causes.items(), key=_largest_first))
@@ -109,12 +109,12 @@ def skipped_lines(skipped: Skipped) -> Iterator[str]:
 
 
 def hours(seconds: float) -> str:
-    """A duration for a reader."""
+    """A duration as text in hours."""
     return f"{seconds / 3600:.2f} h"
 
 
 class _Total:
-    """Sums over chunks of an index; the last of the languages is the unknown one."""
+    """Sums over chunks of an index. The last language counts utterances of unknown language."""
 
     def __init__(self, num_languages: int) -> None:
         self.count_by_language = np.zeros(num_languages + 1, dtype=np.int64)
@@ -126,7 +126,7 @@ class _Total:
         self.shortest = (0, float("inf"))
 
     def add(self, chunk: RecordChunk) -> None:
-        """Count these records."""
+        """Add the records of a chunk."""
         seconds = chunk.records["duration_ms"] / 1000.0
         languages = np.where(
             chunk.languages == UNKNOWN_LANGUAGE, len(self.count_by_language) - 1, chunk.languages

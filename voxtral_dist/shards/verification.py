@@ -1,4 +1,4 @@
-"""Everything in a shard set read and decoded once, and compared with its index."""
+"""A check of a shard set: every utterance is read, decoded and compared with the index."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from voxtral_dist.shards.tars.scan import parse_span
 from voxtral_dist.shards.workers import ordered_map
 
 _RUN_LENGTH = 64
-# Whoever packed the set chose how much text an audio may have.
+# The limit was chosen when the set was packed.
 _MAX_CHARS_PER_SECOND = math.inf
 
 
 @dataclass(frozen=True)
 class BrokenUtterance:
-    """A sample that is not what its index says. key: `#NUMBER` where its bytes do not tell it."""
+    """An utterance that is damaged or differs from its index. key: `#NUMBER` if its key cannot be read."""
 
     shard: str
     key: str
@@ -38,24 +38,24 @@ class BrokenUtterance:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """Neighbouring samples after their check, up to `last_id`."""
+    """The result of checking some neighbouring utterances, up to `last_id`."""
 
     last_id: int
     broken: tuple[BrokenUtterance, ...]
 
 
 def verify(folder: str, num_workers: int) -> Iterator[CheckedRun]:
-    """All samples of a set in its order, checked by some processes.
+    """Check all utterances of a set in parallel; results are in its order.
 
     Raises:
-        UserError: the folder holds no set that could be read.
+        UserError: the folder holds no readable set.
     """
     starts = range(0, len(read_index([folder])), _RUN_LENGTH)
     return ordered_map(partial(check_run, folder=folder), starts, num_workers, batch_size=1)
 
 
 def check_run(first_id: int, folder: str) -> CheckedRun:
-    """The check of some neighbouring samples, from `first_id` on."""
+    """Check some neighbouring utterances, from `first_id` on."""
     index, storage = _opened(folder)
     ids = range(first_id, min(first_id + _RUN_LENGTH, len(index)))
     storage.prefetch(index.span(utterance_id) for utterance_id in ids)
@@ -103,4 +103,4 @@ def _compare(utterance_id: int, index: ShardIndex, found: np.void, language: str
         if found[name] != expected[name]:
             raise UnusableError(Cause.WRONG_INDEX, f"has {name} {found[name]}, but its index says {expected[name]}")
     if found["crc32"] != expected["crc32"]:
-        raise UnusableError(Cause.WRONG_INDEX, "has other bytes than when it was indexed: the checksum differs")
+        raise UnusableError(Cause.WRONG_INDEX, "has other bytes than when it was indexed: its CRC-32 differs")

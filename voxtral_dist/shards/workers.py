@@ -1,4 +1,4 @@
-"""A function on many inputs in several processes: results in the order of the inputs, few of them in memory."""
+"""A parallel `map` over processes that keeps the order of its inputs and holds few results in memory."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from voxtral_dist.errors import UserError
 Input = TypeVar("Input")
 Result = TypeVar("Result")
 
-# Handing over a batch costs about as much as decoding one second of audio.
+# Sending a batch to a worker costs about as much as decoding one second of audio.
 BATCH_SIZE = 8
 _BATCHES_IN_FLIGHT_PER_WORKER = 3
-# Imported once by the server that workers are forked from, because the imports cost more than a second.
+# Imported once, by the server that forks the workers: these imports take more than a second.
 _PRELOADED = [
     "voxtral_dist.shards.packed_utterance",
     "voxtral_dist.shards.indexing",
@@ -37,12 +37,12 @@ def ordered_map(
     num_workers: int,
     batch_size: int = BATCH_SIZE,
 ) -> Generator[Result, None, None]:
-    """`map(function, inputs)`, computed by this many processes; by this one alone if it is one, or for a single batch.
+    """`map(function, inputs)` in `num_workers` processes; in this process if that is 1 or there is a single batch.
 
-    The workers end when the iteration ends or is closed, by Ctrl-C too, and when this process dies.
+    The workers end when the iteration ends or is closed, on Ctrl-C, and when this process dies.
 
     Raises:
-        UserError: a worker was killed, which mostly means that memory ran out.
+        UserError: a worker was killed, usually because memory ran out.
     """
     batches = _batches(inputs, batch_size)
     first = list(islice(batches, 2))
@@ -54,7 +54,7 @@ def ordered_map(
         yield from _results(executor, function, chain(first, batches), num_workers)
     except BrokenProcessPool as error:
         raise UserError(
-            "A worker process was killed, perhaps because memory ran out: run the same command with fewer --workers."
+            "A worker process was killed, probably because memory ran out: rerun the same command with fewer --workers."
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -86,10 +86,10 @@ def _apply(function: Callable[[Input], Result], batch: Sequence[Input]) -> list[
 
 
 def _fork_server() -> multiprocessing.context.ForkServerContext:
-    """Workers forked from a process without threads: forking this one, with threads of its libraries, may hang."""
+    """A fork server, which has no threads: a fork of this process, whose libraries have threads, may hang."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    # Ctrl-C reaches the whole group of processes. The server, and so its workers from their first moment, ignore it.
+    # Ctrl-C reaches the whole process group. Workers inherit from the server that they ignore it.
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
@@ -105,7 +105,7 @@ def _prepare_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker waits for its next batch forever, also when the process that would send it is gone."""
+    """End this worker with its parent: it would wait forever for a batch that nobody sends."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""Where the audio of an utterance is, and its bytes."""
+"""The place of an utterance's audio, and how it is read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from voxtral_dist.errors import first_line
 
 @dataclass(frozen=True)
 class AudioLocation:
-    """Where the audio of an utterance is: a file, bytes that are named like one, or a part of either.
+    """The audio of an utterance: a file, bytes with a file name, or a part of either.
 
-    duration_seconds: None says to the end. channel: None keeps all.
+    location: path, URL or name. contents: the bytes; None reads the file.
+    start_seconds, duration_seconds: the part; a duration of None means to the end.
+    channel: the only channel to keep, from 0; None keeps all.
     """
 
     location: str
@@ -32,29 +34,29 @@ class AudioLocation:
 
     @property
     def is_part(self) -> bool:
-        """Whether it has to be cut out."""
+        """Whether the audio is only a part of the file."""
         return self.start_seconds > 0 or self.duration_seconds is not None or self.channel is not None
 
     @property
     def suffix(self) -> str:
-        """Suffix of the tar member for this audio."""
+        """Suffix of the tar member with this audio."""
         if self.is_part:
             return "flac"
         suffix = Path(self.location).suffix.lstrip(".").lower()
-        # Readers know audio members by these; libsndfile looks at the contents anyway.
+        # Readers find audio members by these suffixes; libsndfile looks at the contents anyway.
         return suffix if suffix in AUDIO_SUFFIXES else "audio"
 
     def read(self) -> bytes:
-        """Encoded audio: the file as it is, or the part as FLAC at its own sampling rate.
+        """The encoded audio: the file unchanged, or the part as FLAC at the sampling rate of the file.
 
         Raises:
-            UnusableError: it cannot be read, or has no such part.
+            UnusableError: the file cannot be read, or has no such part.
         """
         return _cut(self) if self.is_part else _read(self)
 
 
 def encode_flac(samples: Any, rate: int, subtype: str) -> bytes:
-    """Samples as a FLAC file."""
+    """The FLAC file of samples, `(num_samples,)` or `(num_samples, num_channels)`."""
     encoded = io.BytesIO()
     soundfile.write(encoded, samples, rate, format="FLAC", subtype=subtype)
     return encoded.getvalue()
@@ -70,7 +72,7 @@ def _read(audio: AudioLocation) -> bytes:
 
 
 def _cut(audio: AudioLocation) -> bytes:
-    """The part of a recording, as FLAC at its own rate: only the part is read."""
+    """A part of a file as FLAC; the rest of the file is not decoded."""
     try:
         opened = (
             io.BytesIO(audio.contents)
@@ -105,11 +107,11 @@ def _cut_open(file: soundfile.SoundFile, audio: AudioLocation) -> bytes:
 
 @cache
 def _storage() -> Storage:
-    """One for all clips of a process, so that connections are used again."""
+    """The storage of this process, whose connections are reused."""
     return Storage()
 
 
 def _unreadable(error: OSError | ValueError) -> UnusableError:
-    # A ValueError says that no file can have such a name.
+    # A ValueError means that no file can have such a name.
     why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     return UnusableError(Cause.UNREADABLE, f"cannot be read: {why}")

@@ -1,4 +1,4 @@
-"""A corpus to pack: where its utterances come from, as one stream."""
+"""A corpus of any format as one stream of utterances."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _TABLE_SUFFIXES: dict[str, CorpusFormat] = {".csv": "csv", ".tsv": "tsv"}
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """What the user says of a source, and what has to be guessed where he doesn't.
+    """How a corpus is read.
 
-    corpus_format: None guesses. language: of utterances that name none. layout: where a tar holds what. instruction:
-    that texts answer, or the name of the column that holds it; None says that texts are transcripts.
+    corpus_format: None guesses it from the name. language: for utterances without one. names: of columns in tables.
+    layout: of tars. split, config: of a Hugging Face dataset. instruction: None if texts are transcripts.
     """
 
     corpus_format: CorpusFormat | None = None
@@ -47,18 +47,18 @@ class CorpusOptions:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the texts of a corpus answer: one instruction for all of them, or a column of instructions."""
+    """What the texts of a corpus answer: one instruction for all texts, or a column of instructions."""
 
     text: str | None = None
     column: str | None = None
 
-    def put_to(self, line: Utterance) -> Line:
-        """The utterance with its instruction; refused where it has none."""
+    def added_to(self, line: Utterance) -> Line:
+        """The utterance with its instruction; refused if it has none."""
         if self.column is None:
             return replace(line, instruction=self.text)
         found = line.extra.get(self.column)
         if not isinstance(found, str) or not found.strip():
-            message = f"the sample has no instruction: its field {self.column} is absent or empty"
+            message = f"the utterance has no instruction: its field {self.column} is missing or empty"
             return Refusal(line.place, line.key, Cause.NO_INSTRUCTION, message)
         others = {name: value for name, value in line.extra.items() if name != self.column}
         return replace(line, instruction=found, extra=others)
@@ -66,9 +66,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus that can be read from its start, any number of times.
+    """A corpus that can be read from its start any number of times.
 
-    identity: JSON values that are the same for the same corpus. num_lines: how many utterances at most, where known.
+    identity: JSON values that are equal for equal corpora. num_lines: upper limit of utterances; None if unknown.
+    instruction: what the texts answer; None if they are transcripts.
     """
 
     identity: dict[str, Any]
@@ -78,21 +79,21 @@ class Corpus:
     instruction: Instruction | None = None
 
     def lines(self) -> Iterator[Line]:
-        """Its utterances in its own order, with keys that differ, and those that are none."""
+        """The utterances in the order of the corpus with unique keys, and refusals of unusable ones."""
         for line in with_unique_keys(self._read()):
             yield self._completed(line) if isinstance(line, Utterance) else line
 
     def _completed(self, line: Utterance) -> Line:
-        """With what the user says of all utterances."""
+        """The utterance with the language and instruction of the whole corpus."""
         with_language = line if line.language is not None else replace(line, language=self._language)
-        return with_language if self.instruction is None else self.instruction.put_to(with_language)
+        return with_language if self.instruction is None else self.instruction.added_to(with_language)
 
 
 def open_corpus(source: str, options: CorpusOptions) -> Corpus:
-    """The corpus at a path, a location or a name.
+    """Open the corpus at a path, URL, pattern or name.
 
     Raises:
-        UserError: there is none, or it is not of the format.
+        UserError: it does not exist, or is not of its format.
     """
     corpus_format = options.corpus_format or _guess_format(source)
     match corpus_format:
@@ -137,10 +138,10 @@ def _guess_folder(folder: Path) -> CorpusFormat:
 
 
 def default_language(language: str | None) -> str | None:
-    """The ISO 639-1 code that `--language` gives.
+    """The ISO 639-1 code of `--language`.
 
     Raises:
-        UserError: there is no such language.
+        UserError: the language is unknown.
     """
     try:
         return checked_language(language)
@@ -151,7 +152,9 @@ def default_language(language: str | None) -> str | None:
 def _manifest(source: str, corpus_format: CorpusFormat, options: CorpusOptions) -> Corpus:
     path = Path(source)
     if is_remote(source):
-        raise UserError(f"The manifest {source} must be a local file: copy it; the audio that it names may be remote.")
+        raise UserError(
+            f"The manifest {source} must be a local file: download it. The audio that it names may be remote."
+        )
     if not path.is_file():
         raise UserError(
             f"The manifest {path} does not exist: give a file of JSON lines with audio_filepath and text, a table, a "
@@ -199,17 +202,17 @@ def _webdataset(pattern: str, options: CorpusOptions) -> Corpus:
 
 
 def _refuse_to_lose_instructions(locations: Iterable[str]) -> None:
-    """Our own indices say whether the texts beside them are answers; as transcripts they would be wrong."""
+    """Refuse answers as transcripts: the index beside tars says which of both their texts are."""
     for folder in sorted({Path(location).parent for location in locations if not is_remote(location)}):
         if _says_answers(folder / SHARD_TABLE_FILE):
             raise UserError(
-                f"The texts in {folder} are answers to instructions, and not transcripts: pass --instruction-field "
+                f"The texts in {folder} are answers to instructions, not transcripts: pass --instruction-field "
                 "instruction, or --instruction TEXT."
             )
 
 
 def _says_answers(table: Path) -> bool:
-    """Whether a shard table says that its texts are answers; one that is missing or damaged says nothing."""
+    """Whether the texts of a shard set are answers; False if its table is missing or damaged."""
     try:
         return json.loads(table.read_text(encoding="utf-8"))["layout"]["instruction"] is not None
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The fields of a row, by name and with checks."""
+"""The fields of a row: their names and their checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from voxtral_dist.text.languages import language_code
 
 @dataclass(frozen=True)
 class FieldNames:
-    """Columns by what they mean; of several the first that is filled counts. NeMo's, Common Voice's and others."""
+    """Columns that may hold audio, text and language; the first one with a value counts.
+
+    The defaults are the names of NeMo, Common Voice and others.
+    """
 
     audio: tuple[str, ...] = ("audio_filepath", "audio", "path", "file")
     text: tuple[str, ...] = ("text", "sentence", "transcript", "transcription")
@@ -20,7 +23,7 @@ class FieldNames:
 
     @classmethod
     def chosen(cls, audio: str | None, text: str | None, language: str | None) -> FieldNames:
-        """The names that the user gives, and the usual ones where he gives none."""
+        """The given names; the defaults for those that are None."""
         usual = cls()
         return cls(
             (audio,) if audio else usual.audio,
@@ -29,21 +32,21 @@ class FieldNames:
         )
 
     def extra(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns that mean none of these."""
+        """All other columns of a row."""
         known = {*self.audio, *self.text, *self.language}
         return {name: value for name, value in row.items() if name not in known}
 
 
 def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The first of these fields that holds something; None if none does."""
+    """The first of these fields that is not empty; None if all are."""
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
 
 def checked_text(value: Any, names: Iterable[str]) -> str:
-    """The transcript.
+    """A text.
 
     Raises:
-        UnusableError: it is no text, or blank.
+        UnusableError: the value is no text, blank, or not Unicode.
     """
     if not isinstance(value, str) or not value.strip():
         raise UnusableError(Cause.EMPTY_TEXT, f"has no text: it needs one of the fields {', '.join(names)}")
@@ -55,10 +58,10 @@ def checked_text(value: Any, names: Iterable[str]) -> str:
 
 
 def checked_language(value: Any) -> str | None:
-    """The ISO 639-1 code of a language or locale.
+    """The ISO 639-1 code of a language or locale; None for None.
 
     Raises:
-        UnusableError: there is no such language.
+        UnusableError: the language is unknown.
     """
     try:
         return language_code(value)
@@ -67,10 +70,10 @@ def checked_language(value: Any) -> str | None:
 
 
 def checked_seconds(row: Mapping[str, Any], name: str) -> float | None:
-    """A field that holds seconds, None where it is absent.
+    """A field with seconds; None if it is empty.
 
     Raises:
-        UnusableError: it is no number from 0.
+        UnusableError: the value is not a number from 0.
     """
     value = row.get(name)
     if value in (None, ""):

@@ -1,4 +1,4 @@
-"""A folder of audio files, with the text of each in a file beside it."""
+"""Folders of audio files, each with its text in a file beside it, as utterances."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 from voxtral_dist.shards.corpus.utterances import Line, Refusal, Utterance, key_of
 
-# Files of a folder that are surely audio; some of them libsndfile cannot decode, and then they are named as such.
+# Also audio that libsndfile cannot decode: such files are refused instead of ignored.
 _AUDIO_FILE_SUFFIXES = {f".{name}" for name in AUDIO_SUFFIXES} | {
     ".m4a",
     ".aac",
@@ -23,10 +23,10 @@ _AUDIO_FILE_SUFFIXES = {f".{name}" for name in AUDIO_SUFFIXES} | {
 
 
 def audio_files(folder: Path) -> list[Path]:
-    """The audio files below a folder, sorted as text, so that their order is the same on every file system.
+    """The audio files below a folder, sorted as text, in the same order on every file system.
 
     Raises:
-        UserError: there is no such folder, or it holds no audio.
+        UserError: the folder does not exist, or holds no audio.
     """
     if not folder.is_dir():
         raise UserError(f"The folder {folder} does not exist: give a folder with audio files and their texts.")
@@ -38,7 +38,7 @@ def audio_files(folder: Path) -> list[Path]:
 
 
 def read_audio_file(path: Path, folder: Path) -> Line:
-    """The utterance of an audio file and the text beside it; refused where there is no text."""
+    """The utterance of an audio file and of the text beside it; refused if there is no text."""
     key, beside = key_of(path.relative_to(folder).as_posix()), path.with_suffix(".txt")
     try:
         text = beside.read_text(encoding="utf-8-sig").strip()

@@ -1,4 +1,4 @@
-"""The formats of corpora, in a module without imports: the command line needs their names at its start."""
+"""The formats of corpora. The command line imports this module at its start, so it imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of Hugging Face datasets as utterances: from the hub as a stream, or from a folder; audio stays encoded."""
+"""Hugging Face datasets as utterances: streamed from the hub, or from a folder. Audio stays encoded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from voxtral_dist.shards.corpus.fields import FieldNames, checked_language, chec
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance, key_of
 
 HUB_PREFIX = "hf:"
-# Values that json holds, and lists of them; others, such as arrays and dates, are not stored.
+# Types of values that are stored, alone or in lists; others, such as arrays and dates, are not.
 _STORABLE = (str, int, float, bool)
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset that is opened, the column of its audio, and how many rows it has, where that is known."""
+    """An open dataset.
+
+    audio: the column with the audio. place: name of the dataset, for messages. labels: names of class labels by column.
+    num_rows: None if unknown. fingerprint: of the contents; empty for datasets of the hub.
+    """
 
     rows: Iterable[Mapping[str, Any]]
     audio: str
@@ -34,7 +38,7 @@ class HubDataset:
         """The rows in their order.
 
         Raises:
-            UserError: the dataset breaks off.
+            UserError: reading a row fails.
         """
         number = 0
         rows = iter(self.rows)
@@ -45,22 +49,22 @@ class HubDataset:
             except StopIteration:
                 return
             except Exception as error:
-                # Whatever the reader of its file format raises.
+                # Readers of file formats raise errors of any type.
                 what = f"{type(error).__name__}: {first_line(error)}"
-                raise UserError(f"The dataset {self.place} breaks off at row {number} ({what}).") from error
+                raise UserError(f"The dataset {self.place} cannot be read at row {number} ({what}).") from error
             yield _line(row, self, f"{self.place}:{number}", number)
 
 
 def open_dataset(source: str, split: str | None, config: str | None, names: FieldNames) -> HubDataset:
-    """A dataset of the hub (`hf:NAME`), of `save_to_disk`, or a folder that `load_dataset` reads.
+    """Open a dataset of the hub (`hf:NAME`), of `save_to_disk`, or a folder that `load_dataset` reads.
 
     Raises:
-        UserError: there is no such dataset, split or column.
+        UserError: the dataset, split or column does not exist.
     """
     try:
         opened = _open(source, config)
     except Exception as error:
-        # Whatever a dataset's builder raises; it has no error class of its own for "this is not a dataset".
+        # Builders of datasets raise errors of any type.
         raise UserError(
             f"The dataset {source} cannot be opened ({type(error).__name__}: {first_line(error)})."
         ) from error
@@ -92,14 +96,14 @@ def _open(source: str, config: str | None) -> Any:
         return datasets.load_dataset(source.removeprefix(HUB_PREFIX), config, streaming=True)
     if is_saved_dataset(Path(source)):
         return datasets.load_from_disk(source)
-    # Streamed, so that nothing is copied into a cache first.
+    # Streaming copies nothing into a cache.
     return datasets.load_dataset(source, config, streaming=True)
 
 
 def _chosen_split(opened: Any, split: str | None, source: str) -> Any:
     if not isinstance(opened, dict):
         if split is not None:
-            raise UserError(f"The dataset {source} has no splits: leave out --split.")
+            raise UserError(f"The dataset {source} has no splits: omit --split.")
         return opened
     if split is None and len(opened) == 1:
         return next(iter(opened.values()))
@@ -142,7 +146,7 @@ def _line(row: Mapping[str, Any], dataset: HubDataset, place: str, number: int) 
             raise UnusableError(Cause.NO_AUDIO, "names no audio")
         return _utterance(row, dataset, name, place)
     except UnusableError as error:
-        return Refusal(place, key_of(name), error.cause, f"the sample {name} {error}")
+        return Refusal(place, key_of(name), error.cause, f"the utterance {name} {error}")
 
 
 def _is_storable(value: Any) -> bool:
@@ -156,7 +160,7 @@ def _utterance(row: Mapping[str, Any], dataset: HubDataset, name: str, place: st
     extra = {key: value for key, value in dataset.names.extra(row).items() if _is_storable(value)}
     extra.pop(dataset.audio, None)
     return Utterance(
-        # Paths in a dataset are those of the machine that made it.
+        # Folders are those of the machine that made the dataset.
         key=key_of(Path(name).name),
         audio=AudioLocation(name, contents),
         text=checked_text(first_of(row, dataset.names.text), dataset.names.text),
@@ -168,7 +172,7 @@ def _utterance(row: Mapping[str, Any], dataset: HubDataset, name: str, place: st
 
 
 def _label(row: Mapping[str, Any], dataset: HubDataset) -> Any:
-    """The language. A column of class labels holds numbers: the dataset's table says what they name."""
+    """The language of a row; class labels are numbers, so their names are looked up."""
     name = next((name for name in dataset.names.language if row.get(name) not in (None, "")), None)
     if name is None:
         return None

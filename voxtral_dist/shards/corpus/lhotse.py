@@ -29,11 +29,11 @@ def read_cut(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
         return _cut_utterance(row, base, place)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
-        raise UnusableError(Cause.MALFORMED, f"is not laid out as a cut of Lhotse ({what})") from error
+        raise UnusableError(Cause.MALFORMED, f"is not a valid cut of Lhotse ({what})") from error
 
 
 def _cut_utterance(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
-    """The utterance of a Lhotse MonoCut: the part of its recording, and the texts of its supervisions in order."""
+    """The utterance of a MonoCut: a part of its recording, and the texts of its supervisions, sorted by start."""
     said = [part for part in row.get("supervisions") or [] if isinstance(part, dict)]
     said.sort(key=lambda part: float(part.get("start") or 0.0))
     text = " ".join(part["text"].strip() for part in said if isinstance(part.get("text"), str))
@@ -52,7 +52,7 @@ def _cut_utterance(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
 
 
 def _cut_extra(row: Mapping[str, Any], supervision: Mapping[str, Any]) -> dict[str, Any]:
-    """What users attach to a cut and to its first supervision, and the speaker."""
+    """The custom fields of a cut and of its first supervision, and the speaker."""
     attached = [part["custom"] for part in (row, supervision) if isinstance(part.get("custom"), dict)]
     speaker = {"speaker": supervision["speaker"]} if supervision.get("speaker") else {}
     return {name: value for fields in [*attached, speaker] for name, value in fields.items()}

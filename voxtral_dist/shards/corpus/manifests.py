@@ -1,4 +1,4 @@
-"""Lists of utterances in text files: JSON lines of NeMo, cuts of Lhotse, tables of Common Voice."""
+"""Manifests as utterances: JSON lines of NeMo and Lhotse, tables of Common Voice."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LARGEST_CELL_BYTES = 2**27
 
 
 def read_json_lines(path: Path, names: FieldNames) -> Iterator[Utterance | Refusal]:
-    """The lines of a JSONL manifest or cut manifest, in its order; audio paths are relative to the manifest.
+    """The lines of a manifest of JSON lines or cuts; audio paths are relative to the manifest.
 
     Raises:
-        UserError: the file is no UTF-8 text.
+        UserError: the file is not UTF-8 text.
     """
     with _open_text(path) as lines:
         for number, line in enumerate(_decoded(lines, path), start=1):
@@ -33,13 +33,13 @@ def read_json_lines(path: Path, names: FieldNames) -> Iterator[Utterance | Refus
 
 
 def read_table(path: Path, names: FieldNames, delimiter: str) -> Iterator[Utterance | Refusal]:
-    """The rows of a table with a header, in its order; audio lies in `clips/` beside it, or relative to it.
+    """The rows of a table with a header; audio paths are relative to `clips/` beside it if that exists, else to it.
 
     Raises:
-        UserError: the file is no UTF-8 text, or has no column for audio or text.
+        UserError: the file is not UTF-8 text, or has no column for audio or text.
     """
     csv.field_size_limit(_LARGEST_CELL_BYTES)
-    # Common Voice writes quotes as they are; a table with commas has to quote.
+    # Common Voice does not quote cells of its TSV files; CSV files do.
     with _open_text(path) as lines:
         rows = csv.DictReader(
             _decoded(lines, path),
@@ -53,10 +53,10 @@ def read_table(path: Path, names: FieldNames, delimiter: str) -> Iterator[Uttera
 
 
 def row_utterance(row: Mapping[str, Any], names: FieldNames, base: Path, place: str) -> Utterance:
-    """The utterance of a row with a path to its audio.
+    """The utterance of a row with a path to its audio, relative to `base`.
 
     Raises:
-        UnusableError: the row names no audio, no text, or no language that there is.
+        UnusableError: the row has no audio, no text, or an unknown language.
     """
     audio = _audio_name(row, names)
     return Utterance(
@@ -87,7 +87,9 @@ def _parse_line(line: str, names: FieldNames, base: Path, place: str) -> Utteran
 
 
 def _refused(place: str, key: str, error: UnusableError) -> Refusal:
-    return Refusal(place, key_of(key) if key else "", error.cause, f"the sample {key} {error}" if key else str(error))
+    return Refusal(
+        place, key_of(key) if key else "", error.cause, f"the utterance {key} {error}" if key else str(error)
+    )
 
 
 def _table_rows(rows: csv.DictReader[str], names: FieldNames, base: Path, path: Path) -> Iterator[Utterance | Refusal]:
@@ -119,7 +121,7 @@ def _check_header(header: Any, names: FieldNames, path: Path) -> None:
         if not set(wanted) & set(header):
             raise UserError(
                 f"The table {path} has no column for the {what}, only {', '.join(header) or 'nothing'}: it needs one "
-                f"of {', '.join(wanted)}, or the name of the column in --{what}-field."
+                f"of {', '.join(wanted)}, or name the column by --{what}-field."
             )
 
 
@@ -127,7 +129,7 @@ def _audio_name(row: Mapping[str, Any], names: FieldNames) -> str:
     audio = first_of(row, names.audio)
     if not isinstance(audio, str):
         needed = f"it needs one of the fields {', '.join(names.audio)}"
-        raise UnusableError(Cause.NO_AUDIO, f"the sample names no audio: {needed}")
+        raise UnusableError(Cause.NO_AUDIO, f"the row names no audio: {needed}")
     return audio
 
 
@@ -145,7 +147,7 @@ def _segment_key(audio: str, row: Mapping[str, Any]) -> str:
 
 
 def _open_text(path: Path) -> TextIO:
-    # A byte-order mark is no part of the first field.
+    # The encoding drops a byte-order mark.
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")

@@ -1,4 +1,4 @@
-"""Utterances of tars, wherever their members hold audio, text and language."""
+"""Tars of any layout as utterances."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CAUSE_OF_PART = {
 
 
 def tar_lines(locations: Iterable[str], layout: UtteranceLayout, storage: Storage) -> Iterator[Line]:
-    """Utterances and refusals of tars, in the order of their members.
+    """The utterances of tars, and refusals of unusable ones, in the order of the tars.
 
     Raises:
         UserError: a tar cannot be read.
@@ -38,41 +38,41 @@ def tar_lines(locations: Iterable[str], layout: UtteranceLayout, storage: Storag
 
 
 def _tar_line(found: MemberGroup | TarDamage, location: str, layout: UtteranceLayout) -> Line:
-    """The line of a part of a tar."""
+    """The utterance of a member group; a refusal if it is unusable or damaged."""
     if isinstance(found, TarDamage):
         return Refusal(location, "", Cause.DAMAGED_TAR, str(found))
     place = f"{location}:{found.offset}"
     try:
         return tar_utterance(found, place, layout)
     except UnusableError as error:
-        return Refusal(place, found.key, error.cause, f"the sample {found.key} {error}")
+        return Refusal(place, found.key, error.cause, f"the utterance {found.key} {error}")
 
 
-def tar_utterance(found: MemberGroup, place: str, layout: UtteranceLayout) -> Utterance:
-    """The utterance of a sample in a tar.
+def tar_utterance(group: MemberGroup, place: str, layout: UtteranceLayout) -> Utterance:
+    """The utterance of a member group.
 
     Raises:
-        UnusableError: a member is missing, or not what it should be.
+        UnusableError: a member is missing or invalid.
     """
     try:
-        sample = utterance_of(found.key, found.members, layout)
+        stored = utterance_of(group.key, group.members, layout)
     except MemberError as error:
         raise UnusableError(_CAUSE_OF_PART[error.part], str(error)) from error
     except ValueError as error:
         raise UnusableError(Cause.NOT_JSON, f"has a member that cannot be read ({error})") from error
     return Utterance(
-        key=key_of(f"{sample.key}.tar"),
-        audio=AudioLocation(f"{sample.key}.{sample.audio_suffix.rpartition('.')[2]}", sample.audio),
-        text=sample.text,
-        language=sample.language,
+        key=key_of(f"{stored.key}.tar"),
+        audio=AudioLocation(f"{stored.key}.{stored.audio_suffix.rpartition('.')[2]}", stored.audio),
+        text=stored.text,
+        language=stored.language,
         place=place,
-        instruction=sample.instruction,
-        extra=_other_fields(sample, layout),
+        instruction=stored.instruction,
+        extra=_other_fields(stored, layout),
     )
 
 
-def _other_fields(sample: StoredUtterance, layout: UtteranceLayout) -> dict[str, Any]:
-    """What the json of a sample says besides what the layout names."""
+def _other_fields(stored: StoredUtterance, layout: UtteranceLayout) -> dict[str, Any]:
+    """The fields of the json member that the layout does not name."""
     places = (layout.text, layout.language, layout.instruction)
     known = {place.key for place in places if isinstance(place, Field) and place.member == "json"}
-    return {name: value for name, value in sample.fields.items() if name not in known}
+    return {name: value for name, value in stored.fields.items() if name not in known}

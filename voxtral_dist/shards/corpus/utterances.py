@@ -1,4 +1,4 @@
-"""One utterance of a corpus, the refusal of one that cannot be used, and their keys."""
+"""An utterance of a corpus, the refusal of an unusable one, and unique keys."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause
 from voxtral_dist.data.stored.storage import is_remote
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """An utterance that is left out: where it stands, its key as far as it is known, and why."""
+    """An unusable utterance: its place in the corpus, its key if it is known, and what is wrong with it."""
 
     place: str
     key: str
@@ -24,7 +24,7 @@ class Refusal:
 
     @property
     def reason(self) -> str:
-        """One sentence with place and cause."""
+        """Place and message, for a reader."""
         return f"{self.place}: {self.message}"
 
 
@@ -32,8 +32,10 @@ class Refusal:
 class Utterance:
     """One usable line of a corpus.
 
-    instruction: what the text answers; None where it is a transcript. claimed_seconds: the duration that the corpus
-    states, if it does. extra: what else is stored in the sample's json.
+    language: an ISO 639-1 code; None if unknown. place: where the corpus has it, for messages.
+    instruction: what the text answers; None for a transcript.
+    claimed_seconds: the duration according to the corpus; None if it gives none.
+    extra: other fields, stored in the json member.
     """
 
     key: str
@@ -45,24 +47,20 @@ class Utterance:
     claimed_seconds: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def refusal(self, error: UnusableError) -> Refusal:
-        """The utterance as one that is left out."""
-        return Refusal(self.place, self.key, error.cause, str(error))
-
 
 Line = Utterance | Refusal
 
 
 def key_of(audio: str) -> str:
-    """A path as a key: WebDataset splits names at the first dot, and folders in keys only make tars longer."""
+    """The key for a path: slashes and dots, at which WebDataset splits names, become underscores."""
     path = audio.partition("://")[2] if is_remote(audio) else audio
     key = Path(path).with_suffix("").as_posix().strip("/").replace("/", "_").replace(".", "_") or "clip"
     return key.encode("utf-8", "replace").decode("utf-8")
 
 
 def with_unique_keys(lines: Iterable[Line]) -> Iterator[Line]:
-    """The lines; a repeated key gets a number. Keys name samples, and WebDataset joins neighbours of one key."""
-    # Digests, because the keys of 100 million utterances would not fit into memory.
+    """The lines, with a number added to repeated keys: WebDataset joins neighbours with the same key."""
+    # Digests: the keys of 100 million utterances would not fit into memory.
     used: set[int] = set()
     repeats: dict[str, int] = {}
     for line in lines:

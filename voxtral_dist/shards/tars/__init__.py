@@ -1,1 +1,1 @@
-"""Tars found, read past damage, and written."""
+"""Tars: found, opened, read past damage, and written."""

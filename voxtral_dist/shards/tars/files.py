@@ -1,4 +1,4 @@
-"""Tars as files: found by patterns, and opened as streams of bytes wherever they lie."""
+"""Tars found by patterns, and opened as streams of bytes: local, remote, compressed or from a pipe."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from voxtral_dist.data.stored.storage import Span, Storage, is_remote, join
 from voxtral_dist.errors import UserError, first_line
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz")
-# As webdataset writes what a shell command prints: `pipe:aws s3 cp s3://bucket/x.tar -`.
+# WebDataset's notation for the output of a shell command: `pipe:aws s3 cp s3://bucket/x.tar -`.
 PIPE_PREFIX = "pipe:"
 _REMOTE_BLOCK_BYTES = 4 * 2**20
-# The one that is read, and those that are under way meanwhile.
+# The block that is read, and those that are fetched meanwhile.
 _NUM_REMOTE_BLOCKS = 4
 
 
 def tar_locations(pattern: str, storage: Storage) -> list[str]:
-    """The tars in a folder, or that a glob or brace range stands for, in the order of their names.
+    """The tars in a folder, or of a glob or brace range, sorted by name.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or they cannot be listed.
     """
     if pattern.startswith(PIPE_PREFIX):
         return list(braceexpand(pattern))
@@ -38,15 +38,15 @@ def tar_locations(pattern: str, storage: Storage) -> list[str]:
 
 
 def is_tar_pattern(name: str) -> bool:
-    """Whether a name is that of tars."""
+    """Whether a name or pattern means tars."""
     return name.startswith(PIPE_PREFIX) or name.endswith((".tar", *COMPRESSED_SUFFIXES))
 
 
 def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
-    """A tar as a stream of bytes, and how many they are; None for compressed ones and pipes, which tell at their end.
+    """Open a tar as a stream of bytes, with their number; None for compressed tars and pipes, which do not know it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the tar cannot be read.
     """
     if location.startswith(PIPE_PREFIX):
         return _open_pipe(location), None
@@ -57,7 +57,7 @@ def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
     folder, _, name = location.rpartition("/")
     listed = storage.sizes(folder).get(name)
     if listed is None:
-        # A web server tells no lengths of files in a folder.
+        # Web servers do not list the sizes of files.
         copy = storage.local_copy(location)
         return _plain(copy.open("rb"), location, copy.stat().st_size)
     remote = io.BufferedReader(_RemoteFile(location, listed, storage))
@@ -65,7 +65,7 @@ def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
 
 
 def _open_pipe(location: str) -> BinaryIO:
-    # Imported here, because it takes seconds.
+    # This import takes seconds.
     from webdataset import gopen
 
     opened: BinaryIO = gopen(location)
@@ -79,7 +79,7 @@ def _plain(stream: BinaryIO, location: str, num_bytes: int) -> tuple[BinaryIO, i
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file elsewhere, read block after block, some of them ahead."""
+    """A remote file, read in blocks, some of them ahead."""
 
     def __init__(self, location: str, num_bytes: int, storage: Storage) -> None:
         self._location = location

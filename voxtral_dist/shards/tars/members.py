@@ -1,7 +1,7 @@
 """The members of a tar, read past damage.
 
-Python's tarfile ends at a garbled header without an error. The reader here says where a tar is damaged, and goes on at
-the next whole header.
+Python's tarfile ends at a garbled header without an error. This reader reports the damage, and continues at the next
+valid header.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES, split_name
 from voxtral_dist.shards.tars.writing import padding
 
 _ZEROS = bytes(TAR_BLOCK_BYTES)
-# Extended headers stand before the header that they extend.
+# Extended headers precede the header that they extend.
 _EXTENDING_TYPES = frozenset(
     {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 )
-# Where the length of a tar is not known, a member that claims more than this is taken for damage.
+# If the size of a tar is unknown, a member that claims more than this counts as damage.
 _LARGEST_MEMBER_BYTES = 2**32
-# As webdataset skips them: notes of a tool about the tar, not samples.
+# Metadata of tools, which WebDataset skips too.
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
 class TarDamage:
-    """Bytes of a tar that are no members: where they begin, how many are lost, and what is wrong."""
+    """Damage in a tar: the offset of the first byte, the number of lost bytes, and what is wrong."""
 
     location: str
     offset: int
@@ -46,7 +46,10 @@ class TarDamage:
 
 @dataclass(frozen=True)
 class Member:
-    """One member with its headers. name: None where it belongs to no utterance. raw: all its blocks."""
+    """One member of a tar.
+
+    name: None if it belongs to no utterance. raw: headers and contents, padded to whole blocks.
+    """
 
     name: str | None
     offset: int
@@ -55,11 +58,11 @@ class Member:
 
 
 class _DamagedError(Exception):
-    """Here no member begins."""
+    """No valid member begins here."""
 
 
 class TarReader:
-    """The bytes of a tar one after the other, counted and digested."""
+    """The stream of a tar, which counts and hashes the bytes that it reads."""
 
     def __init__(self, stream: BinaryIO, num_bytes: int | None) -> None:
         self.stream = stream
@@ -69,15 +72,15 @@ class TarReader:
 
     @property
     def left(self) -> int:
-        """Bytes that may follow."""
+        """Number of bytes that may follow."""
         return _LARGEST_MEMBER_BYTES if self._num_bytes is None else self._num_bytes - self.position
 
     def read(self, num_bytes: int) -> bytes:
-        """These bytes, or less at the end of the tar."""
+        """The next bytes; fewer at the end of the tar."""
         try:
             contents = self.stream.read(num_bytes)
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            # Cut off or garbled: what cannot be unpacked is not there.
+            # What cannot be decompressed counts as missing.
             contents = b""
         self.position += len(contents)
         self.digest.update(contents)
@@ -85,7 +88,7 @@ class TarReader:
 
 
 def read_members(reader: TarReader, location: str) -> Iterator[Member | TarDamage]:
-    """All members of a tar and the damage between them; the name is None where a member belongs to no sample."""
+    """All members of a tar, and the damage between them."""
     block = reader.read(TAR_BLOCK_BYTES)
     while True:
         start = reader.position - len(block)
@@ -94,7 +97,7 @@ def read_members(reader: TarReader, location: str) -> Iterator[Member | TarDamag
             if not block:
                 return
             offset = reader.position - len(block)
-            yield TarDamage(location, offset, 0, "it goes on behind the mark of its end, where most readers stop")
+            yield TarDamage(location, offset, 0, "it continues after its end mark, where most readers stop")
             continue
         try:
             member = _read_member(reader, block, start)
@@ -109,7 +112,7 @@ def read_members(reader: TarReader, location: str) -> Iterator[Member | TarDamag
 
 
 def _read_member(reader: TarReader, block: bytes, offset: int) -> Member:
-    """The member whose first block is this."""
+    """The member that begins with `block`."""
     raw, extended = b"", False
     while True:
         header = _header(block)
@@ -124,11 +127,11 @@ def _read_member(reader: TarReader, block: bytes, offset: int) -> Member:
 
 def _header(block: bytes) -> tarfile.TarInfo:
     if not block:
-        raise _DamagedError("it ends without the mark of its end, so it may be cut off")
+        raise _DamagedError("it has no end mark, so it may be truncated")
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
-        what = "its header is cut off" if len(block) < TAR_BLOCK_BYTES else f"its header is garbled ({error})"
+        what = "its header is truncated" if len(block) < TAR_BLOCK_BYTES else f"its header is garbled ({error})"
         raise _DamagedError(what) from error
 
 
@@ -144,7 +147,7 @@ def _read_contents(reader: TarReader, name: str, size: int) -> bytes:
 
 
 def _next_header(reader: TarReader) -> bytes:
-    """The next block that is surely a header; nothing at the end of the tar."""
+    """The next block that is a valid header; empty at the end of the tar."""
     while block := reader.read(TAR_BLOCK_BYTES):
         if block[257:262] == b"ustar" and _is_header(block):
             return block
@@ -160,7 +163,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _name(header: tarfile.TarInfo, raw: bytes, extended: bool) -> str | None:
-    """The full name of a member that belongs to a sample."""
+    """The full name of a member; None if it belongs to no utterance."""
     name = header.name
     if extended:
         with tarfile.open(fileobj=io.BytesIO(raw + 2 * _ZEROS), mode="r:") as tar:

@@ -1,4 +1,4 @@
-"""The utterances of a tar as groups of members, with the damage between them."""
+"""The members of a tar, grouped by utterance, with the damage between them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from voxtral_dist.shards.tars.writing import tar_end
 
 @dataclass(frozen=True)
 class MemberGroup:
-    """Neighbouring members of one key: their contents by suffix, and all bytes from the first header on."""
+    """The members of one utterance: neighbours with the same key.
+
+    contents: all their bytes from `offset` on, headers included. members: their contents by suffix.
+    """
 
     key: str
     offset: int
@@ -26,9 +29,9 @@ class MemberGroup:
 
 
 class TarScan:
-    """One pass over a tar: iterating gives its samples in their order, and the damage between them.
+    """A single read of a tar: iterates over its utterances and the damage between them.
 
-    num_bytes, sha256: of all that was read; of the whole tar when the iteration is over.
+    num_bytes, sha256: of the bytes read so far; of the whole tar after the iteration.
 
     Raises:
         OSError: the tar cannot be read.
@@ -45,28 +48,28 @@ class TarScan:
 
     @property
     def num_bytes(self) -> int:
-        """Read so far."""
+        """Number of bytes read so far."""
         return self._reader.position
 
     @property
     def sha256(self) -> str:
-        """Of these bytes."""
+        """Hex digest of the bytes read so far."""
         return self._reader.digest.hexdigest()
 
 
 def parse_span(contents: bytes) -> MemberGroup:
-    """The sample whose tar members these bytes are.
+    """The utterance in a run of tar members.
 
     Raises:
-        UnusableError: they are not whole members of one sample.
+        UnusableError: the bytes are not the complete members of one utterance.
     """
     ended = contents + tar_end(len(contents))
     found = list(_groups(TarReader(io.BytesIO(ended), len(ended)), ""))
     damage = next((part for part in found if isinstance(part, TarDamage)), None)
     if damage is not None:
-        raise UnusableError(Cause.DAMAGED_TAR, f"is damaged: at byte {damage.offset} of it {damage.message}")
+        raise UnusableError(Cause.DAMAGED_TAR, f"is damaged: at its byte {damage.offset} {damage.message}")
     if len(found) != 1 or not isinstance(found[0], MemberGroup) or len(found[0].contents) != len(contents):
-        raise UnusableError(Cause.DAMAGED_TAR, f"must be the members of one sample, but {len(found)} samples are there")
+        raise UnusableError(Cause.DAMAGED_TAR, f"must be one utterance, but its bytes hold {len(found)}")
     return found[0]
 
 
@@ -85,7 +88,7 @@ def _groups(reader: TarReader, location: str) -> Iterator[MemberGroup | TarDamag
 
 
 def _belongs(found: Member, group: list[Member]) -> bool:
-    """Whether a member goes on with the sample: the same key, next to it, and no second one of a suffix."""
+    """Whether a member continues a group: it is adjacent, and has the same key and a new suffix."""
     if found.name is None or found.offset != group[-1].offset + len(group[-1].raw):
         return False
     key, suffix = split_name(found.name)

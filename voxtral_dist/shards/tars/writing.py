@@ -1,4 +1,4 @@
-"""The tar members of an utterance as bytes, and the end of a tar."""
+"""The bytes of a tar: the members of an utterance, and the end mark."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 
 
 def utterance_bytes(key: str, members: Mapping[str, bytes]) -> bytes:
-    """The span of a sample: for each member a tar header and its contents, padded to whole blocks.
+    """The members of an utterance as bytes: for each a tar header and its contents, padded to whole blocks.
 
-    Equal samples make equal bytes: the headers carry no time, and no owner.
+    Equal utterances give equal bytes: headers have neither time nor owner.
     """
     return b"".join(_member_bytes(f"{key}.{suffix}", members[suffix]) for suffix in sorted(members))
 
 
 def tar_end(num_bytes: int) -> bytes:
-    """What ends a tar of this many bytes: two blocks of zeros, and more up to a whole record, as all writers do."""
+    """The end mark of a tar with `num_bytes`: two blocks of zeros, padded to a whole record as by all writers."""
     least = 2 * TAR_BLOCK_BYTES
     return bytes(least + -(num_bytes + least) % tarfile.RECORDSIZE)
 
@@ -26,11 +26,11 @@ def _member_bytes(name: str, contents: bytes) -> bytes:
     header = tarfile.TarInfo(name)
     header.size = len(contents)
     header.mode = 0o444
-    # A whole number: a fraction would take an extended header of 1,024 bytes for every member.
+    # An integer: a fraction takes an extended header of 1,024 bytes per member.
     header.mtime = 0
     return header.tobuf(tarfile.PAX_FORMAT) + contents + bytes(padding(len(contents)))
 
 
 def padding(num_bytes: int) -> int:
-    """Bytes from the end of contents to the end of their last block."""
+    """Number of bytes that pad contents to whole blocks."""
     return -num_bytes % TAR_BLOCK_BYTES
