@@ -18,6 +18,13 @@ def test_without_a_terminal_the_first_and_the_last_item_are_printed(capsys: pyte
     assert capsys.readouterr().out == "pack 1/5  1 skipped  left 1.5 min\npack 5/5  5 skipped  left 1.5 min\n"
 
 
+def test_without_its_ends_a_short_command_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay("pack", 5, prints_ends=False) as display:
+        for number in range(1, 6):
+            display.show(number)
+    assert capsys.readouterr().out == ""
+
+
 def test_between_them_a_line_is_printed_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

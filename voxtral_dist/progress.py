@@ -15,7 +15,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 class ProgressDisplay:
     """Shows how many items of a long command are done.
 
-    Without a terminal it prints the first item, one line every 15 seconds, and the last item.
+    Without a terminal it prints the first item, one line every 15 seconds, and the last item; with `prints_ends=False`,
+    only one line every 15 seconds.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class ProgressDisplay:
         console: Console | None = None,
         transient: bool = False,
         redirects_output: bool = False,
+        prints_ends: bool = True,
     ) -> None:
         """Describe what is counted; nothing is shown before the display is entered.
 
@@ -40,6 +42,8 @@ class ProgressDisplay:
             transient: whether the bar disappears at the end.
             redirects_output: whether what is printed to `sys.stdout` and `sys.stderr` appears above the bar. Not for
                 processes that fork: their children would inherit the redirection, and the lock inside it.
+            prints_ends: whether the first and the last item are printed without a terminal. Without them, a command
+                that takes less than 15 seconds prints nothing.
         """
         self._what = what
         self._total = total
@@ -60,7 +64,8 @@ class ProgressDisplay:
             redirect_stderr=redirects_output,
         )
         self._task = self._bar.add_task(what, total=total, completed=completed, note=note)
-        self._printed_at: float | None = None
+        self._prints_ends = prints_ends
+        self._printed_at = None if prints_ends else time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -93,7 +98,7 @@ class ProgressDisplay:
             self.say(self._line(num_done, note, seconds_left))
 
     def _is_line_due(self, num_done: int) -> bool:
-        if self._printed_at is None or num_done == self._total:
+        if self._printed_at is None or (self._prints_ends and num_done == self._total):
             return True
         return time.monotonic() - self._printed_at >= _SECONDS_BETWEEN_LINES
 

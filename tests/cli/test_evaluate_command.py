@@ -55,7 +55,7 @@ def test_evaluate_replaces_its_own_results_alone(run, tiny_model, clip, tmp_path
     assert "`--words`: " in run("evaluate", tiny_model, long, "--words", tmp_path / "nowhere.txt").refusal()
 
 
-def test_a_field_that_no_utterance_has_is_told(run, tiny_model, shard_folder, tmp_path, caplog):
+def test_a_field_that_no_utterance_has_is_reported(run, tiny_model, shard_folder, tmp_path, caplog):
     options = ["--slices", "nosuch", "language", "--max-tokens-per-second", "1", "--out", tmp_path / "out"]
     assert run("evaluate", tiny_model, shard_folder, *options).code == 0
     message = "No utterance of `speech` has the field `nosuch` that `slices` or `speaker_field` names."

@@ -19,7 +19,7 @@ def test_a_run_whose_shards_are_missing_ends_with_one_sentence(recipe, tmp_path)
     assert f"The shard folder {tmp_path / 'nowhere'} does not exist" in sentence
 
 
-def test_a_bad_sample_after_a_good_one_is_one_sentence(clip, tmp_path):
+def test_a_bad_utterance_after_a_good_one_is_one_sentence(clip, tmp_path):
     good = {"audio_filepath": clip.name, "text": "good", "lang": "en"}
     manifest = write_lines(tmp_path / "m.jsonl", [good, good | {"audio_filepath": "nowhere.wav"}])
     assert f"{manifest}:2: " in run_program("shards", "pack", manifest, tmp_path / "out").refusal()

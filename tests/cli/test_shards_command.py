@@ -25,7 +25,7 @@ def test_shards_pack_says_what_it_packed_and_does_not_overwrite(run, speech_mani
     assert "holds a complete shard set already" in refused
 
 
-def test_shards_pack_lists_what_it_left_out(run, clip, tmp_path):
+def test_shards_pack_lists_what_it_skipped(run, clip, tmp_path):
     good = {"audio_filepath": clip.name, "text": "good"}
     manifest = write_lines(tmp_path / "m.jsonl", [good, good | {"audio_filepath": "nowhere.wav"}, {"text": "mute"}])
     result = run("shards", "pack", manifest, tmp_path / "out", "--skip-bad", "--workers", 1)
@@ -141,7 +141,7 @@ def test_shards_show_takes_the_prompts_of_a_run(run, shard_folder, recipe, tmp_p
     assert learned.startswith("lang:de")
     assert "Zug" not in learned
     assert "zug" in learned
-    # The second set of a run: its samples have other numbers there, and so other draws.
+    # The second set of a run: its utterances have other numbers there, so other seeds.
     other = shutil.copytree(shard_folder, tmp_path / "other")
     tree["train_data"] |= {"shards": [str(other), str(shard_folder)], "untagged_fraction": 0.5}
     recipe.write_text(yaml.safe_dump(tree))

@@ -1,4 +1,4 @@
-"""Every source gives the same samples, whatever its format; what cannot be used is refused by place and cause."""
+"""Every format of a corpus gives the same utterances; unusable ones are refused by place and cause."""
 
 import csv
 import gzip
@@ -165,7 +165,7 @@ def test_a_pipe_whose_command_fails_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
-def test_every_source_gives_the_same_samples(tmp_path, make: Callable[[Path], tuple[str, CorpusOptions]]):
+def test_every_format_gives_the_same_utterances(tmp_path, make: Callable[[Path], tuple[str, CorpusOptions]]):
     source, options = make(tmp_path / "source")
     summary = pack(open_corpus(source, options), tmp_path / "out", PackOptions())
     assert decoded_in(tmp_path / "out") == EXPECTED
@@ -204,8 +204,8 @@ def test_a_recording_of_24_bits_is_cut_without_loss(tmp_path):
     soundfile.write(tmp_path / "fine.wav", samples, 44_100, subtype="PCM_24")
     row = {"audio_filepath": "fine.wav", "text": "x", "offset": 0.1, "duration": 0.2}
     pack(open_corpus(str(write_lines(tmp_path / "m.jsonl", [row])), CorpusOptions()), tmp_path / "out", PackOptions())
-    (sample,) = utterances_in(tmp_path / "out")
-    (tmp_path / "cut.flac").write_bytes(sample.audio)
+    (utterance,) = utterances_in(tmp_path / "out")
+    (tmp_path / "cut.flac").write_bytes(utterance.audio)
     cut, rate = soundfile.read(tmp_path / "cut.flac", dtype="int32")
     assert rate == 44_100
     np.testing.assert_array_equal(cut, samples[4_410 : 4_410 + 8_820])

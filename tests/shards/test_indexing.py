@@ -1,4 +1,4 @@
-"""The index of tars made by others equals what a packer would have written; damage is found, named and passed by."""
+"""The index of tars made by other tools equals that of a packed set; damage is found, reported and skipped."""
 
 import io
 import json
@@ -56,10 +56,10 @@ def wav(seconds: float = 0.5, seed: int = 0) -> bytes:
     return contents.getvalue()
 
 
-def write_tar(path: Path, samples: list[dict], mtime: float = 0) -> Path:
+def write_tar(path: Path, utterances: list[dict], mtime: float = 0) -> Path:
     with path.open("wb") as file, TarWriter(file, mtime=mtime) as tar:
-        for number, sample in enumerate(samples):
-            tar.write({"__key__": f"s{number}"} | sample)
+        for number, members in enumerate(utterances):
+            tar.write({"__key__": f"s{number}"} | members)
     return path
 
 
@@ -82,7 +82,7 @@ def test_an_index_may_lie_in_another_folder(tars, shard_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sample", "members", "expected"),
+    ("stored", "members", "expected"),
     [
         ({"wav": wav(), "txt": b"hello \n"}, UtteranceLayout(text=Field("txt"), language="en"), ("hello", "en")),
         ({"wav": wav(), "cls": b"7"}, UtteranceLayout(text=Field("cls"), language=None), ("7", None)),
@@ -94,17 +94,17 @@ def test_an_index_may_lie_in_another_folder(tars, shard_folder, tmp_path):
         ({"wav": wav(), "json": b'{"text": "hi"}', "png": b"no"}, UtteranceLayout(), ("hi", None)),
     ],
 )
-def test_tars_of_other_layouts(tmp_path, sample, members, expected):
+def test_tars_of_other_layouts(tmp_path, stored, members, expected):
     # A time with a fraction, as writers take it from the clock, makes an extended header for every member.
-    write_tar(tmp_path / "t.tar", [sample, sample], mtime=1234.5678)
+    write_tar(tmp_path / "t.tar", [stored, stored], mtime=1234.5678)
     summary = index(tmp_path, members=members)
     assert [(one.text, one.language) for one in decoded_in(tmp_path)] == [expected] * 2
     assert [(one.text, one.language) for one in utterances_in(tmp_path)] == [expected] * 2
-    assert summary.duration_seconds == (1.4 if "b.wav" in sample else 1.0)
+    assert summary.duration_seconds == (1.4 if "b.wav" in stored else 1.0)
     assert verified(tmp_path) == []
 
 
-def test_members_that_are_no_samples_are_passed_by(tmp_path):
+def test_members_that_are_no_utterances_are_skipped(tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w", format=tarfile.GNU_FORMAT) as tar:
         for name in ("deep", "deep/__meta__", "README", "deep/._one.wav"):
             entry = tarfile.TarInfo(name)
@@ -119,12 +119,12 @@ def test_members_that_are_no_samples_are_passed_by(tmp_path):
     assert verified(tmp_path) == []
 
 
-def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
+def test_what_cannot_be_used_is_skipped_and_listed(tmp_path):
     good = {"wav": wav(), "json": b'{"text": "good"}'}
-    samples = [good, good | {"wav": b"no audio"}, {"json": good["json"]}, good | {"json": b"{"}, good]
-    path = write_tar(tmp_path / "t.tar", samples)
+    utterances = [good, good | {"wav": b"no audio"}, {"json": good["json"]}, good | {"json": b"{"}, good]
+    path = write_tar(tmp_path / "t.tar", utterances)
     summary = index(tmp_path)
-    assert [sample.key for sample in utterances_in(tmp_path)] == ["s0", "s4"]
+    assert [utterance.key for utterance in utterances_in(tmp_path)] == ["s0", "s4"]
     assert summary.skipped.causes == {Cause.UNDECODABLE: 1, Cause.NO_AUDIO: 1, Cause.NOT_JSON: 1}
     rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [row["key"] for row in rows] == ["s1", "s2", "s3"]
@@ -134,7 +134,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
     assert not (tmp_path / "skipped.jsonl").exists(), "of an index that is no more"
 
 
-# A tar of 6 samples, each with two members, is damaged; what remains, and what is said of it.
+# Damage to a tar of 6 utterances with two members each; the keys that remain, and the message.
 
 
 def spans(folder: Path) -> list[tuple[int, int]]:
@@ -175,8 +175,8 @@ def zeros(contents: bytearray, offset: int) -> None:
     ],
 )
 def test_a_damaged_tar_is_named_and_read_around_the_damage(tmp_path, damage, kept, causes, said):
-    sample = {"flac": wav(), "json": b'{"text": "x"}'}
-    path = write_tar(tmp_path / "t.tar", [sample] * 6)
+    members = {"flac": wav(), "json": b'{"text": "x"}'}
+    path = write_tar(tmp_path / "t.tar", [members] * 6)
     index(tmp_path)
     offset = spans(tmp_path)[2][0]
     contents = bytearray(path.read_bytes())
@@ -187,7 +187,7 @@ def test_a_damaged_tar_is_named_and_read_around_the_damage(tmp_path, damage, kep
     assert summary.skipped.causes == causes
     assert all(reason.startswith(str(path)) for reason in summary.skipped.first_reasons)
     assert said in "\n".join(summary.skipped.first_reasons)
-    # As a source, the same is kept and left out.
+    # As a source, the same is kept and skipped.
     packed = pack(open_corpus(str(path), CorpusOptions()), tmp_path / "out", PackOptions(skip_bad=True))
     assert packed.skipped.causes == causes
     assert [one.key for one in utterances_in(tmp_path / "out")] == kept.split()
@@ -217,7 +217,7 @@ def test_tars_that_cannot_be_indexed_are_one_sentence(tmp_path, make, sentence):
 # `inspect`
 
 
-def test_the_summary_of_a_set_is_that_of_its_samples(shard_index):
+def test_the_summary_of_a_set_is_that_of_its_utterances(shard_index):
     summary = summarize(shard_index)
     seconds = shard_index.duration_seconds
     languages = [shard_index.language(number) or "unknown" for number in range(len(shard_index))]
@@ -285,7 +285,7 @@ def one_sample_off(contents: bytearray, offset: int) -> None:
         (one_sample_off, Cause.WRONG_INDEX, "CRC-32 differs"),
     ],
 )
-def test_a_sample_that_was_broken_is_found_and_named(tmp_path, spoil, cause, reason):
+def test_a_broken_utterance_is_found_and_named(tmp_path, spoil, cause, reason):
     wav_first = [{"json": b'{"text": "hello world", "lang": "en"}', "wav": wav(seed=number)} for number in range(5)]
     flac_first = [{"flac": wav(seed=number), "json": b'{"text": "hello world", "lang": "en"}'} for number in range(5)]
     path = write_tar(tmp_path / "t.tar", wav_first if spoil in (silence, one_sample_off) else flac_first)
@@ -302,10 +302,11 @@ def test_a_sample_that_was_broken_is_found_and_named(tmp_path, spoil, cause, rea
 # `show`
 
 
-def test_every_key_finds_its_sample(shard_folder):
+def test_every_key_finds_its_utterance(shard_folder):
     found = read_index([str(shard_folder)])
-    for number, sample in enumerate(utterances_in(shard_folder)):
-        assert find_utterance(found, sample.key, Storage()) == find_utterance(found, f"#{number}", Storage()) == number
+    for number, utterance in enumerate(utterances_in(shard_folder)):
+        assert find_utterance(found, utterance.key, Storage()) == number
+        assert find_utterance(found, f"#{number}", Storage()) == number
 
 
 def test_a_key_with_a_long_name_is_found(tmp_path):

@@ -47,7 +47,7 @@ def pack_from(manifest: Path, out: Path, **options) -> SetSummary:
 
 @pytest.fixture
 def clips(tmp_path) -> Path:
-    """A folder with two good clips of half a second and files that are none."""
+    """A folder with two good clips of half a second, and files that are not audio."""
     for number in (1, 2):
         soundfile.write(tmp_path / f"good{number}.wav", tone(0.5, seed=number), RATE)
     (tmp_path / "notes.wav").write_text("this is no audio")
@@ -67,17 +67,17 @@ def good_row(number: int = 1) -> dict:
     return {"audio_filepath": f"good{number}.wav", "text": f"text {number}", "lang": "en"}
 
 
-def test_packed_samples_read_back_as_they_were(speech_manifest, shard_folder, shard_index):
+def test_packed_utterances_read_back_as_they_were(speech_manifest, shard_folder, shard_index):
     rows = rows_of(speech_manifest)
     assert len(shard_index) == len(rows)
-    for number, (sample, row) in enumerate(zip(member_groups(shard_index), rows, strict=True)):
+    for number, (group, row) in enumerate(zip(member_groups(shard_index), rows, strict=True)):
         suffix = Path(row["audio_filepath"]).suffix[1:]
-        assert sample.members[suffix] == (speech_manifest.parent / row["audio_filepath"]).read_bytes()
-        assert json.loads(sample.members["json"]) == expected_fields(row)
+        assert group.members[suffix] == (speech_manifest.parent / row["audio_filepath"]).read_bytes()
+        assert json.loads(group.members["json"]) == expected_fields(row)
         assert shard_index.language(number) == row["lang"]
 
 
-def test_webdataset_reads_the_same_samples_in_the_same_order(speech_manifest, shard_folder, shard_index):
+def test_webdataset_reads_the_same_utterances_in_the_same_order(speech_manifest, shard_folder, shard_index):
     tars = sorted(map(str, shard_folder.glob("*.tar")))
     assert len(tars) == len(shard_index.shards) > 1
     samples = list(webdataset.WebDataset(tars, shardshuffle=False))
@@ -89,10 +89,10 @@ def test_webdataset_reads_the_same_samples_in_the_same_order(speech_manifest, sh
         assert json.loads(sample["json"]) == expected_fields(row)
 
 
-def test_a_shard_ends_with_the_sample_that_fills_it(shard_index):
+def test_a_shard_ends_with_the_utterance_that_fills_it(shard_index):
     *full, last = shard_index.shards
     assert all(shard.num_bytes >= SHARD_BYTES for shard in full)
-    # The largest sample is far smaller than a shard.
+    # The largest utterance is far smaller than a shard.
     assert all(shard.num_bytes < 1.5 * SHARD_BYTES for shard in [*full, last])
 
 
@@ -107,9 +107,9 @@ def test_any_number_of_workers_makes_equal_bytes(speech_manifest, shard_folder, 
 def test_flac_is_16_khz_mono_and_loses_nothing_of_such_audio(tmp_path, speech_manifest, shard_folder):
     pack_from(speech_manifest, tmp_path / "flac", rules=PackRules(encode="flac"))
     assert decoded_in(tmp_path / "flac") == decoded_in(shard_folder)
-    for sample in utterances_in(tmp_path / "flac"):
-        assert sample.audio_suffix == "flac"
-        (tmp_path / "clip.flac").write_bytes(sample.audio)
+    for utterance in utterances_in(tmp_path / "flac"):
+        assert utterance.audio_suffix == "flac"
+        (tmp_path / "clip.flac").write_bytes(utterance.audio)
         found = soundfile.info(tmp_path / "clip.flac")
         assert (found.samplerate, found.channels, found.format) == (RATE, 1, "FLAC")
 
@@ -150,8 +150,8 @@ def test_field_names_of_other_corpora_are_understood(clips, names):
     row = {audio: "good1.wav", text: "hello", language: "de", "speaker": "x"}
     pack_manifest(write_lines(clips / "m.jsonl", [row]), clips / "out", ALL, skip_bad=False)
     index = read_index([str(clips / "out")])
-    (sample,) = member_groups(index)
-    assert json.loads(sample.members["json"]) == {"text": "hello", "lang": "de", "speaker": "x"}
+    (group,) = member_groups(index)
+    assert json.loads(group.members["json"]) == {"text": "hello", "lang": "de", "speaker": "x"}
     assert index.language(0) == "de"
 
 
@@ -172,17 +172,17 @@ def test_any_file_name_can_be_packed(clips, audio):
     shutil.copy(clips / "good1.wav", target)
     rows = [good_row(2), good_row() | {"audio_filepath": audio}, good_row(2)]
     pack_manifest(write_lines(clips / "m.jsonl", rows), clips / "out", ALL, skip_bad=False)
-    samples = utterances_in(clips / "out")
-    assert samples[1].audio == target.read_bytes()
+    utterances = utterances_in(clips / "out")
+    assert utterances[1].audio == target.read_bytes()
     streamed = list(webdataset.WebDataset([str(clips / "out" / "out-000000.tar")], shardshuffle=False))
-    assert [sample["__key__"] for sample in streamed] == [sample.key for sample in samples]
+    assert [sample["__key__"] for sample in streamed] == [utterance.key for utterance in utterances]
 
 
 def test_repeated_audio_gets_keys_that_differ(clips):
     shutil.copy(clips / "good1.wav", clips / "good1-2.wav")
     rows = [good_row(), good_row(), good_row() | {"audio_filepath": "good1-2.wav"}, good_row()]
     pack_manifest(write_lines(clips / "m.jsonl", rows), clips / "out", ALL, skip_bad=False)
-    assert [sample.key for sample in utterances_in(clips / "out")] == ["good1", "good1-2", "good1-2-2", "good1-3"]
+    assert [utterance.key for utterance in utterances_in(clips / "out")] == ["good1", "good1-2", "good1-2-2", "good1-3"]
 
 
 # Line 1 and line 3 of the manifest are good; this is line 2, its cause, and what the refusal says about it.
@@ -248,7 +248,7 @@ def test_a_bad_line_is_refused_by_file_and_line(bad_manifest, tmp_path):
     assert list((tmp_path / "out").iterdir()) == [], "a refused set leaves nothing that looks like one"
 
 
-def test_with_skip_bad_a_bad_line_is_left_out_and_named(bad_manifest, tmp_path):
+def test_with_skip_bad_a_bad_line_is_skipped_and_listed(bad_manifest, tmp_path):
     manifest, cause, sentence = bad_manifest
     summary = pack_manifest(manifest, tmp_path / "out", ALL, skip_bad=True)
     assert summary.num_utterances == 2
@@ -259,7 +259,7 @@ def test_with_skip_bad_a_bad_line_is_left_out_and_named(bad_manifest, tmp_path):
     (row,) = rows_of(tmp_path / "out" / "skipped.jsonl")
     assert (row["place"], row["cause"]) == (f"{manifest}:2", cause)
     assert sentence in row["reason"]
-    assert [sample.key for sample in utterances_in(tmp_path / "out")] == ["good1", "good2"]
+    assert [utterance.key for utterance in utterances_in(tmp_path / "out")] == ["good1", "good2"]
 
 
 def test_a_text_may_have_as_many_characters_as_the_rule_says(clips):
@@ -327,7 +327,7 @@ def test_tar_members_carry_no_extended_headers(shard_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mixed_manifest(tmp_path_factory) -> Path:
-    """Eighty utterances, every ninth of which is none."""
+    """80 lines, every ninth unusable."""
     folder = tmp_path_factory.mktemp("mixed")
     rows = rows_of(write_speech_manifest(folder, 80, max_seconds=1.0, seed=5))
     for row in rows[::9]:
@@ -374,7 +374,7 @@ def command(manifest: Path, out: Path, workers: int, megabytes: int = 1) -> list
 
 
 def listen_to_interrupts() -> None:
-    """Where tests run in the background of a shell, they and what they start ignore Ctrl-C."""
+    """Undo that processes in the background of a shell ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -387,7 +387,7 @@ def wait_until_shards_are_finished(out: Path, process: subprocess.Popen) -> None
 
 
 def group_members(group: int) -> list[int]:
-    """Processes of a process group that live."""
+    """The live processes of a process group."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -402,7 +402,7 @@ def group_members(group: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def long_manifest(tmp_path_factory) -> Path:
-    """Many lines with few files: long enough to be stopped on its way."""
+    """Many lines with few files: packing takes long enough to be interrupted."""
     folder = tmp_path_factory.mktemp("long")
     rows = rows_of(write_speech_manifest(folder, 40, min_seconds=1.5, max_seconds=2.0, seed=9))
     return write_lines(folder / "manifest.jsonl", rows * 15)
@@ -410,14 +410,14 @@ def long_manifest(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def long_set(tmp_path_factory, long_manifest) -> Path:
-    """The same in one go."""
+    """The set that one uninterrupted packing writes."""
     folder = tmp_path_factory.mktemp("long-set") / "set"
     pack_from(long_manifest, folder, shard_bytes=10**6, skip_bad=True)
     return folder
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_a_stopped_command_leaves_no_process_and_goes_on_when_it_is_run_again(
+def test_a_stopped_command_leaves_no_process_and_resumes_when_it_is_rerun(
     tmp_path, long_manifest, long_set, stop, code
 ):
     out = tmp_path / "set"
@@ -495,7 +495,7 @@ def test_a_journal_that_was_cut_off_goes_back_to_the_shard_before(tmp_path, mixe
 
 
 def test_a_refusal_on_the_way_keeps_what_is_finished(tmp_path, mixed_manifest, uninterrupted):
-    """Without --skip-bad the first bad line ends it; with it, the same command goes on."""
+    """Without --skip-bad the first bad line ends a packing; with it, the same command resumes."""
     rows = rows_of(mixed_manifest)
     good = [row for row in rows if row["audio_filepath"] != "nowhere.wav"]
     manifest = write_lines(mixed_manifest.parent / "late.jsonl", [*good, rows[0]])

@@ -26,7 +26,7 @@ from stored import decoded_in
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> Iterator[pytest.MonkeyPatch]:
-    """Copies of remote files lie in a folder of this test."""
+    """Cache remote files in a folder of this test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield patch
@@ -96,7 +96,7 @@ def test_a_manifest_may_name_audio_behind_urls(web, speech_manifest, tmp_path):
     assert len(found[0]) == 9
 
 
-def test_audio_that_a_server_has_not_is_left_out(web, tmp_path):
+def test_audio_that_a_server_does_not_have_is_skipped(web, tmp_path):
     rows = [{"audio": f"{web}/audio/{name}", "text": "x"} for name in ("nowhere.wav", "0_001.wav")]
     manifest = write_lines(tmp_path / "m.jsonl", rows)
     summary = pack(open_corpus(str(manifest), CorpusOptions()), tmp_path / "out", PackOptions(skip_bad=True))

@@ -119,7 +119,9 @@ def _by_cause(broken: Sequence[BrokenUtterance]) -> str:
 
 def _progress(what: str, total: int | None) -> ProgressDisplay:
     """A display on the error stream: standard output is for results."""
-    return ProgressDisplay(what, total, console=Console(stderr=True), transient=True, redirects_output=True)
+    return ProgressDisplay(
+        what, total, console=Console(stderr=True), transient=True, redirects_output=True, prints_ends=False
+    )
 
 
 def _write_broken(path: Path, num_utterances: int, broken: dict[str, list[BrokenUtterance]]) -> None:
