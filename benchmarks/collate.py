@@ -1,26 +1,27 @@
-"""Batches a core second: ours against a collator that does what published Voxtral fine-tuning scripts do.
+"""Batches per core second: our collator against one that does what published Voxtral fine-tuning scripts do.
 
     python benchmarks/collate.py --output collate.json [--quick]
 
-Both start from decoded audio in memory, with texts and languages, and end with what a training step takes; in one
-process, with one thread, batches of 8, window of 30 s, vocabulary of 131,072, in turns; medians of core seconds. The
-rival is `rivals/transcription_collator.py`. The run refuses to go on if tokens, targets or attention masks differ, or
-features by more than 1e-4.
+Both start from decoded audio in memory, with texts and languages, and end with the input of a training step. They take
+turns in one process with one thread, on batches of 8 with windows of 30 s and a vocabulary of 131,072; results are
+medians of core seconds. The rival is `rivals/transcription_collator.py`. The run fails if tokens, targets or attention
+masks differ, or features differ by more than 1e-4.
 
-`ratio` is ours over the rival on utterances as long as LibriSpeech's. Ours ends with int16 windows, because features
-are computed on the model's device, a GPU in training. They are copied once, as on the way to the device: silence is
-memory that the system has not yet given, and would else cost nothing here and something later.
-`ratio_with_features` counts features on the same core, and `ratio_without_features` takes those of the rival from it.
+`ratio` is ours over the rival on utterances as long as LibriSpeech's. Our batch ends with int16 windows, because the
+features are computed on the model's device, a GPU in training. The windows are copied once, as for the transfer to the
+device: silent windows are memory that the kernel has not mapped yet, which would otherwise be free here and cost
+something later. `ratio_with_features` adds our features on the same core, and `ratio_without_features` subtracts those
+of the rival.
 
 Predicted before the first run: a `ratio` of 30 (98 ms against 3.2 ms a batch), from `data_path.py` less the time that
 libFLAC takes, and 1.6 with features; on short clips 17 and 1.3. The aim was 8.
 
-Measured then: 90, and 1.7 with features, which flattered ours: the silence of its windows had not been touched. With
-the copy 57 and 1.7, and in a second run, which the figures in the documentation come from, 61 and 1.6 (126 ms against
-2.1 ms a batch, of which the copy is 0.9); on short clips 65 and 1.3. The prediction was too
-low because much of what it took for our collating is reading tars. Of the rival's 126 ms, features are 75; the rest is
-writing and reading a WAV file, and decoding every prompt to text that nobody reads: 25 times ours without features. The
-features are the same bits, because the same library makes the spectrum.
+Measured: 90, and 1.7 with features, which flattered ours: the silence of its windows had not been touched. With the
+copy 57 and 1.7, and in a second run, which the documentation quotes, 61 and 1.6 (126 ms against 2.1 ms a batch, of
+which the copy is 0.9); on short clips 65 and 1.3. The prediction was too low because it counted the reading of tars as
+collating. Features are 75 of the rival's 126 ms; the rest is writing and reading a WAV file, and decoding every prompt
+to text that is never used: 25 times ours without features. The features are bit-identical, because both use the same
+library for the spectrum.
 """
 
 import statistics
@@ -61,16 +62,16 @@ class OurPath:
         self.log_mel = LogMel.from_pretrained(model, torch.device("cpu"))
 
     def windows(self, utterances: Sequence[Utterance]) -> MicroBatch:
-        """What a data worker delivers: tokens and int16 windows."""
+        """What a data worker returns: tokens and int16 windows."""
         examples = [self._example(number, utterance) for number, utterance in enumerate(utterances)]
         return collate(examples, self._prompts.pad_id, self._prompts.window_samples)
 
     def copied_windows(self, utterances: Sequence[Utterance]) -> Tensor:
-        """The same, and one copy of the windows, as to the device; see the head of this file."""
+        """The windows, copied once as for the transfer to the device; see the docstring of this module."""
         return self.windows(utterances).pcm.clone()
 
     def features(self, utterances: Sequence[Utterance]) -> Tensor:
-        """Tokens and windows, and what the model's device makes of the windows."""
+        """The features of the batch, computed as on the model's device."""
         batch = self.windows(utterances)
         return self.log_mel(batch.pcm, batch.windows_per_example)
 
@@ -89,18 +90,18 @@ class OurPath:
 
 
 class TheirPath:
-    """From decoded audio to the inputs of Hugging Face's trainer."""
+    """From decoded audio to the inputs of Hugging Face's Trainer."""
 
     def __init__(self, model: str) -> None:
         self.collator = TranscriptionCollator(model)
 
     def __call__(self, clips: Sequence[Decoded]) -> dict[str, Tensor]:
-        """The collated batch."""
+        """Collate a batch."""
         waveforms, texts = zip(*clips, strict=True)
         return self.collator(waveforms, texts, [LANGUAGE] * len(texts))
 
     def features(self, clips: Sequence[Decoded]) -> list[Tensor]:
-        """What the processor computes for the batch, clip by clip, and nothing else."""
+        """Only the features that the processor computes for the batch, clip by clip."""
         extractor = self.collator.processor.feature_extractor
         return [
             extractor(waveform, sampling_rate=SAMPLING_RATE, return_tensors="pt").input_features
@@ -109,7 +110,7 @@ class TheirPath:
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """All contenders on both lengths of utterances."""
+    """Measure all contenders on both distributions of lengths."""
     torch.set_num_threads(1)
     model = str(write_model(folder / "model", 8192 if is_quick else MAX_VOCAB_SIZE))
     num_batches, num_rounds = (1, 1) if is_quick else (8, 7)
@@ -123,7 +124,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
         "ratio": ratios["ratio"],
         "ratio_with_features": ratios["with_features"],
         "ratio_without_features": ratios["without_features"],
-        "ratio_is": "batches a core second of ours over the published collator, on librispeech_like",
+        "ratio_is": "batches per core second of ours over the published collator, on librispeech_like",
         "by_length": results,
         "source": source(),
         "batch_size": BATCH_SIZE,
@@ -133,7 +134,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
 def _compare(ours: OurPath, theirs: TheirPath, utterances: Sequence[Utterance], num_rounds: int) -> dict[str, Any]:
     batches = [utterances[start : start + BATCH_SIZE] for start in range(0, len(utterances), BATCH_SIZE)]
     decoded = [[_decoded(utterance) for utterance in batch] for batch in batches]
-    # The first batch of each is made here, and not counted.
+    # Also the warm-up: each contender makes its first batch here, untimed.
     difference = max(_difference(ours, theirs, *pair) for pair in zip(batches, decoded, strict=True))
     contenders: dict[str, tuple[Callable[[Any], object], Sequence[Any]]] = {
         "ours": (ours.copied_windows, batches),
@@ -174,15 +175,15 @@ def _core_seconds(function: Callable[[Any], object], batches: Sequence[Any]) -> 
 
 
 def _difference(ours: OurPath, theirs: TheirPath, utterances: Sequence[Utterance], decoded: Sequence[Decoded]) -> float:
-    """How far the features are from each other at most.
+    """The maximum absolute difference of the features.
 
     Raises:
-        RuntimeError: it is not the same batch, so that there is nothing to compare.
+        RuntimeError: the batches differ, so that their costs cannot be compared.
     """
     batch, other = ours.windows(utterances), theirs(decoded)
     difference = float((ours.log_mel(batch.pcm, batch.windows_per_example) - other["input_features"]).abs().max())
     num_kept = batch.labels.shape[1]
-    # Ours leaves out the last `</s>`, which predicts nothing, and has labels where they count: of the next tokens.
+    # Ours omits the final `</s>`, which predicts nothing. Its labels are the next tokens of the last positions only.
     is_same = {
         "input_ids": torch.equal(batch.input_ids, other["input_ids"][:, :-1]),
         "attention_mask": torch.equal(batch.attention_mask, other["attention_mask"][:, :-1]),
@@ -191,7 +192,7 @@ def _difference(ours: OurPath, theirs: TheirPath, utterances: Sequence[Utterance
         "input_features": difference <= FEATURE_TOLERANCE,
     }
     if not all(is_same.values()):
-        raise RuntimeError(f"Both must make the same batch, but this is the same: {is_same}.")
+        raise RuntimeError(f"The batches of the two collators differ. Equal parts: {is_same}.")
     return difference
 
 

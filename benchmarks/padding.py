@@ -1,24 +1,24 @@
-"""What of the model's positions is useful: for random batches, for sorted windows, and for packing.
+"""The fraction of the model's positions that is useful: for random batches, sorted megabatches, and packing.
 
     python benchmarks/padding.py --output padding.json [--quick]
 
-Of the encoder, a position is useful if it covers audio: audio seconds over windows x 30 s. Of the language model, if it
-is a token of the prompt or of the transcript, or an audio token that covers audio; not if it is padding of the batch,
-nor an audio token over the silence that fills a window. `not_padding` leaves the second condition out. No audio is
-read: the plan of training is asked for every micro-batch of a pass, on AN4's own durations and texts and on durations
-as LibriSpeech has them.
+A position of the encoder is useful if it covers audio: audio seconds over windows x 30 s. A position of the language
+model is useful if it is a token of the prompt or of the transcript, or an audio token that covers audio; padding of the
+batch is not, nor is an audio token over the silence that fills a window. `not_padding` counts the latter as useful. No
+audio is read: the training plan gives every micro-batch of an epoch, on AN4's own durations and texts, and on durations
+distributed as in LibriSpeech.
 
-`ratio` is the useful share of the language model's positions on LibriSpeech's lengths, of ours with packing over random
-batches of the same number of utterances.
+`ratio` is the useful fraction of the language model's positions on LibriSpeech's lengths, packing over random batches
+with the same number of utterances.
 
 Predicted before the first run: encoder 9 % on AN4 and 43 % on LibriSpeech's lengths, for random and sorted batches
 alike, because every utterance takes a window; with packing about 95 % and 80 %, where two utterances of 13 s fit into a
 window and little else. A `ratio` of 1.8. Sorting saves 1 or 2 % of padding alone, because 375 audio tokens are in every
 example and only the transcripts differ.
 
-Measured then: 9.0 % on AN4 and 42 % on LibriSpeech's lengths without packing, and 99.6 % with it on both: best fit
-among the utterances of a whole sort window leaves almost nothing, which the prediction missed. A `ratio` of 2.1 (0.47
-to 1.00; on AN4 7.7). Sorting alone makes 0.49 of 0.47: it takes padding from 4.5 % to 0.1 %.
+Measured: 9.0 % on AN4 and 42 % on LibriSpeech's lengths without packing, and 99.6 % with it on both: best fit among the
+utterances of a whole megabatch leaves almost no room, which the prediction missed. A `ratio` of 2.1 (0.47 to 1.00; on
+AN4 7.7). Sorting alone raises 0.47 to 0.49: it reduces padding from 4.5 % to 0.1 %.
 """
 
 import json
@@ -48,14 +48,14 @@ SLOTS_PER_STEP = 8
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the utterances of a corpus: seconds, and tokens of the transcript without `</s>`."""
+    """The lengths of the utterances of a corpus: seconds, and tokens of the transcript without `</s>`, `(n,)`."""
 
     durations: NDArray[np.float64]
     tokens: NDArray[np.int64]
 
     @property
     def milliseconds(self) -> NDArray[np.int64]:
-        """As the index holds them."""
+        """Durations in the unit of the index, `(n,)`."""
         return np.rint(self.durations * 1000).astype(np.int64)
 
 
@@ -64,7 +64,7 @@ Batch = list[list[int]]
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """The shares of both parts of the model, for each corpus and each way of making batches."""
+    """The useful fractions of encoder and language model, for each corpus and each way of making batches."""
     num_utterances = 2000 if is_quick else 100_000
     prompts = VoxtralPrompts.from_pretrained(str(write_model(folder / "model")))
     durations = librispeech_durations(num_utterances, seed=0)
@@ -97,7 +97,7 @@ def _shares(lengths: Lengths, prompts: VoxtralPrompts, folder: Path) -> dict[str
     sizes = ExampleSizes.of(prompts)
     return {
         "random_batches": _useful(_random_batches(len(lengths.durations)), lengths, sizes),
-        "sorted_windows": _useful(_planned_batches(shards, prompts, packing=False), lengths, sizes),
+        "sorted_megabatches": _useful(_planned_batches(shards, prompts, packing=False), lengths, sizes),
         "packing": _useful(_planned_batches(shards, prompts, packing=True), lengths, sizes),
     }
 
@@ -109,16 +109,16 @@ def _random_batches(num_utterances: int) -> Iterator[Batch]:
 
 
 def _planned_batches(shards: str, prompts: VoxtralPrompts, packing: bool) -> Iterator[Batch]:
-    """One pass of the plan of a training run."""
+    """The micro-batches of one epoch of a training plan."""
     config = TrainDataConfig(
         shards=(shards,), slots_per_step=SLOTS_PER_STEP, max_examples=EXAMPLES_PER_BATCH, packing=packing
     )
     plan = build_training_set(config, prompts, seed=0).plan
     for step in range(plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
-            samples = plan.slot(step, slot)
-            ids = iter(samples.utterance_ids)
-            yield [[next(ids) for _ in range(size)] for size in samples.example_sizes]
+            examples = plan.slot(step, slot)
+            ids = iter(examples.utterance_ids)
+            yield [[next(ids) for _ in range(size)] for size in examples.example_sizes]
 
 
 def _useful(batches: Iterable[Batch], lengths: Lengths, sizes: ExampleSizes) -> dict[str, float]:
@@ -128,7 +128,7 @@ def _useful(batches: Iterable[Batch], lengths: Lengths, sizes: ExampleSizes) -> 
         if not batch:
             continue
         duration_ms = np.array([milliseconds[example].sum() for example in batch])
-        # A joint of two transcripts takes a token.
+        # The space between two transcripts takes a token.
         tokens = np.array([lengths.tokens[example].sum() + len(example) - 1 for example in batch])
         windows = sizes.windows(duration_ms)
         positions = sizes.positions(windows, tokens)

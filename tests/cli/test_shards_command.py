@@ -113,7 +113,7 @@ def test_shards_show_writes_the_clip_as_it_is_stored_or_as_wav(run, shard_folder
 def test_shards_show_prints_what_the_model_reads_and_learns(run, shard_folder, tiny_model, prompts, recipe):
     result = run("shards", "show", shard_folder, "audio_0_000", "--tokens", "--model", tiny_model)
     assert result.code == 0
-    table = result.out.partition("learns to say\n")[2].splitlines()
+    table = result.out.partition("  target\n")[2].splitlines()
     completion = prompts.completion("seven green bottles 0")
     learned = [int(line.rpartition("(")[2].rstrip(")")) for line in table if line.endswith(")")]
     assert learned == completion
@@ -133,7 +133,7 @@ def test_shards_show_takes_the_prompts_of_a_run(run, shard_folder, recipe, tmp_p
     recipe.write_text(yaml.safe_dump(tree))
     result = run("shards", "show", shard_folder, "#1", "--tokens", "--config", recipe)
     assert result.code == 0
-    table = result.out.partition("learns to say\n")[2].splitlines()
+    table = result.out.partition("  target\n")[2].splitlines()
     pieces = "".join(line.split("'")[1] for line in table if "'" in line)
     assert "Keywords: f" in pieces
     last = [line.rpartition("  ")[2] for line in table if line.endswith(")")]

@@ -1,8 +1,8 @@
-"""The micro-batches of one rank, step by step, from any step on.
+"""The micro-batches of one rank, step by step, starting at any step.
 
-The plan is asked in the rank's own process, and workers get lists of samples to read: they hold no state, so any number
-of them gives the same stream, and the place to resume from is the number of the step. With each list a worker is told
-its next one, so that reading it goes on while it decodes the first.
+The rank's own process evaluates the plan and sends its workers lists of utterances to load. Workers hold no state, so
+their number does not change the result, and resuming takes only the number of the step. With each list a worker also
+gets its next one, whose bytes it reads ahead while it decodes the first.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ _NOTHING = SlotExamples((), (), ())
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What one rank runs in one step: as many micro-batches as every other rank.
+    """The micro-batches of one rank in one step, equally many on every rank.
 
-    waiting_seconds: from asking for them until they were there.
+    step: number of the step.
+    micro_batches: one for each slot of the rank.
+    waiting_seconds: time that the rank waited for its data workers.
     """
 
     step: int
@@ -45,7 +47,7 @@ class StepBatches:
 
 
 class TrainLoader:
-    """The stream of one rank."""
+    """The micro-batches of one rank over a whole run; `build_train_loader` makes it."""
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class TrainLoader:
         self._world_size = world_size
 
     def starting_at(self, first_step: int) -> Iterator[StepBatches]:
-        """The steps from `first_step` to the end of the run."""
+        """Yield the micro-batches of each step, from `first_step` to the end of the run."""
         steps = range(first_step, self._num_steps)
         per_step = self._num_micro_batches(first_step) if len(steps) else 1
         stream = DataLoader(
@@ -73,7 +75,7 @@ class TrainLoader:
             batch_size=None,
             num_workers=self._num_workers,
             worker_init_fn=_ignore_stop_signals,
-            # Two steps ahead over all workers, and one micro-batch for each worker while it makes the next.
+            # All workers together are two steps ahead, and each has a finished micro-batch while it makes another.
             prefetch_factor=max(2, -(-2 * per_step // self._num_workers)) if self._num_workers else None,
             # Forked workers share the index and the tokenizer with the rank.
             multiprocessing_context="fork" if self._num_workers else None,
@@ -90,7 +92,7 @@ class TrainLoader:
     def _slots_of_step(self, step: int) -> list[SlotExamples]:
         plan = self.training_set.plan
         mine = [plan.slot(step, slot) for slot in rank_slots(plan.num_slots(step), self._rank, self._world_size)]
-        # A rank that has a slot less than others runs a micro-batch of weight zero in its place.
+        # A rank with one slot fewer than others runs a micro-batch without targets instead.
         return mine + [_NOTHING] * (self._num_micro_batches(step) - len(mine))
 
 
@@ -103,15 +105,24 @@ def build_train_loader(
     world_size: int,
     storage: Storage | None = None,
 ) -> TrainLoader:
-    """The stream of one rank of `world_size`.
+    """Build the loader of one rank.
+
+    Args:
+        config: the training data.
+        prompts: makes token ids.
+        seed: seeds the order and all draws.
+        num_steps: number of steps of the run.
+        rank: number of the rank, from 0.
+        world_size: number of ranks.
+        storage: reads shards; None reads local files and URLs with the default settings.
 
     Raises:
-        UserError: shards are missing, no sample passes the filters, or there are more ranks than slots.
+        UserError: shards are missing, no utterance passes the filters, or there are more ranks than slots.
     """
     refuse_idle_ranks(config.slots_per_step, world_size)
     storage = storage or Storage()
     training_set = build_training_set(config, prompts, seed, storage)
-    reader = training_reader(config, training_set.index, prompts, storage, training_set.words)
+    reader = training_reader(config, training_set.index, prompts, storage, training_set.word_list)
     if config.spec_augment is not None:
         check_spec_augment(config.spec_augment, prompts.num_mel_bins)
     dataset = _SlotDataset(reader, prompts, config.spec_augment, seed)
@@ -119,21 +130,21 @@ def build_train_loader(
 
 
 def _ignore_stop_signals(_worker: int) -> None:
-    """Launchers signal whole process trees: the rank decides when to stop, and its workers end with it."""
+    """Ignore SIGTERM and SIGUSR1, which launchers send to whole process trees: the rank decides when to stop."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class _Request:
-    """The samples of a micro-batch, and those that the same worker is going to be asked for next."""
+    """A micro-batch for a worker to make, and the one that the same worker makes next."""
 
-    samples: SlotExamples
+    current: SlotExamples
     upcoming: SlotExamples
 
 
 class _Requests(Sampler[_Request]):
-    """The micro-batches of a rank in order; a DataLoader deals them to its workers in turn."""
+    """The micro-batches of a rank in order; a DataLoader assigns them to its workers round-robin."""
 
     def __init__(self, slots_of_step: Callable[[int], list[SlotExamples]], steps: range, num_workers: int) -> None:
         self._slots_of_step = slots_of_step
@@ -142,16 +153,16 @@ class _Requests(Sampler[_Request]):
 
     def __iter__(self) -> Iterator[_Request]:
         waiting: deque[SlotExamples] = deque()
-        for samples in chain.from_iterable(map(self._slots_of_step, self._steps)):
-            waiting.append(samples)
+        for examples in chain.from_iterable(map(self._slots_of_step, self._steps)):
+            waiting.append(examples)
             if len(waiting) > self._num_workers:
-                yield _Request(waiting.popleft(), samples)
-        for samples in waiting:
-            yield _Request(samples, _NOTHING)
+                yield _Request(waiting.popleft(), examples)
+        for examples in waiting:
+            yield _Request(examples, _NOTHING)
 
 
 class _SlotDataset(Dataset[MicroBatch]):
-    """Micro-batches by the samples that they are made of."""
+    """Makes the micro-batch of a request in a data worker."""
 
     def __init__(
         self, reader: UtteranceReader, prompts: VoxtralPrompts, spec_augment: SpecAugmentConfig | None, seed: int
@@ -169,36 +180,38 @@ class _SlotDataset(Dataset[MicroBatch]):
         return collate(examples, self._prompts.pad_id, self._prompts.window_samples, bad)
 
     def _examples(self, request: _Request, bad: list[BadUtterance]) -> Iterator[Example]:
-        samples = request.samples
-        self._reader.prefetch(samples.utterance_ids + request.upcoming.utterance_ids)
-        drawn = zip(samples.utterance_ids, samples.epochs, strict=True)
-        for size in samples.example_sizes:
-            members = list(islice(drawn, size))
-            clips = list(self._clips(members, bad))
-            while clips:
+        """The usable examples of a request; unusable utterances are appended to `bad`."""
+        current = request.current
+        self._reader.prefetch(current.utterance_ids + request.upcoming.utterance_ids)
+        draws = zip(current.utterance_ids, current.epochs, strict=True)
+        for size in current.example_sizes:
+            packed = list(islice(draws, size))
+            epoch_index = packed[0][1]
+            utterances = list(self._load(packed, bad))
+            while utterances:
                 try:
-                    yield self._masked(self._reader.join(clips, (self._seed, members[0][1])), members[0][1])
+                    yield self._masked(self._reader.join(utterances, (self._seed, epoch_index)), epoch_index)
                     break
                 except UtteranceError as error:
-                    bad.append(self._dropped(clips, error.bad))
+                    bad.append(self._drop_last(utterances, error.bad))
 
-    def _dropped(self, clips: list[LoadedUtterance], bad: BadUtterance) -> BadUtterance:
-        """Take out the last of some clips that make no example."""
-        dropped = clips.pop()
-        if not clips:
+    def _drop_last(self, utterances: list[LoadedUtterance], bad: BadUtterance) -> BadUtterance:
+        """Remove the last of some utterances that cannot be joined, and say why."""
+        dropped = utterances.pop()
+        if not utterances:
             return bad
-        # Where the tokens of a packed text are more than the index says, its last utterances do not fit.
+        # A packed text can have more tokens than its parts have in the index: then its last utterances do not fit.
         shard = self._reader.shard_name(dropped.utterance_id)
         return BadUtterance(
             shard, dropped.key, f"does not fit into the example that it is packed into, which {bad.reason}"
         )
 
-    def _clips(self, members: Sequence[tuple[int, int]], bad: list[BadUtterance]) -> Iterator[LoadedUtterance]:
-        for utterance_id, epoch_index in members:
+    def _load(self, packed: Sequence[tuple[int, int]], bad: list[BadUtterance]) -> Iterator[LoadedUtterance]:
+        for utterance_id, epoch_index in packed:
             try:
-                yield self._reader.load(utterance_id, (self._seed, epoch_index), is_packed=len(members) > 1)
+                yield self._reader.load(utterance_id, (self._seed, epoch_index), is_packed=len(packed) > 1)
             except UtteranceError as error:
-                # Taken out, never replaced: the plan of all other slots stays as it is.
+                # Dropped, never replaced: the plan of all other slots does not change.
                 bad.append(error.bad)
 
     def _masked(self, example: Example, epoch_index: int) -> Example:

@@ -1,4 +1,4 @@
-"""The utterances of a training set and their order."""
+"""The utterances of a training set, and the order in which they are drawn."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ from voxtral_dist.text.word_list import WordList
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """An index, what of it is drawn, and in which order: the same on every rank.
+    """The utterances of a training set and their order, equal on every rank.
 
-    max_windows_per_micro_batch: that a micro-batch can have. words: of contexts.
+    index: all stored utterances.
+    streams: those that pass the filters, and how often they are drawn.
+    plan: the order.
+    fingerprint: hash of utterances, order and word list; a run resumes only with equal fingerprints.
+    max_windows_per_micro_batch: upper bound of the encoder windows of a micro-batch.
+    word_list: the listed words that contexts draw from; None if no file is configured.
     """
 
     index: ShardIndex
@@ -37,10 +42,10 @@ class TrainingSet:
     plan: TrainPlan
     fingerprint: str
     max_windows_per_micro_batch: int
-    words: WordList | None = None
+    word_list: WordList | None = None
 
     def lines(self) -> Iterator[str]:
-        """What a user should know before the run: what is left out, the mixture, and how full micro-batches are."""
+        """A summary for the start of a run: skipped utterances, the mixture, and the fill of micro-batches."""
         if self.streams.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.streams.skipped.items())
             yield f"skipped {sum(self.streams.skipped.values())} of {len(self.index)} utterances: {reasons}"
@@ -49,42 +54,48 @@ class TrainingSet:
             for stream in self.streams.streams:
                 yield (
                     f"{stream.name}: {stream.num_utterances} utterances, each drawn "
-                    f"{stream.num_draws / stream.num_utterances:.2f} times a pass: "
+                    f"{stream.num_draws / stream.num_utterances:.2f} times per epoch: "
                     f"{100 * stream.drawn_seconds / drawn_seconds:.1f} % of the audio"
                 )
-        figures = self.plan.statistics
+        statistics = self.plan.statistics
         yield (
-            f"an epoch has {self.plan.steps_per_epoch} steps; a micro-batch has about {figures.num_examples:.1f} "
-            f"examples of {figures.num_utterances:.1f} utterances; audio fills "
-            f"{100 * figures.window_fill:.0f} % of windows, tokens {100 * figures.token_fill:.0f} % of the positions"
+            f"an epoch has {self.plan.steps_per_epoch} steps; a micro-batch has about {statistics.num_examples:.1f} "
+            f"examples of {statistics.num_utterances:.1f} utterances; audio fills "
+            f"{100 * statistics.window_fill:.0f} % of windows, tokens {100 * statistics.token_fill:.0f} % of positions"
         )
 
 
 def training_reader(
-    config: TrainDataConfig, index: ShardIndex, prompts: VoxtralPrompts, storage: Storage, words: WordList | None
+    config: TrainDataConfig, index: ShardIndex, prompts: VoxtralPrompts, storage: Storage, word_list: WordList | None
 ) -> UtteranceReader:
-    """What makes examples of the samples of a training set; `words` are those of contexts.
+    """The reader of the utterances of a training set, whose contexts draw from `word_list`.
 
     Raises:
-        UserError: an augmentation cannot be built.
+        UserError: the augmentation cannot be built.
     """
     augmentation = None
     if config.augmentation:
         from voxtral_dist.data.examples.augmentation import Augmentation
 
         augmentation = Augmentation(config.augmentation, prompts.sampling_rate)
-    most_text = config.max_chars_per_second or MAX_CHARS_PER_SECOND
-    prompting = Prompting.of_training(config, prompts, words)
-    return UtteranceReader(index, prompts, config.max_target_tokens, storage, augmentation, most_text, prompting)
+    return UtteranceReader(
+        index,
+        prompts,
+        config.max_target_tokens,
+        storage=storage,
+        augmentation=augmentation,
+        max_chars_per_second=config.max_chars_per_second or MAX_CHARS_PER_SECOND,
+        prompting=Prompting.of_training(config, prompts, word_list),
+    )
 
 
 def build_training_set(
     config: TrainDataConfig, prompts: VoxtralPrompts, seed: int, storage: Storage | None = None
 ) -> TrainingSet:
-    """The samples and their order, the same on every rank.
+    """Read the indices of a training set and plan its order, equally on every rank.
 
     Raises:
-        UserError: shards are missing, or no sample passes the filters.
+        UserError: shards are missing, no utterance of a set passes the filters, or the word list cannot be read.
     """
     used = storage or Storage()
     sets = {name: read_sets(patterns, used) for name, patterns in config.named_sets.items()}
@@ -102,37 +113,37 @@ def build_training_set(
         max_packed_tokens=_max_packed_tokens(config, sizes) if config.packing else None,
     )
     plan = TrainPlan(index, streams, sizes, shape, (seed,))
-    words = training_word_list(config.context)
-    fingerprint = _fingerprint(sets, sizes, plan, words)
-    return TrainingSet(index, streams, plan, fingerprint, _most_windows(config, index, sizes), words)
+    word_list = training_word_list(config.context)
+    fingerprint = _fingerprint(sets, sizes, plan, word_list)
+    return TrainingSet(index, streams, plan, fingerprint, _max_windows(config, index, sizes), word_list)
 
 
-def _most_windows(config: TrainDataConfig, index: ShardIndex, sizes: ExampleSizes) -> int:
-    """Windows of a micro-batch of the longest samples that its limits allow, by the durations of the index."""
+def _max_windows(config: TrainDataConfig, index: ShardIndex, sizes: ExampleSizes) -> int:
+    """Windows of a micro-batch of the longest utterances that the limits allow, by the durations in the index."""
     longest_seconds = max(part.longest_seconds for part in index.sets)
     if config.max_duration_seconds is not None:
         longest_seconds = min(longest_seconds, config.max_duration_seconds)
-    of_an_example = int(sizes.windows(np.array([round(1000 * longest_seconds)]))[0])
+    per_example = int(sizes.windows(np.array([round(1000 * longest_seconds)]))[0])
     limits = [
         config.max_windows,
-        config.max_examples and config.max_examples * of_an_example,
+        config.max_examples and config.max_examples * per_example,
         config.max_tokens and config.max_tokens // sizes.audio_tokens_per_window,
     ]
-    # A clip that is larger than these limits is left out.
+    # The filters skip utterances that are larger than a limit.
     return min(limit for limit in limits if limit is not None)
 
 
 def _max_packed_tokens(config: TrainDataConfig, sizes: ExampleSizes) -> int:
-    """Text tokens of a packed example: as many as a target may have, and as a micro-batch of this example alone."""
+    """Maximum text tokens of a packed example, which must fit into a target and, alone, into a micro-batch."""
     if config.max_tokens is None:
         return config.max_target_tokens
     return min(config.max_target_tokens, config.max_tokens - sizes.audio_tokens_per_window - sizes.num_prompt_tokens)
 
 
 def _fingerprint(
-    sets: Mapping[str, Sequence[ShardSet]], sizes: ExampleSizes, plan: TrainPlan, words: WordList | None
+    sets: Mapping[str, Sequence[ShardSet]], sizes: ExampleSizes, plan: TrainPlan, word_list: WordList | None
 ) -> str:
-    """The same for the same samples in the same sets and order, and the same words, whatever their place."""
+    """A hash of the utterances of each set, their order and the word list, but not of where these are stored."""
     known = [(name, [part.fingerprint for part in parts]) for name, parts in sets.items()]
-    listed = "" if words is None else words.fingerprint
+    listed = "" if word_list is None else word_list.fingerprint
     return hashlib.sha256(repr((PLAN_VERSION, plan.steps_per_epoch, sizes, known, listed)).encode()).hexdigest()[:16]
