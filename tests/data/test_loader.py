@@ -30,7 +30,7 @@ NOISE = AugmentationStep(name="AddGaussianSNR", arguments={"p": 0.7})
 
 @pytest.fixture(scope="module")
 def uneven_folders(tmp_path_factory) -> list[str]:
-    """37 samples: a set of several shards, one of which is empty and one of which has one sample, and a set of one."""
+    """37 utterances: a set of several shards, one empty and one with a single utterance, and a set of one shard."""
     folder = tmp_path_factory.mktemp("uneven")
     for name, count, shard_bytes in (("many", 36, 300_000), ("one", 1, 10**9)):
         manifest = write_speech_manifest(folder / f"speech-{name}", count, max_seconds=2.5, seed=count)
@@ -125,15 +125,15 @@ def test_the_global_batches_depend_neither_on_ranks_nor_on_workers(config, promp
 
 
 @pytest.mark.parametrize(("first_step", "world_size", "num_workers"), [(1, 2, 0), (3, 6, 0), (4, 3, 1), (6, 8, 0)])
-def test_a_run_that_goes_on_with_other_ranks_is_the_run_that_never_stopped(
+def test_a_run_resumed_with_other_ranks_is_the_run_that_never_stopped(
     config, prompts, unbroken, first_step, world_size, num_workers
 ):
     rest = global_batches(with_workers(config, num_workers), prompts, world_size, first_step)
     assert rest == unbroken[first_step:]
 
 
-def test_three_workers_of_two_ranks_read_every_sample_once_a_pass(uneven_folders, prompts):
-    """With fewer shards in a set than workers, an empty shard, and a number of samples that divides by nothing."""
+def test_three_workers_of_two_ranks_read_every_utterance_once_an_epoch(uneven_folders, prompts):
+    """With fewer shards in a set than workers, an empty shard, and a prime number of utterances."""
     config = TrainDataConfig(
         shards=tuple(uneven_folders), slots_per_step=4, max_examples=2, num_workers=3, untagged_fraction=0
     )
@@ -167,15 +167,15 @@ def test_resuming_gives_the_very_tensors_of_the_whole_run(config, prompts, num_w
             assert_same_tensors(one, other)
 
 
-def test_augmentation_differs_between_passes(uneven_folders, prompts):
+def test_augmentation_differs_between_epochs(uneven_folders, prompts):
     config = TrainDataConfig(
         shards=tuple(uneven_folders), slots_per_step=5, max_examples=8, num_workers=0, augmentation=(NOISE,)
     )
     batches = global_batches(config, prompts, 1)
-    assert len(batches[0]) == 37, "a step is a pass"
-    passes = [{example[2] for example in step} for step in batches[:2]]
-    # With p = 0.7, about one in eleven is left alone in both passes.
-    assert len(passes[0] & passes[1]) < 37 / 4
+    assert len(batches[0]) == 37, "a step is an epoch"
+    epochs = [{example[2] for example in step} for step in batches[:2]]
+    # With p = 0.7, about one in eleven is not augmented in either epoch.
+    assert len(epochs[0] & epochs[1]) < 37 / 4
 
 
 def test_packed_examples_hold_the_audio_and_text_of_their_utterances(uneven_folders, prompts):
@@ -187,21 +187,21 @@ def test_packed_examples_hold_the_audio_and_text_of_their_utterances(uneven_fold
     num_packed = 0
     for batches in steps_of(config, prompts, num_steps=training_set.plan.steps_per_epoch):
         for slot, batch in enumerate(batches.micro_batches):
-            samples = training_set.plan.slot(batches.step, slot)
-            assert batch.num_utterances == len(samples.utterance_ids)
-            num_packed += sum(size > 1 for size in samples.example_sizes)
-            drawn, audio = iter(samples.utterance_ids), batch.pcm.split(batch.windows_per_example)
-            for row, size in enumerate(samples.example_sizes):
-                clips = [reader.load(utterance_id) for utterance_id in islice(drawn, size)]
-                joined = np.concatenate([clip.pcm for clip in clips])
+            examples = training_set.plan.slot(batches.step, slot)
+            assert batch.num_utterances == len(examples.utterance_ids)
+            num_packed += sum(size > 1 for size in examples.example_sizes)
+            drawn, audio = iter(examples.utterance_ids), batch.pcm.split(batch.windows_per_example)
+            for row, size in enumerate(examples.example_sizes):
+                utterances = [reader.load(utterance_id) for utterance_id in islice(drawn, size)]
+                joined = np.concatenate([one.pcm for one in utterances])
                 assert np.array_equal(audio[row].flatten()[: len(joined)].numpy(), joined)
                 targets = batch.labels[row][batch.labels[row] != IGNORED_LABEL].tolist()
-                assert prompts.transcript(targets).text == " ".join(clip.text for clip in clips)
-                assert len({clip.language for clip in clips}) == 1
+                assert prompts.transcript(targets).text == " ".join(one.text for one in utterances)
+                assert len({one.language for one in utterances}) == 1
     assert num_packed > 0
 
 
-def test_a_bad_utterance_of_a_packed_example_is_taken_out_of_it(tmp_path, prompts):
+def test_a_bad_utterance_of_a_packed_example_is_dropped(tmp_path, prompts):
     manifest = write_speech_manifest(tmp_path / "speech", 12, max_seconds=0.5)
     pack_manifest(manifest, tmp_path / "set", 10**9, skip_bad=False)
     config = TrainDataConfig(
@@ -274,7 +274,7 @@ def locations(folder: Path) -> set[str]:
     return {shard.location for shard in read_index([str(folder)]).shards}
 
 
-def test_other_records_other_members_and_other_sets_have_other_fingerprints(uneven_folders, prompts, tmp_path):
+def test_other_records_another_layout_and_other_sets_have_other_fingerprints(uneven_folders, prompts, tmp_path):
     before = fingerprint(uneven_folders, prompts)
     copied = shutil.copytree(uneven_folders[0], tmp_path / "copied")
     index = read_index([str(copied)])
@@ -285,12 +285,12 @@ def test_other_records_other_members_and_other_sets_have_other_fingerprints(unev
     after_records = fingerprint([copied, uneven_folders[1]], prompts)
     records["num_text_tokens"][3] -= 1
     write_index(copied, shards, records, languages, UtteranceLayout(text=Field("txt")))
-    after_members = fingerprint([copied, uneven_folders[1]], prompts)
+    after_layout = fingerprint([copied, uneven_folders[1]], prompts)
     write_index(copied, shards, records, languages)
     assert fingerprint([copied, uneven_folders[1]], prompts) == before
     named = {"many": {"shards": uneven_folders[:1]}, "one": {"shards": uneven_folders[1:]}}
     in_sets = build_training_set(TrainDataConfig(sets=named, max_examples=2), prompts, 0).fingerprint
-    assert len({before, after_records, after_members, in_sets}) == 4
+    assert len({before, after_records, after_layout, in_sets}) == 4
 
 
 def fingerprint(shards: list, prompts) -> str:
@@ -305,13 +305,13 @@ def test_a_shard_that_is_named_twice_is_refused(uneven_folders, prompts):
         build_training_set(config, prompts, 0)
 
 
-def test_shards_without_samples_are_refused(uneven_folders, prompts):
+def test_shards_without_utterances_are_refused(uneven_folders, prompts):
     config = TrainDataConfig(shards=(f"{uneven_folders[0]}/many-empty.tar",), max_examples=1)
     with pytest.raises(UserError, match=r"`train_data\.shards`: the shards contain no utterances"):
         build_training_set(config, prompts, 0)
 
 
-def test_a_language_that_no_sample_has_is_refused(uneven_folders, prompts):
+def test_a_language_that_no_utterance_has_is_refused(uneven_folders, prompts):
     config = TrainDataConfig(shards=tuple(uneven_folders), max_examples=1, languages=("pt",))
     with pytest.raises(
         UserError, match="no utterance has the language 'pt'; the languages of the index are de, en, fr"

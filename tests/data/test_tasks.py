@@ -1,4 +1,4 @@
-"""What samples are asked, which of them are too long, and how sets of different tasks mix."""
+"""Prompts of transcripts and instructions, limits of length, and mixtures of tasks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUESTIONS = ("How many bottles are there?", "Übersetze ins Englische: [/INST]</
 
 
 def packed_questions(folder: Path, num_utterances: int = 9) -> Path:
-    """An instruction set: answers of any length, to a question of each sample."""
+    """An instruction set: answers of any length, to a question of each utterance."""
     (folder / "audio").mkdir(parents=True)
     rows = []
     for number in range(num_utterances):
@@ -78,11 +78,11 @@ def test_an_instruction_set_asks_its_questions_and_learns_its_answers(questions,
     index = read_index([str(questions)])
     reader = UtteranceReader(index, prompts, 448)
     for utterance_id in range(len(index)):
-        sample, example = reader.read(utterance_id), reader.example(utterance_id)
+        stored, example = reader.read(utterance_id), reader.example(utterance_id)
         question = QUESTIONS[utterance_id % 3]
-        assert sample.instruction == question
+        assert stored.instruction == question
         assert example.prompt == prompts.instruction(question, example.num_windows)
-        assert list(example.completion) == prompts.completion(sample.text)
+        assert list(example.completion) == prompts.completion(stored.text)
         assert not example.is_transcription
         assert int(index.record(utterance_id)["num_instruction_tokens"]) > 0
     assert "question" not in reader.read(0).fields
@@ -111,16 +111,16 @@ def test_packing_leaves_instructions_alone(questions, shard_folder, prompts):
     sizes = []
     for step in range(training_set.plan.steps_per_epoch):
         for slot in range(training_set.plan.num_slots(step)):
-            samples = training_set.plan.slot(step, slot)
-            ids = iter(samples.utterance_ids)
-            for size in samples.example_sizes:
+            examples = training_set.plan.slot(step, slot)
+            ids = iter(examples.utterance_ids)
+            for size in examples.example_sizes:
                 members = [next(ids) for _ in range(size)]
                 sizes.append(size)
                 assert size == 1 or min(members) >= num_questions
     assert max(sizes) > 1
 
 
-def test_a_sample_without_an_instruction_is_named(tmp_path):
+def test_an_utterance_without_an_instruction_is_named(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
     manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "yes", "question": " "}])
     source = open_corpus(str(manifest), CorpusOptions(instruction=Instruction(column="question")))
@@ -146,9 +146,9 @@ def test_a_column_with_our_name_that_is_not_chosen_does_not_replace_what_is(tmp_
     names = FieldNames.chosen(None, "german", "sprache")
     source = open_corpus(str(write_lines(tmp_path / "manifest.jsonl", [row])), CorpusOptions(names=names))
     pack(source, tmp_path / "set", PackOptions())
-    sample = UtteranceReader(read_index([str(tmp_path / "set")]), prompts, 448).read(0)
-    assert (sample.text, sample.language) == ("ja", "de")
-    assert (sample.fields["original_text"], sample.fields["original_lang"]) == ("yes", "en")
+    stored = UtteranceReader(read_index([str(tmp_path / "set")]), prompts, 448).read(0)
+    assert (stored.text, stored.language) == ("ja", "de")
+    assert (stored.fields["original_text"], stored.fields["original_lang"]) == ("yes", "en")
 
 
 def test_answers_keep_their_case_and_marks_whatever_targets_lose(tmp_path, prompts):
@@ -173,17 +173,23 @@ def test_the_configured_share_is_asked_without_the_tag_and_answers_with_it(shard
             assert detected is None
         elif detected is not None:
             asked += 1
-    # A quarter of the samples are of unknown language: no tag on either side.
+    # A quarter of the utterances are of unknown language: no tag on either side.
     assert 0.32 < asked / (asked + tagged) < 0.48
 
 
-def test_what_is_untagged_differs_between_passes_and_not_between_runs():
+def test_what_is_untagged_differs_between_epochs_and_not_between_runs():
     prompting = Prompting(untagged_fraction=0.5)
-    drawn = [[prompting.is_untagged((0, number, sample)) for sample in range(64)] for number in range(3)]
-    assert drawn == [[prompting.is_untagged((0, number, sample)) for sample in range(64)] for number in range(3)]
+    drawn = [
+        [prompting.is_untagged((0, epoch_index, utterance_id)) for utterance_id in range(64)]
+        for epoch_index in range(3)
+    ]
+    assert drawn == [
+        [prompting.is_untagged((0, epoch_index, utterance_id)) for utterance_id in range(64)]
+        for epoch_index in range(3)
+    ]
     assert drawn[0] != drawn[1] != drawn[2]
-    assert not any(Prompting().is_untagged((0, 0, sample)) for sample in range(64))
-    assert all(Prompting(untagged_fraction=1.0).is_untagged((0, 0, sample)) for sample in range(64))
+    assert not any(Prompting().is_untagged((0, 0, utterance_id)) for utterance_id in range(64))
+    assert all(Prompting(untagged_fraction=1.0).is_untagged((0, 0, utterance_id)) for utterance_id in range(64))
 
 
 def test_the_tag_changes_neither_the_transcripts_ids_nor_the_limit(shard_index, prompts):
@@ -199,7 +205,7 @@ def test_the_tag_changes_neither_the_transcripts_ids_nor_the_limit(shard_index, 
 # Limits.
 
 
-def test_transcripts_over_the_limit_are_left_out_and_counted(shard_folder, prompts):
+def test_transcripts_over_the_limit_are_skipped_and_counted(shard_folder, prompts):
     index = read_index([str(shard_folder)])
     limit = int(np.median(index.records["num_text_tokens"]))
     expected = int((index.records["num_text_tokens"] + 1 > limit).sum())
@@ -218,7 +224,7 @@ def test_transcripts_over_the_limit_are_refused_where_that_is_asked_for(shard_fo
     build_training_set(config_of(shard_folder, too_long="refuse"), prompts, 0)
 
 
-def test_what_does_not_fit_into_the_models_positions_is_left_out_or_refused(shard_folder, prompts, monkeypatch):
+def test_what_does_not_fit_into_the_models_positions_is_skipped_or_refused(shard_folder, prompts, monkeypatch):
     # 16 audio tokens a window, and up to four windows.
     monkeypatch.setattr(prompts, "max_positions", 60)
     training_set = build_training_set(config_of(shard_folder), prompts, 0)
@@ -228,7 +234,7 @@ def test_what_does_not_fit_into_the_models_positions_is_left_out_or_refused(shar
         build_training_set(config_of(shard_folder, too_long="refuse"), prompts, 0)
 
 
-def test_limits_are_kept_when_a_sample_is_read_too(shard_index, prompts, monkeypatch):
+def test_limits_are_kept_when_an_utterance_is_read_too(shard_index, prompts, monkeypatch):
     completion = UtteranceReader(shard_index, prompts, 448).example(0).completion
     with pytest.raises(UtteranceError, match=f"has {len(completion)} target tokens, more than the limit") as refused:
         UtteranceReader(shard_index, prompts, len(completion) - 1).example(0)
@@ -264,7 +270,7 @@ def test_packed_clips_have_the_targets_of_all_and_keep_their_texts(shard_folder,
     )
 
 
-def test_a_text_of_which_nothing_is_left_is_a_bad_sample(tmp_path, prompts):
+def test_a_text_of_which_nothing_is_left_is_a_bad_utterance(tmp_path, prompts):
     soundfile.write(tmp_path / "a.wav", tone(0.5), 16_000)
     manifest = write_lines(tmp_path / "manifest.jsonl", [{"audio_filepath": "a.wav", "text": "?!", "lang": "en"}])
     pack_manifest(manifest, tmp_path / "set", 10**9, skip_bad=False)

@@ -81,7 +81,7 @@ def test_padding_changes_neither_targets_nor_positions(num_padding):
     assert padded.num_target_tokens == 2 * alone.num_target_tokens
 
 
-def test_a_batch_keeps_what_was_left_out_of_it():
+def test_a_batch_keeps_its_bad_utterances():
     bad = BadUtterance("a.tar", "key", "does not decode")
     assert collate([example([1], [2])], PAD, WINDOW_SAMPLES, [bad]).bad_utterances == (bad,)
 

@@ -1,4 +1,4 @@
-"""Contexts: which words a prompt lists, drawn so that they can be drawn again."""
+"""Contexts: which listed words a prompt shows, drawn reproducibly."""
 
 from collections import Counter
 
@@ -24,7 +24,7 @@ def words_file(tmp_path):
 
 
 def listed(context: str) -> list[str]:
-    """The words of a context."""
+    """The words that a context shows."""
     lines = [line for line in context.splitlines() if line.startswith("Keywords: ")]
     return lines[0].removeprefix("Keywords: ").split(", ") if lines else []
 
@@ -59,39 +59,41 @@ def test_entries_that_are_one_word_in_two_spellings_are_one():
     assert WordList([" Zürich ", "zürich", "ZU\u0308RICH", "", "...", "new  york"]).entries == ("Zürich", "new york")
 
 
-def test_a_list_has_the_true_words_and_other_words_that_the_transcript_does_not_hold(words_file, prompts):
+def test_a_context_has_the_true_words_and_other_words_that_the_transcript_does_not_hold(words_file, prompts):
     made = contexts(words_file, prompts, true_word_fraction=1.0, max_distractors=8)
     sizes, places = Counter(), Counter()
     for utterance_id in range(200):
         words = listed(made(TEXT, [{}], (0, 0, utterance_id)))
         assert set(words) >= TRUE
         assert len(set(words)) == len(words)
-        # Not even as a distractor: it stands in the transcript too.
+        # Not even as a distractor: it occurs in the transcript.
         assert set(words) <= set(POOL) - {"Petersburg"}
         sizes[len(words) - len(TRUE)] += 1
         places[words.index("Siobhan") / len(words) < 0.5] += 1
     assert set(sizes) == set(range(9))
-    # True words stand anywhere.
+    # True words are at random places.
     assert 60 < places[True] < 140
 
 
-def test_true_words_may_be_missing_and_samples_without_any_have_a_list_too(words_file, prompts):
+def test_true_words_may_be_missing_and_utterances_without_any_have_a_context_too(words_file, prompts):
     made = contexts(words_file, prompts, true_word_fraction=0.5, max_distractors=4)
     shown = Counter(word for key in range(300) for word in listed(made(TEXT, [{}], (0, 0, key))) if word in TRUE)
     assert all(110 < shown[word] < 190 for word in TRUE)
     assert any(listed(made("nothing of it", [{}], (0, 0, key))) for key in range(9))
 
 
-def test_the_share_of_samples_with_a_context(words_file, prompts):
+def test_the_fraction_of_utterances_with_a_context(words_file, prompts):
     made = contexts(words_file, prompts, fraction=0.3)
     num_with = sum(bool(made(TEXT, [{}], (5, 1, utterance_id))) for utterance_id in range(1000))
     assert 250 < num_with < 350
     assert not any(contexts(words_file, prompts, fraction=0)(TEXT, [{}], (0, 0, key)) for key in range(50))
 
 
-def test_a_context_depends_on_seed_pass_and_sample_alone(words_file, prompts):
+def test_a_context_depends_on_seed_epoch_and_utterance_alone(words_file, prompts):
     one, other = contexts(words_file, prompts), contexts(words_file, prompts)
-    keys = [(seed, number, sample) for seed in range(2) for number in range(2) for sample in range(5)]
+    keys = [
+        (seed, epoch_index, utterance_id) for seed in range(2) for epoch_index in range(2) for utterance_id in range(5)
+    ]
     first = [one(TEXT, [{}], key) for key in keys]
     assert [other(TEXT, [{}], key) for key in reversed(keys)] == first[::-1]
     assert len(set(first)) == len(keys)
@@ -103,14 +105,14 @@ def test_a_context_never_has_more_tokens_than_it_may(words_file, prompts, max_to
         words_file, prompts, max_tokens=max_tokens, max_distractors=60, true_word_fraction=1, previous_text_field="said"
     )
     said = "It was the best of times, it was the worst of times. " * 9
-    lengths = [len(prompts.encode(made(TEXT, [{"said": said}], (0, 0, sample)))) for sample in range(40)]
+    lengths = [len(prompts.encode(made(TEXT, [{"said": said}], (0, 0, utterance_id)))) for utterance_id in range(40)]
     assert max(lengths) <= max_tokens
     assert max_tokens < 60 or max(lengths) > 0.6 * max_tokens, "the room is used"
 
 
 def test_true_words_come_before_distractors_where_room_is_short(words_file, prompts):
     made = contexts(words_file, prompts, max_tokens=60, max_distractors=100, true_word_fraction=1)
-    assert all(set(listed(made(TEXT, [{}], (0, 0, sample)))) >= TRUE for sample in range(40))
+    assert all(set(listed(made(TEXT, [{}], (0, 0, utterance_id)))) >= TRUE for utterance_id in range(40))
 
 
 def test_previous_text_keeps_its_end(prompts):
@@ -147,14 +149,14 @@ def test_a_true_word_of_both_lists_is_drawn_once(words_file, prompts):
 
 
 @pytest.mark.parametrize("names", [["Siobhan", "Ngozi"], "Siobhan, Ngozi"])
-def test_words_of_the_sample_itself_are_true_words_or_distractors(prompts, names):
+def test_words_of_the_utterance_itself_are_true_words_or_distractors(prompts, names):
     made = made_by(ContextConfig(words_field="names", fraction=1, true_word_fraction=0), prompts)
     assert listed(made(TEXT, [{"names": names}], (0, 0, 0))) == ["Ngozi"]
     made = made_by(ContextConfig(words_field="names", fraction=1, true_word_fraction=1), prompts)
     assert set(listed(made(TEXT, [{"names": names}], (0, 0, 0)))) == {"Siobhan", "Ngozi"}
 
 
-def test_lists_of_a_test_set_have_all_true_words_and_grow_into_each_other(words_file):
+def test_contexts_of_a_test_set_have_all_true_words_and_grow_into_each_other(words_file):
     words = WordList.read(words_file, "words")
     for utterance_id in range(20):
         lists = {size: listed(ContextsOfTests(words, size, 50)(TEXT, [{}], (utterance_id,))) for size in (0, 5, 50)}

@@ -26,7 +26,7 @@ def examples(num_examples: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def holds(run: slice, windows: np.ndarray, positions: np.ndarray, budget: Budget) -> bool:
-    """The budget's own words, on one micro-batch."""
+    """Whether one micro-batch keeps within the budget, from its definition."""
     count = run.stop - run.start
     return (
         (budget.max_examples is None or count <= budget.max_examples)
@@ -68,7 +68,7 @@ def test_an_example_above_the_budget_is_alone():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_packing_holds_its_limits_and_each_clip_once(seed):
+def test_packing_holds_its_limits_and_each_utterance_once(seed):
     rng = np.random.default_rng(seed)
     duration_ms, tokens = rng.integers(300, 34_000, 400), rng.integers(1, 200, 400)
     languages = rng.integers(0, 3, 400).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""The order of training is a pure function: every sample once per pass, whatever the number of ranks and workers."""
+"""The order of training is a pure function: every utterance once per epoch, for any number of ranks and workers."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -46,9 +46,9 @@ def drawn_in_epoch(plan: TrainPlan, epoch_index: int = 0) -> list[int]:
 @pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("budget", [Budget(1, None, None), Budget(3, None, None), Budget(None, 5, 2500)])
-@pytest.mark.parametrize("window", [1, 5])
-def test_every_sample_is_drawn_once_per_pass(num_utterances, block_size, slots, budget, window):
-    plan = make_plan(num_utterances, PlanShape(slots, budget, window, block_size), max_seconds=70.0)
+@pytest.mark.parametrize("megabatch_steps", [1, 5])
+def test_every_utterance_is_drawn_once_per_epoch(num_utterances, block_size, slots, budget, megabatch_steps):
+    plan = make_plan(num_utterances, PlanShape(slots, budget, megabatch_steps, block_size), max_seconds=70.0)
     for epoch_index in (0, 1, 7):
         assert sorted(drawn_in_epoch(plan, epoch_index)) == list(range(num_utterances))
 
@@ -73,14 +73,14 @@ def test_micro_batches_of_equal_examples_are_equally_full():
 
 @pytest.mark.parametrize("budget", [Budget(None, 6, None), Budget(None, None, 4000), Budget(8, 12, 6000)])
 @pytest.mark.parametrize("packed", [None, 448])
-def test_no_micro_batch_passes_its_budget_and_most_are_nearly_full(budget, packed):
+def test_no_micro_batch_exceeds_its_budget_and_most_are_nearly_full(budget, packed):
     plan = make_plan(3000, PlanShape(4, budget, 8, 1, packed), max_seconds=80.0)
     loads = []
     for step in range(plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
-            samples = plan.slot(step, slot)
-            ends = np.cumsum([0, *samples.example_sizes])
-            groups = [samples.utterance_ids[start:end] for start, end in pairwise(ends.tolist())]
+            examples = plan.slot(step, slot)
+            ends = np.cumsum([0, *examples.example_sizes])
+            groups = [examples.utterance_ids[start:end] for start, end in pairwise(ends.tolist())]
             loads.append(load_of(plan, groups, budget))
     assert max(loads) <= 1.0
     assert np.mean(loads) > 0.7
@@ -90,7 +90,7 @@ def test_no_micro_batch_passes_its_budget_and_most_are_nearly_full(budget, packe
 
 
 def load_of(plan: TrainPlan, groups: list[tuple[int, ...]], budget: Budget) -> float:
-    """The share of the budget that a micro-batch strains most, from the definitions."""
+    """The fraction of the tightest limit that a micro-batch takes, from the definitions."""
     if not groups:
         return 0.0
     durations = [int(plan._index.gather(np.array(group))["duration_ms"].sum()) for group in groups]
@@ -102,11 +102,11 @@ def load_of(plan: TrainPlan, groups: list[tuple[int, ...]], budget: Budget) -> f
     return max(shares)
 
 
-@pytest.mark.parametrize("window", [1, 4, 16])
+@pytest.mark.parametrize("megabatch_steps", [1, 4, 16])
 @pytest.mark.parametrize("slots", [1, 2, 8])
-def test_few_slots_are_empty_and_steps_never_are(slots, window):
+def test_few_slots_are_empty_and_steps_never_are(slots, megabatch_steps):
     budget = Budget(None, 4, None)
-    plan = make_plan(4000, PlanShape(slots, budget, window, 1), max_seconds=70.0)
+    plan = make_plan(4000, PlanShape(slots, budget, megabatch_steps, 1), max_seconds=70.0)
     steps = [[plan.slot(step, slot) for slot in range(plan.num_slots(step))] for step in range(plan.steps_per_epoch)]
     assert all(any(slot.utterance_ids for slot in step) for step in steps)
     used = sum(bool(slot.utterance_ids) for step in steps for slot in step)
@@ -114,15 +114,15 @@ def test_few_slots_are_empty_and_steps_never_are(slots, window):
 
 
 def test_packed_examples_hold_the_budget_of_a_micro_batch():
-    """A packed example is as long as a micro-batch at most, or it would be alone in one that is too large."""
+    """A packed example larger than the budget would be alone in a micro-batch that is too large."""
     sizes_config = TrainDataConfig(shards=("x",), max_tokens=450, packing=True)
     limit = _max_packed_tokens(sizes_config, SIZES)
     plan = make_plan(2000, PlanShape(4, Budget(None, None, 450), 8, 1, limit), max_seconds=6.0)
     for step in range(plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
-            samples = plan.slot(step, slot)
-            ends = np.cumsum([0, *samples.example_sizes]).tolist()
-            groups = [samples.utterance_ids[start:end] for start, end in pairwise(ends)]
+            examples = plan.slot(step, slot)
+            ends = np.cumsum([0, *examples.example_sizes]).tolist()
+            groups = [examples.utterance_ids[start:end] for start, end in pairwise(ends)]
             assert load_of(plan, groups, Budget(None, None, 450)) <= 1.0
 
 
@@ -141,7 +141,7 @@ def test_packing_fills_windows_and_keeps_languages_apart():
             assert end - start == 1 or records["duration_ms"].sum() <= 30_000
 
 
-def test_passes_and_seeds_give_different_orders():
+def test_epochs_and_seeds_give_different_orders():
     plan = make_plan(101)
     orders = [drawn_in_epoch(plan, epoch_index) for epoch_index in range(3)]
     orders += [drawn_in_epoch(make_plan(101, seed=seed)) for seed in (1, 2)]
@@ -152,27 +152,27 @@ def test_the_same_seed_gives_the_same_order():
     assert drawn_in_epoch(make_plan(101, seed=3)) == drawn_in_epoch(make_plan(101, seed=3))
 
 
-def windows_of(plan: TrainPlan, shape: PlanShape) -> Iterator[list[tuple[int, ...]]]:
+def megabatches_of(plan: TrainPlan, shape: PlanShape) -> Iterator[list[tuple[int, ...]]]:
     for first in range(0, plan.steps_per_epoch, shape.megabatch_steps):
         steps = range(first, min(first + shape.megabatch_steps, plan.steps_per_epoch))
         yield [plan.slot(step, slot).utterance_ids for step in steps for slot in range(shape.slots_per_step)]
 
 
 @pytest.mark.parametrize("num_utterances", [120, 180])
-def test_micro_batches_of_a_sort_window_are_runs_of_its_sorted_costs(num_utterances):
+def test_micro_batches_of_a_megabatch_are_runs_of_its_sorted_costs(num_utterances):
     plan = make_plan(num_utterances, max_seconds=200.0)
-    for window in windows_of(plan, SHAPE):
-        costs = [positions_of(plan, ids) for ids in window if len(ids)]
+    for megabatch in megabatches_of(plan, SHAPE):
+        costs = [positions_of(plan, ids) for ids in megabatch if len(ids)]
         runs = sorted(costs, key=lambda run: (run.min(), run.max()))
         assert all(one.max() <= other.min() for one, other in pairwise(runs))
 
 
-def test_micro_batches_of_a_sort_window_are_shuffled():
+def test_micro_batches_of_a_megabatch_are_shuffled():
     plan = make_plan(120, max_seconds=200.0)
-    means = [[positions_of(plan, ids).mean() for ids in window] for window in windows_of(plan, SHAPE)]
-    assert all(window != sorted(window) and window != sorted(window, reverse=True) for window in means)
-    # Differently in each window: otherwise some slots would always get the short utterances.
-    ranks = [np.argsort(np.argsort(window)).tolist() for window in means]
+    means = [[positions_of(plan, ids).mean() for ids in megabatch] for megabatch in megabatches_of(plan, SHAPE)]
+    assert all(costs not in (sorted(costs), sorted(costs, reverse=True)) for costs in means)
+    # Differently in each megabatch: otherwise some slots would always get the short utterances.
+    ranks = [np.argsort(np.argsort(costs)).tolist() for costs in means]
     assert ranks[0] != ranks[1]
 
 
@@ -210,16 +210,16 @@ def mixture(weights=None, **changes) -> tuple[TrainDataConfig, ShardIndex, Strea
 
 
 @pytest.mark.parametrize("changes", MIXTURES.values(), ids=MIXTURES.keys())
-def test_every_sort_window_has_the_exact_mixture(changes):
+def test_every_megabatch_has_the_exact_mixture(changes):
     _, index, streams = mixture(**changes)
     plan = TrainPlan(index, streams, SIZES, PlanShape(4, Budget(4, None, None), 6, 1), (0,))
-    stream_of = stream_of_samples(streams)
+    stream_of = stream_of_utterances(streams)
     num_draws = sum(stream.num_draws for stream in streams.streams)
     drawn = [Counter[int]() for _ in range(3 * plan.steps_per_epoch)]
     for step in range(3 * plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
             drawn[step].update(stream_of[utterance_id] for utterance_id in plan.slot(step, slot).utterance_ids)
-    edges = [plan._first_step(window) for window in range(plan._num_megabatches + 1)]
+    edges = [plan._first_step(megabatch) for megabatch in range(plan._num_megabatches + 1)]
     for epoch_index in range(3):
         for first, end in pairwise(edges):
             offset = epoch_index * plan.steps_per_epoch
@@ -230,7 +230,7 @@ def test_every_sort_window_has_the_exact_mixture(changes):
     assert sum(sum(drawn, Counter()).values()) == 3 * num_draws
 
 
-def stream_of_samples(streams: Streams) -> dict[int, int]:
+def stream_of_utterances(streams: Streams) -> dict[int, int]:
     found = {}
     for number, stream in enumerate(streams.streams):
         for utterance_id in streams.utterance_ids(number, np.arange(stream.num_utterances)).tolist():
@@ -240,15 +240,15 @@ def stream_of_samples(streams: Streams) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("changes", MIXTURES.values(), ids=MIXTURES.keys())
-def test_each_stream_is_gone_through_without_replacement(changes):
+def test_each_epoch_of_a_stream_draws_without_replacement(changes):
     _, index, streams = mixture(**changes)
     plan = TrainPlan(index, streams, SIZES, PlanShape(4, Budget(4, None, None), 6, 1), (0,))
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(4 * plan.steps_per_epoch):
         for slot in range(plan.num_slots(step)):
-            samples = plan.slot(step, slot)
-            seen.update(zip(samples.utterance_ids, samples.epochs, strict=True))
-    assert set(seen.values()) == {1}, "no sample twice in a pass of its stream"
+            examples = plan.slot(step, slot)
+            seen.update(zip(examples.utterance_ids, examples.epochs, strict=True))
+    assert set(seen.values()) == {1}, "no utterance twice in an epoch of its stream"
     for number, stream in enumerate(streams.streams):
         members = set(streams.utterance_ids(number, np.arange(stream.num_utterances)).tolist())
         for whole_epoch in range(4 * stream.num_draws // stream.num_utterances):
@@ -286,7 +286,7 @@ def test_temperatures_give_roots_of_hours_of_sets_and_of_languages_inside_them(s
         assert drawn[name] / sum(drawn.values()) == pytest.approx(share, abs=0.002)
 
 
-def test_samples_of_a_stream_are_those_of_its_set_and_language():
+def test_utterances_of_a_stream_are_those_of_its_set_and_language():
     _, index, streams = mixture(language_temperature=2.0)
     ends = np.cumsum(list(SET_SIZES.values()))
     records, languages = index.records, {"de": 0, "en": 1, "unknown": UNKNOWN_LANGUAGE}
@@ -309,7 +309,7 @@ def test_a_scan_in_many_parts_finds_the_same(monkeypatch):
         assert np.array_equal(parts.utterance_ids(number, everything), whole.utterance_ids(number, everything))
 
 
-def test_temperature_one_draws_every_sample_once_a_pass():
+def test_temperature_one_draws_every_utterance_once_an_epoch():
     _, index, streams = mixture()
     assert [stream.num_draws for stream in streams.streams] == [len(index)]
 
@@ -325,14 +325,14 @@ FILTERS = {
 
 
 @pytest.mark.parametrize("names", [[name] for name in FILTERS] + [list(FILTERS)])
-def test_exactly_the_samples_that_pass_all_filters_are_drawn(names):
+def test_exactly_the_utterances_that_pass_all_filters_are_drawn(names):
     changes = {name: FILTERS[name][0] for name in names}
     _, index, streams = mixture(**changes)
-    passes = np.logical_and.reduce([FILTERS[name][1](index.records) for name in names])
-    assert 0 < passes.sum() < len(index)
+    kept = np.logical_and.reduce([FILTERS[name][1](index.records) for name in names])
+    assert 0 < kept.sum() < len(index)
     plan = TrainPlan(index, streams, SIZES, SHAPE, (0,))
-    assert sorted(drawn_in_epoch(plan)) == np.flatnonzero(passes).tolist()
-    assert sum(streams.skipped.values()) == len(index) - passes.sum()
+    assert sorted(drawn_in_epoch(plan)) == np.flatnonzero(kept).tolist()
+    assert sum(streams.skipped.values()) == len(index) - kept.sum()
 
 
 def test_a_set_that_is_filtered_away_is_refused():
