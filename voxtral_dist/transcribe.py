@@ -18,21 +18,25 @@ from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import Recording, RecordingError, find_recordings
 from voxtral_dist.transcription.segmenter import Segmenter
 from voxtral_dist.transcription.transcriber import Transcriber
-from voxtral_dist.transcription.transcript_files import TranscriptFiles, TranscriptFormat, json_row
-from voxtral_dist.transcription.transcripts import RecordingTranscript
-
-# A subtitle is shown for as long as its segment lasts, and nobody reads a minute of speech at once.
-SUBTITLE_SECONDS = 10.0
+from voxtral_dist.transcription.transcript_files import TranscriptFiles, json_row
+from voxtral_dist.transcription.transcripts import SUBTITLE_SECONDS, RecordingTranscript, TranscriptFormat
 
 
 @dataclass(frozen=True)
 class TranscribeOptions:
-    """How recordings are transcribed, and what becomes of the transcripts.
+    """Options of transcribing recordings and of writing the transcripts.
 
-    question: asked about each recording. settings: of decoding. precision: as in `ModelConfig`, or `auto` for that of
-    the stored weights. out_dir: folder for a file in each of `formats` per recording; None writes none.
-    max_segment_seconds: longer recordings are cut at pauses; None means `SUBTITLE_SECONDS` for subtitles, and otherwise
-    what the model has room for. prints_json: print a line of JSON per recording instead of its path and text.
+    Attributes:
+        question: asked about each recording.
+        settings: how batches are decoded.
+        precision: as in `ModelConfig`, or `auto` for that of the stored weights.
+        out_dir: folder for a file in each of `formats` per recording; None writes no files.
+        max_segment_seconds: longer recordings are cut at pauses; None means `SUBTITLE_SECONDS` for subtitles, and
+            otherwise what the model has room for.
+        prints_json: print a line of JSON per recording instead of its path and text.
+
+    Raises:
+        UserError: options exclude each other.
     """
 
     question: Question = field(default_factory=Question)

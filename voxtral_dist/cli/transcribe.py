@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from voxtral_dist.cli.arguments import Commands, add_decoding, decoding_settings
 from voxtral_dist.config import EvaluationConfig
-
-_FORMATS = ("txt", "json", "srt")
+from voxtral_dist.transcription.transcripts import SUBTITLE_SECONDS, TranscriptFormat
 
 
 def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -22,13 +22,17 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio instead of a transcript")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write FOLDER/NAME.txt for NAME.wav")
     parser.add_argument(
-        "--format", choices=_FORMATS, nargs="+", default=["txt"], help="formats of the files in --out (default: txt)"
+        "--format",
+        choices=get_args(TranscriptFormat),
+        nargs="+",
+        default=["txt"],
+        help="formats of the files in --out (default: txt)",
     )
     parser.add_argument(
         "--max-segment-seconds",
         type=_seconds,
         metavar="SECONDS",
-        help="cut longer recordings at pauses (default: 10 for srt, otherwise what the model has room for)",
+        help=f"cut longer recordings at pauses (default: {SUBTITLE_SECONDS:g} for srt, otherwise what the model takes)",
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON per recording")
     parser.set_defaults(run=_transcribe)

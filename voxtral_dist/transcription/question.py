@@ -15,7 +15,7 @@ from voxtral_dist.text.word_list import WordList
 class Question:
     """A request to transcribe, or an instruction.
 
-    Args:
+    Attributes:
         language: ISO 639-1 code of the speech; None lets the model detect it.
         context: text in the prompt: words that are likely, what was said before; see `context_text`.
         instruction: asked instead of a transcript, about each recording as a whole.

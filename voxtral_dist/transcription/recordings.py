@@ -13,7 +13,12 @@ from voxtral_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Recording:
-    """An audio file, and its name: that of the file, or its path inside the folder that was searched."""
+    """An audio file to transcribe.
+
+    Attributes:
+        path: where it is.
+        name: of the file, or its path inside the folder that was searched; its transcript is named alike.
+    """
 
     path: Path
     name: Path

@@ -8,14 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import encodable, option_named_in_errors, refuse_unwritable, write_atomically
 from voxtral_dist.transcription.recordings import Recording, is_audio
-from voxtral_dist.transcription.transcripts import RecordingTranscript
-
-TranscriptFormat = Literal["txt", "json", "srt"]
+from voxtral_dist.transcription.transcripts import RecordingTranscript, TranscriptFormat
 
 
 def json_row(path: Path, transcript: RecordingTranscript) -> str:

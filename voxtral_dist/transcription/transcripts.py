@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 from voxtral_dist.text.steps import collapse_spaces
+
+TranscriptFormat = Literal["txt", "json", "srt"]
+# A subtitle is shown for as long as its segment lasts, and nobody reads a minute of speech at once.
+SUBTITLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Segment:
     """A part of a recording and its text, which is empty for silence.
 
-    Args:
+    Attributes:
         start_seconds: from the beginning of the recording.
         end_seconds: from the beginning of the recording.
         text: the transcript, or the answer to an instruction.
@@ -35,7 +40,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class RecordingTranscript:
-    """The segments of a recording, in order.
+    """The transcript of a recording.
+
+    Attributes:
+        segments: the parts of the recording, in order, silence included.
 
     Example:
         >>> from voxtral_dist import RecordingTranscript, Segment

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,11 +11,11 @@ import numpy as np
 from voxtral_dist.data.examples.bad_utterance import BadUtterance, UtteranceError
 from voxtral_dist.data.examples.example import Example, LoadedUtterance
 from voxtral_dist.data.examples.prompting import Prompting
+from voxtral_dist.data.examples.reading import read_utterance
 from voxtral_dist.data.stored.audio import AudioError, Pcm, Waveform, decode_audio, decode_pcm, to_pcm
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, is_same_duration, is_silent, is_too_much_text
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.data.stored.tar_members import read_members
 from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.text.steps import apply_steps
@@ -87,20 +86,8 @@ class UtteranceReader:
         return self._index.shard(utterance_id).name
 
     def read(self, utterance_id: int) -> StoredUtterance:
-        """Read an utterance as it is stored.
-
-        Raises:
-            UtteranceError: the bytes cannot be read, differ from the indexed ones, or are not the tar members of one
-                utterance with audio and text.
-        """
-        span, contents = self._index.span(utterance_id), b""
-        try:
-            contents = self._storage.read(span)
-            return self._index.parse(utterance_id, contents)
-        except (OSError, tarfile.TarError, ValueError) as error:
-            key = _key_in(contents) or f"#{utterance_id}"
-            reason = f"cannot be read at byte {span.offset}: {error}"
-            raise UtteranceError(BadUtterance(self.shard_name(utterance_id), key, reason)) from error
+        """Read an utterance as it is stored; see `read_utterance`."""
+        return read_utterance(self._index, utterance_id, self._storage)
 
     def load(self, utterance_id: int, key: tuple[int, ...] = (), is_packed: bool = False) -> LoadedUtterance:
         """Read an utterance; decode, check and augment its audio.
@@ -231,11 +218,3 @@ class UtteranceReader:
 def _joined(texts: Sequence[str]) -> str:
     """Join stripped texts by spaces; a single text stays as it is."""
     return " ".join(text.strip() for text in texts) if len(texts) > 1 else texts[0]
-
-
-def _key_in(contents: bytes) -> str | None:
-    """The key in the bytes of a damaged utterance; None if no name can be read."""
-    try:
-        return read_members(contents)[0] or None
-    except (tarfile.TarError, ValueError, OSError):
-        return None

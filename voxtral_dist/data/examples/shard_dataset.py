@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from typing import TypedDict
 
 from voxtral_dist.data.examples.bad_utterance import BadUtterance, UtteranceError
+from voxtral_dist.data.examples.reading import read_utterance
 from voxtral_dist.data.stored.audio import AudioError, Waveform, decode_audio
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
@@ -31,8 +31,8 @@ class ShardRow(TypedDict):
 class ShardDataset:
     """The utterances of shard sets by number, with decoded audio: a map-style dataset, as torch calls it.
 
-    It reads as it is asked: opening a set of any size takes no time. An utterance that cannot be read raises
-    `UtteranceError` when it is asked for.
+    Audio is read and decoded per item, so that opening a set of any size takes no time. An item that cannot be read
+    raises `UtteranceError`.
 
     Example:
         >>> from voxtral_dist import ShardDataset
@@ -67,12 +67,12 @@ class ShardDataset:
     def __getitem__(self, utterance_id: int) -> ShardRow:
         if not 0 <= utterance_id < len(self):
             raise IndexError(f"The dataset has no utterance {utterance_id}, only 0 to {len(self) - 1}.")
+        stored = read_utterance(self.index, utterance_id, self._storage)
         try:
-            stored = self.index.parse(utterance_id, self._storage.read(self.index.span(utterance_id)))
             array = decode_audio(stored.audio, self._sampling_rate)
-        except (AudioError, OSError, tarfile.TarError, ValueError) as error:
+        except AudioError as error:
             shard = self.index.shard(utterance_id).name
-            raise UtteranceError(BadUtterance(shard, f"#{utterance_id}", str(error))) from error
+            raise UtteranceError(BadUtterance(shard, stored.key, str(error))) from error
         audio = AudioArray(array=array, sampling_rate=self._sampling_rate)
         return ShardRow(key=stored.key, audio=audio, text=stored.text, language=stored.language)
 
