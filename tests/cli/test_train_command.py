@@ -82,7 +82,7 @@ def test_a_deepspeed_file_that_cannot_be_used_is_one_sentence(run, recipe, tmp_p
     [
         (
             {"a": {"context": {"num_distractors": [2]}}, "a-distractors-2": {}},
-            "the name `a-distractors-2` is that of a",
+            "`a-distractors-2` is the name of a set",
         ),
         ({"a": {"context": {"num_distractors": [3000]}}}, "3000 words may take"),
     ],

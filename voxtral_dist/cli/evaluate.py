@@ -19,7 +19,12 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("evaluate", help="measure the word error rate of a model on shard folders")
     add_decoding(parser)
     parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder for NAME.json and NAME.jsonl")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("evaluation"),
+        help="folder for NAME.json and NAME.jsonl (default: %(default)s)",
+    )
     parser.add_argument("--no-loss", action="store_true", help="do not measure the loss of the references")
     add_scoring(parser)
     parser.add_argument(

@@ -11,7 +11,9 @@ from voxtral_dist.config import load_config
 
 def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("plan", help="estimate without a GPU whether a run fits, its memory and its time")
+    parser = commands.add_parser(
+        "plan", help="estimate the memory and time of a run, and whether it fits, without a GPU"
+    )
     add_run_config(parser, "train_data.max_windows=4")
     parser.add_argument(
         "--gpus", type=positive, default=1, metavar="N", help="GPUs of all nodes together (default: %(default)s)"

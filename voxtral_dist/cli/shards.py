@@ -58,7 +58,7 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     pack.add_argument("--config", metavar="NAME", help="configuration of a Hugging Face dataset")
     _add_text_limit(pack)
     _add_workers(pack)
-    _add_layout(pack)
+    _add_layout(pack, "utterances without a language")
     pack.set_defaults(run=_pack)
 
 
@@ -68,7 +68,7 @@ def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
     index.add_argument("out", type=Path, nargs="?", help="folder for the index (default: that of the tars)")
     _add_text_limit(index)
     _add_workers(index)
-    _add_layout(index)
+    _add_layout(index, "all utterances")
     index.set_defaults(run=_index)
 
 
@@ -120,11 +120,8 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_layout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--language",
-        help="ISO 639-1 code; for `pack`, of utterances without a language, for `index`, of all utterances",
-    )
+def _add_layout(parser: argparse.ArgumentParser, whose: str) -> None:
+    parser.add_argument("--language", help=f"ISO 639-1 code of {whose}")
     parser.add_argument("--language-field", metavar="NAME", help="column, or key in the json, with the language")
     parser.add_argument(
         "--instruction", metavar="TEXT", help="instruction that every text answers (default: texts are transcripts)"

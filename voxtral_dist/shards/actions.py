@@ -127,8 +127,8 @@ def _progress(what: str, total: int | None) -> ProgressDisplay:
 def _write_broken(path: Path, num_utterances: int, broken: dict[str, list[BrokenUtterance]]) -> None:
     rows = [{"folder": folder} | asdict(found) for folder, of_folder in broken.items() for found in of_folder]
     causes = Counter(str(row["cause"]) for row in rows)
-    report = {"num_utterances": num_utterances, "num_broken": len(rows), "causes": dict(causes), "broken": rows}
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    contents = {"num_utterances": num_utterances, "num_broken": len(rows), "causes": dict(causes), "broken": rows}
+    path.write_text(json.dumps(contents, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -136,4 +136,4 @@ def _refuse_unwritable(path: Path) -> None:
     try:
         path.open("a").close()
     except OSError as error:
-        raise UserError(f"The report {path} cannot be written: {error.strerror}.") from error
+        raise UserError(f"The file {path} cannot be written: {error.strerror}.") from error

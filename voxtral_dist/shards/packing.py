@@ -50,7 +50,11 @@ class PackOptions:
 
 @dataclass
 class PackProgress:
-    """Lines of the corpus packed or skipped so far, with those of an interrupted packing; and those skipped now."""
+    """How far a packing is.
+
+    num_lines: lines of the corpus packed or skipped, including those before an interruption.
+    num_skipped: lines skipped by this call.
+    """
 
     num_lines: int = 0
     num_skipped: int = 0
