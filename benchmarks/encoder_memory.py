@@ -1,24 +1,24 @@
-"""Memory of the encoder: windows in checkpointed passes of 4 against all windows in one pass.
+"""Memory of the encoder: checkpointed chunks of 4 windows against all windows at once.
 
     python benchmarks/encoder_memory.py --output encoder_memory.json [--quick]
 
-Encoder and projector with 4 layers of width 256 and the published 1,500 positions a window; 4, 16 and 60 windows, as of
-half an hour of audio. Each step is forward and backward in a fresh process, in turns: its peak of resident memory over
-that before the step, its features included; medians. Beside ours and the plain encoder runs one pass with every layer
-checkpointed, transformers' own way to save memory. The gradients of all three are compared by their norm.
+Encoder and projector have 4 layers of width 256 and the published 1,500 positions per window. They run on 4, 16 and 60
+windows (half an hour of audio). Each forward and backward pass runs in a fresh process, in turns; results are medians
+of the peak resident memory above that before the step, features included. A third contender checkpoints every layer on
+all windows at once, which is transformers' way to save memory. The norms of the gradients of all three are compared.
 
-`ratio` is the peak of one pass over that of passes at 60 windows.
+`ratio` is the peak of all windows at once over that of chunks, at 60 windows.
 
-Predicted before the first run: about 110 MB a window in one pass, 6.6 GB at 60; ours 500 MB at 16 and 600 MB at 60, as
-only features (1.5 MB a window) and embeddings (0.4 MB, a few times) are added to one pass of 4. So 1.0, 3.6 and a
-`ratio` of 11. With checkpointed layers about 0.5 GB of inputs and one layer's 1.5 GB: 2 GB at 60. Ours costs a third
-more time than one pass, as checkpointed layers do.
+Predicted before the first run: about 110 MB per window at once, 6.6 GB for 60; with chunks 500 MB for 16 and 600 MB for
+60, because each window adds only features (1.5 MB) and embeddings (a few times 0.4 MB) to the memory of one chunk. So
+ratios of 1.0, 3.6 and 11. With checkpointed layers about 0.5 GB of inputs and 1.5 GB of one layer: 2 GB for 60. Chunks
+cost a third more time, as checkpointed layers do.
 
-Measured then: 1.0, 3.6 and a `ratio` of 11.7. One pass takes 122 MB a window, 7.29 GB at 60; ours 488, 535 and 622 MB,
-2.4 MB for every window more, of which features and embeddings are 1.9 and the joint of the embeddings the rest.
-Checkpointed layers take 0.19, 0.76 and 2.86 GB: more at 60 than predicted, and less than ours at 4, where there is a
-single pass and nothing to drop. Ours takes 40 % more core seconds at 16 windows, and 9 % at 60, a single
-run, where one pass probably spends time on getting memory. The norms of the gradients agree to 1e-7.
+Measured then: ratios of 1.0, 3.6 and 11.7. All windows at once take 122 MB per window, 7.29 GB for 60. Chunks take 488,
+535 and 622 MB: 2.4 MB per window, of which features and embeddings are 1.9 MB and their concatenation is the rest.
+Checkpointed layers take 0.19, 0.76 and 2.86 GB: more for 60 than predicted, and less than chunks for 4, where there is
+one chunk and nothing to drop. Chunks take 40 % more core seconds for 16 windows, and 9 % for 60 in a single run, where
+all windows at once probably spend time on allocating memory. The norms of the gradients agree to 1e-7.
 """
 
 import statistics
@@ -41,9 +41,9 @@ SHAPE = replace(PROCESSOR_SHAPE, encoder_width=256, encoder_layers=4, encoder_he
 FRAMES_PER_POSITION = 2
 FLOAT32_BYTES = 4
 WINDOWS_PER_CHUNK = 4
-# By the number of windows: the longest step takes a minute, and peaks hardly differ from one run to the next.
+# By number of windows. The longest step takes a minute, and peaks hardly differ between runs.
 NUM_ROUNDS = {4: 3, 16: 3, 60: 1}
-CONTENDERS = ("passes", "one_pass", "one_pass_checkpointed_layers")
+CONTENDERS = ("chunks", "at_once", "at_once_checkpointed_layers")
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     peaks = {name: _medians(by_number, "added_peak_bytes") for name, by_number in rows.items()}
     fewest, most = min(num_rounds), max(num_rounds)
     return {
-        "ratio": peaks["one_pass"][most] / peaks["passes"][most],
-        "ratio_is": f"bytes that a step of {most} windows adds, one pass over chunks of {WINDOWS_PER_CHUNK}",
-        "ratios": {number: peaks["one_pass"][number] / peaks["passes"][number] for number in num_rounds},
+        "ratio": peaks["at_once"][most] / peaks["chunks"][most],
+        "ratio_is": f"bytes that a step of {most} windows adds, all at once over chunks of {WINDOWS_PER_CHUNK}",
+        "ratios": {number: peaks["at_once"][number] / peaks["chunks"][number] for number in num_rounds},
         "added_peak_bytes": peaks,
         "core_seconds": {name: _medians(by_number, "core_seconds") for name, by_number in rows.items()},
         "added_bytes_per_window": {
@@ -78,10 +78,10 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
 
 
 def _step(model: str, shape: TinyShape, name: str, num_windows: int) -> dict[str, Any]:
-    is_checkpointed = name == "one_pass_checkpointed_layers"
+    is_checkpointed = name == "at_once_checkpointed_layers"
     checkpointing = ActivationCheckpointingConfig(encoder=int(is_checkpointed))
     voxtral = load_voxtral(ModelConfig(path=model, precision="float32", activation_checkpointing=checkpointing))
-    if name == "passes":
+    if name == "chunks":
         ChunkedEncoder(voxtral, WINDOWS_PER_CHUNK)
 
     def step(count: int) -> float:
@@ -97,7 +97,7 @@ def _step(model: str, shape: TinyShape, name: str, num_windows: int) -> dict[str
 
 
 def _computed(shape: TinyShape) -> dict[str, int]:
-    """What a window has to keep, whatever the encoder does."""
+    """Bytes that any encoder must keep of a window."""
     return {
         "features": NUM_MEL_BINS * FRAMES_PER_POSITION * shape.num_positions * FLOAT32_BYTES,
         "embeddings": shape.num_audio_tokens * shape.text_width * FLOAT32_BYTES,

@@ -1,14 +1,14 @@
-"""Log-mel features of a batch: ours on int16 windows against transformers' `WhisperFeatureExtractor`, clip by clip.
+"""Log-mel features of a batch: ours on int16 windows, against transformers' `WhisperFeatureExtractor` clip by clip.
 
     python benchmarks/features.py --output features.json [--quick]
 
-Both run in one thread on the same clips, interleaved; medians. `ratio` is ours over the extractor's speed. It is called
-clip by clip because that is how `VoxtralProcessor` calls it, and because a batch of clips makes it slower.
+Both run in one thread on the same clips, in turns; results are medians. `ratio` is our speed over the extractor's. The
+extractor is called clip by clip because `VoxtralProcessor` does so, and because it is slower on batches.
 
 Predicted before the first run: a ratio of about 2, because both spend their time in the same Fourier transform, and
-ours saves conversions and Python around it. Measured then: 0.4, because the spectra of a whole batch leave a CPU's
-caches. With as many clips at a time as make 30 s of audio: 1.0. So nothing is won on a CPU but the batch itself; it is
-meant for GPUs, where the features of a batch are one call.
+ours saves conversions and Python around it. Measured then: 0.4, because the spectra of a whole batch do not fit into a
+CPU's caches, and 1.0 with 30 s of audio at a time. So ours is not faster on a CPU. It is meant for GPUs, where the
+features of a batch are one call.
 """
 
 import statistics
@@ -29,7 +29,7 @@ WINDOW_SECONDS = 30
 
 
 def measure(_: Path, is_quick: bool) -> dict[str, object]:
-    """Seconds of CPU for the same batch, in turns."""
+    """CPU seconds of both for the same batch, in turns."""
     torch.set_num_threads(1)
     num_clips, num_rounds = (2, 2) if is_quick else (16, 9)
     extractor = WhisperFeatureExtractor(feature_size=128)
@@ -62,7 +62,7 @@ def measure(_: Path, is_quick: bool) -> dict[str, object]:
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:
-    """Of one call, on all threads of this process."""
+    """CPU seconds of one call, on all threads of this process."""
     started = time.process_time()
     function()
     return time.process_time() - started

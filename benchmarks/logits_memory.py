@@ -1,22 +1,23 @@
-"""Memory of the logits: ours for the last K positions against the labels and logits of every position.
+"""Memory of the logits: ours for target positions only, against labels and logits of every position.
 
     python benchmarks/logits_memory.py --output logits_memory.json [--quick]
 
-A batch of 8 clips of 30 s with transcripts of 60 to 100 tokens, and a Voxtral with tiny widths but the published window
-and vocabulary of 131,072, so that logits are nearly all that it keeps. Ours is `LossOfMicroBatch`, as training calls
-it; the other is the same model called with labels, Hugging Face's own loss. Each step is forward and backward in a
-fresh process, in turns; its peak of resident memory over that before the step, medians. Both losses are compared.
+The batch has 8 clips of 30 s with transcripts of 60 to 100 tokens. The model has tiny widths, but the published window
+and vocabulary of 131,072, so that logits are nearly all of its memory. Ours is `LossOfMicroBatch`, as training calls
+it; the other is the same model called with labels, which is Hugging Face's own loss. Each forward and backward pass
+runs in a fresh process, in turns; results are medians of the peak resident memory above that before the step. Both
+losses are compared.
 
 `ratio` is the peak of all positions over ours, in bfloat16.
 
-Predicted before the first run: a `ratio` of 4.5 in both precisions. Logits of 484 positions against 100 are 4.8; both
-hold three float32 copies at the peak (the logarithm of the softmax, and the gradients before and after it), 6.1 GB
-against 1.3 GB, and ours has about 100 MB of the encoder beside them.
+Predicted before the first run: a `ratio` of 4.5 in both precisions. 484 positions with logits against 100 are 4.8; both
+hold three float32 copies at the peak (the log-softmax, and the gradients before and after it), 6.1 GB against 1.3 GB,
+and ours holds about 100 MB of the encoder beside them.
 
 Measured then: 4.8 in bfloat16 and 4.7 in float32, 6.13 GB against 1.29 and 1.30 GB: three copies in both, and about
-40 MB beside them, because so narrow an encoder keeps less than was predicted. Not predicted: a step takes a tenth of
-the core seconds, 1.6 against 16 in bfloat16; half of the whole run's were the system's, which gives and takes back
-memory. The losses differ by 5e-6 in bfloat16 and 3e-8 in float32.
+40 MB beside them, because so narrow an encoder keeps less than predicted. Not predicted: a step takes a tenth of the
+core seconds, 1.6 against 16 in bfloat16; half of those of the whole run were spent by the system on memory. The losses
+differ by 5e-6 in bfloat16 and 3e-8 in float32.
 """
 
 import statistics
@@ -86,7 +87,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
 
 
 def _last_positions(model: str, precision: str, num_examples: int, num_target_tokens: int) -> dict[str, Any]:
-    """Ours."""
+    """Our loss of target positions."""
     prompts, voxtral, log_mel = _load(model, precision)
     loss_of = LossOfMicroBatch(log_mel, ModelConfig.model_fields["loss_chunk_tokens"].default)
 
@@ -99,7 +100,7 @@ def _last_positions(model: str, precision: str, num_examples: int, num_target_to
 
 
 def _all_positions(model: str, precision: str, num_examples: int, num_target_tokens: int) -> dict[str, Any]:
-    """The same sequences with `</s>` and labels, through Hugging Face's loss."""
+    """Hugging Face's loss of the same sequences, with `</s>` and labels."""
     prompts, voxtral, log_mel = _load(model, precision)
 
     def step(examples: list[Example]) -> float:
@@ -108,7 +109,7 @@ def _all_positions(model: str, precision: str, num_examples: int, num_target_tok
         masked = [(*[IGNORED_LABEL] * len(one.prompt), *one.completion) for one in examples]
         labels, _ = pad_left(masked, IGNORED_LABEL)
         features = log_mel(pcm, [one.num_windows for one in examples])
-        # Only the loss is kept, as by Hugging Face's trainer.
+        # Only the loss is kept, as in Hugging Face's trainer.
         loss = voxtral(
             input_ids=input_ids, attention_mask=attention_mask, input_features=features, labels=labels, use_cache=False
         ).loss
@@ -133,7 +134,7 @@ def _added(
 
 
 def _examples(prompts: VoxtralPrompts, num_examples: int, num_target_tokens: int) -> list[Example]:
-    """Noise of a whole window, and transcripts of byte tokens; the first is the longest."""
+    """Examples of a window of noise and a transcript of byte tokens; the first is the longest."""
     rng = np.random.default_rng(0)
     pcm = rng.normal(0, 3000, prompts.window_samples).astype(np.int16)
     shortest = round(SHORTEST_COMPLETION * num_target_tokens)
@@ -153,7 +154,7 @@ def _examples(prompts: VoxtralPrompts, num_examples: int, num_target_tokens: int
 
 
 def _computed(num_examples: int, num_positions: int, vocab_size: int) -> dict[str, int]:
-    """Bytes of one tensor of the logits' shape; float32 is also what the loss makes of bfloat16."""
+    """Bytes of one tensor of the logits' shape; the loss converts bfloat16 to float32."""
     size = num_examples * num_positions * vocab_size
     return {"positions": num_positions, "bfloat16": size * FLOAT32_BYTES // 2, "float32": size * FLOAT32_BYTES}
 

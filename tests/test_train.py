@@ -1,4 +1,4 @@
-"""Runs as users start them: killed, stopped, broken data; what is on disk afterwards."""
+"""Runs as users start them: killed, stopped, and on broken data; and what is on disk afterwards."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_utterances"] == 7
     assert (summary["world_size"], summary["engine"], summary["num_steps"]) == (2, "ZeRO-3", NUM_STEPS)
-    # The peak that the configuration tells: small, so that what a tiny model reaches of it can be seen.
+    # The configured peak is small, so that the utilization of a tiny model is visible.
     assert 0 < summary["model_flops_utilization"] < 1
     assert 0 <= summary["waiting_fraction"] < 1
     assert summary["memory_gigabytes"] > 0.1
@@ -133,7 +133,7 @@ def test_killed_in_the_middle_and_started_again_is_the_run_that_never_stopped(un
     assert all(row["model_flops_utilization"] > 0 for row in rows)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(unbroken: RunConfig) -> None:
+def test_sigterm_saves_and_the_same_command_resumes(unbroken: RunConfig) -> None:
     # With worker processes, which launchers signal too.
     train_data = unbroken.train_data.model_copy(update={"num_workers": 1})
     config = unbroken.model_copy(
@@ -179,7 +179,7 @@ def test_fsdp2_started_by_torchrun_is_the_same_run(unbroken: RunConfig, tmp_path
     assert sizes[0] == sizes[1]
 
 
-def test_too_many_bad_samples_end_the_run(unbroken: RunConfig, tmp_path: Path) -> None:
+def test_too_many_bad_utterances_end_the_run(unbroken: RunConfig, tmp_path: Path) -> None:
     manifest = write_speech_manifest(tmp_path / "speech", 30)
     pack_manifest(manifest, tmp_path / "shards", 10**8, skip_bad=False)
     index = read_index([tmp_path / "shards"])
@@ -207,7 +207,7 @@ def test_more_ranks_than_slots_are_refused_before_a_model_is_loaded(unbroken: Ru
 
 
 def garble(path: Path, offset: int) -> None:
-    """Overwrite the start of a sample's audio, which follows its tar header, so that it no longer decodes."""
+    """Overwrite the start of an utterance's audio, which follows its tar header, so that it no longer decodes."""
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(b"\xff" * 64)

@@ -1,4 +1,4 @@
-"""A configuration is checked before anything runs, and a mistake in it is named with its key."""
+"""A configuration is validated before anything runs, and a mistake in it is named with its key."""
 
 import json
 from pathlib import Path

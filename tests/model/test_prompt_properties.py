@@ -144,7 +144,7 @@ def test_nothing_in_a_text_becomes_a_special_token(prompts, mistral, text, langu
     *ids, last = prompts.completion(text)
     assert last == prompts.eos_id
     assert not any(mistral.text.is_special(token) for token in ids)
-    # So a prompt has the special tokens of an empty one, whatever stands in its context or instruction.
+    # So a prompt has the special tokens of an empty one, whatever its context or instruction.
     for ours, empty in (
         (prompts.transcription(language, 2, text), prompts.transcription(language, 2)),
         (prompts.instruction(text, 2), prompts.instruction("", 2)),

@@ -1,4 +1,4 @@
-"""A run over shards of which one sample in twenty is broken, in every way that was met in practice."""
+"""A run over shards with one broken utterance in twenty, broken in every way that was met in practice."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from voxtral_dist.training.metrics_file import read_metrics
 from corpora import pack_manifest, tone, write_lines
 from runs import finish, launch, run_config
 
-NUM_SAMPLES = 200
+NUM_UTTERANCES = 200
 
 
 def overwrite(offset: int, contents: bytes) -> Callable[[bytes], bytes]:
@@ -31,11 +31,11 @@ def overwrite(offset: int, contents: bytes) -> Callable[[bytes], bytes]:
 
 
 def text(new: str) -> Callable[[bytes], bytes]:
-    """The json of a sample with another text, in as many bytes."""
+    """The json of an utterance with another text, in as many bytes."""
     return lambda fields: json.dumps({"text": new, "lang": "en"}).encode().ljust(len(fields))
 
 
-# What is broken: the member, how, and what the run has to say of it. Offsets are those of a WAV header.
+# Ways to break an utterance: the member, its change, and the expected complaint. Offsets are those of a WAV header.
 BREAKAGES = {
     "undecodable": ("wav", overwrite(0, bytes(12)), "does not decode"),
     "silent": ("wav", lambda audio: audio[:44] + bytes(len(audio) - 44), "is silent"),
@@ -52,7 +52,7 @@ def whole(tmp_path_factory) -> Path:
     """Good clips in several shards; some are unusual: 48 kHz, stereo, 24-bit."""
     folder = tmp_path_factory.mktemp("bad-data")
     rows = []
-    for number in range(NUM_SAMPLES):
+    for number in range(NUM_UTTERANCES):
         rate = (16_000, 16_000, 48_000, 8_000)[number % 4]
         clip = tone(0.5 + number % 7 / 10, rate, seed=number)
         subtype = "PCM_24" if number % 10 == 9 else "PCM_16"
@@ -67,12 +67,12 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def broken(whole, tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """A copy of the shards with broken samples, and of each its key and what has to be said of it."""
+    """A copy of the shards with broken utterances, and the expected complaint about each, by its key."""
     folder = tmp_path_factory.mktemp("bad-data") / "broken"
     index = read_index([shutil.copytree(whole, folder)])
     expected = {}
     # 16 kHz, 16-bit and mono, so that offsets and lengths are those of a plain WAV.
-    plain = [utterance_id for utterance_id in range(0, NUM_SAMPLES, 4) if utterance_id % 10 not in (3, 9)]
+    plain = [utterance_id for utterance_id in range(0, NUM_UTTERANCES, 4) if utterance_id % 10 not in (3, 9)]
     for utterance_id, (member, change, sentence) in zip(plain, BREAKAGES.values(), strict=False):
         expected[rewrite(index, utterance_id, member, change)] = sentence
     refresh_checksums(folder, index)
@@ -82,7 +82,7 @@ def broken(whole, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     garble(index, garbled, 100)
     expected[f"#{garbled}"] = "the checksum differs"
     expected[f"#{truncate_first_shard(folder, index)}"] = r"cannot be read at byte \d+"
-    assert len(expected) == NUM_SAMPLES // 20
+    assert len(expected) == NUM_UTTERANCES // 20
     return folder, expected
 
 
@@ -92,20 +92,20 @@ def stored(index: ShardIndex, utterance_id: int) -> tuple[StoredUtterance, bytes
 
 
 def rewrite(index: ShardIndex, utterance_id: int, member: str, change: Callable[[bytes], bytes]) -> str:
-    """Change a member of a stored sample without changing its length; the sample's key."""
-    sample, contents = stored(index, utterance_id)
+    """Change a member of a stored utterance without changing its length; return its key."""
+    utterance, contents = stored(index, utterance_id)
     start = contents.index(b"RIFF") if member == "wav" else contents.index(b'{"text"')
-    end = start + len(sample.audio) if member == "wav" else contents.index(b"}", start) + 1
+    end = start + len(utterance.audio) if member == "wav" else contents.index(b"}", start) + 1
     changed = change(contents[start:end])
     assert len(changed) == end - start
     write_at(index, utterance_id, start, changed)
-    return sample.key
+    return utterance.key
 
 
 def garble(index: ShardIndex, utterance_id: int, offset: int) -> str:
-    sample, _ = stored(index, utterance_id)
+    utterance, _ = stored(index, utterance_id)
     write_at(index, utterance_id, offset, b"\xff" * 200)
-    return sample.key
+    return utterance.key
 
 
 def write_at(index: ShardIndex, utterance_id: int, offset: int, contents: bytes) -> None:
@@ -123,7 +123,7 @@ def refresh_checksums(folder: Path, index: ShardIndex) -> None:
 
 
 def truncate_first_shard(folder: Path, index: ShardIndex) -> int:
-    """Cut the last sample of the first shard in two, as a full disk does; the sample's number."""
+    """Cut the last utterance of the first shard in two, as a full disk does; return its number."""
     last = index.shards[0].num_utterances - 1
     span = index.span(last)
     num_bytes = span.offset + span.num_bytes // 2
@@ -135,12 +135,12 @@ def truncate_first_shard(folder: Path, index: ShardIndex) -> int:
     return last
 
 
-def test_a_run_finishes_and_names_every_broken_sample_once_a_pass(broken, tiny_model, tmp_path):
+def test_a_run_finishes_and_names_every_broken_utterance_once_an_epoch(broken, tiny_model, tmp_path):
     folder, expected = broken
     config = run_config(tmp_path / "run", tiny_model, folder, num_steps=1000)
     train_data = {"slots_per_step": 4, "max_examples": 10, "max_bad_fraction": 0.1, "num_workers": 1}
     overrides = [f"train_data.{name}={value}" for name, value in train_data.items()]
-    # 40 samples a step: five steps are one pass.
+    # 40 utterances a step: five steps are one epoch.
     process = launch(config, 2, "num_steps=5", *overrides)
     output = finish(process)
     assert process.returncode == 0, output
@@ -150,7 +150,7 @@ def test_a_run_finishes_and_names_every_broken_sample_once_a_pass(broken, tiny_m
         assert_matches(row["reason"], expected[row["key"]])
         assert row["key"] in output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["num_bad_utterances"] == len(expected) == NUM_SAMPLES // 20
+    assert summary["num_bad_utterances"] == len(expected) == NUM_UTTERANCES // 20
 
 
 def assert_matches(reason: str, pattern: str) -> None:
@@ -177,8 +177,8 @@ def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_find
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
-def test_what_is_too_long_is_left_out_and_is_no_sign_of_broken_data(whole, tiny_model, tmp_path):
-    """All of it: more than any limit of bad samples allows."""
+def test_what_is_too_long_is_skipped_and_is_no_sign_of_broken_data(whole, tiny_model, tmp_path):
+    """Here all of it is, which is more than any limit of bad utterances allows."""
     config = run_config(tmp_path / "run", tiny_model, whole, num_steps=1000)
     limits = {"max_target_tokens": 7, "max_bad_fraction": 0, "slots_per_step": 4, "max_examples": 30}
     process = launch(config, 2, "num_steps=4", *(f"train_data.{name}={value}" for name, value in limits.items()))

@@ -1,4 +1,4 @@
-"""Throughput of a step over ranks, and where it is written and shown."""
+"""Measurements of a step over ranks, and where they are written and shown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STEP = StepMetrics(
 
 
 class NoModel:
-    """An engine that computes nothing: what a step counts does not depend on it."""
+    """An engine that computes nothing: the counts of a step do not depend on it."""
 
     def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         return torch.zeros(())
@@ -51,7 +51,7 @@ class NoModel:
 
 
 def measured(world: World, config: RunConfig) -> list[StepMetrics]:
-    """Two steps of each rank, which waited as many seconds as its rank says."""
+    """Two steps of each rank; rank r waited r seconds for data."""
     from voxtral_dist.train import build_train_step
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
@@ -61,10 +61,10 @@ def measured(world: World, config: RunConfig) -> list[StepMetrics]:
     return [train_step.run(batches).metrics for batches in waited]
 
 
-def test_sums_do_not_depend_on_ranks_and_the_slowest_rank_tells_the_wait(
+def test_sums_do_not_depend_on_ranks_and_the_wait_is_that_of_the_slowest_rank(
     tiny_model: Path, shard_folder: Path, tmp_path: Path
 ) -> None:
-    # 5 slots on 2 ranks: one of them runs a micro-batch of weight zero, which nothing is counted of.
+    # 5 slots on 2 ranks: one of them runs a micro-batch of weight zero, which does not count.
     config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=3, slots_per_step=5)
     one = measured(alone("cpu"), config)
     both = run_ranks(2, measured, config)
@@ -137,7 +137,7 @@ def test_resident_memory_is_a_high_water_mark() -> None:
     assert peak_memory_bytes(cpu) > with_block - 2**22
 
 
-def test_lines_of_a_run_leave_out_the_first_step_and_tell_much_waiting(
+def test_lines_of_a_run_skip_the_first_step_and_show_long_waits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with MetricsLog(tmp_path, 3, 0, alone("cpu"), peak_flops=10e12) as log:
@@ -161,7 +161,7 @@ def test_tensorboard_has_the_rows_once_after_a_resume(tmp_path: Path) -> None:
     log.write("evaluation", 0, {"name": "dev", "wer": 1.5, "biased_wer": None, "num_utterances": 4})
     for step in range(1, 6):
         log.train_step(step, replace(STEP, loss=float(step)))
-    # Killed here: nothing is closed, and the run goes on from a checkpoint of step 3.
+    # Killed here: nothing is closed, and the run resumes from a checkpoint of step 3.
     with MetricsLog(tmp_path, 9, 3, alone("cpu"), peak_flops=10e12, with_tensorboard=True) as resumed:
         for step in range(4, 8):
             resumed.train_step(step, replace(STEP, loss=10.0 + step))
@@ -179,7 +179,7 @@ def test_tensorboard_has_the_rows_once_after_a_resume(tmp_path: Path) -> None:
     assert set(scalars) == {f"train/{key}" for key in keys} | {f"evaluation/dev/{key}" for key in told}
 
 
-def test_without_tensorboard_a_run_goes_on_and_says_so_once(
+def test_without_tensorboard_a_run_continues_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best one, when a run ends early, and what the guard set forbids."""
+"""The best checkpoint, the early end of a run, and the limit of the guard set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_smallest_wer_is_the_best_and_the_earliest_of_equals() -> None:
     verdict = judge(selection(), rows(dev=[0.1, 0.5, 0.3, 0.4, 0.3]), SAVED)
     assert (verdict.best_step, verdict.best_wer) == (20, 0.3), "the untrained model is no candidate"
     assert not verdict.must_stop
-    assert verdict.sentences == ()
+    assert verdict.messages == ()
 
 
 def test_before_the_first_evaluation_there_is_no_best() -> None:
@@ -59,7 +59,7 @@ def test_an_evaluation_that_was_repeated_counts_once() -> None:
 def test_patience_counts_evaluations_without_improvement(curve: list[float | None], must_stop: bool) -> None:
     verdict = judge(selection(patience=2, min_improvement=0.005), rows(dev=curve), SAVED)
     assert verdict.must_stop == must_stop
-    assert len(verdict.sentences) == must_stop
+    assert len(verdict.messages) == must_stop
 
 
 def test_a_checkpoint_that_breaks_the_guard_is_not_the_best() -> None:
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_breaks_the_guard_is_not_the_best() -> None:
     verdict = judge(selection(guard=guard), found, SAVED)
     assert verdict.best_step == 20
     assert not verdict.must_stop
-    assert "`general` is 3.00 points above that of the start, more than 2" in verdict.sentences[0]
+    assert "`general` is 3.00 points above that of the start, more than 2" in verdict.messages[0]
 
 
 def test_limits_are_what_they_say_whatever_floats_make_of_them() -> None:
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_was_removed_is_not_the_best() -> None:
 def test_a_guard_that_was_not_measured_at_the_start_is_refused() -> None:
     guard = GuardConfig(test_set="general", max_wer_increase=0.02)
     refuse_guard_without_start(guard, rows(general=[0.1]))
-    with pytest.raises(UserError, match="did not measure `general` when it began"):
+    with pytest.raises(UserError, match="did not measure `general` at its start"):
         refuse_guard_without_start(guard, [*rows(dev=[0.9, 0.5]), {"step": 10, "name": "general", "wer": 0.1}])
 
 

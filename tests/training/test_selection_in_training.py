@@ -1,4 +1,4 @@
-"""A run whose WER is scripted, and all else is real: it ends early, and exports its best checkpoint."""
+"""A real run with scripted WER: it ends early, and exports its best checkpoint."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ def test_a_best_checkpoint_that_is_gone_is_none(tiny_model: Path, shard_folder: 
         evaluation={"every_steps": 1},
     )
     assert run_ranks(1, train_with_scripted_wer, config) == [0]
-    # Asked afterwards, when the best ones by WER were removed long ago.
+    # Selection is configured afterwards, when the best checkpoints by WER are already removed.
     evaluation = config.evaluation.model_copy(update={"selection": SelectionConfig(test_set="dev")})
     selecting = config.model_copy(update={"evaluation": evaluation, "num_steps": 4})
     assert run_ranks(1, train_with_scripted_wer, selecting) == [0]
     assert json.loads((config.run_dir / "best.json").read_text())["step"] == 4
-    # And no longer: the file would name a checkpoint that is removed.
+    # And no longer configured: the file would name a removed checkpoint.
     longer = config.model_copy(update={"num_steps": 5})
     assert run_ranks(1, train_with_scripted_wer, longer) == [0]
     assert not (config.run_dir / "best.json").exists()
@@ -162,7 +162,7 @@ def test_a_run_that_is_asked_to_stop_while_it_evaluates_stops_at_that_step(
     rows = read_metrics(config.run_dir / "metrics.jsonl")
     assert max(row["step"] for row in rows if row["kind"] == "train") == 2
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [0, 2]
-    # It goes on without measuring the same again.
+    # It resumes without measuring the same again.
     assert run_ranks(2, train_with_scripted_wer, config) == [0, 0]
     rows = read_metrics(config.run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [0, 2, 4]

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 def num_chunks(num_windows: int, windows_per_chunk: int) -> int:
-    """The number of chunks that so many windows need; at least 1."""
+    """The number of chunks that this many windows need; at least 1."""
     return max(1, -(-num_windows // windows_per_chunk))
 
 

@@ -50,9 +50,9 @@ class CheckpointSelector:
             refuse_guard_without_start(settings.guard, evaluations)
         verdict = judge(settings, evaluations, self._checkpoints.intact_steps())
         events = self._metrics_log.rows("event")
-        for sentence in verdict.sentences:
-            self._metrics_log.say(f"step {step}: {sentence}")
-            event = {"event": "selection", "sentence": sentence}
+        for message in verdict.messages:
+            self._metrics_log.say(f"step {step}: {message}")
+            event = {"event": "selection", "sentence": message}
             # A resumed run has recorded it before.
             if {"kind": "event", "step": step, **event} not in events:
                 self._metrics_log.write("event", step, event)

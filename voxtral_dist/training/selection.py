@@ -1,4 +1,4 @@
-"""Which checkpoint is the best one by its word error rate, and when a run has seen enough."""
+"""The best checkpoint of a run by its word error rate, and the end of a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.files import write_atomically
 
 _BEST_FILE = "best.json"
-# Differences of rates are exact to this much; two rates of a set with N words differ by 1 / N at least.
+# Tolerance of comparisons. Different rates of a set with N words differ by at least 1 / N.
 _ROUNDING = 1e-9
 # WER by step.
 _Curve = dict[int, float]
@@ -21,59 +21,60 @@ _Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the evaluations of a run say.
+    """The outcome of judging the evaluations of a run.
 
-    best_step: whose checkpoint is the best one; None where there is none yet, or nothing is selected. sentences: for
-    the log. must_stop: whether going on makes no sense by the configuration.
+    best_step: step of the best checkpoint; None where there is none yet, or where none is selected.
+    best_wer: its word error rate.
+    messages: for the log.
+    must_stop: whether the configuration ends the run here.
     """
 
     best_step: int | None = None
     best_wer: float | None = None
-    sentences: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
     must_stop: bool = False
 
 
 def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps: Collection[int]) -> Verdict:
-    """The verdict on a run by its rows of kind `evaluation`, of which the last one of a step and a test set counts.
+    """Judge a run by its rows of kind `evaluation`. The last row of a step and a test set counts.
 
-    What the run began with is no candidate, and neither is a checkpoint that breaks the guard, or that is not there:
-    what a run removed before it was asked to select cannot be exported.
+    Candidates are the steps of existing checkpoints within the limit of the guard. The initial model is not one.
     """
     curve = {step: wer for step, wer in _curve(settings.test_set, rows).items() if step > 0}
     guard_curve = _curve(settings.guard.test_set, rows) if settings.guard else {}
     broken = _broken_steps(settings.guard, guard_curve)
     candidates = {step: wer for step, wer in curve.items() if step in saved_steps and step not in broken}
     best_step = min(candidates, key=lambda step: (candidates[step], step), default=None)
-    sentences, must_stop = [], False
+    messages, must_stop = [], False
     if settings.guard and guard_curve and max(guard_curve) in broken:
-        sentences.append(_guard_sentence(settings.guard, guard_curve))
+        messages.append(_guard_message(settings.guard, guard_curve))
         must_stop = settings.guard.action == "stop"
     waited = _evaluations_without_improvement(curve, settings.min_improvement)
     if settings.patience is not None and waited >= settings.patience:
         must_stop = True
-        sentences.append(
+        messages.append(
             f"the WER of `{settings.test_set}` has not improved in {waited} evaluations "
             f"(`evaluation.selection.patience`): the run stops"
         )
     best_wer = None if best_step is None else candidates[best_step]
-    return Verdict(best_step, best_wer, tuple(sentences), must_stop)
+    return Verdict(best_step, best_wer, tuple(messages), must_stop)
 
 
 def refuse_guard_without_start(guard: GuardConfig, rows: Sequence[dict[str, Any]]) -> None:
-    """Refuse a guard that could never act.
+    """Refuse a guard that has nothing to compare with.
 
     Raises:
-        UserError: a run that is under way did not measure the guard's test set when it began.
+        UserError: a resumed run did not measure the guard's test set at its start.
     """
     if 0 not in _curve(guard.test_set, rows):
         raise UserError(
-            f"`evaluation.selection.guard`: the run did not measure `{guard.test_set}` when it began, so nothing tells "
-            "what it forgets: remove the guard, or begin again in another `run_dir`."
+            f"`evaluation.selection.guard`: the run did not measure `{guard.test_set}` at its start, so there is no "
+            "WER to compare with: remove the guard, or start again in another `run_dir`."
         )
 
 
 def write_best(run_dir: Path, verdict: Verdict) -> None:
-    """Name the best checkpoint in `best.json`, which is not there where there is none."""
+    """Name the best checkpoint in `best.json`; remove the file where there is none."""
     if verdict.best_step is None:
         (run_dir / _BEST_FILE).unlink(missing_ok=True)
         return
@@ -83,10 +84,10 @@ def write_best(run_dir: Path, verdict: Verdict) -> None:
 
 
 def selected_step(run_dir: Path) -> int | None:
-    """The step of the best checkpoint of a run; None where it selected none.
+    """The step of the best checkpoint of a run; None where the run selected none.
 
     Raises:
-        UserError: the file that names it is damaged.
+        UserError: `best.json` is damaged.
     """
     path = run_dir / _BEST_FILE
     if not path.is_file():
@@ -94,7 +95,7 @@ def selected_step(run_dir: Path) -> int | None:
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["step"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{path} is damaged: remove it, and evaluations tell the best step.") from error
+        raise UserError(f"{path} is damaged: remove it, and rerun the training command to write it again.") from error
 
 
 def _curve(name: str, rows: Sequence[dict[str, Any]]) -> _Curve:
@@ -102,15 +103,15 @@ def _curve(name: str, rows: Sequence[dict[str, Any]]) -> _Curve:
 
 
 def _broken_steps(guard: GuardConfig | None, curve: _Curve) -> set[int]:
-    """Steps at which the guard's WER is above what it was at the start by more than is allowed."""
+    """Steps at which the guard's WER exceeds that of the start by more than its limit."""
     if guard is None or 0 not in curve:
         return set()
     return {step for step, wer in curve.items() if wer - curve[0] > guard.max_wer_increase + _ROUNDING}
 
 
-def _guard_sentence(guard: GuardConfig, curve: _Curve) -> str:
+def _guard_message(guard: GuardConfig, curve: _Curve) -> str:
     increase = 100 * (curve[max(curve)] - curve[0])
-    action = "the run stops" if guard.action == "stop" else "this checkpoint is not taken for the best one"
+    action = "the run stops" if guard.action == "stop" else "this checkpoint is not selected"
     return (
         f"the WER of the guard `{guard.test_set}` is {increase:.2f} points above that of the start, more than "
         f"{100 * guard.max_wer_increase:g} (`evaluation.selection.guard`): {action}"
