@@ -18,6 +18,7 @@ from voxtral_dist.checkpoints.loading import load_checkpoint
 from voxtral_dist.config import RunConfig, SelectionConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.model.weights import load_for_inference
+from voxtral_dist.scoring.word_errors import ErrorCounts
 from voxtral_dist.train import EXIT_STOPPED
 from voxtral_dist.training.metrics_file import read_metrics
 
@@ -39,8 +40,10 @@ def train_with_scripted_wer(world: World, config: RunConfig) -> int:
 
 def scripted(evaluate_test_set: Callable[..., Any]) -> Callable[..., Any]:
     def evaluate(test_set: Any, *arguments: Any) -> Any:
-        out_dir = arguments[3]
-        return replace(evaluate_test_set(test_set, *arguments), wer=SCRIPTED_WER[int(out_dir.name.split("-")[1])])
+        result, out_dir = evaluate_test_set(test_set, *arguments), arguments[3]
+        errors = round(100 * SCRIPTED_WER[int(out_dir.name.split("-")[1])])
+        words = ErrorCounts(substitutions=errors, reference_length=100)
+        return replace(result, normalized=replace(result.normalized, words=words))
 
     return evaluate
 
