@@ -71,12 +71,12 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
     corpora = {"librispeech_like": Lengths(durations, text_tokens(durations, seed=1))}
     if AN4.is_dir():
         corpora["an4"] = _an4()
-    shares = {name: _shares(lengths, prompts, folder / name) for name, lengths in corpora.items()}
-    useful = {name: row["language_model"] for name, row in shares["librispeech_like"].items()}
+    fractions = {name: _fractions(lengths, prompts, folder / name) for name, lengths in corpora.items()}
+    useful = {name: row["language_model"] for name, row in fractions["librispeech_like"].items()}
     return {
         "ratio": useful["packing"] / useful["random_batches"],
         "ratio_is": "useful positions of the language model, packing over random batches, on librispeech_like",
-        "shares": shares,
+        "useful_fractions": fractions,
         "num_utterances": {name: len(lengths.durations) for name, lengths in corpora.items()},
         "examples_per_batch": EXAMPLES_PER_BATCH,
         "not_run": {} if AN4.is_dir() else {"an4": "the corpus is not in ../shared/data"},
@@ -92,7 +92,7 @@ def _an4() -> Lengths:
     )
 
 
-def _shares(lengths: Lengths, prompts: VoxtralPrompts, folder: Path) -> dict[str, dict[str, float]]:
+def _fractions(lengths: Lengths, prompts: VoxtralPrompts, folder: Path) -> dict[str, dict[str, float]]:
     shards = str(write_bare_set(folder, lengths.durations, lengths.tokens))
     sizes = ExampleSizes.of(prompts)
     return {
@@ -146,4 +146,4 @@ def _useful(batches: Iterable[Batch], lengths: Lengths, sizes: ExampleSizes) -> 
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, ("ratio", "shares"))
+    run(__doc__, measure, ("ratio", "useful_fractions"))

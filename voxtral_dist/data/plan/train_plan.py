@@ -34,7 +34,7 @@ from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.shard_set import Ids
 from voxtral_dist.errors import UserError
 
-# Changes when equal samples and configurations give another order.
+# Incremented when equal utterances and configurations get another order.
 PLAN_VERSION = 2
 # About this many utterances are drawn to estimate how many fit into a step: each may be a read of a cold disk. Large
 # megabatches are probed by smaller ones, which have the same costs on average.
