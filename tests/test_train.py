@@ -19,8 +19,9 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.scoring.hypotheses import read_scored
 from voxtral_dist.scoring.results import percent
-from voxtral_dist.train import EXIT_STOPPED, refuse_different_data, try_to_report
+from voxtral_dist.train import EXIT_STOPPED, try_to_report
 from voxtral_dist.training.metrics_file import read_metrics
+from voxtral_dist.training.run_checks import refuse_different_data
 
 from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks

@@ -83,7 +83,7 @@ class ProgressDisplay:
     def show(
         self, num_done: int, note: str = "", *, total: int | None = None, seconds_left: float | None = None
     ) -> None:
-        """Show that so many items are done.
+        """Show how many items are done.
 
         Args:
             num_done: items done so far.

@@ -14,13 +14,12 @@ from voxtral_dist.config import RunConfig, dump_config
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import TrainingSet
-from voxtral_dist.distributed.collectives import max_over_ranks, ranks_unlike_first
+from voxtral_dist.distributed.collectives import max_over_ranks
 from voxtral_dist.distributed.devices import peak_flops
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
-from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_weights import decoding_bytes
 from voxtral_dist.evaluation.test_set import TestSet
@@ -37,7 +36,7 @@ from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
 from voxtral_dist.training.metrics_log import MetricsLog
-from voxtral_dist.training.run_lock import lock_run_dir
+from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data
 from voxtral_dist.training.selection import Verdict
 from voxtral_dist.training.signals import stop_signals
 from voxtral_dist.training.step import TrainStep
@@ -147,20 +146,6 @@ def check_before_loading(config: RunConfig, world: World) -> None:
     refuse_unwritable("run_dir", config.run_dir)
     if world.is_first:
         lock_run_dir(config.run_dir)
-
-
-def refuse_different_data(fingerprint: str, world: World) -> None:
-    """Refuse ranks with different plans: they would train on mismatched steps and hang at the end.
-
-    Raises:
-        UserError: a rank has other shards or another index than rank 0.
-    """
-    different = ranks_unlike_first(fingerprint, world)
-    if different:
-        raise UserError(
-            f"`train_data`: the ranks {different[:8]} see other shards, another index or other context words than rank "
-            "0: copy the shard sets and word lists to all nodes again, or put them on shared storage."
-        )
 
 
 def build_train_step(config: RunConfig, engine: Engine, world: World, flops: TrainingFlops | None = None) -> TrainStep:

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def losses_and_gradients(tiny_model: Path, compile_blocks: bool) -> list[tuple[Tensor, Tensor]]:
-    """Of inputs of several lengths, for which shapes become symbols of the compiler."""
+    """Losses of inputs of several lengths, so that the compiler treats shapes as symbols."""
     checkpointing = ActivationCheckpointingConfig(encoder=2, language_model=1)
     model = load_voxtral(
         ModelConfig(

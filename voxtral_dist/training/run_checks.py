@@ -1,4 +1,4 @@
-"""The lock of a run directory: one process group at a time writes to it."""
+"""Checks at the start of a run: no other run in the same folder, and the same data on all ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import time
 from pathlib import Path
 
+from voxtral_dist.distributed.collectives import ranks_unlike_first
+from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 
 # Data workers of a killed rank take some seconds to notice it and end.
@@ -37,3 +39,17 @@ def lock_run_dir(run_dir: Path) -> None:
             return logger.warning(
                 "%s is on a file system without locks: make sure that no second run writes to it.", run_dir
             )
+
+
+def refuse_different_data(fingerprint: str, world: World) -> None:
+    """Refuse ranks with different plans: they would train on mismatched steps and hang at the end.
+
+    Raises:
+        UserError: a rank has other shards or another index than rank 0.
+    """
+    different = ranks_unlike_first(fingerprint, world)
+    if different:
+        raise UserError(
+            f"`train_data`: the ranks {different[:8]} see other shards, another index or other context words than rank "
+            "0: copy the shard sets and word lists to all nodes again, or put them on shared storage."
+        )
