@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from voxtral_dist.config import RunConfig, load_config
     from voxtral_dist.data.examples.micro_batch import MicroBatch, collate
+    from voxtral_dist.data.examples.prompting import context_text
     from voxtral_dist.data.examples.reader import UtteranceReader
     from voxtral_dist.data.examples.shard_dataset import ShardDataset
     from voxtral_dist.data.examples.transforms import LengthAwareTimeStretch
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "config": ("RunConfig", "load_config"),
     "data.examples.micro_batch": ("MicroBatch", "collate"),
+    "data.examples.prompting": ("context_text",),
     "data.examples.reader": ("UtteranceReader",),
     "data.examples.shard_dataset": ("ShardDataset",),
     "data.examples.transforms": ("LengthAwareTimeStretch",),
@@ -87,6 +89,7 @@ __all__ = [
     "WordErrorMetrics",
     "build_tiny_voxtral",
     "collate",
+    "context_text",
     "evaluate_model",
     "load_config",
     "load_for_inference",

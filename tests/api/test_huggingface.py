@@ -117,6 +117,22 @@ def test_rows_of_a_dataset_are_taken_in_every_form_of_audio(collator):
     assert at_8_khz["input_features"].shape == batches[0]["input_features"].shape
 
 
+class Decoder:
+    """What `datasets` gives of an audio column where torchcodec is installed."""
+
+    def get_all_samples(self):
+        raise AssertionError("the mono array is asked for")
+
+    def __getitem__(self, key):
+        return {"array": tone(1.0, 8_000) / np.float32(32768), "sampling_rate": 8_000}[key]
+
+
+def test_decoders_of_a_dataset_are_arrays(collator):
+    array = {"array": tone(1.0, 8_000), "sampling_rate": 8_000}
+    decoded, expected = (collator([{"audio": audio, "text": "one"}]) for audio in (Decoder(), array))
+    assert torch.equal(decoded["input_features"], expected["input_features"])
+
+
 def test_a_language_is_taken_as_corpora_write_it(collator):
     def ids(language):
         return collator([{"audio": tone(0.5), "text": "um", "language": language}])["input_ids"].tolist()

@@ -1,11 +1,11 @@
 """A command run in this process, and the files that commands take."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import soundfile
-import torch.distributed as dist
 import yaml
 
 from commands import Result, run_command
@@ -21,15 +21,7 @@ def run(capsys, monkeypatch) -> Run:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
-    def run_main(*arguments: object) -> Result:
-        try:
-            return run_command(capsys, *arguments)
-        finally:
-            # A command that failed leaves its group to the end of the process.
-            if dist.is_initialized():
-                dist.destroy_process_group()
-
-    return run_main
+    return partial(run_command, capsys)
 
 
 @pytest.fixture

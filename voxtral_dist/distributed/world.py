@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +81,17 @@ def joined_world() -> Iterator[World]:
         ) from error
     finally:
         if not is_group_kept:
-            dist.destroy_process_group()
+            _destroy_group()
+
+
+def _destroy_group() -> None:
+    """Destroy the process group so that this process can make another one, in a notebook for example."""
+    # DeepSpeed, where it is in use, holds groups that only its own function releases.
+    deepspeed = sys.modules.get("deepspeed.comm")
+    if deepspeed is not None and deepspeed.is_initialized():
+        deepspeed.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def out_of_memory_reason(error: torch.OutOfMemoryError) -> str:

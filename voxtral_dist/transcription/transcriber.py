@@ -77,7 +77,7 @@ class Transcriber:
             recordings: paths of audio files, their bytes, arrays `(num_samples,)` of floats in [-1, 1] or int16, or
                 cells of an audio column of a `datasets.Dataset`. Long recordings are cut at pauses.
             language: ISO 639-1 code of the speech; None lets the model detect it.
-            context: text in the prompt; see `voxtral_dist.data.examples.prompting.context_text`.
+            context: text in the prompt; see `voxtral_dist.context_text`.
             sampling_rate: of arrays, in Hz; None means that of the model, 16,000.
 
         Raises:

@@ -158,7 +158,16 @@ class TestContexts:
 
 
 def context_text(words: Sequence[str], previous_text: str = "") -> str:
-    """Format a context as the model reads it; empty without words and previous text."""
+    """Format a context as the model reads it; empty without words and previous text.
+
+    Example:
+        >>> from voxtral_dist import VoxtralPrompts, context_text
+        >>> print(context_text(["Siobhan", "Xiaomi"], previous_text="... and then we met Siobhan."))
+        Previous text: ... and then we met Siobhan.
+        Keywords: Siobhan, Xiaomi
+        >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
+        >>> ids = prompts.transcription("en", num_windows=1, context=context_text(["Siobhan"]))
+    """
     lines = []
     if previous_text.strip():
         lines.append(f"Previous text: {collapse_spaces(previous_text)}")
