@@ -21,14 +21,14 @@ from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
-from voxtral_dist.evaluation.decoding_weights import decoding_bytes
+from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.export import export_trained
 from voxtral_dist.files import refuse_unwritable, write_atomically
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.flops import TrainingFlops, training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.voxtral import DTYPES, chosen_attention, read_voxtral_config
+from voxtral_dist.model.voxtral import chosen_attention, read_voxtral_config
 from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer
@@ -190,13 +190,9 @@ def _build_evaluator(
         log_mel=log_mel,
         normalizer=normalizer(config.evaluation.normalizer, config.train_data.target_text),
         test_sets=test_sets,
-        decoding_bytes=decoding_bytes(
-            read_voxtral_config(config.model.path),
-            max((test_set.most_positions for test_set in test_sets), default=0),
-            config.evaluation.num_beams,
-            config.model.encoder_windows_per_chunk,
-            DTYPES[config.model.precision],
-        ),
+        decoding_bytes=DecodingMemory(
+            read_voxtral_config(config.model.path), config.model, config.evaluation, world.device.type
+        ).peak_bytes(shape for test_set in test_sets for shape in test_set.decoding_shapes),
         out_dir=config.run_dir / "evaluations",
         metrics_log=metrics_log,
         world=world,

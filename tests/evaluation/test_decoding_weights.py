@@ -1,16 +1,20 @@
-"""What decoding is said to take of a rank's memory, against what it asks for."""
+"""The sizes of decoded batches that the estimate of memory is made of, and the room of static caches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder
 from voxtral_dist.evaluation.building import build_test_sets
+from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.prompts import VoxtralPrompts
 
@@ -23,11 +27,22 @@ def settings_on(shards: Path, context: object = None, **more: object) -> Evaluat
 
 
 def most_positions(test_set: TestSet, decoder: BatchDecoder) -> int:
-    """Of a batch, with the prompts and limits that decoding has."""
+    """The most positions of a batch, with the prompts and limits that decoding has."""
     batches = [test_set.read(batch) for batch in test_set.batches]
     return max(
         len(examples) * max(len(example.prompt) + decoder._limit(example) for example in examples)
         for examples in batches
+    )
+
+
+def shape_of(examples: Sequence[Example], decoder: BatchDecoder) -> DecodingShape:
+    """What is decoded of a batch."""
+    return DecodingShape(
+        num_examples=len(examples),
+        num_windows=sum(example.num_windows for example in examples),
+        num_prompt_tokens=max(len(example.prompt) for example in examples),
+        num_new_tokens=max(decoder._limit(example) for example in examples),
+        num_target_tokens=max(len(example.completion) for example in examples),
     )
 
 
@@ -42,7 +57,18 @@ def test_the_estimate_of_positions_holds_those_of_every_batch(
     decoder = load_decoder(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
     for test_set in build_test_sets(settings, prompts, target_text=()):
         needed = most_positions(test_set, decoder)
-        assert needed <= test_set.most_positions < 2 * needed, test_set.name
+        estimated = max(
+            shape.num_examples * (shape.num_prompt_tokens + shape.num_new_tokens) for shape in test_set.decoding_shapes
+        )
+        assert needed <= estimated < 2 * needed, test_set.name
+        if test_set.num_distractors is None:
+            read = dict.fromkeys(shape_of(test_set.read(batch), decoder) for batch in test_set.batches)
+            for shape, known in zip(read, test_set.decoding_shapes, strict=True):
+                # Prompts are taken to have the longest tag of a language; shards are packed with a larger vocabulary.
+                assert shape.num_prompt_tokens <= known.num_prompt_tokens
+                assert shape == replace(
+                    known, num_prompt_tokens=shape.num_prompt_tokens, num_target_tokens=shape.num_target_tokens
+                )
 
 
 def test_a_static_cache_has_the_length_of_its_batch_and_not_of_those_before(

@@ -76,19 +76,6 @@ class Activations:
         # `auto` may find FlashAttention, which keeps less.
         self._attention = "sdpa" if config.attention == "auto" else config.attention
 
-    def decoding(self, shape: MicroBatchShape) -> float:
-        """Bytes of decoding `num_examples` at a time: 2 K values for each position and block, and what passes through.
-
-        Of `shape`, positions are those of prompts and answers. The encoder takes some windows at a time.
-        """
-        text = self._text_config
-        places = shape.num_examples * shape.num_positions
-        cache = places * 2 * self._keys * int(text.num_hidden_layers) * self._itemsize
-        windows = min(shape.num_windows, self._config.encoder_windows_per_chunk)
-        prompts = max(part.passing for part in self.parts(shape))
-        logits = shape.num_examples * int(text.vocab_size) * (self._itemsize + _FLOAT32_BYTES)
-        return cache + max(prompts, *(part.passing for part in self.encoder(windows))) + logits
-
     def parts(self, shape: MicroBatchShape) -> list[Part]:
         """Encoder and projector, embeddings, blocks of the language model, and the loss."""
         encoder = self._encoder_in_chunks(shape)

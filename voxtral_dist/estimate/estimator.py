@@ -9,7 +9,7 @@ from voxtral_dist.estimate.activations import Activations, MicroBatchShape
 from voxtral_dist.estimate.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate_memory
 from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
 from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
-from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
+from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.model.flops import TrainingFlops
 from voxtral_dist.model.voxtral import (
     DTYPES,
@@ -40,6 +40,14 @@ class Machine:
     def ranks_of_node(self) -> int:
         """Of a full node."""
         return min(self.num_gpus, self.gpus_per_node)
+
+    @property
+    def memory_of_rank(self) -> float | None:
+        """Bytes of a GPU; of a process on a CPU, whose ranks share the memory of the node. None if it is not known."""
+        limits = [self.gpu_memory]
+        if self.device == "cpu" and self.host_memory is not None:
+            limits.append(self.host_memory // self.ranks_of_node)
+        return min((limit for limit in limits if limit is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Estimator:
         self._sizes = ModelSizes.of(self.model)
         self._activations = Activations(self.model, config.model)
         self.workload = workload or find_workload(config, window_sizes(self.model))
+        self.decoding_bytes = self._decoding_bytes()
 
     def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
         """The candidate that needs most memory."""
@@ -100,9 +109,9 @@ class Estimator:
             num_micro_batches=-(-self.config.train_data.slots_per_step // self.machine.num_gpus),
             value_bytes=self.model.lm_head.weight.element_size(),
             moment_bytes=MOMENT_BYTES[self.config.optimizer.algorithm],
-            evaluation_bytes=self._decoding() if self.config.evaluation.test_sets else 0.0,
+            decoding_bytes=self.decoding_bytes,
             evaluation_weights=self.config.evaluation.weights,
-            device_memory=self.machine.gpu_memory,
+            rank_memory=self.machine.memory_of_rank,
         )
         return estimate_memory(sharding, self._sizes, self._activations.parts(shape), setting)
 
@@ -141,12 +150,10 @@ class Estimator:
         is_half = self.config.model.precision != "float32"
         return [one for one in STANDARD_SHARDINGS if not (is_half and one == ZeroSharding(0))]
 
-    def _decoding(self) -> float:
-        sizes = window_sizes(self.model)
-        settings = self.config.evaluation
-        answer = MIN_NEW_TOKENS + round(settings.max_tokens_per_second * sizes.seconds)
-        num_windows, num_rows = settings.batch_size, settings.batch_size * settings.num_beams
-        return self._activations.decoding(MicroBatchShape(num_windows, num_rows, sizes.audio_tokens + answer, 0))
+    def _decoding_bytes(self) -> int:
+        config, device_type = self.config, "cpu" if self.machine.device == "cpu" else "cuda"
+        memory = DecodingMemory(self.model.config, config.model, config.evaluation, device_type)
+        return memory.peak_bytes(self.workload.evaluation.shapes)
 
 
 def meta_model_of(config: RunConfig) -> TrainedVoxtral:

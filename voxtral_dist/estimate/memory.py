@@ -18,6 +18,7 @@ from typing import Literal
 
 from voxtral_dist.estimate.activations import Part, backward_peak, forward_peak
 from voxtral_dist.estimate.sharding import Fsdp2Sharding, Place, Sharding, ZeroSharding
+from voxtral_dist.evaluation.decoding_weights import gathers_weights
 from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of
 
 DeviceKind = Literal["gpu", "cpu"]
@@ -75,9 +76,9 @@ class Setting:
     """What a run is planned for.
 
     num_ranks: of all nodes. num_micro_batches: of a rank in each step. value_bytes: of a value in the model's
-    precision. moment_bytes: that the optimizer keeps of a value, see `MOMENT_BYTES`. evaluation_bytes: keys, values and
-    activations of decoding, 0 without test sets. evaluation_weights: as in `EvaluationConfig.weights`. device_memory:
-    of a rank, where it is known.
+    precision. moment_bytes: that the optimizer keeps of a value, see `MOMENT_BYTES`. decoding_bytes: see
+    `DecodingMemory`; 0 without test sets. evaluation_weights: as in `EvaluationConfig.weights`. rank_memory: of
+    a GPU, or of a process on a CPU; None where it is not known.
     """
 
     device: DeviceKind
@@ -85,18 +86,25 @@ class Setting:
     num_micro_batches: int
     value_bytes: int
     moment_bytes: int = MOMENT_BYTES["adamw"]
-    evaluation_bytes: float = 0.0
+    decoding_bytes: int = 0
     evaluation_weights: Literal["auto", "gathered", "sharded"] = "auto"
-    device_memory: int | None = None
+    rank_memory: float | None = None
 
-    def evaluation(self, whole: Phase, sharded: Phase) -> Phase:
-        """What a run does: `auto` decodes with whole weights where they fit, and else in lockstep."""
-        if self.evaluation_weights == "auto":
-            needed = whole.process_bytes if self.device == "cpu" else whole.device_bytes
-            is_whole = self.device_memory is None or needed <= self.device_memory
-        else:
-            is_whole = self.evaluation_weights == "gathered"
-        return whole if is_whole else sharded
+    def evaluation(self, held: Phase, copy_bytes: float, unit_bytes: float) -> tuple[Phase, bool | None]:
+        """The phase of an evaluation, and whether it gathers sharded weights; None where weights aren't sharded.
+
+        Args:
+            held: what a rank holds all the time.
+            copy_bytes: of a whole copy of sharded weights; 0 where weights aren't sharded.
+            unit_bytes: that a forward pass gathers at a time.
+        """
+        gathers = None
+        if copy_bytes:
+            in_use = held.process_bytes if self.device == "cpu" else held.device_bytes
+            free = None if self.rank_memory is None else self.rank_memory - in_use
+            gathers = gathers_weights(self.evaluation_weights, copy_bytes + self.decoding_bytes, free)
+        more = {"gathered weights": copy_bytes if gathers else unit_bytes, "decoding": self.decoding_bytes}
+        return Phase(held.name, held.device | more, held.host), gathers
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,7 @@ class MemoryEstimate:
     sharding: Sharding
     phases: tuple[Phase, ...]
     nvme_bytes: float
+    gathers_weights: bool | None = None
 
     @property
     def peak(self) -> Phase:
@@ -174,14 +183,16 @@ class _Zero:
 
     def estimate(self) -> MemoryEstimate:
         phases = [self._forward(), self._backward(), self._reduction(), self._update()]
-        if self._setting.evaluation_bytes:
-            phases.append(self._evaluation())
+        gathers = None
+        if self._setting.decoding_bytes:
+            evaluation, gathers = self._evaluation()
+            phases.append(evaluation)
         nvme = 0.0
         if self._sharding.optimizer_place == "nvme":
             nvme += self._mine * (MASTER_BYTES + self._setting.moment_bytes + _FLOAT32_BYTES)
         if self._sharding.weights_place == "nvme":
             nvme += self._sizes.all / self._ranks * self._size
-        return MemoryEstimate(self._sharding, tuple(phases), nvme)
+        return MemoryEstimate(self._sharding, tuple(phases), nvme, gathers)
 
     def _forward(self) -> Phase:
         activations = forward_peak(self._parts)
@@ -244,17 +255,10 @@ class _Zero:
         temporary = at_once * copies * _FLOAT32_BYTES if is_here else 0.0
         return self._phase("update", gradients=gradients, flight=temporary)
 
-    def _evaluation(self) -> Phase:
-        """Under stage 3 a whole model in the model's precision is gathered, or what a forward pass gathers."""
-        if self._sharding.stage < 3:
-            return self._evaluation_with(0.0)
-        whole = self._evaluation_with(self._sizes.all * self._size)
-        return self._setting.evaluation(whole, self._evaluation_with(self._gathered_in_forward()))
-
-    def _evaluation_with(self, gathered: float) -> Phase:
-        phase = self._phase("evaluation", gradients=self._fixed_gradients())
-        more = {"gathered weights": gathered, "decoding": self._setting.evaluation_bytes}
-        return Phase(phase.name, phase.device | more, phase.host)
+    def _evaluation(self) -> tuple[Phase, bool | None]:
+        held = self._phase("evaluation", gradients=self._fixed_gradients())
+        copy_bytes = self._sizes.all * self._size if self._sharding.stage == 3 else 0
+        return self._setting.evaluation(held, copy_bytes, self._gathered_in_forward())
 
     def _gathered_in_forward(self) -> float:
         return self._live(self._sharding.max_live) + self._in_flight()
@@ -386,13 +390,12 @@ class _Fsdp2:
             self._phase("backward pass", backward_peak(self._parts), self._gathered(), self._reduced()),
             self._phase("update"),
         ]
-        if self._setting.evaluation_bytes:
-            whole, sharded = (
-                self._phase("evaluation", gathered=gathered, decoding=self._setting.evaluation_bytes)
-                for gathered in (self._sizes.all * self._setting.value_bytes, self._gathered())
-            )
-            phases.append(self._setting.evaluation(whole, sharded))
-        return MemoryEstimate(self._sharding, tuple(phases), 0.0)
+        gathers = None
+        if self._setting.decoding_bytes:
+            copy_bytes = self._sizes.all * self._setting.value_bytes
+            evaluation, gathers = self._setting.evaluation(self._phase("evaluation"), copy_bytes, self._gathered())
+            phases.append(evaluation)
+        return MemoryEstimate(self._sharding, tuple(phases), 0.0, gathers)
 
     def _phase(
         self,
@@ -400,7 +403,6 @@ class _Fsdp2:
         activations: float = 0.0,
         gathered: float = 0.0,
         buffers: float = 0.0,
-        decoding: float = 0.0,
     ) -> Phase:
         """Gradients are reduced to float32 shards in every micro-batch. Frozen weights have the model's precision."""
         frozen = self._sizes.frozen * self._setting.value_bytes
@@ -413,7 +415,6 @@ class _Fsdp2:
             "activations": activations,
             "gathered weights": gathered,
             "buffers": buffers,
-            "decoding": decoding,
             "libraries": library_bytes(self._setting),
         }
         if self._sharding.is_offloaded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import TrainingSet, build_training_set
 from voxtral_dist.errors import UserError
 from voxtral_dist.estimate.activations import MicroBatchShape
+from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
+from voxtral_dist.evaluation.building import build_test_sets
+from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.model.flops import BatchShape
 from voxtral_dist.model.prompts import VoxtralPrompts
 
@@ -52,11 +55,20 @@ class DataStatistics:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The micro-batches of a run.
+class EvaluationBatches:
+    """The sizes of the batches that evaluations decode; none without test sets. source: how they were found."""
 
-    candidates: one of them needs most memory. needed, computed: of `num_averaged` micro-batches together, for FLOPs.
-    source: where all of this is from. data: None where shards or tokenizer are missing, which `missing` says.
+    shapes: tuple[DecodingShape, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The micro-batches of a run, and the batches of its evaluations.
+
+    candidates: the micro-batch that needs most memory is among them. needed, computed: sums over `num_averaged`
+    micro-batches, for FLOPs. source: how they were found. data: None where shards or tokenizer are missing; then
+    `missing` says which.
     """
 
     candidates: tuple[MicroBatchShape, ...]
@@ -66,10 +78,33 @@ class Workload:
     source: str
     data: DataStatistics | None = None
     missing: str = ""
+    evaluation: EvaluationBatches = field(default_factory=EvaluationBatches)
 
 
 def find_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
-    """From the shards where they and the tokenizer are there, else from the budgets."""
+    """The workload from the shards if they and the tokenizer are found, else from the budgets."""
+    evaluation = find_evaluation_batches(config, sizes)
+    return replace(_training_workload(config, sizes), evaluation=evaluation)
+
+
+def find_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> EvaluationBatches:
+    """The batches of the test sets as evaluations make them; `batch_size` full windows each if a set is not found."""
+    settings = config.evaluation
+    if not settings.test_sets:
+        return EvaluationBatches()
+    try:
+        prompts = VoxtralPrompts.from_pretrained(config.model.path)
+        test_sets = build_test_sets(settings, prompts, config.train_data.target_text, Storage(config.storage))
+    except UserError:
+        answer = MIN_NEW_TOKENS + math.ceil(settings.max_tokens_per_second * sizes.seconds)
+        prompt = sizes.audio_tokens + _PROMPT_TOKENS
+        shape = DecodingShape(settings.batch_size, settings.batch_size, prompt, answer, answer)
+        return EvaluationBatches((shape,), f"assumed batches of {settings.batch_size} clips of {sizes.seconds:g} s")
+    shapes = dict.fromkeys(shape for test_set in test_sets for shape in test_set.decoding_shapes)
+    return EvaluationBatches(tuple(shapes), "the largest batch of the test sets")
+
+
+def _training_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
     try:
         prompts = VoxtralPrompts.from_pretrained(config.model.path)
         training_set = build_training_set(config.train_data, prompts, config.seed, Storage(config.storage))

@@ -26,7 +26,7 @@ from voxtral_dist.model.weights import load_for_inference
 # The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.
 MIN_NEW_TOKENS = 16
 # Target tokens whose logits are computed at a time.
-_LOSS_CHUNK_TOKENS = 2048
+LOSS_CHUNK_TOKENS = 2048
 _WINDOWS_PER_CHUNK: int = ModelConfig.model_fields["encoder_windows_per_chunk"].default
 
 
@@ -78,7 +78,7 @@ class BatchDecoder:
         self._prompts = prompts
         self._log_mel = log_mel
         self.silence = silent_example(prompts)
-        self._loss = LossOfMicroBatch(log_mel, _LOSS_CHUNK_TOKENS)
+        self._loss = LossOfMicroBatch(log_mel, LOSS_CHUNK_TOKENS)
         self._settings = settings
 
     def __call__(self, examples: Sequence[Example]) -> list[Hypothesis]:

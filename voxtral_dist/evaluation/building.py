@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from voxtral_dist.config import EvaluationConfig, TestSetConfig, TextStep
 from voxtral_dist.data.examples.prompting import Prompting, TestContexts
@@ -21,6 +20,7 @@ from voxtral_dist.distributed.collectives import ranks_unlike_first
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
+from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.evaluation.test_set import Batch, TestSet
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.scoring.grouping import Grouping
@@ -84,7 +84,8 @@ def build_test_set(
     _refuse_too_long(name, index, positions, prompts)
     lists = _Lists.read(name, config, prompts)
     lists.refuse_long(name, positions, prompts)
-    batches = _batches(sizes.windows(index.records["duration_ms"]), positions, settings)
+    windows = sizes.windows(index.records["duration_ms"])
+    batches = _batches(windows, positions, settings)
     new_tokens = np.ceil(settings.max_tokens_per_second * index.duration_seconds) + MIN_NEW_TOKENS
     return [
         TestSet(
@@ -104,7 +105,14 @@ def build_test_set(
                 kept_fields=grouping.fields,
             ),
             batches=batches,
-            most_positions=_most_positions(batches, positions + new_tokens + lists.positions(size, index.records)),
+            decoding_shapes=_decoding_shapes(
+                batches,
+                windows,
+                positions - index.records["num_text_tokens"] + lists.positions(size, index.records),
+                new_tokens.astype(np.int64),
+                # A target more than text tokens: `</s>`.
+                index.records["num_text_tokens"].astype(np.int64) + 1,
+            ),
             has_answers=has_answers,
             words=lists.words,
             num_distractors=size,
@@ -139,10 +147,10 @@ class _Lists:
         return TestContexts(self.words, size, max(self.sizes))
 
     def positions(self, size: int | None, records: Records) -> Ids:
-        """Estimated positions of each utterance's list: the longest distractors, and the words of its own text."""
+        """Estimated positions of each utterance's list: the longest distractors, its own words and commas."""
         if size is None:
             return np.zeros(len(records), dtype=np.int64)
-        return text_tokens(records) + sum(self.entry_tokens[:size])
+        return 2 * text_tokens(records) + sum(self.entry_tokens[:size])
 
     def refuse_long(self, name: str, positions: Ids, prompts: VoxtralPrompts) -> None:
         """Refuse lists that may not fit beside the longest utterance, judged by the longest words."""
@@ -163,9 +171,16 @@ def _batches(windows: Ids, positions: Ids, settings: EvaluationConfig) -> tuple[
     return tuple(tuple(order[run].tolist()) for run in cut_micro_batches(windows[order], positions[order], budget))
 
 
-def _most_positions(batches: Sequence[Batch], positions: NDArray[np.float64]) -> int:
-    """Positions of the largest batch, with padding."""
-    return max(len(batch) * int(positions[list(batch)].max()) for batch in batches)
+def _decoding_shapes(
+    batches: Sequence[Batch], windows: Ids, prompt_tokens: Ids, new_tokens: Ids, target_tokens: Ids
+) -> tuple[DecodingShape, ...]:
+    """The different sizes of batches, from the windows and tokens of each utterance."""
+    tokens = (prompt_tokens, new_tokens, target_tokens)
+    shapes = (
+        DecodingShape(len(ids), int(windows[ids].sum()), *(int(each[ids].max()) for each in tokens))
+        for ids in map(list, batches)
+    )
+    return tuple(dict.fromkeys(shapes))
 
 
 def _has_answers(name: str, index: ShardIndex, config: TestSetConfig) -> bool:

@@ -10,6 +10,7 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.errors import RankError
+from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.text.word_list import WordList
 
@@ -23,7 +24,7 @@ class TestSet:
 
     Attributes:
         batches: every utterance once, expensive batches first.
-        most_positions: upper bound of a batch's positions in the language model, with padding and new tokens.
+        decoding_shapes: the different sizes of the batches.
         has_answers: whether its texts are answers to instructions, not transcripts.
         words: the listed words of the B-WER; None without a list.
         num_distractors: of the lists in prompts; None where prompts have no list.
@@ -36,7 +37,7 @@ class TestSet:
     index: ShardIndex
     reader: UtteranceReader
     batches: tuple[Batch, ...]
-    most_positions: int
+    decoding_shapes: tuple[DecodingShape, ...]
     has_answers: bool = False
     words: WordList | None = None
     num_distractors: int | None = None

@@ -22,8 +22,10 @@ _DYNAMIC_RANGE_LOG10 = 8.0
 _INT16_SCALE = 32768.0
 # The spectrum of more audio than this does not fit into the caches of a CPU, and takes twice the time.
 _CPU_SAMPLES_AT_ONCE = 480_000
-# On other devices memory is the limit: a spectrum takes about 24 bytes per sample.
+# On other devices memory is the limit.
 _DEVICE_SAMPLES_AT_ONCE = 64 * 480_000
+# Measured: the waveform, two complex spectra and their magnitude.
+_SPECTRUM_BYTES_PER_SAMPLE = 32
 
 
 class LogMel:
@@ -85,8 +87,7 @@ class LogMel:
         return features
 
     def _clips_at_once(self, pcm: Tensor, count: int) -> int:
-        samples_at_once = _CPU_SAMPLES_AT_ONCE if pcm.device.type == "cpu" else _DEVICE_SAMPLES_AT_ONCE
-        return max(1, samples_at_once // (count * pcm.shape[1]))
+        return max(1, _samples_at_once(pcm.device.type) // (count * pcm.shape[1]))
 
     def _clips_of_equal_length(self, pcm: Tensor, count: int) -> Tensor:
         """Features of clips of `count` windows each: `(N * count, S)` -> `(N * count, M, F)`."""
@@ -99,6 +100,22 @@ class LogMel:
         clips, bins, frames = scaled.shape
         cut = scaled.reshape(clips, bins, count, frames // count).transpose(1, 2)
         return cut.reshape(clips * count, bins, frames // count)
+
+
+def spectrum_bytes(num_samples: int, longest_clip_samples: int, device_type: str) -> int:
+    """Peak memory of `LogMel`, besides its input and output.
+
+    Args:
+        num_samples: samples of all clips of a batch.
+        longest_clip_samples: samples of the longest one, which is transformed whole.
+        device_type: torch's type of the device, which limits how many clips are transformed at a time.
+    """
+    at_once = min(num_samples, max(longest_clip_samples, _samples_at_once(device_type)))
+    return _SPECTRUM_BYTES_PER_SAMPLE * at_once
+
+
+def _samples_at_once(device_type: str) -> int:
+    return _CPU_SAMPLES_AT_ONCE if device_type == "cpu" else _DEVICE_SAMPLES_AT_ONCE
 
 
 def mask_features(features: Tensor, feature_masks: Tensor) -> Tensor:

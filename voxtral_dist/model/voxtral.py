@@ -157,6 +157,11 @@ def audio_tokens_per_window(config: VoxtralConfig) -> int:
     return int(audio.max_source_positions * audio.hidden_size // audio.intermediate_size)
 
 
+def window_samples(config: VoxtralConfig) -> int:
+    """Samples of audio in one window of the encoder: 480,000 in published models."""
+    return int(config.audio_config.max_source_positions) * FRAMES_PER_POSITION * HOP_SAMPLES
+
+
 def window_seconds(config: VoxtralConfig) -> float:
     """Seconds of audio in one window of the encoder: 30 in published models."""
     return float(config.audio_config.max_source_positions / POSITIONS_PER_SECOND)

@@ -1,0 +1,136 @@
+"""The formula of `DecodingMemory` against what a real decoding allocates on a CPU in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from voxtral_dist.config import EvaluationConfig, ModelConfig
+from voxtral_dist.data.examples.example import Example
+from voxtral_dist.distributed.world import World
+from voxtral_dist.evaluation.batch_decoder import load_decoder
+from voxtral_dist.evaluation.decoding_memory import DecodingMemory, DecodingShape
+from voxtral_dist.model.encoder import ChunkedEncoder
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
+from voxtral_dist.model.voxtral import read_voxtral_config
+
+# Widths in about the proportions of Voxtral-Mini-3B.
+SHAPE = TinyShape(
+    window_seconds=5.12,
+    vocab_size=8192,
+    encoder_width=160,
+    encoder_layers=2,
+    encoder_heads=5,
+    text_width=192,
+    text_layers=4,
+    text_heads=8,
+    text_kv_heads=2,
+    text_ffn_width=512,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is decoded, and the phase that should take most."""
+
+    largest: str
+    num_examples: int
+    windows_each: int = 1
+    num_targets: int = 20
+    tokens_per_second: float = 1.0
+    num_beams: int = 1
+    windows_per_chunk: int = 16
+    measures_loss: bool = False
+
+
+BATCHES = [
+    Batch("loss", 8, num_targets=200, measures_loss=True),
+    Batch("loss", 3, windows_each=3, num_targets=700, measures_loss=True),
+    Batch("encoder", 8),
+    Batch("encoder", 4, windows_each=8),
+    Batch("prompt", 4, windows_each=8, windows_per_chunk=1),
+    Batch("prompt", 4, num_beams=4),
+    Batch("last token", 8, tokens_per_second=300.0),
+    Batch("last token", 4, tokens_per_second=80.0, num_beams=4),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "proportions"
+    build_tiny_voxtral(folder, SHAPE)
+    return folder
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that torch's tensors hold while something runs, beyond what they held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(changes).max())
+
+
+def examples_of(batch: Batch, prompts: VoxtralPrompts) -> list[Example]:
+    """Noise of full windows."""
+    num_samples = batch.windows_each * prompts.window_samples
+    return [
+        Example(
+            utterance_id=number,
+            key="",
+            pcm=np.random.default_rng(number).normal(0, 3000, num_samples).astype(np.int16),
+            num_windows=batch.windows_each,
+            prompt=prompts.transcription("en", batch.windows_each),
+            completion=(*[100] * (batch.num_targets - 1), prompts.eos_id),
+            reference="",
+            duration_seconds=batch.windows_each * prompts.window_seconds,
+        )
+        for number in range(batch.num_examples)
+    ]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_the_formula_gives_the_measured_peak(model: Path, batch: Batch) -> None:
+    settings = EvaluationConfig(
+        num_beams=batch.num_beams,
+        max_tokens_per_second=batch.tokens_per_second,
+        measures_loss=batch.measures_loss,
+    )
+    prompts = VoxtralPrompts.from_pretrained(str(model))
+    decoder = load_decoder(str(model), prompts, settings, "float32", World(0, 1, 0, torch.device("cpu")))
+    ChunkedEncoder.of(decoder._model).windows_per_chunk = batch.windows_per_chunk
+    with torch.no_grad():
+        # No hypothesis ends before its limit.
+        decoder._model.lm_head.weight[prompts.eos_id] = 0.0
+    examples = examples_of(batch, prompts)
+    measured = peak_bytes(lambda: decoder.decode(examples, with_loss=batch.measures_loss))
+    # The audio on a CPU is numpy's.
+    measured += sum(example.pcm.nbytes for example in examples)
+
+    config = ModelConfig(path=str(model), precision="float32", encoder_windows_per_chunk=batch.windows_per_chunk)
+    memory = DecodingMemory(read_voxtral_config(str(model)), config, settings, "cpu")
+    shape = DecodingShape(
+        num_examples=batch.num_examples,
+        num_windows=batch.num_examples * batch.windows_each,
+        num_prompt_tokens=len(examples[0].prompt),
+        num_new_tokens=decoder._limit(examples[0]),
+        num_target_tokens=batch.num_targets,
+    )
+    phases = memory.phases(shape)
+    assert max(phases, key=lambda name: phases[name]) == batch.largest, phases
+    assert memory.peak_bytes([shape]) == pytest.approx(measured, rel=0.1), (measured, phases)
+
+
+def test_the_largest_batch_decides(model: Path) -> None:
+    memory = DecodingMemory(
+        read_voxtral_config(str(model)), ModelConfig(path=str(model)), EvaluationConfig(), device_type="cpu"
+    )
+    small, large = DecodingShape(2, 2, 80, 100, 30), DecodingShape(8, 8, 80, 100, 30)
+    assert memory.peak_bytes([small, large, small]) == memory.peak_bytes([large]) > memory.peak_bytes([small])

@@ -1,0 +1,136 @@
+"""The memory that decoding takes besides the weights: one formula for `voxtral-dist plan` and for evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import VoxtralConfig
+
+from voxtral_dist.config import EvaluationConfig, ModelConfig
+from voxtral_dist.evaluation.batch_decoder import LOSS_CHUNK_TOKENS
+from voxtral_dist.model.features import spectrum_bytes
+from voxtral_dist.model.voxtral import DTYPES, FRAMES_PER_POSITION, audio_tokens_per_window, window_samples
+
+_INT16_BYTES, _FLOAT32_BYTES, _INDEX_BYTES = 2, 4, 8
+
+
+@dataclass(frozen=True)
+class DecodingShape:
+    """The sizes of a batch that a rank decodes.
+
+    num_examples, num_windows: of the whole batch. num_prompt_tokens: audio tokens included, of the longest example, and
+    so are num_new_tokens, the limit of its hypothesis, and num_target_tokens, of its reference.
+    """
+
+    num_examples: int
+    num_windows: int
+    num_prompt_tokens: int
+    num_new_tokens: int
+    num_target_tokens: int
+
+
+class DecodingMemory:
+    """Peak memory of `BatchDecoder.decode`, for one model and one way to decode.
+
+        C windows   c that the encoder takes at a time   S positions of a window   M mel bins   A its audio tokens
+        D width of the encoder, F of its feed-forward layers   B examples   R = B times the number of beams
+        E width of the language model, G of its feed-forward layers, K of its keys, L its blocks, V its vocabulary
+        T tokens of a prompt   n new tokens   N targets of an example   s bytes of a value in the model's precision
+
+    A batch holds int16 audio, float32 features and the embeddings of its audio tokens until its end:
+
+        C (2 * 320 S + 4 * 2 S M + s A E)
+
+    To this comes the largest of the phases, which follow each other:
+
+        features     32 bytes a sample of the clips that are transformed together (`model.features`)
+        encoder      s c S (4 D + 2 F): a block holds its input, that of the encoder, two residuals, and both sides of
+                     its GELU
+        embeddings   (24 + 2 s) (R / B) C A E + 2 s R T E: transformers makes three indices for each value it replaces
+        loss         the larger of s B (T + N) (4 E + 3 G), a block as below, and 3 s B (T + N) E + 8 n V: logits and
+                     their log-probabilities, both float32, of n = min(B N, 2048) targets
+        prompt       s R T 2 K L + s R T (4 E + 3 G) + s R T T: keys and values, a block, the mask; a block holds its
+                     input, the embeddings, a residual, its normalized copy, and gate, up and product of SwiGLU
+        last token   s R (T + n) K (2 L + 1) + (s + 12) R V: keys and values of a block are copied one after the other
+                     to append a token; logits, and their float32 scores three times
+
+    Attention weights of `model.attention: eager` are not counted.
+    """
+
+    def __init__(
+        self, voxtral: VoxtralConfig, model: ModelConfig, settings: EvaluationConfig, device_type: str
+    ) -> None:
+        """Take the sizes of a checkpoint, the sections of a configuration, and the device's type in torch."""
+        self._text = voxtral.text_config
+        self._audio = voxtral.audio_config
+        self._audio_tokens = audio_tokens_per_window(voxtral)
+        self._window_samples = window_samples(voxtral)
+        self._itemsize = DTYPES[model.precision].itemsize
+        self._windows_per_chunk = model.encoder_windows_per_chunk
+        self._num_beams = settings.num_beams
+        self._measures_loss = settings.measures_loss
+        self._device_type = device_type
+
+    def peak_bytes(self, shapes: Iterable[DecodingShape]) -> int:
+        """Bytes at the peak of the largest of some batches; 0 without any."""
+        return max((self._held(shape) + max(self.phases(shape).values()) for shape in shapes), default=0)
+
+    def phases(self, shape: DecodingShape) -> dict[str, int]:
+        """Bytes of each phase of a batch, besides what the batch holds."""
+        phases = {
+            "features": self._features(shape),
+            "encoder": self._encoder(shape),
+            "embeddings": self._embeddings(shape),
+            "prompt": self._prompt(shape),
+            "last token": self._last_token(shape),
+        }
+        return phases | ({"loss": self._loss(shape)} if self._measures_loss else {})
+
+    def _held(self, shape: DecodingShape) -> int:
+        frames = FRAMES_PER_POSITION * int(self._audio.max_source_positions)
+        features = frames * int(self._audio.num_mel_bins) * _FLOAT32_BYTES
+        embeddings = self._audio_tokens * int(self._text.hidden_size) * self._itemsize
+        return shape.num_windows * (self._window_samples * _INT16_BYTES + features + embeddings)
+
+    def _features(self, shape: DecodingShape) -> int:
+        mean_samples = shape.num_windows * self._window_samples // shape.num_examples
+        return spectrum_bytes(shape.num_windows * self._window_samples, mean_samples, self._device_type)
+
+    def _encoder(self, shape: DecodingShape) -> int:
+        windows = min(shape.num_windows, self._windows_per_chunk)
+        width = 4 * self._audio.hidden_size + 2 * self._audio.intermediate_size
+        return int(windows * self._audio.max_source_positions * width * self._itemsize)
+
+    def _embeddings(self, shape: DecodingShape) -> int:
+        audio_values = self._num_beams * shape.num_windows * self._audio_tokens * self._text.hidden_size
+        values = self._rows(shape) * shape.num_prompt_tokens * self._text.hidden_size
+        return int(audio_values * (3 * _INDEX_BYTES + 2 * self._itemsize) + 2 * values * self._itemsize)
+
+    def _loss(self, shape: DecodingShape) -> int:
+        positions = shape.num_examples * (shape.num_prompt_tokens + shape.num_target_tokens)
+        num_targets = min(shape.num_examples * shape.num_target_tokens, LOSS_CHUNK_TOKENS)
+        logits = 2 * num_targets * self._text.vocab_size * _FLOAT32_BYTES
+        return max(self._block(positions), int(3 * positions * self._text.hidden_size * self._itemsize + logits))
+
+    def _prompt(self, shape: DecodingShape) -> int:
+        positions = self._rows(shape) * shape.num_prompt_tokens
+        mask = positions * shape.num_prompt_tokens * self._itemsize
+        return self._keys(positions, 2 * self._text.num_hidden_layers) + self._block(positions) + mask
+
+    def _last_token(self, shape: DecodingShape) -> int:
+        positions = self._rows(shape) * (shape.num_prompt_tokens + shape.num_new_tokens)
+        scores = self._rows(shape) * self._text.vocab_size * (self._itemsize + 3 * _FLOAT32_BYTES)
+        return self._keys(positions, 2 * self._text.num_hidden_layers + 1) + int(scores)
+
+    def _block(self, positions: int) -> int:
+        """One block of the language model in a forward pass without gradients."""
+        return int(positions * (4 * self._text.hidden_size + 3 * self._text.intermediate_size) * self._itemsize)
+
+    def _keys(self, positions: int, num_tensors: int) -> int:
+        """Tensors of keys, or of values, which are as large."""
+        width = self._text.num_key_value_heads * self._text.head_dim
+        return int(positions * width * num_tensors * self._itemsize)
+
+    def _rows(self, shape: DecodingShape) -> int:
+        return shape.num_examples * self._num_beams
