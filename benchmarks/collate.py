@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from voxtral_dist.data.examples.example import Example
-from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch, collate
+from voxtral_dist.data.examples.micro_batch import MicroBatch, collate
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import MAX_VOCAB_SIZE
@@ -64,7 +64,7 @@ class OurPath:
     def windows(self, utterances: Sequence[Utterance]) -> MicroBatch:
         """What a data worker returns: tokens and int16 windows."""
         examples = [self._example(number, utterance) for number, utterance in enumerate(utterances)]
-        return collate(examples, self._prompts.pad_id, self._prompts.window_samples)
+        return collate(examples, self._prompts)
 
     def copied_windows(self, utterances: Sequence[Utterance]) -> Tensor:
         """The windows, copied once as for the transfer to the device; see the docstring of this module."""
@@ -182,13 +182,16 @@ def _difference(ours: OurPath, theirs: TheirPath, utterances: Sequence[Utterance
     """
     batch, other = ours.windows(utterances), theirs(decoded)
     difference = float((ours.log_mel(batch.pcm, batch.windows_per_example) - other["input_features"]).abs().max())
-    num_kept = batch.labels.shape[1]
-    # Ours omits the final `</s>`, which predicts nothing. Its labels are the next tokens of the last positions only.
+    # Ours omits the final `</s>`, which predicts nothing, and labels each position with the token that it predicts.
+    ours = zip(batch.input_ids, batch.labels, batch.positions_per_example, strict=True)
+    theirs = zip(other["input_ids"], other["labels"], other["attention_mask"].bool(), strict=True)
+    pairs = [
+        ((ids[:length], labels[:length]), (other_ids[real][:-1], other_labels[real][1:]))
+        for (ids, labels, length), (other_ids, other_labels, real) in zip(ours, theirs, strict=True)
+    ]
     is_same = {
-        "input_ids": torch.equal(batch.input_ids, other["input_ids"][:, :-1]),
-        "attention_mask": torch.equal(batch.attention_mask, other["attention_mask"][:, :-1]),
-        "labels": torch.equal(batch.labels, other["labels"][:, -num_kept:]),
-        "masked labels": bool((other["labels"][:, :-num_kept] == IGNORED_LABEL).all()),
+        "input_ids": all(torch.equal(one[0], other[0]) for one, other in pairs),
+        "labels": all(torch.equal(one[1], other[1]) for one, other in pairs),
         "input_features": difference <= FEATURE_TOLERANCE,
     }
     if not all(is_same.values()):

@@ -92,7 +92,7 @@ def _last_positions(model: str, precision: str, num_examples: int, num_target_to
     loss_of = LossOfMicroBatch(log_mel, ModelConfig.model_fields["loss_chunk_tokens"].default)
 
     def step(examples: list[Example]) -> float:
-        loss = loss_of(voxtral, collate(examples, prompts.pad_id, prompts.window_samples))
+        loss = loss_of(voxtral, collate(examples, prompts))
         loss.backward()
         return float(loss.detach())
 
@@ -104,7 +104,7 @@ def _all_positions(model: str, precision: str, num_examples: int, num_target_tok
     prompts, voxtral, log_mel = _load(model, precision)
 
     def step(examples: list[Example]) -> float:
-        pcm = collate(examples, prompts.pad_id, prompts.window_samples).pcm
+        pcm = collate(examples, prompts).pcm
         input_ids, attention_mask = pad_left([(*one.prompt, *one.completion) for one in examples], prompts.pad_id)
         masked = [(*[IGNORED_LABEL] * len(one.prompt), *one.completion) for one in examples]
         labels, _ = pad_left(masked, IGNORED_LABEL)

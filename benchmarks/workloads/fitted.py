@@ -39,7 +39,4 @@ def fit(model_path: Path, shards: Path, out_dir: Path, *, num_utterances: int, b
 def _batches(shards: Path, prompts: VoxtralPrompts, num_utterances: int, batch_size: int) -> list[MicroBatch]:
     reader = UtteranceReader(read_index([str(shards)]), prompts, max_target_tokens=None, takes_all=True)
     examples = [reader.example(number) for number in range(num_utterances)]
-    return [
-        collate(examples[first : first + batch_size], prompts.pad_id, prompts.window_samples)
-        for first in range(0, num_utterances, batch_size)
-    ]
+    return [collate(examples[first : first + batch_size], prompts) for first in range(0, num_utterances, batch_size)]

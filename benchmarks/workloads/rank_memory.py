@@ -141,7 +141,7 @@ def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_ta
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
     world = World(rank, NUM_RANKS, rank, torch.device("cpu"))
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
-    batch = collate(examples_of(prompts, num_examples, num_target_tokens), prompts.pad_id, prompts.window_samples)
+    batch = collate(examples_of(prompts, num_examples, num_target_tokens), prompts)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     before = status_bytes("VmRSS")
     engine = build_engine(config, log_mel, world)

@@ -70,10 +70,10 @@ def examples_in(batch: MicroBatch) -> list[tuple]:
         return []
     audio = iter(batch.pcm.split(batch.windows_per_example))
     ends = np.cumsum(batch.windows_per_example)
-    rows = zip(batch.input_ids, batch.attention_mask.bool(), batch.labels, audio, ends, strict=True)
+    rows = zip(batch.input_ids, batch.positions_per_example, batch.labels, audio, ends, strict=True)
     return [
         (
-            tuple(ids[mask].tolist()),
+            tuple(ids[:length].tolist()),
             tuple(labels[labels != IGNORED_LABEL].tolist()),
             hashlib.sha256(pcm.numpy().tobytes()).hexdigest(),
             tuple(
@@ -82,7 +82,7 @@ def examples_in(batch: MicroBatch) -> list[tuple]:
                 if end - len(pcm) <= window < end
             ),
         )
-        for ids, mask, labels, pcm, end in rows
+        for ids, length, labels, pcm, end in rows
     ]
 
 
@@ -152,7 +152,7 @@ def test_three_workers_of_two_ranks_read_every_utterance_once_an_epoch(uneven_fo
 
 
 def assert_same_tensors(one: MicroBatch, other: MicroBatch) -> None:
-    for name in ("input_ids", "attention_mask", "labels", "pcm", "feature_masks"):
+    for name in ("input_ids", "audio_places", "target_places", "target_ids", "pcm", "feature_masks"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 

@@ -67,9 +67,9 @@ def examples_of(config, prompts, num_steps, seed=0):
     for batches in loader.starting_at(0):
         for batch in batches.micro_batches:
             assert not batch.bad_utterances
-            for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+            for ids, length, labels in zip(batch.input_ids, batch.positions_per_example, batch.labels, strict=True):
                 targets = labels[labels != IGNORED_LABEL].tolist()
-                read = ids[mask.bool()].tolist()
+                read = ids[:length].tolist()
                 if targets:
                     yield read[: len(read) - len(targets) + 1], targets
 

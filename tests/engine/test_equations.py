@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import RunConfig, TrainableConfig
-from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL
+from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.optim import learning_rate, parameter_groups
@@ -63,11 +64,10 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
         for batch in batches.micro_batches:
             logits = model(
                 input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
+                attention_mask=real_positions(batch),
                 input_features=log_mel(batch.pcm, batch.windows_per_example),
                 use_cache=False,
-            ).logits[:, -batch.labels.shape[1] :]
+            ).logits
             each = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
             losses.append(each[batch.labels.flatten() != IGNORED_LABEL])
         loss = torch.cat(losses).mean()
@@ -79,6 +79,12 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
         optimizer.zero_grad()
         curve.append((loss.item(), grad_norm.item()))
     return curve, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def real_positions(batch: MicroBatch) -> Tensor:
+    """The attention mask that transformers' own collators make, `(B, T)`: 1 where there is no padding."""
+    lengths = torch.tensor(batch.positions_per_example)
+    return (torch.arange(batch.input_ids.shape[1]) < lengths[:, None]).long()
 
 
 def whole_model(config: RunConfig) -> VoxtralForConditionalGeneration:

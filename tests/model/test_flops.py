@@ -70,7 +70,7 @@ def counted_by_torch(model: TrainedVoxtral, batch: MicroBatch, log_mel: LogMel) 
     with FlopCounterMode(display=False) as others:
         # Neither has weights: the bank of mel filters, and the angles of rotary embeddings.
         log_mel(batch.pcm, batch.windows_per_example)
-        model.model.language_model.rotary_emb(torch.zeros(1), batch.position_ids)
+        model.model.language_model.rotary_emb(torch.zeros(1), torch.arange(batch.input_ids.shape[1])[None])
     rest = others.get_total_flops()
     return forward.get_total_flops() - rest, both.get_total_flops() - rest
 

@@ -180,21 +180,21 @@ def made(prompts: VoxtralPrompts, text: str, language: str | None, num_windows: 
 @given(
     st.lists(st.tuples(texts(), languages, st.integers(1, 3), st.one_of(st.just(""), texts())), min_size=1, max_size=5)
 )
-def test_labels_are_the_next_token_or_ignored_and_masks_are_exact(prompts, drawn):
+def test_labels_are_the_next_token_or_ignored_and_lengths_are_exact(prompts, drawn):
     examples = [made(prompts, *one) for one in drawn]
-    batch = collate(examples, prompts.pad_id, prompts.window_samples)
-    width, num_kept = batch.input_ids.shape[1], batch.labels.shape[1]
-    for one, ids, mask, labels in zip(examples, batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+    batch = collate(examples, prompts)
+    rows = zip(examples, batch.input_ids, batch.positions_per_example, batch.labels, strict=True)
+    for one, ids, length, labels in rows:
         sequence = [*one.prompt, *one.completion]
-        # The mask is 0 on a prefix and 1 on what is left: the whole example but its last token.
-        num_read = len(sequence) - 1
-        assert mask.tolist() == [0] * (width - num_read) + [1] * num_read
-        assert ids[width - num_read :].tolist() == sequence[:-1]
-        assert (ids[: width - num_read] == prompts.pad_id).all()
-        following = torch.cat([ids[1:], torch.tensor([prompts.eos_id])])[-num_kept:]
+        # The whole example but its last token, and padding behind it.
+        assert length == len(sequence) - 1
+        assert ids[:length].tolist() == sequence[:-1]
+        assert (ids[length:] == prompts.pad_id).all()
+        following = torch.tensor([*sequence[1:], *ids[length:].tolist()])
         counted = labels != IGNORED_LABEL
         assert torch.equal(labels[counted], following[counted])
-        # Exactly the completion counts, up to the last position.
-        assert counted.tolist() == [False] * (num_kept - len(one.completion)) + [True] * len(one.completion)
+        # Exactly the completion counts, up to the last token.
+        prompt_length = length - len(one.completion)
+        assert counted.nonzero().flatten().tolist() == list(range(prompt_length, length))
         assert prompts.decode(labels[counted].tolist()) == one.reference
     assert batch.num_target_tokens == sum(len(one.completion) for one in examples)

@@ -194,21 +194,19 @@ def example(prompts: VoxtralPrompts, text: str, num_windows: int = 1, language: 
 
 def test_each_label_is_the_next_token_and_the_prompt_has_none(prompts):
     examples = [example(prompts, "short"), example(prompts, "a longer one", 2, None), example(prompts, "mid dle", 3)]
-    batch = collate(examples, prompts.pad_id, prompts.window_samples)
-    num_kept = batch.labels.shape[1]
-    assert num_kept == max(len(one.completion) for one in examples)
-    for one, ids, mask, labels in zip(examples, batch.input_ids, batch.attention_mask, batch.labels, strict=True):
+    batch = collate(examples, prompts)
+    rows = zip(examples, batch.input_ids, batch.positions_per_example, batch.labels, strict=True)
+    for one, ids, length, labels in rows:
         sequence = torch.tensor([*one.prompt, *one.completion])
         # The last input token is the one before </s>.
-        assert torch.equal(ids[mask.bool()], sequence[:-1])
-        assert ids[-1] == sequence[-2]
-        assert labels[-1] == prompts.eos_id
-        # Label k belongs to the logits of the k-th of the last K positions, which predict the token behind it.
-        following = torch.cat([ids[-num_kept + 1 :], torch.tensor([prompts.eos_id])])
+        assert torch.equal(ids[:length], sequence[:-1])
+        assert (ids[length:] == prompts.pad_id).all()
+        assert labels[length - 1] == prompts.eos_id
+        following = torch.cat([sequence[1:], ids[length:]])
         counted = labels != IGNORED_LABEL
         assert counted.sum() == len(one.completion)
         assert torch.equal(labels[counted], following[counted])
-        assert counted.nonzero().min() == num_kept - len(one.completion)
+        assert counted.nonzero().min() == length - len(one.completion)
 
 
 @pytest.mark.parametrize(

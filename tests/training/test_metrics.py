@@ -80,7 +80,7 @@ def test_sums_do_not_depend_on_ranks_and_the_wait_is_that_of_the_slowest_rank(
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, 2, 0, 1)
     batches = next(iter(loader.starting_at(0))).micro_batches
-    assert one[0].num_tokens == sum(int(batch.attention_mask.sum()) for batch in batches)
+    assert one[0].num_tokens == sum(sum(batch.positions_per_example) for batch in batches)
     assert one[0].num_tokens < sum(batch.input_ids.numel() for batch in batches)
 
 

@@ -33,9 +33,14 @@ class ModelConfig(Section):
     `float16` is for GPUs without bfloat16: its loss is scaled, and updates whose gradients overflow are skipped."""
 
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel. `flash_attention_2` needs the package flash-attn, a GPU of the Ampere generation or newer, and
-    bfloat16 or float16. `auto` uses it where these are available, and PyTorch's `sdpa` elsewhere. The start of a run
-    reports which one is used."""
+    """Attention kernel. `auto` is PyTorch's `sdpa`, which brings FlashAttention on GPUs. `flash_attention_2` needs the
+    package flash-attn, a GPU of the Ampere generation or newer, and bfloat16 or float16; it is used in training, where
+    attention has no mask, while decoding uses `sdpa`."""
+
+    cudnn_attention: bool = False
+    """Allow cuDNN's attention kernel in the language model, which PyTorch prefers on Hopper and Blackwell GPUs. It
+    builds a plan for each new length of a micro-batch, up to a second each, and has given NaN gradients for masks
+    (pytorch/pytorch#196678). The encoder, whose windows all have one length, may always use it."""
 
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     """Blocks whose activations are recomputed. The default is none."""

@@ -177,7 +177,7 @@ class _SlotDataset(Dataset[MicroBatch]):
         examples = list(self._examples(request, bad))
         if not examples:
             return weightless_micro_batch(self._prompts, bad)
-        return collate(examples, self._prompts.pad_id, self._prompts.window_samples, bad)
+        return collate(examples, self._prompts, bad)
 
     def _examples(self, request: _Request, bad: list[BadUtterance]) -> Iterator[Example]:
         """The usable examples of a request; unusable utterances are appended to `bad`."""

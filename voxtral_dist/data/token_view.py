@@ -58,11 +58,11 @@ class TokenView:
             example = self._example(index, utterance_id, storage)
         except UtteranceError as error:
             raise UserError(f"The {error}.") from error
-        batch = collate([example], self.prompts.pad_id, self.prompts.window_samples)
+        batch = collate([example], self.prompts)
         yield from self._summary(example, batch.num_target_tokens)
         yield "      position      id  token                 target"
         ids = batch.input_ids[0].tolist()
-        labels = [IGNORED_LABEL] * (len(ids) - batch.labels.shape[1]) + batch.labels[0].tolist()
+        labels = batch.labels[0].tolist()
         yield from self._token_lines(ids, labels)
 
     def _example(self, index: ShardIndex, utterance_id: int, storage: Storage) -> Example:

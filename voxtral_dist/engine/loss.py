@@ -43,9 +43,8 @@ class LossOfMicroBatch:
             audio = mask_features(self._log_mel(batch.pcm, batch.windows_per_example), batch.feature_masks)
         loss: Tensor = model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
             input_features=audio,
+            audio_places=batch.audio_places,
             target_ids=batch.target_ids,
             target_places=batch.target_places,
             chunk_tokens=self._chunk_tokens,

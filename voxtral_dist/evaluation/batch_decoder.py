@@ -21,6 +21,7 @@ from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.voxtral import masked_attention
 from voxtral_dist.model.weights import load_for_inference
 
 # The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.
@@ -97,7 +98,7 @@ class BatchDecoder:
         Returns:
             Hypotheses in the order of the examples, and the loss.
         """
-        batch = collate(examples, self._prompts.pad_id, self._prompts.window_samples).to(self._device)
+        batch = collate(examples, self._prompts).to(self._device)
         features = self._log_mel(batch.pcm, batch.windows_per_example)
         self._encoder.num_chunks = most_windows and num_chunks(most_windows, self._encoder.windows_per_chunk)
         with self._encoder.holding(features, batch.windows_per_example) as numbers:
@@ -111,17 +112,18 @@ class BatchDecoder:
         limits = [self._limit(example) for example in examples]
         # Else transformers gives every later batch a static cache of the longest batch so far.
         self._model._previous_max_cache_length = -1  # type: ignore[assignment]
-        generated: Tensor = self._model.generate(  # type: ignore[operator]
-            input_ids=prompts.to(self._device),
-            attention_mask=attention_mask.to(self._device),
-            input_features=numbers,
-            max_new_tokens=max(limits),
-            stopping_criteria=StoppingCriteriaList([_OwnLimits(limits, prompts.shape[1], self._device)]),
-            synced_gpus=self.in_lockstep,
-            pad_token_id=self._prompts.pad_id,
-            eos_token_id=self._prompts.eos_id,
-            **_search(self._settings, self.in_lockstep),
-        )
+        with masked_attention(self._model):
+            generated: Tensor = self._model.generate(  # type: ignore[operator]
+                input_ids=prompts.to(self._device),
+                attention_mask=attention_mask.to(self._device),
+                input_features=numbers,
+                max_new_tokens=max(limits),
+                stopping_criteria=StoppingCriteriaList([_OwnLimits(limits, prompts.shape[1], self._device)]),
+                synced_gpus=self.in_lockstep,
+                pad_token_id=self._prompts.pad_id,
+                eos_token_id=self._prompts.eos_id,
+                **_search(self._settings, self.in_lockstep),
+            )
         completions = generated[:, prompts.shape[1] :].tolist()
         return [
             self._hypothesis(example, ids, limit)

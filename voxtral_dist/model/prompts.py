@@ -134,8 +134,13 @@ class VoxtralPrompts:
 
     @property
     def pad_id(self) -> int:
-        """The token that pads prompts on the left."""
+        """Token id of padding."""
         return int(self._text.pad_id)
+
+    @property
+    def audio_id(self) -> int:
+        """Token id of `[AUDIO]`, whose embeddings the encoder's output replaces."""
+        return int(self._instruct.audio_encoder.audio_token)
 
     @property
     def eos_id(self) -> int:
@@ -247,9 +252,8 @@ class VoxtralPrompts:
 
     def _frame(self, tokens: Sequence[int], text_ids: Sequence[int]) -> _Frame:
         """Split the prompt of one window at its audio and its text."""
-        audio_id = self._instruct.audio_encoder.audio_token
-        start = tokens.index(audio_id)
-        end = start + sum(token == audio_id for token in tokens)
+        start = tokens.index(self.audio_id)
+        end = start + sum(token == self.audio_id for token in tokens)
         after = end + len(text_ids)
         assert list(tokens[end:after]) == list(text_ids), "mistral-common puts user text after the audio"
         return _Frame(tuple(tokens[:start]), tuple(tokens[start:end]), tuple(tokens[after:]))

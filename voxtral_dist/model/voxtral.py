@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from inspect import signature
 from typing import Any
@@ -65,25 +66,53 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         *,
         target_ids: Tensor | None = None,
         target_places: Tensor | None = None,
+        audio_places: Tensor | None = None,
         chunk_tokens: int = 0,
         **inputs: Any,
     ) -> Any:
-        """The output of the published class, or with targets their summed cross entropy.
+        """Compute what the published class does, or, given targets, their summed cross entropy.
 
         Args:
-            target_ids: int64 `(N)`, the target tokens.
-            target_places: int64 `(N)`, the positions in the flattened `(B, T)` input that predict them.
-            chunk_tokens: targets whose logits are computed at a time.
-            inputs: arguments of the published class.
+            target_ids: int64 `(N,)`, the targets.
+            target_places: int64 `(N,)`, the positions in the flattened `(B, T)` input that predict them.
+            audio_places: int64 `(A,)`, the positions of audio tokens in the flattened input, in the order of windows.
+            chunk_tokens: number of targets whose logits are computed at a time.
+            inputs: arguments of the published class; given targets, `input_ids` `(B, T)`, padded on the right, and
+                `input_features` alone.
         """
         if target_ids is None or target_places is None:
             return super().forward(**inputs)
-        # Recomputed blocks would extend a cache a second time.
-        hidden = self.model(**inputs, use_cache=False).last_hidden_state
+        assert audio_places is not None, "a micro-batch knows them"
+        hidden = self._causal_states(audio_places=audio_places, **inputs)
         return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens)
+
+    def _causal_states(self, input_ids: Tensor, input_features: Tensor, audio_places: Tensor) -> Tensor:
+        """Last hidden states `(B, T, width)` of rows that are padded on the right.
+
+        The language model is run as transformers' Llama runs it without a cache: but it compares position ids with
+        those of packed rows, and `get_placeholder_mask` looks for audio tokens. Both make the host wait for a GPU.
+        """
+        language_model = self.model.language_model
+        embedded = language_model.embed_tokens(input_ids)
+        audio = self.model.get_audio_features(input_features, return_dict=True).pooler_output
+        hidden = embedded.flatten(0, 1).index_copy(0, audio_places, audio.to(embedded.dtype)).view_as(embedded)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        angles = language_model.rotary_emb(hidden, position_ids=places)
+        mask = _causal_mask(hidden) if language_model.config._attn_implementation == "eager" else None
+        for block in language_model.layers:
+            hidden = block(hidden, attention_mask=mask, position_embeddings=angles)
+        states: Tensor = language_model.norm(hidden)
+        return states
 
     # `generate` reads the signature to learn which arguments it may pass.
     forward.__signature__ = signature(VoxtralForConditionalGeneration.forward)  # type: ignore[attr-defined]
+
+
+def _causal_mask(hidden: Tensor) -> Tensor:
+    """What is added to scores of `(B, T, width)` states, `(1, 1, T, T)`: `eager` attention knows no other causality."""
+    length = hidden.shape[1]
+    future = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
+    return future.triu(diagonal=1)[None, None]
 
 
 def trained_meta_model(config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype) -> TrainedVoxtral:
@@ -132,20 +161,50 @@ def chosen_attention(config: ModelConfig) -> str:
     Raises:
         UserError: FlashAttention is configured, but not available.
     """
-    has_flash = (
+    if config.attention == "flash_attention_2" and not (
         find_spec("flash_attn") is not None
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= _FLASH_CAPABILITY
         and config.precision != "float32"
-    )
-    if config.attention == "flash_attention_2" and not has_flash:
+    ):
         raise UserError(
             "`model.attention` is `flash_attention_2`, which needs the package flash-attn, a GPU of the Ampere "
             "generation or newer and half precision: set it to `auto`."
         )
-    if config.attention != "auto":
-        return config.attention
-    return "flash_attention_2" if has_flash else "sdpa"
+    return "sdpa" if config.attention == "auto" else config.attention
+
+
+@contextmanager
+def masked_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, a Voxtral's language model takes attention masks, such as those of prompts padded on the left.
+
+    torch's kernels take the place of FlashAttention, which would remove the padding in every layer and wait for the GPU
+    to count it, and cuDNN's kernel is off, see `without_cudnn`.
+    """
+    text_config: Any = model.get_submodule("model.language_model").config
+    chosen = text_config._attn_implementation
+    if chosen == "flash_attention_2":
+        text_config._attn_implementation = "sdpa"
+    try:
+        with without_cudnn():
+            yield
+    finally:
+        text_config._attn_implementation = chosen
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Inside, torch's scaled dot product attention does not use cuDNN's kernel.
+
+    torch (2.11 to 2.14) prefers it on Hopper and Blackwell. It builds a plan for every new shape, of which speech has
+    many, and its backward pass gives NaN for explicit masks at some lengths (pytorch/pytorch#196678).
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def audio_tokens_per_window(config: VoxtralConfig) -> int:
@@ -186,6 +245,8 @@ def _wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) ->
         for number, block in enumerate(blocks):
             if config.compile_blocks:
                 block.forward = _compiled(block.forward, block)
+            if component == "language_model" and not config.cudnn_attention:
+                block.forward = _without_cudnn(block.forward)
             if is_checkpointed(number, every[component]):
                 block.forward = _checkpointed(block.forward, block)
 
@@ -198,6 +259,16 @@ def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., An
         return (compiled if block.training else forward)(*arguments, **named)
 
     return maybe_compiled
+
+
+def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Around the forward method, and so around its repetition in the backward pass of a checkpoint too."""
+
+    def guarded(*inputs: Any, **named: Any) -> Any:
+        with without_cudnn():
+            return forward(*inputs, **named)
+
+    return guarded
 
 
 def is_checkpointed(block_number: int, every: int) -> bool:

@@ -1,19 +1,20 @@
 """Micro-batches: examples padded together for one forward pass of one rank.
 
     B  examples                          T  input tokens of the longest example
-    C  encoder windows of all examples   K  tokens of the longest completion
+    C  encoder windows of all examples   A  audio tokens of all windows
     S  samples of a window               N  target tokens of all examples
     M  mel bins of a feature frame       F  feature frames of a window
 
-Examples are padded on the left, so that all completions end at the last position. Logits are then needed for the last
-K positions only, and not for hundreds of audio positions over the whole vocabulary. A micro-batch carries PCM `(C, S)`;
-the device computes the features `(C, M, F)` from it.
+Examples are padded on the right. Attention is causal, so no token sees the padding behind it: training needs neither an
+attention mask nor position ids. Where targets and audio tokens are is found here, on the CPU, so that the device is
+never waited for. A micro-batch carries PCM `(C, S)`; the device computes the features `(C, M, F)` from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,13 +33,13 @@ IGNORED_LABEL = -100
 class MicroBatch:
     """Token ids, labels and audio of B examples; the module explains the dimensions.
 
-    input_ids: int64 `(B, T)`, prompt and completion without the final `</s>`, which predicts nothing.
-    attention_mask: int64 `(B, T)`, 0 on padding.
-    labels: int64 `(B, K)`, the next token of each of the last K positions, `IGNORED_LABEL` before the completion.
+    input_ids: int64 `(B, T)`, prompt and completion without the final `</s>`, which predicts nothing; padded behind.
+    audio_places: int64 `(A,)`, the positions of audio tokens in the flattened `(B, T)`, in the order of the windows.
     target_places: int64 `(N,)`, the positions in the flattened `(B, T)` that predict a target.
     target_ids: int64 `(N,)`, the targets that they predict.
     pcm: int16 `(C, S)`, the windows of the examples, in order.
     feature_masks: int64 `(num_masks, 4)`: window of C, axis (0 frequency, 1 time), start, end; for `mask_features`.
+    positions_per_example: input tokens of each example, without padding.
     windows_per_example: encoder windows of each example; they add up to C.
     audio_seconds: audio of all examples, without the silence that fills windows.
     num_utterances: utterances in all examples.
@@ -57,12 +58,12 @@ class MicroBatch:
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    audio_places: Tensor
     target_places: Tensor
     target_ids: Tensor
     pcm: Tensor
     feature_masks: Tensor
+    positions_per_example: tuple[int, ...]
     windows_per_example: tuple[int, ...]
     audio_seconds: float
     num_utterances: int
@@ -75,44 +76,39 @@ class MicroBatch:
         return len(self.pcm)
 
     @property
-    def positions_per_example(self) -> list[int]:
-        """Input tokens of each example, without padding. Synchronizes with the GPU if the batch is there."""
-        counts: list[int] = self.attention_mask.sum(dim=1).tolist()
-        return counts
-
-    @property
     def num_target_tokens(self) -> int:
         """Labels that count in the loss."""
         return len(self.target_ids)
 
     @property
-    def position_ids(self) -> Tensor:
-        """Position ids, int64 `(B, T)`, counted from the first token that is not padding, as in generation."""
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    def labels(self) -> Tensor:
+        """The token that each position predicts, int64 `(B, T)`, `IGNORED_LABEL` where it counts in no loss."""
+        labels = torch.full_like(self.input_ids, IGNORED_LABEL)
+        labels.view(-1)[self.target_places] = self.target_ids
+        return labels
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy the tensors of the batch to a device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            target_places=self.target_places.to(device, non_blocking=True),
-            target_ids=self.target_ids.to(device, non_blocking=True),
-            pcm=self.pcm.to(device, non_blocking=True),
-            feature_masks=self.feature_masks.to(device, non_blocking=True),
-        )
+        """Copy the tensors of the batch to a device; from pinned memory the copy does not block."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> MicroBatch:
+        """Copy the tensors to page-locked host memory; a DataLoader with `pin_memory=True` calls it."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        names = ("input_ids", "audio_places", "target_places", "target_ids", "pcm", "feature_masks")
+        made: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **made)
 
 
 def collate(
-    examples: Sequence[Example], pad_id: int, window_samples: int, bad_utterances: Sequence[BadUtterance] = ()
+    examples: Sequence[Example], prompts: VoxtralPrompts, bad_utterances: Sequence[BadUtterance] = ()
 ) -> MicroBatch:
     """Pad examples into one micro-batch.
 
     Args:
         examples: at least one.
-        pad_id: token id of the padding.
-        window_samples: samples of an encoder window.
+        prompts: the ids of padding and audio tokens, and the length of a window.
         bad_utterances: utterances that the micro-batch lacks.
 
     Example:
@@ -123,27 +119,29 @@ def collate(
         >>> batch.num_utterances
         2
     """
-    input_ids, attention_mask = pad_left([(*example.prompt, *example.completion[:-1]) for example in examples], pad_id)
-    labels, _ = pad_left([example.completion for example in examples], IGNORED_LABEL)
+    rows = [(*example.prompt, *example.completion[:-1]) for example in examples]
+    width = max(map(len, rows))
+    ids = np.full((len(rows), width), prompts.pad_id, dtype=np.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    # The token before the first target predicts it, and so on to `</s>`: as many positions as targets end each row.
+    places = [
+        np.arange(len(row) - len(example.completion), len(row)) + number * width
+        for number, (row, example) in enumerate(zip(rows, examples, strict=True))
+    ]
     return MicroBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        labels=labels,
-        target_places=_target_places(labels, input_ids.shape[1]),
-        target_ids=labels[labels != IGNORED_LABEL],
-        pcm=windows_of(examples, window_samples),
+        input_ids=torch.from_numpy(ids),
+        audio_places=torch.from_numpy(np.flatnonzero(ids == prompts.audio_id)),
+        target_places=torch.from_numpy(np.concatenate(places)),
+        target_ids=torch.from_numpy(np.concatenate([example.completion for example in examples]).astype(np.int64)),
+        pcm=windows_of(examples, prompts.window_samples),
         feature_masks=torch.from_numpy(_feature_masks(examples)),
+        positions_per_example=tuple(map(len, rows)),
         windows_per_example=tuple(example.num_windows for example in examples),
         audio_seconds=sum(example.duration_seconds for example in examples),
         num_utterances=sum(example.num_utterances for example in examples),
         bad_utterances=tuple(bad_utterances),
     )
-
-
-def _target_places(labels: Tensor, num_positions: int) -> Tensor:
-    """The flattened positions of the labels that count, `(N,)`: found on the CPU, to avoid a GPU synchronization."""
-    rows, places = (labels != IGNORED_LABEL).nonzero(as_tuple=True)
-    return rows * num_positions + num_positions - labels.shape[1] + places
 
 
 def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
@@ -158,7 +156,7 @@ def _feature_masks(examples: Sequence[Example]) -> NDArray[np.int64]:
 
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Pad sequences of ids on the left: ids and attention mask, both int64 `(B, T)`; T is the longest sequence."""
+    """Pad prompts on the left, as generation needs them: ids and attention mask, both int64 `(B, T)`."""
     width = max(len(sequence) for sequence in sequences)
     ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -197,7 +195,6 @@ def weightless_micro_batch(prompts: VoxtralPrompts, bad_utterances: Sequence[Bad
 
     Sharded engines gather weights in every forward and backward pass, so all ranks must run the same number of them.
     """
-    batch = collate([silent_example(prompts)], prompts.pad_id, prompts.window_samples, bad_utterances)
+    batch = collate([silent_example(prompts)], prompts, bad_utterances)
     nothing = torch.zeros(0, dtype=torch.int64)
-    labels = torch.full_like(batch.labels, IGNORED_LABEL)
-    return replace(batch, labels=labels, target_places=nothing, target_ids=nothing, num_utterances=0)
+    return replace(batch, target_places=nothing, target_ids=nothing, num_utterances=0)
