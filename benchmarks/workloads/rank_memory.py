@@ -95,7 +95,7 @@ def predicted_phases(config: RunConfig, examples: Sequence[Example]) -> dict[str
     model = trained_meta_model(config.model, config.trainable, dtype)
     positions = max(len(one.prompt) + len(one.completion) - 1 for one in examples)
     targets = sum(len(one.completion) for one in examples)
-    shape = MicroBatchShape(len(examples), len(examples), positions, targets, is_padded=len(examples) > 1)
+    shape = MicroBatchShape(len(examples), len(examples), positions, targets)
     found = estimate_memory(
         configured_sharding(config, NUM_RANKS),
         ModelSizes.of(model),

@@ -51,7 +51,7 @@ def rows(in_workspace) -> ShardDataset:
 
 def own_batch(prompts: VoxtralPrompts, rows: ShardDataset, numbers: list[int]):
     reader = UtteranceReader(rows.index, prompts, None)
-    return collate([reader.example(number) for number in numbers], prompts.pad_id, prompts.window_samples)
+    return collate([reader.example(number) for number in numbers], prompts)
 
 
 def test_a_batch_has_the_ids_and_the_features_of_our_own(collator, rows):
@@ -59,10 +59,10 @@ def test_a_batch_has_the_ids_and_the_features_of_our_own(collator, rows):
     batch = collator([rows[number] for number in numbers])
     own = own_batch(collator.prompts, rows, numbers)
     # Ours lacks the last `</s>`, which predicts nothing.
-    for row, mask, own_row, own_mask in zip(
-        batch["input_ids"], batch["attention_mask"], own.input_ids, own.attention_mask, strict=True
+    for row, mask, own_row, length in zip(
+        batch["input_ids"], batch["attention_mask"], own.input_ids, own.positions_per_example, strict=True
     ):
-        assert row[mask == 1].tolist() == [*own_row[own_mask == 1].tolist(), collator.prompts.eos_id]
+        assert row[mask == 1].tolist() == [*own_row[:length].tolist(), collator.prompts.eos_id]
     features = LogMel.from_pretrained("models/tiny", CPU)(own.pcm, own.windows_per_example)
     assert torch.equal(batch["input_features"], features)
 

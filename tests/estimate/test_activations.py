@@ -67,7 +67,7 @@ def model_of(path: Path, trainable: TrainableConfig, **settings: Any) -> tuple[T
     return model, config
 
 
-def kept_by_autograd(model: TrainedVoxtral, is_padded: bool) -> int:
+def kept_by_autograd(model: TrainedVoxtral) -> int:
     """Bytes of all tensors that the forward pass keeps, parameters aside."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     own |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
@@ -82,23 +82,18 @@ def kept_by_autograd(model: TrainedVoxtral, is_padded: bool) -> int:
     audio_tokens = SHAPE.num_audio_tokens
     ids = torch.full((WINDOWS, POSITIONS), 40)
     ids[:, 10 : 10 + audio_tokens] = model.config.audio_token_id
-    mask = torch.ones_like(ids)
-    if is_padded:
-        mask[0, :3] = 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = model.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            input_features=torch.randn(WINDOWS, 128, 2 * SHAPE.num_positions).to(model.lm_head.weight.dtype),
-            use_cache=False,
-        ).last_hidden_state
+        held = model.causal_states(
+            ids,
+            torch.randn(WINDOWS, 128, 2 * SHAPE.num_positions).to(model.lm_head.weight.dtype),
+            (ids.flatten() == model.config.audio_token_id).nonzero()[:, 0],
+        )
         assert held.requires_grad
     return sum(sizes.values())
 
 
-def planned(model: TrainedVoxtral, config: ModelConfig, is_padded: bool) -> list[Part]:
-    return Activations(model, config).parts(MicroBatchShape(WINDOWS, WINDOWS, POSITIONS, TARGETS, is_padded))
+def planned(model: TrainedVoxtral, config: ModelConfig) -> list[Part]:
+    return Activations(model, config).parts(MicroBatchShape(WINDOWS, WINDOWS, POSITIONS, TARGETS))
 
 
 @pytest.mark.parametrize("component", ["encoder", "language_model"])
@@ -108,26 +103,23 @@ def test_a_block_more_keeps_what_the_formula_says(models, component, precision, 
     kept = []
     for name in ("base", component):
         model, config = model_of(models[name], TRAINABLES[trainable], precision=precision)
-        kept.append((kept_by_autograd(model, True), sum(part.kept for part in planned(model, config, True))))
+        kept.append((kept_by_autograd(model), sum(part.kept for part in planned(model, config))))
     (before, planned_before), (after, planned_after) = kept
     # Means and deviations of norms are in half precision on a CPU.
     assert planned_after - planned_before == pytest.approx(after - before, rel=0.01, abs=1)
 
 
-@pytest.mark.parametrize("is_padded", [True, False])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_whole_model_keeps_what_the_formulas_say(models, is_padded, attention):
+def test_the_whole_model_keeps_what_the_formulas_say(models, attention):
     model, config = model_of(models["base"], TrainableConfig(), attention=attention)
-    parts = planned(model, config, is_padded)
+    parts = planned(model, config)
     states_of_targets = TARGETS * SHAPE.text_width * 4
-    assert sum(part.kept for part in parts) - states_of_targets == pytest.approx(
-        kept_by_autograd(model, is_padded), rel=0.02
-    )
+    assert sum(part.kept for part in parts) - states_of_targets == pytest.approx(kept_by_autograd(model), rel=0.02)
 
 
 def test_what_needs_no_gradient_keeps_nothing(models):
     model, config = model_of(models["base"], TRAINABLES["no encoder"])
-    names = {part.name: part for part in planned(model, config, True)}
+    names = {part.name: part for part in planned(model, config)}
     assert names["encoder convolutions"].kept == names["encoder block"].kept == 0
     assert names["projector"].kept > 0
 
@@ -135,8 +127,8 @@ def test_what_needs_no_gradient_keeps_nothing(models):
 def test_checkpointed_blocks_keep_their_input_and_compute_the_rest_again(models):
     model, config = model_of(models["base"], TrainableConfig())
     every_other = ActivationCheckpointingConfig(encoder=2, language_model=1)
-    plain = planned(model, config, True)
-    saving = planned(model, config.model_copy(update={"activation_checkpointing": every_other}), True)
+    plain = planned(model, config)
+    saving = planned(model, config.model_copy(update={"activation_checkpointing": every_other}))
     encoder = [(before, after) for before, after in zip(plain, saving, strict=True) if after.name == "encoder block"]
     (first, first_saving), (second, second_saving) = encoder
     assert second_saving == second
@@ -148,7 +140,7 @@ def test_checkpointed_blocks_keep_their_input_and_compute_the_rest_again(models)
 
 def test_passes_of_the_encoder_keep_features_and_embeddings(models):
     model, config = model_of(models["base"], TrainableConfig(), encoder_windows_per_chunk=1)
-    first = planned(model, config, True)[0]
+    first = planned(model, config)[0]
     features = 128 * 2 * SHAPE.num_positions * 4
     assert first.kept == WINDOWS * (features + SHAPE.num_audio_tokens * SHAPE.text_width * 4)
     whole = Activations(model, config).encoder(1)

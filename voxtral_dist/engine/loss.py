@@ -20,7 +20,7 @@ class LossOfMicroBatch:
         >>> from voxtral_dist.config import ModelConfig
         >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
         >>> reader = UtteranceReader(read_index(["shards/speech"]), prompts, max_target_tokens=None)
-        >>> batch = collate([reader.example(0)], prompts.pad_id, prompts.window_samples)
+        >>> batch = collate([reader.example(0)], prompts)
         >>> model = load_voxtral(ModelConfig(path="models/tiny", precision="float32"))
         >>> summed_loss = LossOfMicroBatch(LogMel.from_pretrained("models/tiny", torch.device("cpu")), chunk_tokens=512)
         >>> loss = summed_loss(model, batch) / batch.num_target_tokens

@@ -35,15 +35,13 @@ class MicroBatchShape:
     """What the activations of a micro-batch depend on.
 
     num_windows: of the encoder, C. num_examples: B. num_positions: of the language model for each example, with its
-    padding, T. num_target_tokens: of all examples, N. is_padded: whether lengths differ, so that attention needs a
-    mask.
+    padding, T. num_target_tokens: of all examples, N.
     """
 
     num_windows: int
     num_examples: int
     num_positions: int
     num_target_tokens: int
-    is_padded: bool = True
 
 
 @dataclass(frozen=True)
@@ -185,15 +183,14 @@ class Activations:
         """Both norms in float32, q, k, v and output of attention, both factors of SwiGLU and the input of SiLU:
         2 x 4 E bytes and 2 Q + 2 K + 3 G values; where the layer behind is trained, 2 x 2 E values of the norms and G.
 
-        `sdpa` with a mask wants keys and values for each query (2 Q instead of 2 K), and the mask as B T T values.
+        `eager` attention wants keys and values for each query (2 Q instead of 2 K).
         Backward, gradients of the product, both factors and two of the residual come to it while the product goes:
         2 G + 2 E more.
         """
         attention, mlp, size = block.self_attn, block.mlp, self._itemsize
         places, width = shape.num_examples * shape.num_positions, self._text_config.hidden_size
         queries, ffn = self._queries, self._text_config.intermediate_size
-        is_masked = shape.is_padded and self._attention == "sdpa"
-        keys = queries if is_masked or self._attention == "eager" else self._keys
+        keys = queries if self._attention == "eager" else self._keys
         first = _is_trained(attention.q_proj, attention.k_proj, attention.v_proj)
         second = _is_trained(mlp.gate_proj, mlp.up_proj)
         values = 2 * queries + 2 * keys + 3 * ffn + width * (first + second) + ffn * _is_trained(mlp.down_proj)
@@ -204,8 +201,6 @@ class Activations:
         # `eager` takes the softmax in float32, and multiplies with a copy in the model's precision.
         softmax = _FLOAT32_BYTES + size * (size < _FLOAT32_BYTES)
         kept += self._scores(self._text_config.num_attention_heads, places, shape.num_positions, softmax)
-        if is_masked:
-            kept += places * shape.num_positions * size
         working = places * (2 * ffn + 2 * width) * size
         passing = places * (2 * width + 3 * ffn) * size
         boundary = places * width * size

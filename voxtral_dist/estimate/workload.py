@@ -210,7 +210,5 @@ def _micro_batch(
     positions = sizes.positions(windows, tokens)
     # A target more than text tokens: `</s>`.
     targets = int(records["num_text_tokens"].astype(np.int64).sum()) + len(firsts)
-    shape = MicroBatchShape(
-        int(windows.sum()), len(firsts), int(positions.max()), targets, bool((positions != positions[0]).any())
-    )
+    shape = MicroBatchShape(int(windows.sum()), len(firsts), int(positions.max()), targets)
     return shape, BatchShape.needed(int(windows.sum()), positions.tolist(), targets)

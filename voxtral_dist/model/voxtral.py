@@ -83,11 +83,11 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         if target_ids is None or target_places is None:
             return super().forward(**inputs)
         assert audio_places is not None, "a micro-batch knows them"
-        hidden = self._causal_states(audio_places=audio_places, **inputs)
+        hidden = self.causal_states(audio_places=audio_places, **inputs)
         return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens)
 
-    def _causal_states(self, input_ids: Tensor, input_features: Tensor, audio_places: Tensor) -> Tensor:
-        """Last hidden states `(B, T, width)` of rows that are padded on the right.
+    def causal_states(self, input_ids: Tensor, input_features: Tensor, audio_places: Tensor) -> Tensor:
+        """Last hidden states `(B, T, width)` of rows that are padded on the right; arguments as for `forward`.
 
         The language model is run as transformers' Llama runs it without a cache: but it compares position ids with
         those of packed rows, and `get_placeholder_mask` looks for audio tokens. Both make the host wait for a GPU.

@@ -50,8 +50,8 @@ class MicroBatch:
         >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, collate, read_index
         >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
         >>> reader = UtteranceReader(read_index(["shards/speech"]), prompts, max_target_tokens=None)
-        >>> batch = collate([reader.example(0), reader.example(1)], prompts.pad_id, prompts.window_samples)
-        >>> batch.input_ids.shape == batch.attention_mask.shape
+        >>> batch = collate([reader.example(0), reader.example(1)], prompts)
+        >>> batch.input_ids.shape == (2, max(batch.positions_per_example))
         True
         >>> (batch.labels != -100).sum().item() == batch.num_target_tokens
         True
@@ -115,7 +115,7 @@ def collate(
         >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, collate, read_index
         >>> prompts = VoxtralPrompts.from_pretrained("models/tiny")
         >>> reader = UtteranceReader(read_index(["shards/speech"]), prompts, max_target_tokens=None)
-        >>> batch = collate([reader.example(0), reader.example(1)], prompts.pad_id, prompts.window_samples)
+        >>> batch = collate([reader.example(0), reader.example(1)], prompts)
         >>> batch.num_utterances
         2
     """
