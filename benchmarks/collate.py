@@ -55,14 +55,14 @@ Decoded = tuple[NDArray[np.float32], str]
 
 
 class OurPath:
-    """From decoded audio to micro-batches, as `voxtral-dist train` makes them."""
+    """Our path from decoded audio to micro-batches, as `voxtral-dist train` makes them."""
 
     def __init__(self, model: str) -> None:
         self._prompts = VoxtralPrompts.from_pretrained(model)
         self.log_mel = LogMel.from_pretrained(model, torch.device("cpu"))
 
     def windows(self, utterances: Sequence[Utterance]) -> MicroBatch:
-        """What a data worker returns: tokens and int16 windows."""
+        """Collate as a data worker does: tokens and int16 windows."""
         examples = [self._example(number, utterance) for number, utterance in enumerate(utterances)]
         return collate(examples, self._prompts)
 
@@ -90,7 +90,7 @@ class OurPath:
 
 
 class TheirPath:
-    """From decoded audio to the inputs of Hugging Face's Trainer."""
+    """The published path from decoded audio to the inputs of Hugging Face's Trainer."""
 
     def __init__(self, model: str) -> None:
         self.collator = TranscriptionCollator(model)

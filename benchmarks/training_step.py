@@ -78,7 +78,7 @@ Answers = list[dict[str, Any]]
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """All contenders under all engines; a quick run has one, and no packing."""
+    """Measure all contenders under all engines; a quick run measures one, without packing."""
     batch_size, num_steps, num_rounds = (1, 2, 1) if is_quick else (2, NUM_STEPS, NUM_ROUNDS)
     model = folder / "model"
     build_tiny_voxtral(model, PROCESSOR_SHAPE if is_quick else EIGHTH_OF_3B)
@@ -100,7 +100,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
 
 
 def _run(folder: Path, model: str, batch_size: int, num_steps: int) -> TrainingRun:
-    """The steps, with utterances in the order that ours gives them."""
+    """Requests for the steps, with utterances in our order."""
     # The last step is for looking inside.
     files = write_clips(folder / "corpus", short_clips(NUM_RANKS * batch_size * (num_steps + 1)))
     data = TrainDataConfig(
@@ -123,7 +123,7 @@ def _run(folder: Path, model: str, batch_size: int, num_steps: int) -> TrainingR
 
 
 def _compare(asked: TrainingRun, engine: str, num_rounds: int) -> dict[str, Any]:
-    """Ours and the rival under one engine, in turns."""
+    """Measure ours and the rival under one engine, interleaved."""
     sharded = replace(asked, folder=asked.folder / engine, **ENGINES[engine])
     ours: list[Answers] = []
     theirs: list[Answers] = []
@@ -146,7 +146,7 @@ def _compare(asked: TrainingRun, engine: str, num_rounds: int) -> dict[str, Any]
 
 
 def _packed(asked: TrainingRun, unpacked: dict[str, Any]) -> dict[str, Any]:
-    """Audio seconds per second with packing, on as many windows, over those without."""
+    """Ratio of audio seconds per second with packing to those without, on equally many windows."""
     num_clips = asked.batch_size * NUM_RANKS * asked.num_steps * CLIPS_PER_WINDOW
     corpus = write_short_clips(asked.folder / "packed" / "corpus", num_clips)
     packed = replace(asked, shards=str(corpus.shards), folder=asked.folder / "packed", packing=True, **ENGINES["zero2"])
@@ -160,7 +160,7 @@ def _packed(asked: TrainingRun, unpacked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _audio_rate(rounds: Sequence[Answers]) -> float:
-    """Of all ranks together, without the first step of each run."""
+    """Audio seconds per second of all ranks, without the first step of each run."""
     first_ranks = [answers[0] for answers in rounds]
     return statistics.median(
         audio / seconds
@@ -170,7 +170,7 @@ def _audio_rate(rounds: Sequence[Answers]) -> float:
 
 
 def _medians(rounds: Sequence[Answers]) -> dict[str, float]:
-    """Of all steps of all ranks, without the first step of each run."""
+    """Medians over all steps of all ranks, without the first step of each run."""
     ranks = [rank for answers in rounds for rank in answers]
     medians = {
         key: statistics.median(value for rank in ranks for value in rank[key][1:])

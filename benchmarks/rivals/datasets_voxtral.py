@@ -29,7 +29,7 @@ FEATURES = datasets.Features(
 
 
 class DatasetsPath(VoxtralPath):
-    """Shards dealt to ranks, shuffled shards, a shuffle buffer, batches."""
+    """Stream with shards divided among ranks, shuffled shards, a shuffle buffer, and batches."""
 
     def open(self, place: Place) -> _Batches:
         """The batches of a rank, from its own state."""
@@ -62,7 +62,7 @@ class _Batches:
             yield [clip_of_members(key, audio, fields) for key, audio, fields in columns]
 
     def state(self) -> Any:
-        """The library's own."""
+        """The library's own state."""
         return copy.deepcopy(self._stream.state_dict())
 
 

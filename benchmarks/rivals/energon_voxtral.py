@@ -63,7 +63,7 @@ class ClipEncoder(DefaultTaskEncoder):
 
     @stateless
     def encode_batch(self, batch: list[Clip]) -> list[Clip]:
-        """As it is."""
+        """Return the batch unchanged."""
         return batch
 
 
@@ -125,12 +125,12 @@ class _Batches:
             yield batch
 
     def state(self) -> Any:
-        """The library's own; None before the first batch, where asking for one would wait forever."""
+        """The library's own state; None before the first batch, when asking for it would block forever."""
         return self._loader.save_state_rank() if self._has_begun else None
 
 
 def _batches_left(stopped: Stopped, rank: int, num_workers: int) -> int:
-    """Of the epoch: workers take turns, and those of all ranks are numbered through."""
+    """Number of batches left in the epoch: workers take turns and are numbered over all ranks."""
     workers_then = WORKERS_OF_ALL_RANKS // len(stopped.states)
     left = 0
     for number in range(rank * num_workers, (rank + 1) * num_workers):

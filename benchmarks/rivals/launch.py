@@ -20,7 +20,7 @@ NOT_MADE = "make rivals was not run"
 
 @dataclass(frozen=True)
 class Contender:
-    """A data path: its script, the python that runs it, and what else it needs.
+    """A data path: its script, the Python that runs it, and its other needs.
 
     python: None where its environment is absent.
     prepares: whether it converts the shards first.
@@ -33,13 +33,13 @@ class Contender:
 
     @property
     def environment(self) -> str:
-        """For the result: where it ran."""
+        """Description of the environment, for the result."""
         if self.python is None:
             return "none"
         return "the project's own" if self.python == Path(sys.executable) else f".rivals/{self.name}"
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a request; `{"not_run": reason}` where there is none."""
+        """Send a request and return the answer, or `{"not_run": reason}`."""
         if self.python is None:
             return {"not_run": NOT_MADE}
         command = [str(self.python), str(SCRIPTS / self.script), json.dumps(request)]
@@ -95,5 +95,5 @@ def _python_of(name: str) -> Path | None:
 
 
 def _webdataset_python() -> Path:
-    """Everything that the first rival needs is in the project's environment too, so it always runs."""
+    """Return the project's environment, which has everything that the first rival needs."""
     return _python_of("webdataset") or Path(sys.executable)

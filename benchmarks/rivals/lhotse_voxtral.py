@@ -36,7 +36,7 @@ class CutClip(Clip):
         object.__setattr__(self, "cut", cut)
 
     def waveform(self) -> NDArray[np.float32]:
-        """By libsndfile, through lhotse."""
+        """The waveform, decoded by libsndfile through lhotse."""
         samples: NDArray[np.float32] = self.cut.load_audio()[0]
         return samples
 
@@ -45,7 +45,7 @@ class LhotsePath(VoxtralPath):
     """A bucketing sampler over Shar."""
 
     def prepare(self) -> dict[str, Any]:
-        """Write the samples of every tar as one shard of Shar."""
+        """Write the utterances of every tar as one shard of Shar."""
         folder = Path(self.request.prepared)
         for number, tar in enumerate(self.request.tars):
             part = folder / f"part-{number:06d}"
@@ -92,7 +92,7 @@ class _Batches:
         return ([CutClip(cut) for cut in cuts] for cuts in self._sampler)
 
     def state(self) -> Any:
-        """The library's own."""
+        """The library's own state."""
         return copy.deepcopy(self._sampler.state_dict())
 
 

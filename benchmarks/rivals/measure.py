@@ -1,4 +1,4 @@
-"""What every measured data path shares: the request on the command line, the clock, and the tasks.
+"""Shared parts of all measured data paths: the request on the command line, the clock, and the tasks.
 
 speed        core seconds for so many examples, from tars to collated batches, after a first batch that is not counted
 exactness    an epoch that is stopped and resumed at some places: how many samples are missing and repeated, compared
@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @dataclass(frozen=True)
 class Request:
-    """What the benchmark asks of a script, as JSON in its first argument."""
+    """Request of the benchmark to a script, as JSON in its first argument."""
 
     task: str
     shards: str
@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Where a run of `len(states)` ranks was stopped: after `step` batches of every rank."""
+    """Point at which a run of `len(states)` ranks was stopped: after `step` batches of every rank."""
 
     step: int
     states: list[Any]
@@ -71,7 +71,7 @@ class Place:
 
 
 class CannotDoError(Exception):
-    """The framework has no way to do this; the message says so in its own words."""
+    """The framework cannot do this; the message gives the reason."""
 
 
 class Stream(Protocol):
@@ -81,11 +81,11 @@ class Stream(Protocol):
         """One batch at a time, of whatever the collator takes."""
 
     def state(self) -> Any:
-        """What a checkpoint would store now; can be pickled."""
+        """State that a checkpoint would store now; picklable."""
 
 
 class DataPath(Protocol):
-    """A framework's way from shards to batches.
+    """A framework's data path from shards to batches.
 
     examples_per_batch: of what `open` gives, about.
     """
@@ -103,14 +103,14 @@ class DataPath(Protocol):
         """
 
     def collate(self, batch: Any) -> tuple[int, float]:
-        """Make the tensors of a training step; the number of examples and their audio in seconds."""
+        """Make the tensors of a training step. Returns the number of examples and their audio in seconds."""
 
     def keys(self, batch: Any) -> list[str]:
-        """The keys of the samples of a batch."""
+        """The keys of the utterances of a batch."""
 
 
 def answer(path_class: Callable[[Request], DataPath]) -> None:
-    """Do what the command line asks and print one line of JSON, the last of the output."""
+    """Run the requested task and print its answer as the last line of the output, in JSON."""
     request = Request(**json.loads(sys.argv[1]))
     tasks = {
         "prepare": _prepare,
@@ -203,7 +203,7 @@ def _delivered(path: DataPath, stream: Stream) -> list[list[str]]:
 
 
 def _differences(wanted: Counter[str], parts: list[list[list[str]]]) -> dict[str, Any]:
-    """How far the samples of all ranks are from the ones that are wanted."""
+    """Numbers of missing and repeated utterances over all ranks."""
     got = _samples(parts)
     return {"num_missing": (wanted - got).total(), "num_repeated": (got - wanted).total()}
 

@@ -29,7 +29,7 @@ from workloads.speech import SAMPLING_RATE
 
 
 def main() -> None:
-    """Generate, and leave the answer."""
+    """Generate, and write the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
     rank = int(os.environ.get("RANK", "0"))
     with answering_failures(run.answer_path(rank)):
@@ -76,7 +76,7 @@ def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
 
 
 class _Prompts:
-    """Reads the audio of a batch, and asks for its transcripts."""
+    """Collator that reads the audio of a batch and builds its transcription requests."""
 
     def __init__(self, processor: VoxtralProcessor, model: str) -> None:
         self._processor = processor

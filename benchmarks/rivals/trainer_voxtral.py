@@ -42,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
-    """Train, and leave the answer."""
+    """Train, and write the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
     answer = run.answer_path(int(os.environ.get("RANK", "0")))
     with answering_failures(answer):
@@ -68,7 +68,7 @@ def _train(run: TrainingRun) -> dict[str, Any]:
 
 
 def _shard_on_cpus_too() -> None:
-    """Let accelerate's FSDP2 be: asked for it on CPUs, its state takes plain DDP, and says nothing."""
+    """Make accelerate use FSDP2 on CPUs, where it silently falls back to plain DDP."""
     original = AcceleratorState.__init__
 
     def begin(state: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **named: Any) -> None:
@@ -111,7 +111,7 @@ def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
 
 
 def filled_up(path: str) -> dict[str, Any]:
-    """DeepSpeed's settings, with what the trainer fills in."""
+    """DeepSpeed's settings, with `auto` where the trainer fills values in."""
     settings: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return settings | dict.fromkeys(automatic, "auto") | {"bf16": {"enabled": "auto"}}
@@ -128,7 +128,7 @@ def _model(run: TrainingRun) -> torch.nn.Module:
 
 
 class _Collator:
-    """Reads the audio of a micro-batch, as a data set of Hugging Face does when it is asked for it."""
+    """Collator that reads the audio of a micro-batch, as a Hugging Face dataset does on access."""
 
     def __init__(self, model: str) -> None:
         self._collator = TranscriptionCollator(model)
@@ -139,7 +139,7 @@ class _Collator:
 
 
 class _Metered(TrainerCallback):
-    """Tells the meter where steps end, and what their losses are."""
+    """Callback that reports the end and the loss of each step to the meter."""
 
     def __init__(self, meter: StepMeter) -> None:
         self._meter = meter

@@ -20,7 +20,7 @@ OURS, TRAINER = "voxtral_dist_training.py", "trainer_voxtral.py"
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Some steps on the same utterances, whoever trains.
+    """Request for some training steps on the same utterances, for any trainer.
 
     model: a Voxtral folder.
     shards: the utterances packed, for ours.
@@ -63,17 +63,17 @@ class TrainingRun:
 
     @classmethod
     def read(cls, path: Path) -> TrainingRun:
-        """What `ask` has written."""
+        """Read the request that `ask` wrote."""
         request = json.loads(path.read_text(encoding="utf-8"))
         clips = tuple(ClipFile(**clip) for clip in request.pop("utterances"))
         return cls(**request | {"utterances": clips, "folder": Path(request["folder"])})
 
     def answer_path(self, rank: int) -> Path:
-        """Where a rank leaves its answer."""
+        """Path of a rank's answer."""
         return self.folder / f"answer-{rank}.json"
 
     def measure(self, script: str, number: int) -> list[dict[str, Any]]:
-        """The answer of each rank; see `ask`.
+        """Collect the answer of each rank; see `ask`.
 
         Raises:
             RuntimeError: a rank has none.
@@ -85,7 +85,7 @@ class TrainingRun:
         return answers
 
     def ask(self, script: str, number: int) -> list[dict[str, Any]]:
-        """The answer of each rank, which may be `{"not_run": reason}`; `number` tells repetitions apart."""
+        """Run and return the answer of each rank, or `{"not_run": reason}`; `number` counts repetitions."""
         mine = replace(self, folder=self.folder / f"{Path(script).stem}-{number}")
         mine.folder.mkdir(parents=True)
         request = mine.folder / "request.json"

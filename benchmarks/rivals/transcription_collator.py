@@ -27,7 +27,7 @@ TRANSCRIBE = 34
 
 
 class TranscriptionCollator:
-    """Batches of the processor of one model folder."""
+    """Collator with the processor of one model folder."""
 
     def __init__(self, model: str) -> None:
         self._model = model

@@ -34,7 +34,7 @@ TEST_SET = "test"
 
 
 def main() -> None:
-    """Evaluate, and leave the answer."""
+    """Evaluate, and write the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
     answer = run.answer_path(int(os.environ.get("RANK", "0")))
     with answering_failures(answer), joined_world() as world:

@@ -50,25 +50,25 @@ class OurPath:
         )
 
     def prepare(self) -> dict[str, Any]:
-        """The tars and their index are read as they are."""
+        """Convert nothing: the tars and their index are read as they are."""
         return {}
 
     def open(self, place: Place) -> _Stream:
-        """The stream of a rank: its position is the number of the step."""
+        """The stream of a rank; its position is the number of the step."""
         first_step = 0 if place.resumed_from is None else place.resumed_from.states[0]
         num_steps = MANY_STEPS if place.repeats else self._steps_per_epoch
         loader = build_train_loader(self._config, self._prompts, 0, num_steps, place.rank, place.world_size)
         return _Stream(loader, first_step)
 
     def collate(self, batch: list[MicroBatch]) -> tuple[int, float]:
-        """The loader's batches are collated; features are the model's part, computed here only where asked for."""
+        """Count a step: the loader's batches are collated already; features are computed on request only."""
         if self._log_mel is not None:
             for micro_batch in batch:
                 self._log_mel(micro_batch.pcm, micro_batch.windows_per_example)
         return sum(each.num_utterances for each in batch), sum(each.audio_seconds for each in batch)
 
     def keys(self, batch: list[MicroBatch]) -> list[str]:
-        """Of the micro-batches of a step, told by their audio."""
+        """Keys of a step's utterances, recognized by their audio."""
         known = self._keys_by_audio
         return [known[_checksum(window)] for each in batch if each.num_utterances for window in each.pcm.numpy()]
 
@@ -92,7 +92,7 @@ class _Stream:
             yield step.micro_batches
 
     def state(self) -> int:
-        """The step that comes next."""
+        """Index of the next step."""
         return self._step
 
 
@@ -108,7 +108,7 @@ def _stored(tars: list[str]) -> Iterator[tuple[str, NDArray[np.int16]]]:
 
 
 def _checksum(pcm: NDArray[np.int16]) -> int:
-    """Of the audio without the silence that fills its window."""
+    """Checksum of the audio without the silence that fills its window."""
     return zlib.crc32(np.trim_zeros(pcm, "b").tobytes())
 
 

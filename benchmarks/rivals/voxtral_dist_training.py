@@ -27,7 +27,7 @@ from workloads.step_parts import StepParts
 
 
 def main() -> None:
-    """Train, and leave the answer."""
+    """Train, and write the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
     answer = run.answer_path(int(os.environ.get("RANK", "0")))
     with answering_failures(answer), joined_world() as world:

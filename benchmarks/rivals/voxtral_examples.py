@@ -37,7 +37,7 @@ class Clip:
     language: str | None
 
     def waveform(self) -> NDArray[np.float32]:
-        """Decoded by soundfile."""
+        """The waveform, decoded by soundfile."""
         samples: NDArray[np.float32] = soundfile.read(io.BytesIO(self.audio), dtype="float32")[0]
         return samples
 
@@ -49,7 +49,7 @@ def clip_of_members(key: str, audio: bytes, fields: bytes | dict[str, Any]) -> C
 
 
 class VoxtralPath:
-    """The end that the data paths of all rivals share."""
+    """Last part of all rivals' data paths: decoding and collation."""
 
     def __init__(self, request: Request) -> None:
         torch.set_num_threads(1)
@@ -59,15 +59,15 @@ class VoxtralPath:
         self._text = self._processor.tokenizer.tokenizer.instruct_tokenizer.tokenizer
 
     def prepare(self) -> dict[str, Any]:
-        """Most read the tars as they are."""
+        """Convert nothing: most frameworks read the tars as they are."""
         return {}
 
     def keys(self, batch: Sequence[Clip]) -> list[str]:
-        """In the order of the batch."""
+        """Keys in the order of the batch."""
         return [clip.key for clip in batch]
 
     def collate(self, batch: Sequence[Clip]) -> tuple[int, float]:
-        """Make the tensors; the number of examples and their audio in seconds."""
+        """Make the tensors. Returns the number of examples and their audio in seconds."""
         waveforms = [clip.waveform() for clip in batch]
         self.tensors(waveforms, batch)
         return len(batch), sum(len(waveform) for waveform in waveforms) / SAMPLING_RATE

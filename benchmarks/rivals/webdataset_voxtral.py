@@ -17,7 +17,7 @@ from voxtral_examples import SEED, SHUFFLE_BUFFER, Clip, VoxtralPath, clip_of_me
 
 
 class WebDatasetPath(VoxtralPath):
-    """Shards dealt to ranks, shuffled shards, a shuffle buffer, batches."""
+    """Stream with shards divided among ranks, shuffled shards, a shuffle buffer, and batches."""
 
     def open(self, place: Place) -> _Batches:
         """The batches of a rank; a resumed one skips its share of what all ranks have seen."""
@@ -54,7 +54,7 @@ class _Batches:
             yield [clip_of_members(sample["__key__"], sample["flac"], sample["json"]) for sample in some]
 
     def state(self) -> None:
-        """Nothing but the number of steps, which the trainer knows."""
+        """No state but the number of steps, which the trainer knows."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a started process leaves for the one that has started it: figures, or why there are none."""
+"""Answers of a started process to its parent: measurements, or the reason why there are none."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ OUT_OF_MEMORY = "out of memory"
 
 
 def write_answer(path: Path, answer: dict[str, Any]) -> None:
-    """Leave an answer: whole, or not at all."""
+    """Write an answer atomically."""
     path.with_suffix(".tmp").write_text(json.dumps(answer), encoding="utf-8")
     path.with_suffix(".tmp").rename(path)
 
 
 @contextmanager
 def answering_failures(path: Path) -> Iterator[None]:
-    """Answer an error in place of figures. A lack of device memory is a result, and ends the process at once."""
+    """Answer with an error in place of measurements. Running out of device memory is a result and ends the process."""
     try:
         yield
     except torch.OutOfMemoryError:

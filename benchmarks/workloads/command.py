@@ -1,4 +1,4 @@
-"""What all benchmarks have in common: their command line, and the JSON that they write."""
+"""Command line and JSON output of all benchmarks."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def run(document: str | None, measure: Callable[[Path, bool], dict[str, Any]], shown: Sequence[str]) -> None:
-    """Measure as the command line says, write the result as JSON, and print some of it.
+    """Measure, write the result as JSON, and print part of it.
 
     Args:
         document: the benchmark's own description.

@@ -1,4 +1,4 @@
-"""How long utterances and their transcripts are in corpora that are not here: from published tables."""
+"""Lengths of utterances and transcripts in corpora that are not available here, from published tables."""
 
 from __future__ import annotations
 

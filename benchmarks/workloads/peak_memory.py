@@ -22,7 +22,7 @@ MMAP_THRESHOLD_BYTES = 65_536
 
 
 def in_fresh_process(measure: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
-    """What a function of a benchmark's module returns, called in a process that has done nothing before.
+    """Call a function of a benchmark's module in a fresh process and return its value.
 
     Raises:
         BrokenProcessPool: it was killed, as by a lack of memory.
@@ -39,7 +39,7 @@ def in_fresh_process(measure: Callable[..., dict[str, Any]], *arguments: object)
 
 
 def added_peak(step: Callable[[], float], warm_up: Callable[[], float]) -> dict[str, Any]:
-    """Bytes that a step adds to what the process has before it; core seconds; and the value that the step returns.
+    """Bytes that a step adds to its process, its core seconds, and its return value.
 
     The warm-up is a small step, after which gradients and the libraries' own buffers are there.
     """

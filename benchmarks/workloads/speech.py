@@ -45,7 +45,7 @@ Pcm = NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Shards, and what they hold."""
+    """Shards and their contents."""
 
     shards: Path
     num_examples: int
@@ -54,7 +54,7 @@ class Corpus:
 
     @property
     def mean_seconds(self) -> float:
-        """Of an utterance."""
+        """Mean duration of an utterance."""
         return self.audio_seconds / self.num_examples
 
 
@@ -67,7 +67,7 @@ class Utterance:
 
     @property
     def seconds(self) -> float:
-        """Of audio."""
+        """Duration of the audio."""
         return len(self.pcm) / SAMPLING_RATE
 
 
@@ -88,7 +88,7 @@ class ClipFiles:
 
 
 def source() -> str:
-    """What the speech is: `AN4`, or `synthetic`."""
+    """Name of the speech: `AN4`, or `synthetic`."""
     return "AN4" if AN4.is_dir() else "synthetic"
 
 
@@ -99,7 +99,7 @@ def write_model(folder: Path, vocab_size: int = PROCESSOR_SHAPE.vocab_size) -> P
 
 
 def short_clips(num_utterances: int) -> list[Utterance]:
-    """Utterances as they are in AN4: 2.7 s on average."""
+    """AN4's utterances unchanged: 2.7 s on average."""
     return list(islice(_speech(), num_utterances))
 
 
@@ -154,7 +154,7 @@ def _pack(folder: Path, utterances: Sequence[Utterance]) -> Corpus:
 
 
 def _speech() -> Iterator[Utterance]:
-    """Short utterances without end; AN4's in a fixed order that mixes speakers."""
+    """Endless short utterances; AN4's in a fixed order that mixes speakers."""
     return _real_speech() if AN4.is_dir() else _synthetic_speech()
 
 

@@ -1,4 +1,4 @@
-"""What training steps take: seconds on the clock, core seconds and memory, in the same way for every trainer."""
+"""Wall time, core seconds and memory of training steps, measured alike for every trainer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class StepMeter:
     core_seconds: list[float] = field(default_factory=list)
 
     def start(self) -> None:
-        """Everything is loaded, and the first batch is about to be asked for."""
+        """Start the clock: everything is loaded and the first batch is about to be requested."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._restart()
 
     def step_ends(self) -> None:
-        """After the update. The first step is the warm-up of the host's peak: libraries make their buffers in it."""
+        """Record the end of an update. The first step is a warm-up, in which libraries allocate their buffers."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds.append(time.perf_counter() - self._started)
@@ -40,7 +40,7 @@ class StepMeter:
         self._restart()
 
     def answer(self) -> dict[str, Any]:
-        """Everything that was measured."""
+        """All measurements."""
         return {
             "losses": self.losses,
             "seconds": self.seconds,

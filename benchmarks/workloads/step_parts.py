@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: by parts of the model, on the clock, and by kinds of operations.
+"""Time of a training step by parts of the model (wall time) and by kinds of operations.
 
 Hooks of torch see modules and gradients pass, so nothing of the engine is known here. A part ends where the next one
 begins; what an engine sends over the network during a part belongs to it, and is also counted as communication.
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 class StepParts:
-    """Takes one step of an engine apart."""
+    """Profiler of one step of an engine."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -35,7 +35,7 @@ class StepParts:
         self._last = 0.0
 
     def of(self, next_batches: Callable[[], Any], train_step: Callable[[Any], object]) -> dict[str, Any]:
-        """Seconds of each part on the clock, and seconds of each kind of operation, of one step."""
+        """Wall seconds of each part, and seconds of each kind of operation, of one step."""
         removable = [register_module_forward_pre_hook(self._enters), register_module_forward_hook(self._leaves)]
         self._end_with("backward", "encoder, backward")
         self._end_with("step", "optimizer", before="loss over ranks")
@@ -49,7 +49,7 @@ class StepParts:
         return {"parts": dict(self._seconds), "operations": _by_kind(profiled)}
 
     def _mark(self, part: str) -> None:
-        """The time since the last mark was this part's."""
+        """Attribute the time since the last mark to this part."""
         now = time.perf_counter()
         self._seconds[part] += now - self._last
         self._last = now

@@ -1,4 +1,4 @@
-"""Where each word of an utterance starts and ends: hidden Markov models of whole words, learned from a flat start.
+"""Start and end of each word of an utterance: hidden Markov models of whole words, learned from a flat start.
 
 A word is a row of states, each of which is a Gaussian over cepstra. At first the loud frames of an utterance are shared
 out evenly among the states of its words; then states are estimated from their frames, and frames are handed out again
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 SAMPLING_RATE = 16_000
 FRAME = SAMPLING_RATE // 100
 CEPSTRA = {"n_mfcc": 13, "n_fft": 400, "hop_length": FRAME, "n_mels": 40}
-# Of which differences in time are made: the least that an utterance must have.
+# Frames that a difference in time spans: the minimum length of an utterance.
 DIFFERENCE_FRAMES = 9
 NUM_ITERATIONS = 12
 STATES_PER_SYLLABLE = 4
@@ -28,7 +28,7 @@ STATES_PER_SYLLABLE = 4
 PERCENTILES = (5, 95)
 SPEECH_LOUDNESS = 0.3
 SMOOTHED_FRAMES = 5
-# So many frames of the whole corpus are added to those of a state: rare words have few.
+# Frames of the whole corpus that are added to those of each state, because rare words have few.
 PRIOR_FRAMES = 10.0
 
 LETTER_SYLLABLES = {"W": 3}
@@ -43,7 +43,7 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Utterance:
-    """What a speaker said."""
+    """The features and the words of one utterance."""
 
     speaker: str
     words: tuple[str, ...]
@@ -51,13 +51,13 @@ class Utterance:
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration of the word."""
         return len(self.waveform) / SAMPLING_RATE
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word, and the frames of 10 ms that it lasts: `start` to `stop` (exclusive)."""
+    """A word and its frames of 10 ms, from `start` to `stop` (exclusive)."""
 
     text: str
     start: int
@@ -106,11 +106,11 @@ class Chain:
 
     @cached_property
     def _after_pauses(self) -> Numbers:
-        """The first states of all words but the first: a path may come there from two states before, past a pause."""
+        """First states of all words but the first; a path may enter them from two states before, skipping a pause."""
         return np.flatnonzero(self.word_numbers[1:-1] < 0) + 2
 
     def flat_start(self, loudness_of_frames: Frames) -> Numbers:
-        """A path on which quiet frames are pauses, and loud ones are shared out evenly."""
+        """A path whose quiet frames are pauses and whose loud frames are divided evenly among the words."""
         states = np.flatnonzero(self.word_numbers >= 0)
         is_loud = loudness_of_frames > SPEECH_LOUDNESS
         num_loud = int(is_loud.sum())
@@ -138,7 +138,7 @@ class Chain:
         return path
 
     def words_on(self, path: Numbers) -> list[Word]:
-        """Where a path is in each word."""
+        """The span of each word on a path."""
         numbers = self.word_numbers[path]
         frames = [np.flatnonzero(numbers == number) for number in range(len(self.words))]
         return [Word(word, int(own[0]), int(own[-1]) + 1) for word, own in zip(self.words, frames, strict=True)]
@@ -161,7 +161,7 @@ class Gaussians:
         self._variances = (squares + PRIOR_FRAMES * np.square(frames).mean(axis=0)) / total - np.square(self._means)
 
     def log_densities(self, frames: Frames, chain: Chain) -> Frames:
-        """Those of each frame in each state of a chain, but for a term that is the same for all: `(frames, states)`."""
+        """Log densities of each frame in each state of a chain, up to a common constant: `(frames, states)`."""
         used, places = np.unique(self._numbers_of(chain), return_inverse=True)
         means, variances = self._means[used], self._variances[used]
         distances = (
@@ -197,7 +197,7 @@ def normalize_speakers(utterances: Sequence[Utterance], features: Sequence[Frame
 
 
 def loudness(waveform: Waveform) -> Frames:
-    """Of each frame, on the scale of `PERCENTILES`."""
+    """Loudness of each frame, on the scale of `PERCENTILES`."""
     whole = waveform[: len(waveform) // FRAME * FRAME].astype(np.float64).reshape(-1, FRAME)
     power = np.convolve(np.square(whole).mean(axis=1), np.full(SMOOTHED_FRAMES, 1 / SMOOTHED_FRAMES), mode="same")
     decibels = 10 * np.log10(power + 1e-10)
@@ -207,7 +207,7 @@ def loudness(waveform: Waveform) -> Frames:
 
 
 def syllables(word: str) -> int:
-    """About how many a word has."""
+    """Approximate number of syllables of a word."""
     if len(word) == 1:
         return LETTER_SYLLABLES.get(word, 1)
     groups = sum(a in VOWELS and b not in VOWELS for a, b in zip(word, word[1:] + "#", strict=True))

@@ -1,4 +1,4 @@
-"""Speech to learn AN4's words from: its 819 utterances, and sentences newly made of the words in them.
+"""Training speech made of AN4: its 819 utterances, and new sentences made of their words.
 
     python launch/an4/cut_words.py MANIFEST OUT_DIR --seed 0
 
@@ -25,26 +25,26 @@ import soxr
 from alignment import FRAME, SAMPLING_RATE, Utterance, Waveform, Word, align, syllables
 
 SPEEDS = (0.85, 1.15)
-# What is kept of a pause at either end of a piece, at most.
+# Longest part of a pause that is kept at either end of a piece.
 KEPT_FRAMES = 6
 # Loudness rises and falls for 5 ms at either end, so that a cut does not click.
 FADE_SAMPLES = SAMPLING_RATE // 200
-# Of a piece that is learned by itself: it fits into a window of 1.6 s at the slowest speed.
+# Longest piece that is an utterance of its own: it fits into a window of 1.6 s at the slowest speed.
 MAX_PIECE_SECONDS = 1.3
 MAX_WORDS_OF_PIECE = 3
-# Of a sentence before its last piece.
+# Longest sentence before its last piece.
 MAX_MADE_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """An utterance, and where its words are."""
+    """An utterance and the spans of its words."""
 
     utterance: Utterance
     words: Sequence[Word]
 
     def piece(self, first: int, num_words: int) -> Utterance:
-        """Some words in a row, with a little of the pauses around them, and quiet at both ends."""
+        """Consecutive words with a part of the pauses around them, faded at both ends."""
         whole = self.utterance.waveform
         stops = [0, *(word.stop for word in self.words)]
         starts = [*(word.start for word in self.words), len(whole) // FRAME]
@@ -58,7 +58,7 @@ class Aligned:
         return Utterance(self.utterance.speaker, words, waveform)
 
     def pieces(self) -> Iterator[Utterance]:
-        """All that are short enough to be learned by themselves."""
+        """All pieces that are short enough to be utterances of their own."""
         for num_words in range(1, MAX_WORDS_OF_PIECE + 1):
             for first in range(len(self.words) - num_words + 1):
                 piece = self.piece(first, num_words)
@@ -86,14 +86,14 @@ def main() -> None:
 
 
 def lengths(aligned: Sequence[Aligned]) -> str:
-    """How long syllables are, which tells whether words were found where they are."""
+    """Lengths of the syllables, which show whether the words were found correctly."""
     frames = [(word.stop - word.start) / syllables(word.text) for one in aligned for word in one.words]
     low, middle, high = np.percentile(frames, (5, 50, 95)) * FRAME / SAMPLING_RATE
     return f"{len(frames)} words: a syllable lasts {middle:.2f} s, 9 of 10 from {low:.2f} to {high:.2f} s"
 
 
 def write_speech(out_dir: Path, name: str, spoken: Iterator[Utterance]) -> None:
-    """Audio files, and a manifest."""
+    """Write audio files and a manifest."""
     (out_dir / name).mkdir(parents=True, exist_ok=True)
     with (out_dir / f"{name}.jsonl").open("w", encoding="utf-8") as manifest:
         for number, utterance in enumerate(spoken):
@@ -110,7 +110,7 @@ def write_speech(out_dir: Path, name: str, spoken: Iterator[Utterance]) -> None:
 
 
 def read_manifest(path: Path) -> list[Utterance]:
-    """What it lists."""
+    """Read the utterances that a manifest lists."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Utterance(
@@ -123,7 +123,7 @@ def read_manifest(path: Path) -> list[Utterance]:
 
 
 def short_pieces(aligned: Sequence[Aligned], draw: random.Random, num_pieces: int) -> Iterator[Utterance]:
-    """Short pieces by themselves, about equally often."""
+    """Draw short pieces, each about equally often."""
     pieces = [piece for one in aligned for piece in one.pieces()]
     draw.shuffle(pieces)
     for number in range(num_pieces):
@@ -131,7 +131,7 @@ def short_pieces(aligned: Sequence[Aligned], draw: random.Random, num_pieces: in
 
 
 def made_sentences(aligned: Sequence[Aligned], draw: random.Random, num_made: int) -> Iterator[Utterance]:
-    """Sentences of a speaker's pieces in any order; each utterance is as likely as any other."""
+    """Make sentences of a speaker's pieces in random order; all utterances are equally likely."""
     by_speaker: dict[str, list[Aligned]] = defaultdict(list)
     for one in aligned:
         by_speaker[one.utterance.speaker].append(one)
@@ -151,7 +151,7 @@ def made_sentences(aligned: Sequence[Aligned], draw: random.Random, num_made: in
 
 
 def copies(utterances: Sequence[Utterance], draw: random.Random, num_copies: int) -> Iterator[Utterance]:
-    """Every utterance as it is, and again at other speeds."""
+    """Yield every utterance unchanged, and again at other speeds."""
     for utterance in utterances:
         yield utterance
         for _ in range(num_copies - 1):
@@ -159,7 +159,7 @@ def copies(utterances: Sequence[Utterance], draw: random.Random, num_copies: int
 
 
 def at_other_speed(utterance: Utterance, draw: random.Random) -> Utterance:
-    """The same faster or slower, higher or lower."""
+    """Resample a waveform, which changes speed and pitch together."""
     resampled: Waveform = soxr.resample(utterance.waveform, SAMPLING_RATE * draw.uniform(*SPEEDS), SAMPLING_RATE)
     return Utterance(utterance.speaker, utterance.words, resampled)
 

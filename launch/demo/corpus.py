@@ -105,7 +105,7 @@ TRAIN_VARIANTS = [
 
 @dataclass(frozen=True)
 class Utterance:
-    """What is said, by whom and how; `audio_path` is relative to the corpus."""
+    """Text, voice and manner of one utterance; `audio_path` is relative to the corpus."""
 
     audio_path: str
     text: str
@@ -114,7 +114,7 @@ class Utterance:
 
 
 def main() -> None:
-    """Speak both splits."""
+    """Synthesize both splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--seed", type=int, default=0)
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def plan_split(split: str, num_utterances: int, variants: list[str], seed: int) -> Iterator[Utterance]:
-    """Half English, half German; every utterance is drawn on its own, so a larger split begins with the smaller one."""
+    """Plan half English, half German utterances, drawn independently: a larger split begins with the smaller one."""
     for index in range(num_utterances):
         draw = random.Random(f"{seed}/{split}/{index}")
         language = ("en", "de")[index % 2]
@@ -138,12 +138,12 @@ def plan_split(split: str, num_utterances: int, variants: list[str], seed: int) 
 
 
 def draw_manner(draw: random.Random, language: str, variants: list[str]) -> Manner:
-    """One of the voices, at any rate and pitch of the corpus."""
+    """Draw a voice, a rate and a pitch."""
     return Manner(f"{language}+{draw.choice(variants)}", draw.randint(*WORDS_PER_MINUTE), draw.randint(*PITCH))
 
 
 def draw_text(draw: random.Random, language: str) -> str:
-    """A command, or one to four digits, as lower-case words."""
+    """Draw a command, or one to four digits, as lower-case words."""
     if draw.random() < COMMAND_SHARE:
         return draw.choice(COMMANDS[language])
     (num_digits,) = draw.choices(list(NUM_DIGITS_WEIGHTS), weights=list(NUM_DIGITS_WEIGHTS.values()))
@@ -151,7 +151,7 @@ def draw_text(draw: random.Random, language: str) -> str:
 
 
 def write_split(out_dir: Path, split: str, utterances: list[Utterance], num_processes: int) -> None:
-    """Audio files and a manifest whose lines are in the order of `utterances`."""
+    """Write audio files and a manifest in the order of `utterances`."""
     (out_dir / split).mkdir(parents=True, exist_ok=True)
     by_voice: dict[str, list[Utterance]] = defaultdict(list)
     for utterance in utterances:
@@ -180,7 +180,7 @@ def speak_one(out_dir: Path, utterance: Utterance) -> float:
 
 
 def manifest_row(utterance: Utterance, durations: dict[str, float]) -> dict[str, str | float]:
-    """One line of the manifest."""
+    """Format one line of the manifest."""
     return {
         "audio_filepath": utterance.audio_path,
         "text": utterance.text,

@@ -1,4 +1,4 @@
-"""The whole line on one small machine: speak a corpus, pack it, train a tiny Voxtral with ZeRO-3, measure, transcribe.
+"""The whole pipeline on one small machine: make a corpus, pack it, train with ZeRO-3, measure, transcribe.
 
     make demo
 
@@ -27,7 +27,7 @@ NUM_RANKS = 2
 
 
 def main() -> None:
-    """Run all steps and end with one line that says what was reached."""
+    """Run all steps and end with one line that reports the word error rate."""
     started = time.monotonic()
     make_corpus()
     run("deepspeed", "--num_accelerators", NUM_RANKS, "launch/train.py", "--config", RECIPE)
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def make_corpus() -> None:
-    """Corpus, shards and an untrained model; a finished run is removed, an interrupted one is gone on with."""
+    """Prepare corpus, shards and an untrained model; a finished run is removed, an interrupted one is resumed."""
     if (RUN / "summary.json").exists():
         shutil.rmtree(RUN)
     if RUN.exists():
@@ -69,7 +69,7 @@ def transcribe_held_out_clips() -> None:
 
 
 def plot_run(metrics: Path, out: Path) -> None:
-    """Loss and word error rate over steps, as PNG."""
+    """Plot loss and word error rate over steps as PNG."""
     mpl.use("Agg")
     losses = [(row["step"], row["loss"]) for row in rows_of_kind(metrics, "train")]
     rates = [(row["step"], 100 * row["wer"]) for row in rows_of_kind(metrics, "evaluation")]
@@ -93,7 +93,7 @@ def rows_of_kind(metrics: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def run(*command: object) -> None:
-    """Show a command and run it; its failure is ours."""
+    """Print a command and run it; exit with its code if it fails."""
     print("$", *command, flush=True)
     completed = subprocess.run(commandline(list(command)), check=False)
     if completed.returncode:
@@ -101,7 +101,7 @@ def run(*command: object) -> None:
 
 
 def commandline(command: list[Any]) -> list[str]:
-    """The words of a command, its program taken from this environment."""
+    """The arguments of a command, its program taken from this environment."""
     program, *words = map(str, command)
     return [str(BIN / program), *words]
 

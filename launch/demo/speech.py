@@ -22,7 +22,7 @@ SynthCallback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), c
 
 @dataclass(frozen=True)
 class Manner:
-    """How a text is said. A voice is a language and a variant, like `en+f4` or `de+Andy`."""
+    """Manner of speaking a text. A voice is a language and a variant, like `en+f4` or `de+Andy`."""
 
     voice: str
     words_per_minute: int = 175
@@ -62,5 +62,5 @@ class SpeechEngine:
 
 @functools.cache
 def speech_engine() -> SpeechEngine:
-    """The engine of this process. Fork before the first call, never after it."""
+    """Return the engine of this process. Fork before the first call, never after it."""
     return SpeechEngine()

@@ -41,7 +41,7 @@ def mistakes_in_file(path: Path) -> Iterator[str]:
 
 
 def mistakes_in_kubernetes_object(manifest: dict[str, Any]) -> Iterator[str]:
-    """At most one: the schema's first."""
+    """The first mistake that the schema reports, if any."""
     try:
         kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -51,7 +51,7 @@ def mistakes_in_kubernetes_object(manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def mistakes_in_jobset(jobset: dict[str, Any]) -> Iterator[str]:
-    """Those of the JobSet itself; when it has none, those of its Jobs."""
+    """Mistakes of the JobSet itself; if it has none, those of its Jobs."""
     schema = json.loads(JOBSET_SCHEMA.read_text())
     errors = list(jsonschema.Draft202012Validator(schema).iter_errors(jobset))
     yield from (f"{_dotted(error.absolute_path)}: {error.message}" for error in errors)
@@ -67,7 +67,7 @@ def mistakes_in_jobset(jobset: dict[str, Any]) -> Iterator[str]:
 
 
 def disagreements(jobset: dict[str, Any], replicated_job: dict[str, Any]) -> Iterator[str]:
-    """What is written twice and differs: each would end in a run that waits for ranks that never come."""
+    """Values that are repeated and differ: each would make a run wait for ranks that never start."""
     job = replicated_job["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]
     environment = {variable["name"]: variable.get("value") for variable in container.get("env", [])}

@@ -1,4 +1,4 @@
-"""From tar shards to padded micro-batches.
+"""The way from tar shards to padded micro-batches.
 
 - `stored`: shards, their index, and the utterances in them;
 - `plan`: which utterances make up which micro-batch of which step;

@@ -61,7 +61,7 @@ class ChunkedEncoder:
 
     @contextmanager
     def holding(self, features: Tensor, windows_per_example: Sequence[int]) -> Iterator[Tensor]:
-        """Inside the context, forward passes without gradients take numbers of examples in place of features.
+        """Context in which forward passes without gradients take numbers of examples in place of features.
 
         Each example is encoded once, for both its loss and its transcript. A beam search repeats rows of its inputs; of
         features it would repeat single windows, in a wrong order for clips of several windows.

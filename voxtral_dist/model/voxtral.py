@@ -109,7 +109,7 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
 
 
 def _causal_mask(hidden: Tensor) -> Tensor:
-    """What is added to scores of `(B, T, width)` states, `(1, 1, T, T)`: `eager` attention knows no other causality."""
+    """Mask that is added to attention scores, `(1, 1, T, T)`, of `(B, T, width)` states: `eager` attention needs it."""
     length = hidden.shape[1]
     future = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
     return future.triu(diagonal=1)[None, None]
@@ -176,7 +176,7 @@ def chosen_attention(config: ModelConfig) -> str:
 
 @contextmanager
 def masked_attention(model: nn.Module) -> Iterator[None]:
-    """Inside, a Voxtral's language model takes attention masks, such as those of prompts padded on the left.
+    """Context in which a Voxtral takes attention masks, such as those of prompts padded on the left.
 
     torch's kernels take the place of FlashAttention, which would remove the padding in every layer and wait for the GPU
     to count it, and cuDNN's kernel is off, see `without_cudnn`.
@@ -194,7 +194,7 @@ def masked_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cudnn() -> Iterator[None]:
-    """Inside, torch's scaled dot product attention does not use cuDNN's kernel.
+    """Context in which torch's scaled dot product attention does not use cuDNN's kernel.
 
     torch (2.11 to 2.14) prefers it on Hopper and Blackwell. It builds a plan for every new shape, of which speech has
     many, and its backward pass gives NaN for explicit masks at some lengths (pytorch/pytorch#196678).
@@ -262,7 +262,7 @@ def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., An
 
 
 def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Around the forward method, and so around its repetition in the backward pass of a checkpoint too."""
+    """Wrap a forward method; a checkpoint that recomputes it in the backward pass recomputes it wrapped."""
 
     def guarded(*inputs: Any, **named: Any) -> Any:
         with without_cudnn():

@@ -89,7 +89,7 @@ def fill_partitions(model: TrainedVoxtral, initial: InitialWeights, device: torc
 
 
 def sharded(value: Tensor) -> DTensor:
-    """The same tensor, typed as what every parameter, gradient and moment is here."""
+    """A tensor, typed as the `DTensor` that every parameter, gradient and moment is here."""
     assert isinstance(value, DTensor), "every parameter belongs to a unit of sharding"
     return value
 
