@@ -25,10 +25,11 @@ from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.export import export_trained
 from voxtral_dist.files import refuse_unwritable, write_atomically
+from voxtral_dist.model.attention import chosen_attention
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.flops import TrainingFlops, training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.voxtral import chosen_attention, read_voxtral_config
+from voxtral_dist.model.voxtral import read_voxtral_config
 from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer

@@ -10,9 +10,11 @@ from voxtral_dist.config import ActivationCheckpointingConfig, ModelConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import collate
 from voxtral_dist.engine.loss import LossOfMicroBatch
+from voxtral_dist.model.attention import masked_attention
+from voxtral_dist.model.blocks import blocks_of
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of, masked_attention
+from voxtral_dist.model.voxtral import TrainedVoxtral
 from voxtral_dist.model.weights import load_voxtral
 
 

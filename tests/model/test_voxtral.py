@@ -9,7 +9,8 @@ import torch
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
-from voxtral_dist.model.voxtral import blocks_of, fill_meta_model, meta_model, trained_meta_model
+from voxtral_dist.model.blocks import blocks_of
+from voxtral_dist.model.voxtral import fill_meta_model, meta_model, trained_meta_model
 from voxtral_dist.model.weights import load_for_inference, load_voxtral
 
 

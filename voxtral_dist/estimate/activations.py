@@ -22,9 +22,10 @@ from typing import Any
 from torch import nn
 
 from voxtral_dist.config import ModelConfig
+from voxtral_dist.model.blocks import is_checkpointed
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.trainable import ADAPTER_NAME
-from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window, is_checkpointed
+from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window
 
 _FLOAT32_BYTES = 4
 _INDEX_BYTES = 8

@@ -19,7 +19,8 @@ from typing import Literal
 from voxtral_dist.estimate.activations import Part, backward_peak, forward_peak
 from voxtral_dist.estimate.sharding import Fsdp2Sharding, Place, Sharding, ZeroSharding
 from voxtral_dist.evaluation.decoding_weights import gathers_weights
-from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of
+from voxtral_dist.model.blocks import blocks_of
+from voxtral_dist.model.voxtral import TrainedVoxtral
 
 DeviceKind = Literal["gpu", "cpu"]
 

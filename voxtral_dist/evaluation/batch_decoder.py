@@ -18,10 +18,10 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.loss import LossOfMicroBatch
+from voxtral_dist.model.attention import masked_attention
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.voxtral import masked_attention
 from voxtral_dist.model.weights import load_for_inference
 
 # The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.

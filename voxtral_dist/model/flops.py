@@ -36,14 +36,9 @@ from typing import Any
 from torch import nn
 
 from voxtral_dist.config import Component, ModelConfig, TrainableConfig
+from voxtral_dist.model.blocks import is_checkpointed
 from voxtral_dist.model.trainable import ADAPTER_NAME
-from voxtral_dist.model.voxtral import (
-    DTYPES,
-    TrainedVoxtral,
-    audio_tokens_per_window,
-    is_checkpointed,
-    trained_meta_model,
-)
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, audio_tokens_per_window, trained_meta_model
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Iterable
 from inspect import signature
 from typing import Any
 
@@ -14,8 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalGeneration
 
-from voxtral_dist.config import Component, ModelConfig, TrainableConfig
+from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.model.attention import causal_mask, chosen_attention
+from voxtral_dist.model.blocks import wrap_blocks
 from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,8 +24,6 @@ SAMPLING_RATE = 16_000
 HOP_SAMPLES = 160
 FRAMES_PER_POSITION = 2
 POSITIONS_PER_SECOND = SAMPLING_RATE // HOP_SAMPLES // FRAMES_PER_POSITION
-# FlashAttention's kernels need a GPU of this generation (Ampere) or newer.
-_FLASH_CAPABILITY = (8, 0)
 
 
 class TargetLogits(nn.Linear):
@@ -98,7 +96,7 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         hidden = embedded.flatten(0, 1).index_copy(0, audio_places, audio.to(embedded.dtype)).view_as(embedded)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         angles = language_model.rotary_emb(hidden, position_ids=places)
-        mask = _causal_mask(hidden) if language_model.config._attn_implementation == "eager" else None
+        mask = causal_mask(hidden) if language_model.config._attn_implementation == "eager" else None
         for block in language_model.layers:
             hidden = block(hidden, attention_mask=mask, position_embeddings=angles)
         states: Tensor = language_model.norm(hidden)
@@ -106,13 +104,6 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
 
     # `generate` reads the signature to learn which arguments it may pass.
     forward.__signature__ = signature(VoxtralForConditionalGeneration.forward)  # type: ignore[attr-defined]
-
-
-def _causal_mask(hidden: Tensor) -> Tensor:
-    """Mask that is added to attention scores, `(1, 1, T, T)`, of `(B, T, width)` states: `eager` attention needs it."""
-    length = hidden.shape[1]
-    future = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
-    return future.triu(diagonal=1)[None, None]
 
 
 def trained_meta_model(config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype) -> TrainedVoxtral:
@@ -127,7 +118,7 @@ def trained_meta_model(config: ModelConfig, trainable: TrainableConfig, dtype: t
         model: TrainedVoxtral = TrainedVoxtral(voxtral_config).to(dtype)
     model.generation_config = _generation_config(config.path, voxtral_config)
     choose_trainable(model, trainable)
-    _wrap_blocks(model, config)
+    wrap_blocks(model, config)
     model.train()
     return model
 
@@ -155,58 +146,6 @@ def read_voxtral_config(path: str) -> VoxtralConfig:
         raise _not_loaded(path, error) from error
 
 
-def chosen_attention(config: ModelConfig) -> str:
-    """The attention kernel that `model.attention` selects on this machine.
-
-    Raises:
-        UserError: FlashAttention is configured, but not available.
-    """
-    if config.attention == "flash_attention_2" and not (
-        find_spec("flash_attn") is not None
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability() >= _FLASH_CAPABILITY
-        and config.precision != "float32"
-    ):
-        raise UserError(
-            "`model.attention` is `flash_attention_2`, which needs the package flash-attn, a GPU of the Ampere "
-            "generation or newer and half precision: set it to `auto`."
-        )
-    return "sdpa" if config.attention == "auto" else config.attention
-
-
-@contextmanager
-def masked_attention(model: nn.Module) -> Iterator[None]:
-    """Context in which a Voxtral takes attention masks, such as those of prompts padded on the left.
-
-    torch's kernels take the place of FlashAttention, which would remove the padding in every layer and wait for the GPU
-    to count it, and cuDNN's kernel is off, see `without_cudnn`.
-    """
-    text_config: Any = model.get_submodule("model.language_model").config
-    chosen = text_config._attn_implementation
-    if chosen == "flash_attention_2":
-        text_config._attn_implementation = "sdpa"
-    try:
-        with without_cudnn():
-            yield
-    finally:
-        text_config._attn_implementation = chosen
-
-
-@contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Context in which torch's scaled dot product attention does not use cuDNN's kernel.
-
-    torch (2.11 to 2.14) prefers it on Hopper and Blackwell. It builds a plan for every new shape, of which speech has
-    many, and its backward pass gives NaN for explicit masks at some lengths (pytorch/pytorch#196678).
-    """
-    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
-
-
 def audio_tokens_per_window(config: VoxtralConfig) -> int:
     """Audio tokens of one window: 375 for 30 s.
 
@@ -224,65 +163,6 @@ def window_samples(config: VoxtralConfig) -> int:
 def window_seconds(config: VoxtralConfig) -> float:
     """Seconds of audio in one window of the encoder: 30 in published models."""
     return float(config.audio_config.max_source_positions / POSITIONS_PER_SECOND)
-
-
-def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn.Module]]:
-    """The transformer blocks of each component in order: the units of sharding, checkpointing and compilation."""
-    return {
-        "encoder": list(model.model.audio_tower.layers),
-        "projector": [],
-        "language_model": list(model.model.language_model.layers),
-    }
-
-
-def _wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) -> None:
-    """Wrap the forward methods of blocks in compilation and checkpointing, inside the hooks of engines."""
-    every = {
-        "encoder": config.activation_checkpointing.encoder,
-        "language_model": config.activation_checkpointing.language_model,
-    }
-    for component, blocks in blocks_of(model).items():
-        for number, block in enumerate(blocks):
-            if config.compile_blocks:
-                block.forward = _compiled(block.forward, block)
-            if component == "language_model" and not config.cudnn_attention:
-                block.forward = _without_cudnn(block.forward)
-            if is_checkpointed(number, every[component]):
-                block.forward = _checkpointed(block.forward, block)
-
-
-def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
-    """Compile training only: in decoding, lengths change with every token, and torch would recompile each time."""
-    compiled = torch.compile(forward)
-
-    def maybe_compiled(*arguments: Any, **named: Any) -> Any:
-        return (compiled if block.training else forward)(*arguments, **named)
-
-    return maybe_compiled
-
-
-def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a forward method; a checkpoint that recomputes it in the backward pass recomputes it wrapped."""
-
-    def guarded(*inputs: Any, **named: Any) -> Any:
-        with without_cudnn():
-            return forward(*inputs, **named)
-
-    return guarded
-
-
-def is_checkpointed(block_number: int, every: int) -> bool:
-    """Whether a block is checkpointed where every n-th one is; with `every` 0 none is."""
-    return every > 0 and block_number % every == 0
-
-
-def _checkpointed(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
-    def checkpointed(*inputs: Any, **named: Any) -> Any:
-        if block.training and torch.is_grad_enabled():
-            return checkpoint(forward, *inputs, use_reentrant=False, **named)
-        return forward(*inputs, **named)
-
-    return checkpointed
 
 
 def initialize_buffers(model: nn.Module, device: torch.device) -> None:

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from voxtral_dist.config import Fsdp2Config
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
-from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, blocks_of, set_tensor
+from voxtral_dist.model.blocks import blocks_of
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, set_tensor
 from voxtral_dist.model.weights import InitialWeights
 
 # Names of the mesh's dimensions.

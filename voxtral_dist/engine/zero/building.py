@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.zero.settings import zero_stage
-from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of, initialize_buffers, set_tensor
+from voxtral_dist.model.blocks import blocks_of
+from voxtral_dist.model.voxtral import TrainedVoxtral, initialize_buffers, set_tensor
 from voxtral_dist.model.weights import InitialWeights
 
 

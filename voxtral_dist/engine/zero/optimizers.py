@@ -14,7 +14,8 @@ from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.engine.optim import parameter_groups, scale_learning_rate
 from voxtral_dist.engine.zero.settings import offload_device
 from voxtral_dist.engine.zero.states import full_shape
-from voxtral_dist.model.voxtral import TrainedVoxtral, blocks_of
+from voxtral_dist.model.blocks import blocks_of
+from voxtral_dist.model.voxtral import TrainedVoxtral
 
 
 def build_optimizer(config: OptimizerConfig, model: TrainedVoxtral, settings: dict[str, Any]) -> torch.optim.Optimizer:
