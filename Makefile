@@ -7,7 +7,7 @@ SPEECH := ../shared/data
 CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits an4 test test-slow lint diagram docs bench rivals clean
+.PHONY: help install demo digits an4 test test-slow lint diagram pictures docs bench rivals clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -60,6 +60,9 @@ lint: install ## Check style, types, layers, recipes, the image and the manifest
 
 diagram: ## Draw docs/architecture.svg from its source (needs Graphviz)
 	dot -Tsvg docs/architecture.dot -o docs/architecture.svg
+
+pictures: install ## Make the README's pictures of the demo (needs `make demo` and Chromium; 2 minutes)
+	$(CPU_ENV) $(BIN)/python docs/pictures/make.py
 
 docs: install ## Build the documentation site in build/site
 	NO_MKDOCS_2_WARNING=1 $(CPU_ENV) $(BIN)/mkdocs build --strict
