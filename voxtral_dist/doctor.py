@@ -9,14 +9,27 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from voxtral_dist.engine.zero.extensions import extension_locks, old_locks
+from voxtral_dist.engine.zero.extensions import (
+    Extension,
+    extension_locks,
+    needed_extensions,
+    old_locks,
+    refuse_without_nvme_support,
+)
+from voxtral_dist.errors import UserError
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mistral-common", "webdataset", "soundfile", "jiwer")
-_BUILD = "from voxtral_dist.engine.zero.extensions import build_extensions; build_extensions({}, {})"
+_LOAD = (
+    "from voxtral_dist.engine.zero.extensions import needed_extensions\n"
+    "for extension in needed_extensions({}, {}): extension.load()"
+)
+# Triton's own search, without its option to compile in another way.
+_C_COMPILERS = ("gcc", "clang")
 
 
 def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
@@ -33,19 +46,53 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
     for package in _PACKAGES:
         print(f"{package} {importlib.metadata.version(package)}")
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
-    if shutil.which("c++") is None or not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+    _report_triton()
+    extensions = needed_extensions(with_offload, with_nvme)
+    compiled = [one for one in extensions if not one.is_prebuilt]
+    _report_extensions(extensions, compiled)
+    if compiled and not (shutil.which("c++") and _has_python_header()):
         print("DeepSpeed's extensions need a C++ compiler and Python.h (Debian: apt install g++ python3-dev).")
         return 2
-    return _build(build_timeout, with_offload, with_nvme)
+    try:
+        if with_nvme:
+            refuse_without_nvme_support()
+    except UserError as error:
+        print(error)
+        return 2
+    return _load(build_timeout, with_offload, with_nvme) if extensions else 0
 
 
-def _build(timeout: int, with_offload: bool, with_nvme: bool) -> int:
-    """Build in a separate process group, so that a timeout ends the compilers too."""
+def _report_triton() -> None:
+    """Say what torch.compile lacks on GPUs: Triton compiles C at its first use. Other runs do not need it."""
+    has_compiler = os.environ.get("CC") or any(shutil.which(name) for name in _C_COMPILERS)
+    if torch.cuda.device_count() and not (has_compiler and _has_python_header()):
+        print(
+            "torch.compile needs a C compiler and Python.h (Debian: apt install gcc libc6-dev python3-dev); without "
+            "them `model.compile_blocks`, `evaluation.static_cache` and `optimizer.algorithm: muon` fail."
+        )
+
+
+def _report_extensions(extensions: Sequence[Extension], compiled: Sequence[Extension]) -> None:
+    prebuilt = [one.name for one in extensions if one not in compiled]
+    if prebuilt:
+        print(f"DeepSpeed was installed with {', '.join(prebuilt)}.")
+    if compiled:
+        print(f"DeepSpeed compiles {', '.join(one.name for one in compiled)} on this machine.")
+    if not extensions:
+        print("Runs on GPUs without offload use none of DeepSpeed's extensions.")
+
+
+def _has_python_header() -> bool:
+    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def _load(timeout: int, with_offload: bool, with_nvme: bool) -> int:
+    """Load or build in a separate process group, so that a timeout ends the compilers too."""
     for lock, age in old_locks():
         print(f"Removed the lock {lock}, {age / 60:.0f} minutes old, which a killed build left behind.")
         lock.unlink(missing_ok=True)
-    print(f"Building DeepSpeed's extensions (limit {timeout} s; cached afterwards) ...", flush=True)
-    command = [sys.executable, "-c", _BUILD.format(with_offload, with_nvme)]
+    print(f"Loading DeepSpeed's extensions (limit for builds: {timeout} s; cached afterwards) ...", flush=True)
+    command = [sys.executable, "-c", _LOAD.format(with_offload, with_nvme)]
     # Use the ninja that runs in this environment find: another version would rebuild everything.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     builder = subprocess.Popen(

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
 from voxtral_dist.config import EngineConfig, ModelConfig, OptimizerConfig
-from voxtral_dist.engine.zero.extensions import refuse_without_libaio
+from voxtral_dist.engine.zero.extensions import refuse_without_nvme_support
 from voxtral_dist.engine.zero.settings import OFFLOADS, is_on_nvme, offload_device, read_settings, zero_stage
 from voxtral_dist.errors import UserError
 
@@ -96,7 +96,7 @@ def _check_nvme(path: Path | None, settings: dict[str, Any]) -> None:
                     "nvme without an `nvme_path`."
                 )
             _check_writable(Path(folder))
-    refuse_without_libaio()
+    refuse_without_nvme_support()
 
 
 def _check_writable(folder: Path) -> None:

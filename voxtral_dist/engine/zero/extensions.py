@@ -9,8 +9,10 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.cpp_extension import get_default_build_root
 
 from voxtral_dist.errors import UserError
@@ -21,31 +23,60 @@ log = logging.getLogger(__name__)
 _LONGEST_BUILD_SECONDS = 20 * 60
 
 
-def build_extensions(with_offload: bool, with_nvme: bool) -> None:
-    """Compile the extensions that runs on this machine load, unless they are cached.
+@dataclass(frozen=True)
+class Extension:
+    """An extension of DeepSpeed, by its own name and that of its builder."""
 
-    Raises:
-        UserError: libaio is missing.
-    """
+    name: str
+    builder: str
+
+    @property
+    def is_prebuilt(self) -> bool:
+        """Whether DeepSpeed was installed with it for this device, so that it is loaded and never compiled."""
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.git_version_info import accelerator_name, installed_ops
+
+        return bool(installed_ops.get(self.name)) and accelerator_name == get_accelerator().device_name()
+
+    def load(self) -> None:
+        """Load it, and compile it before that unless it is prebuilt or cached."""
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().create_op_builder(self.builder).load()
+
+
+# Messages between the ranks of a CPU run.
+_SHARED_MEMORY = Extension("deepspeed_shm_comm", "ShareMemCommBuilder")
+_CPU_ADAM = Extension("cpu_adam", "CPUAdamBuilder")
+# Loading the last one loads the one before.
+_NVME = (Extension("pin_memory", "PinMemoryBuilder"), Extension("async_io", "AsyncIOBuilder"))
+
+
+def needed_extensions(with_offload: bool, with_nvme: bool) -> tuple[Extension, ...]:
+    """The extensions that runs on this machine load; without offload, a run on GPUs loads none."""
     from deepspeed.accelerator import get_accelerator
 
-    if get_accelerator().device_name() == "cpu":
-        get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-    if with_offload or with_nvme:
-        get_accelerator().create_op_builder("CPUAdamBuilder").load()
-    if with_nvme:
-        refuse_without_libaio()
-        get_accelerator().create_op_builder("AsyncIOBuilder").load()
+    communication = (_SHARED_MEMORY,) if get_accelerator().device_name() == "cpu" else ()
+    return communication + ((_CPU_ADAM,) if with_offload or with_nvme else ()) + (_NVME if with_nvme else ())
 
 
-def refuse_without_libaio() -> None:
-    """Refuse NVMe offload without libaio, which would end in a compiler's traceback.
+def refuse_without_nvme_support() -> None:
+    """Refuse NVMe offload whose extension is neither prebuilt nor can be compiled, which would end in a traceback.
 
     Raises:
-        UserError: libaio's header or library is missing.
+        UserError: CUDA's toolkit, or libaio's header or library is missing.
     """
     from deepspeed.accelerator import get_accelerator
+    from torch.utils import cpp_extension
 
+    if all(extension.is_prebuilt for extension in _NVME):
+        return
+    if get_accelerator().device_name() == "cuda" and cpp_extension.CUDA_HOME is None:
+        raise UserError(
+            "Offloading to NVMe on a GPU needs CUDA's toolkit, to compile DeepSpeed's extension async_io, but none was "
+            f"found: install the toolkit of torch's CUDA ({torch.version.cuda}) and set CUDA_HOME to its folder, or "
+            "use the image of docker/Dockerfile, which has the extension."
+        )
     if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
         raise UserError(
             "Offloading to NVMe needs libaio and its headers (Debian: `apt install libaio-dev`; elsewhere point CFLAGS "

@@ -1,0 +1,82 @@
+"""The image has what DeepSpeed and Triton load or compile, in the stage that uses it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from voxtral_dist.engine.zero import extensions
+
+DOCKERFILE = Path(__file__).resolve().parent.parent / "docker" / "Dockerfile"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the image: its base, and its instructions in order, each with its arguments."""
+
+    base: str
+    instructions: list[tuple[str, str]]
+
+    def commands(self) -> Iterator[list[str]]:
+        """The words of each shell command."""
+        for instruction, arguments in self.instructions:
+            if instruction == "RUN":
+                for command in re.sub(r"^(--\S+\s+)+", "", arguments).split("&&"):
+                    yield shlex.split(command)
+
+    def packages(self) -> set[str]:
+        """Names of the Debian packages."""
+        installed = (words[2:] for words in self.commands() if words[:2] == ["apt-get", "install"])
+        return {word for words in installed for word in words if not word.startswith("-")}
+
+    def variables_of(self, *command: str) -> dict[str, str]:
+        """The variables that are set for the first command that begins with these words and names DeepSpeed."""
+        for words in self.commands():
+            assignments = [word for word in words if re.match(r"[A-Z_]+=", word)]
+            rest = [word for word in words if word not in assignments]
+            if tuple(rest[: len(command)]) == command and any("deepspeed" in word for word in rest):
+                return dict(word.split("=", 1) for word in assignments)
+        raise AssertionError(f"no command {command} on deepspeed")
+
+
+def stages() -> list[Stage]:
+    lines = [line for line in DOCKERFILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    instructions = "\n".join(lines).replace("\\\n", " ").splitlines()
+    found: list[Stage] = []
+    for instruction, _, arguments in (line.strip().partition(" ") for line in instructions if line.strip()):
+        if instruction == "FROM":
+            found.append(Stage(arguments, []))
+        elif found:
+            found[-1].instructions.append((instruction, arguments.strip()))
+    return found
+
+
+def test_the_build_installs_deepspeed_with_every_extension_that_gpu_runs_load() -> None:
+    from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
+    from deepspeed.ops.op_builder.cpu.cpu_adam import CPUAdamBuilder
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
+
+    build, _ = stages()
+    variables = build.variables_of("pip", "install")
+    assert variables.pop("DS_ACCELERATOR") == "cuda"
+    builders = {builder.NAME: builder for builder in (AsyncIOBuilder, PinMemoryBuilder, CPUAdamBuilder)}
+    needed = (extensions._CPU_ADAM, *extensions._NVME)
+    assert variables == {builders[extension.name].BUILD_VAR: "1" for extension in needed}
+
+
+def test_the_last_stage_has_what_the_extensions_were_linked_to() -> None:
+    build, last = stages()
+    assert "libaio-dev" in build.packages()
+    assert "libaio1t64" in last.packages()
+    assert ("COPY", "--from=build /opt/venv /opt/venv") in last.instructions
+
+
+def test_the_last_stage_has_the_compilers_and_headers_of_triton_and_torch_compile() -> None:
+    build, last = stages()
+    assert "-devel-" not in last.base
+    assert {"gcc", "g++", "libc6-dev", "python3-dev"} <= last.packages()
+    # The environment's Python is the one whose header is installed: both bases have the same release.
+    assert build.base.split("-ubuntu")[1].split()[0] == last.base.split("-ubuntu")[1].split()[0]
