@@ -37,3 +37,18 @@ def test_a_quick_run_writes_a_positive_ratio(benchmark: Path, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(output.read_text(encoding="utf-8"))["ratio"] > 0
+
+
+def test_make_bench_runs_every_benchmark_and_hides_the_gpu_only_from_those_of_cpus() -> None:
+    dry_run = ["make", "--dry-run", "bench"]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    printed = subprocess.run(dry_run, cwd=REPOSITORY, env=plain, capture_output=True, text=True, check=True).stdout
+    recipe = printed[printed.index("mkdir -p build/benchmarks") :].replace("\\\n", " ").splitlines()[1:]
+    for_gpu = [line for line in recipe if "benchmarks/gpu.py" in line]
+    assert len(for_gpu) == 1
+    assert "DS_ACCELERATOR" not in for_gpu[0]
+    assert "OMP_NUM_THREADS" not in for_gpu[0]
+    for_cpus = " ".join(line for line in recipe if line not in for_gpu)
+    assert "DS_ACCELERATOR=cpu" in for_cpus
+    others = {path.name for path in (REPOSITORY / "benchmarks").glob("*.py")} - {"gpu.py"}
+    assert all(f"benchmarks/{name}" in for_cpus for name in others)
