@@ -3,6 +3,7 @@
 - `prompts`: prompts and completions as token ids;
 - `features`: log-mel features;
 - `voxtral`: the modules on the meta device, and the loss of targets;
+- `attention`, `blocks`: attention kernels, and what is wrapped around transformer blocks;
 - `encoder`: the encoder in chunks of windows;
 - `trainable`, `adapters`: the choice of trained parameters, and the export of adapters;
 - `weights`: initial weights from checkpoints;
