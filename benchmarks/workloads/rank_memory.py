@@ -20,7 +20,8 @@ import torch
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
-from voxtral_dist.estimate.memory import ModelSizes, Setting, estimate_memory
+from voxtral_dist.estimate.estimator import estimate_memory
+from voxtral_dist.estimate.phases import ModelSizes, Setting
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import NUM_SPECIAL_TOKENS
@@ -97,7 +98,7 @@ def predicted_phases(config: RunConfig, examples: Sequence[Example]) -> dict[str
     targets = sum(len(one.completion) for one in examples)
     shape = MicroBatchShape(len(examples), len(examples), positions, targets)
     found = estimate_memory(
-        configured_sharding(config, NUM_RANKS),
+        configured_sharding(config.engine, NUM_RANKS),
         ModelSizes.of(model),
         Activations(model, config.model).parts(shape),
         Setting("cpu", NUM_RANKS, MICRO_BATCHES_PER_STEP, dtype.itemsize),

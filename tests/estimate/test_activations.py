@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from voxtral_dist.config import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
-from voxtral_dist.estimate.activations import Activations, MicroBatchShape, Part, backward_peak, forward_peak
+from voxtral_dist.estimate.activations import Activations, MicroBatchShape
+from voxtral_dist.estimate.parts import Part, backward_peak, forward_peak
 from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, initialize_buffers, trained_meta_model
 

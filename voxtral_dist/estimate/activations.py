@@ -1,42 +1,40 @@
-"""Memory of the activations of one micro-batch, block by block, from what the backward pass keeps.
+"""Memory of the activations of one micro-batch, part by part, from what the backward pass keeps.
 
-What autograd keeps follows from the modules' code: a linear layer keeps its input where its weight is trained, a norm
-its input, an activation function its input, a product both factors, attention its queries, keys, values and output and
-a logarithm of a sum for each of them (Dao, arXiv 2307.08691: no scores). Korthikanti et al. (arXiv 2205.05198) count
-the same for GPT; here for Voxtral's blocks as transformers writes them. Tests compare each block with what
+What autograd keeps follows from the modules' code: a linear layer keeps its input if its weight is trained, a norm its
+input, an activation function its input, a product both factors, attention its queries, keys, values and output and one
+logarithm of a sum per query (Dao, arXiv 2307.08691: no scores). Korthikanti et al. (arXiv 2205.05198) count the same
+for GPT; this is for Voxtral's blocks as transformers implements them. Tests compare each block with what
 `saved_tensors_hooks` sees.
 
     C windows   S positions of a window   D width of the encoder (its feed-forward layers are 4 D wide)   M mel bins
     B examples   T positions of an example   E width of the language model   G of its feed-forward layers
     Q width of all queries, K of all keys   V vocabulary   N targets   s bytes of a value in the model's precision
 
-A checkpointed block keeps its input alone; the rest is there again, for one block at a time, in its backward pass.
+A checkpointed block keeps only its input; the rest is recomputed, one block at a time, in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from voxtral_dist.config import ModelConfig
+from voxtral_dist.estimate.parts import Part, backward_peak, block_part, forward_peak, plain_part
 from voxtral_dist.model.blocks import is_checkpointed
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.trainable import ADAPTER_NAME
 from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window
 
 _FLOAT32_BYTES = 4
-_INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """What the activations of a micro-batch depend on.
+    """The sizes that activations of a micro-batch depend on.
 
-    num_windows: of the encoder, C. num_examples: B. num_positions: of the language model for each example, with its
-    padding, T. num_target_tokens: of all examples, N.
+    num_windows: C. num_examples: B. num_positions: T, with padding. num_target_tokens: N, of all examples.
     """
 
     num_windows: int
@@ -45,29 +43,11 @@ class MicroBatchShape:
     num_target_tokens: int
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the model, in the order of the forward pass. Sizes are bytes but for the parameters.
-
-    kept: from its forward pass to its backward pass. again: what a checkpoint computes again just before the latter.
-    working: gradients of activations at the widest place of its backward pass, beyond what is kept. passing: what its
-    forward pass holds for a moment. num_trained: parameters whose gradients come out. largest: of them, in one tensor.
-    """
-
-    name: str
-    kept: float
-    again: float = 0.0
-    working: float = 0.0
-    passing: float = 0.0
-    num_trained: int = 0
-    largest: int = 0
-
-
 class Activations:
-    """The parts of one model under one choice of what is trained, checkpointed and how attention is computed."""
+    """The parts of one model, given what is trained, what is checkpointed and how attention is computed."""
 
     def __init__(self, model: TrainedVoxtral, config: ModelConfig) -> None:
-        """Look through a model that may be on the meta device; which attention is taken from the configuration."""
+        """Take a model, which may be on the meta device; the configuration says which attention it has."""
         self._model = model
         self._config = config
         self._itemsize = model.lm_head.weight.element_size()
@@ -83,9 +63,9 @@ class Activations:
         return [*encoder, *language]
 
     def _encoder_in_chunks(self, shape: MicroBatchShape) -> list[Part]:
-        """All parts of the encoder in a single pass, or one part of all passes, each computed again (`engine.encoder`).
+        """The parts of an encoder that takes all windows at once; else one part, of chunks that are each recomputed.
 
-        Between forward and backward passes these keep 4 C M 2 S bytes of features and C E S / 4 embeddings.
+        Between forward and backward pass, chunks keep 4 C M 2 S bytes of features and C E S / 4 embeddings.
         """
         count = num_chunks(shape.num_windows, self._config.encoder_windows_per_chunk)
         inside = self.encoder(-(-shape.num_windows // count))
@@ -101,7 +81,7 @@ class Activations:
         largest = max(part.largest for part in inside)
         return [
             Part(
-                "encoder passes",
+                "encoder chunks",
                 kept if trained else 0.0,
                 again=once if trained else 0.0,
                 passing=max(part.passing for part in inside),
@@ -111,9 +91,9 @@ class Activations:
         ]
 
     def encoder(self, num_windows: int) -> list[Part]:
-        """Convolutions, blocks and projector on so many windows.
+        """Convolutions, blocks and projector, for windows that the encoder takes at once.
 
-        Convolutions keep features 2 S M s, the input and output of both GELUs but the last one's output:
+        Convolutions keep features, 2 S M s, and input and output of both GELUs except the last output:
         (2 D 2 S + D S) s. The last norm and the projector keep 2 D S + 2 E S / 4 values.
         """
         tower, size = self._model.model.audio_tower, self._itemsize
@@ -122,7 +102,7 @@ class Activations:
         reached = _is_trained(*front_modules)
         front = num_windows * positions * (5 * width + 2 * self._audio_config.num_mel_bins) * size
         passing = num_windows * positions * width * 6 * size
-        parts = [_part("encoder convolutions", front_modules, front if reached else 0.0, passing=passing)]
+        parts = [plain_part("encoder convolutions", front_modules, front if reached else 0.0, passing=passing)]
         every = self._config.activation_checkpointing.encoder
         for number, block in enumerate(tower.layers):
             reached = reached or _is_trained(block)
@@ -131,24 +111,20 @@ class Activations:
         reached = reached or _is_trained(*end_modules)
         audio_tokens = num_windows * self._audio_tokens * self._text_config.hidden_size
         end = (2 * num_windows * positions * width + 2 * audio_tokens) * size
-        # Which places of the embeddings are audio is found as three indices for each value of each audio token.
-        scatter = audio_tokens * (3 * _INDEX_BYTES + size)
-        parts.append(
-            _part("projector", end_modules, end if reached else 0.0, working=2 * audio_tokens * size, passing=scatter)
-        )
-        return parts
+        working, passing = 2 * audio_tokens * size, audio_tokens * size
+        return [*parts, plain_part("projector", end_modules, end if reached else 0.0, working, passing)]
 
     def _encoder_block(self, block: Any, num_windows: int, reached: bool, checkpointed: bool) -> Part:
         """Both residual inputs, q, k, v, the output of attention, and the input of the GELU: 11 D values a position;
-        and where the layer behind is trained, the outputs of both norms, of heads joined, and of the GELU: 6 D.
+        and if the layer that reads them is trained, outputs of both norms, of the joined heads, and of the GELU: 6 D.
 
-        Backward, gradients of both sides of the GELU and two of the residual come to it while the GELU's output goes:
-        6 D more.
+        The backward pass adds gradients of both sides of the GELU and two of the residual while the GELU's output is
+        freed: 6 D.
         """
         attention, width, size = block.self_attn, self._audio_config.hidden_size, self._itemsize
         ffn = self._audio_config.intermediate_size
         places = num_windows * self._audio_config.max_source_positions
-        # The product with values is kept by `sdpa`, not by `eager`.
+        # `sdpa` keeps the product with values, `eager` does not.
         values = (5 if self._attention == "eager" else 6) * width + ffn
         values += width * _is_trained(attention.q_proj, attention.k_proj, attention.v_proj)
         values += (
@@ -157,21 +133,21 @@ class Activations:
         values += _adapter_values(block)
         heads = self._audio_config.num_attention_heads
         scores = self._scores(heads, places, self._audio_config.max_source_positions, size)
-        # Two norms keep a mean and a deviation each.
+        # Each of two norms keeps a mean and a deviation.
         kept = places * (values * size + 4 * _FLOAT32_BYTES) + scores
         working = places * (2 * width + ffn) * size
         passing = places * (2 * width + 2 * ffn) * size
         boundary = places * width * size
-        return _block_part("encoder block", block, reached, checkpointed, kept, boundary, working, passing)
+        return block_part("encoder block", block, reached, checkpointed, kept, boundary, working, passing)
 
     def _language_model(self, shape: MicroBatchShape, reached: bool) -> list[Part]:
         language, size = self._model.model.language_model, self._itemsize
         reached = reached or _is_trained(language.embed_tokens)
         places = shape.num_examples * shape.num_positions
         width = self._text_config.hidden_size
-        # Cosines and sines of rotary embeddings, and of which places audio was put into the embeddings.
+        # Cosines and sines of rotary embeddings, and the mask of audio among the embeddings.
         shared = places * (2 * self._head_dim * size + 1)
-        embedding = _part("embeddings", [language.embed_tokens], shared, passing=places * width * size)
+        embedding = plain_part("embeddings", [language.embed_tokens], shared, passing=places * width * size)
         parts = [embedding]
         every = self._config.activation_checkpointing.language_model
         for number, block in enumerate(language.layers):
@@ -182,11 +158,10 @@ class Activations:
 
     def _language_block(self, block: Any, shape: MicroBatchShape, reached: bool, checkpointed: bool) -> Part:
         """Both norms in float32, q, k, v and output of attention, both factors of SwiGLU and the input of SiLU:
-        2 x 4 E bytes and 2 Q + 2 K + 3 G values; where the layer behind is trained, 2 x 2 E values of the norms and G.
+        2 x 4 E bytes and 2 Q + 2 K + 3 G values; if the layer that reads them is trained, 2 x 2 E of the norms and G.
 
-        `eager` attention wants keys and values for each query (2 Q instead of 2 K).
-        Backward, gradients of the product, both factors and two of the residual come to it while the product goes:
-        2 G + 2 E more.
+        `eager` attention repeats keys and values for each query: 2 Q instead of 2 K. The backward pass adds gradients
+        of the product, both factors and two of the residual while the product is freed: 2 G + 2 E.
         """
         attention, mlp, size = block.self_attn, block.mlp, self._itemsize
         places, width = shape.num_examples * shape.num_positions, self._text_config.hidden_size
@@ -205,19 +180,19 @@ class Activations:
         working = places * (2 * ffn + 2 * width) * size
         passing = places * (2 * width + 3 * ffn) * size
         boundary = places * width * size
-        return _block_part("language block", block, reached, checkpointed, kept, boundary, working, passing)
+        return block_part("language block", block, reached, checkpointed, kept, boundary, working, passing)
 
     def _scores(self, heads: int, places: int, length: int, size: int) -> float:
-        """A logarithm for each head and query; `eager` attention keeps probabilities, `size` bytes for each pair."""
+        """A logarithm for each head and query; `eager` attention keeps probabilities of `size` bytes for each pair."""
         if self._attention == "eager":
             return places * heads * length * size
         return places * heads * _FLOAT32_BYTES
 
     def _loss(self, shape: MicroBatchShape, reached: bool) -> Part:
-        """The last norm of all positions, and the states of N targets; the logits of a chunk are computed again.
+        """The last norm of all positions, and the states of N targets; logits are recomputed chunk by chunk.
 
-        Backward, a chunk of n targets holds three float32 tensors of n V: log-probabilities, their gradient and that
-        of the logits. The weight's gradient of one chunk is added to that of those before.
+        In the backward pass a chunk of n targets holds three float32 tensors of n V: log-probabilities, their gradient
+        and that of the logits. The weight's gradient of a chunk is added to that of earlier chunks.
         """
         width, size = self._text_config.hidden_size, self._itemsize
         places = shape.num_examples * shape.num_positions
@@ -226,7 +201,7 @@ class Activations:
         chunk = min(self._config.loss_chunk_tokens, shape.num_target_tokens)
         logits = 3 * chunk * self._model.lm_head.weight.shape[0] * _FLOAT32_BYTES
         kept = norm + shape.num_target_tokens * width * size
-        return _part("loss", modules, kept if reached or _is_trained(*modules) else 0.0, working=logits)
+        return plain_part("loss", modules, kept if reached or _is_trained(*modules) else 0.0, working=logits)
 
     @property
     def _audio_config(self) -> Any:
@@ -249,63 +224,13 @@ class Activations:
         return int(self._text_config.num_key_value_heads) * self._head_dim
 
 
-def forward_peak(parts: Sequence[Part]) -> float:
-    """The most that a forward pass holds at any time, in bytes."""
-    most = before = 0.0
-    for part in parts:
-        most = max(most, before + part.kept + part.passing)
-        before += part.kept
-    return most
-
-
-def backward_peak(parts: Sequence[Part], gradient_bytes: float = 0.0) -> float:
-    """The most that a backward pass holds: it goes through the parts from the last one on and frees what each one kept.
-
-    Args:
-        parts: in the order of the forward pass.
-        gradient_bytes: that each trained parameter leaves.
-    """
-    most, left, before = 0.0, 0.0, sum(part.kept for part in parts)
-    for part in reversed(parts):
-        most = max(most, before + part.again + part.working + left)
-        before -= part.kept
-        left += part.num_trained * gradient_bytes
-        most = max(most, before + left)
-    return most
-
-
-def _part(name: str, modules: Sequence[nn.Module], kept: float, working: float = 0.0, passing: float = 0.0) -> Part:
-    sizes = [one.numel() for module in modules for one in module.parameters() if one.requires_grad]
-    working = working if sizes or kept else 0.0
-    return Part(name, kept, 0.0, working, passing, sum(sizes), max(sizes, default=0))
-
-
-def _block_part(
-    name: str,
-    block: nn.Module,
-    reached: bool,
-    checkpointed: bool,
-    kept: float,
-    boundary: float,
-    working: float,
-    passing: float,
-) -> Part:
-    sizes = [one.numel() for one in block.parameters() if one.requires_grad]
-    trained, largest = sum(sizes), max(sizes, default=0)
-    if not reached:
-        return Part(name, 0.0, 0.0, 0.0, passing, trained, largest)
-    if checkpointed:
-        return Part(name, boundary, kept, working, passing, trained, largest)
-    return Part(name, kept, 0.0, working, 0.0, trained, largest)
-
-
 def _is_trained(*modules: nn.Module) -> bool:
     return any(one.requires_grad for module in modules for one in module.parameters())
 
 
 def _adapter_values(block: nn.Module) -> int:
-    """Values a position that adapters keep: rank r between their matrices; under dropout their input; under DoRA the
-    outputs of both ways.
+    """Values that adapters keep per position: r between their matrices; with dropout their input; with DoRA the
+    outputs of both branches.
     """
     values = 0
     for module in block.modules():

@@ -1,4 +1,4 @@
-"""What to change in a configuration that does not fit, and what each change gives."""
+"""What to change in a configuration that does not fit, and the memory after each change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILES = {2: "ds_configs/zero2.json", 3: "ds_configs/zero3.json"}
 
 @dataclass(frozen=True)
 class Change:
-    """Something to set, and what a GPU and the host memory of a node then hold at their peaks, in bytes."""
+    """A change of the configuration, and the peaks after it: bytes of a GPU, and of a node's host memory."""
 
     change: str
     device_bytes: float
@@ -28,84 +28,85 @@ class Change:
 
 
 @dataclass(frozen=True)
-class _State:
-    """A changed run. changes: what was set."""
+class _Variant:
+    """The configured run with some changes."""
 
     estimator: Estimator
     sharding: Sharding
     changes: tuple[str, ...] = ()
 
-    def judged(self) -> Change:
+    def outcome(self) -> Change:
+        """The changes as one, and the peaks after them."""
         row = self.estimator.row(self.estimator.estimate(self.sharding, self.estimator.largest_shape(self.sharding)))
         return Change("; ".join(self.changes), row.device_bytes, row.host_bytes_of_node, bool(row.fits))
 
-    def named(self, change: str, estimator: Estimator | None = None, sharding: Sharding | None = None) -> _State:
-        return _State(estimator or self.estimator, sharding or self.sharding, (*self.changes, change))
+    def changed(self, change: str, estimator: Estimator | None = None, sharding: Sharding | None = None) -> _Variant:
+        return _Variant(estimator or self.estimator, sharding or self.sharding, (*self.changes, change))
 
 
 def advise(estimator: Estimator, sharding: Sharding) -> list[Change]:
-    """Single changes, the cheapest in time and quality first; where none is enough, as many as it takes together.
+    """Single changes, the cheapest first; if none is enough, a combination that fits.
 
-    Changes of the sharding keep what is computed; checkpoints cost a third more time; smaller micro-batches use a GPU
-    less well; offloading is slow; adapters are another training.
+    Cheap is what costs little time and quality. Other shardings compute the same; checkpoints take a third more time;
+    smaller micro-batches use a GPU less well; offloading is slow; training adapters is another method.
     """
-    start = _State(estimator, sharding)
-    changes = [state.judged() for step in _STEPS for state in step(start)]
+    start = _Variant(estimator, sharding)
+    changes = [variant.outcome() for step in _STEPS for variant in step(start)]
     if not any(change.fits for change in changes):
         changes += _together(start)
     return changes
 
 
-def _together(state: _State) -> list[Change]:
+def _together(variant: _Variant) -> list[Change]:
     for step in (_shard_more, _checkpoint, _fewer_windows, _offload, _adapters):
-        state = next(reversed(list(step(state))), state)
-        judged = state.judged()
-        if judged.fits and len(state.changes) > 1:
-            return [judged]
+        variant = next(reversed(list(step(variant))), variant)
+        outcome = variant.outcome()
+        if outcome.fits and len(variant.changes) > 1:
+            return [outcome]
     return []
 
 
-def _shard_more(state: _State) -> Iterator[_State]:
-    if not isinstance(state.sharding, ZeroSharding):
+def _shard_more(variant: _Variant) -> Iterator[_Variant]:
+    if not isinstance(variant.sharding, ZeroSharding):
         return
     for one in _STAGES:
-        if one.optimizer_place == "device" and one.stage > max(1, state.sharding.stage):
-            yield state.named(f"engine.deepspeed: {_FILES[one.stage]}", sharding=one)
+        if one.optimizer_place == "device" and one.stage > max(1, variant.sharding.stage):
+            yield variant.changed(f"engine.deepspeed: {_FILES[one.stage]}", sharding=one)
 
 
-def _checkpoint(state: _State) -> Iterator[_State]:
-    config = state.estimator.config
+def _checkpoint(variant: _Variant) -> Iterator[_Variant]:
+    config = variant.estimator.config
     if config.model.activation_checkpointing != _ALL_BLOCKS:
         model = config.model.model_copy(update={"activation_checkpointing": _ALL_BLOCKS})
-        changed = _estimator(state, config.model_copy(update={"model": model}))
-        yield state.named("model.activation_checkpointing: {encoder: 1, language_model: 1}", changed)
+        changed = _estimator(variant, config.model_copy(update={"model": model}))
+        yield variant.changed("model.activation_checkpointing: {encoder: 1, language_model: 1}", changed)
 
 
-def _fewer_windows(state: _State) -> Iterator[_State]:
-    """The largest halving of the windows that fits, or a single window where none does."""
-    windows = max(shape.num_windows for shape in state.estimator.workload.candidates)
+def _fewer_windows(variant: _Variant) -> Iterator[_Variant]:
+    """As few halvings of the windows as fit; a single window if none fits."""
+    windows = max(shape.num_windows for shape in variant.estimator.workload.candidates)
     changed = None
-    while windows > 1 and not (changed and changed.judged().fits):
+    while windows > 1 and not (changed and changed.outcome().fits):
         windows //= 2
-        slots = state.estimator.config.train_data.slots_per_step
-        text = f"train_data.max_windows: {windows} (with more slots_per_step than {slots} for as large a batch)"
-        changed = state.named(text, _estimator(state, state.estimator.config, max_windows=windows))
+        slots = variant.estimator.config.train_data.slots_per_step
+        text = f"train_data.max_windows: {windows} (raise slots_per_step above {slots} to keep the batch size)"
+        changed = variant.changed(text, _estimator(variant, variant.estimator.config, max_windows=windows))
     if changed:
         yield changed
 
 
-def _offload(state: _State) -> Iterator[_State]:
-    if not isinstance(state.sharding, ZeroSharding) or state.sharding.weights_place == "device":
-        yield state.named("engine.deepspeed: ds_configs/zero3_offload.json", sharding=_OFFLOAD)
+def _offload(variant: _Variant) -> Iterator[_Variant]:
+    if not isinstance(variant.sharding, ZeroSharding) or variant.sharding.weights_place == "device":
+        yield variant.changed("engine.deepspeed: ds_configs/zero3_offload.json", sharding=_OFFLOAD)
 
 
-def _adapters(state: _State) -> Iterator[_State]:
-    if state.estimator.config.trainable.lora is None:
-        config = state.estimator.config.model_copy(update={"trainable": TrainableConfig(lora=LoraConfig())})
-        yield state.named("trainable.lora: {} (adapters alone are trained)", _estimator(state, config))
+def _adapters(variant: _Variant) -> Iterator[_Variant]:
+    if variant.estimator.config.trainable.lora is None:
+        config = variant.estimator.config.model_copy(update={"trainable": TrainableConfig(lora=LoraConfig())})
+        yield variant.changed("trainable.lora: {} (train only adapters)", _estimator(variant, config))
 
 
-_STEPS: tuple[Callable[[_State], Iterator[_State]], ...] = (
+_STEPS: tuple[Callable[[_Variant], Iterator[_Variant]], ...] = (
     _shard_more,
     _checkpoint,
     _fewer_windows,
@@ -114,15 +115,15 @@ _STEPS: tuple[Callable[[_State], Iterator[_State]], ...] = (
 )
 
 
-def _estimator(state: _State, config: RunConfig, max_windows: int | None = None) -> Estimator:
-    workload = state.estimator.workload
+def _estimator(variant: _Variant, config: RunConfig, max_windows: int | None = None) -> Estimator:
+    workload = variant.estimator.workload
     if max_windows is not None:
-        workload = replace(workload, candidates=tuple(_cut(shape, max_windows) for shape in workload.candidates))
-    return Estimator(config, state.estimator.machine, workload)
+        workload = replace(workload, candidates=tuple(_limited(shape, max_windows) for shape in workload.candidates))
+    return Estimator(config, variant.estimator.machine, workload)
 
 
-def _cut(shape: MicroBatchShape, max_windows: int) -> MicroBatchShape:
-    """A micro-batch with so many windows at most, and examples in proportion; these stay as long as they are."""
+def _limited(shape: MicroBatchShape, max_windows: int) -> MicroBatchShape:
+    """A micro-batch cut down to a number of windows, with examples in proportion, each as long as before."""
     if shape.num_windows <= max_windows:
         return shape
     examples = max(1, shape.num_examples * max_windows // shape.num_windows)

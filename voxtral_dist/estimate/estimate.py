@@ -1,4 +1,4 @@
-"""The report of `voxtral-dist plan`: whether a run fits, what it takes, and what would make it fit."""
+"""The estimate that `voxtral-dist plan` prints: whether a run fits, what it costs, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,34 @@ from voxtral_dist.model.trainable import count_parameters, parameter_table
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """All that `voxtral-dist plan` says.
+class Decoding:
+    """How evaluations decode.
 
-    shape: the micro-batch that decides the memory. configured: the run as it is configured. by_kind: bytes at its peak,
-    in device and host memory of a rank. changes: where it does not fit, what to do, the cheapest first.
+    decoding_bytes: of a rank, besides weights. gathers_weights: see `MemoryEstimate`. source: how batches were found.
+    """
+
+    decoding_bytes: int
+    gathers_weights: bool | None
+    source: str
+
+    @property
+    def line(self) -> str:
+        """The memory and the weights of evaluations."""
+        weights = {True: "gathered on each rank", False: "sharded, all ranks in lockstep", None: "not sharded"}
+        return (
+            f"evaluation: weights {weights[self.gathers_weights]}; decoding needs {gigabytes(self.decoding_bytes)} "
+            f"({self.source})"
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The estimate of a run.
+
+    parameters, parameter_lines: of each component. shape: the micro-batch with the highest peak. configured: the
+    configured sharding. by_kind: its bytes at the peak by kind, on the device and in host memory of a rank. phases: its
+    bytes on the device in each phase. decoding: None without test sets. table: the standard shardings. changes: what
+    to change if it does not fit, the cheapest first.
     """
 
     parameters: dict[str, dict[str, int]]
@@ -33,12 +56,13 @@ class Estimate:
     configured: ShardingRow
     by_kind: dict[str, dict[str, float]]
     phases: dict[str, float]
+    decoding: Decoding | None
     table: list[ShardingRow]
     changes: list[Change]
     costs: Costs
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in plain types; sizes in bytes."""
+        """The estimate in plain types; sizes in bytes."""
         tree = asdict(self)
         del tree["parameter_lines"]
         workload = tree.pop("workload")
@@ -51,7 +75,7 @@ class Estimate:
         return {**tree, "workload": data, "estimate_is": unit}
 
     def lines(self) -> Iterator[str]:
-        """For a terminal."""
+        """The estimate as text for a terminal."""
         yield from self.parameter_lines
         yield ""
         yield from self._memory_lines()
@@ -61,7 +85,7 @@ class Estimate:
             yield ""
             yield "To make it fit, the cheapest first:"
             for change in self.changes:
-                verdict = "fits" if change.fits else "does not fit alone"
+                verdict = "fits" if change.fits else "not enough alone"
                 yield f"  {change.change}: {gigabytes(change.device_bytes)} ({verdict})"
         yield ""
         yield from self._cost_lines()
@@ -73,24 +97,26 @@ class Estimate:
         label = "GPU" if machine.device == "gpu" else "rank"
         yield (
             f"{self.configured.name} on {machine.num_gpus} {label}s: {gigabytes(self.configured.device_bytes)}{limit} "
-            f"for each {label}{verdict}"
+            f"per {label}{verdict}"
         )
         yield (
-            f"  decided by a micro-batch of {shape.num_examples} examples, {shape.num_windows} windows and "
-            f"{shape.num_positions} positions each: {self.workload.source}"
+            f"  for a micro-batch of {shape.num_examples} examples and {shape.num_windows} windows, padded to "
+            f"{shape.num_positions} positions: {self.workload.source}"
         )
-        yield f"  at its peak, in the {self.configured.peak_at}:"
+        yield f"  peak, in the {self.configured.peak_at}:"
         for kind, num_bytes in self.by_kind["device"].items():
             if num_bytes:
                 yield f"    {kind:<17}{gigabytes(num_bytes):>10}"
-        yield "  other moments: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.phases.items())
+        yield "  all phases: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.phases.items())
+        if self.decoding:
+            yield f"  {self.decoding.line}"
         if self.configured.host_bytes_of_node:
-            yield f"  host memory of a node: {gigabytes(self.configured.host_bytes_of_node)}"
+            yield f"  host memory per node: {gigabytes(self.configured.host_bytes_of_node)}"
         if machine.device == "gpu":
-            yield "  These figures follow from formulas (docs/planning.md) and are not yet measured on a GPU."
+            yield "  These numbers follow from formulas (docs/planning.md) and are not yet measured on a GPU."
 
     def _table_lines(self) -> Iterator[str]:
-        heads = ("sharding", "each GPU", "host, node", "NVMe, node", "fits")
+        heads = ("sharding", "per GPU", "host, per node", "NVMe, per node", "fits")
         rows = [
             (
                 row.name,
@@ -108,34 +134,35 @@ class Estimate:
     def _cost_lines(self) -> Iterator[str]:
         costs, data = self.costs, self.workload.data
         if data is None:
-            yield f"Hours, passes and padding are left out: {self.workload.missing}"
+            yield f"Hours, epochs and padding are unknown: {self.workload.missing}"
         else:
             yield (
-                f"{data.num_utterances} utterances, {data.hours_per_epoch:.1f} hours, {data.steps_per_epoch} steps an "
-                f"epoch; {costs.num_steps} steps are {data.num_epochs:.2f} epochs of {data.target_tokens:.0f} target "
-                f"tokens a step; audio fills {100 * data.window_fill:.0f} % of the windows, padding "
-                f"{100 * data.padding:.0f} % of the positions"
+                f"{data.num_utterances} utterances, {data.hours_per_epoch:.1f} hours, {data.steps_per_epoch} steps per "
+                f"epoch; {costs.num_steps} steps are {data.num_epochs:.2f} epochs with {data.target_tokens:.0f} target "
+                f"tokens per step; audio fills {100 * data.window_fill:.0f} % of the windows, "
+                f"{100 * data.padding:.0f} % of the positions are padding"
             )
         yield (
-            f"{costs.num_steps} steps of {costs.micro_batches_per_rank} micro-batches a rank: {costs.model_flops:.3g} "
-            f"FLOPs of the model, {costs.hardware_flops:.3g} computed; about {duration(costs.seconds)} at "
-            f"{100 * costs.mfu:.0f} % of {costs.peak_tflops:g} TFLOPS, without evaluations and saves"
+            f"{costs.num_steps} steps of {costs.micro_batches_per_rank} micro-batches per rank: "
+            f"{costs.model_flops:.3g} model FLOPs, {costs.hardware_flops:.3g} hardware FLOPs; "
+            f"about {duration(costs.seconds)} at an MFU of {100 * costs.mfu:.0f} % of {costs.peak_tflops:g} TFLOPS, "
+            "without evaluations and checkpoints"
         )
         if costs.idle:
             yield (
-                f"ranks are idle for {100 * costs.idle:.0f} % of the time: make `train_data.slots_per_step` a multiple "
+                f"ranks are idle {100 * costs.idle:.0f} % of the time: set `train_data.slots_per_step` to a multiple "
                 f"of {self.machine.num_gpus}"
             )
 
 
 def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
-    """The report of a configuration on a machine, within seconds and without its weights.
+    """Estimate a run on a machine, within seconds and without the model's weights.
 
     Raises:
         UserError: the model's config.json is missing, or the configuration is not usable.
     """
     refuse_idle_ranks(config.train_data.slots_per_step, machine.num_gpus)
-    sharding = configured_sharding(config, machine.num_gpus)
+    sharding = configured_sharding(config.engine, machine.num_gpus)
     estimator = Estimator(config, machine)
     largest = estimator.largest_shape(sharding)
     configured = estimator.estimate(sharding, largest)
@@ -150,7 +177,14 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
         configured=row,
         by_kind={"device": configured.peak.device, "host": configured.peak.host},
         phases={phase.name: phase.device_bytes for phase in configured.phases},
+        decoding=_decoding(estimator, configured.gathers_weights),
         table=[estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()],
         changes=advise(estimator, sharding) if row.fits is False else [],
         costs=estimator.costs(),
     )
+
+
+def _decoding(estimator: Estimator, gathers_weights: bool | None) -> Decoding | None:
+    if not estimator.decoding_bytes:
+        return None
+    return Decoding(estimator.decoding_bytes, gathers_weights, estimator.workload.evaluation.source)

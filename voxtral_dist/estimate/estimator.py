@@ -1,14 +1,18 @@
-"""One configuration on one machine: its model, its micro-batches, and the memory that any sharding of it takes."""
+"""The memory of one configuration on one machine under any sharding, and the costs of its run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.config import ModelConfig, RunConfig, TrainableConfig
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
-from voxtral_dist.estimate.memory import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting, estimate_memory
-from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Sharding, ZeroSharding
+from voxtral_dist.estimate.fsdp2_memory import Fsdp2Memory
+from voxtral_dist.estimate.parts import Part
+from voxtral_dist.estimate.phases import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting
+from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Fsdp2Sharding, Sharding, ZeroSharding
 from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
+from voxtral_dist.estimate.zero_memory import ZeroMemory
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.model.flops import TrainingFlops
 from voxtral_dist.model.voxtral import (
@@ -22,10 +26,11 @@ from voxtral_dist.model.voxtral import (
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for; memory in bytes, None where it is not known.
+    """The machine that a run is estimated for; memory in bytes, None if unknown.
 
-    device: `gpu`, or `cpu` for ranks that are processes. num_gpus: ranks of all nodes. mfu: the share of `peak_tflops`
-    (10^12 operations a second of one device) that training is expected to use.
+    num_gpus: ranks on all nodes. device: `gpu`, or `cpu` for ranks that are processes of a CPU. gpu_memory: of a GPU or
+    such a process. host_memory: of a node. mfu: fraction of `peak_tflops` that training is expected to reach.
+    peak_tflops: 10^12 operations per second of one device.
     """
 
     num_gpus: int = 1
@@ -38,12 +43,12 @@ class Machine:
 
     @property
     def ranks_of_node(self) -> int:
-        """Of a full node."""
+        """Ranks on a full node."""
         return min(self.num_gpus, self.gpus_per_node)
 
     @property
     def memory_of_rank(self) -> float | None:
-        """Bytes of a GPU; of a process on a CPU, whose ranks share the memory of the node. None if it is not known."""
+        """Bytes of a GPU, or of a process on a CPU, whose ranks share the memory of a node; None if unknown."""
         limits = [self.gpu_memory]
         if self.device == "cpu" and self.host_memory is not None:
             limits.append(self.host_memory // self.ranks_of_node)
@@ -52,9 +57,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class ShardingRow:
-    """One way to shard the model: bytes of a GPU at its peak, of a node's host memory and of its drive.
+    """Memory of one sharding: bytes of a GPU at its peak, of a node's host memory and of a node's drive.
 
-    fits: None where no limits were given.
+    peak_at: the phase of the peak. fits: None without limits.
     """
 
     name: str
@@ -67,11 +72,11 @@ class ShardingRow:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run computes.
+    """Floating point operations and time of all steps, from formulas (`voxtral_dist.model.flops`).
 
-    model_flops: that the mathematics of all steps needs, without padding and recomputation; what a utilisation (MFU) is
-    a share of. hardware_flops: that devices compute. idle: share of the ranks' time that a step with `slots_per_step`
-    micro-batches leaves unused, where ranks do not divide them. seconds: of all steps, without evaluations and saves.
+    model_flops: needed by the mathematics, without padding and recomputation; the numerator of an MFU. hardware_flops:
+    computed by the devices. idle: fraction of the ranks' time that is unused because `slots_per_step` is not a multiple
+    of their number. mfu, peak_tflops: as given. seconds: without evaluations and checkpoints.
     """
 
     num_steps: int
@@ -84,13 +89,23 @@ class Costs:
     seconds: float
 
 
+def estimate_memory(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part], setting: Setting) -> MemoryEstimate:
+    """The memory of the rank that has most."""
+    if isinstance(sharding, Fsdp2Sharding):
+        return Fsdp2Memory(sharding, sizes, parts, setting).estimate()
+    return ZeroMemory(sharding, sizes, parts, setting).estimate()
+
+
 class Estimator:
-    """One configuration on one machine."""
+    """Estimates for one configuration on one machine.
+
+    decoding_bytes: that decoding needs on a rank besides weights; 0 without test sets.
+    """
 
     def __init__(self, config: RunConfig, machine: Machine, workload: Workload | None = None) -> None:
         self.config = config
         self.machine = machine
-        self.model = meta_model_of(config)
+        self.model = meta_model_of(config.model, config.trainable)
         self.flops = TrainingFlops(self.model, config.model)
         self._sizes = ModelSizes.of(self.model)
         self._activations = Activations(self.model, config.model)
@@ -98,11 +113,11 @@ class Estimator:
         self.decoding_bytes = self._decoding_bytes()
 
     def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
-        """The candidate that needs most memory."""
+        """The candidate of the workload that needs most memory."""
         return max(self.workload.candidates, key=lambda shape: self.estimate(sharding, shape).device_bytes)
 
     def estimate(self, sharding: Sharding, shape: MicroBatchShape) -> MemoryEstimate:
-        """Memory of a rank."""
+        """The memory of the rank that has most."""
         setting = Setting(
             device=self.machine.device,
             num_ranks=self.machine.num_gpus,
@@ -116,7 +131,7 @@ class Estimator:
         return estimate_memory(sharding, self._sizes, self._activations.parts(shape), setting)
 
     def row(self, found: MemoryEstimate) -> ShardingRow:
-        """A line of the table."""
+        """One row of the table of shardings."""
         ranks = self.machine.ranks_of_node
         nvme, of_rank, host = found.nvme_bytes * ranks, found.device_bytes, found.host_bytes * ranks
         if self.machine.device == "cpu":
@@ -127,7 +142,7 @@ class Estimator:
         return ShardingRow(found.sharding.name, found.peak.name, of_rank, host, nvme, fits)
 
     def costs(self) -> Costs:
-        """Costs of the run on ranks that each reach the share `mfu` of `peak_tflops`."""
+        """The costs of all steps, if each rank reaches the fraction `mfu` of `peak_tflops`."""
         num_ranks, slots = self.machine.num_gpus, self.config.train_data.slots_per_step
         per_rank = -(-slots // num_ranks)
         micro_batches = self.config.num_steps * slots / self.workload.num_averaged
@@ -146,7 +161,7 @@ class Estimator:
         )
 
     def standard_shardings(self) -> list[Sharding]:
-        """Those that an engine runs in this precision: stage 0 would sum gradients in half precision."""
+        """The standard shardings that exist in this precision: ZeRO-0 would sum gradients in half precision."""
         is_half = self.config.model.precision != "float32"
         return [one for one in STANDARD_SHARDINGS if not (is_half and one == ZeroSharding(0))]
 
@@ -156,18 +171,18 @@ class Estimator:
         return memory.peak_bytes(self.workload.evaluation.shapes)
 
 
-def meta_model_of(config: RunConfig) -> TrainedVoxtral:
-    """The model on the meta device, whatever attention and compilation this machine has.
+def meta_model_of(model: ModelConfig, trainable: TrainableConfig) -> TrainedVoxtral:
+    """The model on the meta device, whatever attention and compilation this machine supports.
 
     Raises:
-        UserError: its config.json is missing or describes no Voxtral.
+        UserError: its config.json is missing, or is not that of a Voxtral.
     """
-    anywhere = config.model.model_copy(update={"attention": "sdpa", "compile_blocks": False})
-    return trained_meta_model(anywhere, config.trainable, DTYPES[config.model.precision])
+    anywhere = model.model_copy(update={"attention": "sdpa", "compile_blocks": False})
+    return trained_meta_model(anywhere, trainable, DTYPES[model.precision])
 
 
 def window_sizes(model: TrainedVoxtral) -> WindowSizes:
-    """Of a model, from its configuration alone."""
+    """The sizes of a model's window, which may be on the meta device."""
     return WindowSizes(
         seconds=window_seconds(model.config),
         audio_tokens=audio_tokens_per_window(model.config),

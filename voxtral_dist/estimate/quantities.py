@@ -1,4 +1,4 @@
-"""Amounts of memory as users write them, and numbers as reports print them."""
+"""Amounts of memory as users write them, and numbers as the estimate prints them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "T
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Bytes of an amount such as `80GB` (10^9) or `80GiB` (2^30).
+    """Bytes of an amount such as `80GB` (80 * 10^9) or `80GiB` (80 * 2^30).
+
+    Args:
+        text: a positive number with a unit.
+        option: the option that it was given for, named in the error.
 
     Raises:
-        UserError: it is no positive number with a unit.
+        UserError: the text is not a positive number with a unit.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     size = units.get(match[2].lower(), 0) if match else 0
     if match is None or float(match[1]) * size == 0:
         raise UserError(
-            f"`{option}` must be a positive amount of memory with one of the units {', '.join(_UNITS)}, such as 80GB, "
-            f"but is {text!r} instead."
+            f"`{option}` must be a positive amount of memory with a unit ({', '.join(_UNITS)}), such as 80GB, but is "
+            f"{text!r} instead."
         )
     return round(float(match[1]) * size)
 
 
 def gigabytes(num_bytes: float) -> str:
-    """`12.3 GB`, of 10^9 bytes; small amounts with more digits."""
+    """Gigabytes of 10^9 bytes, such as `12.3 GB`; more digits below 1 GB."""
     amount = num_bytes / 1e9
     return f"{amount:.1f} GB" if amount >= 1 else f"{amount:.3f} GB"
 
 
 def duration(seconds: float) -> str:
-    """`3 h 20 min`, or minutes, or seconds."""
+    """A duration such as `3 h 20 min`, `45 min` or `3.1 s`."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"

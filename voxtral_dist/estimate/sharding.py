@@ -1,4 +1,4 @@
-"""How an engine divides a model over ranks, as numbers: from a configuration, and the choices that there are."""
+"""How an engine shards a model over ranks, as numbers: as configured, and the standard choices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from voxtral_dist.config import Fsdp2Config, RunConfig
+from voxtral_dist.config import EngineConfig, Fsdp2Config
 from voxtral_dist.engine.fsdp2.sharding import refuse_partial_replicas
 from voxtral_dist.engine.zero.settings import read_deepspeed_file
 
@@ -17,12 +17,12 @@ _PLACES: dict[str, Place] = {"none": "device", "cpu": "host", "nvme": "nvme"}
 
 @dataclass(frozen=True)
 class ZeroSharding:
-    """A DeepSpeed file's `zero_optimization`; sizes of buffers are numbers of values, defaults are DeepSpeed's own.
+    """The `zero_optimization` of a DeepSpeed file, with DeepSpeed's defaults. Sizes are numbers of values.
 
-    stage: 0 to 3. optimizer_place, weights_place: where float32 weights with their moments, and the shards of weights,
-    are kept. has_overlap: of communication with computation, which needs a second bucket. reduce_bucket: gradients that
-    are reduced together. prefetch_bucket, max_live, max_reuse, persistent_size: of stage 3, see DeepSpeed's keys
-    `stage3_*`. sub_group: values that are updated together under stage 3. num_swap_buffers: of NVMe.
+    stage: 0 to 3. optimizer_place: where float32 weights and their moments are kept. weights_place: where partitions of
+    the weights are kept. has_overlap: whether communication overlaps computation, which needs a second bucket.
+    reduce_bucket: gradients that are reduced together. prefetch_bucket, max_live, max_reuse, persistent_size: of stage
+    3, see DeepSpeed's keys `stage3_*`. sub_group: values that stage 3 updates together. num_swap_buffers: for NVMe.
     """
 
     stage: int
@@ -39,7 +39,7 @@ class ZeroSharding:
 
     @property
     def name(self) -> str:
-        """Such as `ZeRO-3, optimizer in host memory`."""
+        """A name such as `ZeRO-3, optimizer in host memory`."""
         places = {"host": "in host memory", "nvme": "on NVMe"}
         optimizer = places.get(self.optimizer_place)
         weights = places.get(self.weights_place)
@@ -53,7 +53,11 @@ class ZeroSharding:
 
 @dataclass(frozen=True)
 class Fsdp2Sharding:
-    """`engine.fsdp2`. ranks_per_replica: None is all ranks."""
+    """The section `engine.fsdp2`.
+
+    reshards: `reshard_after_forward`. ranks_per_replica: None for all ranks. reduce_bytes: of a value whose gradient is
+    reduced. is_offloaded: whether the partitions are in host memory.
+    """
 
     reshards: bool = True
     ranks_per_replica: int | None = None
@@ -62,7 +66,7 @@ class Fsdp2Sharding:
 
     @property
     def name(self) -> str:
-        """Such as `FSDP2, weights kept until the backward pass`."""
+        """A name such as `FSDP2, weights kept until the backward pass`."""
         parts = ["FSDP2"]
         parts += [] if self.reshards else ["weights kept until the backward pass"]
         parts += [f"{self.ranks_per_replica} ranks per replica"] if self.ranks_per_replica else []
@@ -73,15 +77,15 @@ class Fsdp2Sharding:
 Sharding = ZeroSharding | Fsdp2Sharding
 
 
-def configured_sharding(config: RunConfig, num_ranks: int) -> Sharding:
-    """What the configuration asks for.
+def configured_sharding(engine: EngineConfig, num_ranks: int) -> Sharding:
+    """The sharding that a configuration asks for.
 
     Raises:
-        UserError: DeepSpeed's file is not usable, or replicas do not fill the ranks.
+        UserError: DeepSpeed's file is not usable, or the number of ranks is no multiple of `ranks_per_replica`.
     """
-    if config.engine.fsdp2 is not None:
-        return _fsdp2(config.engine.fsdp2, num_ranks)
-    return zero_sharding(read_deepspeed_file(config.engine.deepspeed)["zero_optimization"])
+    if engine.fsdp2 is not None:
+        return _fsdp2(engine.fsdp2, num_ranks)
+    return zero_sharding(read_deepspeed_file(engine.deepspeed)["zero_optimization"])
 
 
 def _fsdp2(settings: Fsdp2Config, num_ranks: int) -> Fsdp2Sharding:
@@ -91,7 +95,7 @@ def _fsdp2(settings: Fsdp2Config, num_ranks: int) -> Fsdp2Sharding:
 
 
 def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
-    """A DeepSpeed file's `zero_optimization`, with DeepSpeed's defaults."""
+    """The sharding that a DeepSpeed file's `zero_optimization` describes."""
     stage = int(zero["stage"])
     optimizer, weights = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
     overlap = zero.get("overlap_comm")
@@ -116,7 +120,7 @@ def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
     )
 
 
-# With the buckets of ds_configs/, where DeepSpeed's own defaults are made for larger machines.
+# With the buckets of ds_configs/: DeepSpeed's defaults are for larger machines.
 _ZERO3 = ZeroSharding(3, has_overlap=True, reduce_bucket=50_000_000, persistent_size=10_000)
 STANDARD_SHARDINGS: tuple[Sharding, ...] = (
     ZeroSharding(0),

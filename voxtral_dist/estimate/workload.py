@@ -1,4 +1,4 @@
-"""How large micro-batches get: from the plan of the data where shards are there, else from the budgets."""
+"""The sizes of micro-batches and decoded batches: from the shards if they are found, else from the budgets."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.model.flops import BatchShape
 from voxtral_dist.model.prompts import VoxtralPrompts
 
-# Of a prompt besides its audio, where no tokenizer tells: markers and the tag of a language.
+# Tokens of a prompt besides its audio, without a tokenizer to count them: markers and the language tag.
 _PROMPT_TOKENS = 10
-# So many micro-batches tell what a run is like: some seconds.
+# Micro-batches of the plan that are looked at, which takes some seconds.
 _PROBED_MICRO_BATCHES = 1000
 
 
 @dataclass(frozen=True)
 class WindowSizes:
-    """Of a model: seconds and audio tokens of a window, and positions of the language model."""
+    """Seconds and audio tokens of a window of the encoder, and positions of the language model."""
 
     seconds: float
     audio_tokens: int
@@ -38,11 +38,11 @@ class WindowSizes:
 
 @dataclass(frozen=True)
 class DataStatistics:
-    """What is known of the training data.
+    """Statistics of the training data.
 
-    hours_per_epoch: of audio, drawn in one pass. num_utterances: that pass the filters. target_tokens: of a step.
-    padding: share of positions that are padding. window_fill: share of the windows that is audio. num_epochs: over the
-    data, in the whole run.
+    hours_per_epoch: audio of one epoch. num_utterances: after the filters. num_epochs: in the whole run.
+    target_tokens: per step. padding: fraction of positions that are padding. window_fill: fraction of the windows that
+    is audio.
     """
 
     hours_per_epoch: float
@@ -125,13 +125,13 @@ def _by_budgets(config: RunConfig, sizes: WindowSizes, missing: str) -> Workload
     needed = BatchShape.needed(
         largest.num_windows, [largest.num_positions] * largest.num_examples, largest.num_target_tokens
     )
-    return Workload((largest,), needed, shape, 1, "the budgets of `train_data`, filled to the last", missing=missing)
+    return Workload((largest,), needed, shape, 1, "the largest that the budgets of `train_data` allow", missing=missing)
 
 
 def largest_within(config: TrainDataConfig, sizes: WindowSizes) -> MicroBatchShape:
-    """The micro-batch that fills the budgets: as many examples as they allow, each with the longest target.
+    """The largest micro-batch that the budgets allow: as many examples as possible, each with the longest target.
 
-    Without `max_duration_seconds` and `max_windows` an example is taken to be one window.
+    Without `max_duration_seconds` and `max_windows`, examples are assumed to be one window long.
     """
     prompt = _PROMPT_TOKENS + (config.context.max_tokens if config.context else 0)
     smallest = sizes.audio_tokens + prompt + 1
@@ -166,9 +166,9 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
     real = sum(positions.num_positions for _, positions in found)
     slots_per_epoch = training_set.plan.steps_per_epoch * config.train_data.slots_per_step
     plan_statistics = training_set.plan.statistics
-    windows_of_chunk = sum(shape.num_windows for shape in shapes) / len(shapes) * slots_per_epoch
-    figures = DataStatistics(
-        hours_per_epoch=windows_of_chunk * prompts.window_seconds * plan_statistics.window_fill / 3600,
+    windows_per_epoch = sum(shape.num_windows for shape in shapes) / len(shapes) * slots_per_epoch
+    statistics = DataStatistics(
+        hours_per_epoch=windows_per_epoch * prompts.window_seconds * plan_statistics.window_fill / 3600,
         num_utterances=sum(stream.num_utterances for stream in training_set.streams.streams),
         steps_per_epoch=training_set.plan.steps_per_epoch,
         num_epochs=config.num_steps / training_set.plan.steps_per_epoch,
@@ -176,14 +176,14 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
         padding=1 - real / max(1, sum(shape.num_examples * shape.num_positions for shape in shapes)),
         window_fill=plan_statistics.window_fill,
     )
-    source = f"the largest of the first {len(shapes)} micro-batches that the plan of the data makes"
-    return Workload(tuple(largest), needed, computed, len(shapes), source, figures)
+    source = f"the largest of the first {len(shapes)} micro-batches of the training data"
+    return Workload(tuple(largest), needed, computed, len(shapes), source, statistics)
 
 
 def _computed(shape: MicroBatchShape, windows_per_chunk: int) -> BatchShape:
-    passes = max(1, -(-shape.num_windows // windows_per_chunk))
+    num_chunks = max(1, -(-shape.num_windows // windows_per_chunk))
     return BatchShape.computed(
-        shape.num_windows, shape.num_examples, shape.num_positions, shape.num_target_tokens, passes
+        shape.num_windows, shape.num_examples, shape.num_positions, shape.num_target_tokens, num_chunks
     )
 
 
@@ -191,9 +191,9 @@ def _slots(config: RunConfig, training_set: TrainingSet) -> Iterator[SlotExample
     plan, num_probed = training_set.plan, 0
     for step in range(config.num_steps):
         for slot in range(plan.num_slots(step)):
-            samples = plan.slot(step, slot)
-            if samples.utterance_ids:
-                yield samples
+            examples = plan.slot(step, slot)
+            if examples.utterance_ids:
+                yield examples
                 num_probed += 1
         if num_probed >= _PROBED_MICRO_BATCHES:
             return
@@ -202,7 +202,7 @@ def _slots(config: RunConfig, training_set: TrainingSet) -> Iterator[SlotExample
 def _micro_batch(
     slot: SlotExamples, training_set: TrainingSet, sizes: ExampleSizes
 ) -> tuple[MicroBatchShape, BatchShape]:
-    """What is computed, with padding, and what is needed."""
+    """The shape of a micro-batch as it is computed, with padding, and what the mathematics needs of it."""
     records = training_set.index.gather(np.array(slot.utterance_ids, dtype=np.int64))
     firsts = np.cumsum([0, *slot.example_sizes[:-1]])
     windows = sizes.windows(np.add.reduceat(records["duration_ms"].astype(np.int64), firsts))

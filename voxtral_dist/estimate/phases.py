@@ -1,0 +1,167 @@
+"""The phases of a run in which a rank's memory may peak, what they depend on, and what each holds.
+
+    P parameters, of which P_t are trained   W ranks that share one copy   s bytes of a value in the model's precision
+
+Model states follow Rajbhandari et al. (arXiv 1910.02054): s P of weights, 4 P_t of gradients, and 12 P_t of float32
+weights and Adam's two moments; each is divided by W from its ZeRO stage on. Buffers of DeepSpeed 0.19.8 and of torch's
+FSDP2 follow from their code (`zero_memory`, `fsdp2_memory`). Temporary tensors and libraries differ between GPUs and
+CPU processes.
+
+Not counted: fragmentation of torch's allocator on GPUs, and data workers (in host memory).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from voxtral_dist.estimate.sharding import Sharding
+from voxtral_dist.evaluation.decoding_weights import gathers_weights
+from voxtral_dist.model.blocks import blocks_of
+from voxtral_dist.model.voxtral import TrainedVoxtral
+
+DeviceKind = Literal["gpu", "cpu"]
+
+FLOAT32_BYTES = 4
+MASTER_BYTES = 4
+# Bytes of a value's moments by `optimizer.algorithm`: two in float32, or Muon's one.
+MOMENT_BYTES = {"adamw": 8, "muon": 4}
+# Contexts of CUDA, NCCL and cuBLAS; not yet measured on a GPU.
+_GPU_LIBRARY_BYTES = 2 * 10**9
+# What DeepSpeed, autograd and oneDNN load and allocate after the start: measured with a model of 0.3 M parameters.
+_CPU_LIBRARY_BYTES = 97 * 10**6
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of values of a model's parameters.
+
+    trained, frozen: sums. largest, largest_trained: the largest parameter, and the largest trained one. largest_unit:
+    the largest group of parameters that FSDP2 gathers together. sizes: each parameter.
+    """
+
+    trained: int
+    frozen: int
+    largest: int
+    largest_trained: int
+    largest_unit: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: TrainedVoxtral) -> ModelSizes:
+        """The sizes of a model, which may be on the meta device."""
+        parameters = list(model.parameters())
+        trained = [one.numel() for one in parameters if one.requires_grad]
+        sizes = tuple(one.numel() for one in parameters)
+        blocks = [block for of_component in blocks_of(model).values() for block in of_component]
+        units = [sum(one.numel() for one in block.parameters()) for block in blocks]
+        largest_unit = max([*units, model.lm_head.weight.numel()])
+        return cls(sum(trained), sum(sizes) - sum(trained), max(sizes), max(trained), largest_unit, sizes)
+
+    @property
+    def all(self) -> int:
+        """Values of trained and frozen parameters."""
+        return self.trained + self.frozen
+
+    def persistent(self, threshold: int) -> int:
+        """Values of the parameters that ZeRO-3 does not shard, because they are no larger than a threshold."""
+        return sum(size for size in self.sizes if size <= threshold)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes of a rank in one phase of a run by kind, on its device and in its part of host memory."""
+
+    name: str
+    device: dict[str, float]
+    host: dict[str, float]
+
+    @property
+    def device_bytes(self) -> float:
+        """All bytes on the device."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> float:
+        """All bytes in host memory."""
+        return sum(self.host.values())
+
+    @property
+    def process_bytes(self) -> float:
+        """Bytes of a process on a CPU, where the device is the host."""
+        return self.device_bytes + self.host_bytes
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """The phases of a run under one sharding.
+
+    nvme_bytes: a rank's part of the drive. gathers_weights: whether evaluations gather a copy of the weights on each
+    rank; None if there is none to gather, or no evaluation.
+    """
+
+    sharding: Sharding
+    phases: tuple[Phase, ...]
+    nvme_bytes: float
+    gathers_weights: bool | None = None
+
+    @property
+    def peak(self) -> Phase:
+        """The phase with most bytes on the device."""
+        return max(self.phases, key=lambda phase: phase.device_bytes)
+
+    @property
+    def device_bytes(self) -> float:
+        """A rank's peak on its device."""
+        return self.peak.device_bytes
+
+    @property
+    def host_bytes(self) -> float:
+        """A rank's peak in host memory."""
+        return max(phase.host_bytes for phase in self.phases)
+
+    @property
+    def process_bytes(self) -> float:
+        """The peak of a process on a CPU, where the device is the host."""
+        return max(phase.process_bytes for phase in self.phases)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What memory depends on besides the model and its sharding.
+
+    num_ranks: on all nodes. num_micro_batches: that a rank computes per step. value_bytes: of a value in the model's
+    precision. moment_bytes: that the optimizer keeps per value, see `MOMENT_BYTES`. decoding_bytes: that decoding needs
+    besides weights, see `DecodingMemory`; 0 without evaluations. evaluation_weights: `evaluation.weights`. rank_memory:
+    of a GPU, or of a process on a CPU; None if unknown.
+    """
+
+    device: DeviceKind
+    num_ranks: int
+    num_micro_batches: int
+    value_bytes: int
+    moment_bytes: int = MOMENT_BYTES["adamw"]
+    decoding_bytes: int = 0
+    evaluation_weights: Literal["auto", "gathered", "sharded"] = "auto"
+    rank_memory: float | None = None
+
+    @property
+    def library_bytes(self) -> float:
+        """Bytes of a rank's libraries."""
+        return _CPU_LIBRARY_BYTES if self.device == "cpu" else _GPU_LIBRARY_BYTES
+
+    def evaluation(self, held: Phase, copy_bytes: float, unit_bytes: float) -> tuple[Phase, bool | None]:
+        """The phase of an evaluation, and `MemoryEstimate.gathers_weights`.
+
+        Args:
+            held: what a rank holds in every phase.
+            copy_bytes: of a full copy of the weights, 0 if they are not sharded.
+            unit_bytes: of the weights that a forward pass gathers at a time.
+        """
+        gathers = None
+        if copy_bytes:
+            in_use = held.process_bytes if self.device == "cpu" else held.device_bytes
+            free = None if self.rank_memory is None else self.rank_memory - in_use
+            gathers = gathers_weights(self.evaluation_weights, copy_bytes + self.decoding_bytes, free)
+        more = {"gathered weights": copy_bytes if gathers else unit_bytes, "decoding": self.decoding_bytes}
+        return Phase(held.name, held.device | more, held.host), gathers
