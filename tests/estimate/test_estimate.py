@@ -17,33 +17,8 @@ from voxtral_dist.estimate.sharding import Fsdp2Sharding, ZeroSharding, zero_sha
 from voxtral_dist.estimate.workload import WindowSizes, largest_within
 
 from corpora import REPOSITORY
+from published import write_mini
 
-MINI = {
-    "model_type": "voxtral",
-    "audio_config": {
-        "model_type": "voxtral_encoder",
-        "num_mel_bins": 128,
-        "max_source_positions": 1500,
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "intermediate_size": 5120,
-    },
-    "text_config": {
-        "model_type": "llama",
-        "vocab_size": 131_072,
-        "hidden_size": 3072,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 8192,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e8},
-    },
-    "audio_token_id": 24,
-    "projector_hidden_act": "gelu",
-}
 MINI_SIZES = WindowSizes(seconds=30.0, audio_tokens=375, max_positions=131_072)
 
 
@@ -52,8 +27,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with nothing but the description of Voxtral-Mini-3B."""
     folder = tmp_path_factory.mktemp("models") / "mini"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MINI), encoding="utf-8")
-    return folder
+    return write_mini(folder)
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
