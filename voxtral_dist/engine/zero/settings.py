@@ -98,7 +98,8 @@ def complete_settings(
         # Muon needs gradients of full matrices.
         zero["reduce_scatter"] = False
     return (
-        {"steps_per_print": _NEVER}
+        # DeepSpeed's measurement of throughput makes the host wait for the device in every micro-batch and update.
+        {"steps_per_print": _NEVER, "timers": {"throughput": {"enabled": False}}}
         | settings
         | {
             "zero_optimization": zero,
