@@ -82,7 +82,14 @@ def train(config: RunConfig, world: World) -> int:
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     storage = Storage(config.storage)
     loader = build_train_loader(
-        config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size, storage
+        config.train_data,
+        prompts,
+        config.seed,
+        config.num_steps,
+        world.rank,
+        world.size,
+        storage,
+        pin_memory=world.device.type == "cuda",
     )
     refuse_different_data(loader.training_set.fingerprint, world)
     test_sets = build_test_sets(config.evaluation, prompts, config.train_data.target_text, storage)

@@ -72,7 +72,15 @@ def run_config(run: TrainingRun) -> RunConfig:
 def _train(run: TrainingRun, world: World) -> dict[str, Any]:
     config = run_config(run)
     prompts = VoxtralPrompts.from_pretrained(run.model)
-    loader = build_train_loader(config.train_data, prompts, config.seed, config.num_steps, world.rank, world.size)
+    loader = build_train_loader(
+        config.train_data,
+        prompts,
+        config.seed,
+        config.num_steps,
+        world.rank,
+        world.size,
+        pin_memory=world.device.type == "cuda",
+    )
     log_mel = LogMel.from_pretrained(run.model, world.device)
     engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
     train_step = build_train_step(config, engine, world)

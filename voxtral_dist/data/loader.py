@@ -57,6 +57,7 @@ class TrainLoader:
         num_steps: int,
         rank: int,
         world_size: int,
+        pin_memory: bool,
     ) -> None:
         self.training_set = training_set
         self._dataset = dataset
@@ -64,6 +65,7 @@ class TrainLoader:
         self._num_steps = num_steps
         self._rank = rank
         self._world_size = world_size
+        self._pin_memory = pin_memory
 
     def starting_at(self, first_step: int) -> Iterator[StepBatches]:
         """Yield the micro-batches of each step, from `first_step` to the end of the run."""
@@ -79,6 +81,7 @@ class TrainLoader:
             prefetch_factor=max(2, -(-2 * per_step // self._num_workers)) if self._num_workers else None,
             # Forked workers share the index and the tokenizer with the rank.
             multiprocessing_context="fork" if self._num_workers else None,
+            pin_memory=self._pin_memory,
         )
         batches = iter(stream)
         for step in steps:
@@ -104,6 +107,7 @@ def build_train_loader(
     rank: int,
     world_size: int,
     storage: Storage | None = None,
+    pin_memory: bool = False,
 ) -> TrainLoader:
     """Build the loader of one rank.
 
@@ -115,6 +119,7 @@ def build_train_loader(
         rank: number of the rank, from 0.
         world_size: number of ranks.
         storage: reads shards; None reads local files and URLs with the default settings.
+        pin_memory: put micro-batches into page-locked memory, from which copies to a GPU do not block; needs a GPU.
 
     Raises:
         UserError: shards are missing, no utterance passes the filters, or there are more ranks than slots.
@@ -126,7 +131,7 @@ def build_train_loader(
     if config.spec_augment is not None:
         check_spec_augment(config.spec_augment, prompts.num_mel_bins)
     dataset = _SlotDataset(reader, prompts, config.spec_augment, seed)
-    return TrainLoader(training_set, dataset, config.num_workers, num_steps, rank, world_size)
+    return TrainLoader(training_set, dataset, config.num_workers, num_steps, rank, world_size, pin_memory)
 
 
 def _ignore_stop_signals(_worker: int) -> None:
