@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _resident_bytes() -> dict[str, int]:
-    """Of this process alone, and of files that it shares with others through the page cache."""
+    """Resident bytes of this process alone, and of files that it shares with others through the page cache."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[key].split()[0]) * 1024 for name, key in (("own", "RssAnon"), ("shared", "RssFile"))}
 

@@ -83,7 +83,7 @@ def _checkpoint(variant: _Variant) -> Iterator[_Variant]:
 
 
 def _fewer_windows(variant: _Variant) -> Iterator[_Variant]:
-    """As few halvings of the windows as fit; a single window if none fits."""
+    """Halve the windows of a micro-batch until it fits; a single window if none fits."""
     windows = max(shape.num_windows for shape in variant.estimator.workload.candidates)
     changed = None
     while windows > 1 and not (changed and changed.outcome().fits):
