@@ -11,7 +11,7 @@ import pytest
 from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.charts import MAX_POINTS, Chart, draw, linear_axis, logarithmic_axis, thinned, tick_label
 from voxtral_dist.reporting.curves import Curve, Point, Series, curves_of, read_rows
-from voxtral_dist.reporting.results_folder import read_results_folder, read_scores
+from voxtral_dist.reporting.results_folder import read_results, read_results_folder
 
 from saved_results import NUM_STEPS, score_of
 
@@ -19,7 +19,7 @@ from saved_results import NUM_STEPS, score_of
 @pytest.fixture(scope="module")
 def charts(run: Path) -> dict[str, Chart]:
     results = read_results_folder(run)
-    return {curve.title: draw(curve) for curve in curves_of(results.rows, read_scores(results))}
+    return {curve.title: draw(curve) for curve in curves_of(results.rows, read_results(results))}
 
 
 def places_of(path: str) -> list[tuple[float, float]]:
@@ -30,7 +30,7 @@ def test_a_curve_has_a_point_for_each_row(charts):
     assert {title: [len(places_of(line.path)) for line in chart.lines] for title, chart in charts.items()} == {
         "Training loss": [NUM_STEPS],
         "Learning rate": [NUM_STEPS],
-        "Gradient norm": [NUM_STEPS - 1],  # One step was left out.
+        "Gradient norm": [NUM_STEPS - 1],  # One step was skipped.
         "WER": [3, 3],
         "CER": [3, 3],
     }
@@ -57,7 +57,7 @@ def test_rates_are_in_percent_with_the_intervals_of_their_scores(run, charts):
 def test_evaluations_without_metrics_have_curves_too(run, tmp_path):
     (tmp_path / "evaluations").symlink_to(run / "evaluations")
     results = read_results_folder(tmp_path)
-    curves = curves_of(results.rows, read_scores(results))
+    curves = curves_of(results.rows, read_results(results))
     assert [(curve.title, len(curve.series[0].points)) for curve in curves] == [("WER", 3), ("CER", 3)]
 
 

@@ -104,10 +104,10 @@ def test_clips_are_those_of_the_same_key(shard_folder):
     one = utterance(3, "a", "b", key=samples[3].key)
     assert stored.read(one) == EmbeddedAudio(media_type(samples[3].audio), samples[3].audio)
     assert stored.read(replace(one, decoded=replace(one.decoded, key="other"))) == MissingAudio(
-        f"sample 3 of the shards is another utterance, {samples[3].key!r}"
+        f"utterance 3 of the shards is another one, {samples[3].key!r}"
     )
     assert stored.read(replace(one, decoded=replace(one.decoded, utterance_id=len(samples)))) == MissingAudio(
-        f"the shards have no sample {len(samples)}"
+        f"the shards have no utterance {len(samples)}"
     )
 
 

@@ -103,7 +103,7 @@ def test_steps_of_an_attempt_that_began_again_are_not_shown(report, run, tmp_pat
     (run / "metrics.jsonl").write_text("\n".join([*rows, ""]))
     report(run)
     assert "The run has not evaluated any test set." in parse(run / "report.html").text
-    # Unless nothing tells what was recorded.
+    # Without a record of what was evaluated, all are shown.
     (run / "metrics.jsonl").unlink()
     report(run)
     assert "- Step: 12, of 4 evaluated steps" in (run / "report.md").read_text()
@@ -125,7 +125,7 @@ def test_what_score_writes_is_enough(report, capsys, tmp_path, shard_folder, run
     assert report(tmp_path / "scored").code == 0
     page = parse(tmp_path / "scored" / "report.html")
     assert "normalizer none-1" in page.text
-    assert "nothing tells where its shards are: add --shards speech=FOLDER" in page.text
+    assert "the location of its shards is unknown: add --shards speech=FOLDER" in page.text
     assert not page.all("figure")
     assert report(tmp_path / "scored", "--shards", f"speech={shard_folder}", "--num-clips", 2).code == 0
     assert len(parse(tmp_path / "scored" / "report.html").all("audio")) == 2
@@ -199,16 +199,16 @@ def test_another_version_of_the_normalizer_is_told(report, tmp_path):
     score = (folder / "speech.json").read_text()
     (folder / "speech.json").write_text(score.replace('"basic-2"', '"basic-0"'))
     assert report(folder).code == 0
-    assert "This machine has another version of the normalizer basic-0" in parse(folder / "report.html").text
+    assert "The installed version of the normalizer differs from basic-0" in parse(folder / "report.html").text
 
 
 def test_mistakes_are_one_sentence(refusal, run, tmp_path):
     assert "holds no results: name a run, or a folder with" in refusal(tmp_path)
     assert "holds no results" in refusal(tmp_path / "nowhere")
-    assert "has not evaluated step 5, but the steps 0, 4, 8." in refusal(run, "--step", 5)
+    assert "has not evaluated step 5, only 0, 4, 8." in refusal(run, "--step", 5)
     bare = run / "evaluations" / "step-0000008"
-    assert "is a folder of results and no run" in refusal(bare, "--step", "best")
-    assert "there are no results of a test set `other`; there are: speech, again." in refusal(
+    assert "is a folder of results without steps, not a run" in refusal(bare, "--step", "best")
+    assert "there are no results of a test set `other`; known test sets: speech, again." in refusal(
         run, "--shards", "other=x"
     )
     assert "nowhere" in refusal(run, "--shards", f"speech={tmp_path / 'nowhere'}")
@@ -255,7 +255,7 @@ def test_a_row_that_no_run_writes_is_refused_by_line(refusal, run, tmp_path, row
     num_rows = len((run / "metrics.jsonl").read_text().splitlines())
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    assert f"metrics.jsonl are damaged (line {num_rows + 1} is no row of a run)" in refusal(run)
+    assert f"metrics.jsonl are damaged (line {num_rows + 1} is not a row of a run)" in refusal(run)
 
 
 def test_lines_and_figures_must_belong_together(refusal, tmp_path):

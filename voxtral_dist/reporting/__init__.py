@@ -1,1 +1,1 @@
-"""Evaluation reports: one HTML file that needs nothing else, and the same figures as Markdown."""
+"""Evaluation reports: one HTML file that needs nothing else, and the same numbers as Markdown."""

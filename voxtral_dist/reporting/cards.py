@@ -1,4 +1,4 @@
-"""The utterances that a report shows: which ones, and each as a card with its words side by side."""
+"""The utterances that a report shows, each as a card with the words of reference and hypothesis side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.utterances import ScoredUtterance
 
-# A hypothesis that loops may have thousands of words, and a language without spaces has words of any length.
+# A repetition loop may have thousands of words, and text without spaces has words of any length.
 MAX_WORDS = 120
 MAX_CHARACTERS = 800
 _MAX_WORD_CHARACTERS = 300
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The aligned words of a normalized reference and hypothesis, and how many more there are."""
+    """The aligned words of a normalized reference and hypothesis; `num_skipped` more are not shown."""
 
     words: tuple[AlignedWord, ...]
     num_skipped: int
@@ -34,10 +34,10 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Card:
-    """One shown utterance.
+    """One utterance.
 
-    number: of its line in `NAME.jsonl`, from 1. before: the words of the baseline's hypothesis. more_errors: than it.
-    is_repeated: whether an earlier card has its audio.
+    number: line in `NAME.jsonl`, from 1. before: words of the baseline's hypothesis. more_errors: than the baseline.
+    is_repeated: whether an earlier card shows the same utterance.
     """
 
     number: int
@@ -51,17 +51,17 @@ class Card:
 
     @property
     def clip(self) -> EmbeddedAudio | None:
-        """The audio of the utterance."""
+        """The audio, if there is some."""
         return self.audio if isinstance(self.audio, EmbeddedAudio) else None
 
     @property
     def reason_for_silence(self) -> str | None:
-        """Why it has none, where it was tried."""
+        """Why there is no audio, if it was looked for."""
         return self.audio.reason if isinstance(self.audio, MissingAudio) else None
 
     @property
     def flags(self) -> list[str]:
-        """What went wrong as a whole."""
+        """What is wrong with the hypothesis as a whole."""
         one = self.utterance
         found = {
             "empty hypothesis": not one.decoded.hypothesis.strip(),
@@ -71,45 +71,45 @@ class Card:
         return [name for name, is_so in found.items() if is_so]
 
 
-def side_by_side(utterance: ScoredUtterance, used: Normalizer) -> SideBySide:
-    """The normalized words of an utterance, shortened where they would fill pages."""
-    aligned = align_words(used.apply(utterance.decoded.reference), used.apply(utterance.decoded.hypothesis))
+def side_by_side(utterance: ScoredUtterance, normalizer: Normalizer) -> SideBySide:
+    """The normalized words of an utterance, at most `MAX_WORDS`, long words shortened."""
+    aligned = align_words(normalizer.apply(utterance.decoded.reference), normalizer.apply(utterance.decoded.hypothesis))
     shown = tuple(AlignedWord(one.kind, _word(one.reference), _word(one.hypothesis)) for one in aligned[:MAX_WORDS])
     return SideBySide(shown, len(aligned) - len(shown))
 
 
 def shortened(text: str, num_characters: int = MAX_CHARACTERS) -> str:
-    """The text, or its beginning and how much is left out."""
+    """The text, or its beginning and the number of the other characters."""
     if len(text) <= num_characters:
         return text
     return f"{text[:num_characters]}… ({len(text) - num_characters} more characters)"
 
 
 def with_most_errors(utterances: Sequence[ScoredUtterance], num_shown: int) -> list[Numbered]:
-    """Those with the most word errors, the worst first; none without an error."""
+    """The utterances with the most word errors, the worst first; none without an error."""
     wrong = (numbered for numbered in enumerate(utterances, 1) if numbered[1].words.errors)
     return heapq.nsmallest(num_shown, wrong, key=lambda one: (-one[1].words.errors, one[0]))
 
 
 def with_highest_rates(utterances: Sequence[ScoredUtterance], num_shown: int) -> list[Numbered]:
-    """Those with the highest WER, the worst first, more errors before fewer; none whose reference has no words."""
+    """The utterances with the highest WER, the worst first, ties by errors; none whose reference has no words."""
     wrong = (one for one in enumerate(utterances, 1) if one[1].words.errors and one[1].words.rate is not None)
     return heapq.nsmallest(num_shown, wrong, key=lambda one: (-(one[1].words.rate or 0), -one[1].words.errors, one[0]))
 
 
 def changed_most(pairs: Sequence[Pair], num_shown: int, sign: int) -> list[tuple[int, Pair]]:
-    """Pairs whose second has the most fewer errors (sign -1) or more errors (sign 1), with their numbers from 1."""
+    """The pairs whose errors fell most (sign -1) or rose most (sign 1) from baseline to run, numbered from 1."""
     changed = (one for one in enumerate(pairs, 1) if sign * more_errors(one[1]) > 0)
     return heapq.nsmallest(num_shown, changed, key=lambda one: (-sign * more_errors(one[1]), one[0]))
 
 
 def more_errors(pair: Pair) -> int:
-    """Of the second run."""
+    """Word errors of the run minus those of its baseline."""
     return pair[1].words.errors - pair[0].words.errors
 
 
 def in_turns(lists: Iterable[Sequence[T]], identity: Callable[[T], int]) -> Iterator[T]:
-    """The first of each list, then the second of each and so on, each once: so that every list has some."""
+    """The first of each list, then the second of each and so on, without duplicates, so that no list dominates."""
     seen: set[int] = set()
     for turn in zip_longest(*lists):
         for one in turn:
@@ -124,7 +124,7 @@ def _word(word: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class ChosenUtterances:
-    """The utterances that a test set shows, by their numbers."""
+    """The utterances that the section of a test set shows, numbered from 1."""
 
     most_errors: list[Numbered]
     highest_rates: list[Numbered]
@@ -133,7 +133,7 @@ class ChosenUtterances:
 
     @classmethod
     def of(cls, utterances: Sequence[ScoredUtterance], pairs: Sequence[Pair], num_shown: int) -> ChosenUtterances:
-        """At most so many of each kind; pairs are those of a baseline and this, and may be none."""
+        """Choose at most `num_shown` of each kind; `pairs` with a baseline may be empty."""
         return cls(
             with_most_errors(utterances, num_shown),
             with_highest_rates(utterances, num_shown),
@@ -142,29 +142,33 @@ class ChosenUtterances:
         )
 
     def in_turns(self) -> list[Numbered]:
-        """All of them in the order in which they get audio: so that every kind has some."""
+        """All utterances in the order in which they get audio, so that every kind has some."""
         better, worse = ([(number, pair[1]) for number, pair in pairs] for pairs in (self.better, self.worse))
         return list(in_turns([self.most_errors, self.highest_rates, worse, better], lambda one: one[0]))
 
 
 class CardMaker:
-    """Makes cards in the order in which they stand, of which the first of an utterance has its audio."""
+    """Makes cards in the order of the page; the first card of an utterance has its audio."""
 
-    def __init__(self, used: Normalizer, grouping: Grouping, clips: Mapping[int, EmbeddedAudio | MissingAudio]) -> None:
-        self._used = used
+    def __init__(
+        self, normalizer: Normalizer, grouping: Grouping, audio: Mapping[int, EmbeddedAudio | MissingAudio]
+    ) -> None:
+        self._normalizer = normalizer
         self._grouping = grouping
-        self._clips = clips
+        self._audio = audio
         self._seen: set[int] = set()
 
     def plain(self, numbered: Sequence[Numbered]) -> tuple[Card, ...]:
-        """A card for each utterance."""
+        """One card for each utterance."""
         return tuple(self._card(number, utterance) for number, utterance in numbered)
 
     def changed(self, numbered: Sequence[tuple[int, Pair]]) -> tuple[Card, ...]:
-        """Cards with the words of the baseline."""
+        """Cards that also show the words of the baseline."""
         return tuple(
             replace(
-                self._card(number, pair[1]), before=side_by_side(pair[0], self._used), more_errors=more_errors(pair)
+                self._card(number, pair[1]),
+                before=side_by_side(pair[0], self._normalizer),
+                more_errors=more_errors(pair),
             )
             for number, pair in numbered
         )
@@ -173,5 +177,5 @@ class CardMaker:
         is_repeated = number in self._seen
         self._seen.add(number)
         speaker = self._grouping.speaker(utterance.decoded)
-        aligned = side_by_side(utterance, self._used)
-        return Card(number, utterance, speaker, aligned, audio=self._clips.get(number), is_repeated=is_repeated)
+        aligned = side_by_side(utterance, self._normalizer)
+        return Card(number, utterance, speaker, aligned, audio=self._audio.get(number), is_repeated=is_repeated)

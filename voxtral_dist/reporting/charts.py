@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from voxtral_dist.reporting.curves import Curve, Point, Series
 
 _NUM_STEPS_BETWEEN_TICKS = (1.0, 2.0, 2.5, 5.0, 10.0)
-# From here on small values of a linear axis cannot be told apart.
+# At a larger ratio, small values on a linear axis are too close to read.
 _MIN_LOGARITHMIC_RATIO = 50.0
 _FEW_POWERS = 3
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps the values from `low` to `high` to the places from `start` to `end`; ticks are values."""
+    """Maps values from `low` to `high` to coordinates from `start` to `end`; ticks are values."""
 
     low: float
     high: float
@@ -26,7 +26,7 @@ class Axis:
     is_logarithmic: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value stands; what is beyond the ends stands at the end."""
+        """The coordinate of a value, which is clamped to the axis."""
         low, high, value = (
             math.log10(one) if self.is_logarithmic else one for one in (self.low, self.high, self._kept(value))
         )
@@ -37,10 +37,10 @@ class Axis:
 
 
 def linear_axis(low: float, high: float, start: float, end: float, num_ticks: int = 5) -> Axis:
-    """An axis whose ends are ticks; it begins at 0 where that takes less than half of it."""
+    """An axis whose ends are ticks; it begins at 0 if less than half of it is empty then."""
     if 0 < low < high / 2 or low == high > 0:
         low = 0.0
-    # What rounding alone makes different is the same.
+    # Values that differ only by rounding are the same.
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):
         high = low + 1.0
     distance = tick_distance(high - low, num_ticks)
@@ -50,13 +50,13 @@ def linear_axis(low: float, high: float, start: float, end: float, num_ticks: in
 
 
 def tick_distance(span: float, num_ticks: int) -> float:
-    """The smallest of 1, 2, 2.5 and 5 times a power of ten that needs no more ticks."""
+    """The smallest of 1, 2, 2.5 and 5 times a power of ten that makes at most `num_ticks` steps."""
     power = 10.0 ** math.floor(math.log10(span / num_ticks))
     return next(step * power for step in _NUM_STEPS_BETWEEN_TICKS if step * power >= span / num_ticks * (1 - 1e-9))
 
 
 def logarithmic_axis(low: float, high: float, start: float, end: float) -> Axis:
-    """An axis between 1, 2 or 5 times powers of ten; ticks at powers of ten, and at the others where there are few."""
+    """An axis between 1, 2 or 5 times powers of ten; ticks at powers of ten, at the others too if these are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
     first = max(step for step in steps if step <= low * (1 + 1e-9))
@@ -67,25 +67,25 @@ def logarithmic_axis(low: float, high: float, start: float, end: float) -> Axis:
 
 
 def spans_decades(low: float, high: float) -> bool:
-    """Whether a logarithmic axis is needed, and possible."""
+    """Whether a logarithmic axis is needed and possible."""
     return low > 0 and high / low >= _MIN_LOGARITHMIC_RATIO
 
 
 def tick_label(value: float) -> str:
-    """Such as `2,000`, `0.25` or `2.5e-4`."""
+    """A short label such as `2,000`, `0.25` or `2.5e-4`."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:,.6g}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-# In units of the drawing, which are pixels at its natural size: that of a phone.
+# In units of the drawing, which are pixels at its natural size, that of a phone.
 WIDTH, HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 350, 10, 172
-# About three a pixel: more cannot be seen, and make files of long runs heavy.
+# About three per pixel: more are invisible, and make the files of long runs large.
 MAX_POINTS = 1000
 NUM_COLOURS = 6
-# Shapes around (0, 0), so that lines are told apart without colours too.
+# Shapes around (0, 0), so that lines differ without colours too.
 MARKERS = (
     "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0",
     "M-3 -3h6v6h-6z",
@@ -96,7 +96,7 @@ MARKERS = (
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis and what stands there."""
+    """A coordinate on an axis and its label."""
 
     place: float
     label: str
@@ -104,7 +104,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A point with the ends of its interval, and what it says."""
+    """A point with the ends of its interval and its tooltip."""
 
     x: float
     y: float
@@ -114,10 +114,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line:
-    """A series on paper.
+    """A drawn series.
 
-    path: of SVG. steps, values: of its points, which the page reads aloud under the pointer; places: their x. marks:
-    none where there are too many points.
+    path: of SVG. places: x coordinates of its points. steps, values: of its points, which the script shows under the
+    pointer. marks: none if there are too many points.
     """
 
     name: str
@@ -130,18 +130,18 @@ class Line:
 
     @property
     def colour(self) -> int:
-        """The number of its colour and its dashes."""
+        """The number of the colour and dash pattern."""
         return self.number % NUM_COLOURS
 
     @property
     def marker(self) -> str:
-        """Its shape."""
+        """The path of the marker."""
         return MARKERS[self.number % len(MARKERS)]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """All that is drawn. summary: what it shows, for those who do not see it."""
+    """The geometry of a chart. summary: its text for screen readers. num_skipped: points that are not drawn."""
 
     title: str
     unit: str
@@ -156,7 +156,7 @@ class Chart:
 
 
 def draw(curve: Curve) -> Chart:
-    """The chart of a curve that has points."""
+    """Draw a curve that has points."""
     points = [point for series in curve.series for point in series.points]
     x_axis = linear_axis(min(point.step for point in points), max(point.step for point in points), _LEFT, _RIGHT, 4)
     y_axis = _y_axis(curve, points)
@@ -174,16 +174,16 @@ def draw(curve: Curve) -> Chart:
 
 
 def thinned(points: Sequence[Point]) -> tuple[Point, ...]:
-    """At most `MAX_POINTS` of them: the lowest and the highest of each run of neighbours, so that spikes stay."""
+    """At most `MAX_POINTS` points: the lowest and highest of each group of neighbours, so that spikes stay."""
     if len(points) <= MAX_POINTS:
         return tuple(points)
-    run_length = -(-2 * len(points) // MAX_POINTS)
-    return tuple(_extremes([points[start : start + run_length] for start in range(0, len(points), run_length)]))
+    group_length = -(-2 * len(points) // MAX_POINTS)
+    return tuple(_extremes([points[start : start + group_length] for start in range(0, len(points), group_length)]))
 
 
-def _extremes(runs: Sequence[Sequence[Point]]) -> Iterator[Point]:
-    for run in runs:
-        ends = {min(run, key=lambda point: point.value), max(run, key=lambda point: point.value)}
+def _extremes(groups: Sequence[Sequence[Point]]) -> Iterator[Point]:
+    for group in groups:
+        ends = {min(group, key=lambda point: point.value), max(group, key=lambda point: point.value)}
         yield from sorted(ends)
 
 

@@ -1,4 +1,4 @@
-"""What a run measured over its steps, as series of points."""
+"""Metrics of a run over its steps, as series of points."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from voxtral_dist.scoring.intervals import Interval
 from voxtral_dist.scoring.results import TestSetResult
 from voxtral_dist.training.metrics_file import read_metrics
 
-Scores = Mapping[tuple[int, str], TestSetResult]
+Results = Mapping[tuple[int, str], TestSetResult]
 
 
 class Point(NamedTuple):
-    """A value at a step, and its interval where there is one."""
+    """A value at a step, with its confidence interval if known."""
 
     step: int
     value: float
@@ -27,7 +27,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """Points in the order of their steps."""
+    """Named points in the order of their steps."""
 
     name: str
     points: tuple[Point, ...]
@@ -35,10 +35,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one chart shows.
+    """The series of one chart.
 
-    unit: of all values; empty where they have none. is_measured_rarely: so that each point is worth a mark.
-    may_be_logarithmic: where values differ by orders of magnitude.
+    unit: of all values; empty without one. is_measured_rarely: whether each point gets a mark. may_be_logarithmic:
+    whether the axis becomes logarithmic if values differ by orders of magnitude.
     """
 
     title: str
@@ -56,38 +56,38 @@ _TRAINING = (
 _RATES = (("wer", "WER", "wer_interval"), ("cer", "CER", None))
 
 
-def curves_of(rows: Sequence[Mapping[str, Any]], scores: Scores) -> list[Curve]:
-    """The curves of a run that have a point; rates are in percent, with their intervals where a score tells them."""
+def curves_of(rows: Sequence[Mapping[str, Any]], results: Results) -> list[Curve]:
+    """The curves of a run that have points; rates are in percent, with the intervals of the results."""
     training = [row for row in rows if row["kind"] == "train"]
     curves = [
         Curve(title, unit, (Series(title, _points(training, name)),), may_be_logarithmic=may_be_logarithmic)
         for name, title, unit, may_be_logarithmic in _TRAINING
     ]
-    evaluations = [row for row in rows if row["kind"] == "evaluation"] or _rows_of(scores)
-    curves += [_rates(evaluations, scores, *rate) for rate in _RATES]
+    evaluations = [row for row in rows if row["kind"] == "evaluation"] or _rows_of(results)
+    curves += [_rates(evaluations, results, *rate) for rate in _RATES]
     return [curve for curve in curves if any(series.points for series in curve.series)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run; none without the file.
+    """The rows of `metrics.jsonl`; none without the file.
 
     Raises:
-        UserError: it cannot be read, or a line is no row.
+        UserError: the file cannot be read, or a line is not a row.
     """
     try:
         rows = read_metrics(path)
     except OSError as error:
         raise UserError(f"The metrics {path} cannot be read: {error.strerror}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The metrics {path} are damaged ({error}): mend or remove the line.") from error
+        raise UserError(f"The metrics {path} are damaged ({error}): fix or remove the line.") from error
     for number, row in enumerate(rows, 1):
         if not _is_row(row):
-            raise UserError(f"The metrics {path} are damaged (line {number} is no row of a run): mend or remove it.")
+            raise UserError(f"The metrics {path} are damaged (line {number} is not a row of a run): fix or remove it.")
     return rows
 
 
 def _is_row(row: Any) -> bool:
-    """Whether it has all that curves need, of the right types; a value that was not measured is null or missing."""
+    """Whether a row has what curves need, of the right types; values that were not measured are null or missing."""
     if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
         return False
     if row["kind"] == "evaluation" and not isinstance(row.get("name"), str):
@@ -102,25 +102,25 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[Point, ...]:
 
 
 def _rates(
-    evaluations: Sequence[Mapping[str, Any]], scores: Scores, name: str, title: str, interval: str | None
+    evaluations: Sequence[Mapping[str, Any]], results: Results, name: str, title: str, interval: str | None
 ) -> Curve:
-    """A rate of all test sets over the steps."""
+    """The curve of a rate, with a series for each test set."""
     names = dict.fromkeys(row["name"] for row in evaluations)
     series = []
     for test_set in names:
         points = _points([row for row in evaluations if row["name"] == test_set], name)
         series.append(
-            Series(test_set, tuple(_in_percent(one, scores.get((one.step, test_set)), interval) for one in points))
+            Series(test_set, tuple(_in_percent(one, results.get((one.step, test_set)), interval) for one in points))
         )
     return Curve(title, "%", tuple(series), is_measured_rarely=True)
 
 
-def _in_percent(point: Point, score: TestSetResult | None, interval: str | None) -> Point:
-    ends = getattr(score.normalized, interval) if score is not None and interval is not None else None
+def _in_percent(point: Point, result: TestSetResult | None, interval: str | None) -> Point:
+    ends = getattr(result.normalized, interval) if result is not None and interval is not None else None
     return Point(point.step, 100 * point.value, None if ends is None else (100 * ends[0], 100 * ends[1]))
 
 
-def _rows_of(scores: Scores) -> list[dict[str, Any]]:
-    """What the rows of metrics say, where only evaluations were kept."""
-    rates = {key: score.normalized for key, score in scores.items()}
+def _rows_of(results: Results) -> list[dict[str, Any]]:
+    """Rows as in `metrics.jsonl`, for runs of which only the evaluations were kept."""
+    rates = {key: result.normalized for key, result in results.items()}
     return [{"step": step, "name": name, "wer": one.wer, "cer": one.cer} for (step, name), one in rates.items()]

@@ -1,7 +1,7 @@
-"""A report as one HTML file: styles, script, drawings and audio inside, and nothing that is fetched.
+"""A report as one HTML file with styles, script, charts and audio inside, which loads nothing else.
 
-Jinja escapes all that is put into its templates, so that no transcript, key or name can be markup; torch needs it
-already. The page forbids by its own policy any script but the one whose hash it names, and any request.
+Jinja, which torch installs anyway, escapes everything that is put into its templates, so that no transcript, key or
+name can become markup. The page's content security policy allows one script, by its hash, and no requests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONTROLS = {
 
 
 def render_html(report: ReportContents) -> str:
-    """The page."""
+    """The HTML of a report."""
     style, script = ((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "behaviour.js"))
     return (
         _environment()
@@ -62,12 +62,12 @@ def _environment() -> Environment:
 
 
 def _printable(value: object) -> object:
-    """Without the control characters that HTML does not allow, such as those that a tokenizer's bytes may give."""
+    """Replace the control characters that HTML forbids; bytes of a tokenizer may decode to them."""
     return value.translate(_CONTROLS) if type(value) is str else value
 
 
 def _source_hash(source: str) -> str:
-    """As a content security policy names what may run."""
+    """A hash as content security policies write it."""
     return f"sha256-{b64encode(hashlib.sha256(source.encode('utf-8')).digest()).decode('ascii')}"
 
 
@@ -76,11 +76,11 @@ def _signed_interval(interval: tuple[float, float] | None) -> str:
 
 
 def _other_columns(test_sets: Sequence[TestSetSection]) -> list[Column]:
-    return other_columns([one.score for one in test_sets])
+    return other_columns([one.result for one in test_sets])
 
 
 def _with_code(sentence: str) -> Markup:
-    """A sentence in which what stands between backticks is set as code."""
+    """A sentence with the parts between backticks set as code."""
     parts = enumerate(sentence.translate(_CONTROLS).split("`"))
     return Markup("").join(
         Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in parts

@@ -1,4 +1,4 @@
-"""The figures of a report as Markdown, for a repository or a model card."""
+"""A report as Markdown without charts and audio, for a repository or a model card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from voxtral_dist.reporting.cards import Card
 from voxtral_dist.reporting.contents import ReportContents
-from voxtral_dist.reporting.curves import Scores
+from voxtral_dist.reporting.curves import Results
 from voxtral_dist.reporting.statistics import MIN_UTTERANCES, SliceTable, other_columns, points
 from voxtral_dist.reporting.test_set_section import Comparison, TestSetSection
 from voxtral_dist.scoring.alignment import AlignedWord, EditKind
@@ -20,12 +20,12 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|<>~&$^])")
 
 
 def render_markdown(report: ReportContents) -> str:
-    """The text."""
+    """The Markdown of a report."""
     return "\n".join(_lines(report)) + "\n"
 
 
 def plain(text: str) -> str:
-    """A text that Markdown shows as it is, in one line."""
+    """The text in one line, escaped so that Markdown shows it unchanged."""
     return _MARKUP.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\&", "&amp;")
 
 
@@ -36,8 +36,8 @@ def _lines(report: ReportContents) -> Iterator[str]:
     yield from ("", *(f"> {plain(note)}\n" for note in report.notes))
     if report.test_sets:
         yield from _error_rates(report.test_sets)
-    if len({step for step, _ in report.scores}) > 1:
-        yield from ("## Error rates of each step", "", *_steps(report.scores), "")
+    if len({step for step, _ in report.results}) > 1:
+        yield from ("## Error rates of each step", "", *_steps(report.results), "")
     for test_set in report.test_sets:
         yield from _test_set(test_set)
 
@@ -49,31 +49,31 @@ def _error_rates(test_sets: Sequence[TestSetSection]) -> Iterator[str]:
         [_rates(one) for one in test_sets],
     )
     labels = "; ".join(
-        f"{plain(one.name)}: normalizer `{one.score.normalizer}`, interval over {one.score.normalized.resampled}s"
+        f"{plain(one.name)}: normalizer `{one.result.normalizer}`, interval over {one.result.normalized.resampled}s"
         for one in test_sets
     )
     yield from ("", f"{labels}.", "")
-    columns = other_columns([one.score for one in test_sets])
+    columns = other_columns([one.result for one in test_sets])
     yield from _table(
         ("test set", *(column.title for column in columns)),
-        [(plain(one.name), *(column.text(one.score) for column in columns)) for one in test_sets],
+        [(plain(one.name), *(column.text(one.result) for column in columns)) for one in test_sets],
     )
     yield ""
 
 
 def _rates(test_set: TestSetSection) -> tuple[str, ...]:
-    rates = test_set.score.normalized
+    rates = test_set.result.normalized
     words = rates.words
     counts = (words.substitutions, words.deletions, words.insertions, words.reference_length, rates.num_utterances)
     normalized = (percent(rates.wer), format_interval(rates.wer_interval), percent(rates.cer))
     sizes = (*map(str, counts), format_audio(rates.audio_seconds))
-    return (plain(test_set.name), *normalized, percent(test_set.score.orthographic.wer), *sizes)
+    return (plain(test_set.name), *normalized, percent(test_set.result.orthographic.wer), *sizes)
 
 
-def _steps(scores: Scores) -> Iterator[str]:
+def _steps(results: Results) -> Iterator[str]:
     rows = [
         (f"{step:,}", plain(name), percent(rates.wer), format_interval(rates.wer_interval), percent(rates.cer))
-        for (step, name), rates in ((key, score.normalized) for key, score in scores.items())
+        for (step, name), rates in ((key, result.normalized) for key, result in results.items())
     ]
     return _table(("step", "test set", "WER", "95 % interval", "CER"), rows)
 
@@ -87,17 +87,17 @@ def _test_set(test_set: TestSetSection) -> Iterator[str]:
     yield from _confusions(test_set)
     if test_set.most_errors:
         yield from ("### Utterances with the most word errors", "")
-        yield from ("~~In the reference alone~~, **in the hypothesis alone**.", "")
+        yield from ("~~Only in the reference~~, **only in the hypothesis**.", "")
         yield from (_utterance(card) for card in test_set.most_errors[:_NUM_UTTERANCES])
         yield ""
 
 
 def _comparison(compared: Comparison) -> str:
-    result = compared.result
-    baseline = percent(compared.baseline_score.normalized.wer)
-    difference = f"Against the baseline (WER {baseline}): {points(result.wer_difference)}"
-    changes = f"{compared.num_better} of {result.num_utterances} utterances better, {compared.num_worse} worse"
-    return f"{with_certainty(difference, result)}; {changes}."
+    paired = compared.paired
+    baseline = percent(compared.baseline.normalized.wer)
+    difference = f"Against the baseline (WER {baseline}): {points(paired.wer_difference)}"
+    changes = f"{compared.num_better} of {paired.num_utterances} utterances better, {compared.num_worse} worse"
+    return f"{with_certainty(difference, paired)}; {changes}."
 
 
 def _slices(table: SliceTable) -> Iterator[str]:
@@ -114,9 +114,9 @@ def _slices(table: SliceTable) -> Iterator[str]:
     ]
     yield from _table((plain(table.field), "WER", "95 % interval", "CER", "utterances", "audio"), rows)
     if table.has_uncertain:
-        yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too small to be sure.")
+        yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too few to be certain.")
     if table.num_skipped:
-        yield from ("", f"{table.num_skipped} smaller slices are left out.")
+        yield from ("", f"{table.num_skipped} smaller slices are not shown.")
 
 
 def _confusions(test_set: TestSetSection) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A folder of results: a run with its evaluated steps, or bare `NAME.json` and `NAME.jsonl`; and what to show of it."""
+"""A folder of results, which is a run or the output of `evaluate` and `score`, and the options of its report."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from voxtral_dist.scoring.result_files import read_result
 from voxtral_dist.scoring.results import TestSetResult
 from voxtral_dist.training.selection import selected_step
 
+Step = int | Literal["newest", "best"]
+
 
 @dataclass(frozen=True)
 class ReportOptions:
     """What a report shows.
 
-    step: of a run. baseline: a run (its newest step) or a folder of results to compare with. shards: those of test sets
-    by name, before the configured ones. num_utterances: of each list. num_clips: of each test set.
-    max_audio_megabytes: of all clips together, before base64. speaker_field: None takes that of the scores.
-    normalizer: the function of the user that may be run where results were normalized by it.
+    step: an evaluated step of a run, by number, the newest or the best. baseline: a run, of which the newest step is
+    taken, or a folder of results. shards: folders by test set; they override the run's configuration. num_utterances:
+    maximum per list. num_clips: maximum per test set. max_audio_megabytes: size of all clips together before base64.
+    speaker_field: None for that of the results. normalizer: `module:function` of the user, which may be run if results
+    were normalized by it.
     """
 
     step: Step = "newest"
@@ -35,20 +38,17 @@ class ReportOptions:
     normalizer: str | None = None
 
 
-Step = int | Literal["newest", "best"]
-
-
 @dataclass(frozen=True)
 class ResultsFolder:
-    """Where the results of a report lie.
+    """A run, or a bare folder of `NAME.json` and `NAME.jsonl`, and the results in it that a report shows.
 
-    folder: that was given. evaluated: with `NAME.json` and `NAME.jsonl`; None of a run that evaluated nothing. step: of
-    these results. steps: all evaluated ones. rows: of `metrics.jsonl`. config: of the run; config_error: why there is
-    none.
+    path: as given. shown: the folder of the results; None if the run has not evaluated anything. step: of these
+    results; None without steps. steps: folders of all evaluated steps. rows: of `metrics.jsonl`. config: of the run.
+    config_error: why it cannot be used.
     """
 
-    folder: Path
-    evaluated: Path | None
+    path: Path
+    shown: Path | None
     step: int | None = None
     steps: Mapping[int, Path] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
@@ -57,104 +57,104 @@ class ResultsFolder:
 
     @property
     def name(self) -> str:
-        """The last part of the folder."""
-        return self.folder.resolve().name
+        """The last component of the path."""
+        return self.path.resolve().name
 
     @property
     def test_sets(self) -> list[str]:
-        """Their names, in the order of the configuration."""
-        return [] if self.evaluated is None else _in_order(result_names(self.evaluated), self.config)
+        """Names of the test sets with results, in the order of the configuration."""
+        return [] if self.shown is None else _in_order(result_names(self.shown), self.config)
 
 
-def read_results_folder(folder: Path, step: Step = "newest") -> ResultsFolder:
-    """What a folder holds, and the results of one of its steps.
+def read_results_folder(path: Path, step: Step = "newest") -> ResultsFolder:
+    """Find the results of a folder, and those of one step if it is a run.
 
     Raises:
         UserError: there are no results, or none of this step.
     """
-    if not is_run(folder):
-        if not result_names(folder):
+    if not is_run(path):
+        if not result_names(path):
             raise UserError(
-                f"{folder} holds no results: name a run, or a folder with NAME.json and NAME.jsonl as `evaluate --out` "
+                f"{path} holds no results: name a run, or a folder with NAME.json and NAME.jsonl as `evaluate --out` "
                 "and `score --out` write them."
             )
         if step != "newest":
-            raise UserError(f"`--step`: {folder} is a folder of results and no run, so it has no steps: leave it out.")
-        return ResultsFolder(folder, folder)
-    rows = read_rows(folder / "metrics.jsonl")
-    steps = _evaluated_steps(folder, rows)
-    config, config_error = _config(folder)
-    chosen = _chosen(folder, step, steps, config)
-    return ResultsFolder(folder, None if chosen is None else steps[chosen], chosen, steps, rows, config, config_error)
+            raise UserError(f"`--step`: {path} is a folder of results without steps, not a run: remove the option.")
+        return ResultsFolder(path, path)
+    rows = read_rows(path / "metrics.jsonl")
+    steps = _evaluated_steps(path, rows)
+    config, config_error = _config(path)
+    chosen = _chosen(path, step, steps, config)
+    return ResultsFolder(path, None if chosen is None else steps[chosen], chosen, steps, rows, config, config_error)
 
 
-def is_run(folder: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether a run wrote this folder."""
-    return (folder / "evaluations").is_dir() or (folder / "metrics.jsonl").is_file()
+    return (path / "evaluations").is_dir() or (path / "metrics.jsonl").is_file()
 
 
-def result_names(folder: Path) -> list[str]:
-    """The test sets whose score and utterances a folder holds."""
-    return sorted(path.stem for path in folder.glob("*.json") if path.with_suffix(".jsonl").is_file())
+def result_names(path: Path) -> list[str]:
+    """The test sets of which a folder holds `NAME.json` and `NAME.jsonl`."""
+    return sorted(file.stem for file in path.glob("*.json") if file.with_suffix(".jsonl").is_file())
 
 
-def read_scores(results: ResultsFolder) -> dict[tuple[int, str], TestSetResult]:
-    """The scores of all evaluated steps of a run, by step and test set."""
+def read_results(folder: ResultsFolder) -> dict[tuple[int, str], TestSetResult]:
+    """The results of all evaluated steps of a run, by step and test set."""
     return {
-        (step, name): read_result(folder / f"{name}.json")
-        for step, folder in results.steps.items()
-        for name in _in_order(result_names(folder), results.config)
+        (step, name): read_result(path / f"{name}.json")
+        for step, path in folder.steps.items()
+        for name in _in_order(result_names(path), folder.config)
     }
 
 
+def configured_name(name: str, configured: list[str]) -> str:
+    """The configured test set that results belong to: `NAME` also for `NAME-distractors-100`."""
+    return name if name in configured else name.rpartition("-distractors-")[0]
+
+
 def _in_order(names: list[str], config: RunConfig | None) -> list[str]:
-    """First those of the configuration, as it has them, each before its lists of words."""
+    """Configured test sets first, in their order, each followed by its variants with lists of words."""
     configured = list(config.evaluation.test_sets) if config else []
     ranks = {name: number for number, name in enumerate(configured)}
     return sorted(names, key=lambda name: (ranks.get(configured_name(name, configured), len(ranks)), name))
 
 
-def configured_name(name: str, configured: list[str]) -> str:
-    """The test set that results belong to: `NAME` of `NAME-distractors-100` too."""
-    return name if name in configured else name.rpartition("-distractors-")[0]
-
-
-def _evaluated_steps(folder: Path, rows: Sequence[Mapping[str, Any]]) -> dict[int, Path]:
-    """Those that the run recorded: others were left by an attempt that began again. Without records, all."""
-    found = (folder / "evaluations").glob("step-*")
-    numbers = {path.name.removeprefix("step-"): path for path in sorted(found) if result_names(path)}
-    steps = {int(number): path for number, path in numbers.items() if number.isdecimal()}
+def _evaluated_steps(path: Path, rows: Sequence[Mapping[str, Any]]) -> dict[int, Path]:
+    """Steps that the run recorded; without a record, all. Others were left behind by an attempt that was repeated."""
+    found = (path / "evaluations").glob("step-*")
+    numbers = {folder.name.removeprefix("step-"): folder for folder in sorted(found) if result_names(folder)}
+    steps = {int(number): folder for number, folder in numbers.items() if number.isdecimal()}
     recorded = {row["step"] for row in rows if row["kind"] == "evaluation"}
-    return {step: path for step, path in steps.items() if step in recorded} if rows else steps
+    return {step: folder for step, folder in steps.items() if step in recorded} if rows else steps
 
 
-def _config(folder: Path) -> tuple[RunConfig | None, str | None]:
+def _config(path: Path) -> tuple[RunConfig | None, str | None]:
     """The configuration, or why it cannot be used: results can be shown without it."""
     try:
-        return load_config(folder / "config.yaml"), None
+        return load_config(path / "config.yaml"), None
     except UserError as error:
         return None, str(error)
 
 
-def _chosen(folder: Path, step: Step, steps: Mapping[int, Path], config: RunConfig | None) -> int | None:
+def _chosen(path: Path, step: Step, steps: Mapping[int, Path], config: RunConfig | None) -> int | None:
     if not steps:
         if step != "newest":
-            raise UserError(f"`--step`: the run {folder} has not evaluated any step.")
+            raise UserError(f"`--step`: the run {path} has not evaluated any step.")
         return None
     match step:
         case "newest":
             return max(steps)
         case "best":
-            selected = selected_step(folder)
+            selected = selected_step(path)
             return selected if selected in steps else min(steps, key=lambda one: (_first_wer(steps[one], config), one))
         case _ if step not in steps:
             known = ", ".join(map(str, steps))
-            raise UserError(f"`--step`: the run {folder} has not evaluated step {step}, but the steps {known}.")
+            raise UserError(f"`--step`: the run {path} has not evaluated step {step}, only {known}.")
         case _:
             return step
 
 
-def _first_wer(folder: Path, config: RunConfig | None) -> float:
+def _first_wer(path: Path, config: RunConfig | None) -> float:
     """The WER of the first test set."""
-    wer = read_result(folder / f"{_in_order(result_names(folder), config)[0]}.json").normalized.wer
+    wer = read_result(path / f"{_in_order(result_names(path), config)[0]}.json").normalized.wer
     return float("inf") if wer is None else wer

@@ -12,51 +12,51 @@ from voxtral_dist.scoring.results import TestSetResult, percent
 
 @dataclass(frozen=True)
 class Column:
-    """What else was counted of a test set, and its text."""
+    """A column of the second table of error rates."""
 
     title: str
     value: Callable[[TestSetResult], float | int | None]
     form: Callable[[float], str]
 
-    def text(self, score: TestSetResult) -> str:
-        """Nothing where it was not measured."""
-        value = self.value(score)
+    def text(self, result: TestSetResult) -> str:
+        """The text of a cell; empty if it was not measured."""
+        value = self.value(result)
         return "" if value is None else self.form(value)
 
 
 _COLUMNS = (
-    Column("orthographic CER", lambda score: score.orthographic.cer, percent),
-    Column("empty hypotheses", lambda score: score.num_empty_hypotheses, str),
-    Column("empty references", lambda score: score.num_empty_references, str),
-    Column("token limit hit", lambda score: score.num_limit_hits, str),
-    Column("repetition loops", lambda score: score.num_repetition_loops, str),
-    Column("language right", lambda score: getattr(score.language_identification, "accuracy", None), percent),
-    Column("B-WER", lambda score: getattr(score.biased, "biased_wer", None), percent),
-    Column("U-WER", lambda score: getattr(score.biased, "unbiased_wer", None), percent),
-    Column("RTFx", lambda score: score.rtfx, "{:.1f}".format),
-    Column("loss", lambda score: score.measured.loss, "{:.4f}".format),
-    Column("perplexity", lambda score: score.measured.perplexity, "{:.4g}".format),
+    Column("orthographic CER", lambda result: result.orthographic.cer, percent),
+    Column("empty hypotheses", lambda result: result.num_empty_hypotheses, str),
+    Column("empty references", lambda result: result.num_empty_references, str),
+    Column("token limit hit", lambda result: result.num_limit_hits, str),
+    Column("repetition loops", lambda result: result.num_repetition_loops, str),
+    Column("language right", lambda result: getattr(result.language_identification, "accuracy", None), percent),
+    Column("B-WER", lambda result: getattr(result.biased, "biased_wer", None), percent),
+    Column("U-WER", lambda result: getattr(result.biased, "unbiased_wer", None), percent),
+    Column("RTFx", lambda result: result.rtfx, "{:.1f}".format),
+    Column("loss", lambda result: result.measured.loss, "{:.4f}".format),
+    Column("perplexity", lambda result: result.measured.perplexity, "{:.4g}".format),
 )
 
 
-def other_columns(scores: Sequence[TestSetResult]) -> list[Column]:
-    """Those that some test set has."""
-    return [column for column in _COLUMNS if any(column.value(score) is not None for score in scores)]
+def other_columns(results: Sequence[TestSetResult]) -> list[Column]:
+    """The columns that some test set has values for."""
+    return [column for column in _COLUMNS if any(column.value(result) is not None for result in results)]
 
 
 def points(difference: float | None) -> str:
-    """A difference of rates in points, with its sign."""
+    """A difference of rates in percentage points, with its sign."""
     return "n/a" if difference is None else f"{100 * difference:+.2f} points"
 
 
 MAX_SLICES = 50
-# As for a mean of differences: below it, the bootstrap's resamples differ too little, and its interval is too narrow.
+# With fewer utterances, the resamples of a bootstrap differ too little, and its interval is too narrow.
 MIN_UTTERANCES = MIN_MATCHED_PAIRS
 
 
 @dataclass(frozen=True)
 class SliceRow:
-    """One slice. low, dot, high: of the interval and the rate, from 0 to 1 of the table's scale."""
+    """One slice. dot, low, high: its rate and the ends of its interval, from 0 to 1 on the scale of the table."""
 
     label: str
     rates: ErrorRates
@@ -66,13 +66,13 @@ class SliceRow:
 
     @property
     def is_uncertain(self) -> bool:
-        """Whether there is too little of it."""
+        """Whether the slice is too small for a certain rate."""
         return self.rates.num_utterances < MIN_UTTERANCES or self.rates.wer_interval is None
 
 
 @dataclass(frozen=True)
 class SliceTable:
-    """The slices of a field; the highest WER first, but durations by length. num_skipped: small ones, of many."""
+    """The slices of a field, the highest WER first, but durations by length. num_skipped: small slices not shown."""
 
     field: str
     rows: tuple[SliceRow, ...]
@@ -80,13 +80,13 @@ class SliceTable:
 
     @property
     def has_uncertain(self) -> bool:
-        """Whether a row is marked."""
+        """Whether any row is marked as uncertain."""
         return any(row.is_uncertain for row in self.rows)
 
 
-def slice_tables(score: TestSetResult) -> tuple[SliceTable, ...]:
-    """A table for each field."""
-    return tuple(_table(field, parts) for field, parts in score.slices.items())
+def slice_tables(result: TestSetResult) -> tuple[SliceTable, ...]:
+    """One table for each field."""
+    return tuple(_table(field, parts) for field, parts in result.slices.items())
 
 
 def _table(field: str, parts: Mapping[str, ErrorRates]) -> SliceTable:

@@ -1,4 +1,4 @@
-"""What a report shows of each test set."""
+"""The section of a report about one test set."""
 
 from __future__ import annotations
 
@@ -29,10 +29,14 @@ _MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class Comparison:
-    """A test set against the same of a baseline: a negative difference is an improvement."""
+    """A test set compared with the same test set of a baseline; negative differences are improvements.
 
-    baseline_score: TestSetResult
-    result: PairedComparison
+    baseline: its result. num_better, num_worse: utterances with fewer and with more word errors. better, worse: cards
+    of those that changed most.
+    """
+
+    baseline: TestSetResult
+    paired: PairedComparison
     num_better: int
     num_worse: int
     better: tuple[Card, ...]
@@ -41,16 +45,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TestSetSection:
-    """One test set.
+    """What the section shows.
 
-    is_same_normalizer: whether words are aligned by the very normalizer that they were scored by. audio_note: why
-    utterances have no audio; None where some have.
+    is_same_normalizer: whether the words are aligned by the same version of the normalizer that scored them. num_clips:
+    utterances with audio. audio_note: why no utterance has audio; else None.
     """
 
-    __test__ = False  # pytest takes it for a test
+    __test__ = False  # keeps pytest from collecting it
 
     name: str
-    score: TestSetResult
+    result: TestSetResult
     is_same_normalizer: bool
     slices: tuple[SliceTable, ...]
     confusions: Mapping[EditKind, list[Confusion]]
@@ -63,37 +67,35 @@ class TestSetSection:
 
 @dataclass(frozen=True)
 class SectionReader:
-    """Reads the test sets of a report. baseline: where there is one; shared: the test sets that it has too."""
+    """Reads sections. shared: the test sets that the baseline has too."""
 
-    __test__ = False  # pytest takes it for a test
-
-    results: ResultsFolder
+    folder: ResultsFolder
     options: ReportOptions
     baseline: ResultsFolder | None
     shared: Sequence[str]
 
     def read(self, name: str) -> TestSetSection:
-        """One of them.
+        """The section of one test set.
 
         Raises:
-            UserError: its files are damaged, or do not fit those of the baseline.
+            UserError: files of the test set are damaged, or do not fit those of the baseline.
         """
-        path = _folder_of(self.results) / f"{name}.jsonl"
-        score = read_result(path.with_suffix(".json"))
+        path = _shown(self.folder) / f"{name}.jsonl"
+        result = read_result(path.with_suffix(".json"))
         utterances = read_scored(path)
-        _refuse_other_utterances(path, score, utterances)
-        used = normalizer_of_label(score.normalizer, self.options.normalizer)
-        pairs = self._pairs(name, score, utterances)
+        _refuse_other_utterances(path, result, utterances)
+        normalizer = normalizer_of_label(result.normalizer, self.options.normalizer)
+        pairs = self._pairs(name, result, utterances)
         shown = ChosenUtterances.of(utterances, pairs, self.options.num_utterances)
         audio, audio_note = self._audio(name, shown)
-        grouping = Grouping(speaker_field=self.options.speaker_field or score.speaker_field)
-        cards = CardMaker(used, grouping, audio)
+        grouping = Grouping(speaker_field=self.options.speaker_field or result.speaker_field)
+        cards = CardMaker(normalizer, grouping, audio)
         return TestSetSection(
             name=name,
-            score=score,
-            is_same_normalizer=used.label == score.normalizer,
-            slices=slice_tables(score),
-            confusions=_confusions(utterances, used),
+            result=result,
+            is_same_normalizer=normalizer.label == result.normalizer,
+            slices=slice_tables(result),
+            confusions=_confusions(utterances, normalizer),
             most_errors=cards.plain(shown.most_errors),
             highest_rates=cards.plain(shown.highest_rates),
             comparison=self._comparison(name, pairs, shown, cards, grouping) if pairs else None,
@@ -101,16 +103,16 @@ class SectionReader:
             audio_note=audio_note,
         )
 
-    def _pairs(self, name: str, score: TestSetResult, utterances: Sequence[ScoredUtterance]) -> list[Pair]:
-        """The baseline's utterances before these; none where it does not have the test set."""
+    def _pairs(self, name: str, result: TestSetResult, utterances: Sequence[ScoredUtterance]) -> list[Pair]:
+        """Pairs of the baseline's utterance and this one; none if the baseline does not have the test set."""
         if self.baseline is None or name not in self.shared:
             return []
-        mine, theirs = (_folder_of(one) / f"{name}.jsonl" for one in (self.results, self.baseline))
+        mine, theirs = (_shown(one) / f"{name}.jsonl" for one in (self.folder, self.baseline))
         label = read_result(theirs.with_suffix(".json")).normalizer
-        if label != score.normalizer:
+        if label != result.normalizer:
             raise UserError(
-                f"`--baseline`: {theirs} was scored by {label}, but {mine} by {score.normalizer}: score one of them "
-                "again by `voxtral-dist score --normalizer`."
+                f"`--baseline`: {theirs} was scored by {label}, but {mine} by {result.normalizer}: score one of them "
+                "again with `voxtral-dist score --normalizer`."
             )
         paired = pair_utterances(utterances, read_scored(theirs), (mine, theirs))
         return [(before, after) for after, before in paired]
@@ -119,24 +121,24 @@ class SectionReader:
         stored = self._stored(name)
         if isinstance(stored, MissingAudio):
             return {}, stored.reason
-        num_bytes = int(self.options.max_audio_megabytes * _MEGABYTE / len(self.results.test_sets))
+        num_bytes = int(self.options.max_audio_megabytes * _MEGABYTE / len(self.folder.test_sets))
         audio = read_audio(shown.in_turns(), stored, AudioLimits(self.options.num_clips, num_bytes))
         reasons = [clip.reason for clip in audio.values() if isinstance(clip, MissingAudio)]
         has_none = audio and len(reasons) == len(audio)
         return audio, f"none of the clips can be played ({reasons[0]})" if has_none else None
 
     def _stored(self, name: str) -> StoredAudio | MissingAudio:
-        """The shards of a test set: those of the options must be there, the configured ones may have moved."""
+        """The shards of a test set: those in the options must exist, the configured ones may have moved."""
         if self.options.num_clips == 0:
-            return MissingAudio("no clips were asked for")
-        config = self.results.config
+            return MissingAudio("`--num-clips` is 0")
+        config = self.folder.config
         if (given := self.options.shards.get(name)) is not None:
             storage = Storage(config.storage if config else None)
             return StoredAudio(read_index([given], storage), storage)
         configured = config.evaluation.test_sets if config else {}
         set_name = configured_name(name, list(configured))
         if config is None or set_name not in configured:
-            return MissingAudio(f"nothing tells where its shards are: add `--shards {name}=FOLDER`")
+            return MissingAudio(f"the location of its shards is unknown: add `--shards {name}=FOLDER`")
         storage = Storage(config.storage)
         try:
             return StoredAudio(read_index([configured[set_name].shards], storage), storage)
@@ -149,8 +151,8 @@ class SectionReader:
         assert self.baseline is not None, "pairs come from it"
         changes = [more_errors(pair) for pair in pairs]
         return Comparison(
-            baseline_score=read_result(_folder_of(self.baseline) / f"{name}.json"),
-            result=compare_pairs(pairs, grouping),
+            baseline=read_result(_shown(self.baseline) / f"{name}.json"),
+            paired=compare_pairs(pairs, grouping),
             num_better=sum(change < 0 for change in changes),
             num_worse=sum(change > 0 for change in changes),
             better=cards.changed(shown.better),
@@ -158,23 +160,23 @@ class SectionReader:
         )
 
 
-def _confusions(utterances: Sequence[ScoredUtterance], used: Normalizer) -> dict[EditKind, list[Confusion]]:
+def _confusions(utterances: Sequence[ScoredUtterance], normalizer: Normalizer) -> dict[EditKind, list[Confusion]]:
     wrong = (one for one in utterances if one.words.errors)
     texts = ((one.decoded.reference, one.decoded.hypothesis) for one in wrong)
-    alignments = (align_words(*map(used.apply, pair)) for pair in texts)
+    alignments = (align_words(*map(normalizer.apply, pair)) for pair in texts)
     return most_frequent_confusions(alignments, _NUM_CONFUSIONS)
 
 
-def _refuse_other_utterances(path: Path, score: TestSetResult, utterances: Sequence[ScoredUtterance]) -> None:
+def _refuse_other_utterances(path: Path, result: TestSetResult, utterances: Sequence[ScoredUtterance]) -> None:
     found = len(utterances), sum((one.words for one in utterances), ErrorCounts())
-    if found != (score.normalized.num_utterances, score.normalized.words):
+    if found != (result.normalized.num_utterances, result.normalized.words):
         raise UserError(
             f"{path} and {path.with_suffix('.json').name} do not belong together: {found[0]} utterances with "
-            f"{found[1].errors} word errors against {score.normalized.num_utterances} with "
-            f"{score.normalized.words.errors}: write both again by `voxtral-dist score --out`."
+            f"{found[1].errors} word errors against {result.normalized.num_utterances} with "
+            f"{result.normalized.words.errors}: write both again with `voxtral-dist score --out`."
         )
 
 
-def _folder_of(results: ResultsFolder) -> Path:
-    assert results.evaluated is not None, "it has test sets"
-    return results.evaluated
+def _shown(folder: ResultsFolder) -> Path:
+    assert folder.shown is not None, "it has test sets"
+    return folder.shown

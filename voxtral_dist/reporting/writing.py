@@ -1,4 +1,4 @@
-"""`report.html` and `report.md` of a run or of a folder of results."""
+"""Write `report.html` and `report.md` of a run or of a folder of results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from voxtral_dist.reporting.results_folder import ReportOptions
 
 
 def write_report(folder: Path, options: ReportOptions, out: Path | None = None) -> tuple[Path, Path]:
-    """Write both files; where they are.
+    """Write both files and return their paths.
 
     Args:
-        folder: a run, or `NAME.json` and `NAME.jsonl`.
-        options: what is shown.
-        out: where they go; None takes `folder`.
+        folder: a run, or a folder of `NAME.json` and `NAME.jsonl`.
+        options: what the report shows.
+        out: folder of the files; None for `folder`.
 
     Raises:
         UserError: see `read_contents`, or the files cannot be written.
@@ -32,5 +32,5 @@ def write_report(folder: Path, options: ReportOptions, out: Path | None = None) 
             write_atomically(path, encodable(text))
     except OSError as error:
         raise UserError(f"The report cannot be written to {target}: {error.strerror}.") from error
-    page, figures = texts
-    return page, figures
+    html, markdown = texts
+    return html, markdown

@@ -1,6 +1,6 @@
 "use strict";
 
-// What a chart says at the step nearest to the pointer, or at the next one by the arrow keys.
+// Show the values of a chart at the step nearest to the pointer, or at the next step by the arrow keys.
 function readable(svg) {
   const lines = [...svg.querySelectorAll(".line")].map((line) => ({
     name: line.dataset.name,
@@ -49,7 +49,7 @@ function readable(svg) {
   });
 }
 
-// A click on the head of a column sorts the rows by it: numbers from the highest, texts from the first.
+// Sort the rows by a column on a click on its head: numbers descending first, texts ascending first.
 function sortable(table) {
   const body = table.tBodies[0];
   for (const button of table.querySelectorAll("th button")) {
