@@ -193,7 +193,7 @@ class _Bench:
         }
 
     def _flops(self, asked: TrainingRun) -> float:
-        """Of an average step; the order of clips does not matter to it."""
+        """FLOPs of an average step; the order of clips does not matter to it."""
         config = ModelConfig(path=asked.model, precision=asked.precision)
         trainable = TrainableConfig(lora=LoraConfig() if asked.lora else None)
         model = trained_meta_model(config, trainable, DTYPES[asked.precision])

@@ -174,7 +174,7 @@ def draw(curve: Curve) -> Chart:
 
 
 def thinned(points: Sequence[Point]) -> tuple[Point, ...]:
-    """At most `MAX_POINTS` points: the lowest and highest of each group of neighbours, so that spikes stay."""
+    """Thin points to `MAX_POINTS`: the lowest and highest of each group of neighbours, so that spikes stay."""
     if len(points) <= MAX_POINTS:
         return tuple(points)
     group_length = -(-2 * len(points) // MAX_POINTS)
