@@ -1,20 +1,16 @@
-"""What `voxtral-dist plan` says of memory against the memory of real runs, on CPU ranks.
+"""Memory that `voxtral-dist plan` estimates against the memory of real runs, on CPU ranks.
 
     python benchmarks/plan_memory.py --output plan_memory.json [--quick]
 
-Models of three sizes, built at random, under ZeRO 1, 2, 3 and 3 with the optimizer and with all in host memory; two
-ranks, three steps of two micro-batches each, in float32, and the smallest in bfloat16 and with checkpoints too.
-Measured is the peak of resident memory of a rank over that of a process that has imported everything and joined the
-others. Predicted is the estimator's largest moment for `device: cpu`, from shapes alone. The machine needs as much free
-memory as the ranks take: else the kernel takes back pages of files, and the peak is too small.
+Random models of three sizes under ZeRO 1, 2, 3, and 3 with the optimizer or everything in host memory: two ranks, three
+steps of two micro-batches each, in float32; the small model also in bfloat16 and with activation checkpointing.
+Measured: peak resident memory of a rank, minus that of a process that has imported everything and joined the others.
+Predicted: the largest phase of the estimate for `device: cpu`, from shapes alone. The machine needs as much free memory
+as the ranks take; otherwise the kernel drops pages of files, and the measured peak is too small.
 
 `ratio` is the worst agreement of all rows: the smaller over the larger of predicted and measured.
 
-Predicted before the first run: 0.85 or better everywhere.
-
-Measured then, single runs of the rows that a busy machine had time for: the small model 1.00, 0.98 and 0.98 under ZeRO
-1, 2 and 3, 0.98 with all in host memory, and the middle one 0.99 and
-0.96 under ZeRO 1 and 3. The other rows are not measured yet.
+Predicted before the first run: at least 0.85 everywhere. Results: docs/benchmarks.md.
 """
 
 import json
@@ -65,7 +61,7 @@ NUM_EXAMPLES, NUM_TARGETS = 4, 40
 
 
 def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """All models under all shardings."""
+    """Compare all models under all shardings."""
     shapes = {"small": SMALL} if is_quick else {"small": SMALL, "middle": MIDDLE, "large": LARGE}
     stages = ("zero3",) if is_quick else STAGES
     rows = []
@@ -77,7 +73,7 @@ def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
             rows += [_variant(model, stage, **change) for stage in ("zero1", "zero3") for change in _VARIANTS]
     return {
         "ratio": min(row["agreement"] for row in rows),
-        "ratio_is": "the smaller over the larger of predicted and measured peaks, of the row where they differ most",
+        "ratio_is": "the smaller over the larger of predicted and measured peaks, minimum over rows",
         "agreements": {f"{row['model']}, {row['stage']}": round(row["agreement"], 3) for row in rows},
         "rows": rows,
     }
@@ -99,7 +95,7 @@ def _row(model: Path, stage: str, **change: Any) -> dict[str, Any]:
 
 
 def zero_settings(stage: str) -> dict[str, Any]:
-    """`zero_optimization` of a file in ds_configs, or that of stage 3 with the optimizer alone in host memory."""
+    """`zero_optimization` of a file in ds_configs, or of stage 3 with only the optimizer in host memory."""
     if stage == "zero3_offload_optimizer":
         return zero_settings("zero3") | {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
     settings: dict[str, Any] = json.loads((REPOSITORY / "ds_configs" / f"{stage}.json").read_text(encoding="utf-8"))

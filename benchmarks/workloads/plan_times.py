@@ -1,6 +1,6 @@
-"""What a fresh process pays to resume over a given index: time and memory until it knows the samples of a slot.
+"""Time and memory that a fresh process needs to resume over an index, until it knows the utterances of a slot.
 
-Started by `resume.py` with the shards, the model and the place in the epoch in percent; prints one line of JSON.
+`resume.py` starts it with the shards, the model and the position in the epoch in percent; it prints one line of JSON.
 """
 
 import json
@@ -15,7 +15,7 @@ from voxtral_dist.model.prompts import VoxtralPrompts
 
 
 def main() -> None:
-    """Measure once, because a second time in one process would find everything in memory."""
+    """Measure once: a second time in the same process, everything would be in memory."""
     shards, model, percent = sys.argv[1:]
     prompts = VoxtralPrompts.from_pretrained(model)
     config = TrainDataConfig(shards=(shards,), slots_per_step=64, max_examples=16)

@@ -1,7 +1,7 @@
-"""Peaks of resident memory of the ranks of a real run on a CPU, and what the estimator says of them.
+"""Peak resident memory of the ranks of a real run on a CPU, and the estimate of it.
 
-Each rank is a fresh process, forked by a server that has imported the package and done nothing else. What it had when
-it had joined the others and loaded its tokenizer is taken off.
+Each rank is a fresh process, forked by a server that has only imported the package. The memory that it has after
+joining the others and loading its tokenizer is subtracted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TIMEOUT_SECONDS = 1800
 
 
 def examples_of(prompts: VoxtralPrompts, num_examples: int, num_target_tokens: int) -> list[Example]:
-    """Noise of a window each, and transcripts of byte tokens; every other one is shorter, so that there is padding."""
+    """Examples of one window of noise and a transcript of byte tokens; every other one is shorter, to have padding."""
     rng = np.random.default_rng(0)
     lengths = [num_target_tokens - number % 2 for number in range(num_examples)]
     return [
@@ -74,7 +74,7 @@ def run_config(model: Path, zero: dict[str, Any], folder: Path, **model_settings
 
 
 def compare(config: RunConfig, num_examples: int, num_target_tokens: int) -> dict[str, Any]:
-    """Measured and predicted bytes of the rank with most of them, and their agreement: the smaller over the larger."""
+    """Measured and predicted bytes, maximum over ranks, and their agreement: the smaller over the larger."""
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     examples = examples_of(prompts, num_examples, num_target_tokens)
     peaks = measured_peaks(config, num_examples, num_target_tokens)
@@ -91,7 +91,7 @@ def compare(config: RunConfig, num_examples: int, num_target_tokens: int) -> dic
 
 
 def predicted_phases(config: RunConfig, examples: Sequence[Example]) -> dict[str, float]:
-    """Bytes of a process in each phase of the estimate."""
+    """Predicted bytes of a process in each phase."""
     dtype = DTYPES[config.model.precision]
     model = trained_meta_model(config.model, config.trainable, dtype)
     positions = max(len(one.prompt) + len(one.completion) - 1 for one in examples)
@@ -107,7 +107,7 @@ def predicted_phases(config: RunConfig, examples: Sequence[Example]) -> dict[str
 
 
 def measured_peaks(config: RunConfig, num_examples: int, num_target_tokens: int) -> list[int]:
-    """Bytes that each of `NUM_RANKS` adds at its peak in three steps of training."""
+    """Bytes that each of `NUM_RANKS` ranks adds at its peak in three steps of training."""
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES), "DS_ACCELERATOR": "cpu"}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["voxtral_dist.train"])
@@ -126,7 +126,7 @@ def measured_peaks(config: RunConfig, num_examples: int, num_target_tokens: int)
 
 
 def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_target_tokens: int) -> None:
-    """Three steps of one rank, by the engine and update of a run; the peak of memory in a file."""
+    """Run three steps on one rank, by the engine and update of a run, and write its peak memory to a file."""
     import torch.distributed as dist
 
     from voxtral_dist.data.examples.micro_batch import collate

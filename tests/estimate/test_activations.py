@@ -1,4 +1,4 @@
-"""The formulas of activations give what autograd keeps, block by block."""
+"""The formulas of activations equal what autograd keeps, block by block."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRAINABLES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of the shape, and of the same with a block more."""
+    """Model folders: of `SHAPE`, and with one more block in each component."""
     shapes = {
         "base": SHAPE,
         "encoder": replace(SHAPE, encoder_layers=3),
@@ -69,7 +69,7 @@ def model_of(path: Path, trainable: TrainableConfig, **settings: Any) -> tuple[T
 
 
 def kept_by_autograd(model: TrainedVoxtral) -> int:
-    """Bytes of all tensors that the forward pass keeps, parameters aside."""
+    """Bytes of all tensors that the forward pass keeps, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     own |= {buffer.untyped_storage().data_ptr() for buffer in model.buffers()}
     sizes: dict[int, int] = {}
@@ -139,7 +139,7 @@ def test_checkpointed_blocks_keep_their_input_and_compute_the_rest_again(models)
     assert sum(part.num_trained for part in saving) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_passes_of_the_encoder_keep_features_and_embeddings(models):
+def test_chunks_of_the_encoder_keep_features_and_embeddings(models):
     model, config = model_of(models["base"], TrainableConfig(), encoder_windows_per_chunk=1)
     first = planned(model, config)[0]
     features = 128 * 2 * SHAPE.num_positions * 4
@@ -153,5 +153,5 @@ def test_the_backward_pass_frees_while_gradients_come():
     assert forward_peak(parts) == 10 + 4 + 30
     assert backward_peak(parts) == 14 + 5 + 2
     assert backward_peak(parts, gradient_bytes=3) == 10 + 21
-    # At the end all gradients are there.
+    # At the end all gradients are held.
     assert backward_peak(parts, gradient_bytes=4) == 28 + 12

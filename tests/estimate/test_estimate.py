@@ -1,4 +1,4 @@
-"""`voxtral-dist plan`: golden figures of Voxtral-Mini-3B, the advice, the data, and users' mistakes."""
+"""`voxtral-dist plan`: golden numbers of Voxtral-Mini-3B, the advice, the data, and users' errors."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MINI_SIZES = WindowSizes(seconds=30.0, audio_tokens=375, max_positions=131_072)
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with nothing but the description of Voxtral-Mini-3B."""
+    """A folder with only the config.json of Voxtral-Mini-3B."""
     folder = tmp_path_factory.mktemp("models") / "mini"
     folder.mkdir()
     return write_mini(folder)
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    """The report of the recipe for all weights as JSON."""
+    """The estimate of the recipe for all weights, as JSON."""
     recipe = REPOSITORY / "launch" / "recipes" / "voxtral_mini_full.yaml"
     with pytest.raises(SystemExit) as end:
         main(["plan", "--config", str(recipe), "--json", *arguments])
@@ -51,45 +51,45 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 @pytest.fixture
 def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recipes name DeepSpeed's files from there."""
+    """Run in the repository, where recipes find DeepSpeed's files."""
     monkeypatch.chdir(REPOSITORY)
 
 
 @pytest.mark.usefixtures("in_repository")
 def test_figures_of_the_published_3b_model(capsys, mini):
     started = time.process_time()
-    report = plan(capsys, "--set", f"model.path={mini}", "--gpus", "8", "--gpu-memory", "80GB")
+    estimate = plan(capsys, "--set", f"model.path={mini}", "--gpus", "8", "--gpu-memory", "80GB")
     assert time.process_time() - started < 10
-    assert sum(count["trained"] + count["frozen"] for count in report["parameters"].values()) == 4_676_271_104
-    assert report["parameters"]["encoder"]["frozen"] == 1500 * 1280
-    states = sum(report["by_kind"]["device"][kind] for kind in ("weights", "gradients", "optimizer"))
-    # Rajbhandari et al.: 2 + 4 + 12 bytes a parameter over 8 ranks, and small parameters whole.
+    assert sum(count["trained"] + count["frozen"] for count in estimate["parameters"].values()) == 4_676_271_104
+    assert estimate["parameters"]["encoder"]["frozen"] == 1500 * 1280
+    states = sum(estimate["by_kind"]["device"][kind] for kind in ("weights", "gradients", "optimizer"))
+    # Rajbhandari et al.: 2 + 4 + 12 bytes a parameter over 8 ranks, and small parameters unsharded.
     assert states / 4_676_271_104 * 8 == pytest.approx(18, rel=0.01)
-    assert report["configured"]["fits"] is True
-    assert report["changes"] == []
-    rows = {row["name"]: row for row in report["table"]}
+    assert estimate["configured"]["fits"] is True
+    assert estimate["changes"] == []
+    rows = {row["name"]: row for row in estimate["table"]}
     assert rows["ZeRO-1"]["device_bytes"] > rows["ZeRO-2"]["device_bytes"] > rows["ZeRO-3"]["device_bytes"]
     assert "ZeRO-0" not in rows
     on_host = rows["ZeRO-3, optimizer and weights in host memory"]
     # 12 of the optimizer, 2 x 4 of gradients and 2 of weights, over all ranks of the node.
     assert on_host["host_bytes_of_node"] / 4_676_271_104 == pytest.approx(22, rel=0.01)
-    assert report["workload"]["data"] is None
-    assert "tekken.json" in report["workload"]["missing"]
-    assert report["estimate_is"] == "not yet measured on a GPU"
+    assert estimate["workload"]["data"] is None
+    assert "tekken.json" in estimate["workload"]["missing"]
+    assert estimate["estimate_is"] == "not yet measured on a GPU"
     # 6 FLOPs a parameter and token of the language model, at least, and as much again at most for the encoder.
-    assert 1 < report["costs"]["model_flops"] / (4000 * 16 * 8 * 833 * 6 * 4.0e9) < 2
+    assert 1 < estimate["costs"]["model_flops"] / (4000 * 16 * 8 * 833 * 6 * 4.0e9) < 2
 
 
 @pytest.mark.usefixtures("in_repository")
 def test_what_does_not_fit_comes_with_what_to_change(capsys, mini):
-    report = plan(
+    estimate = plan(
         capsys,
         *("--set", f"model.path={mini}", "--set", "engine.deepspeed=ds_configs/zero1.json"),
         *("--gpus", "2", "--gpu-memory", "48GB", "--host-memory", "512GB"),
     )
-    assert report["configured"]["fits"] is False
-    changes = {change["change"]: change for change in report["changes"]}
-    assert changes["engine.deepspeed: ds_configs/zero3.json"]["device_bytes"] < report["configured"]["device_bytes"]
+    assert estimate["configured"]["fits"] is False
+    changes = {change["change"]: change for change in estimate["changes"]}
+    assert changes["engine.deepspeed: ds_configs/zero3.json"]["device_bytes"] < estimate["configured"]["device_bytes"]
     assert changes["engine.deepspeed: ds_configs/zero3_offload.json"]["fits"]
     assert changes["trainable.lora: {} (train only adapters)"]["fits"]
     # All blocks are checkpointed already.
@@ -108,7 +108,7 @@ def test_evaluations_gather_weights_only_where_that_fits(capsys, mini):
         return plan(capsys, *(part for one in changed for part in ("--set", one)), "--gpus", "64", *more)["configured"]
 
     gathered, sharded, auto = (peak(weights) for weights in ("gathered", "sharded", "auto"))
-    # So little is computed on each of so many ranks that 9.4 GB of whole weights are what decides.
+    # On 64 ranks each computes so little that 9.4 GB of gathered weights decide.
     assert gathered["peak_at"] == "evaluation"
     assert gathered["device_bytes"] > sharded["device_bytes"]
     assert auto["device_bytes"] == gathered["device_bytes"], "without a limit it fits"
@@ -143,17 +143,17 @@ def test_the_plan_of_the_data_decides_where_there_are_shards(capsys, tmp_path, t
     with pytest.raises(SystemExit) as end:
         main(["plan", "--config", str(path), "--gpus", "2", "--device", "cpu", "--json"])
     assert end.value.code == 0
-    report = json.loads(capsys.readouterr().out)
-    data = report["workload"]["data"]
+    estimate = json.loads(capsys.readouterr().out)
+    data = estimate["workload"]["data"]
     assert data["num_utterances"] == 26
     # 26 utterances in micro-batches of two, three of them a step.
     assert data["steps_per_epoch"] == 5
     assert data["num_epochs"] == 4
-    assert report["shape"]["num_examples"] == 2
+    assert estimate["shape"]["num_examples"] == 2
     assert 0 <= data["padding"] < 1
     # Three slots on two ranks: one of four places is empty.
-    assert report["costs"]["idle"] == pytest.approx(0.25)
-    assert report["table"][0]["name"] == "ZeRO-0"
+    assert estimate["costs"]["idle"] == pytest.approx(0.25)
+    assert estimate["table"][0]["name"] == "ZeRO-0"
 
 
 def test_users_mistakes_are_sentences(capsys, tmp_path, mini, monkeypatch):

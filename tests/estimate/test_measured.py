@@ -1,6 +1,6 @@
-"""What the estimator says of memory is what real ranks take on a CPU.
+"""The estimate of memory agrees with what real ranks use on a CPU.
 
-All of it is slow: beside other tests on the same cores a rank holds more than by itself.
+All tests are slow ones: beside other tests on the same cores, a rank uses more memory than alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A run whose results many tests show, and none changes."""
+"""A run whose results many tests show and none changes."""
 
 from pathlib import Path
 

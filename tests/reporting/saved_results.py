@@ -27,42 +27,42 @@ EVERY_STEPS = 4
 
 
 def utterance(number: int, reference: str, hypothesis: str, **chosen: Any) -> ScoredUtterance:
-    """One scored by the default normalizer."""
+    """An utterance scored by the default normalizer."""
     known = {"key": f"key-{number}", "language": "en", "duration_seconds": 1.5, "hit_limit": False} | chosen
     texts = {"reference": reference, "hypothesis": hypothesis}
     return score_utterance(DecodedUtterance(utterance_id=number, **texts, **known), BASIC)
 
 
 def write_set(folder: Path, name: str, utterances: Sequence[ScoredUtterance], slices: tuple[str, ...] = ()) -> Path:
-    """`NAME.json` and `NAME.jsonl`; the folder."""
+    """Write `NAME.json` and `NAME.jsonl`, and return the folder."""
     result = score_test_set(utterances, BASIC, grouping=Grouping(slices), measured=Measurements(2.0, 0.5))
     write_results(folder, name, utterances, result)
     return folder
 
 
 def stored_utterances(shards: Path) -> list[StoredUtterance]:
-    """All samples of a set."""
+    """All utterances of a set."""
     index, storage = read_index([str(shards)]), Storage()
     return [index.parse(number, storage.read(index.span(number))) for number in range(len(index))]
 
 
 def misheard(shards: Path, num_words: int) -> list[ScoredUtterance]:
-    """The utterances of a set; in all but every fifth, so many of the first words are wrong."""
+    """The utterances of a set with up to `num_words` wrong words at the start; every fifth has none."""
     return [
         utterance(
             number,
-            sample.text,
-            " ".join(["x"] * min(num_words, number % 5) + sample.text.split()[min(num_words, number % 5) :]),
-            key=sample.key,
-            language=sample.language,
-            fields={"speaker": sample.fields["speaker"]},
+            stored.text,
+            " ".join(["x"] * min(num_words, number % 5) + stored.text.split()[min(num_words, number % 5) :]),
+            key=stored.key,
+            language=stored.language,
+            fields={"speaker": stored.fields["speaker"]},
         )
-        for number, sample in enumerate(stored_utterances(shards))
+        for number, stored in enumerate(stored_utterances(shards))
     ]
 
 
 def write_run(run_dir: Path, shards: Path, wrong_words: Sequence[int] = (3, 2, 1)) -> Path:
-    """A run of `NUM_STEPS` steps that evaluated two sets at its start, in the middle and at its end."""
+    """Write a run of `NUM_STEPS` steps that evaluated two sets at its start, in the middle and at its end."""
     evaluation = {"test_sets": {"speech": {"shards": str(shards)}, "again": {"shards": str(shards)}}}
     config = run_config(run_dir, Path("model"), shards, num_steps=NUM_STEPS, evaluation=evaluation)
     rows: list[dict[str, Any]] = [
@@ -88,7 +88,7 @@ def write_run(run_dir: Path, shards: Path, wrong_words: Sequence[int] = (3, 2, 1
 
 
 def score_of(folder: Path, name: str) -> dict[str, Any]:
-    """What `NAME.json` says."""
+    """The contents of `NAME.json`."""
     score: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return score
 
@@ -98,7 +98,7 @@ _VOID = frozenset({"meta", "link", "br", "path", "circle"})
 
 @dataclass
 class Element:
-    """A tag with what is in it."""
+    """A tag with its contents."""
 
     tag: str
     attributes: dict[str, str | None]
@@ -106,7 +106,7 @@ class Element:
 
     @property
     def text(self) -> str:
-        """All text in it."""
+        """All text inside."""
         return "".join(child if isinstance(child, str) else child.text for child in self.children)
 
     @property
@@ -114,7 +114,7 @@ class Element:
         return (self.attributes.get("class") or "").split()
 
     def all(self, tag: str | None = None, class_: str | None = None) -> list[Element]:
-        """Those in it, in order."""
+        """Elements inside with this tag and class, in order."""
         found = []
         for child in self.children:
             if isinstance(child, Element):
@@ -150,7 +150,7 @@ class _Tree(HTMLParser):
 
 
 def parse(page: Path) -> Element:
-    """The tree of a page whose tags must be balanced."""
+    """The tree of a page; its tags must be balanced."""
     tree = _Tree()
     tree.feed(page.read_text(encoding="utf-8"))
     tree.close()

@@ -1,4 +1,4 @@
-"""The page as a browser shows it: nothing is refused or fails, and what moves does what it should."""
+"""The page in a browser: nothing is blocked or fails, and players, charts and tables work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Promise.all([...document.querySelectorAll("audio")].map((player) => new Promise(
 
 
 def visit(page: Path, profile: Path) -> tuple[str, list[str]]:
-    """The page after its scripts, and what the console says."""
+    """The page after its scripts, and the messages of the console."""
     options = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     ended = subprocess.run(
         [

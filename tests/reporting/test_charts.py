@@ -1,4 +1,4 @@
-"""Curves lose no point, and axes put values where their ticks say."""
+"""Curves lose no point, and axes place values according to their ticks."""
 
 from __future__ import annotations
 

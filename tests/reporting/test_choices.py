@@ -100,14 +100,14 @@ def test_mp3_with_tags_is_played_and_empty_audio_is_not():
 
 def test_clips_are_those_of_the_same_key(shard_folder):
     stored = StoredAudio(read_index([str(shard_folder)]), Storage())
-    samples = stored_utterances(shard_folder)
-    one = utterance(3, "a", "b", key=samples[3].key)
-    assert stored.read(one) == EmbeddedAudio(media_type(samples[3].audio), samples[3].audio)
+    originals = stored_utterances(shard_folder)
+    one = utterance(3, "a", "b", key=originals[3].key)
+    assert stored.read(one) == EmbeddedAudio(media_type(originals[3].audio), originals[3].audio)
     assert stored.read(replace(one, decoded=replace(one.decoded, key="other"))) == MissingAudio(
-        f"utterance 3 of the shards is another one, {samples[3].key!r}"
+        f"utterance 3 of the shards is another one, {originals[3].key!r}"
     )
-    assert stored.read(replace(one, decoded=replace(one.decoded, utterance_id=len(samples)))) == MissingAudio(
-        f"the shards have no utterance {len(samples)}"
+    assert stored.read(replace(one, decoded=replace(one.decoded, utterance_id=len(originals)))) == MissingAudio(
+        f"the shards have no utterance {len(originals)}"
     )
 
 

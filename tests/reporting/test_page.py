@@ -1,4 +1,4 @@
-"""The page is whole by itself, shows what was decoded and nothing else, and lets no text become markup."""
+"""The page needs no other file, shows exactly what was decoded, and lets no text become markup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`voxtral-dist report` as a user meets it: on runs and on bare folders, without torch, one sentence a mistake."""
+"""`voxtral-dist report` as users run it: on runs and bare folders, without torch, with one message per error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def report(capsys) -> Callable[..., Result]:
 
 @pytest.fixture
 def refusal(report) -> Callable[..., str]:
-    """The sentence of a refused command, which says nothing else."""
+    """The message of a refused command, which prints nothing else."""
 
     def run(*arguments: object) -> str:
         return report(*arguments).refusal()
@@ -321,7 +321,7 @@ def test_the_grammar_refuses(report, run, arguments, sentence):
 
 
 def test_torch_is_not_imported(run, tmp_path):
-    """It costs seconds, and is nothing that a report needs."""
+    """Importing torch takes seconds, and a report does not need it."""
     script = (
         "import sys\n"
         "from voxtral_dist.cli.main import main\n"
