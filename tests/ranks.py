@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,15 +34,46 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     traceback, and ends the others.
     """
     with tempfile.TemporaryDirectory() as folder:
-        connection = _connection()
-        call = pickle.dumps((function, arguments))
-        connection.send((world_size, folder, call, sys.path, dict(os.environ), str(Path.cwd())))
-        exit_codes = connection.recv()
+        exit_codes = _fork(_run_rank, world_size, folder, function, arguments)
         failures = sorted(Path(folder).glob("failure-*"), key=lambda path: path.stat().st_mtime)
         assert not failures, failures[0].read_text()
         results = [Path(folder) / f"result-{rank}" for rank in range(world_size)]
         assert all(path.is_file() for path in results), f"ranks ended with exit codes {exit_codes} and no result"
         return [pickle.loads(path.read_bytes()) for path in results]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The exit code of a process, and what it printed; -9 if it had to be killed because it did not end."""
+
+    code: int
+    output: str
+
+
+def run_programs(world_size: int, function: Callable[..., Any], *arguments: Any, limit_seconds: float) -> list[Ended]:
+    """Run `function(rank, *arguments)` as a program of its own on each rank, as a launcher would start it.
+
+    The ranks find `RANK` and so on in their environment. None is ended because another one has.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        codes = _fork(_run_program, world_size, folder, function, arguments, limit_seconds)
+        outputs = [(Path(folder) / f"output-{rank}").read_text() for rank in range(world_size)]
+        return [Ended(code, output) for code, output in zip(codes, outputs, strict=True)]
+
+
+def _fork(
+    run: Callable[[int, int, Path, bytes], None],
+    world_size: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: Any,
+    limit_seconds: float | None = None,
+) -> list[Any]:
+    connection = _connection()
+    call = pickle.dumps((function, arguments))
+    connection.send((run, limit_seconds, world_size, folder, call, sys.path, dict(os.environ), str(Path.cwd())))
+    codes: list[Any] = connection.recv()
+    return codes
 
 
 def _connection() -> Connection:
@@ -67,28 +99,26 @@ def _serve(requests: Connection) -> None:
     context = multiprocessing.get_context("fork")
     while True:
         try:
-            world_size, folder, call, sys.path[:], environment, working_folder = requests.recv()
+            run, limit_seconds, world_size, folder, call, sys.path[:], environment, working_folder = requests.recv()
         except EOFError:
             return
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(working_folder)
-        ranks = [
-            context.Process(target=_run_rank, args=(rank, world_size, Path(folder), call)) for rank in range(world_size)
-        ]
+        ranks = [context.Process(target=run, args=(rank, world_size, Path(folder), call)) for rank in range(world_size)]
         for process in ranks:
             process.start()
-        requests.send(_exit_codes(ranks, Path(folder)))
+        requests.send(_exit_codes(ranks, Path(folder), limit_seconds))
 
 
-def _exit_codes(ranks: Sequence[Any], folder: Path) -> list[int | None]:
-    """Wait for all ranks, or until one fails, because the others may be waiting for it."""
-    deadline = time.monotonic() + _TIMEOUT_SECONDS
+def _exit_codes(ranks: Sequence[Any], folder: Path, limit_seconds: float | None) -> list[int | None]:
+    """Wait for all ranks. Without a limit, do so until one fails, because the others may be waiting for it."""
+    deadline = time.monotonic() + (limit_seconds or _TIMEOUT_SECONDS)
     running = list(ranks)
     while running and not any(folder.glob("failure-*")) and time.monotonic() < deadline:
         wait([process.sentinel for process in running], timeout=1)
         running = [process for process in running if process.is_alive()]
-        if any(process.exitcode for process in ranks):
+        if limit_seconds is None and any(process.exitcode for process in ranks):
             break
     for process in running:
         process.kill()
@@ -120,6 +150,18 @@ def _run_rank(rank: int, world_size: int, folder: Path, call: bytes) -> None:
     except BaseException:
         _write(folder / f"failure-{rank}", traceback.format_exc().encode())
         raise
+
+
+def _run_program(rank: int, world_size: int, folder: Path, call: bytes) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cpu"}
+    output = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    import torch
+
+    torch.set_num_threads(1)
+    function, arguments = pickle.loads(call)
+    function(rank, *arguments)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -50,18 +50,18 @@ def run_config(
 def launch(config: RunConfig, world_size: int, *overrides: str) -> subprocess.Popen[str]:
     """Start a run by DeepSpeed's command, as the leader of a new process group."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_accelerators={world_size}"]
-    return _start([*launcher, f"--master_port={_free_port()}", "launch/train.py"], config, overrides, {})
+    return _start([*launcher, f"--master_port={free_port()}", "launch/train.py"], config, overrides, {})
 
 
 def launch_by_torchrun(config: RunConfig, world_size: int, variables: dict[str, str]) -> subprocess.Popen[str]:
     """Start a run by torchrun."""
     launcher = [str(Path(sys.executable).with_name("torchrun")), f"--nproc_per_node={world_size}"]
-    return _start([*launcher, f"--master_port={_free_port()}", "launch/train.py"], config, (), variables)
+    return _start([*launcher, f"--master_port={free_port()}", "launch/train.py"], config, (), variables)
 
 
 def launch_by_entrypoint(config: RunConfig, world_size: int) -> subprocess.Popen[str]:
     """Start a run by the entrypoint of containers and schedulers."""
-    variables = {"PROCS_PER_NODE": str(world_size), "MASTER_PORT": str(_free_port())}
+    variables = {"PROCS_PER_NODE": str(world_size), "MASTER_PORT": str(free_port())}
     return _start(["docker/entrypoint"], config, (), variables)
 
 
@@ -95,10 +95,12 @@ def scalars_of(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 def _start(
     command: list[str], config: RunConfig, overrides: tuple[str, ...], variables: dict[str, str]
 ) -> subprocess.Popen[str]:
-    path = config.run_dir.with_suffix(".yaml")
-    path.write_text(dump_config(config), encoding="utf-8")
     return subprocess.Popen(
-        [*command, f"--config={path}", *(word for override in overrides for word in ("--set", override))],
+        [
+            *command,
+            f"--config={write_config(config)}",
+            *(word for override in overrides for word in ("--set", override)),
+        ],
         cwd=ROOT,
         env=os.environ | variables,
         text=True,
@@ -108,7 +110,15 @@ def _start(
     )
 
 
-def _free_port() -> int:
+def write_config(config: RunConfig) -> Path:
+    """Write a configuration beside the folder of its run."""
+    path = config.run_dir.with_suffix(".yaml")
+    path.write_text(dump_config(config), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    """A port that nobody uses."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

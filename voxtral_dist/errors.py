@@ -1,5 +1,7 @@
 """Errors a user can fix: a message, no traceback, and a nonzero exit code."""
 
+import os
+
 
 class UserError(Exception):
     """A mistake in the user's input; the message says what is wrong, where, and what to do.
@@ -29,6 +31,11 @@ class SharedError(UserError):
     """An error of one rank that was shared with all others: all exit with it, and one per node prints it."""
 
     exit_code = 3
+
+
+def is_printed_here(error: UserError) -> bool:
+    """Whether this process prints an error: one per node does, because its ranks meet the same mistake."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError)
 
 
 def lower_first(text: str) -> str:

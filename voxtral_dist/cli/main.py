@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import sys
 import traceback
@@ -22,7 +23,7 @@ from voxtral_dist.cli.shards import add_shards
 from voxtral_dist.cli.tiny import add_tiny
 from voxtral_dist.cli.train import add_train
 from voxtral_dist.cli.transcribe import add_transcribe
-from voxtral_dist.errors import RankError, UserError
+from voxtral_dist.errors import UserError, is_printed_here
 
 
 def console(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -47,6 +48,9 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
     with suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
+    # A data worker that hangs would stay.
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(code)
 
 
@@ -58,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = parsed.run(parsed)
     except UserError as error:
-        # All ranks of a node meet the same error: the first one prints it.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
+        if is_printed_here(error):
             print(f"voxtral-dist: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:

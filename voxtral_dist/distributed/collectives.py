@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public classes all the same
+from torch.distributed.distributed_c10d import _get_default_store
 
 from voxtral_dist.distributed.world import World
 
 T = TypeVar("T")
 
-# Other collectives time out much earlier. With this one, only the launcher notices a lost rank.
-_PATIENCE = timedelta(days=30)
+_POLL_SECONDS = 0.5
+# Keys of a sum in the store.
+_SUM, _ARRIVED, _READ = "sum", "arrived", "read"
 
 
 def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
@@ -28,17 +32,35 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
 
 
 class PatientSum:
-    """A sum over ranks that may arrive hours apart, after unequal work. All ranks construct it together."""
+    """A sum over ranks that may arrive hours apart, after unequal work. All ranks construct it together.
+
+    Ranks count in the process group's store: a collective would time out, and a group of its own for it would need a
+    host name by which nodes reach each other.
+    """
 
     def __init__(self, world: World) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
+        self._world = world
+        # A unique name, because the store lives as long as the run.
+        self._name = from_first_rank(uuid.uuid4().hex, world)
 
     def __call__(self, value: int) -> int:
-        """The sum of all ranks' values; blocks until the last rank arrives."""
-        total = torch.tensor(value)
-        if self._group is not None:
-            dist.all_reduce(total, group=self._group)
-        return int(total)
+        """The sum of all ranks' values; blocks until the last rank arrives. Call it once."""
+        if self._world.size == 1:
+            return value
+        store = PrefixStore(self._name, _get_default_store())
+        store.add(_SUM, value)
+        _count_and_wait(store, _ARRIVED, self._world.size)
+        total = store.add(_SUM, 0)
+        # Rank 0 may host the store.
+        _count_and_wait(store, _READ, self._world.size if self._world.is_first else 0)
+        return total
+
+
+def _count_and_wait(store: Store, key: str, number: int) -> None:
+    """Add one to a counter, and wait until it has reached a number."""
+    store.add(key, 1)
+    while store.add(key, 0) < number:
+        time.sleep(_POLL_SECONDS)
 
 
 def max_over_ranks(values: Sequence[int], world: World) -> list[int]:

@@ -11,11 +11,16 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public classes all the same
 
+from voxtral_dist.distributed.failures import shared_failures
+from voxtral_dist.distributed.process_settings import limit_threads, set_allocator_defaults
+from voxtral_dist.distributed.store import meet
 from voxtral_dist.errors import RankError, UserError, first_line
 
-# Long enough for rank 0 to export the largest model while the others wait, short enough not to waste a night.
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Of all process groups. Long enough for rank 0 to export the largest model while the others wait, short enough not to
+# waste a night.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ def joined_world() -> Iterator[World]:
     """Join the ranks that the launcher started, by `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`.
 
     Without these variables, the process is a world of size 1; engines still get a process group. The group is destroyed
-    when the block ends. After an error in a larger world it is kept: the launcher ends the other ranks, which may be
-    waiting.
+    when the block ends. After an error in a larger world it is kept, because its destructors may wait for other ranks;
+    these end within seconds with the error's message, see `FailureWatch`.
 
     Raises:
         UserError: the variables do not fit this node.
@@ -54,34 +59,46 @@ def joined_world() -> Iterator[World]:
     os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
     # DeepSpeed reads it even in a single process.
     os.environ.setdefault("LOCAL_RANK", "0")
-    rank, size, local_rank = (_integer(name, default) for name, default in _PLACE.items())
-    device = _device_of(local_rank)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # If each rank had a thread for every core, the spinning threads would slow it down more than ten times.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_node(size)))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=None if size > 1 else dist.HashStore(),  # type: ignore[attr-defined]  # a public class all the same
-        rank=rank,
-        world_size=size,
-        timeout=_COLLECTIVE_TIMEOUT,
-        device_id=device if device.type == "cuda" else None,
-    )
-    is_group_kept = size > 1
+    rank, size, local_rank, port = (_integer(name, default) for name, default in _PLACE.items())
+    limit_threads(ranks_on_node(size))
+    store = meet(os.environ["MASTER_ADDR"], port, rank, COLLECTIVE_TIMEOUT) if size > 1 else HashStore()
+    with shared_failures(store, rank, size), _out_of_memory_as_message(rank):
+        device = _device_of(local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+        is_group_kept = size > 1
+        try:
+            yield World(rank, size, local_rank, device)
+            is_group_kept = False
+        finally:
+            if not is_group_kept:
+                _destroy_group()
+
+
+@contextmanager
+def _out_of_memory_as_message(rank: int) -> Iterator[None]:
     try:
-        yield World(rank, size, local_rank, device)
-        is_group_kept = False
+        yield
     except torch.OutOfMemoryError as error:
         raise RankError(
             f"Rank {rank} ran out of GPU memory ({out_of_memory_reason(error)}): in training, use smaller "
             "micro-batches and more `train_data.slots_per_step`; in decoding, lower `--batch-size`. "
             "`voxtral-dist plan` estimates the memory of a run."
         ) from error
-    finally:
-        if not is_group_kept:
-            _destroy_group()
+
+
+def set_timeouts() -> None:
+    """Give every process group `COLLECTIVE_TIMEOUT`: DeepSpeed and device meshes make theirs with torch's default."""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
 
 
 def _destroy_group() -> None:
@@ -99,7 +116,7 @@ def out_of_memory_reason(error: torch.OutOfMemoryError) -> str:
     return first_line(error).partition(" Including")[0].rstrip(".")
 
 
-_PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+_PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 29500}
 
 
 def ranks_on_node(world_size: int) -> int:
@@ -122,4 +139,5 @@ def _device_of(local_rank: int) -> torch.device:
             f"This node has {torch.cuda.device_count()} GPUs, but a process with local rank {local_rank} was started: "
             "start at most one process per GPU (`deepspeed --num_gpus`)."
         )
+    set_allocator_defaults()
     return torch.device("cuda", local_rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from voxtral_dist.config import EngineConfig, RunConfig
-from voxtral_dist.distributed.world import World
+from voxtral_dist.distributed.world import World, set_timeouts
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.model.features import LogMel
 
@@ -22,6 +22,12 @@ def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows:
         UserError: the configuration, the model and this machine do not fit together.
     """
     check_engine(config, world.size)
+    engine = _engine(config, log_mel, world, most_windows)
+    set_timeouts()
+    return engine
+
+
+def _engine(config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None) -> Engine:
     if config.engine.fsdp2 is not None:
         from voxtral_dist.engine.fsdp2.engine import Fsdp2Engine
 

@@ -1,8 +1,8 @@
 """Decoding of a test set's batches over ranks: from a shared queue, or in lockstep where weights are sharded.
 
 An error on one rank ends the evaluation on all ranks with its reason: the others stop before their next batch, and none
-waits for results that will not come. An error inside a batch in lockstep cannot be shared, because the other ranks wait
-for weights: that rank exits, and the launcher ends the others.
+waits for results that will not come. An error inside a batch in lockstep cannot be shared so, because the other ranks
+wait for weights: that rank raises it, and the watch of failures ends the others.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
 from voxtral_dist.engine.optim import set_learning_rate
 from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.engine.zero.building import fill_model, gather_whole_blocks
+from voxtral_dist.engine.zero.initializing import prepare_deepspeed
 from voxtral_dist.engine.zero.optimizers import build_optimizer
 from voxtral_dist.engine.zero.settings import complete_settings, is_on_nvme, zero_stage
 from voxtral_dist.engine.zero.states import full_shape, master_states
@@ -73,6 +74,7 @@ class ZeroEngine:
         self._max_grad_norm = optimizer_config.max_grad_norm
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens)
+        prepare_deepspeed()
         if is_on_nvme(settings):
             return_freed_memory()
         fill_model(model, InitialWeights(model_config.path, model, seed), settings, world)

@@ -1,0 +1,56 @@
+"""All process groups of a run have one timeout, ours, whoever made them."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.distributed.world import COLLECTIVE_TIMEOUT, World, joined_world
+from voxtral_dist.engine.build import build_engine
+from voxtral_dist.model.features import LogMel
+
+from ranks import run_ranks
+from runs import ROOT, run_config
+
+
+def _timeouts(world: World, config: RunConfig) -> list[timedelta]:
+    """The timeouts of all groups after building the engine, and of DeepSpeed's before it reads weights."""
+    # The default of NCCL, which makes groups for GPUs.
+    distributed_c10d.default_pg_timeout = timedelta(minutes=10)
+    engine = build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
+    found = [_timeout(group) for group in distributed_c10d._world.pg_map]
+    if config.engine.deepspeed is not None:
+        from deepspeed.utils import groups
+
+        assert engine.stage in (2, 3)
+        found.append(_timeout(groups._get_data_parallel_group()))
+    return found
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"deepspeed": ROOT / "ds_configs" / "zero2.json"},
+        {"deepspeed": ROOT / "ds_configs" / "zero3.json"},
+        {"fsdp2": {"ranks_per_replica": 1}},
+    ],
+)
+def test_every_group_has_our_timeout(engine: dict[str, Any], tiny_model: Path, shard_folder: Path, tmp_path: Path):
+    config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=3, engine=engine)
+    for found in run_ranks(2, _timeouts, config):
+        assert len(found) >= 2
+        assert set(found) == {COLLECTIVE_TIMEOUT}
+
+
+def test_the_first_group_has_our_timeout():
+    with joined_world():
+        assert _timeout(dist.group.WORLD) == COLLECTIVE_TIMEOUT

@@ -1,0 +1,182 @@
+"""The failure of one rank, made known to all others, whatever they are waiting for."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public classes all the same
+
+from voxtral_dist.errors import UserError, first_line, is_printed_here
+
+_POLL_SECONDS = 1.0
+# How long rank 0, whose process may host the store, waits until all others know why it ends.
+_STORE_SECONDS = 5.0
+# Launchers end the ranks of a node as soon as one has ended. So the rank that failed stays until the others have
+# polled, and these stay until it has printed its error.
+_FAILED_SECONDS = 2.0
+_GRACE_SECONDS = 3.0
+# Standard error that nobody reads, or a store that does not answer, must not keep a process.
+_LONGEST_END_SECONDS = 10.0
+
+_FIRST_FAILURE = "first"
+_NUM_INFORMED = "informed"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended the run.
+
+    Attributes:
+        rank: the rank that failed.
+        host: the name of its host.
+        exit_code: of all ranks.
+        message: a message for the user, or an exception's type and first line.
+        is_unexpected: whether `message` is an exception's, so that the rank prints a traceback.
+        is_printed: whether that rank prints `message` itself.
+    """
+
+    rank: int
+    host: str
+    exit_code: int
+    message: str
+    is_unexpected: bool
+    is_printed: bool
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int) -> Failure:
+        """The failure of a rank that an exception ends."""
+        host = socket.gethostname()
+        match error:
+            case UserError():
+                return cls(rank, host, error.exit_code, str(error), False, is_printed_here(error))
+            case KeyboardInterrupt():
+                return cls(rank, host, 130, "The run was interrupted from the keyboard.", False, True)
+            case _:
+                message = f"{type(error).__name__}: {first_line(error)}".rstrip(": ")
+                return cls(rank, host, 1, message, is_unexpected=True, is_printed=False)
+
+    def line_elsewhere(self, host: str) -> str | None:
+        """What a node prints once for a failure of another process; None where that process prints it itself."""
+        if self.is_unexpected:
+            return (
+                f"Rank {self.rank} on {self.host} ended with an unexpected error, {self.message} (the traceback is in "
+                "that rank's output)"
+            )
+        if self.host != host:
+            return f"{self.message} (rank {self.rank} on {self.host})"
+        return None if self.is_printed else self.message
+
+
+@contextmanager
+def shared_failures(store: Store, rank: int, size: int) -> Iterator[None]:
+    """Tell all ranks if this one fails in the context; end this process there if another rank fails.
+
+    Args:
+        store: of all ranks.
+        rank: of this process.
+        size: number of ranks.
+    """
+    if size == 1:
+        yield
+        return
+    watch = FailureWatch(store, rank, size)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        watch.report(error)
+        raise
+    except BaseException:
+        watch.leave()
+        raise
+    watch.leave()
+
+
+class FailureWatch:
+    """A thread that polls the ranks' store once a second, and ends this process if another rank has failed.
+
+    It ends the process whatever the main thread waits for: a kernel of NCCL, a collective, a store, a data worker. It
+    does not see a rank that is killed, which writes nothing.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        """Start watching.
+
+        Args:
+            store: all ranks' store. The watch has a connection of its own, because one may wait for an answer for long.
+            rank: of this process.
+            size: number of ranks.
+        """
+        self._store = PrefixStore("failures", store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
+        self._rank = rank
+        self._size = size
+        self._own: Failure | None = None
+        self._wake = threading.Event()
+        self._done = threading.Event()
+        self._ending = threading.Lock()
+        threading.Thread(target=self._watch, name="failure-watch", daemon=True).start()
+
+    def report(self, error: BaseException) -> None:
+        """Tell all ranks that this one ends with an error, and wait up to some seconds until they know.
+
+        If another rank's failure is ending this process already, this does not return.
+        """
+        self._ending.acquire()
+        self._own = Failure.of(error, self._rank)
+        self._stop()
+
+    def leave(self) -> None:
+        """Stop watching, because this rank has finished. Rank 0, which may host the store, waits for the others."""
+        self._stop()
+
+    def _stop(self) -> None:
+        self._wake.set()
+        self._done.wait(_LONGEST_END_SECONDS)
+
+    def _watch(self) -> None:
+        # An error of the store: its host has left.
+        with suppress(RuntimeError):
+            while not self._wake.wait(_POLL_SECONDS):
+                if self._store.check([_FIRST_FAILURE]):
+                    failure = Failure(**json.loads(self._store.get(_FIRST_FAILURE)))
+                    if self._ending.acquire(blocking=False):
+                        self._end(failure)
+            if self._own is not None:
+                self._store.compare_set(_FIRST_FAILURE, "", json.dumps(asdict(self._own)))
+            self._confirm()
+            if self._own is not None and self._rank > 0:
+                time.sleep(_FAILED_SECONDS)
+        self._done.set()
+
+    def _confirm(self) -> None:
+        """Say that this rank knows, or has finished; rank 0 waits for all others. None uses the store later."""
+        deadline = time.monotonic() + _STORE_SECONDS
+        self._store.add(_NUM_INFORMED, 1)
+        while self._rank == 0 and self._store.add(_NUM_INFORMED, 0) < self._size and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _end(self, failure: Failure) -> None:
+        """End this process without destructors, which may wait for kernels that never end."""
+        limit = threading.Timer(_LONGEST_END_SECONDS, os._exit, [failure.exit_code])
+        limit.daemon = True
+        limit.start()
+        line = failure.line_elsewhere(socket.gethostname())
+        with suppress(Exception):
+            if line is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"voxtral-dist: error: {line}", file=sys.stderr, flush=True)
+            self._confirm()
+            time.sleep(_GRACE_SECONDS)
+        with suppress(Exception):
+            for child in multiprocessing.active_children():
+                child.kill()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(failure.exit_code)

@@ -1,0 +1,56 @@
+"""Settings of this process that torch reads from environment variables: threads, and allocators of memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_THREADS = "OMP_NUM_THREADS"
+# The second and third are the older names.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+
+def limit_threads(num_ranks: int) -> None:
+    """Give each rank of this node its part of the cores, unless the user has set `OMP_NUM_THREADS`.
+
+    If each rank had a thread for every core, the spinning threads would slow all of them down more than ten times. The
+    limit holds for DeepSpeed's AdamW on CPUs too, which uses the same OpenMP library as torch.
+
+    Args:
+        num_ranks: number of ranks on this node; a single one keeps torch's default.
+    """
+    if num_ranks == 1 or (_THREADS in os.environ and not _is_set_by_torchrun()):
+        return
+    num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    # For libraries that are loaded later.
+    os.environ[_THREADS] = str(num_threads)
+    torch.set_num_threads(num_threads)
+
+
+def set_allocator_defaults() -> None:
+    """Set options of torch's allocators for GPUs, unless the user has set any. Call it before their first use.
+
+    Segments grow, because micro-batches of ever new lengths would fragment memory. Pinned buffers above 64 MB are not
+    rounded up to powers of two, which could double the host memory of offloaded states.
+    """
+    if any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        return
+    options = ["expandable_segments:True"]
+    # torch refuses options that it does not know; 2.11 does not know this one.
+    if torch.__version__ >= "2.13":
+        options.append("pinned_max_round_threshold_mb:64")
+    os.environ[_ALLOCATOR_VARIABLES[0]] = ",".join(options)
+
+
+def _is_set_by_torchrun() -> bool:
+    """Whether torchrun has set `OMP_NUM_THREADS` to 1, as it does where the user has not set it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ[_THREADS] != "1":
+        return False
+    try:
+        # The environment that torchrun was started with, without what it has set since.
+        variables = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return not any(variable.startswith(f"{_THREADS}=".encode()) for variable in variables)
