@@ -1,6 +1,6 @@
 // What torch asks of CUDA before it lets a tensor say that it lies there: a device guard, streams, hooks, pinned memory.
-// A build of torch for CPUs has none of it, and aborts as soon as a tensor on CUDA needs a gradient. Nothing here moves
-// data: fake_cuda.py computes on the CPU.
+// A build of torch for CPUs has none of it, and aborts as soon as a tensor on CUDA needs a gradient; a build for CUDA
+// asks for a driver. Nothing here moves data: fake_cuda.py computes on the CPU.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -61,6 +61,8 @@ struct Hooks final : at::CUDAHooksInterface {
   bool isAvailable() const override { return true; }
   bool hasCUDA() const override { return true; }
   void init() const override {}
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const override { return 0; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex current_device() const override { return 0; }
   int getNumGPUs() const override { return 1; }
@@ -82,7 +84,7 @@ struct Hooks final : at::CUDAHooksInterface {
 }  // namespace
 
 namespace at {
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, Hooks)
 }  // namespace at
 
-extern "C" void install() { c10::impl::device_guard_impl_registry[static_cast<size_t>(CUDA)].store(&guard); }
+extern "C" void install_guard() { c10::impl::device_guard_impl_registry[static_cast<size_t>(CUDA)].store(&guard); }

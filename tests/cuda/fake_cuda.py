@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +29,8 @@ from typing import Any
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
-def load_device() -> None:
-    """Load the C++ part, which is built once for a version of torch."""
+def load_device() -> Callable[[], None]:
+    """Load the C++ part, which is built once for a version of torch; return what installs its guard again."""
     assert "torch" not in sys.modules, "torch has already looked for its devices"
     spec = find_spec("torch")
     assert spec is not None
@@ -41,7 +41,9 @@ def load_device() -> None:
     library = Path(tempfile.gettempdir()) / name
     if not library.exists():
         _build(library, torch_folder)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).install()
+    install_guard: Callable[[], None] = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).install_guard
+    install_guard()
+    return install_guard
 
 
 def _build(library: Path, torch_folder: Path) -> None:
@@ -53,7 +55,7 @@ def _build(library: Path, torch_folder: Path) -> None:
         built.rename(library)
 
 
-load_device()
+install_guard = load_device()
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -62,6 +64,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten  # n
 
 CUDA = torch.device("cuda", 0)
 
+# A build for CUDA has put its own in that place.
+install_guard()
 torch.cuda._lazy_init = lambda: None
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
