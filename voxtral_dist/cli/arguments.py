@@ -61,7 +61,11 @@ def add_run_config(parser: argparse.ArgumentParser, example: str) -> None:
 def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     """Add `--set`, which overrides one value and may be repeated."""
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help=f"override a value, such as {example}"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"override a value, such as {example}; may be repeated",
     )
 
 
@@ -88,7 +92,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=defaults.max_tokens_per_second,
         metavar="NUMBER",
-        help="stop a transcript after 16 tokens plus this number per second of audio (default: %(default)s)",
+        help="token limit of a transcript: 16 plus this number per second of audio (default: %(default)s)",
     )
     parser.add_argument(
         "--static-cache", action="store_true", help="use a key-value cache of fixed size, which torch.compile needs"
@@ -123,16 +127,20 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="STEP",
-        help=f"text steps of the training targets, applied before the normalizer: {', '.join(get_args(TextStep))}",
+        help=f"text steps of the run's `target_text`, applied before the normalizer: {', '.join(get_args(TextStep))}",
     )
     parser.add_argument(
-        "--slices", nargs="+", default=[], metavar="FIELD", help="report error rates for each value of these fields"
+        "--slices",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="also report error rates for each value of these fields",
     )
     parser.add_argument(
         "--speaker-field",
         default=defaults.speaker_field,
         metavar="FIELD",
-        help="field with the speaker; intervals resample whole speakers (default: %(default)s)",
+        help="field that names the speaker; intervals resample whole speakers (default: %(default)s)",
     )
 
 

@@ -15,10 +15,12 @@ def add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
         type=positive,
         default=900,
         metavar="SECONDS",
-        help="stop a build that takes longer (default: %(default)s)",
+        help="stop the build after this time (default: %(default)s)",
     )
-    parser.add_argument("--with-offload", action="store_true", help="also build the extensions for optimizer offload")
-    parser.add_argument("--with-nvme", action="store_true", help="also build the extensions for NVMe offload")
+    parser.add_argument(
+        "--with-offload", action="store_true", help="also build what offloading the optimizer to host memory needs"
+    )
+    parser.add_argument("--with-nvme", action="store_true", help="also build what offloading to NVMe needs")
     parser.set_defaults(run=_doctor)
 
 

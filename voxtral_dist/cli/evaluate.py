@@ -18,12 +18,12 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = commands.add_parser("evaluate", help="measure the word error rate of a model on shard folders")
     add_decoding(parser)
-    parser.add_argument("shards", nargs="+", help="folders made by `shards pack`")
+    parser.add_argument("shards", nargs="+", help="folders of shards with an index")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("evaluation"),
-        help="folder for NAME.json and NAME.jsonl (default: %(default)s)",
+        help="folder for results: NAME.json and NAME.jsonl per test set (default: %(default)s)",
     )
     parser.add_argument("--no-loss", action="store_true", help="do not measure the loss of the references")
     add_scoring(parser)
@@ -36,14 +36,15 @@ def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         "--words",
         type=Path,
         metavar="FILE",
-        help="listed words, one per line: also decode with them as context, and report the biased WER",
+        help="listed words, one per line: also decode with contexts, and report B-WER and U-WER",
     )
     parser.add_argument(
         "--distractors",
         type=count,
         nargs="+",
         metavar="N",
-        help="numbers of wrong words added to each context; one evaluation for each number (default: 0 100)",
+        help="numbers of distractors (listed words that are not in the reference) in a context; the test set is "
+        "decoded once for each number (default: 0 100)",
     )
     parser.set_defaults(run=_evaluate)
 
@@ -80,7 +81,7 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
 
 def _context(parsed: argparse.Namespace) -> TestContextConfig | None:
     if parsed.distractors and parsed.words is None:
-        raise UserError("`--distractors` are taken from a list of words: name its file by `--words`.")
+        raise UserError("`--distractors` needs a word list: name its file by `--words`.")
     if parsed.words is None:
         return None
     sizes = {"num_distractors": tuple(parsed.distractors)} if parsed.distractors else {}

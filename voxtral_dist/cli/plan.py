@@ -21,11 +21,9 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs of one node (default: %(default)s)"
     )
+    parser.add_argument("--gpu-memory", metavar="80GB", help="memory of one GPU, to report whether the run fits")
     parser.add_argument(
-        "--gpu-memory", metavar="80GB", help="memory of one GPU; without it the estimate is printed but not compared"
-    )
-    parser.add_argument(
-        "--host-memory", metavar="512GB", help="memory of one node; without it the estimate is printed but not compared"
+        "--host-memory", metavar="512GB", help="host memory of one node, to report whether the run fits"
     )
     parser.add_argument(
         "--mfu",
@@ -36,9 +34,14 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--peak-tflops",
         type=positive_number,
-        help="peak of one GPU, dense (default: metrics.peak_tflops, or 989 as of an H100)",
+        help="dense peak of one GPU, in TFLOP/s (default: metrics.peak_tflops, or 989, that of an H100)",
     )
-    parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help="cpu: ranks are processes on CPUs")
+    parser.add_argument(
+        "--device",
+        choices=("gpu", "cpu"),
+        default="gpu",
+        help="cpu: estimate a run whose ranks are processes on CPUs (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     parser.set_defaults(run=_plan)
 
@@ -58,9 +61,9 @@ def _plan(parsed: argparse.Namespace) -> int:
         mfu=parsed.mfu,
         peak_tflops=parsed.peak_tflops or config.metrics.peak_tflops or Machine.peak_tflops,
     )
-    report = estimate_run(config, machine)
+    estimate = estimate_run(config, machine)
     if parsed.json:
-        print(json.dumps(report.to_json(), indent=1))
+        print(json.dumps(estimate.to_json(), indent=1))
     else:
-        print("\n".join(report.lines()))
+        print("\n".join(estimate.lines()))
     return 0

@@ -23,7 +23,8 @@ def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
         type=_step,
         default="newest",
         metavar="N",
-        help="step of the run: a number, `newest` (default), or `best`: the selected one, else the lowest first WER",
+        help="step of the run: a number, `newest` (default), or `best`: that of the selected checkpoint, or without "
+        "selection the one with the lowest WER on the first test set",
     )
     parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="run or folder of results to compare with")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the report (default: the folder itself)")
@@ -47,22 +48,22 @@ def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
         type=count,
         default=20,
         metavar="N",
-        help="utterances with audio per test set (default: %(default)s)",
+        help="utterances with an audio player per test set; 0: none (default: %(default)s)",
     )
     parser.add_argument(
         "--max-audio-megabytes",
         type=positive_number,
         default=20.0,
         metavar="MB",
-        help="limit of all audio together, which takes a third more space in the report (default: %(default)g)",
+        help="maximum audio of all test sets together; base64 makes it a third larger (default: %(default)g)",
     )
     parser.add_argument(
-        "--speaker-field", metavar="FIELD", help="field with the speaker (default: from config.yaml of the run)"
+        "--speaker-field", metavar="FIELD", help="field that names the speaker (default: the one used in scoring)"
     )
     parser.add_argument(
         "--normalizer",
         metavar="module:function",
-        help="your own normalizer, if results were made with one: a function named only by files is never run",
+        help="your own normalizer, if results were made with it; a function named only in the results is never run",
     )
     parser.set_defaults(run=_report)
 

@@ -25,8 +25,10 @@ def add_score(commands: Commands[argparse.ArgumentParser]) -> None:
         help="hypotheses of another run on the same utterances, compared with A",
     )
     add_scoring(parser)
-    parser.add_argument("--words", type=Path, metavar="FILE", help="listed words, one per line: report the biased WER")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for NAME.json and NAME.jsonl")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="listed words, one per line: report B-WER and U-WER")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for results: NAME.json and NAME.jsonl (default: print only)"
+    )
     parser.set_defaults(run=_score)
 
 

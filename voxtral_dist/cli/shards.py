@@ -38,7 +38,7 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
         help="JSON lines of NeMo or Lhotse, a CSV or TSV, a folder of audio with texts, a Hugging Face dataset "
         "(a folder or hf:NAME), or other tars (a folder, glob, brace range or URL)",
     )
-    pack.add_argument("out", type=Path, help="folder to make; rerun an interrupted command to resume it")
+    pack.add_argument("out", type=Path, help="folder for the shards; rerun an interrupted command to resume it")
     pack.add_argument("--format", choices=FORMATS, help="format of the corpus (default: guessed from its name)")
     pack.add_argument("--encode", choices=["flac"], help="store 16 kHz mono FLAC (default: copy the audio unchanged)")
     pack.add_argument("--name", help="name of the shards, NAME-000000.tar (default: that of the folder)")
@@ -54,8 +54,8 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     )
     pack.add_argument("--audio-field", metavar="NAME", help="column with the audio")
     pack.add_argument("--text-field", metavar="NAME", help="column with the text")
-    pack.add_argument("--split", help="split of a Hugging Face dataset")
-    pack.add_argument("--config", metavar="NAME", help="configuration of a Hugging Face dataset")
+    pack.add_argument("--split", help="split of a Hugging Face dataset, such as train")
+    pack.add_argument("--config", metavar="NAME", help="configuration (subset) of a Hugging Face dataset")
     _add_text_limit(pack)
     _add_workers(pack)
     _add_layout(pack, "utterances without a language")
@@ -63,7 +63,7 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
-    index = actions.add_parser("index", help="make the index of tars that other tools made")
+    index = actions.add_parser("index", help="write the index of tars made by other tools")
     index.add_argument("pattern", help="folder, glob, brace range or URL of tars")
     index.add_argument("out", type=Path, nargs="?", help="folder for the index (default: that of the tars)")
     _add_text_limit(index)
@@ -90,10 +90,21 @@ def _add_show(actions: Commands[argparse.ArgumentParser]) -> None:
     show = actions.add_parser("show", help="print one utterance, or write its audio to a file")
     show.add_argument("folder", help="shard set with an index")
     show.add_argument("key", help="key of the utterance, or #NUMBER")
-    show.add_argument("--out", type=Path, metavar="FILE", help="write the audio here: as stored, or as .wav")
-    show.add_argument("--tokens", action="store_true", help="print prompt and completion token by token")
+    show.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the audio to this file or folder: as stored, or as WAV if FILE ends in .wav",
+    )
+    show.add_argument(
+        "--tokens",
+        action="store_true",
+        help="print each token of prompt and completion, and its target in the loss",
+    )
     show.add_argument("--model", metavar="PATH", help="for --tokens: a folder or hub name with the tokenizer")
-    show.add_argument("--config", type=Path, metavar="FILE", help="for --tokens: the run with the model and prompts")
+    show.add_argument(
+        "--config", type=Path, metavar="FILE", help="for --tokens: YAML file of the run, instead of --model"
+    )
     show.add_argument(
         "--epoch",
         type=count,
@@ -134,7 +145,9 @@ def _add_layout(parser: argparse.ArgumentParser, whose: str) -> None:
         help="tar member with the text, such as json:text, txt or cls (default: %(default)s)",
     )
     parser.add_argument(
-        "--audio-member", metavar="SUFFIX", help="tar member with the audio, where an utterance has several"
+        "--audio-member",
+        metavar="SUFFIX",
+        help="suffix of the tar member with the audio, such as flac; needed if an utterance has several",
     )
 
 

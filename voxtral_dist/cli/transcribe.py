@@ -17,10 +17,10 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     add_decoding(parser)
     parser.add_argument("recordings", type=Path, nargs="+", help="audio files, and folders of them")
     parser.add_argument("--language", help="ISO 639-1 code of the speech; without it, the model detects the language")
-    parser.add_argument("--words", type=Path, metavar="FILE", help="list of likely words, one per line, as context")
-    parser.add_argument("--previous-text", metavar="TEXT", help="text said before the recording, as context")
-    parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio instead of a transcript")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write FOLDER/NAME.txt for NAME.wav")
+    parser.add_argument("--words", type=Path, metavar="FILE", help="likely words, one per line, for the context")
+    parser.add_argument("--previous-text", metavar="TEXT", help="what was said before the recording, for the context")
+    parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio, instead of transcribing it")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for transcripts, NAME.txt for NAME.wav")
     parser.add_argument(
         "--format",
         choices=get_args(TranscriptFormat),
@@ -32,7 +32,7 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
         "--max-segment-seconds",
         type=_seconds,
         metavar="SECONDS",
-        help=f"cut longer recordings at pauses (default: {SUBTITLE_SECONDS:g} for srt, otherwise what the model takes)",
+        help=f"split longer recordings at pauses (default: {SUBTITLE_SECONDS:g} for srt, else the model's maximum)",
     )
     parser.add_argument("--json", action="store_true", help="print a line of JSON per recording")
     parser.set_defaults(run=_transcribe)
