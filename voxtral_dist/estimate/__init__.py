@@ -1,1 +1,1 @@
-"""What a run will take, without a GPU and without weights: memory of each rank, steps, FLOPs and time."""
+"""The estimate of a run without a GPU and without weights: memory of each rank, steps, FLOPs and time."""
