@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -112,12 +113,19 @@ def test_a_report_that_fails_fails_no_run(tmp_path: Path, caplog: pytest.LogCapt
     assert f"`voxtral-dist report {tmp_path}`" in caplog.text
 
 
+def shared_buffers(process: subprocess.Popen[str]) -> list[str]:
+    """Names in /dev/shm of the buffers through which a run's ranks communicate on CPUs."""
+    port = next(word for word in cast(list[str], process.args) if "master_port" in word).partition("=")[2]
+    return [path.name for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*")]
+
+
 def test_killed_in_the_middle_and_started_again_is_the_run_that_never_stopped(unbroken: RunConfig) -> None:
     config = unbroken.model_copy(update={"run_dir": unbroken.run_dir.with_name("killed")})
     first = launch(config, 2)
     # Past the checkpoint of step 6, before that of step 12: work is lost, and must be done again alike.
     wait_until(lambda: max(losses(config.run_dir), default=0) >= 8, first)
     kill_all(first)
+    assert shared_buffers(first) == [], "of ranks that are killed"
     assert max(losses(config.run_dir)) < NUM_STEPS
     second = launch(config, 2)
     output = finish(second)
