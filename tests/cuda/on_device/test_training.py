@@ -46,6 +46,17 @@ WAITS_OF_A_STEP = {
     "training.step.TrainStep._backward: reads a value": (1, "the loss, which must be finite before weights change"),
     "training.step.TrainStep.run: reads a value": (1, "the norm of the gradient, in the engine of this test"),
 }
+# Exchanges with other ranks at the start of a step, when the device has little left to do, and of the loss at its end.
+COLLECTIVES = "distributed.collectives"
+WAITS_OF_EXCHANGES = {
+    f"{COLLECTIVES}.max_over_ranks: copies to the device and waits": (
+        1,
+        "windows, from which chunks of the encoder follow",
+    ),
+    f"{COLLECTIVES}.max_over_ranks: reads values": (1, "their maxima"),
+    f"{COLLECTIVES}.sum_over_ranks: copies to the device and waits": (2, "target tokens and other totals; the loss"),
+    f"{COLLECTIVES}.sum_over_ranks: reads values": (2, "their sums"),
+}
 
 
 class PlainEngine:
@@ -87,10 +98,10 @@ class Trained:
     num_micro_batches: int
 
 
-def train(config: RunConfig, device: torch.device) -> Trained:
+def train(config: RunConfig, device: torch.device, world_size: int = 1) -> Trained:
     """Some steps of a rank; each ends with a micro-batch without targets, as on a rank with a slot less than others."""
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
-    world = World(0, 1, 0, device)
+    world = World(0, world_size, 0, device)
     loader = build_train_loader(
         config.train_data, prompts, config.seed, NUM_STEPS, 0, 1, pin_memory=device.type == "cuda"
     )
@@ -152,9 +163,11 @@ def assert_on_device(engine: PlainEngine) -> None:
     assert not strays
 
 
-def assert_allowed(waits: Mapping[str, int], num_micro_batches: int) -> None:
+def assert_allowed(
+    waits: Mapping[str, int], num_micro_batches: int, waits_of_a_step: Mapping[str, tuple[int, str]] = WAITS_OF_A_STEP
+) -> None:
     """Every wait is listed, and happens at most as often."""
-    allowed = Counter({place: count for place, (count, _) in WAITS_OF_A_STEP.items()})
+    allowed = Counter({place: count for place, (count, _) in waits_of_a_step.items()})
     for place, (count, _) in WAITS_OF_A_MICRO_BATCH.items():
         allowed[place] += count * num_micro_batches
     more = {place: f"{count} times, not {allowed[place]}" for place, count in waits.items() if count > allowed[place]}
@@ -184,6 +197,14 @@ def test_steps_equal_those_on_the_cpu_and_wait_for_nothing_that_is_not_listed(co
 @pytest.fixture
 def plain_config(tmp_path: Path, tiny_model: Path, shard_folder: Path) -> RunConfig:
     return config_of(tmp_path, tiny_model, shard_folder, "float32", {})
+
+
+def test_exchanges_with_other_ranks_wait_once_a_step(plain_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The other rank has nothing.
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op=None: None)
+    with fake_cuda():
+        trained = train(plain_config, CUDA, world_size=2)
+    assert_allowed(trained.last_step.waits, trained.num_micro_batches, WAITS_OF_A_STEP | WAITS_OF_EXCHANGES)
 
 
 def test_one_more_wait_fails(plain_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
