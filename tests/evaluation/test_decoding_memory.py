@@ -57,8 +57,9 @@ BATCHES = [
     Batch("encoder", 4, windows_each=8),
     Batch("prompt", 4, windows_each=8, windows_per_chunk=1),
     Batch("prompt", 4, num_beams=4),
-    Batch("last token", 8, tokens_per_second=300.0),
-    Batch("last token", 4, tokens_per_second=80.0, num_beams=4),
+    # Profiles of many tokens take minutes, and gigabytes.
+    pytest.param(Batch("last token", 8, tokens_per_second=300.0), marks=pytest.mark.slow),
+    pytest.param(Batch("last token", 4, tokens_per_second=80.0, num_beams=4), marks=pytest.mark.slow),
 ]
 
 
