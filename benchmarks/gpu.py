@@ -1,297 +1,250 @@
-"""One GPU: memory, speed and FLOPs utilisation of fine-tuning Voxtral-Mini-3B, ours and Hugging Face's trainer.
+# ruff: noqa: E402
+"""One GPU: memory, speed and FLOPs utilization of fine-tuning Voxtral-Mini-3B, ours and Hugging Face's trainer.
 
-    python benchmarks/gpu.py --output gpu.json [--quick]
+    benchmarks/gpu.sh --output gpu.json [--minutes 9] [--only fsdp2,trainer] [--quick]
 
-Random weights in the published shape (4.68 billion parameters), clips of 30 s with transcripts of about 100 tokens,
-micro-batches of 4, 8 and 16, bfloat16, every contender in fresh processes. Out of memory is a result; larger batches of
-that contender are then not tried. The rate that utilisation (MFU) is measured against is this very GPU's on large
-products of bfloat16 matrices; the operations of a step are those of `voxtral_dist.model.flops`, without padding and
-without what is computed again. `--quick` goes through all contenders on a CPU with a tiny model.
+Random weights in the published shape (4.68 billion parameters), clips of 30 s with transcripts of about 60 tokens,
+bfloat16, micro-batches of 8, one to a step. Contenders come in the order of their importance
+(`workloads/gpu_contenders.py`), and one starts only if the time that was predicted for it is left. After each, the JSON
+and a Markdown file beside it are replaced and a line is printed, so that whatever ends the run leaves what was measured
+before. Out of memory, killed and too slow are results, after which the next contender starts.
 
-`ratio` is clips a second of ours over Hugging Face's trainer, full fine-tuning at batch 8, the fastest of each.
+One parent imports everything without touching the GPU, and forks each contender (`workloads/forks.py`). Weights are one
+random block of 256 MB, repeated, in /dev/shm where it has room. Contenders run two rounds over the same five
+micro-batches: the first meets every shape for the first time, the second is measured, data included. cuDNN's attention
+kernel is off in the language model of both sides, as is our default, but for one pair.
+
+The rate that utilization (MFU) is measured against is this GPU's on large products of random bfloat16 matrices, and in
+parentheses that of its data sheet. The FLOPs of a step are those of `voxtral_dist.model.flops`, without padding and
+without recomputation. Device memory is the peak of torch's tensors and of what torch reserved, loading included. Host
+memory is what the whole machine holds more than before: the process, its data workers and what is pinned for them.
+
+`ratio` is clips per second of ours over Hugging Face's trainer, full fine-tuning at batch 8, the fastest of each.
+`--quick` runs all contenders on a CPU with a tiny model, and its figures mean nothing.
+
+Predicted before any run, for one H200 (989 TFLOP/s by its data sheet), from a roofline of every kernel at batch 8 with
+445 positions and 60 targets: 290 ms of kernels a micro-batch, 360 ms if all blocks are checkpointed, and an update of
+105 ms, since a single GPU updates all 4.68 billion parameters by itself. So FSDP2, ZeRO-2 and ZeRO-3 reach 20 clips/s
+and 32 % of the data sheet's rate, checkpointed 17 clips/s and 27 %. Peaks by `voxtral-dist plan`: 105 GB (ZeRO-2), 116
+(FSDP2), 121 (ZeRO-3); checkpointed 105, 85 and 90. Compiled blocks save 44 of 69 ms of element-wise kernels: 23
+clips/s. The trainer keeps weights, gradients and moments in bfloat16, 37 GB in place of 75, and loses small updates:
+its update moves 65 GB, about 20 ms, and its logits of all positions cost 3 %, so it is the faster one on a single GPU
+where each step has one micro-batch, 24 clips/s in about 80 GB. Offloaded, a step of 8 clips moves 18.7 GB of gradients
+down, and updates on the host: 5 to 8 s; with 16 clips hardly more. cuDNN: NaN gradients at 448 and 576 positions with
+low scores and left padding, none without a mask; a new shape costs 0.02 to 1 s.
 
 Aims: full fine-tuning at batch 8 in less than 40 GB, and with everything offloaded in less than 16 GB; an MFU of at
-least 45 %; at least 11 clips a second. Published for Hugging Face's trainer with AdamW in 8 bits: about 47 GB at batch
-4 and 80 GB at batch 8.
-
-Predicted before any run, for an H100 of 80 GB: with AdamW in float32 ours keeps 75 GB (FSDP2) or 84 GB (ZeRO-2) of
-weights, gradients and moments on a single rank, so it does not fit. The trainer keeps all of them in bfloat16, 37 GB,
-or 28 GB with moments in 8 bits, and loses small updates. The aim of 40 GB is met by ours only with the optimizer
-offloaded, 19 GB and checkpointed activations; its update on the host takes seconds, which misses both aims of speed. A
-step of 8 clips is 0.12 PFLOP: 11 clips a second are 170 TFLOP/s, an MFU of about 25 % of what that card's products
-reach, so 45 % is the harder aim.
+least 45 %; at least 11 clips/s. No single contender can meet all of them: float32 states of all parameters alone are 75
+GB, and 45 % is out of reach with one update per micro-batch.
 
 Not yet measured.
 """
 
-import json
-import platform
-import statistics
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+STARTED = time.monotonic()
+# torch then asks NVIDIA's management library whether there is a GPU: asking CUDA would spoil every fork.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 import torch
 
-from voxtral_dist.config import LoraConfig, ModelConfig, TrainableConfig
-from voxtral_dist.distributed.world import alone
-from voxtral_dist.model.flops import BatchShape, TrainingFlops
-from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.voxtral import DTYPES, trained_meta_model
+from rivals import trainer_voxtral, voxtral_dist_training
+from rivals.training_runs import OURS, TrainingRun
+from workloads.device_checks import attention_facts, device_facts
+from workloads.forks import Forks
+from workloads.gpu_contenders import CONTENDERS, NUM_ROUNDS, NUM_STEPS, Contender, deepspeed_file
+from workloads.gpu_inputs import CLIP_SECONDS, prepare
+from workloads.gpu_results import Results
+from workloads.speech import ClipFile
 
-from rivals.launch import REPOSITORY
-from rivals.training_runs import OURS, TRAINER, TrainingRun
-from workloads.answers import OUT_OF_MEMORY
-from workloads.command import run
-from workloads.peak_memory import in_fresh_process
-from workloads.random_weights import write_published_shape
-from workloads.speech import ClipFiles, long_clips, source, write_clips, write_model
+# Each at its first use takes seconds: the parent does it once, for all forks.
+IMPORTED = ("deepspeed", "peft", "voxtral_dist.engine.fsdp2.engine", "voxtral_dist.engine.zero.engine")
+SHARED_MEMORY, ROOM_BYTES = Path("/dev/shm"), 12 * 10**9
+# A contender that takes so many times its predicted seconds hangs. First builds of extensions are among them.
+PATIENCE, LEAST_LIMIT_SECONDS, QUICK_LIMIT_SECONDS = 2.5, 60.0, 600.0
+PREPARE_SECONDS, CHECK_SECONDS = 120.0, 90.0
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
-BATCH_SIZES = (4, 8, 16)
-COMPARED_BATCH_SIZE = 8
-CLIP_SECONDS = 30.0
-NUM_WARM_UP_STEPS = 2
-NEEDS_A_GPU = "AdamW in 8 bits needs a GPU"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "peft", "flash-attn")
-DEEPSPEED_FILES = REPOSITORY / "ds_configs"
-ZERO2, ZERO3_OFFLOAD = (str(DEEPSPEED_FILES / f"{name}.json") for name in ("zero2", "zero3_offload"))
-# Written by the benchmark into its own folder, and found there.
-ZERO2_OFFLOAD = "zero2_offload.json"
 
-# By contender and batch size.
-Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
+class Terminated(BaseException):
+    """SIGTERM or SIGINT came: what was measured is on disk."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to fine-tune: who trains, and the fields of its `TrainingRun`."""
+class Options:
+    """The command line.
 
-    script: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    only: contenders to run; empty runs all.
+    """
 
-    @property
-    def is_full(self) -> bool:
-        """Whether all weights are trained, and the device holds them."""
-        return not self.settings.get("lora") and self.settings.get("deepspeed") != ZERO3_OFFLOAD
+    output: Path
+    minutes: float
+    is_quick: bool
+    only: frozenset[str]
 
-    @property
-    def needs_gpu(self) -> bool:
-        """Whether its optimizer does not run elsewhere."""
-        return self.settings.get("optimizer") == "adamw_8bit"
+    @classmethod
+    def parse(cls) -> "Options":
+        """Read the command line."""
+        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--output", type=Path, required=True, help="JSON file; the tables come beside it, as .md")
+        parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, from the start (9)")
+        parser.add_argument("--only", default="", help="names of contenders, with commas; the default is all")
+        parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny model; figures mean nothing")
+        parsed = parser.parse_args()
+        only = frozenset(parsed.only.split(",")) - {""}
+        if unknown := only - set(CONTENDERS):
+            parser.error(f"--only: {', '.join(sorted(unknown))}: the contenders are {', '.join(CONTENDERS)}")
+        return cls(parsed.output, parsed.minutes, parsed.quick, only)
 
+    def seconds_left(self) -> float:
+        """Seconds until the end; a quick run has no end."""
+        return QUICK_LIMIT_SECONDS if self.is_quick else 60 * self.minutes - (time.monotonic() - STARTED)
 
-CHECKPOINTED = {"checkpoints_activations": True}
-IN_8_BITS = {"optimizer": "adamw_8bit"}
-CONTENDERS = {
-    "ours_zero2": Contender(OURS, {"deepspeed": ZERO2}),
-    "ours_zero2_checkpointed": Contender(OURS, {"deepspeed": ZERO2, **CHECKPOINTED}),
-    "ours_zero2_offloaded_optimizer": Contender(OURS, {"deepspeed": ZERO2_OFFLOAD, **CHECKPOINTED}),
-    "ours_fsdp2": Contender(OURS, {"fsdp2": True}),
-    "ours_fsdp2_checkpointed": Contender(OURS, {"fsdp2": True, **CHECKPOINTED}),
-    "ours_zero3_offload": Contender(OURS, {"deepspeed": ZERO3_OFFLOAD, **CHECKPOINTED}),
-    "ours_lora": Contender(OURS, {"deepspeed": ZERO2, "lora": True}),
-    "trainer": Contender(TRAINER),
-    "trainer_8bit": Contender(TRAINER, IN_8_BITS),
-    "trainer_8bit_checkpointed": Contender(TRAINER, IN_8_BITS | CHECKPOINTED),
-    "trainer_lora": Contender(TRAINER, {"lora": True}),
-}
-
-
-def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
-    """All contenders at all batch sizes."""
-    batch_sizes, num_steps = ((1, 2), 3) if is_quick else (BATCH_SIZES, NUM_WARM_UP_STEPS + 8)
-    device = in_fresh_process(_device)
-    if not is_quick and device["type"] != "cuda":
-        return _surroundings(device) | {"ratio": None, "aims": "not measured: this machine has no GPU"}
-    model = write_model(folder / "model") if is_quick else write_published_shape(folder / "model")
-    files = write_clips(folder / "corpus", long_clips(max(batch_sizes) * num_steps, CLIP_SECONDS))
-    asked = TrainingRun(
-        model=str(model),
-        shards=str(files.corpus.shards),
-        utterances=(),
-        folder=folder,
-        world_size=1,
-        batch_size=0,
-        slots_per_step=1,
-        num_steps=num_steps,
-        precision="float32" if is_quick else "bfloat16",
-        num_workers=0 if is_quick else 4,
-    )
-    bench = _Bench(asked, files, tuple(batch_sizes[-1:] if is_quick else batch_sizes), device)
-    # Quick figures mean nothing, so contenders may disturb each other.
-    with ThreadPoolExecutor(2 if is_quick else 1) as pool:
-        results = dict(zip(CONTENDERS, pool.map(bench.of, CONTENDERS), strict=True))
-    compared = str(batch_sizes[-1] if is_quick else COMPARED_BATCH_SIZE)
-    return {
-        "ratio": _ratio(results, compared),
-        "ratio_is": "clips a second of ours over Seq2SeqTrainer, full fine-tuning at batch 8, the fastest of each",
-        "aims": _aims(results, compared),
-        "contenders": results,
-        **_surroundings(device),
-    }
+    def limit(self, predicted: float) -> float:
+        """Seconds after which what was predicted to take some is killed."""
+        if self.is_quick:
+            return QUICK_LIMIT_SECONDS
+        return max(1.0, min(self.seconds_left(), max(LEAST_LIMIT_SECONDS, PATIENCE * predicted)))
 
 
-def _surroundings(device: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "device": device,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "date": datetime.now(UTC).date().isoformat(),
-        "source": source(),
-        "clip_seconds": CLIP_SECONDS,
-    }
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """What all contenders run on."""
-
-    asked: TrainingRun
-    files: ClipFiles
-    batch_sizes: tuple[int, ...]
-    device: Mapping[str, Any]
-
-    def of(self, name: str) -> dict[str, dict[str, Any]]:
-        """The figures of a contender by batch size, and why where there are none."""
-        contender = CONTENDERS[name]
-        if contender.needs_gpu and self.device["type"] != "cuda":
-            return {str(size): {"not_run": NEEDS_A_GPU} for size in self.batch_sizes}
-        rows = {str(self.batch_sizes[0]): self._figures(name, self.batch_sizes[0])}
-        for smaller, size in pairwise(self.batch_sizes):
-            is_full = rows[str(smaller)].get("not_run") == OUT_OF_MEMORY
-            rows[str(size)] = {"not_run": OUT_OF_MEMORY} if is_full else self._figures(name, size)
-        return rows
-
-    def _figures(self, name: str, batch_size: int) -> dict[str, Any]:
-        contender = CONTENDERS[name]
-        asked = replace(
-            self.asked,
-            batch_size=batch_size,
-            utterances=self.files.clips[: batch_size * self.asked.num_steps],
-            folder=self.asked.folder / name,
-            **contender.settings,
-        )
-        if asked.deepspeed == ZERO2_OFFLOAD:
-            asked = replace(asked, deepspeed=str(_offloaded(self.asked.folder / ZERO2_OFFLOAD)))
-        answer = asked.ask(contender.script, batch_size)[0]
-        if "not_run" in answer:
-            return answer
-        seconds = statistics.median(answer["seconds"][NUM_WARM_UP_STEPS:])
-        flops_per_second = self._flops(asked) / seconds
-        return {
-            "clips_per_second": batch_size / seconds,
-            "audio_seconds_per_second": batch_size * CLIP_SECONDS / seconds,
-            "model_flops_per_second": flops_per_second,
-            "mfu": flops_per_second / self.device["matmul_flops_per_second"],
-            "first_loss": answer["losses"][0],
-            **answer,
-        }
-
-    def _flops(self, asked: TrainingRun) -> float:
-        """FLOPs of an average step; the order of clips does not matter to it."""
-        config = ModelConfig(path=asked.model, precision=asked.precision)
-        trainable = TrainableConfig(lora=LoraConfig() if asked.lora else None)
-        model = trained_meta_model(config, trainable, DTYPES[asked.precision])
-        prompts = VoxtralPrompts.from_pretrained(asked.model)
-        prompt = len(prompts.transcription("en", 1))
-        completions = [len(prompts.completion(clip.text)) for clip in asked.utterances]
-        # The last `</s>` is a target and no input.
-        positions = [prompt + completion - 1 for completion in completions]
-        shape = BatchShape.needed(len(completions), positions, sum(completions))
-        return TrainingFlops(model, config).model(shape) / asked.num_steps
-
-
-def _offloaded(path: Path) -> Path:
-    """ZeRO-2 as elsewhere, with the optimizer's states and its update on the host."""
-    settings = json.loads(Path(ZERO2).read_text(encoding="utf-8"))
-    settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    path.write_text(json.dumps(settings), encoding="utf-8")
-    return path
-
-
-def _device() -> dict[str, Any]:
-    """This machine's accelerator, and its rate on products of large matrices: the median of 20."""
-    device = alone().device
-    has_gpu = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if has_gpu else (512, torch.float32)
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = [_seconds_of_product(left, right) for _ in range(25)][5:]
-    return {
-        "type": device.type,
-        "name": torch.cuda.get_device_name() if has_gpu else platform.processor() or platform.machine(),
-        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if has_gpu else 0,
-        "matmul_flops_per_second": 2 * size**3 / statistics.median(seconds),
-        "matmul_size": size,
-        "matmul_precision": str(dtype).removeprefix("torch."),
-    }
-
-
-def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
-    _wait(left.device)
-    started = time.perf_counter()
-    left @ right
-    _wait(left.device)
-    return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _ratio(results: Results, batch_size: str) -> float | None:
-    """None where one of both has no run that fits."""
-    ours, theirs = (_full(results, script, batch_size, "clips_per_second") for script in (OURS, TRAINER))
-    return max(ours.values()) / max(theirs.values()) if ours and theirs else None
-
-
-def _aims(results: Results, batch_size: str) -> list[dict[str, Any]]:
-    """What is aimed at, and the best of ours; None where it was not measured."""
-    peaks, utilisation, rates = (
-        _full(results, OURS, batch_size, key) for key in ("peak_device_bytes", "mfu", "clips_per_second")
-    )
-    offloaded = {"ours_zero3_offload": results["ours_zero3_offload"][batch_size].get("peak_device_bytes")}
-    return [
-        _aim("GB at batch 8, less than", 40, _lowest(peaks)),
-        _aim("GB at batch 8 with everything offloaded, less than", 16, _lowest(offloaded)),
-        _aim("MFU at batch 8, at least", 0.45, max(utilisation.items(), key=_value, default=None)),
-        _aim("clips a second at batch 8, at least", 11, max(rates.items(), key=_value, default=None)),
-    ]
-
-
-def _aim(sentence: str, wanted: float, best: tuple[str, float] | None) -> dict[str, Any]:
-    contender, measured = best or (None, None)
-    return {"aim": sentence, "wanted": wanted, "measured": measured, "by": contender}
-
-
-def _lowest(peaks: Mapping[str, float | None]) -> tuple[str, float] | None:
-    """The contender that needs the least memory, and its gigabytes."""
-    gigabytes = {name: size / 1e9 for name, size in peaks.items() if size is not None}
-    return min(gigabytes.items(), key=_value, default=None)
-
-
-def _value(named: tuple[str, float]) -> float:
-    return named[1]
-
-
-def _full(results: Results, script: str, batch_size: str, key: str) -> dict[str, float]:
-    """A figure of every contender of one side that trains all weights on the device, where there is one."""
-    names = [name for name, one in CONTENDERS.items() if one.script == script and one.is_full]
-    rows = {name: results[name][batch_size] for name in names}
-    return {name: row[key] for name, row in rows.items() if key in row}
-
-
-def _version(package: str) -> str:
+def main() -> int:
+    """Measure as the command line says; the exit code of a run that was terminated is 143."""
+    options = Options.parse()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _terminate)
+    results = Results(options.output, STARTED)
+    exit_code = 0
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+        with _folder(options) as folder:
+            exit_code = _measure(options, results, folder)
+    except Terminated:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        results.add(ended="by a signal")
+        exit_code = EXIT_TERMINATED
+    print(results.markdown(), flush=True)
+    return exit_code
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+@contextmanager
+def _folder(options: Options) -> Iterator[Path]:
+    """A folder for weights and clips: in memory where there is room, so that loading does not wait for a disk."""
+    has_room = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > ROOM_BYTES
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    parent = SHARED_MEMORY if has_room and not options.is_quick else options.output.parent
+    with tempfile.TemporaryDirectory(prefix="voxtral-dist-gpu-", dir=parent) as folder:
+        yield Path(folder)
+
+
+def _measure(options: Options, results: Results, folder: Path) -> int:
+    for module in IMPORTED:
+        __import__(module)
+    results.add(import_seconds=time.monotonic() - STARTED)
+    forks = Forks(folder)
+    device = forks.run("device", device_facts, limit=options.limit(CHECK_SECONDS))
+    if "not_run" in device and torch.cuda.is_available():
+        forks = Forks(folder, method="spawn")
+        device = forks.run("device", device_facts, limit=options.limit(CHECK_SECONDS))
+    results.add(device=device, processes=forks.method)
+    if "not_run" in device:
+        print(f"The device cannot be used: {device['not_run']}", flush=True)
+        return 1
+    if device["type"] != "cuda" and not options.is_quick:
+        reason = "DS_ACCELERATOR is cpu" if os.environ.get("DS_ACCELERATOR") == "cpu" else "this machine has no GPU"
+        results.add(aims=f"not measured: {reason}")
+        print(f"Not measured: {reason}.", flush=True)
+        return 0
+    results.add(attention=forks.run("attention", attention_facts, options.is_quick, limit=options.limit(CHECK_SECONDS)))
+    prepared = forks.run("prepared", prepare, folder, options.is_quick, limit=options.limit(PREPARE_SECONDS))
+    results.add(prepared={name: one for name, one in prepared.items() if name != "utterances"})
+    if "not_run" in prepared:
+        print(f"Nothing could be prepared: {prepared['not_run']}", flush=True)
+        return 1
+    schedule = _Schedule(options, forks, device, prepared, folder)
+    for name in CONTENDERS:
+        if not options.only or name in options.only:
+            results.add_row(name, schedule.run(name))
+    return 0
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """What all contenders run on, and the time that is left for them."""
+
+    options: Options
+    forks: Forks
+    device: Mapping[str, Any]
+    prepared: Mapping[str, Any]
+    folder: Path
+
+    def run(self, name: str) -> dict[str, Any]:
+        """The figures of a contender, or why there are none."""
+        contender = CONTENDERS[name]
+        if contender.needs and (find_spec(contender.needs) is None or self.device["type"] != "cuda"):
+            return {"not_run": f"needs a GPU and the package {contender.needs}"}
+        left = self.options.seconds_left()
+        if left < contender.seconds:
+            return {"not_run": f"predicted to take {contender.seconds:.0f} s, and {left:.0f} s were left"}
+        train = voxtral_dist_training.train if contender.script == OURS else trainer_voxtral.train
+        asked = self._asked(name, contender)
+        answer = self.forks.run(name, train, asked, limit=self.options.limit(contender.seconds))
+        return answer if "not_run" in answer else answer | self._rates(contender, answer)
+
+    def _asked(self, name: str, contender: Contender) -> TrainingRun:
+        settings = dict(contender.settings)
+        folder = self.folder / name
+        folder.mkdir()
+        if "deepspeed" in settings:
+            settings["deepspeed"] = deepspeed_file(settings["deepspeed"], folder)
+        size = contender.batch_size_of(self.options.is_quick)
+        num_steps = settings.get("num_steps", NUM_STEPS)
+        clips = [ClipFile(**clip) for clip in self.prepared["utterances"][str(size)]]
+        asked = TrainingRun(
+            model=self.prepared["model"],
+            shards=self.prepared["shards"],
+            utterances=tuple(clips[: size * num_steps]),
+            folder=folder,
+            world_size=1,
+            batch_size=size,
+            slots_per_step=1,
+            num_steps=NUM_STEPS,
+            num_rounds=NUM_ROUNDS,
+            precision="float32" if self.options.is_quick else "bfloat16",
+            num_workers=0 if self.options.is_quick else 4,
+        )
+        return replace(asked, **settings)
+
+    def _rates(self, contender: Contender, answer: Mapping[str, Any]) -> dict[str, Any]:
+        seconds = answer["seconds"][-contender.num_measured :]
+        size = contender.batch_size_of(self.options.is_quick)
+        clips_per_second = size * len(seconds) / sum(seconds)
+        flops = self.prepared["flops"][str(size)][bool(contender.settings.get("lora"))] * clips_per_second
+        data_sheet = self.device["data_sheet_flops_per_second"]
+        return {
+            "step_seconds": sum(seconds) / len(seconds),
+            "clips_per_second": clips_per_second,
+            "audio_seconds_per_second": CLIP_SECONDS * clips_per_second,
+            "model_flops_per_second": flops,
+            "mfu": flops / self.device["matmul_flops_per_second"],
+            "data_sheet_mfu": data_sheet and flops / data_sheet,
+        }
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, ("ratio", "aims", "device", "versions"))
+    sys.exit(main())

@@ -4,7 +4,8 @@
 
 The collator is `transcription_collator.py`; sharding is DeepSpeed by the file that ours uses, filled up as Hugging
 Face's documentation says, or FSDP2 by accelerate; the optimizer is the trainer's own AdamW, fused, or that of
-bitsandbytes with 8 bits. Utterances come in the order of the request, so that every micro-batch is the same as ours.
+bitsandbytes with 8 bits. cuDNN's attention is used where ours uses it. Utterances come in the order of the request, so
+that every micro-batch is the same as ours.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from voxtral_dist.distributed.world import alone
+from voxtral_dist.model.attention import without_cudnn
 
 from rivals.training_runs import TrainingRun
 from rivals.transcription_collator import TranscriptionCollator
@@ -46,10 +48,11 @@ def main() -> None:
     run = TrainingRun.read(Path(sys.argv[1]))
     answer = run.answer_path(int(os.environ.get("RANK", "0")))
     with answering_failures(answer):
-        write_answer(answer, _train(run))
+        write_answer(answer, train(run))
 
 
-def _train(run: TrainingRun) -> dict[str, Any]:
+def train(run: TrainingRun) -> dict[str, Any]:
+    """Run the steps of a request, and return what was measured."""
     if run.fsdp2:
         _shard_on_cpus_too()
     arguments = _arguments(run)
@@ -57,7 +60,7 @@ def _train(run: TrainingRun) -> dict[str, Any]:
     trainer = Seq2SeqTrainer(
         model=_model(run),
         args=arguments,
-        train_dataset=[vars(one) for one in run.utterances],
+        train_dataset=[vars(one) for one in run.utterances * run.num_rounds],
         data_collator=_Collator(run.model),
         callbacks=[_Metered(meter)],
     )
@@ -90,7 +93,7 @@ def _arguments(run: TrainingRun) -> Seq2SeqTrainingArguments:
         output_dir=str(run.folder / "trainer"),
         per_device_train_batch_size=run.batch_size,
         gradient_accumulation_steps=run.slots_per_step // run.world_size,
-        max_steps=run.num_steps,
+        max_steps=run.num_steps * run.num_rounds,
         learning_rate=run.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=run.weight_decay,
@@ -118,7 +121,10 @@ def filled_up(path: str) -> dict[str, Any]:
 
 
 def _model(run: TrainingRun) -> torch.nn.Module:
-    model: torch.nn.Module = VoxtralForConditionalGeneration.from_pretrained(run.model, dtype=DTYPES[run.precision])
+    model = VoxtralForConditionalGeneration.from_pretrained(run.model, dtype=DTYPES[run.precision])
+    if not run.cudnn_attention:
+        for block in model.model.language_model.layers:
+            block.forward = without_cudnn()(block.forward)
     if not run.lora:
         return model
     import peft

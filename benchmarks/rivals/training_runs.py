@@ -31,7 +31,11 @@ class TrainingRun:
     optimizer: `adamw` or `adamw_8bit`.
     checkpoints_activations: of every block.
     packing: ours alone: utterances of a step share windows.
+    num_rounds: how often the steps are run, each time on the same micro-batches.
+    cudnn_attention: cuDNN's attention kernel may be used in the language model too.
+    compile_blocks: ours alone: every block is compiled.
     is_profiled: ours alone: one more step is taken apart.
+    profiles_kernels: ours alone: the last step is profiled, and the answer names its costliest kernels.
     num_workers: processes of a rank that read batches ahead.
     max_tokens_per_second, max_new_tokens, weights_in_evaluations, static_cache: of evaluations alone.
     """
@@ -51,7 +55,11 @@ class TrainingRun:
     optimizer: str = "adamw"
     checkpoints_activations: bool = False
     packing: bool = False
+    num_rounds: int = 1
+    cudnn_attention: bool = False
+    compile_blocks: bool = False
     is_profiled: bool = False
+    profiles_kernels: bool = False
     num_workers: int = 0
     learning_rate: float = 1e-4
     weight_decay: float = 0.01

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.loader import StepBatches, TrainLoader, build_train_loader
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine
 from voxtral_dist.model.features import LogMel
@@ -22,6 +24,7 @@ from voxtral_dist.train import build_train_step
 
 from rivals.training_runs import TrainingRun
 from workloads.answers import answering_failures, write_answer
+from workloads.kernels import costliest_kernels
 from workloads.step_meter import StepMeter
 from workloads.step_parts import StepParts
 
@@ -30,8 +33,14 @@ def main() -> None:
     """Train, and write the answer."""
     run = TrainingRun.read(Path(sys.argv[1]))
     answer = run.answer_path(int(os.environ.get("RANK", "0")))
-    with answering_failures(answer), joined_world() as world:
-        write_answer(answer, _train(run, world))
+    with answering_failures(answer):
+        write_answer(answer, train(run))
+
+
+def train(run: TrainingRun) -> dict[str, Any]:
+    """Run the steps of a request, and return what was measured."""
+    with joined_world() as world:
+        return _train(run, world)
 
 
 def run_config(run: TrainingRun) -> RunConfig:
@@ -45,6 +54,8 @@ def run_config(run: TrainingRun) -> RunConfig:
                 "path": run.model,
                 "precision": run.precision,
                 "activation_checkpointing": {"encoder": every_block, "language_model": every_block},
+                "cudnn_attention": run.cudnn_attention,
+                "compile_blocks": run.compile_blocks,
             },
             "trainable": {"lora": {} if run.lora else None},
             "train_data": {
@@ -81,21 +92,37 @@ def _train(run: TrainingRun, world: World) -> dict[str, Any]:
         world.size,
         pin_memory=world.device.type == "cuda",
     )
+    # As in training, workers are started before the engine is built.
+    steps = _rounds(loader, run)
     log_mel = LogMel.from_pretrained(run.model, world.device)
     engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
     train_step = build_train_step(config, engine, world)
-    steps = iter(loader.starting_at(0))
     meter, metered_audio = StepMeter(world.device), []
     meter.start()
-    for _ in range(run.num_steps):
+    for _ in range(run.num_steps * run.num_rounds):
         metrics = train_step.run(next(steps)).metrics
         meter.step_ends()
         meter.losses.append(metrics.loss)
         metered_audio.append(metrics.audio_seconds)
     answer = meter.answer() | {"audio_seconds": metered_audio}
+    if run.profiles_kernels:
+        answer["kernels"] = costliest_kernels(lambda: train_step.run(next(steps)), world.device)
     if run.is_profiled:
         answer["parts"] = StepParts(engine).of(lambda: next(steps), lambda batches: train_step.run(batches))
     return answer
+
+
+def _rounds(loader: TrainLoader, run: TrainingRun) -> Iterator[StepBatches]:
+    """The steps of all rounds, with the workers of each round started."""
+    num_rounds = run.num_rounds + run.profiles_kernels
+    num_steps = run.num_steps + run.is_profiled
+    rounds = [_started(islice(loader.starting_at(0), num_steps)) for _ in range(num_rounds)]
+    return chain.from_iterable(rounds)
+
+
+def _started(steps: Iterator[StepBatches]) -> Iterator[StepBatches]:
+    first = next(steps)
+    return chain([first], steps)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import VoxtralConfig
 
 from voxtral_dist.model.tiny import MAX_VOCAB_SIZE
@@ -19,7 +16,9 @@ from workloads.speech import write_model
 
 # What transformers itself begins with.
 STANDARD_DEVIATION = 0.02
-BYTES_PER_FILE = 4 * 10**9
+# Drawn once and written again and again: drawing all weights takes a core a minute.
+BLOCK_BYTES = 256 * 10**6
+FILE_NAME = "model.safetensors"
 # As in the published config.json.
 PUBLISHED_ENCODER = {
     "num_mel_bins": 128,
@@ -43,40 +42,59 @@ PUBLISHED_LANGUAGE_MODEL = {
 
 
 def write_published_shape(folder: Path) -> Path:
-    """Tokenizer and processor of the whole vocabulary, and 9.4 GB of bfloat16 weights in files of some GB each."""
+    """Write tokenizer and processor with the whole vocabulary, and 9.4 GB of bfloat16 weights."""
     write_model(folder, MAX_VOCAB_SIZE)
-    (folder / "model.safetensors").unlink()
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described["audio_config"] |= PUBLISHED_ENCODER
     described["text_config"] |= PUBLISHED_LANGUAGE_MODEL
     (folder / "config.json").write_text(json.dumps(described | {"dtype": "bfloat16"}), encoding="utf-8")
-    _write_weights(folder, VoxtralConfig.from_pretrained(folder))
+    write_random_weights(folder / FILE_NAME, meta_model(VoxtralConfig.from_pretrained(folder)))
     return folder
 
 
-def _write_weights(folder: Path, config: VoxtralConfig) -> None:
-    places: dict[str, str] = {}
-    for number, part in enumerate(_parts(meta_model(config))):
-        name = f"model-{number:05d}.safetensors"
-        save_file(part, folder / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(part, name)
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+def write_random_weights(path: Path, model: Any, block_bytes: int = BLOCK_BYTES) -> None:
+    """Write bfloat16 weights of a model's shapes as one safetensors file.
+
+    Vectors are ones, which keeps norms as they start. All else is normal: a random block, repeated without end. Zeros
+    would be faster to write, but GPUs multiply them faster too.
+    """
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    block, place = _random_block(block_bytes), 0
+    with path.open("wb") as file:
+        file.write(_header(shapes))
+        for shape in shapes.values():
+            if len(shape) == 1:
+                file.write(_bytes_of(torch.ones(shape, dtype=torch.bfloat16)))
+            else:
+                place = _write_repeated(file, block, place, shape.numel() * torch.bfloat16.itemsize)
 
 
-def _parts(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Weights of one file after the other: vectors are ones, which keeps norms as they begin, all else is normal."""
-    generator = torch.Generator().manual_seed(0)
-    part: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        part[name] = _drawn(parameter.shape, generator)
-        if sum(tensor.nbytes for tensor in part.values()) > BYTES_PER_FILE:
-            yield part
-            part = {}
-    yield part
+def _header(shapes: dict[str, torch.Size]) -> bytes:
+    """The header of the format: its length, then types, shapes and places as JSON, padded to 8 bytes."""
+    tensors: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + shape.numel() * torch.bfloat16.itemsize
+        tensors[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(tensors).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
-def _drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+def _random_block(num_bytes: int) -> bytes:
+    block = torch.empty(num_bytes // torch.bfloat16.itemsize, dtype=torch.bfloat16)
+    return _bytes_of(block.normal_(0.0, STANDARD_DEVIATION, generator=torch.Generator().manual_seed(0)))
+
+
+def _bytes_of(values: torch.Tensor) -> bytes:
+    return values.view(torch.uint8).numpy().tobytes()
+
+
+def _write_repeated(file: BinaryIO, block: bytes, place: int, num_bytes: int) -> int:
+    """Write the next bytes of a block that repeats, and return the place in it where the next ones begin."""
+    while num_bytes:
+        piece = memoryview(block)[place : place + num_bytes]
+        file.write(piece)
+        num_bytes -= len(piece)
+        place = (place + len(piece)) % len(block)
+    return place

@@ -25,6 +25,7 @@ class StepMeter:
 
     def start(self) -> None:
         """Start the clock: everything is loaded and the first batch is about to be requested."""
+        self._before = self._peaks()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._restart()
@@ -36,26 +37,30 @@ class StepMeter:
         self.seconds.append(time.perf_counter() - self._started)
         self.core_seconds.append(time.process_time() - self._started_cores)
         if len(self.seconds) == 1:
+            self._before["peak_host_bytes"] = status_bytes("VmHWM")
             forget_peak()
         self._restart()
 
     def answer(self) -> dict[str, Any]:
-        """All measurements."""
+        """All measurements: peaks of the steps, and those of the whole process, which has loaded a model before."""
+        peaks = self._peaks()
         return {
             "losses": self.losses,
             "seconds": self.seconds,
             "core_seconds": self.core_seconds,
-            "peak_host_bytes": status_bytes("VmHWM"),
-            **self._device_peaks(),
+            **peaks,
+            "whole_process": {name: max(size, self._before[name]) for name, size in peaks.items()},
         }
 
     def _restart(self) -> None:
         self._started, self._started_cores = time.perf_counter(), time.process_time()
 
-    def _device_peaks(self) -> dict[str, int]:
-        if self.device.type != "cuda":
-            return {}
-        return {
-            "peak_device_bytes": torch.cuda.max_memory_allocated(self.device),
-            "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
-        }
+    def _peaks(self) -> dict[str, int]:
+        peaks = {"peak_host_bytes": status_bytes("VmHWM")}
+        if self.device.type == "cuda":
+            peaks |= {
+                "peak_device_bytes": torch.cuda.max_memory_allocated(self.device),
+                "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+                "peak_pinned_bytes": torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0),
+            }
+        return peaks
