@@ -25,13 +25,17 @@ memory is what the whole machine holds more than before: the process, its data w
 Predicted before any run, for one H200 (989 TFLOP/s by its data sheet), from a roofline of every kernel at batch 8 with
 445 positions and 60 targets: 290 ms of kernels a micro-batch, 360 ms if all blocks are checkpointed, and an update of
 105 ms, since a single GPU updates all 4.68 billion parameters by itself. So FSDP2, ZeRO-2 and ZeRO-3 reach 20 clips/s
-and 32 % of the data sheet's rate, checkpointed 17 clips/s and 27 %. Peaks by `voxtral-dist plan`: 105 GB (ZeRO-2), 116
-(FSDP2), 121 (ZeRO-3); checkpointed 105, 85 and 90. Compiled blocks save 44 of 69 ms of element-wise kernels: 23
-clips/s. The trainer keeps weights, gradients and moments in bfloat16, 37 GB in place of 75, and loses small updates:
-its update moves 65 GB, about 20 ms, and its logits of all positions cost 3 %, so it is the faster one on a single GPU
-where each step has one micro-batch, 24 clips/s in about 80 GB. Offloaded, a step of 8 clips moves 18.7 GB of gradients
-down, and updates on the host: 5 to 8 s; with 16 clips hardly more. cuDNN: NaN gradients at 448 and 576 positions with
-low scores and left padding, none without a mask; a new shape costs 0.02 to 1 s.
+and 32 % of the data sheet's rate, checkpointed 17 clips/s and 27 %, and LoRA, with half of the FLOPs, 45 clips/s.
+Compiled blocks save 44 of 69 ms of element-wise kernels: 23 clips/s. Peaks by `voxtral-dist plan`: 116 GB (FSDP2), 105
+(ZeRO-2), 121 (ZeRO-3); checkpointed 85, 105 and 90; LoRA 27; all offloaded 8, and 10 for 16 clips. 16 clips without
+checkpointing need 148 GB and are not tried.
+
+The trainer keeps weights, gradients and moments in bfloat16, 37 GB in place of 75, and loses small updates. Its update
+moves 65 GB, about 20 ms, and logits of all positions cost it 3 % and 6 GB. So on a single GPU with one micro-batch a
+step it is the faster one: 24 clips/s in 75 GB. Offloaded, a step moves 18.7 GB of gradients and updates on the host: 4
+to 6 s, with 16 clips as well, so 1.6 and 3 clips/s. cuDNN's attention changes rates by less than 3 % where every shape
+was met before; a new one costs 0.02 to 1 s. Its gradients are NaN at 448 and 576 positions with low scores and left
+padding, and never without a mask.
 
 Aims: full fine-tuning at batch 8 in less than 40 GB, and with everything offloaded in less than 16 GB; an MFU of at
 least 45 %; at least 11 clips/s. No single contender can meet all of them: float32 states of all parameters alone are 75
@@ -99,24 +103,24 @@ class Options:
         """Read the command line."""
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--output", type=Path, required=True, help="JSON file; the tables come beside it, as .md")
-        parser.add_argument("--minutes", type=float, default=9.0, help="time for everything, from the start (9)")
+        parser.add_argument("--minutes", type=float, help="time for everything; the default is 9, or an hour if quick")
         parser.add_argument("--only", default="", help="names of contenders, with commas; the default is all")
         parser.add_argument("--quick", action="store_true", help="a smoke run on a tiny model; figures mean nothing")
         parsed = parser.parse_args()
         only = frozenset(parsed.only.split(",")) - {""}
         if unknown := only - set(CONTENDERS):
             parser.error(f"--only: {', '.join(sorted(unknown))}: the contenders are {', '.join(CONTENDERS)}")
-        return cls(parsed.output, parsed.minutes, parsed.quick, only)
+        minutes = parsed.minutes or (60.0 if parsed.quick else 9.0)
+        return cls(parsed.output, minutes, parsed.quick, only)
 
     def seconds_left(self) -> float:
-        """Seconds until the end; a quick run has no end."""
-        return QUICK_LIMIT_SECONDS if self.is_quick else 60 * self.minutes - (time.monotonic() - STARTED)
+        """Seconds until everything must be measured."""
+        return 60 * self.minutes - (time.monotonic() - STARTED)
 
     def limit(self, predicted: float) -> float:
         """Seconds after which what was predicted to take some is killed."""
-        if self.is_quick:
-            return QUICK_LIMIT_SECONDS
-        return max(1.0, min(self.seconds_left(), max(LEAST_LIMIT_SECONDS, PATIENCE * predicted)))
+        patience = QUICK_LIMIT_SECONDS if self.is_quick else max(LEAST_LIMIT_SECONDS, PATIENCE * predicted)
+        return max(1.0, min(self.seconds_left(), patience))
 
 
 def main() -> int:

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import VoxtralConfig
 
-from corpora import REPOSITORY
 from voxtral_dist.model.voxtral import meta_model
 
+from corpora import REPOSITORY
 from workloads.forks import Forks
 from workloads.gpu_contenders import CONTENDERS, deepspeed_file
 from workloads.gpu_table import contender_table
@@ -152,7 +152,7 @@ sys.path[:0] = {[str(GPU_SCRIPT.parent), str(REPOSITORY)]!r}
 def touch(*_): raise AssertionError("CUDA was asked")
 torch.cuda._is_compiled = lambda: True
 torch.cuda._device_count_nvml = lambda: 1
-for name in ("_cuda_getDeviceCount", "_cuda_init", "_cuda_getDevice"):
+for name in ("_cuda_getDeviceCount", "_cuda_init", "_cuda_getDevice", "_cuda_getCurrentRawStream"):
     setattr(torch._C, name, touch)
 import gpu
 for module in gpu.IMPORTED:

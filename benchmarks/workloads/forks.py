@@ -99,13 +99,13 @@ def _run(function: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], an
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(output, "w", buffering=1, encoding="utf-8", errors="replace")
     try:
         with answering_failures(answer):
             write_answer(answer, function(*arguments))
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    sys.stderr.flush()
     # Libraries' own ends may wait for threads or ranks.
     os._exit(0)
 

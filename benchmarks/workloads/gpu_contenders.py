@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,18 @@ class Contender:
     script: which trainer.
     seconds: predicted for all of it, on one H200: loading, warming up and measuring.
     settings: fields of its `TrainingRun`; `deepspeed` is a name for `deepspeed_file`.
+    clips_per_second: predicted rate.
+    gigabytes: predicted peak of device memory.
     batch_size: clips of a micro-batch.
-    clips_per_second, gigabytes: predicted rate and peak of device memory; None where nothing was predicted.
     """
 
     title: str
     script: str
     seconds: float
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
+    clips_per_second: float
+    gigabytes: float
     batch_size: int = COMPARED_BATCH_SIZE
-    clips_per_second: float | None = None
-    gigabytes: float | None = None
 
     @property
     def is_full(self) -> bool:
@@ -62,38 +63,41 @@ class Contender:
 _CHECKPOINTED = {"checkpoints_activations": True}
 _FSDP2 = {"fsdp2": True}
 # Three steps, in a single process: fewer copies of the weights in host memory.
-_OFFLOAD = {"deepspeed": OFFLOADED, **_CHECKPOINTED, "num_steps": 3, "num_rounds": 1, "num_workers": 0}
+_SHORT = {"num_steps": 3, "num_rounds": 1, "num_workers": 0}
+_OFFLOAD = {"deepspeed": OFFLOADED, **_CHECKPOINTED, **_SHORT}
 _PROFILED = {"num_steps": 2, "num_rounds": 1, "profiles_kernels": True}
 CONTENDERS = {
-    "fsdp2": Contender("ours, FSDP2", OURS, 25, _FSDP2, clips_per_second=20, gigabytes=116),
-    "trainer": Contender("`Seq2SeqTrainer`", TRAINER, 25, clips_per_second=24, gigabytes=80),
-    "zero2": Contender("ours, ZeRO-2", OURS, 20, {"deepspeed": "zero2"}, clips_per_second=20, gigabytes=105),
-    "zero3": Contender("ours, ZeRO-3", OURS, 25, {"deepspeed": "zero3"}, clips_per_second=20, gigabytes=121),
-    "fsdp2_checkpointed": Contender(
-        "ours, FSDP2, checkpointed", OURS, 20, _FSDP2 | _CHECKPOINTED, clips_per_second=17, gigabytes=85
+    "fsdp2": Contender("ours, FSDP2", OURS, 25, _FSDP2, 20, 116),
+    "trainer": Contender("`Seq2SeqTrainer`", TRAINER, 25, {}, 24, 75),
+    "zero2": Contender("ours, ZeRO-2", OURS, 20, {"deepspeed": "zero2"}, 20, 105),
+    "zero3": Contender("ours, ZeRO-3", OURS, 25, {"deepspeed": "zero3"}, 20, 121),
+    "fsdp2_checkpointed": Contender("ours, FSDP2, checkpointed", OURS, 20, _FSDP2 | _CHECKPOINTED, 17, 85),
+    "lora": Contender("ours, LoRA", OURS, 20, {"deepspeed": "zero2", "lora": True}, 45, 27),
+    "trainer_lora": Contender("`Seq2SeqTrainer`, LoRA", TRAINER, 20, {"lora": True}, 40, 33),
+    "fsdp2_kernels": Contender("ours, FSDP2, before one profiled step", OURS, 15, _FSDP2 | _PROFILED, 20, 116),
+    "zero3_offload": Contender("ours, ZeRO-3, all offloaded, checkpointed", OURS, 75, _OFFLOAD, 1.6, 8),
+    "zero3_offload_16": Contender("the same, batch of 16", OURS, 45, _OFFLOAD, 3, 10, batch_size=16),
+    "fsdp2_compiled": Contender("ours, FSDP2, `compile_blocks`", OURS, 110, _FSDP2 | {"compile_blocks": True}, 23, 110),
+    "fsdp2_cudnn": Contender("ours, FSDP2, cuDNN's attention", OURS, 25, _FSDP2 | {"cudnn_attention": True}, 20, 116),
+    "trainer_cudnn": Contender("`Seq2SeqTrainer`, cuDNN's attention", TRAINER, 25, {"cudnn_attention": True}, 24, 75),
+    "fsdp2_16": Contender(
+        "ours, FSDP2, checkpointed, batch of 16", OURS, 30, _FSDP2 | _CHECKPOINTED, 19, 92, batch_size=16
     ),
-    "lora": Contender("ours, LoRA", OURS, 20, {"deepspeed": "zero2", "lora": True}),
-    "trainer_lora": Contender("`Seq2SeqTrainer`, LoRA", TRAINER, 20, {"lora": True}),
-    "fsdp2_kernels": Contender("ours, FSDP2, one profiled step", OURS, 15, _FSDP2 | _PROFILED),
-    "zero3_offload": Contender("ours, ZeRO-3, all offloaded, checkpointed", OURS, 75, _OFFLOAD),
-    "zero3_offload_16": Contender("the same, batch of 16", OURS, 45, _OFFLOAD, batch_size=16),
-    "fsdp2_compiled": Contender(
-        "ours, FSDP2, `compile_blocks`", OURS, 110, _FSDP2 | {"compile_blocks": True}, clips_per_second=23
+    "trainer_16": Contender(
+        "`Seq2SeqTrainer`, checkpointed, batch of 16", TRAINER, 30, _CHECKPOINTED, 21, 53, batch_size=16
     ),
-    "fsdp2_cudnn": Contender("ours, FSDP2, cuDNN's attention", OURS, 25, _FSDP2 | {"cudnn_attention": True}),
-    "trainer_cudnn": Contender("`Seq2SeqTrainer`, cuDNN's attention", TRAINER, 25, {"cudnn_attention": True}),
-    "fsdp2_16": Contender("ours, FSDP2, batch of 16", OURS, 30, _FSDP2, batch_size=16),
-    "trainer_16": Contender("`Seq2SeqTrainer`, batch of 16", TRAINER, 30, batch_size=16),
-    "trainer_checkpointed": Contender("`Seq2SeqTrainer`, checkpointed", TRAINER, 25, _CHECKPOINTED),
+    "trainer_checkpointed": Contender("`Seq2SeqTrainer`, checkpointed", TRAINER, 25, _CHECKPOINTED, 20, 45),
     "zero3_checkpointed": Contender(
-        "ours, ZeRO-3, checkpointed", OURS, 25, {"deepspeed": "zero3", **_CHECKPOINTED}, gigabytes=90
+        "ours, ZeRO-3, checkpointed", OURS, 25, {"deepspeed": "zero3"} | _CHECKPOINTED, 17, 90
     ),
-    "trainer_8bit": Contender("`Seq2SeqTrainer`, 8-bit AdamW", TRAINER, 25, {"optimizer": "adamw_8bit"}),
+    "trainer_8bit": Contender("`Seq2SeqTrainer`, 8-bit AdamW", TRAINER, 25, {"optimizer": "adamw_8bit"}, 23, 66),
     "zero2_offloaded_optimizer": Contender(
         "ours, ZeRO-2, optimizer offloaded, checkpointed",
         OURS,
         60,
-        {"deepspeed": "zero2_offload", **_CHECKPOINTED, "num_steps": 3, "num_rounds": 1, "num_workers": 0},
+        {"deepspeed": "zero2_offload"} | _CHECKPOINTED | _SHORT,
+        1.8,
+        50,
     ),
 }
 

@@ -62,8 +62,7 @@ def _surroundings(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(one: Contender, row: Mapping[str, Any] | None) -> list[str]:
-    figures = ((one.clips_per_second, "clips/s"), (one.gigabytes, "GB"))
-    predicted = ", ".join(f"{value} {unit}" for value, unit in figures if value is not None)
+    predicted = f"{one.clips_per_second} clips/s, {one.gigabytes} GB"
     if row is None:
         return [one.title, *[NOT_MEASURED] * 5, predicted]
     if "not_run" in row:
@@ -165,5 +164,5 @@ def _yes(is_so: bool) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
