@@ -121,6 +121,7 @@ def test_nothing_starts_whose_predicted_time_is_not_left(tmp_path: Path) -> None
     assert schedule.run("fsdp2_compiled")["not_run"] == f"predicted to take 110 s, and {left:.0f} s were left"
 
 
+@pytest.mark.slow
 def test_a_terminated_run_leaves_what_it_measured(tmp_path: Path) -> None:
     """Both sides also learn from the same clips: their losses are equal."""
     output = tmp_path / "gpu.json"

@@ -1,5 +1,8 @@
 """All process groups of a run have one timeout, ours, whoever made them."""
 
+import os
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.distributed.world import COLLECTIVE_TIMEOUT, World, joined_world
+from voxtral_dist.distributed.world import COLLECTIVE_TIMEOUT, World
 from voxtral_dist.engine.build import build_engine
 from voxtral_dist.model.features import LogMel
 
@@ -51,6 +54,17 @@ def test_every_group_has_our_timeout(engine: dict[str, Any], tiny_model: Path, s
         assert set(found) == {COLLECTIVE_TIMEOUT}
 
 
-def test_the_first_group_has_our_timeout():
-    with joined_world():
-        assert _timeout(dist.group.WORLD) == COLLECTIVE_TIMEOUT
+def test_the_first_group_has_our_timeout() -> None:
+    """In a process of its own: others may have made a group already."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch.distributed as dist
+from test_timeouts import _timeout
+from voxtral_dist.distributed.world import joined_world
+with joined_world():
+    print(_timeout(dist.group.WORLD).total_seconds())
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert float(ran.stdout.splitlines()[-1]) == COLLECTIVE_TIMEOUT.total_seconds()

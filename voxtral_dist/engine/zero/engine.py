@@ -74,10 +74,12 @@ class ZeroEngine:
         self._max_grad_norm = optimizer_config.max_grad_norm
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens)
+        # A checkpoint that cannot be read is refused before ranks communicate.
+        weights = InitialWeights(model_config.path, model, seed)
         prepare_deepspeed()
         if is_on_nvme(settings):
             return_freed_memory()
-        fill_model(model, InitialWeights(model_config.path, model, seed), settings, world)
+        fill_model(model, weights, settings, world)
         if self.stage == 3:
             gather_whole_blocks(model, encoder_has_one_chunk=self._has_one_chunk)
         self._encoder = ChunkedEncoder(model, model_config.encoder_windows_per_chunk)
