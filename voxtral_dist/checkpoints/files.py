@@ -45,7 +45,7 @@ def write_states(engine: Engine, folder: Path, world: World) -> dict[str, Any]:
     if isinstance(engine, DistributedCheckpointing):
         engine.save_partitions(folder)
         return {"layout": _PARTITIONS}
-    file_of_tensor = gather_on_first(_StateWriter(folder, world).write(engine.parameter_states()), world)
+    file_of_tensor = gather_on_first(_StateWriter(folder, world.rank).write(engine.parameter_states()), world)
     return {"layout": _WHOLE, "tensors": {name: file for of_rank in file_of_tensor for name, file in of_rank.items()}}
 
 
@@ -113,29 +113,28 @@ def damage_of(folder: Path) -> str | None:
 
 
 class _StateWriter:
-    """Writes every n-th parameter of a stream on each of n ranks, in files of limited size."""
+    """Writes a rank's parameters in files of limited size."""
 
-    def __init__(self, folder: Path, world: World) -> None:
+    def __init__(self, folder: Path, rank: int) -> None:
         self._folder = folder
-        self._world = world
+        self._rank = rank
         self._pending: dict[str, Tensor] = {}
         self._file_of_tensor: dict[str, str] = {}
         self._num_files = 0
 
     def write(self, states: Iterator[ParameterState]) -> dict[str, str]:
         """Names of the tensors that this rank wrote, each with the name of its file."""
-        for number, state in enumerate(states):
-            if number % self._world.size == self._world.rank:
-                self._pending.update(_tensors_of(state))
-                if sum(tensor.nbytes for tensor in self._pending.values()) >= _FILE_BYTES:
-                    self._write_pending()
+        for state in states:
+            self._pending.update(_tensors_of(state))
+            if sum(tensor.nbytes for tensor in self._pending.values()) >= _FILE_BYTES:
+                self._write_pending()
         self._write_pending()
         return self._file_of_tensor
 
     def _write_pending(self) -> None:
         if not self._pending:
             return
-        file = f"state-{self._world.rank:05d}-{self._num_files:05d}.safetensors"
+        file = f"state-{self._rank:05d}-{self._num_files:05d}.safetensors"
         save_file(self._pending, self._folder / file)
         self._file_of_tensor.update(dict.fromkeys(self._pending, file))
         self._num_files += 1

@@ -78,6 +78,12 @@ def sum_tensor_over_ranks(tensor: Tensor, world: World) -> None:
         dist.all_reduce(tensor)
 
 
+def sum_tensor_on_rank(tensor: Tensor, rank: int, world: World) -> None:
+    """Replace a tensor by its sum over all ranks on one rank, in place; on the others it is undefined afterwards."""
+    if world.size > 1:
+        dist.reduce(tensor, dst=rank)
+
+
 def gather_on_first(value: T, world: World) -> list[T]:
     """The values of all ranks in the order of ranks, on rank 0; an empty list on others.
 

@@ -70,18 +70,24 @@ class Engine(Protocol):
         """The sharded model in evaluation mode: all ranks must run it equally often, in lockstep."""
 
     def parameter_states(self) -> Iterator[ParameterState]:
-        """Every trained parameter in a fixed order. All ranks must iterate together; each gets full tensors."""
+        """The trained parameters that this rank writes into a checkpoint: every W-th of W ranks.
+
+        All ranks must iterate together and to the end. Only the rank that writes a parameter copies it to its CPU.
+        """
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
-        """Load weights and moments in the order of `parameter_states`, as they were after `num_updates` updates."""
+        """Load weights and moments of all trained parameters, as they were after `num_updates` updates.
+
+        They come in the order of `parameter_shapes`.
+        """
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The full shape of each trained parameter in the order of `parameter_states`; without communication."""
+        """The full shape of each trained parameter in the model's order; without communication."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, including frozen ones, as full float32 tensors on the CPU: the weights of an export.
+        """Every parameter, including frozen ones, as full float32 tensors on the CPU of rank 0: the weights of an export.
 
-        All ranks must iterate together.
+        All ranks must iterate together and to the end; ranks other than 0 get nothing, and copy nothing to their CPU.
         """
 
     def parameter_table(self) -> list[str]:
@@ -99,7 +105,7 @@ class DistributedCheckpointing(Protocol):
     """Methods of an engine whose ranks can write their own partitions. Implemented by `Fsdp2Engine`."""
 
     def save_partitions(self, folder: Path) -> None:
-        """Write the tensors of `parameter_states` by `dcp_files.write_partitions`; all ranks call it together."""
+        """Write weights and moments by `dcp_files.write_partitions`; all ranks call it together."""
 
     def load_partitions(self, folder: Path, num_updates: int) -> None:
         """Load what `save_partitions` wrote on any number of ranks, as it was after `num_updates` updates."""

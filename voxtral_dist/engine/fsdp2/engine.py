@@ -178,9 +178,12 @@ class Fsdp2Engine:
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
-        for name, parameter in self._trained.items():
-            moments = {key: self._full(moment) for key, moment in self._moments(parameter).items()}
-            yield ParameterState(name, self._full(parameter), moments)
+        for number, (name, parameter) in enumerate(self._trained.items()):
+            reader = number % self._world.size
+            weight = self._full(parameter, reader)
+            moments = {key: self._full(moment, reader) for key, moment in self._moments(parameter).items()}
+            if weight is not None:
+                yield ParameterState(name, weight, {key: one for key, one in moments.items() if one is not None})
 
     @torch.no_grad()
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
@@ -209,7 +212,10 @@ class Fsdp2Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
-        return ((name, self._full(parameter)) for name, parameter in self._parameters.items())
+        for name, parameter in self._parameters.items():
+            weight = self._full(parameter, reader=0)
+            if weight is not None:
+                yield name, weight
 
     def parameter_table(self) -> list[str]:
         """See `Engine`."""
@@ -248,8 +254,10 @@ class Fsdp2Engine:
             **{key: with_local(parameter, one.to(device, torch.float32, copy=True)) for key, one in local.items()},
         }
 
-    def _full(self, value: Tensor) -> Tensor:
-        return gathered(value, torch.float32, self._world.device).cpu()
+    def _full(self, value: Tensor, reader: int) -> Tensor | None:
+        """The full float32 tensor on the CPU of one rank; None on the others, which take part."""
+        full = gathered(value, torch.float32, self._world.device)
+        return full.cpu() if self._world.rank == reader else None
 
     def _norm_over_ranks(self, gradients: list[Tensor]) -> float:
         """The L2 norm of all gradients, from the part on each rank of a replica."""

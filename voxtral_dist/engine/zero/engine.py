@@ -159,8 +159,10 @@ class ZeroEngine:
 
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
-        for name, parameter in self._trained():
-            yield ParameterState(name, self._states.weight(parameter), self._states.moments(parameter))
+        for number, (name, parameter) in enumerate(self._trained()):
+            state = self._states.state(name, parameter, reader=number % self._world.size)
+            if state is not None:
+                yield state
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         """See `Engine`."""
@@ -179,10 +181,11 @@ class ZeroEngine:
         """See `Engine`."""
         for name, parameter in self._module.named_parameters():
             if parameter.requires_grad:
-                yield name, self._states.weight(parameter)
+                weight = self._states.weight(parameter, reader=0)
             else:
                 with self._gathered([parameter]):
-                    weight = parameter.detach().to("cpu", torch.float32, copy=True)
+                    weight = parameter.detach().to("cpu", torch.float32, copy=True) if self._world.is_first else None
+            if weight is not None:
                 yield name, weight
 
     def parameter_table(self) -> list[str]:

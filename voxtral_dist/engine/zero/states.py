@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from voxtral_dist.distributed.collectives import sum_tensor_over_ranks
+from voxtral_dist.distributed.collectives import sum_tensor_on_rank
 from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.engine import ParameterState
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 _MUON = ("momentum_buffer",)
@@ -30,7 +31,8 @@ class Fragment:
 class MasterStates:
     """Reads and writes full float32 weights and moments of trained parameters from and to the ranks' partitions.
 
-    All ranks must go through the parameters together.
+    All ranks must go through the parameters together. A full tensor is read by one rank, on whose CPU it ends; the
+    others get None, and copy nothing to their CPU.
     """
 
     def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, world: World) -> None:
@@ -38,14 +40,18 @@ class MasterStates:
         self._optimizer = optimizer
         self._world = world
 
-    def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The full weight, on the CPU."""
-        return self._full(parameter, self._weight_fragment(parameter))
+    def weight(self, parameter: nn.Parameter, reader: int) -> Tensor | None:
+        """The full weight on the rank `reader`."""
+        return self._full(parameter, self._weight_fragment(parameter), reader)
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The full moments by name, on the CPU; zeros before the first update."""
-        keys = _moments_of(getattr(parameter, "use_muon", False))
-        return {key: self._full(parameter, self._moment_fragment(parameter, key)) for key in keys}
+    def state(self, name: str, parameter: nn.Parameter, reader: int) -> ParameterState | None:
+        """The full weight and moments on the rank `reader`; moments are zeros before the first update."""
+        weight, moments = self.weight(parameter, reader), {}
+        for key in _moments_of(getattr(parameter, "use_muon", False)):
+            moment = self._full(parameter, self._moment_fragment(parameter, key), reader)
+            if moment is not None:
+                moments[key] = moment
+        return None if weight is None else ParameterState(name, weight, moments)
 
     @torch.no_grad()
     def load(self, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
@@ -79,12 +85,14 @@ class MasterStates:
         device = partition.device if self._optimizer.defaults["fused"] else "cpu"
         return torch.tensor(float(num_updates), device=device)
 
-    def _full(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
+    def _full(self, parameter: nn.Parameter, fragment: Fragment | None, reader: int) -> Tensor | None:
+        # A reduction, although gathering would send less: it takes the ring that training uses, whose buffers exist.
+        # NCCL would allocate those of new pairs of ranks beside torch, which may hold all memory of the GPU.
         full = torch.zeros(full_shape(parameter), device=self._world.device)
         if fragment is not None:
             full.view(-1)[fragment.inside].copy_(fragment.values)
-        sum_tensor_over_ranks(full, self._world)
-        return full.cpu()
+        sum_tensor_on_rank(full, reader, self._world)
+        return full.cpu() if self._world.rank == reader else None
 
     def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The tensors that the optimizer updates on this rank, each with its parameter group."""
@@ -100,7 +108,9 @@ class MasterStates:
 class ReplicatedStates(MasterStates):
     """Stage 0: every rank updates full parameters."""
 
-    def _full(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
+    def _full(self, parameter: nn.Parameter, fragment: Fragment | None, reader: int) -> Tensor | None:
+        if self._world.rank != reader:
+            return None
         if fragment is None:
             return torch.zeros(full_shape(parameter))
         return fragment.values.detach().to("cpu", copy=True).view(full_shape(parameter))
