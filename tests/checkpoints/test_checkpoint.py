@@ -19,6 +19,7 @@ from voxtral_dist.config import (
 )
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.data.training_set import build_training_set
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.features import LogMel
@@ -54,7 +55,15 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     for state in engine.parameter_states():
         states |= {state.name: state.weight}
         states |= {f"{state.name}//{key}": moment for key, moment in state.moments.items()}
-    return losses, states
+    return losses, union_over_ranks(states, world)
+
+
+def union_over_ranks(own: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tensor]:
+    """The tensors of all ranks by name; no two ranks have the same."""
+    of_ranks = from_first_rank(gather_on_first(own, world), world)
+    union = {name: tensor for of_rank in of_ranks for name, tensor in of_rank.items()}
+    assert len(union) == sum(map(len, of_ranks))
+    return union
 
 
 def with_fsdp2(config: RunConfig, run_dir: Path) -> RunConfig:

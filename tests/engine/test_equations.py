@@ -16,6 +16,7 @@ from transformers import VoxtralForConditionalGeneration
 from voxtral_dist.config import RunConfig, TrainableConfig
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch
 from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.optim import learning_rate, parameter_groups
 from voxtral_dist.model.features import LogMel
@@ -44,7 +45,7 @@ def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
     for batches in loader.starting_at(0):
         metrics = train_step.run(batches).metrics
         curve.append((metrics.loss, metrics.grad_norm))
-    return curve, dict(engine.weights())
+    return curve, from_first_rank(dict(engine.weights()), world)
 
 
 def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | None = None) -> tuple[Curve, Weights]:
