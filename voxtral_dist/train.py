@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from voxtral_dist.checkpoints.directory import CheckpointDirectory
+from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig, dump_config
 from voxtral_dist.data.loader import build_train_loader
@@ -95,12 +96,18 @@ def train(config: RunConfig, world: World) -> int:
     test_sets = build_test_sets(config.evaluation, prompts, config.train_data.target_text, storage)
     refuse_different_test_sets(test_sets, world)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
-    engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
-    flops = training_flops(config.model, config.trainable)
-    checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
-    progress = checkpoints.resume(engine) or TrainProgress()
+    saved_step = latest_step(config.run_dir, world)
 
-    with stop_signals() as stop, _open_metrics_log(config, progress, world) as metrics_log:
+    with ExitStack() as stack:
+        # Workers are forked before the engine exists: else each page of weights and moments in host memory would be
+        # shared with them, and copied by the system at the first update.
+        steps = stack.enter_context(loader.starting_at(saved_step or 0))
+        engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
+        flops = training_flops(config.model, config.trainable)
+        checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
+        progress = checkpoints.load(engine, saved_step)
+        stop = stack.enter_context(stop_signals())
+        metrics_log = stack.enter_context(_open_metrics_log(config, progress, world))
         _announce(config, progress, loader.training_set, engine.parameter_table(), world, metrics_log)
         evaluator = _build_evaluator(config, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
@@ -109,7 +116,7 @@ def train(config: RunConfig, world: World) -> int:
         if evaluator.is_owed(progress.step):
             evaluator.evaluate(progress.step)
         verdict = selector.select(progress.step)
-        for batches in loader.starting_at(config.num_steps if verdict.must_stop else progress.step):
+        for batches in () if verdict.must_stop else steps:
             result = step.run(batches, stop_requested=stop.requested)
             progress = result.advance(progress)
             metrics_log.train_step(progress.step, result.metrics)
@@ -129,6 +136,7 @@ def train(config: RunConfig, world: World) -> int:
                 # The state is saved already: one more step would have to be saved again.
                 if not is_last and max_over_ranks([int(stop.requested)], world)[0]:
                     return _stopped(progress, metrics_log)
+        steps.close()
         if verdict.best_step not in (None, progress.step):
             checkpoints.load(engine, verdict.best_step)
         export_trained(engine, config.model.path, config.trainable.lora, _export_dtype(config), config.run_dir, world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ SAVED_STEP = 3
 
 def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Resume if there is a checkpoint, train, save; the losses of these steps and all state at the end."""
-    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
     from voxtral_dist.checkpoints.progress import TrainProgress
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.train import build_train_step
@@ -47,7 +48,7 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
     engine = build_engine(config, log_mel, world)
     checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
-    progress = checkpoints.resume(engine) or TrainProgress()
+    progress = checkpoints.load(engine, latest_step(config.run_dir, world))
     train_step = build_train_step(config, engine, world)
     losses = [train_step.run(batches).metrics.loss for batches in loader.starting_at(progress.step)]
     checkpoints.save(engine, TrainProgress(step=last_step))
@@ -159,11 +160,12 @@ class FrozenShapes:
 
 
 def refused_sentence(config: RunConfig, model: Path, fingerprint: str) -> str:
-    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
     from voxtral_dist.distributed.world import alone
 
+    engine: Any = FrozenShapes(model)
     with pytest.raises(UserError) as refusal:
-        CheckpointDirectory(config, fingerprint, alone("cpu")).resume(FrozenShapes(model))  # type: ignore[arg-type]
+        CheckpointDirectory(config, fingerprint, alone("cpu")).load(engine, latest_step(config.run_dir, alone("cpu")))
     return str(refusal.value)
 
 
@@ -203,7 +205,7 @@ def test_a_checkpoint_of_another_training_is_refused(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     config: RunConfig, saved: Path, tiny_model: Path, tmp_path: Path, fingerprint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.checkpoints.directory import latest_step
     from voxtral_dist.distributed.world import alone
 
     shutil.copytree(saved, tmp_path / "run")
@@ -213,14 +215,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     cut = next(newer.glob("state-00001-*.safetensors"))
     cut.write_bytes(cut.read_bytes()[:-1])
     moved = config.model_copy(update={"run_dir": tmp_path / "run"})
-    assert CheckpointDirectory(moved, fingerprint, alone("cpu")).latest() == whole
+    assert latest_step(moved.run_dir, alone("cpu")) == SAVED_STEP
     assert f"{newer} is damaged: {cut.name}" in caplog.text
     shutil.rmtree(whole)
     assert "No other checkpoint is left" in refused_sentence(moved, tiny_model, fingerprint)
 
 
 def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved: Path, tmp_path: Path) -> None:
-    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.checkpoints.directory import latest_step
     from voxtral_dist.distributed.world import alone
 
     shutil.copytree(saved, tmp_path / "run")
@@ -229,4 +231,4 @@ def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved:
     shutil.copytree(folder, half)
     (half / "complete.json").unlink()
     moved = config.model_copy(update={"run_dir": tmp_path / "run"})
-    assert CheckpointDirectory(moved, "any", alone("cpu")).latest() == folder
+    assert latest_step(moved.run_dir, alone("cpu")) == SAVED_STEP

@@ -1,4 +1,4 @@
-"""All checkpoints of a run: saving, resuming and rotation.
+"""All checkpoints of a run: saving, loading and rotation.
 
 A checkpoint is written under a temporary name and renamed, so a folder without `complete.json` is no checkpoint.
 """
@@ -35,14 +35,31 @@ from voxtral_dist.engine.engine import Engine
 from voxtral_dist.errors import UserError
 
 _FORMAT = 1
+_FOLDER = "checkpoints"
 log = logging.getLogger(__name__)
+
+
+def latest_step(run_dir: Path, world: World) -> int | None:
+    """Step of a run's newest complete and intact checkpoint, as rank 0 sees the disk; None if it has no checkpoints.
+
+    All ranks call it together. It needs no engine, so a run knows where it resumes before it loads a model.
+
+    Raises:
+        UserError: the run has checkpoints, but all of them are damaged.
+    """
+    intact, damages = _intact_and_damages(run_dir / _FOLDER, world)
+    for damage in damages:
+        log.warning("%s", damage)
+    if damages and not intact:
+        raise UserError(f"{damages[-1]} No other checkpoint is left: remove `checkpoints` to start over.")
+    return intact[-1] if intact else None
 
 
 class CheckpointDirectory:
     """The checkpoints of one run. All ranks call its methods together; `run_dir` must be shared by all nodes."""
 
     def __init__(self, config: RunConfig, data_fingerprint: str, world: World) -> None:
-        self._folder = config.run_dir / "checkpoints"
+        self._folder = config.run_dir / _FOLDER
         self._keep = config.checkpoint.keep
         self._config = config
         self._world = world
@@ -51,40 +68,17 @@ class CheckpointDirectory:
         # Step of the checkpoint that rotation never removes.
         self.kept_step: int | None = None
 
-    def latest(self) -> Path | None:
-        """The newest complete and intact checkpoint, as rank 0 sees the disk; None if the run has no checkpoints.
-
-        Raises:
-            UserError: the run has checkpoints, but all of them are damaged.
-        """
-        damages = self._damages()
-        intact = [folder for folder, damage in damages.items() if damage is None]
-        reported = [damage for damage in damages.values() if damage is not None]
-        newest, reported = from_first_rank((intact[-1] if intact else None, reported), self._world)
-        for damage in reported:
-            log.warning("%s", damage)
-        if newest is None and reported:
-            raise UserError(f"{reported[-1]} No other checkpoint is left: remove `checkpoints` to start over.")
-        return newest
-
     def intact_steps(self) -> list[int]:
         """Steps of all complete and intact checkpoints, as rank 0 sees the disk."""
-        damages = self._damages()
-        steps = [int(folder.name.removeprefix("step-")) for folder, damage in damages.items() if damage is None]
-        return from_first_rank(steps, self._world)
+        return _intact_and_damages(self._folder, self._world)[0]
 
-    def resume(self, engine: Engine) -> TrainProgress | None:
-        """Load the newest complete checkpoint into the engine; None if there is none.
+    def load(self, engine: Engine, step: int | None) -> TrainProgress:
+        """Load the complete checkpoint of a step into the engine; without a step do nothing.
 
         Raises:
-            UserError: it belongs to another model, other data or other batches, or all checkpoints are damaged.
+            UserError: it belongs to another model, other data or other batches.
         """
-        folder = self.latest()
-        return None if folder is None else self._load_from(folder, engine)
-
-    def load(self, engine: Engine, step: int) -> TrainProgress:
-        """Load the complete checkpoint of a step into the engine; see `resume`."""
-        return self._load_from(self._folder / _name(step), engine)
+        return TrainProgress() if step is None else self._load_from(self._folder / _name(step), engine)
 
     def save(self, engine: Engine, progress: TrainProgress) -> Path:
         """Write the state of engine and run; older checkpoints are removed once this one is complete."""
@@ -96,19 +90,12 @@ class CheckpointDirectory:
         wait_for_all(self._world)
         layout = write_states(engine, temporary, self._world)
         if self._world.is_first:
-            self._complete(temporary, progress, engine, layout)
+            self._write_contents(temporary, progress, engine, layout)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             self._remove_old()
         wait_for_all(self._world)
         return final
-
-    def _damages(self) -> dict[Path, str | None]:
-        """The damage of each complete checkpoint, oldest first; empty on ranks other than 0."""
-        return {folder: damage_of(folder) for folder in self._complete_folders()} if self._world.is_first else {}
-
-    def _complete_folders(self) -> list[Path]:
-        return sorted(path.parent for path in self._folder.glob(f"step-*/{COMPLETE}"))
 
     def _load_from(self, folder: Path, engine: Engine) -> TrainProgress:
         contents = read_complete(folder)
@@ -124,7 +111,7 @@ class CheckpointDirectory:
         engine.load_scalars(contents["scalars"])
         return progress
 
-    def _complete(self, folder: Path, progress: TrainProgress, engine: Engine, layout: dict[str, Any]) -> None:
+    def _write_contents(self, folder: Path, progress: TrainProgress, engine: Engine, layout: dict[str, Any]) -> None:
         files = file_sizes(folder)
         assert files.keys() >= set(layout.get("tensors", {}).values()), "rank 0 sees every file that a rank wrote"
         (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
@@ -141,7 +128,7 @@ class CheckpointDirectory:
         write_complete(folder, contents)
 
     def _remove_old(self) -> None:
-        for folder in self._complete_folders()[: -self._keep]:
+        for folder in _complete(self._folder)[: -self._keep]:
             if self.kept_step is not None and folder.name == _name(self.kept_step):
                 continue
             # `complete.json` goes first: if the process is killed here, what remains is no checkpoint.
@@ -153,6 +140,18 @@ class CheckpointDirectory:
         for folder in [*self._folder.glob(".step-*.tmp"), *self._folder.glob("step-*")]:
             if not (folder.name.startswith("step-") and (folder / COMPLETE).is_file()):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _intact_and_damages(folder: Path, world: World) -> tuple[list[int], list[str]]:
+    """Steps of the complete and intact checkpoints in a folder, and the damages of the others; oldest first."""
+    damages = {path: damage_of(path) for path in _complete(folder)} if world.is_first else {}
+    steps = [int(path.name.removeprefix("step-")) for path, damage in damages.items() if damage is None]
+    return from_first_rank((steps, [damage for damage in damages.values() if damage is not None]), world)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{COMPLETE}"))
 
 
 def _name(step: int) -> str:

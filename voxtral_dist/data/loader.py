@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import Self
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -46,6 +47,39 @@ class StepBatches:
     waiting_seconds: float = 0.0
 
 
+class StepIterator(Iterator[StepBatches]):
+    """The micro-batches of one rank, step by step; a context that ends its data workers.
+
+    The workers start, and begin to read, when it is made.
+    """
+
+    def __init__(self, batches: Iterator[MicroBatch], steps: range, num_micro_batches: Callable[[int], int]) -> None:
+        self._batches = batches
+        self._steps: Iterator[int] = iter(steps)
+        self._num_micro_batches = num_micro_batches
+
+    def __next__(self) -> StepBatches:
+        step = next(self._steps)
+        asked = time.monotonic()
+        micro_batches = list(islice(self._batches, self._num_micro_batches(step)))
+        return StepBatches(step, micro_batches, time.monotonic() - asked)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the data workers; no further step follows."""
+        self._steps = iter(())
+        # torch ends them with the last reference to its iterator, which an error's traceback may hold for long.
+        shut_down = getattr(self._batches, "_shutdown_workers", None)
+        self._batches = iter(())
+        if shut_down is not None:
+            shut_down()
+
+
 class TrainLoader:
     """The micro-batches of one rank over a whole run; `build_train_loader` makes it."""
 
@@ -67,10 +101,13 @@ class TrainLoader:
         self._world_size = world_size
         self._pin_memory = pin_memory
 
-    def starting_at(self, first_step: int) -> Iterator[StepBatches]:
-        """Yield the micro-batches of each step, from `first_step` to the end of the run."""
+    def starting_at(self, first_step: int) -> StepIterator:
+        """Start the data workers, and iterate over the steps from `first_step` to the end of the run."""
         steps = range(first_step, self._num_steps)
-        per_step = self._num_micro_batches(first_step) if len(steps) else 1
+        return StepIterator(self._batches(steps) if len(steps) else iter(()), steps, self._num_micro_batches)
+
+    def _batches(self, steps: range) -> Iterator[MicroBatch]:
+        per_step = self._num_micro_batches(steps.start)
         stream = DataLoader(
             self._dataset,
             sampler=_Requests(self._slots_of_step, steps, max(1, self._num_workers)),
@@ -83,11 +120,7 @@ class TrainLoader:
             multiprocessing_context="fork" if self._num_workers else None,
             pin_memory=self._pin_memory,
         )
-        batches = iter(stream)
-        for step in steps:
-            asked = time.monotonic()
-            micro_batches = list(islice(batches, self._num_micro_batches(step)))
-            yield StepBatches(step, micro_batches, time.monotonic() - asked)
+        return iter(stream)
 
     def _num_micro_batches(self, step: int) -> int:
         return -(-self.training_set.plan.num_slots(step) // self._world_size)

@@ -85,7 +85,7 @@ class Engine(Protocol):
         """The full shape of each trained parameter in the model's order; without communication."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter, including frozen ones, as full float32 tensors on the CPU of rank 0: the weights of an export.
+        """The weights of an export: every parameter, including frozen ones, in full and float32 on the CPU of rank 0.
 
         All ranks must iterate together and to the end; ranks other than 0 get nothing, and copy nothing to their CPU.
         """

@@ -76,15 +76,16 @@ class LogMel:
             return self._features(pcm, windows_per_clip)
 
     def _features(self, pcm: Tensor, windows_per_clip: Sequence[int]) -> Tensor:
-        num_windows, window_samples = pcm.shape
-        features = torch.empty((num_windows, self.num_mel_bins, window_samples // self._hop_samples), device=pcm.device)
-        first_windows = np.cumsum([0, *windows_per_clip[:-1]])
+        # No index tensors: their copy from the host would wait for the device.
+        clips = torch.split(pcm, list(windows_per_clip))
+        features: dict[int, Tensor] = {}
         for count in sorted(set(windows_per_clip)):
-            firsts = first_windows[np.asarray(windows_per_clip) == count]
-            rows = torch.as_tensor(firsts[:, None] + np.arange(count), device=pcm.device)
-            for some in torch.split(rows, self._clips_at_once(pcm, count)):
-                features[some.flatten()] = self._clips_of_equal_length(pcm[some.flatten()], count)
-        return features
+            numbers = [number for number, of_clip in enumerate(windows_per_clip) if of_clip == count]
+            at_once = self._clips_at_once(pcm, count)
+            for some in (numbers[start : start + at_once] for start in range(0, len(numbers), at_once)):
+                together = self._clips_of_equal_length(torch.cat([clips[number] for number in some]), count)
+                features |= zip(some, torch.split(together, count), strict=True)
+        return torch.cat([features[number] for number in range(len(clips))])
 
     def _clips_at_once(self, pcm: Tensor, count: int) -> int:
         return max(1, _samples_at_once(pcm.device.type) // (count * pcm.shape[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import StepBatches
-from voxtral_dist.distributed.collectives import max_over_ranks, sum_over_ranks
+from voxtral_dist.distributed.collectives import max_over_ranks, sum_over_ranks, sum_tensor_over_ranks
 from voxtral_dist.distributed.devices import peak_memory_bytes
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
@@ -118,14 +118,19 @@ class TrainStep:
         ]
 
     def _backward(self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int) -> float:
-        """Accumulate the gradient of the mean loss; the mean over the target tokens of all ranks."""
+        """Accumulate the gradient of the mean loss; the mean over the target tokens of all ranks.
+
+        The device is waited for only once, for the sum.
+        """
         loss_sum = torch.zeros((), device=self.world.device)
-        for number, batch in enumerate(micro_batches):
+        for number, batch in enumerate(_one_ahead(micro_batches, self.world.device)):
             # Dropout depends on the position in the run, and not on what ran before.
             torch.manual_seed(_dropout_seed(self.seed, step, self.world.rank + number * self.world.size))
             is_last = number == len(micro_batches) - 1
             loss_sum += self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last)
-        return sum_over_ranks([float(loss_sum)], self.world)[0] / max(1, num_target_tokens)
+        total = loss_sum.to(torch.float64)
+        sum_tensor_over_ranks(total, self.world)
+        return float(total) / max(1, num_target_tokens)
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,16 @@ class _Totals(NamedTuple):
 
     def over_ranks(self, world: World) -> _Totals:
         return _Totals(*sum_over_ranks(list(self), world))
+
+
+def _one_ahead(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """The micro-batches on the device; each copy is queued before the micro-batch ahead of it is computed."""
+    copied = (batch.to(device) for batch in micro_batches)
+    current = next(copied)
+    for upcoming in copied:
+        yield current
+        current = upcoming
+    yield current
 
 
 def _needed_shape(micro_batches: Sequence[MicroBatch]) -> BatchShape:

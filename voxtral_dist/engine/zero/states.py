@@ -90,7 +90,7 @@ class MasterStates:
         # NCCL would allocate those of new pairs of ranks beside torch, which may hold all memory of the GPU.
         full = torch.zeros(full_shape(parameter), device=self._world.device)
         if fragment is not None:
-            full.view(-1)[fragment.inside].copy_(fragment.values)
+            full.view(-1)[fragment.inside].copy_(fragment.values.detach())
         sum_tensor_on_rank(full, reader, self._world)
         return full.cpu() if self._world.rank == reader else None
 
