@@ -9,6 +9,7 @@ into windows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -76,16 +77,19 @@ class LogMel:
             return self._features(pcm, windows_per_clip)
 
     def _features(self, pcm: Tensor, windows_per_clip: Sequence[int]) -> Tensor:
-        # No index tensors: their copy from the host would wait for the device.
-        clips = torch.split(pcm, list(windows_per_clip))
-        features: dict[int, Tensor] = {}
+        num_windows, window_samples = pcm.shape
+        features = torch.empty((num_windows, self.num_mel_bins, window_samples // self._hop_samples), device=pcm.device)
+        # Slices and no index tensors, whose copy from the host would wait for the device.
+        ends = accumulate(windows_per_clip)
+        clips = [slice(end - count, end) for end, count in zip(ends, windows_per_clip, strict=True)]
         for count in sorted(set(windows_per_clip)):
-            numbers = [number for number, of_clip in enumerate(windows_per_clip) if of_clip == count]
+            of_count = [clip for clip in clips if clip.stop - clip.start == count]
             at_once = self._clips_at_once(pcm, count)
-            for some in (numbers[start : start + at_once] for start in range(0, len(numbers), at_once)):
-                together = self._clips_of_equal_length(torch.cat([clips[number] for number in some]), count)
-                features |= zip(some, torch.split(together, count), strict=True)
-        return torch.cat([features[number] for number in range(len(clips))])
+            for some in (of_count[start : start + at_once] for start in range(0, len(of_count), at_once)):
+                computed = self._clips_of_equal_length(torch.cat([pcm[clip] for clip in some]), count)
+                for clip, own in zip(some, torch.split(computed, count), strict=True):
+                    features[clip] = own
+        return features
 
     def _clips_at_once(self, pcm: Tensor, count: int) -> int:
         return max(1, _samples_at_once(pcm.device.type) // (count * pcm.shape[1]))
