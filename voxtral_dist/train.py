@@ -12,9 +12,8 @@ import torch
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig, dump_config
-from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.loader import TrainLoader, build_train_loader
 from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.data.training_set import TrainingSet
 from voxtral_dist.distributed.collectives import max_over_ranks
 from voxtral_dist.distributed.devices import peak_flops
 from voxtral_dist.distributed.world import World, joined_world
@@ -71,7 +70,7 @@ def train_model(config: RunConfig) -> int:
 
 
 def train(config: RunConfig, world: World) -> int:
-    """Fine-tune until `config.num_steps`, from the newest complete checkpoint where there is one.
+    """Fine-tune to the last step, from the newest complete checkpoint where there is one.
 
     Returns:
         0 at the end; `EXIT_STOPPED` where a signal stopped the run before it, after its state was saved.
@@ -86,7 +85,7 @@ def train(config: RunConfig, world: World) -> int:
         config.train_data,
         prompts,
         config.seed,
-        config.num_steps,
+        config.total_steps,
         world.rank,
         world.size,
         storage,
@@ -107,12 +106,12 @@ def train(config: RunConfig, world: World) -> int:
         checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
         progress = checkpoints.load(engine, saved_step)
         stop = stack.enter_context(stop_signals())
-        metrics_log = stack.enter_context(_open_metrics_log(config, progress, world))
-        _announce(config, progress, loader.training_set, engine.parameter_table(), world, metrics_log)
-        evaluator = _build_evaluator(config, engine, prompts, log_mel, test_sets, metrics_log, world)
+        metrics_log = stack.enter_context(_open_metrics_log(config, loader.num_steps, progress, world))
+        _announce(config, progress, loader, engine.parameter_table(), world, metrics_log)
+        evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
-        step = build_train_step(config, engine, world, flops)
+        step = build_train_step(config, engine, world, flops, num_steps=loader.num_steps)
         if evaluator.is_owed(progress.step):
             evaluator.evaluate(progress.step)
         verdict = selector.select(progress.step)
@@ -121,7 +120,7 @@ def train(config: RunConfig, world: World) -> int:
             progress = result.advance(progress)
             metrics_log.train_step(progress.step, result.metrics)
             bad_utterances.check(progress, batches.micro_batches, result)
-            is_last = progress.step == config.num_steps
+            is_last = progress.step == loader.num_steps
             is_evaluated = evaluator.is_due(progress.step)
             if is_evaluated or is_last or result.must_stop or progress.step % config.checkpoint.every_steps == 0:
                 saved = checkpoints.save(engine, progress)
@@ -164,12 +163,24 @@ def check_before_loading(config: RunConfig, world: World) -> None:
         lock_run_dir(config.run_dir)
 
 
-def build_train_step(config: RunConfig, engine: Engine, world: World, flops: TrainingFlops | None = None) -> TrainStep:
-    """The update of a run; without `flops` its model FLOPs are recorded as 0."""
+def build_train_step(
+    config: RunConfig,
+    engine: Engine,
+    world: World,
+    flops: TrainingFlops | None = None,
+    *,
+    num_steps: int | None = None,
+) -> TrainStep:
+    """The update of a run; without `flops` its model FLOPs are recorded as 0.
+
+    `num_steps` is the number of steps of the run, which a configuration with `num_epochs` does not tell.
+    """
+    num_steps = num_steps or config.num_steps
+    assert num_steps is not None, "the loader knows the steps of `num_epochs`"
     return TrainStep(
         engine=engine,
         optimizer=config.optimizer,
-        num_steps=config.num_steps,
+        num_steps=num_steps,
         seed=config.seed,
         encoder_windows_per_chunk=config.model.encoder_windows_per_chunk,
         world=world,
@@ -177,11 +188,11 @@ def build_train_step(config: RunConfig, engine: Engine, world: World, flops: Tra
     )
 
 
-def _open_metrics_log(config: RunConfig, progress: TrainProgress, world: World) -> MetricsLog:
+def _open_metrics_log(config: RunConfig, num_steps: int, progress: TrainProgress, world: World) -> MetricsLog:
     peak_of_rank = peak_flops(world.device, config.model.precision, config.metrics.peak_tflops)
     return MetricsLog(
         config.run_dir,
-        config.num_steps,
+        num_steps,
         progress.step,
         world,
         peak_flops=peak_of_rank and peak_of_rank * world.size,
@@ -191,6 +202,7 @@ def _open_metrics_log(config: RunConfig, progress: TrainProgress, world: World) 
 
 def _build_evaluator(
     config: RunConfig,
+    num_steps: int,
     engine: Engine,
     prompts: VoxtralPrompts,
     log_mel: LogMel,
@@ -200,7 +212,7 @@ def _build_evaluator(
 ) -> Evaluator:
     return Evaluator(
         settings=config.evaluation,
-        num_steps=config.num_steps,
+        num_steps=num_steps,
         engine=engine,
         prompts=prompts,
         log_mel=log_mel,
@@ -218,7 +230,7 @@ def _build_evaluator(
 def _announce(
     config: RunConfig,
     progress: TrainProgress,
-    training_set: TrainingSet,
+    loader: TrainLoader,
     parameter_table: Sequence[str],
     world: World,
     metrics_log: MetricsLog,
@@ -226,9 +238,13 @@ def _announce(
     """Store the configuration, and print what is about to be trained on what."""
     if world.is_first:
         write_atomically(config.run_dir / "config.yaml", dump_config(config))
+    training_set = loader.training_set
+    num_epochs = loader.num_steps / training_set.plan.steps_per_epoch
     event = {
         "event": "resumed" if progress.step else "started",
         "world_size": world.size,
+        "num_steps": loader.num_steps,
+        "num_epochs": round(num_epochs, 4),
         "num_utterances": len(training_set.index),
         "skipped": training_set.streams.skipped,
     }
@@ -237,7 +253,8 @@ def _announce(
         metrics_log.say(line)
     start = f"from step {progress.step} " if progress.step else ""
     metrics_log.say(
-        f"Training {start}on {training_set.streams.num_utterances} utterances, {world.size} ranks, "
+        f"Training {start}for {loader.num_steps} steps ({num_epochs:.4g} epochs) on "
+        f"{training_set.streams.num_utterances} utterances, {world.size} ranks, "
         f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}, "
         f"{chosen_attention(config.model)} attention"
     )

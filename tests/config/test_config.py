@@ -69,7 +69,12 @@ def test_misspelt_keys_of_a_file_are_all_named(smallest):
     smallest.write_text(SMALLEST.replace("num_steps", "num_step").replace("{learning_rate", "{learning_rat"))
     sentence = refusal(smallest)
     assert sentence.startswith(f"{smallest}: ")
-    for part in ("`num_step` is", "`num_steps`?", "`optimizer.learning_rat` is", "`num_steps` is missing"):
+    for part in (
+        "`num_step` is",
+        "`num_steps`?",
+        "`optimizer.learning_rat` is",
+        "`optimizer.learning_rate` is missing",
+    ):
         assert part in sentence
 
 
@@ -78,6 +83,7 @@ def test_misspelt_keys_of_a_file_are_all_named(smallest):
     [
         ("num_steps=0", "num_steps"),
         ("num_steps=2.5", "num_steps"),
+        ("num_epochs=0", "num_epochs"),
         ("seed=-1", "seed"),
         ("optimizer.learning_rate=0", "optimizer.learning_rate"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
@@ -290,6 +296,29 @@ def test_published_models_build_without_storage(model_path):
 def test_the_model_of_a_recipe_is_published_or_made_here(recipe):
     path = load_config(recipe).model.path
     assert published_shape(path) is not None or not path.startswith("mistralai/")
+
+
+def test_a_run_has_steps_or_epochs_and_not_both(smallest):
+    words = "one of `num_steps` and `num_epochs` must be set, and the other one null, but "
+    assert f"{words}both are set instead" in refusal(smallest, "num_epochs=3")
+    assert f"{words}none is set instead" in refusal(smallest, "num_steps=null")
+    config = load_config(smallest, ["num_steps=null", "num_epochs=3"])
+    assert (config.num_steps, config.num_epochs, config.length) == (None, 3, "3 epochs")
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "num_steps"), [(1, 300), (3, 900), (0.5, 150), (0.501, 151), (0.07 * 100, 2100), (1 + 1e-9, 300)]
+)
+def test_epochs_are_rounded_up_to_whole_steps(smallest, num_epochs, num_steps):
+    config = load_config(smallest, ["num_steps=null", f"num_epochs={num_epochs!r}"])
+    assert config.total_steps(steps_per_epoch=300) == num_steps
+
+
+def test_the_warmup_must_end_before_the_last_epoch_does(smallest):
+    config = load_config(smallest, ["num_steps=null", "num_epochs=2"])
+    assert config.total_steps(steps_per_epoch=51) == 102
+    with pytest.raises(UserError, match=r"but is 100, and 2 epochs \(`num_epochs`\) of 50 steps are 100 instead"):
+        config.total_steps(steps_per_epoch=50)
 
 
 def test_run_config_refuses_warmup_that_never_ends(smallest):

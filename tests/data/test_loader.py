@@ -151,6 +151,22 @@ def test_three_workers_of_two_ranks_read_every_utterance_once_an_epoch(uneven_fo
     assert seen == expected
 
 
+@pytest.mark.parametrize("num_epochs", [1, 3])
+def test_a_run_of_epochs_draws_every_utterance_exactly_that_often(uneven_folders, prompts, num_epochs):
+    common = {"shards": tuple(uneven_folders), "slots_per_step": 3, "num_workers": 0, "untagged_fraction": 0}
+    config = TrainDataConfig(**common, max_windows=5, max_tokens=200, megabatch_steps=2)
+    seen: Counter[tuple] = Counter()
+    lengths = set()
+    for rank in range(2):
+        loader = build_train_loader(config, prompts, 1, lambda steps_per_epoch: num_epochs * steps_per_epoch, rank, 2)
+        lengths.add(loader.num_steps)
+        for batches in loader.starting_at(0):
+            seen.update(one for batch in batches.micro_batches for one in examples_in(batch))
+    assert len(lengths) == 1
+    assert len(seen) == 37
+    assert set(seen.values()) == {num_epochs}
+
+
 def assert_same_tensors(one: MicroBatch, other: MicroBatch) -> None:
     for name in ("input_ids", "audio_places", "target_places", "target_ids", "pcm", "feature_masks"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name

@@ -155,6 +155,22 @@ def test_the_plan_of_the_data_decides_where_there_are_shards(capsys, tmp_path, t
     assert estimate["costs"]["idle"] == pytest.approx(0.25)
     assert estimate["table"][0]["name"] == "ZeRO-0"
 
+    del config["num_steps"]
+    path.write_text(yaml.safe_dump(config | {"num_epochs": 3.9}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", str(path), "--gpus", "2", "--device", "cpu", "--json"])
+    # 19.5 steps are 20.
+    assert json.loads(capsys.readouterr().out) == estimate
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_epochs_without_shards_cost_what_their_steps_do(capsys, mini):
+    arguments = ("--set", f"model.path={mini}", "--set", "num_steps=null", "--set", "num_epochs=2")
+    costs = plan(capsys, *arguments)["costs"]
+    assert costs["num_steps"] is None
+    of_one_step = plan(capsys, "--set", f"model.path={mini}", "--set", "num_steps=1000")["costs"]
+    assert costs["model_flops"] == pytest.approx(of_one_step["model_flops"] / 1000)
+
 
 def test_users_mistakes_are_sentences(capsys, tmp_path, mini, monkeypatch):
     monkeypatch.chdir(REPOSITORY)

@@ -31,5 +31,5 @@ def _check(parsed: argparse.Namespace) -> int:
     for path in parsed.configs:
         config = load_config(path)
         check_engine(config)
-        print(f"{path}: {config.num_steps} steps of {config.model.path}, {engine_name(config.engine)}")
+        print(f"{path}: {config.length} of {config.model.path}, {engine_name(config.engine)}")
     return 0

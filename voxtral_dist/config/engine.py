@@ -34,7 +34,7 @@ class OptimizerConfig(Section):
     """Decoupled weight decay. Does nothing for norms, biases and embeddings. 0 disables it."""
 
     warmup_steps: int = Field(default=100, ge=0)
-    """Steps in which the learning rate grows linearly from 0 to its peak. Less than `num_steps`."""
+    """Steps in which the learning rate grows linearly from 0 to its peak. Fewer than the steps of the run."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay from the peak to `final_learning_rate_fraction` of it at the last step. `constant`: no

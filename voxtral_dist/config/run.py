@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +13,7 @@ from voxtral_dist.config.engine import CheckpointConfig, EngineConfig, Optimizer
 from voxtral_dist.config.evaluation import EvaluationConfig
 from voxtral_dist.config.model import ModelConfig, TrainableConfig
 from voxtral_dist.config.section import Section
+from voxtral_dist.errors import UserError
 
 
 class MetricsConfig(Section):
@@ -49,8 +51,14 @@ class RunConfig(Section):
     """Folder of checkpoints, metrics, evaluations and the exported model. A run with the folder of an earlier one
     resumes it."""
 
-    num_steps: int = Field(gt=0)
-    """Total number of optimizer updates."""
+    num_steps: int | None = Field(default=None, gt=0)
+    """Total number of optimizer updates. None: `num_epochs` decides."""
+
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Times through the training data, instead of `num_steps`; may be a fraction. The shards decide the number of
+    steps, on any number of ranks: the start of a run and `voxtral-dist plan` print it. A whole number draws every
+    utterance that passes the filters that often; with a mixture, as often as its weights say. None: `num_steps`
+    decides."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the data order, augmentation, initial adapters and dropout."""
@@ -65,9 +73,42 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
 
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """The number of optimizer updates, given the steps of an epoch of the plan.
+
+        Raises:
+            UserError: it is not larger than `optimizer.warmup_steps`.
+        """
+        if self.num_epochs is None:
+            assert self.num_steps is not None, "one of them is given"
+            return self.num_steps
+        # Less than a whole step more would be rounding, as of 0.1 * 30.
+        num_steps = max(1, math.ceil(self.num_epochs * steps_per_epoch - 1e-6))
+        if self.optimizer.warmup_steps >= num_steps:
+            raise UserError(
+                f"`optimizer.warmup_steps` must be smaller than the number of steps, but is "
+                f"{self.optimizer.warmup_steps}, and {self.num_epochs:g} epochs (`num_epochs`) of {steps_per_epoch} "
+                f"steps are {num_steps} instead."
+            )
+        return num_steps
+
+    @property
+    def length(self) -> str:
+        """The length of the run as it is configured, such as `2000 steps` or `3 epochs`."""
+        return f"{self.num_steps} steps" if self.num_epochs is None else f"{self.num_epochs:g} epochs"
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> Self:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            instead = "none is" if self.num_steps is None else "both are"
+            raise ValueError(
+                f"one of `num_steps` and `num_epochs` must be set, and the other one null, but {instead} set instead"
+            )
+        return self
+
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
-        if self.optimizer.warmup_steps >= self.num_steps:
+        if self.num_steps is not None and self.optimizer.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"`optimizer.warmup_steps` must be smaller than `num_steps` ({self.num_steps}), but is "
                 f"{self.optimizer.warmup_steps} instead"

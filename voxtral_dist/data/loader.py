@@ -81,7 +81,7 @@ class StepIterator(Iterator[StepBatches]):
 
 
 class TrainLoader:
-    """The micro-batches of one rank over a whole run; `build_train_loader` makes it."""
+    """The micro-batches of one rank over a whole run of `num_steps`; `build_train_loader` makes it."""
 
     def __init__(
         self,
@@ -96,14 +96,14 @@ class TrainLoader:
         self.training_set = training_set
         self._dataset = dataset
         self._num_workers = num_workers
-        self._num_steps = num_steps
+        self.num_steps = num_steps
         self._rank = rank
         self._world_size = world_size
         self._pin_memory = pin_memory
 
     def starting_at(self, first_step: int) -> StepIterator:
         """Start the data workers, and iterate over the steps from `first_step` to the end of the run."""
-        steps = range(first_step, self._num_steps)
+        steps = range(first_step, self.num_steps)
         return StepIterator(self._batches(steps) if len(steps) else iter(()), steps, self._num_micro_batches)
 
     def _batches(self, steps: range) -> Iterator[MicroBatch]:
@@ -136,7 +136,7 @@ def build_train_loader(
     config: TrainDataConfig,
     prompts: VoxtralPrompts,
     seed: int,
-    num_steps: int,
+    num_steps: int | Callable[[int], int],
     rank: int,
     world_size: int,
     storage: Storage | None = None,
@@ -148,7 +148,7 @@ def build_train_loader(
         config: the training data.
         prompts: makes token ids.
         seed: seeds the order and all draws.
-        num_steps: number of steps of the run.
+        num_steps: number of steps of the run, or a function that returns it for the steps of an epoch.
         rank: number of the rank, from 0.
         world_size: number of ranks.
         storage: reads shards; None reads local files and URLs with the default settings.
@@ -164,6 +164,8 @@ def build_train_loader(
     if config.spec_augment is not None:
         check_spec_augment(config.spec_augment, prompts.num_mel_bins)
     dataset = _SlotDataset(reader, prompts, config.spec_augment, seed)
+    if callable(num_steps):
+        num_steps = num_steps(training_set.plan.steps_per_epoch)
     return TrainLoader(training_set, dataset, config.num_workers, num_steps, rank, world_size, pin_memory)
 
 

@@ -134,7 +134,8 @@ class Estimate:
     def _cost_lines(self) -> Iterator[str]:
         costs, data = self.costs, self.workload.data
         if data is None:
-            yield f"Hours, epochs and padding are unknown: {self.workload.missing}"
+            unknown = "Hours, epochs and padding" if costs.num_steps else "Steps, hours and padding"
+            yield f"{unknown} are unknown: {self.workload.missing}"
         else:
             yield (
                 f"{data.num_utterances} utterances, {data.hours_per_epoch:.1f} hours, {data.steps_per_epoch} steps per "
@@ -142,8 +143,9 @@ class Estimate:
                 f"tokens per step; audio fills {100 * data.window_fill:.0f} % of the windows, "
                 f"{100 * data.padding:.0f} % of the positions are padding"
             )
+        steps = f"{costs.num_steps} steps" if costs.num_steps else "one step"
         yield (
-            f"{costs.num_steps} steps of {costs.micro_batches_per_rank} micro-batches per rank: "
+            f"{steps} of {costs.micro_batches_per_rank} micro-batches per rank: "
             f"{costs.model_flops:.3g} model FLOPs, {costs.hardware_flops:.3g} hardware FLOPs; "
             f"about {duration(costs.seconds)} at an MFU of {100 * costs.mfu:.0f} % of {costs.peak_tflops:g} TFLOPS, "
             "without evaluations and checkpoints"

@@ -74,12 +74,13 @@ class ShardingRow:
 class Costs:
     """Floating point operations and time of all steps, from formulas (`voxtral_dist.model.flops`).
 
+    num_steps: None where `num_epochs` is set and shards are missing; then the costs are those of one step.
     model_flops: needed by the mathematics, without padding and recomputation; the numerator of an MFU. hardware_flops:
     computed by the devices. idle: fraction of the ranks' time that is unused because `slots_per_step` is not a multiple
     of their number. mfu, peak_tflops: as given. seconds: without evaluations and checkpoints.
     """
 
-    num_steps: int
+    num_steps: int | None
     micro_batches_per_rank: int
     model_flops: float
     hardware_flops: float
@@ -145,12 +146,13 @@ class Estimator:
         """The costs of all steps, if each rank reaches the fraction `mfu` of `peak_tflops`."""
         num_ranks, slots = self.machine.num_gpus, self.config.train_data.slots_per_step
         per_rank = -(-slots // num_ranks)
-        micro_batches = self.config.num_steps * slots / self.workload.num_averaged
+        num_steps = self.workload.data.num_steps if self.workload.data else self.config.num_steps
+        micro_batches = (num_steps or 1) * slots / self.workload.num_averaged
         model_flops = self.flops.model(self.workload.needed) * micro_batches
         idle = 1 - slots / (per_rank * num_ranks)
         used_flops_per_second = num_ranks * self.machine.peak_tflops * 1e12 * self.machine.mfu * (1 - idle)
         return Costs(
-            num_steps=self.config.num_steps,
+            num_steps=num_steps,
             micro_batches_per_rank=per_rank,
             model_flops=model_flops,
             hardware_flops=self.flops.hardware(self.workload.computed) * micro_batches,

@@ -40,7 +40,7 @@ class WindowSizes:
 class DataStatistics:
     """Statistics of the training data.
 
-    hours_per_epoch: audio of one epoch. num_utterances: after the filters. num_epochs: in the whole run.
+    hours_per_epoch: audio of one epoch. num_utterances: after the filters. num_steps, num_epochs: of the whole run.
     target_tokens: per step. padding: fraction of positions that are padding. window_fill: fraction of the windows that
     is audio.
     """
@@ -48,6 +48,7 @@ class DataStatistics:
     hours_per_epoch: float
     num_utterances: int
     steps_per_epoch: int
+    num_steps: int
     num_epochs: float
     target_tokens: float
     padding: float
@@ -153,7 +154,8 @@ def largest_within(config: TrainDataConfig, sizes: WindowSizes) -> MicroBatchSha
 def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPrompts) -> Workload:
     context = config.train_data.context
     sizes = ExampleSizes.of(prompts, context.max_tokens if context else 0)
-    found = [_micro_batch(slot, training_set, sizes) for slot in _slots(config, training_set)]
+    num_steps = config.total_steps(training_set.plan.steps_per_epoch)
+    found = [_micro_batch(slot, training_set, sizes) for slot in _slots(num_steps, training_set)]
     shapes = [shape for shape, _ in found]
     per_chunk = config.model.encoder_windows_per_chunk
     needed = sum((positions for _, positions in found), BatchShape())
@@ -171,7 +173,8 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
         hours_per_epoch=windows_per_epoch * prompts.window_seconds * plan_statistics.window_fill / 3600,
         num_utterances=sum(stream.num_utterances for stream in training_set.streams.streams),
         steps_per_epoch=training_set.plan.steps_per_epoch,
-        num_epochs=config.num_steps / training_set.plan.steps_per_epoch,
+        num_steps=num_steps,
+        num_epochs=num_steps / training_set.plan.steps_per_epoch,
         target_tokens=sum(shape.num_target_tokens for shape in shapes) / len(shapes) * config.train_data.slots_per_step,
         padding=1 - real / max(1, sum(shape.num_examples * shape.num_positions for shape in shapes)),
         window_fill=plan_statistics.window_fill,
@@ -187,9 +190,9 @@ def _computed(shape: MicroBatchShape, windows_per_chunk: int) -> BatchShape:
     )
 
 
-def _slots(config: RunConfig, training_set: TrainingSet) -> Iterator[SlotExamples]:
+def _slots(num_steps: int, training_set: TrainingSet) -> Iterator[SlotExamples]:
     plan, num_probed = training_set.plan, 0
-    for step in range(config.num_steps):
+    for step in range(num_steps):
         for slot in range(plan.num_slots(step)):
             examples = plan.slot(step, slot)
             if examples.utterance_ids:

@@ -97,7 +97,7 @@ def _facts_of_config(config: RunConfig) -> dict[str, str]:
     return {
         "Model": config.model.path,
         "Precision": config.model.precision,
-        "Steps of the run": f"{config.num_steps:,}",
+        "Length of the run": config.length,
     }
 
 

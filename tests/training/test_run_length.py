@@ -1,0 +1,88 @@
+"""Runs as long as their configuration says, in epochs and in hours; stopped and resumed they are the unbroken run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.optim import learning_rate
+from voxtral_dist.train import EXIT_STOPPED
+from voxtral_dist.training.metrics_file import read_metrics
+
+from ranks import run_ranks
+from runs import run_config
+
+# 26 utterances in steps of four micro-batches of two examples.
+STEPS_PER_EPOCH = 4
+
+
+def train(world: World, config: RunConfig) -> int:
+    from voxtral_dist.train import train
+
+    return train(config, world)
+
+
+def train_to_signal(world: World, config: RunConfig, step: int) -> int:
+    """Train until the last rank alone is signalled, in a step."""
+    from voxtral_dist.train import train
+    from voxtral_dist.training.metrics_log import MetricsLog
+
+    write_step = MetricsLog.train_step
+
+    def write_and_signal(self: MetricsLog, done: int, metrics: Any) -> None:
+        write_step(self, done, metrics)
+        if done == step and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    MetricsLog.train_step = write_and_signal  # type: ignore[method-assign]
+    return train(config, world)
+
+
+def rows_of(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row["kind"] == kind]
+
+
+def losses(config: RunConfig) -> list[float]:
+    rows = rows_of(config, "train")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "every step has one row"
+    return [row["loss"] for row in rows]
+
+
+def run_of_epochs(run_dir: Path, model: Path, shards: Path, **sections: Any) -> RunConfig:
+    config = run_config(run_dir, model, shards, num_steps=100, metrics={"tensorboard": False}, **sections)
+    return RunConfig.model_validate(config.model_dump() | {"num_steps": None, "num_epochs": 2.5})
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of two and a half epochs on two ranks that never stopped."""
+    config = run_of_epochs(tmp_path_factory.mktemp("runs") / "unbroken", tiny_model, shard_folder, stage=2)
+    assert run_ranks(2, train, config) == [0, 0]
+    return config
+
+
+def test_a_run_of_epochs_has_their_steps_and_its_schedule_ends_with_them(unbroken: RunConfig) -> None:
+    num_steps = round(2.5 * STEPS_PER_EPOCH)
+    assert len(losses(unbroken)) == num_steps
+    expected = [learning_rate(unbroken.optimizer, step, num_steps) for step in range(num_steps)]
+    assert [row["learning_rate"] for row in rows_of(unbroken, "train")] == pytest.approx(expected)
+    assert expected[-1] == pytest.approx(unbroken.optimizer.learning_rate * 0.1), "the end of the cosine"
+    summary = json.loads((unbroken.run_dir / "summary.json").read_text())
+    assert summary["num_steps"] == num_steps
+    started = rows_of(unbroken, "event")[0]
+    assert (started["event"], started["num_steps"], started["num_epochs"]) == ("started", num_steps, 2.5)
+
+
+def test_a_run_of_epochs_resumes_on_another_number_of_ranks(unbroken: RunConfig, tmp_path: Path) -> None:
+    config = unbroken.model_copy(update={"run_dir": tmp_path / "run"})
+    assert run_ranks(2, train_to_signal, config, 5) == [EXIT_STOPPED] * 2
+    assert len(losses(config)) == 6, "the ranks agree in the step after the signal"
+    assert run_ranks(1, train, config) == [0]
+    assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
