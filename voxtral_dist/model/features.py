@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.native import feature_extractor_of_native, native_folder
 
 _MIN_POWER = 1e-10
 _DYNAMIC_RANGE_LOG10 = 8.0
@@ -52,15 +53,19 @@ class LogMel:
 
     @classmethod
     def from_pretrained(cls, path: str, device: torch.device) -> LogMel:
-        """Read the description of a Hugging Face folder or hub name.
+        """Read the description of a Voxtral folder or hub name.
 
         Raises:
-            UserError: there is no usable `preprocessor_config.json`.
+            UserError: there is no usable `preprocessor_config.json`; in the native layout, `tekken.json`.
         """
+        native = native_folder(path)
         try:
+            if native is not None:
+                return cls(feature_extractor_of_native(native), device)
             return cls(WhisperFeatureExtractor.from_pretrained(path), device)
-        except (OSError, ValueError) as error:
-            raise UserError(f"`model.path`: {path!r} has no usable preprocessor_config.json: {error}") from error
+        except (OSError, ValueError, KeyError) as error:
+            file = "preprocessor_config.json" if native is None else "tekken.json"
+            raise UserError(f"`model.path`: {path!r} has no usable {file}: {error}") from error
 
     def __call__(self, pcm: Tensor, windows_per_clip: Sequence[int]) -> Tensor:
         """Features of a batch of clips.

@@ -1,9 +1,9 @@
 """Mistral's native layout of a Voxtral checkpoint: names of tensors, order of their rows, and `params.json`.
 
-vLLM and mistral-inference load it; transformers loads the Hugging Face layout. Both hold the same numbers: names differ,
-the encoder's positions (Whisper's sinusoids) are not stored, and the rows of the language model's query and key matrices
-are in another order. Rotary embeddings rotate pairs of a head's d values: (0, 1), (2, 3), ... in the native layout,
-(0, d/2), (1, d/2 + 1), ... in that of Hugging Face.
+vLLM and mistral-inference load it; transformers loads the Hugging Face layout. Both hold the same numbers: names
+differ, the encoder's positions (Whisper's sinusoids) are not stored, and the rows of the language model's query and key
+matrices are in another order. Rotary embeddings rotate pairs of a head's d values: (0, 1), (2, 3), ... in the native
+layout, (0, d/2), (1, d/2 + 1), ... in that of Hugging Face.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import VoxtralConfig
+from transformers import VoxtralConfig, WhisperFeatureExtractor
+from transformers.utils import cached_file
 
 NATIVE_PARAMS = "params.json"
 NATIVE_WEIGHTS = "consolidated.safetensors"
@@ -75,6 +76,27 @@ _ENCODER_KEYS = {
 }
 
 
+def native_folder(path: str) -> Path | None:
+    """The folder of a checkpoint that has the native layout alone, given as a folder or a hub name; None for others.
+
+    A folder that holds both layouts, as Mistral's repositories do, is read as a Hugging Face folder.
+    """
+    params = Path(path) / NATIVE_PARAMS
+    if Path(path).is_dir():
+        return params.parent if params.is_file() and not (Path(path) / "config.json").is_file() else None
+    if _hub_file(path, "config.json") is not None:
+        return None
+    found = _hub_file(path, NATIVE_PARAMS)
+    return None if found is None else Path(found).parent
+
+
+def _hub_file(name: str, file: str) -> str | None:
+    found: str | None = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    return found
+
+
 class NativeLayout:
     """Names and values of a model's tensors in the native layout, by their names in transformers' class.
 
@@ -125,6 +147,7 @@ class NativeLayout:
         if num_heads is None:
             return read(start, stop)
         head_rows = num_rows // num_heads
+        stop = min(stop, num_rows)
         first, last = start // head_rows, -(-stop // head_rows)
         heads = read(first * head_rows, last * head_rows)
         if not len(heads):
@@ -140,7 +163,8 @@ class NativeLayout:
 
 def _reordered(value: Tensor, split: tuple[int, int, int]) -> Tensor:
     """Rows `(h * a * b, n)` as `(h * b * a, n)`, for a split into h, a and b."""
-    return value.unflatten(0, split).transpose(1, 2).flatten(0, 2).contiguous()
+    rows, columns = value.shape
+    return value.view(*split, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def native_params(config: VoxtralConfig, audio: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -179,7 +203,7 @@ def native_params(config: VoxtralConfig, audio: Mapping[str, Any], dtype: torch.
 
 
 def config_of_native(folder: Path) -> VoxtralConfig:
-    """The configuration that a folder's `params.json` describes. Every tokenizer of Voxtral has the same special tokens.
+    """The configuration that a folder's `params.json` describes. Ids of special tokens are the same in every Voxtral.
 
     Raises:
         KeyError: `params.json` lacks a key, so that it is not of a Voxtral model.
@@ -188,6 +212,7 @@ def config_of_native(folder: Path) -> VoxtralConfig:
     """
     params = json.loads((folder / NATIVE_PARAMS).read_text(encoding="utf-8"))
     encoder = params["multimodal"]["whisper_model_args"]["encoder_args"]
+    dtype = params.get("dtype", "bfloat16")
     limit = params.get("max_position_embeddings") or params["max_seq_len"]
     text = {name: params[key] for key, name in _TEXT_KEYS.items() if key != "max_position_embeddings"}
     return VoxtralConfig.from_dict(
@@ -196,6 +221,7 @@ def config_of_native(folder: Path) -> VoxtralConfig:
                 "model_type": "voxtral_encoder",
                 **{name: encoder[key] for key, name in _ENCODER_KEYS.items() if key in encoder},
                 "num_mel_bins": encoder["audio_encoding_args"]["num_mel_bins"],
+                "dtype": dtype,
             },
             "text_config": {
                 "model_type": "llama",
@@ -205,9 +231,38 @@ def config_of_native(folder: Path) -> VoxtralConfig:
                 "bos_token_id": 1,
                 "eos_token_id": 2,
                 "pad_token_id": 11,
+                "dtype": dtype,
             },
             "audio_token_id": 24,
             "projector_hidden_act": "gelu",
-            "dtype": params.get("dtype", "bfloat16"),
+            "dtype": dtype,
+        }
+    )
+
+
+def feature_extractor_of_native(folder: Path) -> WhisperFeatureExtractor:
+    """The features that the section `audio` of a folder's `tekken.json` describes.
+
+    Raises:
+        KeyError: the section lacks a key.
+        ValueError: the file is not valid JSON.
+        OSError: the file is missing.
+    """
+    return feature_extractor(json.loads((folder / "tekken.json").read_text(encoding="utf-8"))["audio"])
+
+
+def feature_extractor(audio: Mapping[str, Any]) -> WhisperFeatureExtractor:
+    """An extractor whose sizes are integers for windows of whole seconds, from the section `audio` of a `tekken.json`.
+
+    It multiplies `chunk_length` by the sampling rate. For other windows, pass `max_length=` in samples to its calls.
+    """
+    seconds, encoding = audio["chunk_length_s"], audio["audio_encoding_config"]
+    return WhisperFeatureExtractor.from_dict(
+        {
+            "feature_size": encoding["num_mel_bins"],
+            "sampling_rate": audio["sampling_rate"],
+            "hop_length": encoding["hop_length"],
+            "n_fft": encoding["window_size"],
+            "chunk_length": int(seconds) if float(seconds).is_integer() else seconds,
         }
     )

@@ -33,6 +33,7 @@ from pydantic import ValidationError
 from transformers import MistralCommonBackend, VoxtralConfig
 
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.model.native import config_of_native, native_folder
 from voxtral_dist.text.languages import LANGUAGE_CODES
 
 # A language tag in other tokens than Mistral's encoding of it, as an undertrained model may write it.
@@ -268,11 +269,14 @@ class VoxtralPrompts:
 
 
 def _max_positions(path: str) -> int:
+    native = native_folder(path)
     try:
-        return int(VoxtralConfig.from_pretrained(path).text_config.max_position_embeddings)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        config = VoxtralConfig.from_pretrained(path) if native is None else config_of_native(native)
+        return int(config.text_config.max_position_embeddings)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        file = "config.json" if native is None else "params.json"
         raise UserError(
-            f"`model.path`: {path!r} has no usable config.json ({type(error).__name__}: {first_line(error)})."
+            f"`model.path`: {path!r} has no usable {file} ({type(error).__name__}: {first_line(error)})."
         ) from error
 
 
@@ -281,6 +285,6 @@ def _check_folder(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
         raise UserError(f"`model.path`: the folder {path} does not exist: give a Voxtral folder or a hub name.")
-    for name in ("tekken.json", "config.json"):
+    for name in ("tekken.json", "config.json") if native_folder(path) is None else ("tekken.json",):
         if folder.is_dir() and not (folder / name).is_file():
             raise UserError(f"The model folder {path} has no {name}: `model.path` must lead to a Voxtral checkpoint.")

@@ -17,10 +17,12 @@ import mistral_common
 import torch
 from mistral_common.tokens.tokenizers.base import SpecialTokens
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from torch import Tensor, nn
-from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalGeneration, WhisperFeatureExtractor
+from torch import nn
+from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.native import feature_extractor
 from voxtral_dist.model.voxtral import HOP_SAMPLES, POSITIONS_PER_SECOND, SAMPLING_RATE
 
 FFT_SAMPLES = 400
@@ -131,7 +133,7 @@ def build_tiny_voxtral(out_dir: Path, shape: TinyShape = TinyShape(), seed: int 
     tekken_path = out_dir / "tekken.json"
     tekken_path.write_text(json.dumps(_tekken_json(shape), ensure_ascii=False), encoding="utf-8")
     tokenizer = Tekkenizer.from_file(tekken_path)
-    _feature_extractor(shape).save_pretrained(out_dir)
+    feature_extractor(_audio_section(shape)).save_pretrained(out_dir)
     build_random_voxtral(_model_config(tokenizer, shape), shape.initializer_gain, seed).save_pretrained(out_dir)
     _generation_config(tokenizer).save_pretrained(out_dir)
 
@@ -177,23 +179,6 @@ def _audio_section(shape: TinyShape) -> dict[str, Any]:
         },
         "chunk_length_s": shape.window_seconds,
     }
-
-
-def _feature_extractor(shape: TinyShape) -> WhisperFeatureExtractor:
-    """An extractor whose sizes are integers for windows of whole seconds.
-
-    It multiplies `chunk_length` by the sampling rate. For other windows, pass `max_length=` in samples to its calls.
-    """
-    is_whole = float(shape.window_seconds).is_integer()
-    return WhisperFeatureExtractor.from_dict(
-        {
-            "feature_size": NUM_MEL_BINS,
-            "sampling_rate": SAMPLING_RATE,
-            "hop_length": HOP_SAMPLES,
-            "n_fft": FFT_SAMPLES,
-            "chunk_length": int(shape.window_seconds) if is_whole else shape.window_seconds,
-        }
-    )
 
 
 def _model_config(tokenizer: Tekkenizer, shape: TinyShape) -> VoxtralConfig:
@@ -272,10 +257,3 @@ def _initialize(module: nn.Module, gain: float) -> None:
         nn.init.normal_(module.weight, std=gain / math.sqrt(fan_in))
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=gain)
-
-
-def sinusoids(num_positions: int, width: int, max_timescale: float = 10_000.0) -> Tensor:
-    """Whisper's position embeddings `(num_positions, width)`: sines in the first half, cosines in the second."""
-    exponents = torch.arange(width // 2) / (width // 2 - 1)
-    angles = torch.arange(num_positions)[:, None] * torch.exp(-math.log(max_timescale) * exponents)[None, :]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)

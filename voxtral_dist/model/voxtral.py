@@ -16,6 +16,7 @@ from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.attention import causal_mask, chosen_attention
 from voxtral_dist.model.blocks import wrap_blocks
+from voxtral_dist.model.native import config_of_native, native_folder
 from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,12 +132,15 @@ def _generation_config(path: str, config: VoxtralConfig) -> GenerationConfig:
 
 
 def read_voxtral_config(path: str) -> VoxtralConfig:
-    """The `config.json` of a checkpoint.
+    """The configuration of a checkpoint: its `config.json`, or in the native layout its `params.json`.
 
     Raises:
         UserError: the path is not a Voxtral checkpoint.
     """
     try:
+        native = native_folder(path)
+        if native is not None:
+            return config_of_native(native)
         kind = VoxtralConfig.get_config_dict(path)[0].get("model_type")
         if kind != VoxtralConfig.model_type:
             # transformers would only warn, and initialize billions of parameters at random.

@@ -14,11 +14,14 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import VoxtralForConditionalGeneration
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.model.native import NATIVE_INDEX, NATIVE_WEIGHTS, POSITIONS, NativeLayout, native_folder
 from voxtral_dist.model.trainable import is_adapter
 from voxtral_dist.model.voxtral import (
     DTYPES,
@@ -53,7 +56,7 @@ class InitialWeights:
     Values are read on request, and of a matrix only the requested rows.
     """
 
-    def __init__(self, path: str, model: TrainedVoxtral, seed: int) -> None:
+    def __init__(self, path: str, model: VoxtralForConditionalGeneration, seed: int) -> None:
         """Locate every parameter of a model, which may be a meta model, in a folder or the hub's cache.
 
         Raises:
@@ -62,6 +65,7 @@ class InitialWeights:
         self._path = path
         self._seed = seed
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._native = None if native_folder(path) is None else NativeLayout(model.config)
         self._stored = self._check(self._find(model))
 
     def __call__(self, name: str) -> Tensor:
@@ -71,12 +75,23 @@ class InitialWeights:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows `start` to `stop` of a parameter's initial value, along its first dimension."""
         if not is_adapter(name):
-            place = self._stored[name]
-            # The file is opened for these rows only: mapped pages of an open file count as memory of this process.
-            with safe_open(place.file, framework="pt") as file:
-                values: Tensor = file.get_slice(place.key)[start:stop]
-            return values
+            return self._stored_rows(name, start, stop)
         return self._adapter(name)[start:stop]
+
+    def _stored_rows(self, name: str, start: int, stop: int) -> Tensor:
+        place = self._stored.get(name)
+        if place is None:
+            positions: Tensor = sinusoids(*self._shapes[name])
+            return positions[start:stop]
+        # The file is opened for these rows only: mapped pages of an open file count as memory of this process.
+        with safe_open(place.file, framework="pt") as file:
+            stored = file.get_slice(place.key)
+            if self._native is None:
+                rows: Tensor = stored[start:stop]
+                return rows
+            return self._native.rows_from_native(
+                _plain(name), self._shapes[name][0], lambda first, last: stored[first:last], start, stop
+            )
 
     def fill(self, model: nn.Module, device: torch.device) -> None:
         """Give all parameters of a meta model their initial values, in its precision."""
@@ -100,15 +115,17 @@ class InitialWeights:
         norms: Tensor = torch.linalg.vector_norm(self(f"{layer}.base_layer.weight").float(), dim=1)
         return norms
 
-    def _find(self, model: TrainedVoxtral) -> dict[str, _Place]:
+    def _find(self, model: VoxtralForConditionalGeneration) -> dict[str, _Place]:
         """The place of each stored tensor, by its name in this version of transformers."""
-        rename = _renaming(model)
+        rename = _renaming(model) if self._native is None else self._native_names().get
         found = {}
         try:
             for path in weight_files(self._path):
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():  # noqa: SIM118
-                        found[rename(key)] = _Place(path, key, tuple(file.get_slice(key).get_shape()))
+                        name = rename(key)
+                        if name is not None:
+                            found[name] = _Place(path, key, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"`model.path`: the weights of {self._path!r} cannot be read ({type(error).__name__}: "
@@ -116,14 +133,20 @@ class InitialWeights:
             ) from error
         return found
 
+    def _native_names(self) -> dict[str, str]:
+        """The model's names of tensors by native ones."""
+        plain = (_plain(name) for name in self._shapes if not is_adapter(name))
+        named = {NativeLayout.name(name): name for name in plain}
+        return {native: name for native, name in named.items() if native is not None}
+
     def _check(self, found: dict[str, _Place]) -> dict[str, _Place]:
         """The places of all parameters of the model but those of adapters."""
-        stored = {name.replace(_ADAPTED, "."): place for name, place in found.items()}
+        stored = {_plain(name): place for name, place in found.items()}
         places = {}
         for name, shape in self._shapes.items():
-            if is_adapter(name):
+            if is_adapter(name) or (self._native is not None and name == POSITIONS):
                 continue
-            place = stored.get(name.replace(_ADAPTED, "."))
+            place = stored.get(_plain(name))
             if place is None or place.shape != shape:
                 raise UserError(
                     f"`model.path`: the weights of {self._path!r} must contain `{name}` with the shape {shape}, but "
@@ -193,20 +216,25 @@ def weight_files(path: str) -> list[Path]:
     Raises:
         FileNotFoundError: a file is missing.
     """
-    folder = (
-        Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=["model*.safetensors*"]))
-    )
-    if (folder / _INDEX).is_file():
-        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [_WHOLE]
+    is_native = native_folder(path) is not None
+    whole, index = (NATIVE_WEIGHTS, NATIVE_INDEX) if is_native else (_WHOLE, _INDEX)
+    patterns = [f"{whole.partition('.')[0]}*.safetensors*"]
+    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=patterns))
+    names = [whole]
+    if (folder / index).is_file():
+        names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
     return [folder / name for name in names]
 
 
-def _renaming(model: TrainedVoxtral) -> Callable[[str], str]:
+def _plain(name: str) -> str:
+    """The name of a parameter in a model without adapters."""
+    return name.replace(_ADAPTED, ".")
+
+
+def _renaming(model: VoxtralForConditionalGeneration) -> Callable[[str], str | None]:
     """Map older names of tensors in published checkpoints to the new ones, by transformers' own table."""
     # The table knows published classes only.
     mapping = get_model_conversion_mapping(meta_model(model.config))
