@@ -32,9 +32,9 @@ class OneProcess:
         return ((name, parameter.detach()) for name, parameter in self._model.named_parameters())
 
 
-def export(model: TrainedVoxtral, config: RunConfig, dtype: torch.dtype) -> None:
+def export(model: TrainedVoxtral, config: RunConfig) -> None:
     engine: Any = OneProcess(model)
-    export_trained(engine, config.model.path, config.trainable.lora, dtype, config.run_dir, alone("cpu"))
+    export_trained(engine, config, alone("cpu"))
 
 
 def inputs_of(model: VoxtralForConditionalGeneration) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def trained(request: pytest.FixtureRequest, tiny_model: Path, shard_folder: Path
 
 def test_adapters_are_merged_into_a_plain_model_and_stored_for_peft(trained: tuple[RunConfig, TrainedVoxtral]) -> None:
     config, model = trained
-    export(model, config, torch.float32)
+    export(model, config)
     expected = logits_of(model, inputs_of(model))
     base = VoxtralForConditionalGeneration.from_pretrained(config.model.path)
     assert not torch.allclose(logits_of(base, inputs_of(model)), expected, atol=0.1)
@@ -88,7 +88,8 @@ def test_adapters_are_merged_into_a_plain_model_and_stored_for_peft(trained: tup
 def test_without_adapters_there_is_no_adapter_folder(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> None:
     config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=5)
     model = load_voxtral(config.model)
-    export(model, config, torch.bfloat16)
+    half = config.model.model_copy(update={"precision": "bfloat16"})
+    export(model, config.model_copy(update={"model": half}))
     exported = VoxtralForConditionalGeneration.from_pretrained(config.run_dir / "export", dtype="auto")
     for name, value in exported.state_dict().items():
         trained = model.state_dict()[name]

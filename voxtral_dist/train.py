@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import torch
-
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig, dump_config
@@ -23,7 +21,7 @@ from voxtral_dist.engine.zero.extensions import refuse_old_locks
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.evaluation.test_set import TestSet
-from voxtral_dist.export import export_trained
+from voxtral_dist.export import export_trained, serving_notes
 from voxtral_dist.files import refuse_unwritable, write_atomically
 from voxtral_dist.model.attention import chosen_attention
 from voxtral_dist.model.features import LogMel
@@ -138,11 +136,11 @@ def train(config: RunConfig, world: World) -> int:
         steps.close()
         if verdict.best_step not in (None, progress.step):
             checkpoints.load(engine, verdict.best_step)
-        export_trained(engine, config.model.path, config.trainable.lora, _export_dtype(config), config.run_dir, world)
+        export_trained(engine, config, world)
         if world.is_first:
             _conclude(config, progress, verdict, world)
         metrics_log.say(
-            f"Done: the model is in {config.run_dir / 'export'}, the summary in {config.run_dir / 'summary.json'}."
+            f"Done: the exported model is in {config.run_dir}, the summary in {config.run_dir / 'summary.json'}."
         )
     return 0
 
@@ -249,7 +247,7 @@ def _announce(
         "skipped": training_set.streams.skipped,
     }
     metrics_log.write("event", progress.step, event)
-    for line in [*training_set.lines(), *parameter_table]:
+    for line in [*training_set.lines(), *parameter_table, *serving_notes(config)]:
         metrics_log.say(line)
     start = f"from step {progress.step} " if progress.step else ""
     metrics_log.say(
@@ -289,7 +287,3 @@ def try_to_report(run_dir: Path, normalizer_name: str) -> None:
             error,
             run_dir,
         )
-
-
-def _export_dtype(config: RunConfig) -> torch.dtype:
-    return torch.float32 if config.model.precision == "float32" else torch.bfloat16

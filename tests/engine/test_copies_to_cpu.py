@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -58,7 +57,7 @@ def copied_bytes(world: World, config: RunConfig) -> dict[str, int]:
     with CopiesToCpu() as to_save:
         write_states(engine, folder, world)
     with CopiesToCpu() as to_export:
-        export_trained(engine, config.model.path, None, torch.float32, config.run_dir, world)
+        export_trained(engine, config, world)
     written = 0
     for path in folder.glob(f"state-{world.rank:05d}-*.safetensors"):
         with safe_open(path, framework="pt") as file:

@@ -55,6 +55,28 @@ def latest_step(run_dir: Path, world: World) -> int | None:
     return intact[-1] if intact else None
 
 
+def checkpoint_of_run(run_dir: Path, step: int | None) -> Path | None:
+    """A checkpoint of a run, as this process sees the disk; None if the folder is not that of a run.
+
+    Args:
+        run_dir: the folder.
+        step: of the checkpoint; None: the newest intact one.
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        return None
+    found = _complete(run_dir / _FOLDER)
+    if step is not None:
+        found = [path for path in found if path.name == _name(step)]
+    intact = [path for path in found if damage_of(path) is None]
+    if not intact:
+        which = "intact checkpoint" if step is None else f"intact checkpoint of step {step}, which it selected"
+        raise UserError(f"The run {run_dir} has no {which}: rerun its training command to resume it.")
+    return intact[-1]
+
+
 class CheckpointDirectory:
     """The checkpoints of one run. All ranks call its methods together; `run_dir` must be shared by all nodes."""
 

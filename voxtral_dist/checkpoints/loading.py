@@ -1,17 +1,20 @@
-"""A checkpoint as a model for decoding, without an engine."""
+"""A checkpoint as a model, without an engine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from voxtral_dist.checkpoints.files import COMPLETE, damage_of, read_complete, read_states
 from voxtral_dist.checkpoints.identity import model_identity
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.errors import UserError
-from voxtral_dist.model.voxtral import TrainedVoxtral
-from voxtral_dist.model.weights import load_voxtral
+from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, trained_meta_model
+from voxtral_dist.model.weights import InitialWeights, load_voxtral
 
 
 def is_checkpoint(path: str) -> bool:
@@ -36,15 +39,7 @@ def load_checkpoint(path: str, device: torch.device, precision: str) -> TrainedV
         UserError: the checkpoint is damaged, or the initial weights of its run have changed.
     """
     folder = Path(path)
-    damage = damage_of(folder)
-    if damage is not None:
-        raise UserError(damage)
-    config, contents = config_of_checkpoint(folder), read_complete(folder)
-    if contents["model"] != model_identity(config):
-        raise UserError(
-            f"The checkpoint {folder} holds trained parameters only, and the weights of its `model.path` "
-            f"({config.model.path}), which hold the frozen ones, have changed since: restore them."
-        )
+    config, contents = _checked(folder)
     chosen = config.model if precision == "auto" else config.model.model_copy(update={"precision": precision})
     model = load_voxtral(chosen, config.trainable, config.seed)
     parameters = dict(model.named_parameters())
@@ -54,3 +49,39 @@ def load_checkpoint(path: str, device: torch.device, precision: str) -> TrainedV
     model.to(device)
     model.eval()
     return model
+
+
+def checkpoint_weights(path: str) -> Iterator[tuple[str, Tensor]]:
+    """All parameters of a checkpoint's model by name, in its order, one at a time on the CPU: as `Engine.weights`.
+
+    Trained parameters are float32, frozen ones have their stored precision.
+
+    Raises:
+        UserError: the checkpoint is damaged, or the initial weights of its run have changed.
+    """
+    folder = Path(path)
+    config, contents = _checked(folder)
+    model = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
+    initial = InitialWeights(config.model.path, model, config.seed)
+    states = read_states(folder, contents, with_moments=False)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            yield name, initial(name)
+            continue
+        state = next(states)
+        assert state.name == name, f"states come in the model's order, but {state.name} came for {name}"
+        yield name, state.weight
+
+
+def _checked(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration and the contents of an intact checkpoint whose initial weights are still there."""
+    damage = damage_of(folder)
+    if damage is not None:
+        raise UserError(damage)
+    config, contents = config_of_checkpoint(folder), read_complete(folder)
+    if contents["model"] != model_identity(config):
+        raise UserError(
+            f"The checkpoint {folder} holds trained parameters only, and the weights of its `model.path` "
+            f"({config.model.path}), which hold the frozen ones, have changed since: restore them."
+        )
+    return config, contents

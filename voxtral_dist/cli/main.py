@@ -16,6 +16,7 @@ from typing import NoReturn
 from voxtral_dist.cli.config import add_config
 from voxtral_dist.cli.doctor import add_doctor
 from voxtral_dist.cli.evaluate import add_evaluate
+from voxtral_dist.cli.export import add_export
 from voxtral_dist.cli.plan import add_plan
 from voxtral_dist.cli.report import add_report
 from voxtral_dist.cli.score import add_score
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     add_score(commands)
     add_transcribe(commands)
+    add_export(commands)
     add_report(commands)
     add_shards(commands)
     add_plan(commands)

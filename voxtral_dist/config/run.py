@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from voxtral_dist.config.data import StorageConfig, TrainDataConfig
 from voxtral_dist.config.engine import CheckpointConfig, EngineConfig, OptimizerConfig
 from voxtral_dist.config.evaluation import EvaluationConfig
 from voxtral_dist.config.model import ModelConfig, TrainableConfig
-from voxtral_dist.config.section import Section
+from voxtral_dist.config.section import Section, sorted_set
 from voxtral_dist.errors import UserError
 
 
@@ -26,6 +26,14 @@ class MetricsConfig(Section):
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak dense throughput of one rank's device in the model's precision, in 10^12 operations per second, for the
     model FLOPs utilization. None: the value of the data sheet for known devices, and no utilization for others."""
+
+
+class ExportConfig(Section):
+    """The trained model that a run writes at its end."""
+
+    layouts: Annotated[tuple[Literal["hf", "mistral"], ...], AfterValidator(sorted_set)] = ("hf", "mistral")
+    """Layouts of the full model: `hf` (`export/`) for transformers, peft and llama.cpp; `mistral` (`export-mistral/`)
+    for vLLM. Each has the model's size on disk. `voxtral-dist export` writes others later."""
 
 
 class RunConfig(Section):
@@ -72,6 +80,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()
+    export: ExportConfig = ExportConfig()
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """The number of optimizer updates, given the steps of an epoch of the plan.

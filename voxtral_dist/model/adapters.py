@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ _MAGNITUDE = ".lora_magnitude_vector."
 _ADAPTER_SUFFIX = f".{ADAPTER_NAME}."
 # peft's name for the model that adapters belong to.
 _PEFT_PREFIX = "base_model.model."
-_PEFT_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _MODULES: dict[Component, tuple[str, ...]] = {
     "encoder": ("audio_tower",),
     "projector": ("multi_modal_projector",),
@@ -76,13 +77,21 @@ class _Layer:
 def save_adapters(trained: dict[str, Tensor], lora: LoraConfig, model_path: str, folder: Path) -> None:
     """Write all trained parameters, given by name, in the format of `PeftModel.from_pretrained`."""
     layers = [name.partition(".lora_A.")[0] for name in trained if ".lora_A." in name]
-    described = peft_config(lora, layers)
-    described.base_model_name_or_path = model_path
-    described.inference_mode = True
+    described = adapter_config(lora, layers, model_path)
     described.modules_to_save = [module for part in lora.trained_whole for module in _MODULES[part]] or None
     folder.mkdir(parents=True, exist_ok=True)
     described.save_pretrained(folder)
-    save_file({_peft_name(name): value.contiguous() for name, value in trained.items()}, folder / _PEFT_WEIGHTS)
+    save_file({_peft_name(name): value.contiguous() for name, value in trained.items()}, folder / ADAPTER_WEIGHTS)
+
+
+def adapter_config(lora: LoraConfig, layers: Sequence[str], model_path: str) -> Any:
+    """peft's description of adapters for these layers of a model, to be stored beside their weights."""
+    described = peft_config(lora, layers)
+    described.base_model_name_or_path = model_path
+    described.inference_mode = True
+    # peft makes it a set, whose order in the file would differ from process to process.
+    described.target_modules = sorted(layers)
+    return described
 
 
 def _peft_name(name: str) -> str:
