@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from voxtral_dist.config import ModelConfig, RunConfig
+from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.build import check_engine
 from voxtral_dist.engine.loss_scale import LossScale
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import build_tiny_voxtral
 from voxtral_dist.model.weights import load_voxtral
 
 from corpora import TINY_SHAPE
 from ranks import run_ranks
 from runs import run_config
-from test_equations import CHECKPOINTED, IN_CHUNKS, NUM_STEPS, assert_equal_plain
+from test_equations import (
+    CHECKPOINTED,
+    IN_CHUNKS,
+    NUM_STEPS,
+    Curve,
+    Weights,
+    assert_equal_plain,
+    assert_same,
+    train_plainly,
+    train_sharded,
+)
 from workloads.peak_memory import forget_peak, status_bytes
 
 FROZEN = {"frozen": ("encoder",)}
@@ -48,7 +64,12 @@ VARIANTS: dict[tuple[int, str], tuple[dict[str, Any], dict[str, Any], dict[str, 
 
 
 def variant(config: RunConfig, key: tuple[int, str]) -> RunConfig:
-    engine, model, trainable = VARIANTS[key]
+    return with_sections(config, *VARIANTS[key])
+
+
+def with_sections(
+    config: RunConfig, engine: dict[str, Any], model: dict[str, Any], trainable: dict[str, Any]
+) -> RunConfig:
     tree = config.model_dump()
     changed = {"engine": {"fsdp2": engine}, "model": tree["model"] | model, "trainable": trainable}
     return RunConfig.model_validate(tree | changed)
@@ -64,6 +85,46 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPa
 def test_fsdp2_equals_one_plain_process(config: RunConfig, world_size: int) -> None:
     keys = [key for key in VARIANTS if key[0] == world_size]
     assert_equal_plain(world_size, {key[1]: variant(config, key) for key in keys})
+
+
+COMPILED: dict[str, Any] = {"compile_blocks": True, "activation_checkpointing": {"encoder": 0, "language_model": 2}}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a run with compiled blocks gave, its graphs and breaks, and the different shapes of its inputs."""
+
+    trained: tuple[Curve, Weights]
+    num_graphs: int
+    breaks: dict[str, int]
+    num_shapes: int
+
+
+def train_compiled(world: World, config: RunConfig, backend: str) -> Compiled:
+    graphs = CompileCounterWithBackend(backend)
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, world.rank, world.size)
+    shapes = {batch.input_ids.shape for batches in loader.starting_at(0) for batch in batches.micro_batches}
+    # Past its limit, torch would leave blocks uncompiled without a word.
+    with (
+        mock.patch("torch.compile", partial(torch.compile, backend=graphs)),
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+    ):
+        trained = train_sharded(world, config)
+    return Compiled(trained, graphs.frame_count, dict(counters["graph_break"]), len(shapes))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiled_blocks_equal_one_plain_process_with_few_graphs_for_all_lengths(
+    config: RunConfig, backend: str
+) -> None:
+    compiled = with_sections(config, {}, COMPILED, {})
+    expected = train_plainly(compiled)
+    for found in run_ranks(2, train_compiled, compiled, backend):
+        assert_same(found.trained, expected)
+        assert not found.breaks
+        # Encoder, language model, and language model with checkpoints: for the first shape, and for any other.
+        assert 3 <= found.num_graphs < found.num_shapes
 
 
 # 30 million parameters, 119 MB: far more than libraries allocate on the side.

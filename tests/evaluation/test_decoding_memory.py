@@ -135,3 +135,14 @@ def test_the_largest_batch_decides(model: Path) -> None:
     )
     small, large = DecodingShape(2, 2, 80, 100, 30), DecodingShape(8, 8, 80, 100, 30)
     assert memory.peak_bytes([small, large, small]) == memory.peak_bytes([large]) > memory.peak_bytes([small])
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_static_cache_takes_its_rounded_length_from_the_prompt_on(model: Path, num_beams: int) -> None:
+    settings = EvaluationConfig(num_beams=num_beams, static_cache=True)
+    memory = DecodingMemory(read_voxtral_config(str(model)), ModelConfig(path=str(model)), settings, "cpu")
+    phases = [memory.phases(DecodingShape(8, 8, 80, num_new, 30)) for num_new in (433, 500, 688, 689)]
+    assert phases[0] == phases[1] == phases[2]
+    # 768 positions, then 1,024.
+    assert phases[3]["last token"] - phases[2]["last token"] > phases[2]["last token"] // 6
+    assert phases[3]["prompt"] > phases[2]["prompt"]

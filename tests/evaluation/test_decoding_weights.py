@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, cache_length, load_decoder
 from voxtral_dist.evaluation.building import build_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.evaluation.test_set import TestSet
@@ -71,16 +73,34 @@ def test_the_estimate_of_positions_holds_those_of_every_batch(
                 )
 
 
-def test_a_static_cache_has_the_length_of_its_batch_and_not_of_those_before(
-    tiny_model: Path, shard_folder: Path, prompts: VoxtralPrompts
+@pytest.mark.parametrize(
+    ("num_positions", "length"), [(1, 1), (3, 3), (4, 4), (5, 6), (6, 6), (7, 8), (449, 512), (513, 768), (769, 1024)]
+)
+def test_lengths_of_static_caches_are_powers_of_two_or_halfway_between(num_positions: int, length: int) -> None:
+    assert cache_length(num_positions) == length
+
+
+def test_static_caches_have_few_lengths_and_the_same_hypotheses(
+    tiny_model: Path, shard_folder: Path, prompts: VoxtralPrompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_on(shard_folder, batch_size=1, static_cache=True)
-    decoder = load_decoder(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
+    settings = settings_on(shard_folder, batch_size=1)
     (test_set,) = build_test_sets(settings, prompts, target_text=())
-    lengths = []
-    for batch in (test_set.batches[0], test_set.batches[-1]):
-        (example,) = test_set.read(batch)
-        decoder([example])
-        lengths.append(decoder._model._previous_max_cache_length)
-        assert lengths[-1] <= len(example.prompt) + decoder._limit(example)
-    assert lengths[1] < lengths[0]
+    examples = [test_set.read(batch) for batch in reversed(test_set.batches)]
+    plain = load_decoder(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
+    expected = [plain(batch) for batch in examples]
+    made: list[int] = []
+    initialize = StaticCache.__init__
+
+    def recorded(cache: StaticCache, *arguments: Any, **named: Any) -> None:
+        made.append(named["max_cache_len"])
+        initialize(cache, *arguments, **named)
+
+    monkeypatch.setattr(StaticCache, "__init__", recorded)
+    static = settings.model_copy(update={"static_cache": True})
+    decoder = load_decoder(str(tiny_model), prompts, static, "float32", World(0, 1, 0, CPU))
+    assert [decoder(batch) for batch in examples] == expected
+    needed = [len(example.prompt) + decoder._limit(example) for (example,) in examples]
+    assert made == [cache_length(one) for one in needed]
+    # Neither the longest batch so far nor every length of its own.
+    assert made[-1] > made[0]
+    assert len(set(made)) < len(set(needed))

@@ -110,8 +110,8 @@ class BatchDecoder:
     def _generate(self, examples: Sequence[Example], numbers: Tensor) -> list[Hypothesis]:
         prompts, attention_mask = pad_left([example.prompt for example in examples], self._prompts.pad_id)
         limits = [self._limit(example) for example in examples]
-        # Else transformers gives every later batch a static cache of the longest batch so far.
-        self._model._previous_max_cache_length = -1  # type: ignore[assignment]
+        # transformers takes this if its own length is less; what it leaves here would lengthen every later cache.
+        self._model._previous_max_cache_length = cache_length(prompts.shape[1] + max(limits))  # type: ignore[assignment]
         with masked_attention(self._model):
             generated: Tensor = self._model.generate(  # type: ignore[operator]
                 input_ids=prompts.to(self._device),
@@ -147,6 +147,15 @@ class BatchDecoder:
             return Hypothesis(self._prompts.decode(own).strip(), None, len(own), hit_limit)
         transcript = self._prompts.transcript(own)
         return Hypothesis(transcript.text, transcript.language, len(own), hit_limit)
+
+
+def cache_length(num_positions: int) -> int:
+    """Positions of a static cache that holds this many: the next power of two, or three halves of one.
+
+    On a GPU, transformers compiles the model and records a graph for each length: at most two in an octave.
+    """
+    power: int = 1 << (num_positions - 1).bit_length()
+    return power * 3 // 4 if num_positions <= power * 3 // 4 else power
 
 
 def load_decoder(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import EvaluationConfig, ModelConfig
-from voxtral_dist.evaluation.batch_decoder import LOSS_CHUNK_TOKENS
+from voxtral_dist.evaluation.batch_decoder import LOSS_CHUNK_TOKENS, cache_length
 from voxtral_dist.model.features import spectrum_bytes
 from voxtral_dist.model.voxtral import DTYPES, FRAMES_PER_POSITION, audio_tokens_per_window, window_samples
 
@@ -55,6 +55,9 @@ class DecodingMemory:
         last token   s R (T + n) K (2 L + 1) + (s + 12) R V: keys and values of a block are copied one after the other
                      to append a token; logits, and their float32 scores three times
 
+    A static cache has all its positions, a rounded number, from the first token on: the mask of the prompt covers them,
+    and they are copied for beams only.
+
     Attention weights of `model.attention: eager` are not counted.
     """
 
@@ -69,6 +72,7 @@ class DecodingMemory:
         self._itemsize = DTYPES[model.precision].itemsize
         self._windows_per_chunk = model.encoder_windows_per_chunk
         self._num_beams = settings.num_beams
+        self._static_cache = settings.static_cache
         self._measures_loss = settings.measures_loss
         self._device_type = device_type
 
@@ -114,14 +118,21 @@ class DecodingMemory:
         return max(self._block(positions), int(3 * positions * self._text.hidden_size * self._itemsize + logits))
 
     def _prompt(self, shape: DecodingShape) -> int:
-        positions = self._rows(shape) * shape.num_prompt_tokens
-        mask = positions * shape.num_prompt_tokens * self._itemsize
-        return self._keys(positions, 2 * self._text.num_hidden_layers) + self._block(positions) + mask
+        rows, cached = self._rows(shape), shape.num_prompt_tokens
+        if self._static_cache:
+            cached = cache_length(cached + shape.num_new_tokens)
+        positions = rows * shape.num_prompt_tokens
+        mask = positions * cached * self._itemsize
+        return self._keys(rows * cached, 2 * self._text.num_hidden_layers) + self._block(positions) + mask
 
     def _last_token(self, shape: DecodingShape) -> int:
-        positions = self._rows(shape) * (shape.num_prompt_tokens + shape.num_new_tokens)
-        scores = self._rows(shape) * self._text.vocab_size * (self._itemsize + 3 * _FLOAT32_BYTES)
-        return self._keys(positions, 2 * self._text.num_hidden_layers + 1) + int(scores)
+        rows, cached = self._rows(shape), shape.num_prompt_tokens + shape.num_new_tokens
+        num_tensors = 2 * self._text.num_hidden_layers + 1
+        if self._static_cache:
+            cached = cache_length(cached)
+            num_tensors -= self._num_beams == 1
+        scores = rows * self._text.vocab_size * (self._itemsize + 3 * _FLOAT32_BYTES)
+        return self._keys(rows * cached, num_tensors) + int(scores)
 
     def _block(self, positions: int) -> int:
         """One block of the language model in a forward pass without gradients."""
