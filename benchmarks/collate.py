@@ -39,7 +39,7 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import MicroBatch, collate
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.tiny import MAX_VOCAB_SIZE
+from voxtral_dist.model.tekken import MAX_VOCAB_SIZE
 
 from rivals.transcription_collator import TranscriptionCollator
 from workloads.command import run

@@ -30,7 +30,8 @@ import torch
 
 from voxtral_dist.config import ActivationCheckpointingConfig, ModelConfig
 from voxtral_dist.model.encoder import ChunkedEncoder
-from voxtral_dist.model.tiny import NUM_MEL_BINS, TinyShape, build_tiny_voxtral
+from voxtral_dist.model.tekken import NUM_MEL_BINS
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
 from voxtral_dist.model.weights import load_voxtral
 
 from workloads.command import run

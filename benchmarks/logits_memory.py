@@ -35,7 +35,7 @@ from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, collate, pad_l
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.tiny import MAX_VOCAB_SIZE, NUM_SPECIAL_TOKENS
+from voxtral_dist.model.tekken import MAX_VOCAB_SIZE, NUM_SPECIAL_TOKENS
 from voxtral_dist.model.weights import load_voxtral
 
 from workloads.command import run

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from transformers import VoxtralConfig
 
-from voxtral_dist.model.tiny import MAX_VOCAB_SIZE
+from voxtral_dist.model.published import MINI, published_config
+from voxtral_dist.model.tekken import MAX_VOCAB_SIZE
 from voxtral_dist.model.voxtral import meta_model
 
 from workloads.speech import write_model
@@ -19,36 +19,14 @@ STANDARD_DEVIATION = 0.02
 # Drawn once and written again and again: drawing all weights takes a core a minute.
 BLOCK_BYTES = 256 * 10**6
 FILE_NAME = "model.safetensors"
-# As in the published config.json.
-PUBLISHED_ENCODER = {
-    "num_mel_bins": 128,
-    "max_source_positions": 1500,
-    "hidden_size": 1280,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "intermediate_size": 5120,
-}
-PUBLISHED_LANGUAGE_MODEL = {
-    "vocab_size": MAX_VOCAB_SIZE,
-    "hidden_size": 3072,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131_072,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000_000.0},
-}
 
 
 def write_published_shape(folder: Path) -> Path:
     """Write tokenizer and processor with the whole vocabulary, and 9.4 GB of bfloat16 weights."""
     write_model(folder, MAX_VOCAB_SIZE)
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    described["audio_config"] |= PUBLISHED_ENCODER
-    described["text_config"] |= PUBLISHED_LANGUAGE_MODEL
-    (folder / "config.json").write_text(json.dumps(described | {"dtype": "bfloat16"}), encoding="utf-8")
-    write_random_weights(folder / FILE_NAME, meta_model(VoxtralConfig.from_pretrained(folder)))
+    config = published_config(MINI)
+    config.save_pretrained(folder)
+    write_random_weights(folder / FILE_NAME, meta_model(config))
     return folder
 
 

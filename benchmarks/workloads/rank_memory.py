@@ -24,7 +24,7 @@ from voxtral_dist.estimate.estimator import estimate_memory
 from voxtral_dist.estimate.phases import ModelSizes, Setting
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.tiny import NUM_SPECIAL_TOKENS
+from voxtral_dist.model.tekken import NUM_SPECIAL_TOKENS
 from voxtral_dist.model.voxtral import DTYPES, trained_meta_model
 
 from workloads.peak_memory import MMAP_THRESHOLD_BYTES, forget_peak, status_bytes

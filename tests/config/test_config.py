@@ -8,11 +8,10 @@ import jsonschema
 import pytest
 import yaml
 from pydantic import ValidationError
-from transformers import VoxtralConfig
 
 from voxtral_dist.config import RunConfig, config_schema, dump_config, load_config
 from voxtral_dist.errors import UserError
-from voxtral_dist.model.voxtral import meta_model
+from voxtral_dist.model.published import PUBLISHED_MODELS
 
 from corpora import REPOSITORY
 
@@ -256,46 +255,10 @@ def test_the_deepspeed_file_of_a_recipe_exists_and_sets_the_stage_alone(recipe):
     assert not settings.keys() & {"train_batch_size", "train_micro_batch_size_per_gpu", "bf16", "fp16", "optimizer"}
 
 
-# The published shape of Voxtral-Small-24B-2507's language model; its encoder is that of Mini.
-SMALL_TEXT = {
-    "model_type": "llama",
-    "hidden_size": 5120,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 32,
-    "head_dim": 128,
-    "num_key_value_heads": 8,
-    "intermediate_size": 32768,
-    "vocab_size": 131072,
-}
-
-
-def published_shape(model_path: str) -> tuple[VoxtralConfig, float, float] | None:
-    """Configuration, billions of parameters and their tolerance; None for a model that was not published."""
-    if model_path.startswith("mistralai/Voxtral-Mini"):
-        return VoxtralConfig(audio_token_id=24), 4.68, 0.01
-    if model_path.startswith("mistralai/Voxtral-Small-24B"):
-        return VoxtralConfig(audio_token_id=24, text_config=SMALL_TEXT), 24.3, 0.4
-    return None
-
-
-def published_models() -> list[str]:
-    return sorted({path for recipe in RECIPES if published_shape(path := load_config(recipe).model.path)})
-
-
-@pytest.mark.parametrize("model_path", ["mistralai/Voxtral-Mini-3B-2507", "mistralai/Voxtral-Small-24B-2507"])
-def test_published_models_build_without_storage(model_path):
-    shape = published_shape(model_path)
-    assert shape is not None
-    config, billions, tolerance = shape
-    model = meta_model(config)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=tolerance)
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_model_of_a_recipe_is_published_or_made_here(recipe):
     path = load_config(recipe).model.path
-    assert published_shape(path) is not None or not path.startswith("mistralai/")
+    assert path in PUBLISHED_MODELS or not path.startswith("mistralai/")
 
 
 def test_a_run_has_steps_or_epochs_and_not_both(smallest):

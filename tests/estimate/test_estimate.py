@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
-from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 
 from voxtral_dist.cli.main import main
-from voxtral_dist.config import TrainDataConfig
+from voxtral_dist.config import TrainDataConfig, load_config
 from voxtral_dist.estimate.quantities import duration, gigabytes, parse_bytes
 from voxtral_dist.estimate.sharding import Fsdp2Sharding, ZeroSharding, zero_sharding
 from voxtral_dist.estimate.workload import WindowSizes, largest_within
+from voxtral_dist.model.published import published_config
 
 from corpora import REPOSITORY
-from published import write_mini
 
 MINI_SIZES = WindowSizes(seconds=30.0, audio_tokens=375, max_positions=131_072)
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with only the config.json of Voxtral-Mini-3B."""
-    folder = tmp_path_factory.mktemp("models") / "mini"
-    folder.mkdir()
-    return write_mini(folder)
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -56,9 +49,9 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_repository")
-def test_figures_of_the_published_3b_model(capsys, mini):
+def test_figures_of_the_published_3b_model(capsys):
     started = time.process_time()
-    estimate = plan(capsys, "--set", f"model.path={mini}", "--gpus", "8", "--gpu-memory", "80GB")
+    estimate = plan(capsys, "--gpus", "8", "--gpu-memory", "80GB")
     assert time.process_time() - started < 10
     assert sum(count["trained"] + count["frozen"] for count in estimate["parameters"].values()) == 4_676_271_104
     assert estimate["parameters"]["encoder"]["frozen"] == 1500 * 1280
@@ -74,17 +67,17 @@ def test_figures_of_the_published_3b_model(capsys, mini):
     # 12 of the optimizer, 2 x 4 of gradients and 2 of weights, over all ranks of the node.
     assert on_host["host_bytes_of_node"] / 4_676_271_104 == pytest.approx(22, rel=0.01)
     assert estimate["workload"]["data"] is None
-    assert "tekken.json" in estimate["workload"]["missing"]
+    assert "shards/train" in estimate["workload"]["missing"]
     assert estimate["estimate_is"] == "not yet measured on a GPU"
     # 6 FLOPs a parameter and token of the language model, at least, and as much again at most for the encoder.
     assert 1 < estimate["costs"]["model_flops"] / (4000 * 16 * 8 * 833 * 6 * 4.0e9) < 2
 
 
 @pytest.mark.usefixtures("in_repository")
-def test_what_does_not_fit_comes_with_what_to_change(capsys, mini):
+def test_what_does_not_fit_comes_with_what_to_change(capsys):
     estimate = plan(
         capsys,
-        *("--set", f"model.path={mini}", "--set", "engine.deepspeed=ds_configs/zero1.json"),
+        *("--set", "engine.deepspeed=ds_configs/zero1.json"),
         *("--gpus", "2", "--gpu-memory", "48GB", "--host-memory", "512GB"),
     )
     assert estimate["configured"]["fits"] is False
@@ -97,10 +90,9 @@ def test_what_does_not_fit_comes_with_what_to_change(capsys, mini):
 
 
 @pytest.mark.usefixtures("in_repository")
-def test_evaluations_gather_weights_only_where_that_fits(capsys, mini):
+def test_evaluations_gather_weights_only_where_that_fits(capsys):
     def peak(weights: str, *more: str) -> dict[str, Any]:
         changed = (
-            f"model.path={mini}",
             f"evaluation.weights={weights}",
             "train_data.slots_per_step=64",
             "train_data.max_examples=1",
@@ -120,10 +112,10 @@ def test_evaluations_gather_weights_only_where_that_fits(capsys, mini):
 
 
 @pytest.mark.usefixtures("in_repository")
-def test_the_text_says_whether_it_fits_and_what_decides(capsys, mini):
+def test_the_text_says_whether_it_fits_and_what_decides(capsys):
     recipe = REPOSITORY / "launch" / "recipes" / "voxtral_mini_full.yaml"
     with pytest.raises(SystemExit):
-        main(["plan", "--config", str(recipe), "--set", f"model.path={mini}", "--gpus", "1", "--gpu-memory", "24GB"])
+        main(["plan", "--config", str(recipe), "--gpus", "1", "--gpu-memory", "24GB"])
     text = capsys.readouterr().out
     for words in ("IT DOES NOT FIT", "To make it fit", "8 windows", "not yet measured on a GPU", "FSDP2", "TFLOPS"):
         assert words in text
@@ -172,9 +164,9 @@ def test_epochs_without_shards_cost_what_their_steps_do(capsys, mini):
     assert costs["model_flops"] == pytest.approx(of_one_step["model_flops"] / 1000)
 
 
-def test_users_mistakes_are_sentences(capsys, tmp_path, mini, monkeypatch):
+def test_users_mistakes_are_sentences(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    recipe = ("--config", "launch/recipes/voxtral_mini_full.yaml", "--set", f"model.path={mini}")
+    recipe = ("--config", "launch/recipes/voxtral_mini_full.yaml")
     assert "--gpu-memory` must be a positive amount" in refusal(capsys, *recipe, "--gpu-memory", "80")
     assert "80XB" in refusal(capsys, *recipe, "--gpu-memory", "80XB")
     assert "--host-memory" in refusal(capsys, *recipe, "--host-memory", "0GB")
@@ -226,3 +218,38 @@ def test_a_file_of_deepspeed_is_read_with_its_defaults():
     assert offloaded == ZeroSharding(3, "host", has_overlap=False, reduce_bucket=50_000_000)
     assert offloaded.name == "ZeRO-3, optimizer in host memory"
     assert Fsdp2Sharding(reshards=False).name == "FSDP2, weights kept until the backward pass"
+
+
+PUBLISHED_RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("voxtral_*.yaml"))
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Attempts to reach the network, each of which is refused."""
+    made: list[Any] = []
+
+    def refuse(*arguments: Any, **_: Any) -> Any:
+        made.append(arguments)
+        raise OSError("no network in this test")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    # Offline, the hub's client would not even try.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "/nonexistent")
+    return made
+
+
+@pytest.mark.usefixtures("in_repository")
+@pytest.mark.parametrize("recipe", PUBLISHED_RECIPES, ids=lambda path: path.stem)
+def test_published_models_are_planned_without_files_and_network(recipe, capsys, tmp_path, attempts):
+    config = load_config(recipe)
+    published_config(config.model.path).save_pretrained(tmp_path)
+    machine = ("--config", str(recipe), "--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "512GB")
+    by_table = plan(capsys, *machine)
+    by_folder = plan(capsys, *machine, "--set", f"model.path={tmp_path}")
+    assert not attempts
+    assert "tekken.json" in by_folder["workload"].pop("missing")
+    assert "shards/train" in by_table["workload"].pop("missing")
+    assert by_table == by_folder

@@ -15,11 +15,12 @@ from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
 from voxtral_dist.estimate.zero_memory import ZeroMemory
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.model.flops import TrainingFlops
+from voxtral_dist.model.published import voxtral_config_for_estimates
 from voxtral_dist.model.voxtral import (
     DTYPES,
     TrainedVoxtral,
     audio_tokens_per_window,
-    trained_meta_model,
+    build_trained_model,
     window_seconds,
 )
 
@@ -176,11 +177,13 @@ class Estimator:
 def meta_model_of(model: ModelConfig, trainable: TrainableConfig) -> TrainedVoxtral:
     """The model on the meta device, whatever attention and compilation this machine supports.
 
+    Published models need neither files nor network: see `voxtral_dist.model.published`.
+
     Raises:
         UserError: its config.json is missing, or is not that of a Voxtral.
     """
     anywhere = model.model_copy(update={"attention": "sdpa", "compile_blocks": False})
-    return trained_meta_model(anywhere, trainable, DTYPES[model.precision])
+    return build_trained_model(voxtral_config_for_estimates(model.path), anywhere, trainable, DTYPES[model.precision])
 
 
 def window_sizes(model: TrainedVoxtral) -> WindowSizes:

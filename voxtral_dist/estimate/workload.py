@@ -20,6 +20,7 @@ from voxtral_dist.evaluation.building import build_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.model.flops import BatchShape
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.published import prompts_for_estimates
 
 # Tokens of a prompt besides its audio, without a tokenizer to count them: markers and the language tag.
 _PROMPT_TOKENS = 10
@@ -94,7 +95,7 @@ def find_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> Evaluation
     if not settings.test_sets:
         return EvaluationBatches()
     try:
-        prompts = VoxtralPrompts.from_pretrained(config.model.path)
+        prompts = prompts_for_estimates(config.model.path)
         test_sets = build_test_sets(settings, prompts, config.train_data.target_text, Storage(config.storage))
     except UserError:
         answer = MIN_NEW_TOKENS + math.ceil(settings.max_tokens_per_second * sizes.seconds)
@@ -107,7 +108,7 @@ def find_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> Evaluation
 
 def _training_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
     try:
-        prompts = VoxtralPrompts.from_pretrained(config.model.path)
+        prompts = prompts_for_estimates(config.model.path)
         training_set = build_training_set(config.train_data, prompts, config.seed, Storage(config.storage))
     except UserError as error:
         return _by_budgets(config, sizes, str(error))

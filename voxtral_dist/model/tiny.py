@@ -4,7 +4,6 @@ It has the classes, file names, prompt format and special token ids of the publi
 reads this one too. Only its widths, its vocabulary and its window are smaller.
 """
 
-import base64
 import json
 import math
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import mistral_common
 import torch
 from mistral_common.tokens.tokenizers.base import SpecialTokens
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -23,19 +21,16 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.native import feature_extractor
-from voxtral_dist.model.voxtral import HOP_SAMPLES, POSITIONS_PER_SECOND, SAMPLING_RATE
-
-FFT_SAMPLES = 400
-NUM_MEL_BINS = 128
-POSITIONS_PER_AUDIO_TOKEN = 4
-AUDIO_TOKENS_PER_SECOND = POSITIONS_PER_SECOND / POSITIONS_PER_AUDIO_TOKEN
-
-PACKAGED_VOCABULARY = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
-NUM_BYTE_TOKENS = 256
-MAX_VOCAB_SIZE = 131_072
-# The published ids of the tokens that Voxtral adds to the 20 special tokens of every version 7 tokenizer.
-AUDIO_SPECIAL_TOKEN_IDS = {SpecialTokens.audio: 24, SpecialTokens.begin_audio: 25, SpecialTokens.transcribe: 34}
-NUM_SPECIAL_TOKENS = 1 + max(AUDIO_SPECIAL_TOKEN_IDS.values())
+from voxtral_dist.model.tekken import (
+    AUDIO_TOKENS_PER_SECOND,
+    MAX_VOCAB_SIZE,
+    NUM_BYTE_TOKENS,
+    NUM_MEL_BINS,
+    NUM_SPECIAL_TOKENS,
+    POSITIONS_PER_AUDIO_TOKEN,
+    tekken_json,
+)
+from voxtral_dist.model.voxtral import POSITIONS_PER_SECOND
 
 
 @dataclass(frozen=True)
@@ -131,54 +126,12 @@ def build_tiny_voxtral(out_dir: Path, shape: TinyShape = TinyShape(), seed: int 
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     tekken_path = out_dir / "tekken.json"
-    tekken_path.write_text(json.dumps(_tekken_json(shape), ensure_ascii=False), encoding="utf-8")
+    tekken = tekken_json(shape.vocab_size, shape.window_seconds)
+    tekken_path.write_text(json.dumps(tekken, ensure_ascii=False), encoding="utf-8")
     tokenizer = Tekkenizer.from_file(tekken_path)
-    feature_extractor(_audio_section(shape)).save_pretrained(out_dir)
+    feature_extractor(tekken["audio"]).save_pretrained(out_dir)
     build_random_voxtral(_model_config(tokenizer, shape), shape.initializer_gain, seed).save_pretrained(out_dir)
     _generation_config(tokenizer).save_pretrained(out_dir)
-
-
-def _tekken_json(shape: TinyShape) -> dict[str, Any]:
-    """A prefix of the packaged vocabulary: by the order of BPE ranks, every prefix is a complete vocabulary."""
-    packaged = json.loads(PACKAGED_VOCABULARY.read_text(encoding="utf-8"))
-    num_vocab_tokens = shape.vocab_size - NUM_SPECIAL_TOKENS
-    vocabulary = packaged["vocab"][:num_vocab_tokens]
-    assert len(base64.b64decode(vocabulary[NUM_BYTE_TOKENS - 1]["token_bytes"])) == 1
-    return {
-        "config": {
-            "pattern": packaged["config"]["pattern"],
-            "num_vocab_tokens": num_vocab_tokens,
-            "default_vocab_size": shape.vocab_size,
-            "default_num_special_tokens": NUM_SPECIAL_TOKENS,
-            "version": "v7",
-        },
-        "vocab": vocabulary,
-        "special_tokens": _special_tokens(),
-        "audio": _audio_section(shape),
-    }
-
-
-def _special_tokens() -> list[dict[str, Any]]:
-    """The 20 tokens of version 7 and Voxtral's three at their published ids, with fillers in between."""
-    names = {token["rank"]: str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
-    names |= {rank: str(name) for name, rank in AUDIO_SPECIAL_TOKEN_IDS.items()}
-    return [
-        {"rank": rank, "token_str": names.get(rank, f"<SPECIAL_{rank}>"), "is_control": True}
-        for rank in range(NUM_SPECIAL_TOKENS)
-    ]
-
-
-def _audio_section(shape: TinyShape) -> dict[str, Any]:
-    return {
-        "sampling_rate": SAMPLING_RATE,
-        "frame_rate": AUDIO_TOKENS_PER_SECOND,
-        "audio_encoding_config": {
-            "num_mel_bins": NUM_MEL_BINS,
-            "hop_length": HOP_SAMPLES,
-            "window_size": FFT_SAMPLES,
-        },
-        "chunk_length_s": shape.window_seconds,
-    }
 
 
 def _model_config(tokenizer: Tekkenizer, shape: TinyShape) -> VoxtralConfig:

@@ -114,10 +114,22 @@ def trained_meta_model(config: ModelConfig, trainable: TrainableConfig, dtype: t
         UserError: the path is not a Voxtral checkpoint, or the configuration does not fit it.
     """
     voxtral_config = read_voxtral_config(config.path)
+    model = build_trained_model(voxtral_config, config, trainable, dtype)
+    model.generation_config = _generation_config(config.path, voxtral_config)
+    return model
+
+
+def build_trained_model(
+    voxtral_config: VoxtralConfig, config: ModelConfig, trainable: TrainableConfig, dtype: torch.dtype
+) -> TrainedVoxtral:
+    """Build what `trained_meta_model` returns, given the content of `config.json`: `model.path` is not read.
+
+    Raises:
+        UserError: the configuration does not fit the model.
+    """
     voxtral_config._attn_implementation = chosen_attention(config)
     with torch.device("meta"):
         model: TrainedVoxtral = TrainedVoxtral(voxtral_config).to(dtype)
-    model.generation_config = _generation_config(config.path, voxtral_config)
     choose_trainable(model, trainable)
     wrap_blocks(model, config)
     model.train()
