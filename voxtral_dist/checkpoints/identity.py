@@ -34,7 +34,8 @@ def model_identity(config: RunConfig) -> dict[str, Any]:
     """Everything that determines what the stored parameters and moments mean; frozen weights are not stored."""
     return {
         "trainable": config.trainable.model_dump(mode="json"),
-        "optimizer.algorithm": config.optimizer.algorithm,
+        # The moments of `adamw_8bit` are converted to those of `adamw`, and back.
+        "optimizer.algorithm": config.optimizer.algorithm.removesuffix("_8bit"),
         "fingerprint of the weights of model.path": fingerprint(config.model.path),
     }
 

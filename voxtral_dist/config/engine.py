@@ -13,10 +13,15 @@ from voxtral_dist.config.section import Component, Section
 class OptimizerConfig(Section):
     """The optimizer and its learning rate schedule."""
 
-    algorithm: Literal["adamw", "muon"] = "adamw"
+    algorithm: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     """`adamw` (Loshchilov and Hutter, arXiv 1711.05101) is fused on GPUs, and DeepSpeed's CPU Adam under offload.
-    `muon` updates the matrices of blocks by DeepSpeed's Muon and all other parameters by AdamW; it needs ZeRO-3 and
-    `max_grad_norm: 0`."""
+    `adamw_8bit` keeps the moments of matrices in 8 bits: 2 bytes per parameter instead of 8. Those of the embedding,
+    of vectors and of adapters stay float32. It needs FSDP2. `muon` updates the matrices of blocks by DeepSpeed's Muon
+    and all other parameters by AdamW; it needs ZeRO-3 and `max_grad_norm: 0`."""
+
+    master_weights: bool = True
+    """Keep trained weights and sums of gradients in float32. False keeps both in bfloat16, which takes 4 bytes per
+    parameter instead of 8, and rounds them stochastically. It needs FSDP2, and does nothing for adapters."""
 
     learning_rate: float = Field(gt=0)
     """Peak learning rate, which is reached after `warmup_steps`."""

@@ -56,7 +56,7 @@ def check_engine(config: RunConfig, world_size: int | None = None) -> None:
     if config.engine.fsdp2 is not None:
         from voxtral_dist.engine.fsdp2.engine import check_fsdp2
 
-        check_fsdp2(config.optimizer, config.engine.fsdp2, world_size)
+        check_fsdp2(config.model, config.optimizer, config.engine.fsdp2, world_size)
     else:
         from voxtral_dist.engine.zero.checks import check_zero
 

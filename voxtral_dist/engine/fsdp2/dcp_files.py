@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from voxtral_dist.engine.engine import ParameterState
+from voxtral_dist.engine.fsdp2.block_states import dequantize
 
 
 def write_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -35,6 +37,13 @@ def read_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
     load(tensors, storage_reader=FileSystemReader(folder))
 
 
+def stored_names(folder: Path) -> list[str]:
+    """Names of the tensors that `write_partitions` wrote."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    return list(FileSystemReader(folder).read_metadata().state_dict_metadata)
+
+
 def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str, list[str]]:
     """Names of each parameter's moments among the names of stored tensors, `NAME` and `NAME//MOMENT`."""
     moments: dict[str, list[str]] = {name: [] for name in parameters}
@@ -48,7 +57,7 @@ def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str
 def read_full(
     folder: Path, shapes: Mapping[str, Sequence[int]], *, with_moments: bool = True
 ) -> Iterator[ParameterState]:
-    """Read what `write_partitions` wrote as full float32 tensors, parameter by parameter.
+    """Read what `write_partitions` wrote as full float32 tensors, parameter by parameter; moments are dequantized.
 
     Args:
         folder: the folder that was written.
@@ -58,9 +67,14 @@ def read_full(
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata if with_moments else ()
-    moments = stored_moments(shapes, stored)
+    stored: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+    moments = stored_moments(shapes, stored if with_moments else ())
     for name, shape in shapes.items():
-        full = {key: torch.empty(tuple(shape)) for key in (name, *(f"{name}//{moment}" for moment in moments[name]))}
+        # Weights may be stored in bfloat16. Quantized moments are read as they are.
+        full = {name: torch.empty(tuple(shape))}
+        for key in (f"{name}//{moment}" for moment in moments[name]):
+            full[key] = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
         load(full, storage_reader=FileSystemReader(folder), no_dist=True)
-        yield ParameterState(name, full[name], {moment: full[f"{name}//{moment}"] for moment in moments[name]})
+        yield ParameterState(
+            name, full[name], dequantize({moment: full[f"{name}//{moment}"] for moment in moments[name]})
+        )

@@ -16,7 +16,11 @@ from voxtral_dist.config import Fsdp2Config, ModelConfig, OptimizerConfig, Train
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import ParameterState, StepUpdate
-from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, write_partitions
+from voxtral_dist.engine.fsdp2.block_states import dequantize
+from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, stored_names, write_partitions
+from voxtral_dist.engine.fsdp2.gradient_sums import GradientSums
+from voxtral_dist.engine.fsdp2.moments import ShardedMoments
+from voxtral_dist.engine.fsdp2.optimizers import build_optimizer, update
 from voxtral_dist.engine.fsdp2.sharding import (
     build_mesh,
     fill_partitions,
@@ -26,11 +30,11 @@ from voxtral_dist.engine.fsdp2.sharding import (
     replica_group,
     rows_of,
     shard_model,
-    with_local,
+    store_in_bfloat16,
 )
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_SKIPPED, LossScale
-from voxtral_dist.engine.optim import parameter_groups, set_learning_rate
+from voxtral_dist.engine.optim import set_learning_rate
 from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.encoder import ChunkedEncoder
@@ -39,21 +43,26 @@ from voxtral_dist.model.trainable import parameter_table
 from voxtral_dist.model.voxtral import DTYPES, initialize_buffers, trained_meta_model
 from voxtral_dist.model.weights import InitialWeights
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # As in torch.nn.utils.clip_grad_norm_.
 _CLIPPING_EPSILON = 1e-6
 
 
-def check_fsdp2(optimizer: OptimizerConfig, settings: Fsdp2Config, world_size: int | None) -> None:
+def check_fsdp2(model: ModelConfig, optimizer: OptimizerConfig, settings: Fsdp2Config, world_size: int | None) -> None:
     """Refuse what FSDP2 does not support; `world_size` is None if it is not known yet.
 
     Raises:
-        UserError: the optimizer needs full matrices or plain tensors, or replicas do not divide the ranks evenly.
+        UserError: the optimizer needs full matrices or plain tensors, weights in bfloat16 are to be computed with in
+            float16, or replicas do not divide the ranks evenly.
     """
-    if optimizer.algorithm != "adamw":
+    if optimizer.algorithm == "muon":
         raise UserError(
-            f"`optimizer.algorithm` must be `adamw` with `engine.fsdp2`, but is `{optimizer.algorithm}` instead, which "
-            "does not work on sharded parameters: choose `adamw`, or `engine.deepspeed`."
+            "`optimizer.algorithm` must be `adamw` or `adamw_8bit` with `engine.fsdp2`, but is `muon` instead, which "
+            "does not work on sharded parameters: choose one of them, or `engine.deepspeed`."
+        )
+    if not optimizer.master_weights and model.precision == "float16":
+        raise UserError(
+            "`optimizer.master_weights: false` stores weights in bfloat16, which float16 cannot represent: set "
+            "`model.precision` to bfloat16 or float32, or keep master weights."
         )
     if world_size is not None:
         refuse_partial_replicas(settings, world_size)
@@ -99,6 +108,8 @@ class Fsdp2Engine:
         self._table = parameter_table(model)
         initialize_buffers(model, world.device)
         initial = InitialWeights(model_config.path, model, seed)
+        if not optimizer_config.master_weights:
+            store_in_bfloat16(model)
         shard_model(model, self._mesh, settings, DTYPES[model_config.precision])
         fill_partitions(model, initial, torch.device("cpu") if settings.cpu_offload else world.device)
         self._encoder = ChunkedEncoder(model, model_config.encoder_windows_per_chunk)
@@ -106,13 +117,10 @@ class Fsdp2Engine:
         # Collected once, because a gathered block's module has other parameters.
         self._parameters = dict(model.named_parameters())
         self._trained = {name: one for name, one in self._parameters.items() if one.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(model, optimizer_config),
-            lr=optimizer_config.learning_rate,
-            betas=optimizer_config.betas,
-            eps=optimizer_config.epsilon,
-            fused=True,
-        )
+        self._optimizer = build_optimizer(optimizer_config, model, self._trained, seed)
+        self._moments = ShardedMoments(self._optimizer, self._trained)
+        named = {one: name for name, one in self._trained.items()}
+        self._sums = None if optimizer_config.master_weights else GradientSums(named, seed)
         self._scale = LossScale() if model_config.precision == "float16" else None
         self._num_skipped = 0
 
@@ -135,14 +143,15 @@ class Fsdp2Engine:
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepUpdate:
         """See `Engine`. An update whose gradients are not finite is skipped."""
+        if self._sums is not None:
+            self._sums.finish()
         gradients = [local_part(one.grad) for one in self._trained.values() if one.grad is not None]
         scale = self._scale.value if self._scale else 1.0
         grad_norm = self._norm_over_ranks(gradients) / scale
         is_finite = math.isfinite(grad_norm)
         if is_finite:
-            _multiply(gradients, _clipping_factor(grad_norm, self._max_grad_norm) / scale)
             set_learning_rate(self._optimizer, learning_rate)
-            self._optimizer.step()
+            update(self._optimizer, gradients, _clipping_factor(grad_norm, self._max_grad_norm) / scale)
         self._optimizer.zero_grad()
         is_skipped = not is_finite and self._scale is not None and not self._scale.is_exhausted
         self._num_skipped += is_skipped
@@ -181,30 +190,34 @@ class Fsdp2Engine:
         for number, (name, parameter) in enumerate(self._trained.items()):
             reader = number % self._world.size
             weight = self._full(parameter, reader)
-            moments = {key: self._full(moment, reader) for key, moment in self._moments(parameter).items()}
+            moments = {key: self._full(one, reader, one.dtype) for key, one in self._moments.of(parameter).items()}
             if weight is not None:
-                yield ParameterState(name, weight, {key: one for key, one in moments.items() if one is not None})
+                whole = {key: one for key, one in moments.items() if one is not None}
+                yield ParameterState(name, weight, dequantize(whole))
 
     @torch.no_grad()
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         """See `Engine`."""
+        self._set_updates(num_updates)
         for (name, parameter), state in zip(self._trained.items(), states, strict=True):
             assert name == state.name, f"states come in the order of parameters, but {state.name} came for {name}"
             rows = rows_of(parameter)
             local_part(parameter).copy_(state.weight[rows])
-            self._set_moments(parameter, {key: state.moments[key][rows] for key in _MOMENTS}, num_updates)
+            self._moments.set_rows(parameter, {key: moment[rows] for key, moment in state.moments.items()})
 
     def save_partitions(self, folder: Path) -> None:
-        """See `DistributedCheckpointing`."""
-        write_partitions(self._partitions(), folder)
+        """See `DistributedCheckpointing`. Weights and moments are written as they are, quantized ones with scales."""
+        partitions = self._weights()
+        for name, parameter in self._trained.items():
+            partitions |= {f"{name}//{key}": moment for key, moment in self._moments.of(parameter).items()}
+        write_partitions(partitions, folder)
 
     @torch.no_grad()
     def load_partitions(self, folder: Path, num_updates: int) -> None:
         """See `DistributedCheckpointing`."""
-        for parameter in self._trained.values():
-            zeros = torch.zeros_like(local_part(parameter))
-            self._set_moments(parameter, dict.fromkeys(_MOMENTS, zeros), num_updates)
-        read_partitions(self._partitions(), folder)
+        self._set_updates(num_updates)
+        read_partitions(self._weights(), folder)
+        self._moments.read(folder, stored_names(folder))
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Engine`."""
@@ -228,49 +241,31 @@ class Fsdp2Engine:
     def load_scalars(self, scalars: dict[str, float]) -> None:
         """See `Engine`. Call it after `load_parameter_states`, which counts skipped steps as updates."""
         self._num_skipped = int(scalars[NUM_SKIPPED])
-        for state in self._optimizer.state.values():
-            state["step"] -= self._num_skipped
+        self._moments.skip(self._num_skipped)
         if self._scale is not None:
             self._scale.load_scalars(scalars)
 
-    def _partitions(self) -> dict[str, Tensor]:
-        """Sharded weights and moments by their names on disk; they share memory with the engine's own."""
-        partitions: dict[str, Tensor] = {}
-        for name, parameter in self._trained.items():
-            partitions[name] = parameter.detach()
-            partitions |= {f"{name}//{key}": moment for key, moment in self._moments(parameter).items()}
-        return partitions
+    def _weights(self) -> dict[str, Tensor]:
+        """Sharded weights by name, which share memory with the engine's own."""
+        return {name: parameter.detach() for name, parameter in self._trained.items()}
 
-    def _moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = self._optimizer.state.get(parameter)
-        # AdamW creates its moments at the first update.
-        return {key: state[key] if state else torch.zeros_like(parameter.detach()) for key in _MOMENTS}
+    def _set_updates(self, num_updates: int) -> None:
+        self._moments.set_zero(num_updates)
+        if self._sums is not None:
+            self._sums.num_updates = num_updates
 
-    def _set_moments(self, parameter: nn.Parameter, local: dict[str, Tensor], num_updates: int) -> None:
-        """Give the optimizer copies of this rank's rows of the moments."""
-        device = local_part(parameter).device
-        self._optimizer.state[parameter] = {
-            "step": torch.tensor(float(num_updates), device=device),
-            **{key: with_local(parameter, one.to(device, torch.float32, copy=True)) for key, one in local.items()},
-        }
-
-    def _full(self, value: Tensor, reader: int) -> Tensor | None:
-        """The full float32 tensor on the CPU of one rank; None on the others, which take part."""
-        full = gathered(value, torch.float32, self._world.device)
+    def _full(self, value: Tensor, reader: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The full tensor on the CPU of one rank; None on the others, which take part."""
+        full = gathered(value, dtype, self._world.device)
         return full.cpu() if self._world.rank == reader else None
 
     def _norm_over_ranks(self, gradients: list[Tensor]) -> float:
         """The L2 norm of all gradients, from the part on each rank of a replica."""
-        square = torch.nn.utils.get_total_norm(gradients).to(self._world.device, torch.float64).square()
+        norms = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
+        square = torch.nn.utils.get_total_norm(norms).to(self._world.device, torch.float64).square()
         dist.all_reduce(square, group=replica_group(self._mesh))
         return math.sqrt(float(square))
 
 
 def _clipping_factor(grad_norm: float, max_grad_norm: float) -> float:
     return min(1.0, max_grad_norm / (grad_norm + _CLIPPING_EPSILON)) if max_grad_norm else 1.0
-
-
-def _multiply(gradients: list[Tensor], factor: float) -> None:
-    if factor != 1.0:
-        for gradient in gradients:
-            gradient.mul_(factor)

@@ -16,6 +16,7 @@ from voxtral_dist.config import Fsdp2Config
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.blocks import blocks_of
+from voxtral_dist.model.trainable import is_adapter
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, set_tensor
 from voxtral_dist.model.weights import InitialWeights
 
@@ -51,10 +52,17 @@ def replica_group(mesh: DeviceMesh) -> torch.distributed.ProcessGroup:
     return mesh.get_group(_SHARD)
 
 
+def store_in_bfloat16(model: TrainedVoxtral) -> None:
+    """Give a meta model's trained parameters bfloat16 in place. Adapters are small, and stay as they are."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not is_adapter(name):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def shard_model(model: TrainedVoxtral, mesh: DeviceMesh, settings: Fsdp2Config, precision: torch.dtype) -> None:
     """Shard a model on the meta device in place, still without storage.
 
-    Trained parameters stay float32 and are cast to `precision` when they are gathered. Frozen ones are stored in
+    Trained parameters keep their dtype and are cast to `precision` when they are gathered. Frozen ones are stored in
     `precision`: FSDP2 requires a common dtype of a group's trained parameters only.
     """
     for parameter in model.parameters():
@@ -103,10 +111,20 @@ def rows_of(value: Tensor) -> slice:
     return slice(start, min(start + rows_per_rank, num_rows))
 
 
-def with_local(like: Tensor, local: Tensor) -> DTensor:
-    """A tensor sharded like another one, from this rank's rows; without communication."""
+def first_position(value: Tensor) -> int:
+    """Position of this rank's first value in the flattened full tensor."""
+    start: int = rows_of(value).start
+    return start * (value.numel() // value.shape[0])
+
+
+def with_local(like: Tensor, local: Tensor, shape: tuple[int, int] | None = None) -> DTensor:
+    """A tensor whose rows are sharded like those of another one, from this rank's rows; without communication.
+
+    shape: of the full tensor; None for that of the other one.
+    """
     mesh, placements = sharded(like).device_mesh, sharded(like).placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    size, stride = (like.shape, like.stride()) if shape is None else (torch.Size(shape), (shape[1], 1))
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=size, stride=stride)
 
 
 def local_part(value: Tensor) -> Tensor:

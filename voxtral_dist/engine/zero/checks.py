@@ -24,6 +24,7 @@ def check_zero(model: ModelConfig, optimizer: OptimizerConfig, engine: EngineCon
     settings = read_settings(engine, run_dir)
     _check_by_deepspeed(engine.deepspeed, settings)
     _check_model(model, zero_stage(settings))
+    _check_memory_of_optimizer(optimizer)
     if optimizer.algorithm == "muon":
         _check_muon(optimizer, settings)
     if is_on_nvme(settings):
@@ -61,6 +62,19 @@ def _check_model(model: ModelConfig, stage: int) -> None:
     if model.precision == "float16" and not get_accelerator().is_fp16_supported():
         raise UserError(
             "`model.precision`: DeepSpeed does not support float16 on this device: choose bfloat16 or float32."
+        )
+
+
+def _check_memory_of_optimizer(optimizer: OptimizerConfig) -> None:
+    if optimizer.algorithm == "adamw_8bit":
+        raise UserError(
+            "`optimizer.algorithm`: adamw_8bit needs `engine.fsdp2`, because blocks of 8-bit moments would cross "
+            "parameters in DeepSpeed's flat partitions: choose adamw, or FSDP2."
+        )
+    if not optimizer.master_weights:
+        raise UserError(
+            "`optimizer.master_weights: false` needs `engine.fsdp2`, because DeepSpeed keeps float32 weights: remove "
+            "it, or choose FSDP2."
         )
 
 
