@@ -204,8 +204,17 @@ def test_full_weights_need_no_other_rank(config: RunConfig) -> None:
 def test_an_optimizer_that_does_not_support_sharded_parameters_is_refused(config: RunConfig) -> None:
     tree = variant(config, (2, "defaults")).model_dump()
     other = RunConfig.model_validate(tree | {"optimizer": tree["optimizer"] | {"algorithm": "muon"}})
-    with pytest.raises(UserError, match=r"`optimizer.algorithm` must be `adamw` .* but is `muon` instead"):
+    with pytest.raises(UserError, match=r"`optimizer.algorithm` must be `adamw` or `adamw_8bit` .* but is `muon`"):
         check_engine(other)
+
+
+def test_bfloat16_weights_are_refused_with_float16(config: RunConfig) -> None:
+    tree = variant(config, (2, "defaults")).model_dump()
+    changed = {"optimizer": tree["optimizer"] | {"master_weights": False}}
+    check_engine(RunConfig.model_validate(tree | changed))
+    half = changed | {"model": tree["model"] | {"precision": "float16"}}
+    with pytest.raises(UserError, match=r"`optimizer.master_weights: false` .* set `model.precision` to bfloat16 or"):
+        check_engine(RunConfig.model_validate(tree | half))
 
 
 def test_replicas_that_do_not_divide_the_ranks_are_refused_once_their_number_is_known(config: RunConfig) -> None:

@@ -166,6 +166,8 @@ def test_secondary_groups_of_zero_plus_plus_equal_one_plain_process_and_resume(
         ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "`stage3_prefetch_bucket_size` in"),
         ({"stage": 3}, {"optimizer": {"algorithm": "muon"}}, "`optimizer.max_grad_norm` must be 0"),
         ({"stage": 2}, {"optimizer": {"algorithm": "muon"}}, "muon needs ZeRO-3"),
+        ({"stage": 2}, {"optimizer": {"algorithm": "adamw_8bit"}}, "adamw_8bit needs `engine.fsdp2`"),
+        ({"stage": 3}, {"optimizer": {"master_weights": False}}, "`optimizer.master_weights: false` needs `engine"),
         ({"stage": 3}, {"model": {"precision": "float16"}}, "does not support float16 on this device"),
     ],
 )

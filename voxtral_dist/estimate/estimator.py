@@ -9,8 +9,9 @@ from voxtral_dist.config import ModelConfig, RunConfig, TrainableConfig
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
 from voxtral_dist.estimate.fsdp2_memory import Fsdp2Memory
 from voxtral_dist.estimate.parts import Part
-from voxtral_dist.estimate.phases import MOMENT_BYTES, DeviceKind, MemoryEstimate, ModelSizes, Setting
+from voxtral_dist.estimate.phases import DeviceKind, MemoryEstimate, ModelSizes, Setting
 from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Fsdp2Sharding, Sharding, ZeroSharding
+from voxtral_dist.estimate.state_bytes import state_bytes
 from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
 from voxtral_dist.estimate.zero_memory import ZeroMemory
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
@@ -125,7 +126,7 @@ class Estimator:
             num_ranks=self.machine.num_gpus,
             num_micro_batches=-(-self.config.train_data.slots_per_step // self.machine.num_gpus),
             value_bytes=self.model.lm_head.weight.element_size(),
-            moment_bytes=MOMENT_BYTES[self.config.optimizer.algorithm],
+            trained=state_bytes(self.model, self.config.optimizer, sharding),
             decoding_bytes=self.decoding_bytes,
             evaluation_weights=self.config.evaluation.weights,
             rank_memory=self.machine.memory_of_rank,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from voxtral_dist.estimate.parts import Part, backward_peak, forward_peak
-from voxtral_dist.estimate.phases import FLOAT32_BYTES, MASTER_BYTES, MemoryEstimate, ModelSizes, Phase, Setting
+from voxtral_dist.estimate.phases import MemoryEstimate, ModelSizes, Phase, Setting
 from voxtral_dist.estimate.sharding import Fsdp2Sharding
 
 
@@ -37,9 +37,9 @@ class Fsdp2Memory:
         """Every micro-batch reduces its gradients to float32 partitions. Frozen weights have the model's precision."""
         frozen = self._sizes.frozen * self._setting.value_bytes
         states = {
-            "weights": (self._sizes.trained * MASTER_BYTES + frozen) / self._ranks,
-            "gradients": self._sizes.trained * FLOAT32_BYTES / self._ranks,
-            "optimizer": self._sizes.trained * self._setting.moment_bytes / self._ranks,
+            "weights": (self._sizes.trained * self._setting.trained.weight + frozen) / self._ranks,
+            "gradients": self._sizes.trained * self._setting.trained.gradient / self._ranks,
+            "optimizer": self._sizes.trained * self._setting.trained.moments / self._ranks,
         }
         device = {
             "activations": activations,

@@ -12,10 +12,11 @@ Not counted: fragmentation of torch's allocator on GPUs, and data workers (in ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from voxtral_dist.estimate.sharding import Sharding
+from voxtral_dist.estimate.state_bytes import StateBytes
 from voxtral_dist.evaluation.decoding_weights import gathers_weights
 from voxtral_dist.model.blocks import blocks_of
 from voxtral_dist.model.voxtral import TrainedVoxtral
@@ -24,8 +25,6 @@ DeviceKind = Literal["gpu", "cpu"]
 
 FLOAT32_BYTES = 4
 MASTER_BYTES = 4
-# Bytes of a value's moments by `optimizer.algorithm`: two in float32, or Muon's one.
-MOMENT_BYTES = {"adamw": 8, "muon": 4}
 # Contexts of CUDA, NCCL and cuBLAS; not yet measured on a GPU.
 _GPU_LIBRARY_BYTES = 2 * 10**9
 # What DeepSpeed, autograd and oneDNN load and allocate after the start: measured with a model of 0.3 M parameters.
@@ -131,16 +130,16 @@ class Setting:
     """What memory depends on besides the model and its sharding.
 
     num_ranks: on all nodes. num_micro_batches: that a rank computes per step. value_bytes: of a value in the model's
-    precision. moment_bytes: that the optimizer keeps per value, see `MOMENT_BYTES`. decoding_bytes: that decoding needs
-    besides weights, see `DecodingMemory`; 0 without evaluations. evaluation_weights: `evaluation.weights`. rank_memory:
-    of a GPU, or of a process on a CPU; None if unknown.
+    precision. trained: bytes of a trained value's states. decoding_bytes: that decoding needs besides weights, see
+    `DecodingMemory`; 0 without evaluations. evaluation_weights: `evaluation.weights`. rank_memory: of a GPU, or of a
+    process on a CPU; None if unknown.
     """
 
     device: DeviceKind
     num_ranks: int
     num_micro_batches: int
     value_bytes: int
-    moment_bytes: int = MOMENT_BYTES["adamw"]
+    trained: StateBytes = field(default_factory=StateBytes)
     decoding_bytes: int = 0
     evaluation_weights: Literal["auto", "gathered", "sharded"] = "auto"
     rank_memory: float | None = None

@@ -34,7 +34,7 @@ class ZeroMemory:
             phases.append(evaluation)
         nvme = 0.0
         if self._sharding.optimizer_place == "nvme":
-            nvme += self._partition * (MASTER_BYTES + self._setting.moment_bytes + FLOAT32_BYTES)
+            nvme += self._partition * (MASTER_BYTES + self._setting.trained.moments + FLOAT32_BYTES)
         if self._sharding.weights_place == "nvme":
             nvme += self._sizes.all / self._ranks * self._size
         return MemoryEstimate(self._sharding, tuple(phases), nvme, gathers)
@@ -152,8 +152,8 @@ class ZeroMemory:
         """
         places: dict[Place, float] = {"device": 0.0, "host": 0.0, "nvme": 0.0}
         if self._sharding.stage == 0:
-            return places | {"device": self._sizes.trained * self._setting.moment_bytes}
-        places[self._sharding.optimizer_place] = self._partition * (MASTER_BYTES + self._setting.moment_bytes)
+            return places | {"device": self._sizes.trained * self._setting.trained.moments}
+        places[self._sharding.optimizer_place] = self._partition * (MASTER_BYTES + self._setting.trained.moments)
         if self._sharding.optimizer_place == "nvme":
             group = min(self._sharding.sub_group, self._partition)
             places["host"] = self._sharding.num_swap_buffers * group * FLOAT32_BYTES
