@@ -75,11 +75,12 @@ def test_figures_of_the_published_3b_model(capsys):
 
 @pytest.mark.usefixtures("in_repository")
 def test_what_does_not_fit_comes_with_what_to_change(capsys):
-    estimate = plan(
-        capsys,
-        *("--set", "engine.deepspeed=ds_configs/zero1.json"),
-        *("--gpus", "2", "--gpu-memory", "48GB", "--host-memory", "512GB"),
-    )
+    machine = ("--gpus", "2", "--gpu-memory", "48GB", "--host-memory", "512GB")
+    recomputed = [f"model.activation_checkpointing.{component}=1" for component in ("encoder", "language_model")]
+    options = [part for one in ("engine.deepspeed=ds_configs/zero1.json", *recomputed) for part in ("--set", one)]
+    kept = plan(capsys, *options[:2], *machine)
+    assert any("activation_checkpointing" in change["change"] for change in kept["changes"])
+    estimate = plan(capsys, *options, *machine)
     assert estimate["configured"]["fits"] is False
     changes = {change["change"]: change for change in estimate["changes"]}
     assert changes["engine.deepspeed: ds_configs/zero3.json"]["device_bytes"] < estimate["configured"]["device_bytes"]

@@ -121,7 +121,9 @@ def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
 
 
 # With the buckets of ds_configs/: DeepSpeed's defaults are for larger machines.
-_ZERO3 = ZeroSharding(3, has_overlap=True, reduce_bucket=50_000_000, persistent_size=10_000)
+_ZERO3 = ZeroSharding(
+    3, has_overlap=True, reduce_bucket=50_000_000, prefetch_bucket=100_000_000, persistent_size=10_000
+)
 STANDARD_SHARDINGS: tuple[Sharding, ...] = (
     ZeroSharding(0),
     ZeroSharding(1),
@@ -129,7 +131,7 @@ STANDARD_SHARDINGS: tuple[Sharding, ...] = (
     _ZERO3,
     replace(_ZERO3, optimizer_place="host"),
     replace(_ZERO3, optimizer_place="host", weights_place="host"),
-    replace(_ZERO3, optimizer_place="nvme", weights_place="nvme", sub_group=100_000_000),
+    replace(_ZERO3, optimizer_place="nvme", weights_place="nvme", prefetch_bucket=0, sub_group=100_000_000),
     Fsdp2Sharding(),
     Fsdp2Sharding(reshards=False),
     Fsdp2Sharding(is_offloaded=True),

@@ -187,10 +187,13 @@ class ZeroMemory:
         return min(self._sizes.all, max_values + self._sizes.largest) * self._size
 
     def _in_flight(self) -> float:
-        """Weights that were fetched together stay, beside their copies, until the last of them has been used."""
+        """Weights that were fetched together stay, beside their copies, until the last of them has been used.
+
+        The weight with which a prefetch reaches its limit is still fetched.
+        """
         if self._live(1) == 0:
             return 0.0
-        return min(self._sizes.all, max(self._sharding.prefetch_bucket, self._sizes.largest)) * self._size
+        return min(self._sizes.all, self._sharding.prefetch_bucket + self._sizes.largest) * self._size
 
     def _buckets(self) -> float:
         """Stage 3 holds one bucket all the time; stages 1 and 2 hold theirs while gradients are reduced.
