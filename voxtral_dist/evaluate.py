@@ -10,11 +10,10 @@ from voxtral_dist.config import EvaluationConfig, TestContextConfig, TestSetConf
 from voxtral_dist.data.stored.storage import is_remote
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.batch_decoder import load_decoder, processor_path
+from voxtral_dist.evaluation.batch_decoder import load_decoder, load_prompts
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.evaluating import evaluate_test_set
 from voxtral_dist.files import refuse_unwritable
-from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.result_files import refuse_to_replace_others, result_files
 from voxtral_dist.scoring.results import TestSetResult
@@ -89,7 +88,7 @@ def evaluate(
     if len(test_sets) < len(shards):
         raise UserError("Two shard folders have the same name, which names their results: evaluate them separately.")
     named = options.settings.model_copy(update={"test_sets": test_sets})
-    prompts = VoxtralPrompts.from_pretrained(processor_path(model_path))
+    prompts = load_prompts(model_path)
     built = build_test_sets(named, prompts, options.target_text)
     for test_set in built:
         refuse_to_replace_others("--out", out_dir, test_set.name)

@@ -30,7 +30,7 @@ from voxtral_dist.exports.adapter_folders import refuse_without_effect, vllm_ref
 from voxtral_dist.exports.model_folders import BaseModel, Layout, write_model_folders
 from voxtral_dist.files import refuse_unwritable
 from voxtral_dist.model.adapters import is_trained, merge_adapters, save_adapters
-from voxtral_dist.model.voxtral import DTYPES, meta_model
+from voxtral_dist.model.voxtral import DTYPES, meta_model, read_voxtral_config
 from voxtral_dist.model.weights import InitialWeights
 from voxtral_dist.training.selection import selected_step
 
@@ -104,11 +104,19 @@ def export_dtype(config: RunConfig) -> torch.dtype:
 
 def serving_notes(config: RunConfig) -> list[str]:
     """What the exports of a run cannot do, to be said at its start."""
-    lora = config.trainable.lora
-    refusal = None if lora is None else vllm_refusal(lora)
-    if refusal is None:
-        return []
-    return [f"{refusal}: its adapters alone cannot be served there, the merged model in `export-mistral/` can."]
+    notes = []
+    refusal = None if config.trainable.lora is None else vllm_refusal(config.trainable.lora)
+    if refusal is not None:
+        notes.append(
+            f"{refusal}: its adapters alone cannot be served there, the merged model in `export-mistral/` can."
+        )
+    limit = int(read_voxtral_config(config.model.path).text_config.max_position_embeddings)
+    if config.model.max_positions is not None and config.model.max_positions > limit:
+        notes.append(
+            f"`model.max_positions` is {config.model.max_positions}, but the model was trained for {limit} positions: "
+            "compare error rates of long audio with those before training, and note that vLLM serves no more."
+        )
+    return notes
 
 
 def _write(weights: Weights, config: RunConfig) -> None:

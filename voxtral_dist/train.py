@@ -77,7 +77,7 @@ def train(config: RunConfig, world: World) -> int:
         UserError: the configuration, the model, the data and this machine do not fit together.
     """
     check_before_loading(config, world)
-    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    prompts = VoxtralPrompts.from_pretrained(config.model.path, config.model.max_positions)
     storage = Storage(config.storage)
     loader = build_train_loader(
         config.train_data,

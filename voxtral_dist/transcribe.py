@@ -11,9 +11,8 @@ from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.distributed.collectives import PatientSum
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.batch_decoder import processor_path
+from voxtral_dist.evaluation.batch_decoder import load_prompts
 from voxtral_dist.files import encodable
-from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import Recording, RecordingError, find_recordings
 from voxtral_dist.transcription.segmenter import Segmenter
@@ -96,7 +95,7 @@ def _transcribe_every_nth(
     world: World,
 ) -> list[UserError]:
     """Transcribe this rank's recordings; the errors of those that failed, which are printed where there are others."""
-    prompts = VoxtralPrompts.from_pretrained(processor_path(model_path))
+    prompts = load_prompts(model_path)
     settings = options.settings
     segmenter = Segmenter(prompts, options.question, settings.max_tokens_per_second, options.longest_segment_seconds)
     transcriber = Transcriber.load(model_path, prompts, settings, options.precision, world)

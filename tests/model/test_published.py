@@ -39,7 +39,7 @@ def test_prompts_without_files_have_the_published_window_vocabulary_and_position
     prompts, config = published_prompts(name), published_config(name)
     assert prompts.window_seconds == window_seconds(config) == 30
     assert prompts.audio_tokens_per_window == audio_tokens_per_window(config) == 375
-    assert ExampleSizes.of(prompts).max_positions == 131_072
+    assert ExampleSizes.of(prompts).max_positions == 32_768
     packaged = Tekkenizer.from_file(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json")
     text = "Straße, 道, naïve: 42 µs."
     assert prompts.encode(text) == packaged.encode(text, bos=False, eos=False)

@@ -53,6 +53,11 @@ class ModelConfig(Section):
     """Target tokens whose logits over the vocabulary are computed at a time, in the forward pass and again in the
     backward pass, so that the memory of the loss does not grow with the batch. Does not change the loss."""
 
+    max_positions: int | None = Field(default=None, gt=0)
+    """Positions of the language model that an example may take: audio, prompt and target. None: those that the model
+    was trained for, 32,768 in the published models (43 minutes of audio), although their `config.json` says 131,072.
+    More is possible and warned about: the model has never seen such positions, and vLLM serves no more."""
+
     encoder_windows_per_chunk: int = Field(default=16, gt=0)
     """Maximum windows (of 30 s) that the encoder processes at a time. A micro-batch with more windows is split into
     chunks, which are recomputed in the backward pass, so that the encoder's memory does not grow with the batch. Does

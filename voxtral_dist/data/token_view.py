@@ -43,7 +43,8 @@ class TokenView:
         """
         if config is not None and model is None:
             run = load_config(config)
-            return cls(VoxtralPrompts.from_pretrained(run.model.path), run.train_data, run.seed, epoch_index)
+            prompts = VoxtralPrompts.from_pretrained(run.model.path, run.model.max_positions)
+            return cls(prompts, run.train_data, run.seed, epoch_index)
         if model is not None and config is None:
             return cls(VoxtralPrompts.from_pretrained(model), epoch_index=epoch_index)
         raise UserError("`--tokens` needs a tokenizer: give either `--model PATH` or the `--config FILE` of a run.")

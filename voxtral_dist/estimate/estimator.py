@@ -112,7 +112,7 @@ class Estimator:
         self.flops = TrainingFlops(self.model, config.model)
         self._sizes = ModelSizes.of(self.model)
         self._activations = Activations(self.model, config.model)
-        self.workload = workload or find_workload(config, window_sizes(self.model))
+        self.workload = workload or find_workload(config, window_sizes(self.model, config.model))
         self.decoding_bytes = self._decoding_bytes()
 
     def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
@@ -187,10 +187,10 @@ def meta_model_of(model: ModelConfig, trainable: TrainableConfig) -> TrainedVoxt
     return build_trained_model(voxtral_config_for_estimates(model.path), anywhere, trainable, DTYPES[model.precision])
 
 
-def window_sizes(model: TrainedVoxtral) -> WindowSizes:
-    """The sizes of a model's window, which may be on the meta device."""
+def window_sizes(model: TrainedVoxtral, config: ModelConfig) -> WindowSizes:
+    """The sizes of the window of a model, which may be on the meta device, and the positions that may be used."""
     return WindowSizes(
         seconds=window_seconds(model.config),
         audio_tokens=audio_tokens_per_window(model.config),
-        max_positions=model.config.text_config.max_position_embeddings,
+        max_positions=config.max_positions or model.config.text_config.max_position_embeddings,
     )

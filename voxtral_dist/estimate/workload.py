@@ -95,7 +95,7 @@ def find_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> Evaluation
     if not settings.test_sets:
         return EvaluationBatches()
     try:
-        prompts = prompts_for_estimates(config.model.path)
+        prompts = prompts_for_estimates(config.model.path, config.model.max_positions)
         test_sets = build_test_sets(settings, prompts, config.train_data.target_text, Storage(config.storage))
     except UserError:
         answer = MIN_NEW_TOKENS + math.ceil(settings.max_tokens_per_second * sizes.seconds)
@@ -108,7 +108,7 @@ def find_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> Evaluation
 
 def _training_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
     try:
-        prompts = prompts_for_estimates(config.model.path)
+        prompts = prompts_for_estimates(config.model.path, config.model.max_positions)
         training_set = build_training_set(config.train_data, prompts, config.seed, Storage(config.storage))
     except UserError as error:
         return _by_budgets(config, sizes, str(error))

@@ -165,7 +165,7 @@ def load_decoder(
 
     Args:
         model_path: a folder with a Hugging Face model, a name on the hub, or a checkpoint of a run.
-        prompts: of the model; see `processor_path`.
+        prompts: of the model; see `load_prompts`.
         settings: of decoding.
         precision: of the weights.
         world: of this rank.
@@ -176,12 +176,24 @@ def load_decoder(
     load = load_checkpoint if is_checkpoint(model_path) else load_for_inference
     model = load(model_path, world.device, precision)
     ChunkedEncoder(model, _WINDOWS_PER_CHUNK)
-    log_mel = LogMel.from_pretrained(processor_path(model_path), world.device)
+    log_mel = LogMel.from_pretrained(_processor_path(model_path), world.device)
     return BatchDecoder(model, prompts, log_mel, settings)
 
 
-def processor_path(model_path: str) -> str:
-    """Where a model's tokenizer and feature extractor are: for a checkpoint, the model that its run started from."""
+def load_prompts(model_path: str) -> VoxtralPrompts:
+    """The prompts of a model, or of the run that wrote a checkpoint.
+
+    Raises:
+        UserError: the path is neither.
+    """
+    if is_checkpoint(model_path):
+        model = config_of_checkpoint(Path(model_path)).model
+        return VoxtralPrompts.from_pretrained(model.path, model.max_positions)
+    return VoxtralPrompts.from_pretrained(model_path)
+
+
+def _processor_path(model_path: str) -> str:
+    """Where a model's feature extractor is: for a checkpoint, the model that its run started from."""
     return config_of_checkpoint(Path(model_path)).model.path if is_checkpoint(model_path) else model_path
 
 

@@ -24,7 +24,15 @@ NATIVE_WEIGHTS = "consolidated.safetensors"
 NATIVE_INDEX = "consolidated.safetensors.index.json"
 POSITIONS = "model.audio_tower.embed_positions.weight"
 
+# transformers' converter writes its default where `params.json` has no `max_seq_len`, as in both published models. They
+# were trained for less (`max_position_embeddings` there), and vLLM serves no more.
+_CONVERTED_POSITIONS, _PUBLISHED_POSITIONS = 131_072, 32_768
+
 _BLOCK = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+_NOT_RAISED: dict[str, Any] = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 _ENCODER = "mm_whisper_embeddings.whisper_encoder"
 # Modules of transformers' class, and of the native layout; * is the number of a block.
 _MODULES = {
@@ -91,10 +99,30 @@ def native_folder(path: str) -> Path | None:
 
 
 def _hub_file(name: str, file: str) -> str | None:
-    found: str | None = cached_file(
-        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    found: str | None = cached_file(name, file, **_NOT_RAISED)
     return found
+
+
+def context_limit(path: str, config: VoxtralConfig) -> int:
+    """Positions that a checkpoint's language model was trained for; `config.json` of published models says more.
+
+    Args:
+        path: folder or hub name of the checkpoint. Nothing is downloaded.
+        config: its configuration.
+    """
+    stated = int(config.text_config.max_position_embeddings)
+    if stated != _CONVERTED_POSITIONS:
+        return stated
+    params = Path(path) / NATIVE_PARAMS
+    if not Path(path).is_dir():
+        params = Path(cached_file(path, NATIVE_PARAMS, local_files_only=True, **_NOT_RAISED) or params)
+    if not params.is_file():
+        return _PUBLISHED_POSITIONS
+    return _positions(json.loads(params.read_text(encoding="utf-8")))
+
+
+def _positions(params: Mapping[str, Any]) -> int:
+    return int(params.get("max_position_embeddings") or params["max_seq_len"])
 
 
 class NativeLayout:
@@ -213,7 +241,6 @@ def config_of_native(folder: Path) -> VoxtralConfig:
     params = json.loads((folder / NATIVE_PARAMS).read_text(encoding="utf-8"))
     encoder = params["multimodal"]["whisper_model_args"]["encoder_args"]
     dtype = params.get("dtype", "bfloat16")
-    limit = params.get("max_position_embeddings") or params["max_seq_len"]
     text = {name: params[key] for key, name in _TEXT_KEYS.items() if key != "max_position_embeddings"}
     return VoxtralConfig.from_dict(
         {
@@ -226,7 +253,7 @@ def config_of_native(folder: Path) -> VoxtralConfig:
             "text_config": {
                 "model_type": "llama",
                 **text,
-                "max_position_embeddings": limit,
+                "max_position_embeddings": _positions(params),
                 "rope_parameters": {"rope_type": "default", "rope_theta": params["rope_theta"]},
                 "bos_token_id": 1,
                 "eos_token_id": 2,

@@ -33,7 +33,7 @@ from pydantic import ValidationError
 from transformers import MistralCommonBackend, VoxtralConfig
 
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.model.native import config_of_native, native_folder
+from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.text.languages import LANGUAGE_CODES
 
 # A language tag in other tokens than Mistral's encoding of it, as an undertrained model may write it.
@@ -88,8 +88,12 @@ class VoxtralPrompts:
         self._transcription_frame = cache(self._build_transcription_frame)
 
     @classmethod
-    def from_pretrained(cls, path: str) -> VoxtralPrompts:
-        """Read the tokenizer of a Hugging Face folder or hub name.
+    def from_pretrained(cls, path: str, max_positions: int | None = None) -> VoxtralPrompts:
+        """Read the tokenizer of a Voxtral folder or hub name.
+
+        Args:
+            path: folder or hub name.
+            max_positions: positions of the language model that may be used; None: those it was trained for.
 
         Raises:
             UserError: `tekken.json` or `config.json` is missing, or is not of a Voxtral checkpoint.
@@ -101,7 +105,7 @@ class VoxtralPrompts:
             raise UserError(
                 f"`model.path`: {path!r} has no usable tokenizer ({type(error).__name__}: {first_line(error)})."
             ) from error
-        return cls(tokenizer, _max_positions(path))
+        return cls(tokenizer, _max_positions(path) if max_positions is None else max_positions)
 
     @property
     def sampling_rate(self) -> int:
@@ -272,7 +276,7 @@ def _max_positions(path: str) -> int:
     native = native_folder(path)
     try:
         config = VoxtralConfig.from_pretrained(path) if native is None else config_of_native(native)
-        return int(config.text_config.max_position_embeddings)
+        return context_limit(path, config)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         file = "config.json" if native is None else "params.json"
         raise UserError(

@@ -40,7 +40,7 @@ _MINI_LANGUAGE_MODEL = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "intermediate_size": 8192,
-    "max_position_embeddings": 131_072,
+    "max_position_embeddings": 32_768,  # of params.json; the value of config.json is not the model's
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e8},
 }
@@ -74,7 +74,7 @@ def published_config(name: str) -> VoxtralConfig:
 
 
 @cache
-def published_prompts(name: str) -> VoxtralPrompts:
+def published_prompts(name: str, max_positions: int | None = None) -> VoxtralPrompts:
     """The prompts of a model of `PUBLISHED_MODELS`, by the vocabulary that mistral-common brings."""
     config = published_config(name)
     tekken = tekken_json(MAX_VOCAB_SIZE, window_seconds(config), _NUM_SPECIAL_TOKENS)
@@ -82,7 +82,7 @@ def published_prompts(name: str) -> VoxtralPrompts:
     with TemporaryDirectory() as folder:
         Path(folder, "tekken.json").write_text(json.dumps(tekken), encoding="utf-8")
         config.save_pretrained(folder)
-        return VoxtralPrompts.from_pretrained(folder)
+        return VoxtralPrompts.from_pretrained(folder, max_positions)
 
 
 def voxtral_config_for_estimates(path: str) -> VoxtralConfig:
@@ -97,16 +97,20 @@ def voxtral_config_for_estimates(path: str) -> VoxtralConfig:
     return read_voxtral_config(folder or path)
 
 
-def prompts_for_estimates(path: str) -> VoxtralPrompts:
+def prompts_for_estimates(path: str, max_positions: int | None = None) -> VoxtralPrompts:
     """The prompts of a model whose configuration is found by `voxtral_config_for_estimates`, in the same order.
+
+    Args:
+        path: folder or hub name.
+        max_positions: as for `VoxtralPrompts.from_pretrained`.
 
     Raises:
         UserError: `tekken.json` is missing, or is not that of a Voxtral.
     """
     folder = stored_folder(path, "tekken.json")
     if folder is None and path in PUBLISHED_MODELS:
-        return published_prompts(path)
-    return VoxtralPrompts.from_pretrained(folder or path)
+        return published_prompts(path, max_positions)
+    return VoxtralPrompts.from_pretrained(folder or path, max_positions)
 
 
 def stored_folder(path: str, file_name: str) -> str | None:

@@ -16,7 +16,7 @@ from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.attention import causal_mask, chosen_attention
 from voxtral_dist.model.blocks import wrap_blocks
-from voxtral_dist.model.native import config_of_native, native_folder
+from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -157,7 +157,9 @@ def read_voxtral_config(path: str) -> VoxtralConfig:
         if kind != VoxtralConfig.model_type:
             # transformers would only warn, and initialize billions of parameters at random.
             raise ValueError(f"its config.json says model_type {kind!r}")
-        return VoxtralConfig.from_pretrained(path)
+        config: VoxtralConfig = VoxtralConfig.from_pretrained(path)
+        config.text_config.max_position_embeddings = context_limit(path, config)
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise _not_loaded(path, error) from error
 

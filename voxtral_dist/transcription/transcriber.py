@@ -9,7 +9,7 @@ from typing import Any
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.audio_inputs import AudioInput
 from voxtral_dist.distributed.world import World, alone
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder, processor_path
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder, load_prompts
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import RecordingError
@@ -53,7 +53,7 @@ class Transcriber:
             >>> from voxtral_dist import Transcriber
             >>> transcriber = Transcriber.from_pretrained("models/tiny", device="cpu", batch_size=4)
         """
-        prompts = VoxtralPrompts.from_pretrained(processor_path(path))
+        prompts = load_prompts(path)
         return cls.load(path, prompts, EvaluationConfig(**settings), precision, alone(device))
 
     @classmethod
