@@ -7,6 +7,7 @@ import json
 
 from voxtral_dist.cli.arguments import Commands, add_run_config, fraction, positive, positive_number
 from voxtral_dist.config import load_config
+from voxtral_dist.errors import UserError
 
 
 def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -21,20 +22,28 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--gpus-per-node", type=positive, default=8, metavar="N", help="GPUs of one node (default: %(default)s)"
     )
-    parser.add_argument("--gpu-memory", metavar="80GB", help="memory of one GPU, to report whether the run fits")
+    parser.add_argument(
+        "--gpu",
+        metavar="H200",
+        help="estimate kernels' time on this GPU, and whether the run fits: A100, H100, H200, B200, L40S, RTX 4090",
+    )
+    parser.add_argument(
+        "--gpu-memory",
+        metavar="80GB",
+        help="memory of one GPU, to report whether the run fits (default: that of --gpu)",
+    )
     parser.add_argument(
         "--host-memory", metavar="512GB", help="host memory of one node, to report whether the run fits"
     )
     parser.add_argument(
         "--mfu",
         type=fraction,
-        default=0.4,
-        help="model FLOPs utilization: fraction of the peak that training reaches (default: %(default)s)",
+        help="model FLOPs utilization that you have measured, as a fraction (default: that of the roofline of --gpu)",
     )
     parser.add_argument(
         "--peak-tflops",
         type=positive_number,
-        help="dense peak of one GPU, in TFLOP/s (default: metrics.peak_tflops, or 989, that of an H100)",
+        help="the rate that --mfu is a fraction of, in TFLOP/s (default: metrics.peak_tflops, or the rate of --gpu)",
     )
     parser.add_argument(
         "--device",
@@ -49,17 +58,25 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
 def _plan(parsed: argparse.Namespace) -> int:
     from voxtral_dist.estimate.estimate import estimate_run
     from voxtral_dist.estimate.estimator import Machine
+    from voxtral_dist.estimate.gpus import named_gpu
     from voxtral_dist.estimate.quantities import parse_bytes
 
     config = load_config(parsed.config, parsed.set)
+    if parsed.gpu is not None and parsed.device == "cpu":
+        raise UserError("`--gpu` must not be given with `--device cpu`: remove one of them.")
+    gpu = None if parsed.gpu is None else named_gpu(parsed.gpu)
+    gpu_memory = None if gpu is None else gpu.memory_bytes
+    if parsed.gpu_memory is not None:
+        gpu_memory = parse_bytes(parsed.gpu_memory, "--gpu-memory")
     machine = Machine(
         num_gpus=parsed.gpus,
         gpus_per_node=parsed.gpus_per_node,
         device=parsed.device,
-        gpu_memory=None if parsed.gpu_memory is None else parse_bytes(parsed.gpu_memory, "--gpu-memory"),
+        gpu=gpu,
+        gpu_memory=gpu_memory,
         host_memory=None if parsed.host_memory is None else parse_bytes(parsed.host_memory, "--host-memory"),
         mfu=parsed.mfu,
-        peak_tflops=parsed.peak_tflops or config.metrics.peak_tflops or Machine.peak_tflops,
+        peak_tflops=parsed.peak_tflops or config.metrics.peak_tflops,
     )
     estimate = estimate_run(config, machine)
     if parsed.json:

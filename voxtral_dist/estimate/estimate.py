@@ -11,8 +11,9 @@ from voxtral_dist.data.plan.train_plan import refuse_idle_ranks
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
 from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
-from voxtral_dist.estimate.quantities import duration, gigabytes
+from voxtral_dist.estimate.quantities import duration, gigabytes, table_lines
 from voxtral_dist.estimate.sharding import configured_sharding
+from voxtral_dist.estimate.times import Times, estimate_times
 from voxtral_dist.estimate.workload import Workload
 from voxtral_dist.model.trainable import count_parameters, parameter_table
 
@@ -45,7 +46,7 @@ class Estimate:
     parameters, parameter_lines: of each component. shape: the micro-batch with the highest peak. configured: the
     configured sharding. by_kind: its bytes at the peak by kind, on the device and in host memory of a rank. phases: its
     bytes on the device in each phase. decoding: None without test sets. table: the standard shardings. changes: what
-    to change if it does not fit, the cheapest first.
+    to change if it does not fit, the cheapest first. times: None unless the GPU is named.
     """
 
     parameters: dict[str, dict[str, int]]
@@ -59,6 +60,7 @@ class Estimate:
     decoding: Decoding | None
     table: list[ShardingRow]
     changes: list[Change]
+    times: Times | None
     costs: Costs
 
     def to_json(self) -> dict[str, Any]:
@@ -88,6 +90,9 @@ class Estimate:
                 verdict = "fits" if change.fits else "not enough alone"
                 yield f"  {change.change}: {gigabytes(change.device_bytes)} ({verdict})"
         yield ""
+        if self.times:
+            yield from self.times.lines()
+            yield ""
         yield from self._cost_lines()
 
     def _memory_lines(self) -> Iterator[str]:
@@ -127,9 +132,7 @@ class Estimate:
             )
             for row in self.table
         ]
-        widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(5)]
-        for row in [heads, *rows]:
-            yield "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in range(1, 5))])
+        yield from table_lines(heads, rows)
 
     def _cost_lines(self) -> Iterator[str]:
         costs, data = self.costs, self.workload.data
@@ -146,15 +149,24 @@ class Estimate:
         steps = f"{costs.num_steps} steps" if costs.num_steps else "one step"
         yield (
             f"{steps} of {costs.micro_batches_per_rank} micro-batches per rank: "
-            f"{costs.model_flops:.3g} model FLOPs, {costs.hardware_flops:.3g} hardware FLOPs; "
-            f"about {duration(costs.seconds)} at an MFU of {100 * costs.mfu:.0f} % of {costs.peak_tflops:g} TFLOPS, "
-            "without evaluations and checkpoints"
+            f"{costs.model_flops:.3g} model FLOPs, {costs.hardware_flops:.3g} hardware FLOPs; {self._duration}"
         )
         if costs.idle:
             yield (
                 f"ranks are idle {100 * costs.idle:.0f} % of the time: set `train_data.slots_per_step` to a multiple "
                 f"of {self.machine.num_gpus}"
             )
+
+    @property
+    def _duration(self) -> str:
+        costs = self.costs
+        if costs.seconds is None:
+            return "for their time name the GPU, as in --gpu H100, or give --mfu and --peak-tflops"
+        source = "by the roofline" if costs.is_roofline else "as given"
+        return (
+            f"about {duration(costs.seconds)} at an MFU of {100 * (costs.mfu or 0):.0f} % of {costs.peak_tflops:g} "
+            f"TFLOPS ({source}), without evaluations and checkpoints"
+        )
 
 
 def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
@@ -170,6 +182,7 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
     configured = estimator.estimate(sharding, largest)
     row = estimator.row(configured)
     counts = count_parameters(estimator.model)
+    times = None if machine.gpu is None else estimate_times(estimator, sharding, machine.gpu)
     return Estimate(
         parameters={name: asdict(count) for name, count in counts.items()},
         parameter_lines=parameter_table(estimator.model),
@@ -182,7 +195,8 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
         decoding=_decoding(estimator, configured.gathers_weights),
         table=[estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()],
         changes=advise(estimator, sharding) if row.fits is False else [],
-        costs=estimator.costs(),
+        times=times,
+        costs=estimator.costs(None if times is None else times.configured.mfu),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from voxtral_dist.config import ModelConfig, RunConfig, TrainableConfig
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
 from voxtral_dist.estimate.fsdp2_memory import Fsdp2Memory
+from voxtral_dist.estimate.gpus import Gpu
 from voxtral_dist.estimate.parts import Part
 from voxtral_dist.estimate.phases import DeviceKind, MemoryEstimate, ModelSizes, Setting
 from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Fsdp2Sharding, Sharding, ZeroSharding
@@ -31,8 +32,9 @@ class Machine:
     """The machine that a run is estimated for; memory in bytes, None if unknown.
 
     num_gpus: ranks on all nodes. device: `gpu`, or `cpu` for ranks that are processes of a CPU. gpu_memory: of a GPU or
-    such a process. host_memory: of a node. mfu: fraction of `peak_tflops` that training is expected to reach.
-    peak_tflops: 10^12 operations per second of one device.
+    such a process. host_memory: of a node. gpu: None if it is not named; then there is no roofline. mfu: fraction of
+    `peak_tflops` that training was seen to reach; None takes the roofline's. peak_tflops: 10^12 operations per second
+    of one device; None takes the named GPU's.
     """
 
     num_gpus: int = 1
@@ -40,8 +42,9 @@ class Machine:
     device: DeviceKind = "gpu"
     gpu_memory: int | None = None
     host_memory: int | None = None
-    mfu: float = 0.4
-    peak_tflops: float = 989.0
+    gpu: Gpu | None = None
+    mfu: float | None = None
+    peak_tflops: float | None = None
 
     @property
     def ranks_of_node(self) -> int:
@@ -79,7 +82,8 @@ class Costs:
     num_steps: None where `num_epochs` is set and shards are missing; then the costs are those of one step.
     model_flops: needed by the mathematics, without padding and recomputation; the numerator of an MFU. hardware_flops:
     computed by the devices. idle: fraction of the ranks' time that is unused because `slots_per_step` is not a multiple
-    of their number. mfu, peak_tflops: as given. seconds: without evaluations and checkpoints.
+    of their number. mfu: as given, or by the roofline; see `is_roofline`. seconds: without evaluations and checkpoints.
+    Without a known rate, mfu, peak_tflops and seconds are None.
     """
 
     num_steps: int | None
@@ -87,9 +91,10 @@ class Costs:
     model_flops: float
     hardware_flops: float
     idle: float
-    mfu: float
-    peak_tflops: float
-    seconds: float
+    mfu: float | None
+    peak_tflops: float | None
+    is_roofline: bool
+    seconds: float | None
 
 
 def estimate_memory(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part], setting: Setting) -> MemoryEstimate:
@@ -102,7 +107,7 @@ def estimate_memory(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part]
 class Estimator:
     """Estimates for one configuration on one machine.
 
-    decoding_bytes: that decoding needs on a rank besides weights; 0 without test sets.
+    window_sizes: of the model. decoding_bytes: that decoding needs on a rank besides weights; 0 without test sets.
     """
 
     def __init__(self, config: RunConfig, machine: Machine, workload: Workload | None = None) -> None:
@@ -112,7 +117,8 @@ class Estimator:
         self.flops = TrainingFlops(self.model, config.model)
         self._sizes = ModelSizes.of(self.model)
         self._activations = Activations(self.model, config.model)
-        self.workload = workload or find_workload(config, window_sizes(self.model, config.model))
+        self.window_sizes = window_sizes(self.model, config.model)
+        self.workload = workload or find_workload(config, self.window_sizes)
         self.decoding_bytes = self._decoding_bytes()
 
     def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
@@ -144,25 +150,37 @@ class Estimator:
         fits = all(known) if known else None
         return ShardingRow(found.sharding.name, found.peak.name, of_rank, host, nvme, fits)
 
-    def costs(self) -> Costs:
-        """The costs of all steps, if each rank reaches the fraction `mfu` of `peak_tflops`."""
+    def costs(self, roofline_mfu: float | None) -> Costs:
+        """The costs of all steps at the MFU of the machine, or else at that of the roofline, if there is one."""
         num_ranks, slots = self.machine.num_gpus, self.config.train_data.slots_per_step
         per_rank = -(-slots // num_ranks)
         num_steps = self.workload.data.num_steps if self.workload.data else self.config.num_steps
         micro_batches = (num_steps or 1) * slots / self.workload.num_averaged
         model_flops = self.flops.model(self.workload.needed) * micro_batches
         idle = 1 - slots / (per_rank * num_ranks)
-        used_flops_per_second = num_ranks * self.machine.peak_tflops * 1e12 * self.machine.mfu * (1 - idle)
+        is_roofline = self.machine.mfu is None and roofline_mfu is not None
+        mfu = roofline_mfu if is_roofline else self.machine.mfu
+        peak = self._peak_tflops(is_roofline)
+        seconds = None
+        if mfu is not None and peak is not None:
+            seconds = model_flops / (num_ranks * peak * 1e12 * mfu * (1 - idle))
         return Costs(
             num_steps=num_steps,
             micro_batches_per_rank=per_rank,
             model_flops=model_flops,
             hardware_flops=self.flops.hardware(self.workload.computed) * micro_batches,
             idle=idle,
-            mfu=self.machine.mfu,
-            peak_tflops=self.machine.peak_tflops,
-            seconds=model_flops / used_flops_per_second,
+            mfu=mfu,
+            peak_tflops=peak,
+            is_roofline=is_roofline,
+            seconds=seconds,
         )
+
+    def _peak_tflops(self, is_roofline: bool) -> float | None:
+        gpu, given = self.machine.gpu, self.machine.peak_tflops
+        if gpu is not None and (is_roofline or given is None):
+            return gpu.peak_flops(self.config.model.precision) / 1e12
+        return given
 
     def standard_shardings(self) -> list[Sharding]:
         """The standard shardings that exist in this precision: ZeRO-0 would sum gradients in half precision."""
@@ -183,7 +201,8 @@ def meta_model_of(model: ModelConfig, trainable: TrainableConfig) -> TrainedVoxt
     Raises:
         UserError: its config.json is missing, or is not that of a Voxtral.
     """
-    anywhere = model.model_copy(update={"attention": "sdpa", "compile_blocks": False})
+    attention = "eager" if model.attention == "eager" else "sdpa"
+    anywhere = model.model_copy(update={"attention": attention, "compile_blocks": False})
     return build_trained_model(voxtral_config_for_estimates(model.path), anywhere, trainable, DTYPES[model.precision])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,6 +24,8 @@ from voxtral_dist.model.published import prompts_for_estimates
 
 # Tokens of a prompt besides its audio, without a tokenizer to count them: markers and the language tag.
 _PROMPT_TOKENS = 10
+# Target tokens of 30 s of speech, where no transcripts are at hand.
+_TARGET_TOKENS_PER_SECOND = 2
 # Micro-batches of the plan that are looked at, which takes some seconds.
 _PROBED_MICRO_BATCHES = 1000
 
@@ -68,12 +70,13 @@ class EvaluationBatches:
 class Workload:
     """The micro-batches of a run, and the batches of its evaluations.
 
-    candidates: the micro-batch that needs most memory is among them. needed, computed: sums over `num_averaged`
-    micro-batches, for FLOPs. source: how they were found. data: None where shards or tokenizer are missing; then
-    `missing` says which.
+    candidates: the micro-batch that needs most memory is among them. typical: the mean micro-batch. needed,
+    computed: sums over `num_averaged` micro-batches, for FLOPs. source: how they were found. data: None where shards or
+    tokenizer are missing; then `missing` says which.
     """
 
     candidates: tuple[MicroBatchShape, ...]
+    typical: MicroBatchShape
     needed: BatchShape
     computed: BatchShape
     num_averaged: int
@@ -127,7 +130,17 @@ def _by_budgets(config: RunConfig, sizes: WindowSizes, missing: str) -> Workload
     needed = BatchShape.needed(
         largest.num_windows, [largest.num_positions] * largest.num_examples, largest.num_target_tokens
     )
-    return Workload((largest,), needed, shape, 1, "the largest that the budgets of `train_data` allow", missing=missing)
+    typical = clips(largest.num_examples, sizes, -(-largest.num_windows // largest.num_examples))
+    return Workload(
+        (largest,), typical, needed, shape, 1, "the largest that the budgets of `train_data` allow", missing=missing
+    )
+
+
+def clips(num_examples: int, sizes: WindowSizes, windows_each: int = 1) -> MicroBatchShape:
+    """A micro-batch of equal clips that fill their windows, with transcripts of usual length: 60 tokens in 30 s."""
+    targets = max(1, round(_TARGET_TOKENS_PER_SECOND * sizes.seconds * windows_each))
+    positions = windows_each * sizes.audio_tokens + _PROMPT_TOKENS + targets
+    return MicroBatchShape(num_examples * windows_each, num_examples, positions, num_examples * targets)
 
 
 def largest_within(config: TrainDataConfig, sizes: WindowSizes) -> MicroBatchShape:
@@ -181,7 +194,19 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
         window_fill=plan_statistics.window_fill,
     )
     source = f"the largest of the first {len(shapes)} micro-batches of the training data"
-    return Workload(tuple(largest), needed, computed, len(shapes), source, statistics)
+    return Workload(tuple(largest), _mean(shapes), needed, computed, len(shapes), source, statistics)
+
+
+def _mean(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
+    def mean(values: Iterable[int]) -> int:
+        return max(1, round(sum(values) / len(shapes)))
+
+    return MicroBatchShape(
+        num_windows=mean(shape.num_windows for shape in shapes),
+        num_examples=mean(shape.num_examples for shape in shapes),
+        num_positions=mean(shape.num_positions for shape in shapes),
+        num_target_tokens=mean(shape.num_target_tokens for shape in shapes),
+    )
 
 
 def _computed(shape: MicroBatchShape, windows_per_chunk: int) -> BatchShape:
