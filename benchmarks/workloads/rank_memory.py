@@ -81,7 +81,9 @@ def compare(config: RunConfig, num_examples: int, num_target_tokens: int) -> dic
     predicted = predicted_phases(config, examples)
     measured, expected = max(peaks), max(predicted.values())
     return {
-        "parameters": sum(ModelSizes.of(trained_meta_model(config.model, config.trainable, torch.float32)).sizes),
+        "parameters": sum(
+            one.numel() for one in trained_meta_model(config.model, config.trainable, torch.float32).parameters()
+        ),
         "measured_bytes": measured,
         "predicted_bytes": expected,
         "agreement": min(measured, expected) / max(measured, expected),
@@ -99,7 +101,7 @@ def predicted_phases(config: RunConfig, examples: Sequence[Example]) -> dict[str
     shape = MicroBatchShape(len(examples), len(examples), positions, targets)
     found = estimate_memory(
         configured_sharding(config.engine, NUM_RANKS),
-        ModelSizes.of(model),
+        ModelSizes.of(model, config.optimizer),
         Activations(model, config.model).parts(shape),
         Setting("cpu", NUM_RANKS, MICRO_BATCHES_PER_STEP, dtype.itemsize),
     )

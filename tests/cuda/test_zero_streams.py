@@ -19,6 +19,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 
+from cpu_adam import CpuAdam, install_cpu_adam
 from fake_streams import StreamLog, install_streams, is_wait, num_waits
 from ranks import run_ranks
 from runs import ROOT, run_config
@@ -77,33 +78,9 @@ class Run:
     before_cpu_update: list[str]
 
 
-class CpuAdam(torch.optim.AdamW):
-    """torch's AdamW in place of DeepSpeed's for CPUs, an extension that takes minutes to build.
-
-    log: of the streams; latest_calls: the last call before each update.
-    """
-
-    log = StreamLog()
-    latest_calls: list[str]
-
-    def __init__(self, groups: Any, adamw_mode: bool, **arguments: Any) -> None:
-        super().__init__(groups, **arguments)
-        CpuAdam.latest_calls = []
-
-    def step(self, closure: Any = None) -> Any:
-        self.latest_calls.append(self.log.latest)
-        return super().step(closure)
-
-
 def train_all(world: World, configs: dict[str, RunConfig], with_streams: bool) -> dict[str, Run]:
     """One run after the other in the same ranks, because imports take longer than training."""
-    from deepspeed.runtime.zero import utils as zero_utils
-
-    from voxtral_dist.engine.zero import optimizers
-
-    optimizers.DeepSpeedCPUAdam = CpuAdam  # type: ignore[attr-defined]
-    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(CpuAdam)
-    CpuAdam.log = install_streams() if with_streams else StreamLog()
+    install_cpu_adam(install_streams() if with_streams else StreamLog())
     runs = {}
     for name, config in configs.items():
         CpuAdam.latest_calls = []

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from voxtral_dist.distributed import world
-from voxtral_dist.distributed.process_settings import limit_threads, set_allocator_defaults
+from voxtral_dist.distributed.process_settings import (
+    exact_pinned_bytes,
+    limit_threads,
+    pin_large_tensors_exactly,
+    set_allocator_defaults,
+)
 from voxtral_dist.errors import UserError
 
 # Says what OpenMP would use, and by which library, after DeepSpeed's AdamW has been loaded.
@@ -93,21 +98,49 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_gpu_has_segments_that_grow_and_pinned_memory_that_is_not_rounded():
+def test_a_gpu_has_segments_that_grow():
     assert world.alone().device == torch.device("cuda", 0)
-    options = os.environ["PYTORCH_ALLOC_CONF"]
-    known = (Path(torch.__file__).parent / "lib" / "libc10.so").read_bytes()
-    assert "expandable_segments:True" in options
-    assert ("pinned_max_round_threshold_mb:64" in options) == (b"pinned_max_round_threshold_mb" in known)
-    assert all(option.partition(":")[0].encode() in known for option in options.split(","))
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch's allocators are told after their start, with the environment's options."""
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: os.environ["PYTORCH_ALLOC_CONF"])
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    return told
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_option_that_torch_does_not_know_is_not_set(monkeypatch):
-    # AllocatorConfig.h of torch 2.11 has no pinned_max_round_threshold_mb.
+@pytest.mark.parametrize("by_user", [None, "max_split_size_mb:512"])
+def test_large_tensors_are_pinned_exactly_where_torch_knows_how(options, monkeypatch, by_user):
+    if by_user is not None:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", by_user)
+    set_allocator_defaults()
+    pin_large_tensors_exactly()
+    known = (Path(torch.__file__).parent / "lib" / "libc10.so").read_bytes()
+    before = by_user or "expandable_segments:True"
+    assert options == [f"{before},pinned_max_cached_size_mb:16"] * (b"pinned_max_cached_size_mb" in known)
+    assert exact_pinned_bytes() == (16 * 2**20 if options else None)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_option_that_torch_does_not_know_is_not_set(options, monkeypatch):
+    # AllocatorConfig.h of torch 2.11 has no pinned_max_cached_size_mb.
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
     set_allocator_defaults()
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    pin_large_tensors_exactly()
+    assert options == []
+    assert exact_pinned_bytes() is None
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("option", ["pinned_max_cached_size_mb:4096", "pinned_max_round_threshold_mb:1"])
+def test_what_the_user_says_about_pinned_memory_stays(options, monkeypatch, option):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", option)
+    pin_large_tensors_exactly()
+    assert options == []
 
 
 @pytest.mark.usefixtures("gpu")

@@ -33,7 +33,7 @@ _WHOLE = "whole"
 _PARTITIONS = "dcp"
 
 # Tensors that a rank collects on the CPU before it writes them to a file.
-_FILE_BYTES = 2 * 2**30
+FILE_BYTES = 2 * 2**30
 
 
 def write_states(engine: Engine, folder: Path, world: World) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class _StateWriter:
         """Names of the tensors that this rank wrote, each with the name of its file."""
         for state in states:
             self._pending.update(_tensors_of(state))
-            if sum(tensor.nbytes for tensor in self._pending.values()) >= _FILE_BYTES:
+            if sum(tensor.nbytes for tensor in self._pending.values()) >= FILE_BYTES:
                 self._write_pending()
         self._write_pending()
         return self._file_of_tensor

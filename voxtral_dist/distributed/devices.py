@@ -101,6 +101,14 @@ def return_freed_memory() -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
 
 
+def return_unused_pinned_memory() -> None:
+    """Return blocks of pinned memory that torch keeps, but no tensor uses, to the system."""
+    if hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+    elif hasattr(torch._C, "_host_emptyCache"):
+        torch._C._host_emptyCache()
+
+
 def _available_on_host() -> int:
     meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)

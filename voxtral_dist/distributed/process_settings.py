@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 _THREADS = "OMP_NUM_THREADS"
+# Pinned blocks above this have exactly the bytes that are asked for, and are freed at once. A micro-batch of up to 17
+# windows stays below: pinning memory anew for each one would make the device wait. A power of two, as blocks below are.
+_EXACT_PINNED_MB = 16
 # The second and third are the older names.
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -32,16 +35,30 @@ def limit_threads(num_ranks: int) -> None:
 def set_allocator_defaults() -> None:
     """Set options of torch's allocators for GPUs, unless the user has set any. Call it before their first use.
 
-    Segments grow, because micro-batches of ever new lengths would fragment memory. Pinned buffers above 64 MB are not
-    rounded up to powers of two, which could double the host memory of offloaded states.
+    Segments grow, because micro-batches of ever new lengths would fragment memory.
     """
-    if any(name in os.environ for name in _ALLOCATOR_VARIABLES):
-        return
-    options = ["expandable_segments:True"]
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def exact_pinned_bytes() -> int | None:
+    """Bytes above which `pin_large_tensors_exactly` pins no more than is asked for; None if this torch cannot."""
     # torch refuses options that it does not know; 2.11 does not know this one.
-    if torch.__version__ >= "2.13":
-        options.append("pinned_max_round_threshold_mb:64")
-    os.environ[_ALLOCATOR_VARIABLES[0]] = ",".join(options)
+    return _EXACT_PINNED_MB * 2**20 if torch.__version__ >= "2.13" else None
+
+
+def pin_large_tensors_exactly() -> None:
+    """Make torch pin large tensors in their own size, and return them to the system when they are freed.
+
+    By default it pins the next power of two and keeps what is freed, which costs offloaded states a third more. Call it
+    before they are pinned. It does nothing where the user has set one of the options that begin with `pinned_max`, or
+    where torch does not know this one. `pinned_max_round_threshold_mb` alone is no substitute: torch 2.13 keeps blocks
+    of different sizes in one list, and may hand out one that is too small (pytorch/pytorch#192722).
+    """
+    if exact_pinned_bytes() is None or any("pinned_max" in os.environ.get(name, "") for name in _ALLOCATOR_VARIABLES):
+        return
+    options = [torch._C._accelerator_getAllocatorSettings(), f"pinned_max_cached_size_mb:{_EXACT_PINNED_MB}"]
+    torch._C._accelerator_setAllocatorSettings(",".join(option for option in options if option))
 
 
 def _is_set_by_torchrun() -> bool:

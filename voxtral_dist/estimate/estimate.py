@@ -44,9 +44,10 @@ class Estimate:
     """The estimate of a run.
 
     parameters, parameter_lines: of each component. shape: the micro-batch with the highest peak. configured: the
-    configured sharding. by_kind: its bytes at the peak by kind, on the device and in host memory of a rank. phases: its
-    bytes on the device in each phase. decoding: None without test sets. table: the standard shardings. changes: what
-    to change if it does not fit, the cheapest first. times: None unless the GPU is named.
+    configured sharding. by_kind: its bytes by kind, on a rank's device and in a node's host memory, each at its own
+    peak. phases, host_phases: its bytes on a rank's device, and in a node's host memory, in each phase. decoding: None
+    without test sets. table: the standard shardings. changes: what to change if it does not fit, the cheapest first.
+    times: None unless the GPU is named.
     """
 
     parameters: dict[str, dict[str, int]]
@@ -57,6 +58,7 @@ class Estimate:
     configured: ShardingRow
     by_kind: dict[str, dict[str, float]]
     phases: dict[str, float]
+    host_phases: dict[str, float]
     decoding: Decoding | None
     table: list[ShardingRow]
     changes: list[Change]
@@ -116,9 +118,20 @@ class Estimate:
         if self.decoding:
             yield f"  {self.decoding.line}"
         if self.configured.host_bytes_of_node:
-            yield f"  host memory per node: {gigabytes(self.configured.host_bytes_of_node)}"
+            yield from self._host_lines()
         if machine.device == "gpu":
             yield "  These numbers follow from formulas (docs/planning.md) and are not yet measured on a GPU."
+
+    def _host_lines(self) -> Iterator[str]:
+        row = self.configured
+        if self.machine.device == "cpu":
+            yield f"  host memory per node: {gigabytes(row.host_bytes_of_node)}"
+            return
+        yield f"  host memory per node: {gigabytes(row.host_bytes_of_node)}; peak, in the {row.host_peak_at}:"
+        for kind, num_bytes in self.by_kind["host"].items():
+            if num_bytes:
+                yield f"    {kind:<19}{gigabytes(num_bytes):>10}"
+        yield "  all phases: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.host_phases.items())
 
     def _table_lines(self) -> Iterator[str]:
         heads = ("sharding", "per GPU", "host, per node", "NVMe, per node", "fits")
@@ -181,6 +194,7 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
     largest = estimator.largest_shape(sharding)
     configured = estimator.estimate(sharding, largest)
     row = estimator.row(configured)
+    ranks = machine.ranks_of_node
     counts = count_parameters(estimator.model)
     times = None if machine.gpu is None else estimate_times(estimator, sharding, machine.gpu)
     return Estimate(
@@ -190,8 +204,9 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
         shape=largest,
         workload=estimator.workload,
         configured=row,
-        by_kind={"device": configured.peak.device, "host": configured.peak.host},
+        by_kind={"device": dict(configured.peak.device), "host": configured.host_peak(ranks).host_kinds_of_node(ranks)},
         phases={phase.name: phase.device_bytes for phase in configured.phases},
+        host_phases={phase.name: phase.host_bytes_of_node(ranks) for phase in configured.phases},
         decoding=_decoding(estimator, configured.gathers_weights),
         table=[estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()],
         changes=advise(estimator, sharding) if row.fits is False else [],

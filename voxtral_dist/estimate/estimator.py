@@ -64,13 +64,14 @@ class Machine:
 class ShardingRow:
     """Memory of one sharding: bytes of a GPU at its peak, of a node's host memory and of a node's drive.
 
-    peak_at: the phase of the peak. fits: None without limits.
+    peak_at, host_peak_at: the phase of a GPU's peak, and of the host's. fits: None without limits.
     """
 
     name: str
     peak_at: str
     device_bytes: float
     host_bytes_of_node: float
+    host_peak_at: str
     nvme_bytes_of_node: float
     fits: bool | None
 
@@ -115,7 +116,7 @@ class Estimator:
         self.machine = machine
         self.model = meta_model_of(config.model, config.trainable)
         self.flops = TrainingFlops(self.model, config.model)
-        self._sizes = ModelSizes.of(self.model)
+        self._sizes = ModelSizes.of(self.model, config.optimizer)
         self._activations = Activations(self.model, config.model)
         self.window_sizes = window_sizes(self.model, config.model)
         self.workload = workload or find_workload(config, self.window_sizes)
@@ -132,6 +133,7 @@ class Estimator:
             num_ranks=self.machine.num_gpus,
             num_micro_batches=-(-self.config.train_data.slots_per_step // self.machine.num_gpus),
             value_bytes=self.model.lm_head.weight.element_size(),
+            num_workers=self.config.train_data.num_workers,
             trained=state_bytes(self.model, self.config.optimizer, sharding),
             decoding_bytes=self.decoding_bytes,
             evaluation_weights=self.config.evaluation.weights,
@@ -142,13 +144,15 @@ class Estimator:
     def row(self, found: MemoryEstimate) -> ShardingRow:
         """One row of the table of shardings."""
         ranks = self.machine.ranks_of_node
-        nvme, of_rank, host = found.nvme_bytes * ranks, found.device_bytes, found.host_bytes * ranks
+        nvme, of_rank = found.nvme_bytes * ranks, found.device_bytes
+        host_peak = found.host_peak(ranks)
+        host = host_peak.host_bytes_of_node(ranks)
         if self.machine.device == "cpu":
             of_rank, host = found.process_bytes, found.process_bytes * ranks
         limits = [(of_rank, self.machine.gpu_memory), (host, self.machine.host_memory)]
         known = [needed <= limit for needed, limit in limits if limit is not None]
         fits = all(known) if known else None
-        return ShardingRow(found.sharding.name, found.peak.name, of_rank, host, nvme, fits)
+        return ShardingRow(found.sharding.name, found.peak.name, of_rank, host, host_peak.name, nvme, fits)
 
     def costs(self, roofline_mfu: float | None) -> Costs:
         """The costs of all steps at the MFU of the machine, or else at that of the roofline, if there is one."""

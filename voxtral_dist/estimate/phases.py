@@ -7,17 +7,23 @@ weights and Adam's two moments; each is divided by W from its ZeRO stage on. Buf
 FSDP2 follow from their code (`zero_memory`, `fsdp2_memory`). Temporary tensors and libraries differ between GPUs and
 CPU processes.
 
-Not counted: fragmentation of torch's allocator on GPUs, and data workers (in host memory).
+Host memory of offloaded states follows from what DeepSpeed and FSDP2 pin (`zero_host_memory`, `fsdp2_memory`).
+
+Not counted: fragmentation of torch's allocator on GPUs, micro-batches in host memory, and the page cache of files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from voxtral_dist.config import OptimizerConfig
+from voxtral_dist.engine.optim import parameter_groups
 from voxtral_dist.estimate.sharding import Sharding
 from voxtral_dist.estimate.state_bytes import StateBytes
 from voxtral_dist.evaluation.decoding_weights import gathers_weights
+from voxtral_dist.exports.tensor_files import MAX_FILE_BYTES
 from voxtral_dist.model.blocks import blocks_of
 from voxtral_dist.model.voxtral import TrainedVoxtral
 
@@ -27,6 +33,13 @@ FLOAT32_BYTES = 4
 MASTER_BYTES = 4
 # Contexts of CUDA, NCCL and cuBLAS; not yet measured on a GPU.
 _GPU_LIBRARY_BYTES = 2 * 10**9
+# A run exports the model in the layouts of transformers and of Mistral.
+_NUM_LAYOUTS = 2
+# Host memory of a process that uses a GPU: Python, libraries and CUDA's own; not yet measured on a GPU.
+_GPU_PROCESS_BYTES = 4 * 10**9
+# Host memory of a data worker that it does not share with the process that it was forked from: 20 MB were measured with
+# short utterances; the rest is for longer ones that it reads ahead.
+_WORKER_BYTES = 200 * 10**6
 # What DeepSpeed, autograd and oneDNN load and allocate after the start: measured with a model of 0.3 M parameters.
 _CPU_LIBRARY_BYTES = 97 * 10**6
 
@@ -36,7 +49,8 @@ class ModelSizes:
     """Numbers of values of a model's parameters.
 
     trained, frozen: sums. largest, largest_trained: the largest parameter, and the largest trained one. largest_unit:
-    the largest group of parameters that FSDP2 gathers together. sizes: each parameter.
+    the largest group of parameters that FSDP2 gathers together. sizes, are_trained: each parameter. groups: each
+    trained parameter by group of the optimizer.
     """
 
     trained: int
@@ -45,9 +59,11 @@ class ModelSizes:
     largest_trained: int
     largest_unit: int
     sizes: tuple[int, ...]
+    are_trained: tuple[bool, ...]
+    groups: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, model: TrainedVoxtral) -> ModelSizes:
+    def of(cls, model: TrainedVoxtral, optimizer: OptimizerConfig) -> ModelSizes:
         """The sizes of a model, which may be on the meta device."""
         parameters = list(model.parameters())
         trained = [one.numel() for one in parameters if one.requires_grad]
@@ -55,7 +71,16 @@ class ModelSizes:
         blocks = [block for of_component in blocks_of(model).values() for block in of_component]
         units = [sum(one.numel() for one in block.parameters()) for block in blocks]
         largest_unit = max([*units, model.lm_head.weight.numel()])
-        return cls(sum(trained), sum(sizes) - sum(trained), max(sizes), max(trained), largest_unit, sizes)
+        return cls(
+            trained=sum(trained),
+            frozen=sum(sizes) - sum(trained),
+            largest=max(sizes),
+            largest_trained=max(trained),
+            largest_unit=largest_unit,
+            sizes=sizes,
+            are_trained=tuple(one.requires_grad for one in parameters),
+            groups=tuple(tuple(one.numel() for one in group["params"]) for group in parameter_groups(model, optimizer)),
+        )
 
     @property
     def all(self) -> int:
@@ -69,11 +94,15 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes of a rank in one phase of a run by kind, on its device and in its part of host memory."""
+    """Bytes of a rank in one phase of a run by kind, on its device and in its part of host memory.
+
+    host_of_first: bytes by kind that only the first rank holds in addition, in host memory.
+    """
 
     name: str
-    device: dict[str, float]
-    host: dict[str, float]
+    device: Mapping[str, float]
+    host: Mapping[str, float]
+    host_of_first: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def device_bytes(self) -> float:
@@ -82,8 +111,16 @@ class Phase:
 
     @property
     def host_bytes(self) -> float:
-        """All bytes in host memory."""
+        """All bytes in host memory, without `host_of_first`."""
         return sum(self.host.values())
+
+    def host_bytes_of_node(self, num_ranks: int) -> float:
+        """Bytes in the host memory of the node with the first rank, which has `num_ranks` ranks."""
+        return sum(self.host_kinds_of_node(num_ranks).values())
+
+    def host_kinds_of_node(self, num_ranks: int) -> dict[str, float]:
+        """The bytes of `host_bytes_of_node` by kind."""
+        return {kind: size * num_ranks for kind, size in self.host.items()} | dict(self.host_of_first)
 
     @property
     def process_bytes(self) -> float:
@@ -114,10 +151,9 @@ class MemoryEstimate:
         """A rank's peak on its device."""
         return self.peak.device_bytes
 
-    @property
-    def host_bytes(self) -> float:
-        """A rank's peak in host memory."""
-        return max(phase.host_bytes for phase in self.phases)
+    def host_peak(self, num_ranks: int) -> Phase:
+        """The phase with most bytes in the host memory of a node with this many ranks."""
+        return max(self.phases, key=lambda phase: phase.host_bytes_of_node(num_ranks))
 
     @property
     def process_bytes(self) -> float:
@@ -130,15 +166,16 @@ class Setting:
     """What memory depends on besides the model and its sharding.
 
     num_ranks: on all nodes. num_micro_batches: that a rank computes per step. value_bytes: of a value in the model's
-    precision. trained: bytes of a trained value's states. decoding_bytes: that decoding needs besides weights, see
-    `DecodingMemory`; 0 without evaluations. evaluation_weights: `evaluation.weights`. rank_memory: of a GPU, or of a
-    process on a CPU; None if unknown.
+    precision. num_workers: data workers of a rank. trained: bytes of a trained value's states. decoding_bytes: that
+    decoding needs besides weights, see `DecodingMemory`; 0 without evaluations. evaluation_weights:
+    `evaluation.weights`. rank_memory: of a GPU, or of a process on a CPU; None if unknown.
     """
 
     device: DeviceKind
     num_ranks: int
     num_micro_batches: int
     value_bytes: int
+    num_workers: int = 0
     trained: StateBytes = field(default_factory=StateBytes)
     decoding_bytes: int = 0
     evaluation_weights: Literal["auto", "gathered", "sharded"] = "auto"
@@ -148,6 +185,22 @@ class Setting:
     def library_bytes(self) -> float:
         """Bytes of a rank's libraries."""
         return _CPU_LIBRARY_BYTES if self.device == "cpu" else _GPU_LIBRARY_BYTES
+
+    @property
+    def process_host_bytes(self) -> float:
+        """Host memory of a rank that uses a GPU, without what is offloaded."""
+        return _GPU_PROCESS_BYTES + self.num_workers * _WORKER_BYTES
+
+    def export(self, held: Phase, sizes: ModelSizes) -> Phase:
+        """The phase of the export: the first rank collects a file of each layout, and holds one float32 weight.
+
+        Args:
+            held: what a rank holds in every phase.
+            sizes: of the model.
+        """
+        file_bytes = min(sizes.all * self.value_bytes, max(MAX_FILE_BYTES, sizes.largest * self.value_bytes))
+        files = {"exported files": _NUM_LAYOUTS * file_bytes + sizes.largest * FLOAT32_BYTES}
+        return Phase("export", held.device, held.host, files)
 
     def evaluation(self, held: Phase, copy_bytes: float, unit_bytes: float) -> tuple[Phase, bool | None]:
         """The phase of an evaluation, and `MemoryEstimate.gathers_weights`.
@@ -163,4 +216,4 @@ class Setting:
             free = None if self.rank_memory is None else self.rank_memory - in_use
             gathers = gathers_weights(self.evaluation_weights, copy_bytes + self.decoding_bytes, free)
         more = {"gathered weights": copy_bytes if gathers else unit_bytes, "decoding": self.decoding_bytes}
-        return Phase(held.name, held.device | more, held.host), gathers
+        return Phase(held.name, {**held.device, **more}, held.host), gathers

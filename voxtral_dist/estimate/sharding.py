@@ -22,7 +22,9 @@ class ZeroSharding:
     stage: 0 to 3. optimizer_place: where float32 weights and their moments are kept. weights_place: where partitions of
     the weights are kept. has_overlap: whether communication overlaps computation, which needs a second bucket.
     reduce_bucket: gradients that are reduced together. prefetch_bucket, max_live, max_reuse, persistent_size: of stage
-    3, see DeepSpeed's keys `stage3_*`. sub_group: values that stage 3 updates together. num_swap_buffers: for NVMe.
+    3, see DeepSpeed's keys `stage3_*`. sub_group: values that stage 3 updates together. num_swap_buffers,
+    num_weight_buffers: through which optimizer and weights pass from and to NVMe. pins_optimizer, pins_weights: whether
+    what is offloaded is in pinned memory, from which a GPU copies faster.
     """
 
     stage: int
@@ -36,6 +38,9 @@ class ZeroSharding:
     persistent_size: int = 100_000
     sub_group: int = 1_000_000_000
     num_swap_buffers: int = 4
+    num_weight_buffers: int = 5
+    pins_optimizer: bool = True
+    pins_weights: bool = True
 
     @property
     def name(self) -> str:
@@ -117,6 +122,9 @@ def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
         persistent_size=size("stage3_param_persistence_threshold", plain.persistent_size),
         sub_group=size("sub_group_size", plain.sub_group),
         num_swap_buffers=int(optimizer.get("buffer_count", plain.num_swap_buffers)),
+        num_weight_buffers=int(weights.get("buffer_count", plain.num_weight_buffers)),
+        pins_optimizer=bool(optimizer.get("pin_memory", plain.pins_optimizer)),
+        pins_weights=bool(weights.get("pin_memory", plain.pins_weights)),
     )
 
 
@@ -131,7 +139,14 @@ STANDARD_SHARDINGS: tuple[Sharding, ...] = (
     _ZERO3,
     replace(_ZERO3, optimizer_place="host"),
     replace(_ZERO3, optimizer_place="host", weights_place="host"),
-    replace(_ZERO3, optimizer_place="nvme", weights_place="nvme", prefetch_bucket=0, sub_group=100_000_000),
+    replace(
+        _ZERO3,
+        optimizer_place="nvme",
+        weights_place="nvme",
+        prefetch_bucket=0,
+        sub_group=100_000_000,
+        num_weight_buffers=8,
+    ),
     Fsdp2Sharding(),
     Fsdp2Sharding(reshards=False),
     Fsdp2Sharding(is_offloaded=True),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from voxtral_dist.estimate.parts import Part, backward_peak, forward_peak
 from voxtral_dist.estimate.phases import FLOAT32_BYTES, MASTER_BYTES, MemoryEstimate, ModelSizes, Phase, Setting
 from voxtral_dist.estimate.sharding import Place, ZeroSharding
+from voxtral_dist.estimate.zero_host_memory import mean_checkpoint_bytes, play_building
 
 # DeepSpeed's norm of gradients and torch's plain AdamW hold two results of the size of what is updated.
 _CPU_UPDATE_COPIES = 2
@@ -24,10 +25,13 @@ class ZeroMemory:
         self._ranks = setting.num_ranks
         self._partition = sizes.trained / setting.num_ranks
         self._bucket = min(sharding.reduce_bucket, sizes.trained)
+        self._building = play_building(sharding, sizes, setting)
 
     def estimate(self) -> MemoryEstimate:
         """All phases."""
         phases = [self._forward(), self._backward(), self._reduction(), self._update()]
+        if self._setting.device == "gpu":
+            phases = [self._build(), *phases, self._saving(), self._export()]
         gathers = None
         if self._setting.decoding_bytes:
             evaluation, gathers = self._evaluation()
@@ -38,6 +42,21 @@ class ZeroMemory:
         if self._sharding.weights_place == "nvme":
             nvme += self._sizes.all / self._ranks * self._size
         return MemoryEstimate(self._sharding, tuple(phases), nvme, gathers)
+
+    def _build(self) -> Phase:
+        """Building: a parameter is sharded after the other, and gradients are zeros in pageable memory first."""
+        held = self._phase("building", gradients=self._fixed_gradients(), gathered=self._sizes.largest * self._size)
+        return Phase(held.name, held.device, self._building.peak | self._process())
+
+    def _saving(self) -> Phase:
+        """A checkpoint: each parameter passes through the device of the rank that writes it, in float32."""
+        whole = self._sizes.largest_trained * FLOAT32_BYTES
+        held = self._phase("saving", gradients=self._fixed_gradients(), gathered=whole)
+        pending = mean_checkpoint_bytes(self._sizes, self._setting)
+        return Phase(held.name, held.device, {**held.host, "checkpoint": pending})
+
+    def _export(self) -> Phase:
+        return self._setting.export(self._phase("export", gradients=self._fixed_gradients()), self._sizes)
 
     def _forward(self) -> Phase:
         activations = forward_peak(self._parts)
@@ -122,19 +141,32 @@ class ZeroMemory:
         buckets = self._buckets() if has_buckets or self._sharding.stage == 3 else 0.0
         device = {
             "weights": weights["device"],
-            "gradients": gradients if self._sharding.optimizer_place == "device" else 0.0,
+            "gradients": gradients if self._sharding.optimizer_place == "device" else self._gradients_before_copy(),
             "optimizer": self._optimizer()["device"],
             "activations": activations,
             "gathered weights": gathered,
             "buffers": buckets + flight,
             "libraries": self._setting.library_bytes,
         }
-        host = {
-            "weights": weights["host"],
-            "gradients": self._host_gradients(),
-            "optimizer": self._optimizer()["host"],
-        }
-        return Phase(name, device, host)
+        return Phase(name, device, self._host())
+
+    def _host(self) -> dict[str, float]:
+        """Host memory in all phases after building: what is left of it, moments, and buffers of what is on a drive."""
+        held: dict[str, float] = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0, **self._building.now()}
+        if self._sharding.optimizer_place == "host":
+            held["optimizer"] += self._partition * self._setting.trained.moments
+            if self._sharding.stage < 3 and self._size == FLOAT32_BYTES and self._is_accumulating:
+                held["gradients"] += self._partition * FLOAT32_BYTES
+        if self._sharding.optimizer_place == "nvme":
+            # Groups are swapped in one after the other, each with its weights, gradients and moments.
+            group = min(self._sharding.sub_group, self._partition)
+            held["optimizer"] += self._sharding.num_swap_buffers * group * FLOAT32_BYTES
+        if self._sharding.weights_place == "nvme":
+            held["weights"] += self._sharding.num_weight_buffers * self._sizes.largest / self._ranks * self._size
+        return held | self._process()
+
+    def _process(self) -> dict[str, float]:
+        return {"process and workers": self._setting.process_host_bytes} if self._setting.device == "gpu" else {}
 
     def _weights(self) -> dict[Place, float]:
         """s P; under stage 3 s P / W, and s for each value of the parameters that are too small to be sharded."""
@@ -146,17 +178,11 @@ class ZeroMemory:
         return places
 
     def _optimizer(self) -> dict[Place, float]:
-        """12 P_t / W. Stage 0 in float32 updates the weights themselves, so it holds only moments.
-
-        From NVMe, groups are swapped in one after the other, each with its weights, gradients and moments.
-        """
+        """12 P_t / W. Stage 0 in float32 updates the weights themselves, so it holds only moments."""
         places: dict[Place, float] = {"device": 0.0, "host": 0.0, "nvme": 0.0}
         if self._sharding.stage == 0:
             return places | {"device": self._sizes.trained * self._setting.trained.moments}
         places[self._sharding.optimizer_place] = self._partition * (MASTER_BYTES + self._setting.trained.moments)
-        if self._sharding.optimizer_place == "nvme":
-            group = min(self._sharding.sub_group, self._partition)
-            places["host"] = self._sharding.num_swap_buffers * group * FLOAT32_BYTES
         return places
 
     def _held_gradients(self) -> float:
@@ -167,15 +193,10 @@ class ZeroMemory:
         """Gradients that are allocated all the time: stage 3 has one tensor for a rank's partition."""
         return self._partition * FLOAT32_BYTES if self._sharding.stage == 3 else 0.0
 
-    def _host_gradients(self) -> float:
-        """Gradients of an offloaded optimizer: stage 3 sums them in one tensor, and copies them for the update."""
-        match self._sharding.optimizer_place:
-            case "device":
-                return 0.0
-            case "host":
-                return 2 * self._partition * FLOAT32_BYTES
-            case "nvme":
-                return self._partition * FLOAT32_BYTES
+    def _gradients_before_copy(self) -> float:
+        """Gradients on the device under an offloaded optimizer: stages 1 and 2 sum those of half precision there."""
+        is_summed = self._sharding.stage < 3 and self._size < FLOAT32_BYTES
+        return self._partition * FLOAT32_BYTES if is_summed else 0.0
 
     def _live(self, max_values: int) -> float:
         """Gathered weights of stage 3 that stay because they are used again soon, and the one that is in use.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from voxtral_dist.config import ModelConfig, OptimizerConfig, TrainableConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
-from voxtral_dist.distributed.devices import return_freed_memory
+from voxtral_dist.distributed.devices import return_freed_memory, return_unused_pinned_memory
+from voxtral_dist.distributed.process_settings import pin_large_tensors_exactly
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import ParameterState, StepUpdate
 from voxtral_dist.engine.loss import LossOfMicroBatch
@@ -23,7 +24,7 @@ from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.engine.zero.building import fill_model, gather_whole_blocks
 from voxtral_dist.engine.zero.initializing import prepare_deepspeed
 from voxtral_dist.engine.zero.optimizers import build_optimizer
-from voxtral_dist.engine.zero.settings import complete_settings, is_on_nvme, zero_stage
+from voxtral_dist.engine.zero.settings import complete_settings, is_offloaded, is_on_nvme, zero_stage
 from voxtral_dist.engine.zero.states import full_shape, master_states
 from voxtral_dist.model.encoder import ChunkedEncoder
 from voxtral_dist.model.features import LogMel
@@ -79,12 +80,18 @@ class ZeroEngine:
         prepare_deepspeed()
         if is_on_nvme(settings):
             return_freed_memory()
+        pins_states = _pins_states(settings, world)
+        if pins_states:
+            pin_large_tensors_exactly()
         fill_model(model, weights, settings, world)
         if self.stage == 3:
             gather_whole_blocks(model, encoder_has_one_chunk=self._has_one_chunk)
         self._encoder = ChunkedEncoder(model, model_config.encoder_windows_per_chunk)
         self._optimizer = build_optimizer(optimizer_config, model, settings)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=settings)
+        if pins_states:
+            # DeepSpeed has moved the weights that were pinned one by one into larger blocks.
+            return_unused_pinned_memory()
         self._module: TrainedVoxtral = self._engine.module
         self._states = master_states(self._engine, self._optimizer, self.stage, world)
         self._num_steps = 0
@@ -227,3 +234,8 @@ class ZeroEngine:
         with self._gathered([parameter], modifier_rank=0):
             if self.stage < 3 or self._world.is_first:
                 parameter.copy_(weight)
+
+
+def _pins_states(settings: dict[str, Any], world: World) -> bool:
+    """Whether DeepSpeed keeps states in memory that torch pins, which it does for GPUs only."""
+    return world.device.type == "cuda" and is_offloaded(settings)

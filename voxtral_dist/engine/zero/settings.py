@@ -128,6 +128,11 @@ def offload_device(settings: dict[str, Any], key: str) -> str:
     return str((settings["zero_optimization"].get(key) or {}).get("device", "none"))
 
 
+def is_offloaded(settings: dict[str, Any]) -> bool:
+    """Whether weights or the optimizer's states are kept outside of the device."""
+    return any(offload_device(settings, key) != "none" for key in OFFLOADS)
+
+
 def is_on_nvme(settings: dict[str, Any]) -> bool:
     """Whether anything is offloaded to NVMe."""
     return any(offload_device(settings, key) == "nvme" for key in OFFLOADS)
