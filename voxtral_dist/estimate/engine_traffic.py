@@ -52,7 +52,7 @@ def engine_traffic(
     model: TrainedVoxtral, sharding: Sharding, optimizer: OptimizerConfig, num_ranks: int
 ) -> EngineTraffic:
     """The traffic of one model, which may be on the meta device, under a sharding."""
-    sizes, size = ModelSizes.of(model), int(model.lm_head.weight.element_size())
+    sizes, size = ModelSizes.of(model, optimizer), int(model.lm_head.weight.element_size())
     states = state_bytes(model, optimizer, sharding)
     if isinstance(sharding, Fsdp2Sharding):
         ranks = sharding.ranks_per_replica or num_ranks
