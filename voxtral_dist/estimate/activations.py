@@ -28,6 +28,7 @@ from voxtral_dist.model.trainable import ADAPTER_NAME
 from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window
 
 _FLOAT32_BYTES = 4
+_INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class Activations:
         self._attention = "sdpa" if config.attention == "auto" else config.attention
 
     def parts(self, shape: MicroBatchShape) -> list[Part]:
-        """Encoder and projector, embeddings, blocks of the language model, and the loss."""
-        encoder = self._encoder_in_chunks(shape)
-        is_reached = any(part.num_trained for part in encoder)
-        language = self._language_model(shape, is_reached)
-        return [*encoder, *language]
+        """Embeddings, encoder and projector, blocks of the language model, and the loss: see `causal_states`.
+
+        The backward pass reaches the embeddings last.
+        """
+        embeddings, encoder = self._embeddings(shape), self._encoder_in_chunks(shape)
+        is_reached = any(part.num_trained for part in [embeddings, *encoder])
+        return [embeddings, *encoder, *self._language_model(shape, is_reached)]
 
     def _encoder_in_chunks(self, shape: MicroBatchShape) -> list[Part]:
         """The parts of an encoder that takes all windows at once; else one part, of chunks that are each recomputed.
@@ -78,7 +81,6 @@ class Activations:
             + self._audio_tokens * self._text_config.hidden_size * self._itemsize
         )
         once = max(forward_peak(inside), backward_peak(inside))
-        largest = max(part.largest for part in inside)
         return [
             Part(
                 "encoder chunks",
@@ -86,7 +88,11 @@ class Activations:
                 again=once if trained else 0.0,
                 passing=max(part.passing for part in inside),
                 num_trained=trained,
-                largest=largest,
+                num_frozen=sum(part.num_frozen for part in inside),
+                # Gradients of the first chunk exist while the second is recomputed.
+                num_widest=trained,
+                num_gathered=max(part.num_values for part in inside),
+                largest=max(part.largest for part in inside),
             )
         ]
 
@@ -140,15 +146,18 @@ class Activations:
         boundary = places * width * size
         return block_part("encoder block", block, reached, checkpointed, kept, boundary, working, passing)
 
-    def _language_model(self, shape: MicroBatchShape, reached: bool) -> list[Part]:
-        language, size = self._model.model.language_model, self._itemsize
-        reached = reached or _is_trained(language.embed_tokens)
+    def _embeddings(self, shape: MicroBatchShape) -> Part:
+        """Token ids, places of audio tokens, and cosines and sines of rotary embeddings."""
         places = shape.num_examples * shape.num_positions
-        width = self._text_config.hidden_size
-        # Cosines and sines of rotary embeddings, and the mask of audio among the embeddings.
-        shared = places * (2 * self._head_dim * size + 1)
-        embedding = plain_part("embeddings", [language.embed_tokens], shared, passing=places * width * size)
-        parts = [embedding]
+        indices = (places + shape.num_windows * self._audio_tokens) * _INDEX_BYTES
+        kept = indices + 2 * shape.num_positions * self._head_dim * self._itemsize
+        gradient = places * self._text_config.hidden_size * self._itemsize
+        embedding = self._model.model.language_model.embed_tokens
+        return plain_part("embeddings", [embedding], kept, passing=gradient, leaving=gradient)
+
+    def _language_model(self, shape: MicroBatchShape, reached: bool) -> list[Part]:
+        language = self._model.model.language_model
+        parts = []
         every = self._config.activation_checkpointing.language_model
         for number, block in enumerate(language.layers):
             reached = reached or _is_trained(block)
@@ -191,17 +200,29 @@ class Activations:
     def _loss(self, shape: MicroBatchShape, reached: bool) -> Part:
         """The last norm of all positions, and the states of N targets; logits are recomputed chunk by chunk.
 
-        In the backward pass a chunk of n targets holds three float32 tensors of n V: log-probabilities, their gradient
-        and that of the logits. The weight's gradient of a chunk is added to that of earlier chunks.
+        Logits of a chunk of n targets and their log-probabilities are 8 n V bytes. The backward pass holds three
+        float32 tensors of n V: log-probabilities, their gradient, and that of the logits. Beside the gradient of the
+        weight, which is added to that of earlier chunks, it holds the latter in the model's precision. The norm's
+        backward pass holds three float32 tensors of its input's size.
         """
         width, size = self._text_config.hidden_size, self._itemsize
+        head, last_norm = self._model.lm_head, self._model.model.language_model.norm
         places = shape.num_examples * shape.num_positions
-        norm = places * (width * _FLOAT32_BYTES + width * size * _is_trained(self._model.model.language_model.norm))
-        modules = [self._model.model.language_model.norm, self._model.lm_head]
+        norm = places * (width * _FLOAT32_BYTES + width * size * _is_trained(last_norm))
         chunk = min(self._config.loss_chunk_tokens, shape.num_target_tokens)
-        logits = 3 * chunk * self._model.lm_head.weight.shape[0] * _FLOAT32_BYTES
+        logits = chunk * head.weight.shape[0]
+        is_added = shape.num_target_tokens > chunk and _is_trained(head)
+        added = head.weight.numel() * size if is_added else 0.0
         kept = norm + shape.num_target_tokens * width * size
-        return plain_part("loss", modules, kept if reached or _is_trained(*modules) else 0.0, working=logits)
+        return plain_part(
+            "loss",
+            [last_norm, head],
+            kept if reached or _is_trained(last_norm, head) else 0.0,
+            working=3 * logits * _FLOAT32_BYTES,
+            passing=2 * logits * _FLOAT32_BYTES,
+            leaving=norm + max(3 * places * width * _FLOAT32_BYTES, logits * size + added),
+            num_widest=head.weight.numel() if is_added else 0,
+        )
 
     @property
     def _audio_config(self) -> Any:

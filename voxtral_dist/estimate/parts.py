@@ -10,11 +10,20 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model, such as a block; all sizes are bytes but for the last two.
+    """One part of the model, such as a block.
 
-    kept: from its forward pass to its backward pass. again: recomputed by a checkpoint just before its backward pass.
-    working: gradients of activations at the widest place of its backward pass, beyond what is kept. passing: temporary
-    in its forward pass. num_trained: trained values. largest: those of the largest trained parameter.
+    Bytes:
+        kept: from its forward pass to its backward pass.
+        again: recomputed by a checkpoint just before its backward pass.
+        working: gradients of activations at the widest place of its backward pass, beyond what is kept.
+        passing: temporary in its forward pass.
+        leaving: temporary at the end of its backward pass, with the gradient of its input.
+
+    Numbers of values of parameters:
+        num_trained, num_frozen: of all.
+        num_widest: trained ones whose gradients exist at the widest place of its backward pass.
+        num_gathered: of the largest group of its parameters that an engine gathers together; None for all of them.
+        largest: of the largest trained parameter.
     """
 
     name: str
@@ -22,8 +31,22 @@ class Part:
     again: float = 0.0
     working: float = 0.0
     passing: float = 0.0
+    leaving: float = 0.0
     num_trained: int = 0
+    num_frozen: int = 0
+    num_widest: int = 0
+    num_gathered: int | None = None
     largest: int = 0
+
+    @property
+    def num_values(self) -> int:
+        """Values of all its parameters."""
+        return self.num_trained + self.num_frozen
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether the backward pass visits it."""
+        return bool(self.kept or self.num_trained)
 
 
 def forward_peak(parts: Sequence[Part]) -> float:
@@ -38,26 +61,47 @@ def forward_peak(parts: Sequence[Part]) -> float:
 def backward_peak(parts: Sequence[Part], gradient_bytes: float = 0.0) -> float:
     """The most bytes that a backward pass holds: from the last part to the first, it frees what each one kept.
 
+    Within a part, activations go and gradients come at nearly even rates, so the most is held at its widest place or at
+    its end.
+
     Args:
         parts: in the order of the forward pass.
         gradient_bytes: bytes of each trained parameter's gradient, which stay.
     """
     most, left, before = 0.0, 0.0, sum(part.kept for part in parts)
     for part in reversed(parts):
-        most = max(most, before + part.again + part.working + left)
+        most = max(most, before + part.again + part.working + left + part.num_widest * gradient_bytes)
         before -= part.kept
         left += part.num_trained * gradient_bytes
-        most = max(most, before + left)
+        most = max(most, before + left + part.leaving)
     return most
 
 
 def plain_part(
-    name: str, modules: Sequence[nn.Module], kept: float, working: float = 0.0, passing: float = 0.0
+    name: str,
+    modules: Sequence[nn.Module],
+    kept: float,
+    working: float = 0.0,
+    passing: float = 0.0,
+    leaving: float = 0.0,
+    num_widest: int = 0,
 ) -> Part:
-    """A part of some modules that is never checkpointed."""
+    """A part of some modules that is never checkpointed; numbers of values are those of its parameters, see `Part`."""
     sizes = [one.numel() for module in modules for one in module.parameters() if one.requires_grad]
-    working = working if sizes or kept else 0.0
-    return Part(name, kept, 0.0, working, passing, sum(sizes), max(sizes, default=0))
+    frozen = sum(one.numel() for module in modules for one in module.parameters()) - sum(sizes)
+    if not (sizes or kept):
+        working = leaving = 0.0
+    return Part(
+        name,
+        kept,
+        working=working,
+        passing=passing,
+        leaving=leaving,
+        num_trained=sum(sizes),
+        num_frozen=frozen,
+        num_widest=num_widest,
+        largest=max(sizes, default=0),
+    )
 
 
 def block_part(
@@ -72,6 +116,8 @@ def block_part(
 ) -> Part:
     """A transformer block.
 
+    Its backward pass is widest in the feed-forward layers, when the gradient of the last matrix, a largest one, exists.
+
     Args:
         name: of the part.
         block: whose parameters may be trained.
@@ -83,9 +129,19 @@ def block_part(
         passing: see `Part`.
     """
     sizes = [one.numel() for one in block.parameters() if one.requires_grad]
+    frozen = sum(one.numel() for one in block.parameters()) - sum(sizes)
     trained, largest = sum(sizes), max(sizes, default=0)
     if not reached:
-        return Part(name, 0.0, 0.0, 0.0, passing, trained, largest)
-    if checkpointed:
-        return Part(name, boundary, kept, working, passing, trained, largest)
-    return Part(name, kept, 0.0, working, 0.0, trained, largest)
+        return Part(name, 0.0, passing=passing, num_trained=trained, num_frozen=frozen, largest=largest)
+    return Part(
+        name,
+        boundary if checkpointed else kept,
+        again=kept if checkpointed else 0.0,
+        working=working,
+        passing=passing if checkpointed else 0.0,
+        leaving=boundary,
+        num_trained=trained,
+        num_frozen=frozen,
+        num_widest=largest,
+        largest=largest,
+    )
