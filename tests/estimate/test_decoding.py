@@ -56,7 +56,7 @@ def test_the_estimate_of_decoding_is_that_of_the_evaluator(
     estimator = Estimator(config, Machine(device="cpu"))
     assert estimator.workload.evaluation.source == "the largest batch of the test sets"
     test_sets = build_test_sets(config.evaluation, prompts, config.train_data.target_text)
-    evaluator = _build_evaluator(config, None, prompts, None, test_sets, None, WORLD)
+    evaluator = _build_evaluator(config, 1, None, prompts, None, test_sets, None, WORLD)
     assert estimator.decoding_bytes == evaluator.decoding_bytes > 0
 
 

@@ -76,7 +76,7 @@ def test_figures_of_the_published_3b_model(capsys):
 def test_host_memory_of_offloaded_states(capsys, num_gpus):
     recipe = REPOSITORY / "launch" / "recipes" / "voxtral_mini_offload.yaml"
     options = ("--config", str(recipe), "--gpus", str(num_gpus), "--gpu-memory", "24GB")
-    estimate = plan(capsys, *options, "--host-memory", "128GB")
+    estimate = plan(capsys, *options, "--host-memory", "128GB", "--set", "train_data.slots_per_step=4")
     kinds = estimate["by_kind"]["host"]
     # 12 of the optimizer, 2 x 4 of gradients and 2 of weights, over all ranks of the node; nothing is rounded up.
     states = sum(kinds[kind] for kind in ("weights", "gradients", "optimizer"))
@@ -281,7 +281,8 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_published_models_are_planned_without_files_and_network(recipe, capsys, tmp_path, attempts):
     config = load_config(recipe)
     published_config(config.model.path).save_pretrained(tmp_path)
-    machine = ("--config", str(recipe), "--gpus", "8", "--gpu-memory", "80GB", "--host-memory", "512GB")
+    num_gpus = min(8, config.train_data.slots_per_step)
+    machine = ("--config", str(recipe), "--gpus", str(num_gpus), "--gpu-memory", "80GB", "--host-memory", "512GB")
     by_table = plan(capsys, *machine)
     by_folder = plan(capsys, *machine, "--set", f"model.path={tmp_path}")
     assert not attempts

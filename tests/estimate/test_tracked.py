@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import VoxtralConfig
 
-from voxtral_dist.config import Fsdp2Config, LoraConfig, ModelConfig, TrainableConfig
+from voxtral_dist.config import Fsdp2Config, LoraConfig, ModelConfig, OptimizerConfig, TrainableConfig
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
 from voxtral_dist.estimate.estimator import estimate_memory, meta_model_of
 from voxtral_dist.estimate.parts import backward_peak, forward_peak
@@ -26,6 +26,7 @@ from tracked_memory import TrackedBytes, fsdp2_bytes, plain_bytes
 
 POSITIONS, TARGETS = 445, 60
 TOLERANCE = 0.05
+OPTIMIZER = OptimizerConfig(learning_rate=1e-5)
 TRAINABLES = {
     "full": TrainableConfig(),
     "LoRA": TrainableConfig(lora=LoraConfig()),
@@ -109,7 +110,7 @@ def assert_plain_agrees(case: Case, model: Path) -> None:
     config, trainable = case.config(model), TRAINABLES[case.trainable]
     tracked = plain_bytes(config, trainable, case.shape)
     meta = meta_model_of(config, trainable)
-    parts, sizes = Activations(meta, config).parts(case.shape), ModelSizes.of(meta)
+    parts, sizes = Activations(meta, config).parts(case.shape), ModelSizes.of(meta, OPTIMIZER)
     value_bytes = DTYPES[case.precision].itemsize
     weights = sizes.all * value_bytes
     assert tracked.before == pytest.approx(weights, rel=0.01)
@@ -138,7 +139,7 @@ def estimated_memory(case: Case, ranks: Ranks, model: Path) -> MemoryEstimate:
     meta = meta_model_of(config, trainable)
     setting = Setting("gpu", ranks.num_ranks, ranks.num_micro_batches, DTYPES[case.precision].itemsize)
     parts = Activations(meta, config).parts(case.shape)
-    return estimate_memory(ranks.sharding, ModelSizes.of(meta), parts, setting)
+    return estimate_memory(ranks.sharding, ModelSizes.of(meta, OPTIMIZER), parts, setting)
 
 
 def report(case: object, tracked: TrackedBytes, estimated: float) -> None:
