@@ -20,6 +20,7 @@ SLOW = {
     "logits_memory",
     "plan_memory",
     "resume",
+    "step_kernels",
     "training_step",
 }
 BENCHMARKS = [
