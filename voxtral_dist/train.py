@@ -181,6 +181,7 @@ def build_train_step(
         num_steps=num_steps,
         seed=config.seed,
         encoder_windows_per_chunk=config.model.encoder_windows_per_chunk,
+        mlp_chunk_tokens=config.model.mlp_chunk_tokens,
         world=world,
         flops=flops,
     )

@@ -116,6 +116,7 @@ def test_a_value_out_of_its_range_is_named(smallest, override, key):
         ("trainable.lora={targets: {decoder: [q_proj]}}", "`trainable.lora.targets.decoder"),
         ("optimizer.component_learning_rates={encoder: 0}", "`optimizer.component_learning_rates.encoder`"),
         ("model.activation_checkpointing=true", "`model.activation_checkpointing`"),
+        ("model.activation_offloading=true", "`model.activation_checkpointing.language_model` is 0 instead: set it to"),
         (
             "evaluation.normalizer=bsic",
             "`evaluation.normalizer` must be none, basic, whisper_english, whisper_basic, or a",

@@ -220,8 +220,8 @@ def _record_copy(func: Any, args: Any, kwargs: dict[str, Any], target: str | Non
         host_side = source if to_device else args[0]
     if isinstance(source, CudaTensor) == to_device:
         return
-    if not to_device:
-        # Whoever reads the copy has to wait.
+    if not to_device and not (is_async and host_side.is_pinned()):
+        # A tensor that is made for the copy is read next, and whoever reads it has to wait.
         log.add_wait("copies to the host")
     elif not is_async:
         log.add_wait("copies to the device and waits")

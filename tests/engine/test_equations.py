@@ -138,8 +138,9 @@ def test_target_counts_are_uneven(config: RunConfig) -> None:
 
 
 CHECKPOINTED = {"activation_checkpointing": {"encoder": 1, "language_model": 2}, "loss_chunk_tokens": 3}
-# Two windows at a time: micro-batches have one to eight windows, and differ between ranks.
-IN_CHUNKS = {"encoder_windows_per_chunk": 2}
+# Two windows and 40 positions at a time: micro-batches have one to eight windows, and differ between ranks.
+IN_CHUNKS = {"encoder_windows_per_chunk": 2, "mlp_chunk_tokens": 40}
+OFFLOADED = CHECKPOINTED | {"activation_offloading": True}
 # By default ZeRO-3 does not shard small parameters, and those of this model are small.
 ALL_SHARDED = {"stage3_param_persistence_threshold": 0}
 ADAPTERS = {"lora": {"rank": 4}}
@@ -152,14 +153,14 @@ VARIANTS: dict[tuple[int, str], tuple[int, dict[str, Any], dict[str, Any], dict[
     (1, "stage 3"): (3, {}, {}, {}),
     (2, "stage 0"): (0, {}, {}, {}),
     (2, "stage 1 with a frozen encoder"): (1, {}, {}, {"frozen": ["encoder"]}),
-    (2, "stage 2 in chunks"): (2, {}, IN_CHUNKS, {}),
+    (2, "stage 2 in chunks and offloaded"): (2, {}, IN_CHUNKS | OFFLOADED, {}),
     (2, "stage 2 with adapters"): (2, {}, {}, ADAPTERS),
     (2, "stage 3"): (3, {}, {}, {}),
-    (2, "stage 3 in chunks"): (3, {}, IN_CHUNKS, {}),
+    (2, "stage 3 in chunks"): (3, ALL_SHARDED, IN_CHUNKS, {}),
     (2, "stage 3 with everything sharded"): (3, ALL_SHARDED, CHECKPOINTED, {}),
-    (2, "stage 3 with DoRA and a trained encoder"): (3, ALL_SHARDED, CHECKPOINTED, DORA),
+    (2, "stage 3 with DoRA and a trained encoder"): (3, ALL_SHARDED, IN_CHUNKS | OFFLOADED, DORA),
     (3, "stage 2"): (2, {}, {}, {}),
-    (3, "stage 3 in chunks"): (3, {}, IN_CHUNKS, {}),
+    (3, "stage 3 in chunks and offloaded"): (3, {}, IN_CHUNKS | OFFLOADED, {}),
     (3, "stage 3 with adapters"): (3, {}, {}, ADAPTERS),
 }
 
@@ -181,9 +182,13 @@ def test_zero_equals_one_plain_process(config: RunConfig, world_size: int, tmp_p
     assert_equal_plain(world_size, {key[1]: variant(config, key, tmp_path) for key in keys})
 
 
-def test_ranks_have_unequal_numbers_of_windows(config: RunConfig) -> None:
+@pytest.mark.parametrize(("size", "chunk_size"), [("num_windows", 2), ("num_positions", 40)])
+def test_ranks_have_unequal_numbers_of_chunks(config: RunConfig, size: str, chunk_size: int) -> None:
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loaders = [build_train_loader(config.train_data, prompts, config.seed, 1, rank, 3) for rank in range(3)]
     steps = [next(iter(loader.starting_at(0))).micro_batches for loader in loaders]
-    windows = [[batch.num_windows for batch in micro_batches] for micro_batches in steps]
-    assert any(len({-(-count // 2) for count in together}) > 1 for together in zip(*windows, strict=True))
+    sizes = [
+        [batch.num_windows if size == "num_windows" else batch.input_ids.numel() for batch in micro_batches]
+        for micro_batches in steps
+    ]
+    assert any(len({-(-count // chunk_size) for count in together}) > 1 for together in zip(*sizes, strict=True))

@@ -125,6 +125,32 @@ def test_recomputed_chunks_of_the_encoder_are_counted(
     assert TrainingFlops(model, config).hardware(shape_of(batch, num_encoder_chunks)) == both
 
 
+@pytest.mark.parametrize(
+    ("trainable", "checkpointing"),
+    [
+        ("all", NO_CHECKPOINTS),
+        ("all", EVERY_BLOCK),
+        ("encoder_frozen", EVERY_OTHER),
+        ("block_frozen", NO_CHECKPOINTS),
+        ("lora", EVERY_OTHER),
+        ("lora_last", NO_CHECKPOINTS),
+    ],
+)
+def test_recomputed_chunks_of_mlps_are_counted_and_cost_nothing_in_checkpointed_blocks(
+    tiny_model: Path, batch: MicroBatch, trainable: str, checkpointing: dict[str, int]
+) -> None:
+    plain = model_config(tiny_model, checkpointing)
+    config = plain.model_copy(update={"mlp_chunk_tokens": 13})
+    chosen = TrainableConfig.model_validate(NAMED[trainable])
+    model = load_voxtral(config, chosen)
+    forward, both = counted_by_torch(model, batch, LogMel.from_pretrained(str(tiny_model), torch.device("cpu")))
+    flops = TrainingFlops(model, config)
+    assert sum(flops.forward(shape_of(batch)).values()) == forward
+    assert flops.hardware(shape_of(batch)) == both
+    is_equal = both == TrainingFlops(load_voxtral(plain, chosen), plain).hardware(shape_of(batch))
+    assert is_equal == (checkpointing == EVERY_BLOCK)
+
+
 def test_a_model_without_weights_is_counted_alike(tiny_model: Path, batch: MicroBatch) -> None:
     config = model_config(tiny_model, EVERY_OTHER)
     trainable = TrainableConfig.model_validate(LORA)

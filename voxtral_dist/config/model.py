@@ -45,6 +45,16 @@ class ModelConfig(Section):
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     """Blocks whose activations are recomputed. The default is none."""
 
+    activation_offloading: bool = False
+    """Keep the inputs of the language model's checkpointed blocks in pinned host memory between forward and backward
+    pass, by copies that overlap with computation. The encoder bounds its memory by `encoder_windows_per_chunk`
+    instead. Needs `activation_checkpointing.language_model`. Saves nothing on CPUs."""
+
+    mlp_chunk_tokens: int | None = Field(default=None, gt=0)
+    """Maximum positions for which the MLP of a block of the language model is computed at a time, in training; its
+    intermediate values are computed again in the backward pass. In checkpointed blocks this costs no additional
+    computation. Does not change the loss. None: all positions at once."""
+
     compile_blocks: bool = False
     """Compile each block by `torch.compile`, which takes minutes at the start and makes steps faster. Refused under
     ZeRO-3, whose hooks inside blocks leave nothing to fuse."""
@@ -62,6 +72,15 @@ class ModelConfig(Section):
     """Maximum windows (of 30 s) that the encoder processes at a time. A micro-batch with more windows is split into
     chunks, which are recomputed in the backward pass, so that the encoder's memory does not grow with the batch. Does
     nothing for micro-batches with fewer windows on all ranks."""
+
+    @model_validator(mode="after")
+    def _has_inputs_to_offload(self) -> Self:
+        if self.activation_offloading and not self.activation_checkpointing.language_model:
+            raise ValueError(
+                "`model.activation_offloading` needs checkpointed blocks, whose inputs it offloads, but "
+                "`model.activation_checkpointing.language_model` is 0 instead: set it to 1"
+            )
+        return self
 
 
 class LoraConfig(Section):

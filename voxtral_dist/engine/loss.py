@@ -48,5 +48,6 @@ class LossOfMicroBatch:
             target_ids=batch.target_ids,
             target_places=batch.target_places,
             chunk_tokens=self._chunk_tokens,
+            num_mlp_chunks=batch.num_mlp_chunks,
         )
         return loss

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import Component, ModelConfig
+from voxtral_dist.model.activation_offloading import ActivationOffloading
 from voxtral_dist.model.attention import without_cudnn
+from voxtral_dist.model.mlp_chunks import MlpChunks
 
 
 def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn.Module]]:
@@ -23,20 +27,30 @@ def blocks_of(model: VoxtralForConditionalGeneration) -> dict[Component, list[nn
     }
 
 
-def wrap_blocks(model: VoxtralForConditionalGeneration, config: ModelConfig) -> None:
-    """Wrap the forward methods of blocks in compilation and checkpointing, inside the hooks of engines."""
-    every = {
-        "encoder": config.activation_checkpointing.encoder,
-        "language_model": config.activation_checkpointing.language_model,
-    }
-    for component, blocks in blocks_of(model).items():
-        for number, block in enumerate(blocks):
-            if config.compile_blocks:
-                block.forward = _compiled(block.forward, block)
-            if component == "language_model" and not config.cudnn_attention:
-                block.forward = _without_cudnn(block.forward)
-            if is_checkpointed(number, every[component]):
-                block.forward = _checkpointed(block.forward, block)
+def wrap_blocks(
+    model: VoxtralForConditionalGeneration, config: ModelConfig, mlp_chunks: MlpChunks | None = None
+) -> None:
+    """Wrap the forward methods of blocks in compilation, chunks and checkpointing, inside the hooks of engines."""
+    for block in blocks_of(model)["encoder"]:
+        if config.compile_blocks:
+            block.forward = _compiled(block.forward, block)
+    for block in blocks_of(model)["language_model"]:
+        if mlp_chunks is not None:
+            block.forward = _in_mlp_chunks(block.forward, block, mlp_chunks, config.compile_blocks)
+        elif config.compile_blocks:
+            block.forward = _compiled(block.forward, block)
+        if not config.cudnn_attention:
+            block.forward = _without_cudnn(block.forward)
+    checkpointing = config.activation_checkpointing
+    _checkpoint_blocks(blocks_of(model)["encoder"], checkpointing.encoder)
+    offloading = ActivationOffloading() if config.activation_offloading else None
+    _checkpoint_blocks(blocks_of(model)["language_model"], checkpointing.language_model, offloading)
+
+
+def _checkpoint_blocks(blocks: list[nn.Module], every: int, offloading: ActivationOffloading | None = None) -> None:
+    for number, block in enumerate(blocks):
+        if is_checkpointed(number, every):
+            block.forward = _checkpointed(block.forward, block, offloading.saving if offloading else nullcontext)
 
 
 def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
@@ -47,6 +61,32 @@ def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., An
         return (compiled if block.training else forward)(*arguments, **named)
 
     return maybe_compiled
+
+
+def _in_mlp_chunks(
+    forward: Callable[..., Any], block: nn.Module, mlp_chunks: MlpChunks, compiles: bool
+) -> Callable[..., Any]:
+    """Compute the MLP in chunks in training; a compiler would see another graph for each number of chunks."""
+    attention, mlp = (torch.compile(half) if compiles else half for half in (_attention_half, _mlp_half))
+
+    def in_chunks(hidden: Tensor, **named: Any) -> Any:
+        if block.training and torch.is_grad_enabled():
+            return mlp_chunks(partial(mlp, block), attention(block, hidden, **named))
+        return forward(hidden, **named)
+
+    return in_chunks
+
+
+def _attention_half(block: Any, hidden: Tensor, **named: Any) -> Tensor:
+    """The first half of transformers' `LlamaDecoderLayer.forward`."""
+    attended: Tensor = block.self_attn(block.input_layernorm(hidden), **named)[0]
+    return hidden + attended
+
+
+def _mlp_half(block: Any, hidden: Tensor) -> Tensor:
+    """The second half."""
+    moved: Tensor = block.mlp(block.post_attention_layernorm(hidden))
+    return hidden + moved
 
 
 def _without_cudnn(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,10 +104,13 @@ def is_checkpointed(block_number: int, every: int) -> bool:
     return every > 0 and block_number % every == 0
 
 
-def _checkpointed(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+def _checkpointed(
+    forward: Callable[..., Any], block: nn.Module, saving: Callable[[], AbstractContextManager[Any]]
+) -> Callable[..., Any]:
     def checkpointed(*inputs: Any, **named: Any) -> Any:
         if block.training and torch.is_grad_enabled():
-            return checkpoint(forward, *inputs, use_reentrant=False, **named)
+            with saving():
+                return checkpoint(forward, *inputs, use_reentrant=False, **named)
         return forward(*inputs, **named)
 
     return checkpointed

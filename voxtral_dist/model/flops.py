@@ -124,7 +124,9 @@ class TrainingFlops:
         projector = _projector(model, gradient)
         self._recomputed_chunk = _recomputed_in_chunk(encoder, projector, model) if gradient.is_needed else 0.0
         self._window: dict[Component, Flops] = {"encoder": encoder, "projector": projector}
-        self._position, self._pair = _language_model(model.model.language_model, gradient, every.language_model)
+        self._position, self._pair = _language_model(
+            model.model.language_model, gradient, every.language_model, config.mlp_chunk_tokens is not None
+        )
         logits = gradient.products(model.lm_head)
         # `TargetLogits` recomputes logits in the backward pass.
         self._target = Flops(logits.forward, logits.backward, recomputed=logits.forward)
@@ -247,16 +249,23 @@ class _Block:
             mlp.down_proj,
         )
 
-    def flops(self, gradient: _GradientFlow, is_checkpointed: bool) -> tuple[Flops, Flops]:
-        """FLOPs of each row, and of each pair of rows of which one attends to the other."""
+    def flops(self, gradient: _GradientFlow, is_checkpointed: bool, has_mlp_chunks: bool) -> tuple[Flops, Flops]:
+        """FLOPs of each row, and of each pair of rows of which one attends to the other.
+
+        Chunks of the MLP are recomputed too; in a checkpointed block, which does not recompute its MLP then, they cost
+        the same.
+        """
         gradient.pass_by(self.first_norm)
         pair = self._pair(gradient)
         row = gradient.products(self.queries, self.keys, self.values) + gradient.products(self.out)
         gradient.pass_by(self.second_norm)
-        row = row + gradient.products(*self.widening) + gradient.products(self.narrowing)
-        if not (is_checkpointed and gradient.is_needed):
+        mlp = gradient.products(*self.widening) + gradient.products(self.narrowing)
+        row, mlp_again = row + mlp, mlp.forward - _last_product(self.narrowing)
+        if not gradient.is_needed or not (is_checkpointed or has_mlp_chunks):
             return row, pair
-        recomputed = row.forward - _last_product(self.narrowing)
+        if not is_checkpointed:
+            return Flops(row.forward, row.backward, mlp_again), pair
+        recomputed = row.forward - mlp.forward + mlp_again
         return Flops(row.forward, row.backward, recomputed), Flops(pair.forward, pair.backward, pair.forward)
 
     def _pair(self, gradient: _GradientFlow) -> Flops:
@@ -295,17 +304,24 @@ def _recomputed_in_chunk(encoder: Flops, projector: Flops, model: TrainedVoxtral
     return encoder.forward + projector.forward - last
 
 
-def _language_model(text: Any, gradient: _GradientFlow, checkpoint_every: int) -> tuple[Flops, Flops]:
+def _language_model(
+    text: Any, gradient: _GradientFlow, checkpoint_every: int, has_mlp_chunks: bool
+) -> tuple[Flops, Flops]:
     """FLOPs of one position, and of one pair of positions, in all blocks of the language model."""
     gradient.pass_by(text.embed_tokens)
     blocks = [_Block.of_language_model(block) for block in text.layers]
-    row, pair = _blocks(blocks, gradient, checkpoint_every)
+    row, pair = _blocks(blocks, gradient, checkpoint_every, has_mlp_chunks)
     gradient.pass_by(text.norm)
     return row, pair
 
 
-def _blocks(blocks: Sequence[_Block], gradient: _GradientFlow, checkpoint_every: int) -> tuple[Flops, Flops]:
-    each = [block.flops(gradient, is_checkpointed(number, checkpoint_every)) for number, block in enumerate(blocks)]
+def _blocks(
+    blocks: Sequence[_Block], gradient: _GradientFlow, checkpoint_every: int, has_mlp_chunks: bool = False
+) -> tuple[Flops, Flops]:
+    each = [
+        block.flops(gradient, is_checkpointed(number, checkpoint_every), has_mlp_chunks)
+        for number, block in enumerate(blocks)
+    ]
     return sum((row for row, _ in each), Flops()), sum((pair for _, pair in each), Flops())
 
 

@@ -16,6 +16,7 @@ from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.attention import causal_mask, chosen_attention
 from voxtral_dist.model.blocks import wrap_blocks
+from voxtral_dist.model.mlp_chunks import MlpChunks
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.model.trainable import choose_trainable
 
@@ -54,7 +55,12 @@ class TargetLogits(nn.Linear):
 
 
 class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # of a package without types
-    """A Voxtral whose forward pass can return the loss of some positions, without computing logits of the others."""
+    """A Voxtral whose forward pass can return the loss of some positions, without computing logits of the others.
+
+    mlp_chunks: of the language model's blocks; None without `model.mlp_chunk_tokens`.
+    """
+
+    mlp_chunks: MlpChunks | None = None
 
     def __init__(self, config: VoxtralConfig) -> None:
         super().__init__(config)
@@ -67,6 +73,7 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         target_places: Tensor | None = None,
         audio_places: Tensor | None = None,
         chunk_tokens: int = 0,
+        num_mlp_chunks: int | None = None,
         **inputs: Any,
     ) -> Any:
         """Compute what the published class does, or, given targets, their summed cross entropy.
@@ -76,12 +83,15 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
             target_places: int64 `(N,)`, the positions in the flattened `(B, T)` input that predict them.
             audio_places: int64 `(A,)`, the positions of audio tokens in the flattened input, in the order of windows.
             chunk_tokens: number of targets whose logits are computed at a time.
+            num_mlp_chunks: see `MlpChunks`; does nothing without `model.mlp_chunk_tokens`.
             inputs: arguments of the published class; given targets, `input_ids` `(B, T)`, padded on the right, and
                 `input_features` alone.
         """
         if target_ids is None or target_places is None:
             return super().forward(**inputs)
         assert audio_places is not None, "a micro-batch knows them"
+        if self.mlp_chunks is not None:
+            self.mlp_chunks.num_chunks = num_mlp_chunks
         hidden = self.causal_states(audio_places=audio_places, **inputs)
         return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens)
 
@@ -131,7 +141,8 @@ def build_trained_model(
     with torch.device("meta"):
         model: TrainedVoxtral = TrainedVoxtral(voxtral_config).to(dtype)
     choose_trainable(model, trainable)
-    wrap_blocks(model, config)
+    model.mlp_chunks = MlpChunks(config.mlp_chunk_tokens) if config.mlp_chunk_tokens else None
+    wrap_blocks(model, config, model.mlp_chunks)
     model.train()
     return model
 

@@ -56,7 +56,7 @@ class TrainStep:
 
     optimizer, num_steps: the learning rate of each step, which follows a schedule over the whole run.
     seed: of dropout.
-    encoder_windows_per_chunk: as in section `model`.
+    encoder_windows_per_chunk, mlp_chunk_tokens: as in section `model`.
     flops: counts the model's operations; None counts none.
     """
 
@@ -65,6 +65,7 @@ class TrainStep:
     num_steps: int
     seed: int
     encoder_windows_per_chunk: int
+    mlp_chunk_tokens: int | None
     world: World
     flops: TrainingFlops | None = None
 
@@ -80,7 +81,7 @@ class TrainStep:
         """
         started = time.monotonic()
         maxima = RankMaxima.measure(batches, self.world)
-        micro_batches = self._with_equal_chunks(batches.micro_batches, maxima.num_windows)
+        micro_batches = self._with_equal_chunks(batches.micro_batches, maxima)
         totals = _Totals.of(micro_batches, self.flops, stop_requested).over_ranks(self.world)
         loss = self._backward(micro_batches, batches.step, int(totals.num_target_tokens))
         _refuse_not_finite("loss", loss, batches.step)
@@ -107,14 +108,21 @@ class TrainStep:
             must_stop=totals.num_stop_requests > 0,
         )
 
-    def _with_equal_chunks(self, micro_batches: Sequence[MicroBatch], most_windows: Sequence[int]) -> list[MicroBatch]:
-        """Give each micro-batch as many chunks of the encoder as the rank with the most windows needs.
+    def _with_equal_chunks(self, micro_batches: Sequence[MicroBatch], maxima: RankMaxima) -> list[MicroBatch]:
+        """Give each micro-batch as many chunks as the rank needs that has most windows, or most positions, in it.
 
         Engines that shard weights exchange them in every chunk, so all ranks must run equally many.
         """
+        tokens = self.mlp_chunk_tokens
         return [
-            replace(batch, num_encoder_chunks=num_chunks(most, self.encoder_windows_per_chunk))
-            for batch, most in zip(micro_batches, most_windows, strict=True)
+            replace(
+                batch,
+                num_encoder_chunks=num_chunks(num_windows, self.encoder_windows_per_chunk),
+                num_mlp_chunks=num_chunks(num_positions, tokens) if tokens else None,
+            )
+            for batch, num_windows, num_positions in zip(
+                micro_batches, maxima.num_windows, maxima.num_positions, strict=True
+            )
         ]
 
     def _backward(self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int) -> float:
@@ -135,24 +143,27 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class RankMaxima:
-    """Maximum over ranks: the windows of each micro-batch, the wait for data, and the peak memory so far."""
+    """Maximum over ranks: windows and padded positions of each micro-batch, the wait for data, and the peak memory."""
 
     num_windows: tuple[int, ...]
+    num_positions: tuple[int, ...]
     waiting_seconds: float
     memory_gigabytes: float
 
     @classmethod
     def measure(cls, batches: StepBatches, world: World) -> RankMaxima:
         """Exchange all of it at once."""
-        *num_windows, microseconds, num_bytes = max_over_ranks(
+        *sizes, microseconds, num_bytes = max_over_ranks(
             [
                 *(batch.num_windows for batch in batches.micro_batches),
+                *(batch.input_ids.numel() for batch in batches.micro_batches),
                 round(1e6 * batches.waiting_seconds),
                 peak_memory_bytes(world.device),
             ],
             world,
         )
-        return cls(tuple(num_windows), microseconds / 1e6, num_bytes / 1e9)
+        count = len(batches.micro_batches)
+        return cls(tuple(sizes[:count]), tuple(sizes[count:]), microseconds / 1e6, num_bytes / 1e9)
 
 
 class _Totals(NamedTuple):

@@ -67,6 +67,7 @@ WAITS: dict[str, Callable[[], object]] = {
     "copy from pageable memory": lambda: torch.ones(3).to(CUDA, non_blocking=True),
     "copy to the host": lambda: on_device(3).cpu(),
     "copy into a tensor": lambda: on_device(3).copy_(torch.ones(3)),
+    "copy into pageable memory": lambda: torch.ones(3).copy_(on_device(3), non_blocking=True),
 }
 
 
@@ -76,11 +77,18 @@ def test_a_wait_is_recorded(wait: Callable[[], object]) -> None:
     assert log.waits.total() == 1, log.waits
 
 
+def copied_to_host(tensor: Tensor) -> Tensor:
+    """The tensor itself, after a copy of it was queued."""
+    torch.empty(tensor.shape, pin_memory=True).copy_(tensor, non_blocking=True)
+    return tensor
+
+
 NO_WAITS: dict[str, Callable[[], object]] = {
     "copy from pinned memory": lambda: torch.ones(3).pin_memory().to(CUDA, non_blocking=True),
     "a part of pinned memory": lambda: torch.ones(9).pin_memory()[2:5].to(CUDA, non_blocking=True),
     "masked fill": lambda: on_device(3).masked_fill(on_device(3) > 0, 2.0),
     "selection": lambda: torch.where(on_device(3) > 0, on_device(3), 0.0),
+    "copy into pinned memory": lambda: copied_to_host(on_device(3)),
     "indices on the device": lambda: on_device(3)[torch.arange(2, device=CUDA)],
     "a number": lambda: on_device(3) * torch.tensor(2.0),
     "repetition of known length": lambda: on_device(3).repeat_interleave(4),

@@ -35,6 +35,8 @@ from runs import run_config
 
 CPU = torch.device("cpu")
 NUM_TENSORS = sum(field.type == "Tensor" for field in fields(MicroBatch))
+# The inputs of two blocks leave, and that of the second is still there when the backward pass begins.
+NUM_OFFLOADED_COPIES = 3
 NUM_STEPS = 3
 MOST_WAITS_OF_A_MICRO_BATCH = 2
 
@@ -129,12 +131,14 @@ TRAINABLES: dict[str, dict[str, Any]] = {
 
 
 def config_of(folder: Path, model: Path, shards: Path, precision: str, trainable: Mapping[str, Any]) -> RunConfig:
-    """Everything at once that a micro-batch can have: masks, chunks of the encoder, checkpoints, targets in chunks."""
+    """Everything at once that a micro-batch can have: masks, chunks of each kind, checkpoints, offloading."""
     config = run_config(folder, model, shards, num_steps=NUM_STEPS, slots_per_step=3)
     tree = config.model_dump()
     tree["model"] |= {
         "precision": precision,
-        "activation_checkpointing": {"encoder": 1, "language_model": 2},
+        "activation_checkpointing": {"encoder": 1, "language_model": 1},
+        "activation_offloading": True,
+        "mlp_chunk_tokens": 30,
         "encoder_windows_per_chunk": 2,
         "loss_chunk_tokens": 5,
     }
@@ -192,7 +196,7 @@ def test_steps_equal_those_on_the_cpu_and_wait_for_nothing_that_is_not_listed(co
         assert difference < (1e-5 if is_exact else 2e-2), name
     assert_on_device(actual.engine)
     assert_allowed(actual.last_step.waits, actual.num_micro_batches)
-    assert actual.last_step.num_copies == NUM_TENSORS * actual.num_micro_batches
+    assert actual.last_step.num_copies == (NUM_TENSORS + NUM_OFFLOADED_COPIES) * actual.num_micro_batches
     assert actual.last_step.operations["aten._fused_adamw_.default"] > 0
 
 

@@ -45,6 +45,7 @@ class MicroBatch:
     num_utterances: utterances in all examples.
     bad_utterances: utterances that belong here but cannot be used.
     num_encoder_chunks: number of chunks in which the encoder takes the windows; ranks with sharded weights agree on it.
+    num_mlp_chunks: the same for the MLPs of the language model; None without a limit of their positions.
 
     Example:
         >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, collate, read_index
@@ -69,6 +70,7 @@ class MicroBatch:
     num_utterances: int
     bad_utterances: tuple[BadUtterance, ...] = ()
     num_encoder_chunks: int = 1
+    num_mlp_chunks: int | None = None
 
     @property
     def num_windows(self) -> int:
