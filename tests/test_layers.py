@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -22,6 +23,7 @@ ALLOWED_IMPORTERS = {
 }
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """The syntax tree of every module of the package by its dotted name."""
     trees = {}
