@@ -37,9 +37,10 @@ from voxtral_dist.training.evaluator import Evaluator
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data
 from voxtral_dist.training.selection import Verdict
-from voxtral_dist.training.signals import stop_signals
-from voxtral_dist.training.step import TrainStep
+from voxtral_dist.training.signals import StopRequest, stop_signals
+from voxtral_dist.training.step import Requests, TrainStep
 from voxtral_dist.training.summary import write_summary
+from voxtral_dist.training.time_limit import Part, TimeLimit
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def train_model(config: RunConfig) -> int:
     """Fine-tune on all ranks that a launcher started, or in this process alone; see `train`.
 
     Returns:
-        0 at the end, `EXIT_STOPPED` where a signal stopped the run before it.
+        0 at the end, `EXIT_STOPPED` where a signal or `max_run_hours` stopped the run before it.
 
     Raises:
         UserError: the configuration cannot be met.
@@ -71,11 +72,13 @@ def train(config: RunConfig, world: World) -> int:
     """Fine-tune to the last step, from the newest complete checkpoint where there is one.
 
     Returns:
-        0 at the end; `EXIT_STOPPED` where a signal stopped the run before it, after its state was saved.
+        0 at the end; `EXIT_STOPPED` where a signal or `max_run_hours` stopped the run before it, after its state was
+        saved.
 
     Raises:
         UserError: the configuration, the model, the data and this machine do not fit together.
     """
+    time_limit = TimeLimit(config.max_run_hours)
     check_before_loading(config, world)
     prompts = VoxtralPrompts.from_pretrained(config.model.path, config.model.max_positions)
     storage = Storage(config.storage)
@@ -110,29 +113,39 @@ def train(config: RunConfig, world: World) -> int:
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
         step = build_train_step(config, engine, world, flops, num_steps=loader.num_steps)
+        time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
-            evaluator.evaluate(progress.step)
+            with time_limit.measuring("evaluation"):
+                evaluator.evaluate(progress.step)
         verdict = selector.select(progress.step)
         for batches in () if verdict.must_stop else steps:
-            result = step.run(batches, stop_requested=stop.requested)
+            result = step.run(batches, _requests(stop, time_limit, evaluator, progress.step + 1))
             progress = result.advance(progress)
+            time_limit.record("step", result.metrics.step_seconds)
             metrics_log.train_step(progress.step, result.metrics)
             bad_utterances.check(progress, batches.micro_batches, result)
             is_last = progress.step == loader.num_steps
             is_evaluated = evaluator.is_due(progress.step)
-            if is_evaluated or is_last or result.must_stop or progress.step % config.checkpoint.every_steps == 0:
-                saved = checkpoints.save(engine, progress)
-                metrics_log.write("checkpoint", progress.step, {"path": saved.name})
-            if result.must_stop and not is_last:
-                return _stopped(progress, metrics_log)
+            must_stop = result.agreed.stop_in_time or (result.agreed.stop and not is_last)
+            is_due = is_last or result.agreed.save or progress.step % config.checkpoint.every_steps == 0
+            if is_due or is_evaluated or must_stop:
+                with time_limit.measuring("save"):
+                    saved = checkpoints.save(engine, progress)
+                seconds = round(time_limit.last("save"), 3)
+                metrics_log.write("checkpoint", progress.step, {"path": saved.name, "seconds": seconds})
+            if must_stop:
+                return _stopped(config, progress, metrics_log, by_signal=result.agreed.stop)
             if is_evaluated:
-                evaluator.evaluate(progress.step)
+                with time_limit.measuring("evaluation"):
+                    evaluator.evaluate(progress.step)
                 verdict = selector.select(progress.step)
                 if verdict.must_stop:
                     break
                 # The state is saved already: one more step would have to be saved again.
-                if not is_last and max_over_ranks([int(stop.requested)], world)[0]:
-                    return _stopped(progress, metrics_log)
+                is_short = time_limit.is_too_short_for("step", "save")
+                by_signal, in_time = max_over_ranks([int(stop.requested), int(is_short)], world)
+                if not is_last and (by_signal or in_time):
+                    return _stopped(config, progress, metrics_log, by_signal=bool(by_signal))
         steps.close()
         if verdict.best_step not in (None, progress.step):
             checkpoints.load(engine, verdict.best_step)
@@ -259,8 +272,20 @@ def _announce(
     )
 
 
-def _stopped(progress: TrainProgress, metrics_log: MetricsLog) -> int:
-    metrics_log.say(f"Stopped at step {progress.step} by a signal: rerun the same command to resume.")
+def _requests(stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, step: int) -> Requests:
+    """What this rank asks for after its next update, which will be the run's number `step`."""
+    # A run that stops before an evaluation begins with it when it resumes.
+    following: tuple[Part, ...] = ("evaluation",) if evaluator.is_due(step) else ("step",)
+    if step == evaluator.num_steps:
+        # An export takes about as long as a save.
+        following = ("evaluation", "save")
+    is_short = time_limit.is_too_short_for("step", "save", *following)
+    return Requests(stop.requested, stop_in_time=is_short, save=time_limit.needs_a_save())
+
+
+def _stopped(config: RunConfig, progress: TrainProgress, metrics_log: MetricsLog, *, by_signal: bool) -> int:
+    why = "by a signal" if by_signal else f"before the end of `max_run_hours` ({config.max_run_hours:g})"
+    metrics_log.say(f"Stopped at step {progress.step} {why}: rerun the same command to resume.")
     return EXIT_STOPPED
 
 

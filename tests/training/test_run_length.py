@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,41 @@ def train_to_signal(world: World, config: RunConfig, step: int) -> int:
 
     MetricsLog.train_step = write_and_signal  # type: ignore[method-assign]
     return train(config, world)
+
+
+def train_by_clock(world: World, config: RunConfig, step_seconds: float, evaluation_seconds: float) -> int:
+    """Train by a clock on which a step, a save of 400 s and an evaluation take known times, except on rank 0.
+
+    There nothing takes time, so it learns from the others alone when to stop.
+    """
+    from voxtral_dist import train as run
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.training import time_limit
+    from voxtral_dist.training.evaluator import Evaluator
+    from voxtral_dist.training.step import TrainStep
+
+    now = 0.0
+
+    def taking(seconds: float, method: Any) -> Any:
+        def timed(*arguments: Any) -> Any:
+            nonlocal now
+            now += 0.0 if world.is_first and world.size > 1 else seconds
+            return method(*arguments)
+
+        return timed
+
+    def step_of(self: TrainStep, *arguments: Any) -> Any:
+        result = make_step(self, *arguments)
+        return replace(result, metrics=replace(result.metrics, step_seconds=step_seconds))
+
+    make_step = taking(step_seconds, TrainStep.run)
+    TrainStep.run = step_of  # type: ignore[method-assign]
+    CheckpointDirectory.save = taking(400.0, CheckpointDirectory.save)  # type: ignore[method-assign]
+    Evaluator.evaluate = taking(evaluation_seconds, Evaluator.evaluate)  # type: ignore[method-assign]
+    run.TimeLimit = partial(time_limit.TimeLimit, clock=lambda: now)  # type: ignore[misc, assignment]
+    code = run.train(config, world)
+    assert now < 3600
+    return code
 
 
 def rows_of(config: RunConfig, kind: str) -> list[dict[str, Any]]:
@@ -86,3 +123,38 @@ def test_a_run_of_epochs_resumes_on_another_number_of_ranks(unbroken: RunConfig,
     assert len(losses(config)) == 6, "the ranks agree in the step after the signal"
     assert run_ranks(1, train, config) == [0]
     assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def checkpoints(config: RunConfig) -> list[int]:
+    return [row["step"] for row in rows_of(config, "checkpoint")]
+
+
+def test_a_run_ends_in_time_and_the_same_command_resumes_it(unbroken: RunConfig, tmp_path: Path) -> None:
+    config = unbroken.model_copy(update={"run_dir": tmp_path / "run", "max_run_hours": 1.0})
+    # Six steps take half an hour; a save measures that it takes 400 s. Two more steps and a save end at 3,300 s.
+    assert run_ranks(2, train_by_clock, config, 300.0, 0.0) == [EXIT_STOPPED] * 2
+    assert checkpoints(config) == [7, 8]
+    assert json.loads((config.run_dir / "checkpoints" / "step-0000008" / "complete.json").read_text())
+    assert run_ranks(1, train, config) == [0]
+    assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def test_a_run_stops_before_an_evaluation_that_would_end_too_late(
+    tiny_model: Path, shard_folder: Path, tmp_path: Path
+) -> None:
+    test_set = {"shards": str(shard_folder), "max_utterances": 1}
+    config = run_of_epochs(
+        tmp_path / "run",
+        tiny_model,
+        shard_folder,
+        stage=2,
+        evaluation={"test_sets": {"dev": test_set}, "every_steps": 3, "max_tokens_per_second": 1.0},
+    )
+    config = config.model_copy(update={"max_run_hours": 1.0})
+    # The first evaluation ends at 1,200 s, three steps at 2,100 s, a save at 2,500 s: 1,500 s more may be too long.
+    assert run_ranks(1, train_by_clock, config, 300.0, 1200.0) == [EXIT_STOPPED]
+    assert checkpoints(config) == [3]
+    assert [row["step"] for row in rows_of(config, "evaluation")] == [0]
+    assert run_ranks(1, train, config) == [0]
+    assert [row["step"] for row in rows_of(config, "evaluation")] == [0, 3, 6, 9, 10]
+    assert len(losses(config)) == 10

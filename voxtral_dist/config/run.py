@@ -68,6 +68,11 @@ class RunConfig(Section):
     utterance that passes the filters that often; with a mixture, as often as its weights say. None: `num_steps`
     decides."""
 
+    max_run_hours: float | None = Field(default=None, gt=0)
+    """Hours from the start of the ranks within which they save a checkpoint and exit with code 75, so that the same
+    command resumes. The measured times of steps, saves and evaluations tell when to stop; at least one step is made.
+    None: no limit."""
+
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the data order, augmentation, initial adapters and dropout."""
 

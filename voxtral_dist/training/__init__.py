@@ -1,7 +1,7 @@
 """The parts of a training run, in the order in which `voxtral_dist.train` uses them.
 
 - `run_checks`: no other run in the same folder, and the same data on all ranks;
-- `signals`: requests to stop;
+- `signals` and `time_limit`: requests to stop;
 - `metrics_log`: rows in `metrics.jsonl`, scalars for `tensorboard`, and the live `display`;
 - `step`: one update over all ranks, and its `step_metrics`;
 - `bad_utterances`: limits on unusable utterances;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,10 @@ class Evaluator:
             self.metrics_log.say(f"step {step}: {why}")
             decoder = BatchDecoder(model, self.prompts, self.log_mel, self.settings, in_lockstep)
             for test_set in test_sets:
+                started = time.monotonic()
                 result = evaluate_test_set(test_set, decoder, self.settings, self.normalizer, out_dir, self.world)
-                self.metrics_log.write("evaluation", step, {"name": test_set.name} | result.metrics())
+                seconds = {"seconds": round(time.monotonic() - started, 3)}
+                self.metrics_log.write("evaluation", step, {"name": test_set.name} | result.metrics() | seconds)
                 self.metrics_log.say(f"step {step}: {test_set.name}: {result}")
 
     def _not_measured(self, step: int) -> list[TestSet]:

@@ -26,17 +26,30 @@ from voxtral_dist.training.step_metrics import StepMetrics
 
 
 @dataclass(frozen=True)
+class Requests:
+    """What a rank asks for after a step; all ranks do what one of them asks for.
+
+    stop: to stop, because a signal asked it. stop_in_time: to stop, because `max_run_hours` are nearly over. save: to
+    save.
+    """
+
+    stop: bool = False
+    stop_in_time: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one update measured over all ranks, and what all ranks agree on after it.
 
-    must_stop: whether a signal asked any rank to stop.
+    agreed: the requests of any rank.
     """
 
     metrics: StepMetrics
     num_utterances: int
     num_bad_utterances: int
     num_too_long: int
-    must_stop: bool
+    agreed: Requests
 
     def advance(self, progress: TrainProgress) -> TrainProgress:
         """The progress of the run after this update."""
@@ -69,12 +82,12 @@ class TrainStep:
     world: World
     flops: TrainingFlops | None = None
 
-    def run(self, batches: StepBatches, *, stop_requested: bool = False) -> StepResult:
+    def run(self, batches: StepBatches, requests: Requests | None = None) -> StepResult:
         """Make one update. All ranks call it together, each with its own micro-batches.
 
         Args:
             batches: the micro-batches of this rank, as many as on every other rank.
-            stop_requested: whether a signal asked this rank to stop.
+            requests: what this rank asks for after the step.
 
         Raises:
             UserError: the loss or the gradient is not finite. All ranks raise it, and none of them saves this step.
@@ -82,7 +95,7 @@ class TrainStep:
         started = time.monotonic()
         maxima = RankMaxima.measure(batches, self.world)
         micro_batches = self._with_equal_chunks(batches.micro_batches, maxima)
-        totals = _Totals.of(micro_batches, self.flops, stop_requested).over_ranks(self.world)
+        totals = _Totals.of(micro_batches, self.flops, requests or Requests()).over_ranks(self.world)
         loss = self._backward(micro_batches, batches.step, int(totals.num_target_tokens))
         _refuse_not_finite("loss", loss, batches.step)
         update = self.engine.step(learning_rate(self.optimizer, batches.step, self.num_steps))
@@ -105,7 +118,7 @@ class TrainStep:
             num_utterances=int(totals.num_utterances),
             num_bad_utterances=int(totals.num_bad_utterances),
             num_too_long=int(totals.num_too_long),
-            must_stop=totals.num_stop_requests > 0,
+            agreed=Requests(totals.num_stops > 0, totals.num_stops_in_time > 0, totals.num_saves > 0),
         )
 
     def _with_equal_chunks(self, micro_batches: Sequence[MicroBatch], maxima: RankMaxima) -> list[MicroBatch]:
@@ -176,10 +189,12 @@ class _Totals(NamedTuple):
     num_utterances: float
     num_bad_utterances: float
     num_too_long: float
-    num_stop_requests: float
+    num_stops: float
+    num_stops_in_time: float
+    num_saves: float
 
     @classmethod
-    def of(cls, micro_batches: Sequence[MicroBatch], flops: TrainingFlops | None, stop_requested: bool) -> _Totals:
+    def of(cls, micro_batches: Sequence[MicroBatch], flops: TrainingFlops | None, requests: Requests) -> _Totals:
         needed = _needed_shape(micro_batches)
         return cls(
             num_target_tokens=sum(batch.num_target_tokens for batch in micro_batches),
@@ -189,7 +204,9 @@ class _Totals(NamedTuple):
             num_utterances=sum(batch.num_utterances for batch in micro_batches),
             num_bad_utterances=sum(len(batch.bad_utterances) for batch in micro_batches),
             num_too_long=sum(bad.is_too_long for batch in micro_batches for bad in batch.bad_utterances),
-            num_stop_requests=stop_requested,
+            num_stops=requests.stop,
+            num_stops_in_time=requests.stop_in_time,
+            num_saves=requests.save,
         )
 
     def over_ranks(self, world: World) -> _Totals:
