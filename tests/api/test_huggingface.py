@@ -13,7 +13,6 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
-    TrainingArguments,
     VoxtralForConditionalGeneration,
 )
 
@@ -76,10 +75,14 @@ def test_labels_mask_everything_but_the_completion(collator, rows):
         assert (labels[: -len(completion)] == -100).all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_step_of_hugging_faces_trainer_has_our_loss(collator, rows, tmp_path, batch_size):
-    arguments = TrainingArguments(
+@pytest.mark.parametrize(
+    ("kind", "batch_size", "smoothing"),
+    [(Trainer, 1, 0.0), (Trainer, 3, 0.0), (TranscriptionTrainer, 1, 0.0), (TranscriptionTrainer, 3, 0.1)],
+)
+def test_a_step_of_hugging_faces_trainer_has_our_loss(collator, rows, tmp_path, kind, batch_size, smoothing):
+    arguments = Seq2SeqTrainingArguments(
         str(tmp_path),
+        label_smoothing_factor=smoothing,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=2,
         max_steps=1,
@@ -91,12 +94,12 @@ def test_a_step_of_hugging_faces_trainer_has_our_loss(collator, rows, tmp_path, 
         save_strategy="no",
     )
     model = VoxtralForConditionalGeneration.from_pretrained("models/tiny", dtype=torch.float32)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+    trainer = kind(model=model, args=arguments, train_dataset=rows, data_collator=collator)
     trainer.train()
     (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     own = own_batch(collator.prompts, rows, list(range(2 * batch_size)))
     own_model = load_voxtral(ModelConfig(path="models/tiny", precision="float32"))
-    own_sum = LossOfMicroBatch(LogMel.from_pretrained("models/tiny", CPU), 512)(own_model, own)
+    own_sum = LossOfMicroBatch(LogMel.from_pretrained("models/tiny", CPU), 512, smoothing)(own_model, own)
     assert loss == pytest.approx(own_sum.item() / own.num_target_tokens, abs=1e-6)
 
 

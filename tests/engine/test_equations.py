@@ -69,8 +69,10 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
                 input_features=log_mel(batch.pcm, batch.windows_per_example),
                 use_cache=False,
             ).logits
-            each = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
-            losses.append(each[batch.labels.flatten() != IGNORED_LABEL])
+            smoothing = config.model.label_smoothing
+            labels = batch.labels.flatten()
+            each = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none", label_smoothing=smoothing)
+            losses.append(each[labels != IGNORED_LABEL])
         loss = torch.cat(losses).mean()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -138,6 +140,7 @@ def test_target_counts_are_uneven(config: RunConfig) -> None:
 
 
 CHECKPOINTED = {"activation_checkpointing": {"encoder": 1, "language_model": 2}, "loss_chunk_tokens": 3}
+SMOOTHED = {"label_smoothing": 0.1}
 # Two windows and 40 positions at a time: micro-batches have one to eight windows, and differ between ranks.
 IN_CHUNKS = {"encoder_windows_per_chunk": 2, "mlp_chunk_tokens": 40}
 OFFLOADED = CHECKPOINTED | {"activation_offloading": True}
@@ -149,7 +152,7 @@ DORA = {"lora": {"rank": 4, "use_dora": True, "trained_whole": ["encoder"]}, "fr
 # By number of ranks and name: the stage, more settings of DeepSpeed, of section `model`, and of section `trainable`.
 VARIANTS: dict[tuple[int, str], tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     (1, "stage 1 in chunks"): (1, {}, IN_CHUNKS, {}),
-    (1, "stage 2"): (2, {}, {}, {}),
+    (1, "stage 2 with smoothed labels"): (2, {}, SMOOTHED, {}),
     (1, "stage 3"): (3, {}, {}, {}),
     (2, "stage 0"): (0, {}, {}, {}),
     (2, "stage 1 with a frozen encoder"): (1, {}, {}, {"frozen": ["encoder"]}),
@@ -157,7 +160,7 @@ VARIANTS: dict[tuple[int, str], tuple[int, dict[str, Any], dict[str, Any], dict[
     (2, "stage 2 with adapters"): (2, {}, {}, ADAPTERS),
     (2, "stage 3"): (3, {}, {}, {}),
     (2, "stage 3 in chunks"): (3, ALL_SHARDED, IN_CHUNKS, {}),
-    (2, "stage 3 with everything sharded"): (3, ALL_SHARDED, CHECKPOINTED, {}),
+    (2, "stage 3 with everything sharded and smoothed labels"): (3, ALL_SHARDED, CHECKPOINTED | SMOOTHED, {}),
     (2, "stage 3 with DoRA and a trained encoder"): (3, ALL_SHARDED, IN_CHUNKS | OFFLOADED, DORA),
     (3, "stage 2"): (2, {}, {}, {}),
     (3, "stage 3 in chunks and offloaded"): (3, {}, IN_CHUNKS | OFFLOADED, {}),

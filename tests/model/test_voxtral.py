@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.model.blocks import blocks_of
-from voxtral_dist.model.voxtral import fill_meta_model, meta_model, trained_meta_model
+from voxtral_dist.model.voxtral import TargetLogits, fill_meta_model, meta_model, trained_meta_model
 from voxtral_dist.model.weights import load_for_inference, load_voxtral
 
 
@@ -42,6 +43,22 @@ def test_a_trained_model_generates_as_the_published_class_does(tiny_model: Path)
     }
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 11}
     assert torch.equal(trained.generate(**inputs, **options), published.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk_tokens", [5, 64])
+def test_the_loss_in_chunks_is_torchs_with_its_gradients(chunk_tokens: int, label_smoothing: float) -> None:
+    torch.manual_seed(0)
+    layer = TargetLogits(16, 300, bias=False).double()
+    hidden = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(300, (37,))
+    loss = layer(hidden, labels, chunk_tokens, label_smoothing)
+    logits = F.linear(hidden, layer.weight).float()
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = torch.autograd.grad(loss, [hidden, layer.weight])
+    for gradient, theirs in zip(gradients, torch.autograd.grad(expected, [hidden, layer.weight]), strict=True):
+        torch.testing.assert_close(gradient, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_blocks_are_compiled_in_training_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,11 @@ class ModelConfig(Section):
     was trained for, 32,768 in the published models (43 minutes of audio), although their `config.json` says 131,072.
     More is possible and warned about: the model has never seen such positions, and vLLM serves no more."""
 
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target probability that is spread evenly over the vocabulary in training (Szegedy et al., arXiv
+    1512.00567). The training loss that is recorded is the one that is minimized, with smoothing; evaluations measure
+    the loss without. 0 disables it."""
+
     encoder_windows_per_chunk: int = Field(default=16, gt=0)
     """Maximum windows (of 30 s) that the encoder processes at a time. A micro-batch with more windows is split into
     chunks, which are recomputed in the backward pass, so that the encoder's memory does not grow with the batch. Does

@@ -11,7 +11,8 @@ from voxtral_dist.model.features import LogMel, mask_features
 class LossOfMicroBatch:
     """The cross entropy of a `TrainedVoxtral`, or an engine around it, summed over a micro-batch's targets in float32.
 
-    Logits are computed for `chunk_tokens` targets at a time.
+    Logits are computed for `chunk_tokens` targets at a time. With `label_smoothing` e, targets are distributions: 1 - e
+    on the label, and e evenly over the vocabulary (Szegedy et al., arXiv 1512.00567), as in torch's `cross_entropy`.
 
     Example:
         >>> import torch
@@ -27,9 +28,10 @@ class LossOfMicroBatch:
         >>> loss.backward()
     """
 
-    def __init__(self, log_mel: LogMel, chunk_tokens: int) -> None:
+    def __init__(self, log_mel: LogMel, chunk_tokens: int, label_smoothing: float = 0.0) -> None:
         self._log_mel = log_mel
         self._chunk_tokens = chunk_tokens
+        self._label_smoothing = label_smoothing
 
     def __call__(self, model: nn.Module, batch: MicroBatch, audio: Tensor | None = None) -> Tensor:
         """Compute the sum over all targets: a scalar with gradient, 0 without targets. The caller divides it.
@@ -49,5 +51,6 @@ class LossOfMicroBatch:
             target_places=batch.target_places,
             chunk_tokens=self._chunk_tokens,
             num_mlp_chunks=batch.num_mlp_chunks,
+            label_smoothing=self._label_smoothing,
         )
         return loss

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
+from transformers.trainer_pt_utils import LabelSmoother
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.errors import UserError
@@ -16,12 +17,25 @@ from voxtral_dist.huggingface.collator import TranscriptionCollator
 _MAX_TOKENS_PER_SECOND: float = EvaluationConfig.model_fields["max_tokens_per_second"].default
 
 
+class _CausalSmoother(LabelSmoother):  # type: ignore[misc]  # of a package without types
+    """Label smoothing of a decoder-only model: a label is predicted by the position before it.
+
+    transformers shifts the labels of the classes in its table of causal language models, where Voxtral is missing, so
+    that it would train each position to repeat its own token.
+    """
+
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
+        loss: Tensor = super().__call__(*arguments, **named | {"shift_labels": True})
+        return loss
+
+
 class TranscriptionTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # of a package without types
     """A `Seq2SeqTrainer` with a `TranscriptionCollator`, whose evaluation generates from prompts alone.
 
     The published class is made for encoder-decoder models: it lets `generate` continue the whole input, which in a
     decoder-only model holds the transcript. `generation_max_length` and `max_new_tokens` count new tokens here; without
     them, a transcript may have as many for each second of audio as `EvaluationConfig.max_tokens_per_second` says.
+    `label_smoothing_factor` works here; `Trainer` and `Seq2SeqTrainer` do not shift Voxtral's labels with it.
 
     Example:
         >>> from transformers import Seq2SeqTrainingArguments, VoxtralForConditionalGeneration
@@ -62,6 +76,8 @@ class TranscriptionTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # of a packag
                 f"`data_collator` must be a TranscriptionCollator, but is {type(self.data_collator).__name__} instead."
             )
         self._collator = self.data_collator
+        if self.args.label_smoothing_factor:
+            self.label_smoother = _CausalSmoother(epsilon=self.args.label_smoothing_factor)
 
     def prediction_step(
         self,

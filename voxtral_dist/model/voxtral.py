@@ -35,23 +35,33 @@ class TargetLogits(nn.Linear):
     whatever the number of targets.
     """
 
-    def summed_cross_entropy(self, hidden: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    def summed_cross_entropy(
+        self, hidden: Tensor, labels: Tensor, chunk_tokens: int, label_smoothing: float = 0.0
+    ) -> Tensor:
         """The cross entropy of N labels given `(N, width)` hidden states, a float32 sum that is 0 without labels."""
         chunks = zip(torch.split(hidden, chunk_tokens), torch.split(labels, chunk_tokens), strict=True)
-        return sum((self._chunk(*chunk) for chunk in chunks), torch.zeros((), device=hidden.device))
+        losses = (self._chunk(*chunk, label_smoothing) for chunk in chunks)
+        return sum(losses, torch.zeros((), device=hidden.device))
 
-    def forward(self, input: Tensor, labels: Tensor | None = None, chunk_tokens: int = 0) -> Tensor:  # noqa: A002
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002
+        labels: Tensor | None = None,
+        chunk_tokens: int = 0,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """The logits, or with labels their summed cross entropy."""
         if labels is None:
             return super().forward(input)
-        return self.summed_cross_entropy(input, labels, chunk_tokens)
+        return self.summed_cross_entropy(input, labels, chunk_tokens, label_smoothing)
 
-    def _chunk(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        loss: Tensor = checkpoint(self._loss, hidden, labels, use_reentrant=False)
+    def _chunk(self, hidden: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        loss: Tensor = checkpoint(self._loss, hidden, labels, label_smoothing, use_reentrant=False)
         return loss
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(super().forward(hidden).float(), labels, reduction="sum")
+    def _loss(self, hidden: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        logits = super().forward(hidden).float()
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
 
 
 class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # of a package without types
@@ -74,6 +84,7 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         audio_places: Tensor | None = None,
         chunk_tokens: int = 0,
         num_mlp_chunks: int | None = None,
+        label_smoothing: float = 0.0,
         **inputs: Any,
     ) -> Any:
         """Compute what the published class does, or, given targets, their summed cross entropy.
@@ -84,6 +95,7 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
             audio_places: int64 `(A,)`, the positions of audio tokens in the flattened input, in the order of windows.
             chunk_tokens: number of targets whose logits are computed at a time.
             num_mlp_chunks: see `MlpChunks`; does nothing without `model.mlp_chunk_tokens`.
+            label_smoothing: as in torch's `cross_entropy`.
             inputs: arguments of the published class; given targets, `input_ids` `(B, T)`, padded on the right, and
                 `input_features` alone.
         """
@@ -93,7 +105,7 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         if self.mlp_chunks is not None:
             self.mlp_chunks.num_chunks = num_mlp_chunks
         hidden = self.causal_states(audio_places=audio_places, **inputs)
-        return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens)
+        return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens, label_smoothing)
 
     def causal_states(self, input_ids: Tensor, input_features: Tensor, audio_places: Tensor) -> Tensor:
         """Last hidden states `(B, T, width)` of rows that are padded on the right; arguments as for `forward`.

@@ -99,7 +99,7 @@ class Fsdp2Engine:
         self._trainable = trainable
         self._max_grad_norm = optimizer_config.max_grad_norm
         self._world = world
-        self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens)
+        self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens, model_config.label_smoothing)
         self._mesh = build_mesh(world, settings.ranks_per_replica)
         # Accumulating over micro-batches in bfloat16 would lose small gradients. With that precision, gradients are
         # reduced over replicas after every micro-batch, and accumulated in float32 afterwards.

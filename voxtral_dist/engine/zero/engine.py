@@ -74,7 +74,7 @@ class ZeroEngine:
         self._trainable = trainable
         self._max_grad_norm = optimizer_config.max_grad_norm
         self._world = world
-        self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens)
+        self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens, model_config.label_smoothing)
         # A checkpoint that cannot be read is refused before ranks communicate.
         weights = InitialWeights(model_config.path, model, seed)
         prepare_deepspeed()
