@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from voxtral_dist.checkpoints.directory import checkpoint_of_run
-from voxtral_dist.checkpoints.loading import checkpoint_weights, config_of_checkpoint, is_checkpoint
+from voxtral_dist.checkpoints.loading import checkpoint_weights, config_of_checkpoint, is_checkpoint, refuse_ema
 from voxtral_dist.config import LoraConfig, RunConfig
 from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World
@@ -63,7 +63,9 @@ def export_trained(engine: Engine, config: RunConfig, world: World) -> None:
     wait_for_all(world)
 
 
-def export(source: str, out: Path, layout: ExportLayout, precision: Precision = "auto") -> None:
+def export(
+    source: str, out: Path, layout: ExportLayout, precision: Precision = "auto", ema: bool | None = None
+) -> None:
     """Write one layout of a model.
 
     Args:
@@ -72,6 +74,7 @@ def export(source: str, out: Path, layout: ExportLayout, precision: Precision = 
         out: the folder, which is replaced.
         layout: of the folder. The adapters' layouts need a run with adapters, or a checkpoint of it.
         precision: of the full model's weights; `auto` is that of the run or folder, and bfloat16 for float16.
+        ema: of a run or checkpoint, its moving averages (true) or the weights of its step; None: as its run evaluates.
 
     Raises:
         UserError: there is nothing to export there, or not in this layout.
@@ -79,11 +82,12 @@ def export(source: str, out: Path, layout: ExportLayout, precision: Precision = 
     refuse_unwritable("OUT", out.parent)
     checkpoint = _checkpoint_of(source)
     if checkpoint is None:
+        refuse_ema(source, ema)
         _export_folder(source, out, layout, precision)
         return
     config = config_of_checkpoint(checkpoint)
     lora, path = config.trainable.lora, config.model.path
-    weights = checkpoint_weights(str(checkpoint))
+    weights = checkpoint_weights(str(checkpoint), ema)
     match layout:
         case "hf" | "mistral":
             merged = weights if lora is None else merge_adapters(weights, lora)

@@ -20,6 +20,7 @@ from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
+from voxtral_dist.evaluation.decoding_weights import shown_weights
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.export import export_trained, serving_notes
 from voxtral_dist.files import refuse_unwritable, write_atomically
@@ -149,7 +150,8 @@ def train(config: RunConfig, world: World) -> int:
         steps.close()
         if verdict.best_step not in (None, progress.step):
             checkpoints.load(engine, verdict.best_step)
-        export_trained(engine, config, world)
+        with shown_weights(engine, config.evaluation):
+            export_trained(engine, config, world)
         if world.is_first:
             _conclude(config, progress, verdict, world)
         metrics_log.say(

@@ -56,6 +56,7 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     for state in engine.parameter_states():
         states |= {state.name: state.weight}
         states |= {f"{state.name}//{key}": moment for key, moment in state.moments.items()}
+        states |= {f"{state.name}//ema": state.average} if state.average is not None else {}
     return losses, union_over_ranks(states, world)
 
 
@@ -84,7 +85,12 @@ def with_stage(config: RunConfig, stage: int, run_dir: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=LAST_STEP, slots_per_step=3)
+    config = run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=LAST_STEP, slots_per_step=3)
+    return with_decay(config, 0.7)
+
+
+def with_decay(config: RunConfig, ema_decay: float | None) -> RunConfig:
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"ema_decay": ema_decay})})
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +140,40 @@ def test_resuming_on_other_ranks_or_engines_is_the_unbroken_run(
     for losses, states in run_ranks(world_size, train_to, with_engine(config, engine, tmp_path / "run"), LAST_STEP):
         assert losses == pytest.approx(unbroken[0][SAVED_STEP:], rel=1e-5)
         assert states.keys() == unbroken[1].keys()
+        assert any(name.endswith("//ema") for name in states)
         for name, expected in unbroken[1].items():
             difference = float((states[name] - expected).abs().max())
             assert difference < 2e-6, f"{name} differs by {difference}"
+
+
+def add_and_remove_averages(world: World, config: RunConfig) -> None:
+    """Resume without averages, save, and resume with them under each engine: they start from the weights."""
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.engine.build import build_engine
+
+    log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    # Each saves what the next one loads; the first loads averages of a run that has trained.
+    for number, (engine_kind, decay) in enumerate([("fsdp2", None), ("2", 0.9), ("3", None), ("fsdp2", 0.9)]):
+        run = with_decay(with_engine(config, engine_kind, config.run_dir), decay)
+        checkpoints = CheckpointDirectory(run, "", world)
+        checkpoints._data_identity = {}
+        engine = build_engine(run, log_mel, world)
+        progress = checkpoints.load(engine, SAVED_STEP + number)
+        for state in engine.parameter_states():
+            if decay is None:
+                assert state.average is None
+            else:
+                assert state.average is not None
+                assert torch.equal(state.average, state.weight), "no stored average"
+        checkpoints.save(engine, replace(progress, step=progress.step + 1))
+
+
+@pytest.mark.parametrize("saver", ["saved", "saved_by_fsdp2"])
+def test_averages_are_added_to_a_run_or_removed_from_it(
+    config: RunConfig, saver: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    shutil.copytree(request.getfixturevalue(saver), tmp_path / "run")
+    run_ranks(1, add_and_remove_averages, config.model_copy(update={"run_dir": tmp_path / "run"}))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from voxtral_dist.checkpoints.files import read_complete, read_states
 from voxtral_dist.config import LoraConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.exports.adapter_folders import refuse_without_effect, vllm_name, vllm_refusal
@@ -30,10 +31,12 @@ RANK, ALPHA = 3, 5
 
 @pytest.fixture(scope="module")
 def lora_run(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with adapters in the language model, in float32."""
+    """A finished run with adapters in the language model, in float32, and averages of them."""
     run_dir = tmp_path_factory.mktemp("runs") / "lora"
     lora = {"rank": RANK, "alpha": ALPHA, "targets": {"language_model": ["q_proj", "k_proj", "down_proj"]}}
-    config = run_config(run_dir, tiny_model, shard_folder, num_steps=3, engine={"fsdp2": {}}, trainable={"lora": lora})
+    optimizer = {"learning_rate": 2e-3, "warmup_steps": 2, "ema_decay": 0.5}
+    sections = {"engine": {"fsdp2": {}}, "trainable": {"lora": lora}, "optimizer": optimizer}
+    config = run_config(run_dir, tiny_model, shard_folder, num_steps=3, **sections)
     finish(launch_by_torchrun(config, 1, {}))
     return run_dir
 
@@ -59,6 +62,22 @@ def test_an_export_of_the_run_is_what_the_run_wrote(
         assert torch.equal(value, theirs[tensor]), tensor
     for path in own.glob("*.json"):
         assert (written / path.name).read_bytes() == path.read_bytes()
+
+
+def test_averages_and_weights_of_a_checkpoint_are_exported_on_demand(run, lora_run: Path, tmp_path: Path) -> None:
+    exported = {}
+    for option in ("--ema", "--no-ema"):
+        assert run("export", lora_run, tmp_path / "out", "--layout", "peft", option).code == 0
+        exported[option] = tensors(tmp_path / "out")
+    own = tensors(lora_run / "adapter")
+    assert all(torch.equal(value, own[name]) for name, value in exported["--ema"].items())
+    checkpoint = lora_run / "checkpoints" / "step-0000003"
+    states = read_states(checkpoint, read_complete(checkpoint))
+    of_step = {state.name.replace(".default.", "."): state.weight for state in states}
+    for name, value in exported["--no-ema"].items():
+        (stored,) = (one for key, one in of_step.items() if name.endswith(key.removeprefix("model.")))
+        assert torch.equal(value, stored), name
+        assert not torch.equal(value, own[name]), name
 
 
 def test_adapters_for_vllm_have_its_names_and_make_the_merged_model(lora_run: Path, tiny_model: Path) -> None:
@@ -95,6 +114,7 @@ def test_what_cannot_be_exported_is_refused(run, lora_run: Path, tiny_model: Pat
         assert result.code == 2
         return result.err
 
+    assert "need a checkpoint of a run" in refused(tiny_model, tmp_path / "out", "--ema")
     assert "has no adapters" in refused(tiny_model, tmp_path / "out", "--layout", "peft")
     assert "is the model that would be read" in refused(tiny_model, tiny_model)
     assert "cannot be loaded as a Voxtral" in refused(tmp_path, tmp_path / "out")

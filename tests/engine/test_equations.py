@@ -18,6 +18,7 @@ from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.optim import learning_rate, parameter_groups
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
@@ -32,7 +33,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
-    """(loss, gradient norm) of every step, and the weights at the end."""
+    """(loss, gradient norm) of every step, and the weights at the end, with their averages as `NAME//ema`."""
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.train import build_train_step
 
@@ -45,7 +46,27 @@ def train_sharded(world: World, config: RunConfig) -> tuple[Curve, Weights]:
     for batches in loader.starting_at(0):
         metrics = train_step.run(batches).metrics
         curve.append((metrics.loss, metrics.grad_norm))
-    return curve, from_first_rank(dict(engine.weights()), world)
+    averages = averages_of(engine) if config.optimizer.ema_decay else {}
+    return curve, from_first_rank(dict(engine.weights()) | averages, world)
+
+
+def averages_of(engine: Engine) -> Weights:
+    """The averages on rank 0, after a check that ranks decode with them, and with the weights again afterwards."""
+    before = decoded_with(engine)
+    with engine.averaged_weights():
+        averages = {f"{name}//ema": one for name, one in engine.weights() if name in engine.parameter_shapes()}
+        during = decoded_with(engine)
+    for name, average in averages.items():
+        assert torch.equal(during[name.removesuffix("//ema")], average), name
+    after = decoded_with(engine)
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert not all(torch.equal(weight, during[name]) for name, weight in before.items())
+    return averages
+
+
+def decoded_with(engine: Engine) -> Weights:
+    with engine.full_weights() as model:
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | None = None) -> tuple[Curve, Weights]:
@@ -59,6 +80,8 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
     log_mel = LogMel.from_pretrained(config.model.path, torch.device("cpu"))
     settings = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=settings.betas, eps=settings.epsilon)
+    trained = {f"{name}//ema": one for name, one in model.named_parameters() if one.requires_grad}
+    averages = {name: one.detach().double() for name, one in trained.items()} if settings.ema_decay else {}
     curve = []
     for batches in loader.starting_at(0):
         losses = []
@@ -79,9 +102,11 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, batches.step, config.num_steps)
         optimizer.step()
+        for name, average in averages.items():
+            averages[name] = settings.ema_decay * average + (1 - settings.ema_decay) * trained[name].detach().double()
         optimizer.zero_grad()
         curve.append((loss.item(), grad_norm.item()))
-    return curve, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return curve, {name: parameter.detach() for name, parameter in model.named_parameters()} | averages
 
 
 def real_positions(batch: MicroBatch) -> Tensor:
@@ -129,7 +154,12 @@ def assert_equal_plain(world_size: int, runs: dict[str, RunConfig]) -> None:
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     # 5 slots do not divide evenly over 2 or 3 ranks, so one rank runs a micro-batch of weight zero.
-    return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
+    run = run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
+    return with_averages(run)
+
+
+def with_averages(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"ema_decay": 0.7})})
 
 
 def test_target_counts_are_uneven(config: RunConfig) -> None:

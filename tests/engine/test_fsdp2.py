@@ -42,6 +42,7 @@ from test_equations import (
     assert_same,
     train_plainly,
     train_sharded,
+    with_averages,
 )
 from workloads.peak_memory import forget_peak, status_bytes
 
@@ -80,7 +81,8 @@ def with_sections(
 @pytest.fixture(scope="module")
 def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     # 5 slots do not divide evenly over 2 or 3 ranks, so one rank runs a micro-batch of weight zero.
-    return run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
+    run = run_config(tmp_path_factory.mktemp("run"), tiny_model, shard_folder, num_steps=NUM_STEPS, slots_per_step=5)
+    return with_averages(run)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
@@ -210,9 +212,12 @@ def test_an_optimizer_that_does_not_support_sharded_parameters_is_refused(config
         check_engine(other)
 
 
-def test_bfloat16_weights_are_refused_with_float16(config: RunConfig) -> None:
+def test_bfloat16_weights_are_refused_with_float16_and_with_averages(config: RunConfig) -> None:
     tree = variant(config, (2, "defaults")).model_dump()
-    changed = {"optimizer": tree["optimizer"] | {"master_weights": False}}
+    averaged = {"optimizer": tree["optimizer"] | {"master_weights": False}}
+    with pytest.raises(UserError, match=r"`optimizer.ema_decay` needs float32 weights"):
+        check_engine(RunConfig.model_validate(tree | averaged))
+    changed = {"optimizer": averaged["optimizer"] | {"ema_decay": None}}
     check_engine(RunConfig.model_validate(tree | changed))
     half = changed | {"model": tree["model"] | {"precision": "float16"}}
     with pytest.raises(UserError, match=r"`optimizer.master_weights: false` .* set `model.precision` to bfloat16 or"):

@@ -34,6 +34,7 @@ def offload_extension() -> None:
 @pytest.mark.usefixtures("offload_extension")
 def test_offloading_everything_equals_one_plain_process_and_resumes(config: RunConfig, tmp_path: Path) -> None:
     file = config.engine.deepspeed.with_name("zero3_offload.json")
+    config = test_equations.with_averages(config)
     offloaded = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": file})})
     for result in run_ranks(2, test_equations.train_sharded, offloaded):
         test_equations.assert_same(result, test_equations.train_plainly(config))

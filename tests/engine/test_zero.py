@@ -163,6 +163,11 @@ def test_secondary_groups_of_zero_plus_plus_equal_one_plain_process_and_resume(
         ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "needs stage 3"),
         ({"stage": 3, "reduce_bucket_sise": 1}, {}, "`zero_optimization.reduce_bucket_sise`"),
         ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, {}, "`engine.nvme_dir` must name a folder"),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "."}},
+            {"optimizer": {"ema_decay": 0.9}},
+            "`optimizer.ema_decay` needs the optimizer's weights in memory",
+        ),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "`stage3_prefetch_bucket_size` in"),
         ({"stage": 3}, {"optimizer": {"algorithm": "muon"}}, "`optimizer.max_grad_norm` must be 0"),
         ({"stage": 2}, {"optimizer": {"algorithm": "muon"}}, "muon needs ZeRO-3"),

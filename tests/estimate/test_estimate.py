@@ -101,6 +101,17 @@ def test_an_older_torch_rounds_pinned_memory_up(capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("in_repository")
+@pytest.mark.parametrize("engine", ["engine.deepspeed=ds_configs/zero2.json", "engine={fsdp2: {}}"])
+def test_averages_take_four_bytes_of_each_trained_parameter(capsys, engine):
+    def optimizer_bytes(*more: str) -> float:
+        options = [part for one in (engine, "trainable.frozen=[encoder]", *more) for part in ("--set", one)]
+        return plan(capsys, *options, "--gpus", "4")["by_kind"]["device"]["optimizer"] * 4
+
+    added = optimizer_bytes("optimizer.ema_decay=0.999") - optimizer_bytes()
+    assert added / 4_039_000_000 == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.usefixtures("in_repository")
 def test_what_does_not_fit_comes_with_what_to_change(capsys):
     machine = ("--gpus", "2", "--gpu-memory", "48GB", "--host-memory", "512GB")
     recomputed = [f"model.activation_checkpointing.{component}=1" for component in ("encoder", "language_model")]

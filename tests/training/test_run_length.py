@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from voxtral_dist.config import RunConfig
+from voxtral_dist.checkpoints.loading import load_checkpoint
+from voxtral_dist.config import ModelConfig, RunConfig
+from voxtral_dist.data.examples.micro_batch import collate
+from voxtral_dist.data.examples.reader import UtteranceReader
+from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.optim import learning_rate
+from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.weights import load_voxtral
 from voxtral_dist.train import EXIT_STOPPED
 from voxtral_dist.training.metrics_file import read_metrics
 
@@ -23,6 +33,7 @@ from runs import run_config
 
 # 26 utterances in steps of four micro-batches of two examples.
 STEPS_PER_EPOCH = 4
+CPU = torch.device("cpu")
 
 
 def train(world: World, config: RunConfig) -> int:
@@ -93,10 +104,10 @@ def losses(config: RunConfig) -> list[float]:
 
 
 def run_of_epochs(run_dir: Path, model: Path, shards: Path, **sections: Any) -> RunConfig:
-    """A run whose labels are smoothed."""
+    """A run whose labels are smoothed and whose weights are averaged."""
     config = run_config(run_dir, model, shards, num_steps=100, stage=2, metrics={"tensorboard": False}, **sections)
     tree = config.model_dump()
-    changed = {"model": tree["model"] | {"label_smoothing": 0.2}}
+    changed = {"model": tree["model"] | {"label_smoothing": 0.2}, "optimizer": tree["optimizer"] | {"ema_decay": 0.7}}
     return RunConfig.model_validate(tree | changed | {"num_steps": None, "num_epochs": 2.5})
 
 
@@ -128,6 +139,13 @@ def test_a_run_of_epochs_resumes_on_another_number_of_ranks(unbroken: RunConfig,
     assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
 
 
+def unsmoothed_loss(config: RunConfig, model: nn.Module, prompts: VoxtralPrompts) -> float:
+    """The mean cross entropy of the first utterance."""
+    batch = collate([UtteranceReader(read_index(config.train_data.shards), prompts, None).example(0)], prompts)
+    loss_sum = LossOfMicroBatch(LogMel.from_pretrained(config.model.path, CPU), 512)(model, batch)
+    return loss_sum.item() / batch.num_target_tokens
+
+
 def checkpoints(config: RunConfig) -> list[int]:
     return [row["step"] for row in rows_of(config, "checkpoint")]
 
@@ -140,3 +158,32 @@ def test_a_run_ends_in_time_and_the_same_command_resumes_it(unbroken: RunConfig,
     assert json.loads((config.run_dir / "checkpoints" / "step-0000008" / "complete.json").read_text())
     assert run_ranks(1, train, config) == [0]
     assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
+
+
+def test_a_run_stops_before_an_evaluation_that_would_end_too_late(
+    unbroken: RunConfig, tiny_model: Path, shard_folder: Path, prompts: VoxtralPrompts, tmp_path: Path
+) -> None:
+    test_set = {"shards": str(shard_folder), "max_utterances": 1}
+    config = run_of_epochs(
+        tmp_path / "run",
+        tiny_model,
+        shard_folder,
+        evaluation={"test_sets": {"dev": test_set}, "every_steps": 3, "max_tokens_per_second": 1.0},
+    )
+    config = config.model_copy(update={"max_run_hours": 1.0})
+    # The first evaluation ends at 1,200 s, three steps at 2,100 s, a save at 2,500 s: 1,500 s more may be too long.
+    assert run_ranks(1, train_by_clock, config, 300.0, 1200.0) == [EXIT_STOPPED]
+    assert checkpoints(config) == [3]
+    (at_start,) = rows_of(config, "evaluation")
+    assert at_start["step"] == 0
+    initial = load_voxtral(ModelConfig(path=str(tiny_model), precision="float32")).eval()
+    assert at_start["loss"] == pytest.approx(unsmoothed_loss(config, initial, prompts), rel=1e-5)
+    assert run_ranks(1, train, config) == [0]
+    assert [row["step"] for row in rows_of(config, "evaluation")] == [0, 3, 6, 9, 10]
+    # An evaluation lends the averages to the model, and the run goes on as without it.
+    assert losses(config) == pytest.approx(losses(unbroken), rel=1e-5)
+    last = str(config.run_dir / "checkpoints" / "step-0000010")
+    of_averages, of_step = (load_checkpoint(last, CPU, "auto", ema=ema) for ema in (True, False))
+    measured = rows_of(config, "evaluation")[-1]["loss"]
+    assert measured == pytest.approx(unsmoothed_loss(config, of_averages, prompts), rel=1e-5)
+    assert measured != pytest.approx(unsmoothed_loss(config, of_step, prompts), rel=1e-3)

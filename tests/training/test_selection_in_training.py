@@ -66,7 +66,12 @@ def scripted_run(tmp_path: Path, model: Path, shards: Path, num_steps: int, **se
     )
 
 
-@pytest.mark.parametrize("engine", [{"stage": 2}, {"engine": {"fsdp2": {}}}], ids=["zero2", "fsdp2"])
+AVERAGED = {"learning_rate": 2e-3, "warmup_steps": 2, "ema_decay": 0.5}
+
+
+@pytest.mark.parametrize(
+    "engine", [{"stage": 2, "optimizer": AVERAGED}, {"engine": {"fsdp2": {}}}], ids=["zero2 with averages", "fsdp2"]
+)
 def test_the_best_checkpoint_is_kept_and_exported(
     tiny_model: Path, shard_folder: Path, tmp_path: Path, engine: dict[str, Any]
 ) -> None:
@@ -97,6 +102,9 @@ def test_the_best_checkpoint_is_kept_and_exported(
         exported = load_for_inference(str(config.run_dir / "export"), CPU, "auto").state_dict()
         assert exported.keys() == at_best.keys()
         assert all(torch.equal(exported[name], weight) for name, weight in at_best.items())
+        of_step = load_checkpoint(str(config.run_dir / best["checkpoint"]), CPU, "auto", ema=False).state_dict()
+        is_averaged = not all(torch.equal(of_step[name], weight) for name, weight in at_best.items())
+        assert is_averaged == ("optimizer" in engine)
         begun_with = load_file(tiny_model / "model.safetensors")
         assert not torch.equal(begun_with["audio_tower.conv1.weight"], at_best["model.audio_tower.conv1.weight"])
 

@@ -2,7 +2,8 @@
 
     checkpoints/step-0000100/
         state-RRRRR-PPPPP.safetensors   layout "whole": full float32 tensors, in files of limited size of each rank;
-                                        a weight is called NAME, its moments NAME//exp_avg and NAME//exp_avg_sq
+                                        a weight is called NAME, its moments NAME//exp_avg and NAME//exp_avg_sq, and
+                                        its moving average, if the run has any, NAME//ema
         __R_0.distcp, .metadata         layout "dcp": the same tensors in partitions, from `DistributedCheckpointing`
         config.yaml                     the run's configuration
         complete.json                   progress, identity of data and model, sizes of the other files; written last
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from voxtral_dist.distributed.collectives import gather_on_first
 from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.ema import average_name
 from voxtral_dist.engine.engine import DistributedCheckpointing, Engine, ParameterState
 from voxtral_dist.engine.fsdp2.dcp_files import read_full, stored_moments
 
@@ -57,16 +59,18 @@ def load_states(engine: Engine, folder: Path, contents: dict[str, Any], num_upda
         engine.load_parameter_states(read_states(folder, contents), num_updates)
 
 
-def read_states(folder: Path, contents: dict[str, Any], *, with_moments: bool = True) -> Iterator[ParameterState]:
+def read_states(
+    folder: Path, contents: dict[str, Any], *, with_moments: bool = True, with_averages: bool = True
+) -> Iterator[ParameterState]:
     """The trained parameters of a checkpoint in either layout, in the order of `Engine.parameter_shapes`.
 
     Args:
         folder: the checkpoint.
         contents: its `complete.json`.
-        with_moments: False reads weights only.
+        with_moments, with_averages: False does not read them.
     """
     if contents["layout"] == _PARTITIONS:
-        yield from read_full(folder, contents["shapes"], with_moments=with_moments)
+        yield from read_full(folder, contents["shapes"], with_moments=with_moments, with_averages=with_averages)
         return
     files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in contents["files"]}
     file_of_tensor: dict[str, str] = contents["tensors"]
@@ -77,7 +81,9 @@ def read_states(folder: Path, contents: dict[str, Any], *, with_moments: bool = 
 
     for name, moments in stored_moments(contents["shapes"], file_of_tensor if with_moments else ()).items():
         assert name in file_of_tensor, f"complete.json lists the shape of {name}, but no file holds it"
-        yield ParameterState(name, read(name), {moment: read(f"{name}//{moment}") for moment in moments})
+        has_average = with_averages and average_name(name) in file_of_tensor
+        average = read(average_name(name)) if has_average else None
+        yield ParameterState(name, read(name), {moment: read(f"{name}//{moment}") for moment in moments}, average)
 
 
 def read_complete(folder: Path) -> dict[str, Any]:
@@ -143,7 +149,8 @@ class _StateWriter:
 
 def _tensors_of(state: ParameterState) -> dict[str, Tensor]:
     moments = {f"{state.name}//{key}": moment.contiguous() for key, moment in state.moments.items()}
-    return {state.name: state.weight.contiguous()} | moments
+    average = {} if state.average is None else {average_name(state.name): state.average.contiguous()}
+    return {state.name: state.weight.contiguous()} | moments | average
 
 
 def _flush_to_disk(path: Path) -> None:

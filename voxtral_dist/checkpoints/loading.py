@@ -27,16 +27,28 @@ def config_of_checkpoint(folder: Path) -> RunConfig:
     return load_config(folder / "config.yaml")
 
 
-def load_checkpoint(path: str, device: torch.device, precision: str) -> TrainedVoxtral:
+def refuse_ema(path: str, ema: bool | None) -> None:
+    """Refuse the choice between averages and weights for a model folder, which holds one of them.
+
+    Raises:
+        UserError: the choice was made.
+    """
+    if ema is not None:
+        raise UserError(f"`--ema` and `--no-ema` need a checkpoint of a run, but {path} is none: leave them out.")
+
+
+def load_checkpoint(path: str, device: torch.device, precision: str, ema: bool | None = None) -> TrainedVoxtral:
     """The full model at a checkpoint, in evaluation mode, loaded by a single process.
 
     Args:
         path: the folder of a complete checkpoint.
         device: the model's device.
         precision: as in `ModelConfig`, or `auto` for the precision of the run.
+        ema: see `EvaluationConfig`.
 
     Raises:
-        UserError: the checkpoint is damaged, or the initial weights of its run have changed.
+        UserError: the checkpoint is damaged, the initial weights of its run have changed, or averages are asked for
+            that it has not.
     """
     folder = Path(path)
     config, contents = _checked(folder)
@@ -44,33 +56,47 @@ def load_checkpoint(path: str, device: torch.device, precision: str) -> TrainedV
     model = load_voxtral(chosen, config.trainable, config.seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for state in read_states(folder, contents, with_moments=False):
-            parameters[state.name].copy_(state.weight)
+        for name, weight in _trained_weights(folder, config, contents, ema):
+            parameters[name].copy_(weight)
     model.to(device)
     model.eval()
     return model
 
 
-def checkpoint_weights(path: str) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_weights(path: str, ema: bool | None = None) -> Iterator[tuple[str, Tensor]]:
     """All parameters of a checkpoint's model by name, in its order, one at a time on the CPU: as `Engine.weights`.
 
-    Trained parameters are float32, frozen ones have their stored precision.
+    Trained parameters are float32, frozen ones have their stored precision. For `ema` see `EvaluationConfig`.
 
     Raises:
-        UserError: the checkpoint is damaged, or the initial weights of its run have changed.
+        UserError: see `load_checkpoint`.
     """
     folder = Path(path)
     config, contents = _checked(folder)
     model = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
     initial = InitialWeights(config.model.path, model, config.seed)
-    states = read_states(folder, contents, with_moments=False)
+    trained = _trained_weights(folder, config, contents, ema)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             yield name, initial(name)
             continue
-        state = next(states)
-        assert state.name == name, f"states come in the model's order, but {state.name} came for {name}"
-        yield name, state.weight
+        trained_name, weight = next(trained)
+        assert trained_name == name, f"weights come in the model's order, but {trained_name} came for {name}"
+        yield name, weight
+
+
+def _trained_weights(
+    folder: Path, config: RunConfig, contents: dict[str, Any], ema: bool | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters of a checkpoint, or their averages."""
+    with_averages = config.evaluation.ema is not False if ema is None else ema
+    for state in read_states(folder, contents, with_moments=False, with_averages=with_averages):
+        if ema and state.average is None:
+            raise UserError(
+                f"The checkpoint {folder} has no moving averages, because its run had no `optimizer.ema_decay`: leave "
+                "out `--ema`."
+            )
+        yield state.name, state.weight if state.average is None else state.average
 
 
 def _checked(folder: Path) -> tuple[RunConfig, dict[str, Any]]:

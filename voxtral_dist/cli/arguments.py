@@ -97,7 +97,18 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--static-cache", action="store_true", help="use a key-value cache of fixed size, which torch.compile needs"
     )
+    add_ema(parser)
     add_local_rank(parser)
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+    """Add the choice between the moving averages and the weights of a checkpoint."""
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="of a checkpoint, take the moving averages of the weights (optimizer.ema_decay), or the weights of its "
+        "step (default: what its run evaluates)",
+    )
 
 
 def decoding_settings(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -108,6 +119,7 @@ def decoding_settings(parsed: argparse.Namespace) -> dict[str, Any]:
         "num_beams": parsed.beams,
         "max_tokens_per_second": parsed.max_tokens_per_second,
         "static_cache": parsed.static_cache,
+        "ema": parsed.ema,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from voxtral_dist.cli.arguments import Commands
+from voxtral_dist.cli.arguments import Commands, add_ema
 
 
 def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -29,12 +29,13 @@ def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
         default="auto",
         help="precision of the full model's weights (default: that of the run, and bfloat16 for float16)",
     )
+    add_ema(parser)
     parser.set_defaults(run=_export)
 
 
 def _export(parsed: argparse.Namespace) -> int:
     from voxtral_dist.export import export
 
-    export(parsed.source, parsed.out, parsed.layout, parsed.precision)
+    export(parsed.source, parsed.out, parsed.layout, parsed.precision, parsed.ema)
     print(f"{parsed.layout}: {parsed.out}")
     return 0

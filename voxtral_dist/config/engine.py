@@ -38,6 +38,12 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay. Does nothing for norms, biases and embeddings. 0 disables it."""
 
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay rate of exponential moving averages of the trained weights. They begin with the initial weights, are
+    updated after every step, and reach about 1 / (1 - ema_decay) steps back: 0.999 is for runs of many thousands of
+    steps. They take 4 bytes per trained parameter, sharded as the optimizer's states are, and are evaluated and
+    exported (see `evaluation.ema`). Refused where DeepSpeed keeps the optimizer on NVMe. None: no averages."""
+
     warmup_steps: int = Field(default=100, ge=0)
     """Steps in which the learning rate grows linearly from 0 to its peak. Fewer than the steps of the run."""
 

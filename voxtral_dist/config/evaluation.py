@@ -120,6 +120,10 @@ class EvaluationConfig(Section):
     memory of training. `auto`: `gathered` where the free memory of every rank suffices. Does nothing under ZeRO-0, 1
     and 2."""
 
+    ema: bool | None = None
+    """Evaluate, select and export the moving averages of the weights (true), or the weights of the step (false). Does
+    nothing without `optimizer.ema_decay`. None: averages, where there are any; for a checkpoint what its run does."""
+
     measures_loss: bool = True
     """Also measure the loss of the targets, by one more forward pass of the language model."""
 

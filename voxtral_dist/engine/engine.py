@@ -30,12 +30,14 @@ class StepUpdate:
 class ParameterState:
     """One parameter with its optimizer state: full float32 tensors on the CPU.
 
-    moments: the optimizer's running means by their names in torch, such as AdamW's `exp_avg` and `exp_avg_sq`.
+    moments: the optimizer's running means by their names in torch, such as AdamW's `exp_avg` and `exp_avg_sq`. average:
+    the weight's moving average; None where the run has none.
     """
 
     name: str
     weight: Tensor
     moments: dict[str, Tensor]
+    average: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -69,6 +71,12 @@ class Engine(Protocol):
     def sharded_weights(self) -> AbstractContextManager[nn.Module]:
         """The sharded model in evaluation mode: all ranks must run it equally often, in lockstep."""
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Moving averages in the place of the trained weights, for every method that returns weights, until it exits.
+
+        Does nothing without `optimizer.ema_decay`.
+        """
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """The trained parameters that this rank writes into a checkpoint: every W-th of W ranks.
 
@@ -78,7 +86,7 @@ class Engine(Protocol):
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         """Load weights and moments of all trained parameters, as they were after `num_updates` updates.
 
-        They come in the order of `parameter_shapes`.
+        They come in the order of `parameter_shapes`. Averages that were not stored start from the weights.
         """
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.engine.fsdp2.block_states import BLOCK_SIZE
@@ -18,7 +18,10 @@ _QUANTIZED_BYTES = 2 + 2 * _FLOAT32_BYTES / BLOCK_SIZE
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes of a trained value, mean over all: its weight as the optimizer keeps it, its gradient, and its moments."""
+    """Bytes of a trained value, mean over all: its weight as the optimizer keeps it, its gradient, and its moments.
+
+    The average of `optimizer.ema_decay` lies where the moments do, and counts as one.
+    """
 
     weight: float = _FLOAT32_BYTES
     gradient: float = _FLOAT32_BYTES
@@ -27,6 +30,11 @@ class StateBytes:
 
 def state_bytes(model: TrainedVoxtral, optimizer: OptimizerConfig, sharding: Sharding) -> StateBytes:
     """The bytes of a configuration. Under ZeRO, which refuses what needs fewer, those of `adamw` or `muon`."""
+    found = _without_average(model, optimizer, sharding)
+    return found if optimizer.ema_decay is None else replace(found, moments=found.moments + _FLOAT32_BYTES)
+
+
+def _without_average(model: TrainedVoxtral, optimizer: OptimizerConfig, sharding: Sharding) -> StateBytes:
     if optimizer.algorithm == "muon":
         return StateBytes(moments=_FLOAT32_BYTES)
     if not isinstance(sharding, Fsdp2Sharding):

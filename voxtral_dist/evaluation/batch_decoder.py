@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from voxtral_dist.checkpoints.loading import config_of_checkpoint, is_checkpoint, load_checkpoint
+from voxtral_dist.checkpoints.loading import config_of_checkpoint, is_checkpoint, load_checkpoint, refuse_ema
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_example
@@ -173,8 +173,11 @@ def load_decoder(
     Raises:
         UserError: the path is no Voxtral model, or a damaged checkpoint.
     """
-    load = load_checkpoint if is_checkpoint(model_path) else load_for_inference
-    model = load(model_path, world.device, precision)
+    if is_checkpoint(model_path):
+        model = load_checkpoint(model_path, world.device, precision, settings.ema)
+    else:
+        refuse_ema(model_path, settings.ema)
+        model = load_for_inference(model_path, world.device, precision)
     ChunkedEncoder(model, _WINDOWS_PER_CHUNK)
     log_mel = LogMel.from_pretrained(_processor_path(model_path), world.device)
     return BatchDecoder(model, prompts, log_mel, settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 from torch import nn
@@ -32,6 +32,11 @@ def gathers_weights(
     if choice != "auto":
         return choice == "gathered"
     return free_bytes is None or needed_bytes <= _USABLE * free_bytes
+
+
+def shown_weights(engine: Engine, settings: EvaluationConfig) -> AbstractContextManager[None]:
+    """A context in which the engine has the weights that are evaluated and exported: averages, or those of the step."""
+    return nullcontext() if settings.ema is False else engine.averaged_weights()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder
-from voxtral_dist.evaluation.decoding_weights import decoding_weights
+from voxtral_dist.evaluation.decoding_weights import decoding_weights, shown_weights
 from voxtral_dist.evaluation.evaluating import evaluate_test_set
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.features import LogMel
@@ -57,7 +57,10 @@ class Evaluator:
         if not test_sets:
             return
         out_dir = self.out_dir / f"step-{step:07d}"
-        with decoding_weights(self.engine, self.settings, self.decoding_bytes, self.world) as (model, in_lockstep, why):
+        with (
+            shown_weights(self.engine, self.settings),
+            decoding_weights(self.engine, self.settings, self.decoding_bytes, self.world) as (model, in_lockstep, why),
+        ):
             self.metrics_log.say(f"step {step}: {why}")
             decoder = BatchDecoder(model, self.prompts, self.log_mel, self.settings, in_lockstep)
             for test_set in test_sets:

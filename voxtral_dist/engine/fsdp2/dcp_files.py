@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from voxtral_dist.engine.ema import AVERAGE, average_name
 from voxtral_dist.engine.engine import ParameterState
 from voxtral_dist.engine.fsdp2.block_states import dequantize
 
@@ -49,20 +50,20 @@ def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str
     moments: dict[str, list[str]] = {name: [] for name in parameters}
     for key in stored:
         name, _, moment = key.partition("//")
-        if moment:
+        if moment and moment != AVERAGE:
             moments[name].append(moment)
     return moments
 
 
 def read_full(
-    folder: Path, shapes: Mapping[str, Sequence[int]], *, with_moments: bool = True
+    folder: Path, shapes: Mapping[str, Sequence[int]], *, with_moments: bool = True, with_averages: bool = True
 ) -> Iterator[ParameterState]:
     """Read what `write_partitions` wrote as full float32 tensors, parameter by parameter; moments are dequantized.
 
     Args:
         folder: the folder that was written.
         shapes: the full shape of each parameter.
-        with_moments: False reads weights only.
+        with_moments, with_averages: False does not read them.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -74,7 +75,8 @@ def read_full(
         full = {name: torch.empty(tuple(shape))}
         for key in (f"{name}//{moment}" for moment in moments[name]):
             full[key] = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
+        if with_averages and average_name(name) in stored:
+            full[average_name(name)] = torch.empty(tuple(shape))
         load(full, storage_reader=FileSystemReader(folder), no_dist=True)
-        yield ParameterState(
-            name, full[name], dequantize({moment: full[f"{name}//{moment}"] for moment in moments[name]})
-        )
+        whole = dequantize({moment: full[f"{name}//{moment}"] for moment in moments[name]})
+        yield ParameterState(name, full[name], whole, full.get(average_name(name)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from voxtral_dist.config import Fsdp2Config, ModelConfig, OptimizerConfig, TrainableConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.ema import WeightAverages, average_name
 from voxtral_dist.engine.engine import ParameterState, StepUpdate
 from voxtral_dist.engine.fsdp2.block_states import dequantize
 from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, stored_names, write_partitions
@@ -31,6 +32,7 @@ from voxtral_dist.engine.fsdp2.sharding import (
     rows_of,
     shard_model,
     store_in_bfloat16,
+    with_local,
 )
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_SKIPPED, LossScale
@@ -51,8 +53,8 @@ def check_fsdp2(model: ModelConfig, optimizer: OptimizerConfig, settings: Fsdp2C
     """Refuse what FSDP2 does not support; `world_size` is None if it is not known yet.
 
     Raises:
-        UserError: the optimizer needs full matrices or plain tensors, weights in bfloat16 are to be computed with in
-            float16, or replicas do not divide the ranks evenly.
+        UserError: the optimizer needs full matrices or plain tensors, weights in bfloat16 are to be averaged or to be
+            computed with in float16, or replicas do not divide the ranks evenly.
     """
     if optimizer.algorithm == "muon":
         raise UserError(
@@ -63,6 +65,11 @@ def check_fsdp2(model: ModelConfig, optimizer: OptimizerConfig, settings: Fsdp2C
         raise UserError(
             "`optimizer.master_weights: false` stores weights in bfloat16, which float16 cannot represent: set "
             "`model.precision` to bfloat16 or float32, or keep master weights."
+        )
+    if not optimizer.master_weights and optimizer.ema_decay is not None:
+        raise UserError(
+            "`optimizer.ema_decay` needs float32 weights, because averages change places with them in evaluations: "
+            "remove it, or keep `optimizer.master_weights`."
         )
     if world_size is not None:
         refuse_partial_replicas(settings, world_size)
@@ -121,6 +128,9 @@ class Fsdp2Engine:
         self._moments = ShardedMoments(self._optimizer, self._trained)
         named = {one: name for name, one in self._trained.items()}
         self._sums = None if optimizer_config.master_weights else GradientSums(named, seed)
+        self._averages: WeightAverages | None = None
+        if optimizer_config.ema_decay is not None:
+            self._averages = WeightAverages(optimizer_config.ema_decay, self._local_weights)
         self._scale = LossScale() if model_config.precision == "float16" else None
         self._num_skipped = 0
 
@@ -152,6 +162,8 @@ class Fsdp2Engine:
         if is_finite:
             set_learning_rate(self._optimizer, learning_rate)
             update(self._optimizer, gradients, _clipping_factor(grad_norm, self._max_grad_norm) / scale)
+            if self._averages is not None:
+                self._averages.update()
         self._optimizer.zero_grad()
         is_skipped = not is_finite and self._scale is not None and not self._scale.is_exhausted
         self._num_skipped += is_skipped
@@ -185,29 +197,41 @@ class Fsdp2Engine:
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """See `Engine`. Nothing is communicated: gathering weights gathers averages meanwhile."""
+        with self._averages.in_place_of_weights() if self._averages else nullcontext():
+            yield
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
+        averages = self._sharded_averages()
         for number, (name, parameter) in enumerate(self._trained.items()):
             reader = number % self._world.size
+            average = self._full(averages[name], reader) if averages else None
             weight = self._full(parameter, reader)
             moments = {key: self._full(one, reader, one.dtype) for key, one in self._moments.of(parameter).items()}
             if weight is not None:
                 whole = {key: one for key, one in moments.items() if one is not None}
-                yield ParameterState(name, weight, dequantize(whole))
+                yield ParameterState(name, weight, dequantize(whole), average)
 
     @torch.no_grad()
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         """See `Engine`."""
         self._set_updates(num_updates)
+        averages = self._sharded_averages()
         for (name, parameter), state in zip(self._trained.items(), states, strict=True):
             assert name == state.name, f"states come in the order of parameters, but {state.name} came for {name}"
             rows = rows_of(parameter)
             local_part(parameter).copy_(state.weight[rows])
             self._moments.set_rows(parameter, {key: moment[rows] for key, moment in state.moments.items()})
+            if averages:
+                average = state.weight if state.average is None else state.average
+                local_part(averages[name]).copy_(average[rows])
 
     def save_partitions(self, folder: Path) -> None:
         """See `DistributedCheckpointing`. Weights and moments are written as they are, quantized ones with scales."""
-        partitions = self._weights()
+        partitions = self._weights() | self._named_averages()
         for name, parameter in self._trained.items():
             partitions |= {f"{name}//{key}": moment for key, moment in self._moments.of(parameter).items()}
         write_partitions(partitions, folder)
@@ -216,8 +240,12 @@ class Fsdp2Engine:
     def load_partitions(self, folder: Path, num_updates: int) -> None:
         """See `DistributedCheckpointing`."""
         self._set_updates(num_updates)
+        stored = stored_names(folder)
         read_partitions(self._weights(), folder)
-        self._moments.read(folder, stored_names(folder))
+        self._moments.read(folder, stored)
+        if self._averages is not None:
+            self._averages.restart()
+            read_partitions({key: one for key, one in self._named_averages().items() if key in stored}, folder)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Engine`."""
@@ -253,6 +281,21 @@ class Fsdp2Engine:
         self._moments.set_zero(num_updates)
         if self._sums is not None:
             self._sums.num_updates = num_updates
+
+    def _local_weights(self) -> list[Tensor]:
+        """This rank's rows of the trained weights."""
+        return [local_part(parameter.detach()) for parameter in self._trained.values()]
+
+    def _sharded_averages(self) -> dict[str, Tensor]:
+        """The sharded averages by the names of their weights, which share memory with the engine's; empty without."""
+        if self._averages is None:
+            return {}
+        own = zip(self._trained.items(), self._averages.tensors, strict=True)
+        return {name: with_local(parameter, average) for (name, parameter), average in own}
+
+    def _named_averages(self) -> dict[str, Tensor]:
+        """The sharded averages by their names on disk."""
+        return {average_name(name): average for name, average in self._sharded_averages().items()}
 
     def _full(self, value: Tensor, reader: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The full tensor on the CPU of one rank; None on the others, which take part."""

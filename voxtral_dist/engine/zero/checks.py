@@ -27,6 +27,11 @@ def check_zero(model: ModelConfig, optimizer: OptimizerConfig, engine: EngineCon
     _check_memory_of_optimizer(optimizer)
     if optimizer.algorithm == "muon":
         _check_muon(optimizer, settings)
+    if optimizer.ema_decay is not None and offload_device(settings, "offload_optimizer") == "nvme":
+        raise UserError(
+            "`optimizer.ema_decay` needs the optimizer's weights in memory, but DeepSpeed's file keeps them on nvme: "
+            "set the device of `offload_optimizer` to cpu, or remove `ema_decay`."
+        )
     if is_on_nvme(settings):
         _check_nvme(engine.deepspeed, settings)
 

@@ -93,7 +93,7 @@ class ZeroEngine:
             # DeepSpeed has moved the weights that were pinned one by one into larger blocks.
             return_unused_pinned_memory()
         self._module: TrainedVoxtral = self._engine.module
-        self._states = master_states(self._engine, self._optimizer, self.stage, world)
+        self._states = master_states(self._engine, self._optimizer, self.stage, world, optimizer_config.ema_decay)
         self._num_steps = 0
         self._num_skipped = 0
         self._grad_norm = math.nan
@@ -118,6 +118,8 @@ class ZeroEngine:
         can_scale_less = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
         self._engine.step()
         if self._engine.was_step_applied():
+            if self._states.averages is not None:
+                self._states.averages.update()
             return StepUpdate(self._norm(), learning_rate)
         self._num_skipped += can_scale_less
         # With the lowest scale, float16 is not the cause: the caller refuses the norm.
@@ -164,6 +166,23 @@ class ZeroEngine:
         finally:
             self._module.train()
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """See `Engine`. Averages take the place of the float32 weights, from which the model's are set, and back."""
+        if self._states.averages is None:
+            yield
+            return
+        with self._states.averages.in_place_of_weights():
+            self._set_model_weights()
+            yield
+        self._set_model_weights()
+
+    def _set_model_weights(self) -> None:
+        """Set the weights that forward passes use from the float32 weights; stage 0 has no others."""
+        if self.stage > 0:
+            for _, parameter in self._trained():
+                self._load_weight(parameter, self._states.whole_weight(parameter))
+
     def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine`."""
         for number, (name, parameter) in enumerate(self._trained()):
@@ -178,7 +197,7 @@ class ZeroEngine:
         for (name, parameter), state in zip(self._trained(), states, strict=True):
             assert name == state.name, f"states come in the order of parameters, but {state.name} came for {name}"
             self._load_weight(parameter, state.weight)
-            self._states.load(parameter, state.weight, state.moments)
+            self._states.load(parameter, state)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """See `Engine`."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from voxtral_dist.distributed.collectives import sum_tensor_on_rank
+from voxtral_dist.distributed.collectives import sum_tensor_on_rank, sum_tensor_over_ranks
 from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.ema import WeightAverages
 from voxtral_dist.engine.engine import ParameterState
 
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -35,14 +36,26 @@ class MasterStates:
     others get None, and copy nothing to their CPU.
     """
 
-    def __init__(self, engine: Any, optimizer: torch.optim.Optimizer, world: World) -> None:
+    def __init__(
+        self, engine: Any, optimizer: torch.optim.Optimizer, world: World, ema_decay: float | None = None
+    ) -> None:
         self._engine = engine
         self._optimizer = optimizer
         self._world = world
+        # None without `optimizer.ema_decay`.
+        self.averages: WeightAverages | None = None
+        if ema_decay is not None:
+            self.averages = WeightAverages(ema_decay, lambda: [partition for partition, _ in self._partitions()])
 
     def weight(self, parameter: nn.Parameter, reader: int) -> Tensor | None:
         """The full weight on the rank `reader`."""
         return self._full(parameter, self._weight_fragment(parameter), reader)
+
+    def whole_weight(self, parameter: nn.Parameter) -> Tensor:
+        """The full weight on the device of every rank."""
+        full = self._filled(parameter, self._weight_fragment(parameter))
+        sum_tensor_over_ranks(full, self._world)
+        return full
 
     def state(self, name: str, parameter: nn.Parameter, reader: int) -> ParameterState | None:
         """The full weight and moments on the rank `reader`; moments are zeros before the first update."""
@@ -51,14 +64,17 @@ class MasterStates:
             moment = self._full(parameter, self._moment_fragment(parameter, key), reader)
             if moment is not None:
                 moments[key] = moment
-        return None if weight is None else ParameterState(name, weight, moments)
+        average = self._full(parameter, self._average_fragment(parameter), reader) if self.averages else None
+        return None if weight is None else ParameterState(name, weight, moments, average)
 
     @torch.no_grad()
-    def load(self, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
-        """Copy this rank's partition of a full weight and its moments, after `create_moments`."""
-        _write(self._weight_fragment(parameter), weight)
-        for key, moment in moments.items():
+    def load(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        """Copy this rank's partition of a full weight, its moments and its average, after `create_moments`."""
+        _write(self._weight_fragment(parameter), state.weight)
+        for key, moment in state.moments.items():
             _write(self._moment_fragment(parameter, key), moment)
+        if self.averages is not None:
+            _write(self._average_fragment(parameter), state.weight if state.average is None else state.average)
 
     def create_moments(self, num_updates: int) -> None:
         """Create the optimizer states that DeepSpeed would create at the first step."""
@@ -88,11 +104,21 @@ class MasterStates:
     def _full(self, parameter: nn.Parameter, fragment: Fragment | None, reader: int) -> Tensor | None:
         # A reduction, although gathering would send less: it takes the ring that training uses, whose buffers exist.
         # NCCL would allocate those of new pairs of ranks beside torch, which may hold all memory of the GPU.
+        full = self._filled(parameter, fragment)
+        sum_tensor_on_rank(full, reader, self._world)
+        return full.cpu() if self._world.rank == reader else None
+
+    def _filled(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
+        """The full tensor with this rank's values, and zeros for those of others."""
         full = torch.zeros(full_shape(parameter), device=self._world.device)
         if fragment is not None:
             full.view(-1)[fragment.inside].copy_(fragment.values.detach())
-        sum_tensor_on_rank(full, reader, self._world)
-        return full.cpu() if self._world.rank == reader else None
+        return full
+
+    def _averages_of(self, number: int) -> Tensor:
+        """The averages of the partition with this number."""
+        assert self.averages is not None, "only runs with averages ask for them"
+        return self.averages.tensors[number]
 
     def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """The tensors that the optimizer updates on this rank, each with its parameter group."""
@@ -102,6 +128,9 @@ class MasterStates:
         raise NotImplementedError
 
     def _moment_fragment(self, parameter: nn.Parameter, key: str) -> Fragment | None:
+        raise NotImplementedError
+
+    def _average_fragment(self, parameter: nn.Parameter) -> Fragment | None:
         raise NotImplementedError
 
 
@@ -125,6 +154,10 @@ class ReplicatedStates(MasterStates):
         moment = self._optimizer.state[parameter].get(key)
         return None if moment is None else Fragment(slice(None), moment.view(-1))
 
+    def _average_fragment(self, parameter: nn.Parameter) -> Fragment:
+        numbers = {id(partition): number for number, (partition, _) in enumerate(self._partitions())}
+        return Fragment(slice(None), self._averages_of(numbers[id(parameter)]).view(-1))
+
 
 class FlatStates(MasterStates):
     """Stages 1 and 2: the parameters of a group are concatenated, and each rank updates an equal partition."""
@@ -133,18 +166,23 @@ class FlatStates(MasterStates):
         return ((group["params"][0], group) for group in self._optimizer.param_groups)
 
     def _weight_fragment(self, parameter: nn.Parameter) -> Fragment | None:
-        return self._fragment(parameter, None)
+        return self._fragment(parameter, self._partition)
 
     def _moment_fragment(self, parameter: nn.Parameter, key: str) -> Fragment | None:
-        return self._fragment(parameter, key)
-
-    def _fragment(self, parameter: nn.Parameter, key: str | None) -> Fragment | None:
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed adds it
-        if mapping is None:
-            return None
-        partition = self._optimizer.param_groups[mapping.param_group_index]["params"][0]
         # DeepSpeed maps moments to parameters too, but only when it loads or saves its own checkpoints.
-        flat = partition if key is None else self._optimizer.state[partition].get(key)
+        return self._fragment(parameter, lambda number: self._optimizer.state[self._partition(number)].get(key))
+
+    def _average_fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        return self._fragment(parameter, self._averages_of)
+
+    def _partition(self, number: int) -> Tensor:
+        partition: Tensor = self._optimizer.param_groups[number]["params"][0]
+        return partition
+
+    def _fragment(self, parameter: nn.Parameter, flat_of: Callable[[int], Tensor | None]) -> Fragment | None:
+        """This rank's part of a parameter in the flat tensor of its group, if it has one."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed adds it
+        flat = None if mapping is None else flat_of(mapping.param_group_index)
         if flat is None:
             return None
         inside, in_flat = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -187,6 +225,10 @@ class ShardedStates(MasterStates):
         flat = self._mapped(number, state[key]) if self._is_swapped(number) else state[key]
         return self._slice(parameter, flat, start, size)
 
+    def _average_fragment(self, parameter: nn.Parameter) -> Fragment:
+        number, start, size = self._place(parameter)
+        return self._slice(parameter, self._averages_of(number), start, size)
+
     def _place(self, parameter: nn.Parameter) -> tuple[int, int, int]:
         """The number of the parameter's sub-group, and the start and padded length of its slice in it."""
         number, start, size = self._engine.optimizer.grad_position[self._engine.optimizer.get_param_id(parameter)]
@@ -211,10 +253,12 @@ class ShardedStates(MasterStates):
         return torch.from_file(path, shared=True, size=swapped.numel(), dtype=torch.float32)
 
 
-def master_states(engine: Any, optimizer: torch.optim.Optimizer, stage: int, world: World) -> MasterStates:
+def master_states(
+    engine: Any, optimizer: torch.optim.Optimizer, stage: int, world: World, ema_decay: float | None = None
+) -> MasterStates:
     """The states of a DeepSpeed engine of this stage."""
     kind = {0: ReplicatedStates, 3: ShardedStates}.get(stage, FlatStates)
-    return kind(engine, optimizer, world)
+    return kind(engine, optimizer, world, ema_decay)
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
