@@ -18,6 +18,7 @@ MAX_FILES_AT_THE_ROOT = 12
 ALLOWED_IMPORTERS = {
     "deepspeed": "voxtral_dist.engine.zero",
     "jiwer": "voxtral_dist.scoring",
+    "bitsandbytes": "voxtral_dist.model",
     "peft": "voxtral_dist.model",
     "webdataset": "voxtral_dist.shards",
 }

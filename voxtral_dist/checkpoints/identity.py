@@ -32,8 +32,12 @@ def data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
 
 def model_identity(config: RunConfig) -> dict[str, Any]:
     """Everything that determines what the stored parameters and moments mean; frozen weights are not stored."""
+    trainable = config.trainable.model_dump(mode="json")
+    if trainable["lora"] and not trainable["lora"]["quantized"]:
+        # As in checkpoints from before there was this setting.
+        del trainable["lora"]["quantized"]
     return {
-        "trainable": config.trainable.model_dump(mode="json"),
+        "trainable": trainable,
         # The moments of `adamw_8bit` are converted to those of `adamw`, and back.
         "optimizer.algorithm": config.optimizer.algorithm.removesuffix("_8bit"),
         "fingerprint of the weights of model.path": fingerprint(config.model.path),

@@ -66,7 +66,8 @@ def load_checkpoint(path: str, device: torch.device, precision: str, ema: bool |
 def checkpoint_weights(path: str, ema: bool | None = None) -> Iterator[tuple[str, Tensor]]:
     """All parameters of a checkpoint's model by name, in its order, one at a time on the CPU: as `Engine.weights`.
 
-    Trained parameters are float32, frozen ones have their stored precision. For `ema` see `EvaluationConfig`.
+    Trained parameters are float32, frozen ones have their stored precision; quantized ones are as they were before.
+    For `ema` see `EvaluationConfig`.
 
     Raises:
         UserError: see `load_checkpoint`.
@@ -78,7 +79,8 @@ def checkpoint_weights(path: str, ema: bool | None = None) -> Iterator[tuple[str
     trained = _trained_weights(folder, config, contents, ema)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            yield name, initial(name)
+            unquantized = initial.unquantized(name)
+            yield name, initial(name) if unquantized is None else unquantized
             continue
         trained_name, weight = next(trained)
         assert trained_name == name, f"weights come in the model's order, but {trained_name} came for {name}"

@@ -114,6 +114,12 @@ class LoraConfig(Section):
     trained_whole: Annotated[tuple[Component, ...], AfterValidator(sorted_set)] = ()
     """Components without adapters whose own weights are trained too. All other weights are frozen."""
 
+    quantized: Annotated[tuple[Literal["encoder", "language_model"], ...], AfterValidator(sorted_set)] = ()
+    """Components whose blocks keep their frozen matrices in four bits a value (QLoRA: Dettmers et al., arXiv
+    2305.14314): NF4 in blocks of 64 values, with double quantization. Embeddings, norms, output layer and projector
+    stay as they are. The export merges adapters into the weights of `model.path`, not into the rounded ones. Needs the
+    package bitsandbytes, and FSDP2 or a ZeRO stage below 3."""
+
     @model_validator(mode="after")
     def _is_either(self) -> Self:
         for component in self.trained_whole:
@@ -121,6 +127,15 @@ class LoraConfig(Section):
                 raise ValueError(
                     f"`trainable.lora`: `{component}` must be in `targets` or `trained_whole`, but is in both instead"
                 )
+            if component in self.quantized:
+                raise ValueError(
+                    f"`trainable.lora`: `{component}` must be in `quantized` or `trained_whole`, but is in both instead"
+                )
+        if self.quantized and self.use_dora:
+            raise ValueError(
+                "`trainable.lora.quantized` does not work with `use_dora`, which computes norms of the base weights in "
+                "every step: set one of them only"
+            )
         return self
 
 

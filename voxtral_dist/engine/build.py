@@ -6,6 +6,7 @@ from voxtral_dist.config import EngineConfig, RunConfig
 from voxtral_dist.distributed.world import World, set_timeouts
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.nf4 import refuse_without_bitsandbytes
 
 
 def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None = None) -> Engine:
@@ -51,8 +52,10 @@ def check_engine(config: RunConfig, world_size: int | None = None) -> None:
         world_size: number of ranks; None if it is not known yet.
 
     Raises:
-        UserError: DeepSpeed's file is invalid, or an option does not work with the engine.
+        UserError: DeepSpeed's file is invalid, or an option does not work with the engine or without a package.
     """
+    if config.trainable.lora is not None and config.trainable.lora.quantized:
+        refuse_without_bitsandbytes()
     if config.engine.fsdp2 is not None:
         from voxtral_dist.engine.fsdp2.engine import check_fsdp2
 
@@ -60,7 +63,7 @@ def check_engine(config: RunConfig, world_size: int | None = None) -> None:
     else:
         from voxtral_dist.engine.zero.checks import check_zero
 
-        check_zero(config.model, config.optimizer, config.engine, config.run_dir)
+        check_zero(config.model, config.trainable, config.optimizer, config.engine, config.run_dir)
 
 
 def engine_name(config: EngineConfig) -> str:

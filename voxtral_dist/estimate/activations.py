@@ -144,7 +144,7 @@ class Activations:
         working = places * (2 * width + ffn) * size
         passing = places * (2 * width + 2 * ffn) * size
         boundary = places * width * size
-        return block_part("encoder block", block, reached, checkpointed, kept, boundary, working, passing)
+        return block_part("encoder block", block, reached, checkpointed, kept, boundary, working, passing, size)
 
     def _embeddings(self, shape: MicroBatchShape) -> Part:
         """Token ids, places of audio tokens, and cosines and sines of rotary embeddings."""
@@ -189,7 +189,7 @@ class Activations:
         working = places * (2 * ffn + 2 * width) * size
         passing = places * (2 * width + 3 * ffn) * size
         boundary = places * width * size
-        return block_part("language block", block, reached, checkpointed, kept, boundary, working, passing)
+        return block_part("language block", block, reached, checkpointed, kept, boundary, working, passing, size)
 
     def _scores(self, heads: int, places: int, length: int, size: int) -> float:
         """A logarithm for each head and query; `eager` attention keeps probabilities of `size` bytes for each pair."""

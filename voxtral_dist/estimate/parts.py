@@ -49,6 +49,11 @@ class Part:
         return bool(self.kept or self.num_trained)
 
 
+def size_in_values(parameter: nn.Parameter, value_bytes: int) -> int:
+    """Values of a parameter; a quantized one counts as the values in the model's precision that take its bytes."""
+    return parameter.numel() if parameter.is_floating_point() else -(-parameter.numel() // value_bytes)
+
+
 def forward_peak(parts: Sequence[Part]) -> float:
     """The most bytes that a forward pass holds at any time."""
     most = before = 0.0
@@ -113,6 +118,7 @@ def block_part(
     boundary: float,
     working: float,
     passing: float,
+    value_bytes: int,
 ) -> Part:
     """A transformer block.
 
@@ -127,9 +133,10 @@ def block_part(
         boundary: bytes of its input.
         working: see `Part`.
         passing: see `Part`.
+        value_bytes: of a value in the model's precision.
     """
     sizes = [one.numel() for one in block.parameters() if one.requires_grad]
-    frozen = sum(one.numel() for one in block.parameters()) - sum(sizes)
+    frozen = sum(size_in_values(one, value_bytes) for one in block.parameters()) - sum(sizes)
     trained, largest = sum(sizes), max(sizes, default=0)
     if not reached:
         return Part(name, 0.0, passing=passing, num_trained=trained, num_frozen=frozen, largest=largest)

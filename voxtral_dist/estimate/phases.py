@@ -18,8 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torch import nn
+
 from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.engine.optim import parameter_groups
+from voxtral_dist.estimate.parts import size_in_values
 from voxtral_dist.estimate.sharding import Sharding
 from voxtral_dist.estimate.state_bytes import StateBytes
 from voxtral_dist.evaluation.decoding_weights import gathers_weights
@@ -46,7 +49,7 @@ _CPU_LIBRARY_BYTES = 97 * 10**6
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Numbers of values of a model's parameters.
+    """Numbers of values of a model's parameters; quantized ones count as the values that take as many bytes.
 
     trained, frozen: sums. largest, largest_trained: the largest parameter, and the largest trained one. largest_unit:
     the largest group of parameters that FSDP2 gathers together. sizes, are_trained: each parameter. groups: each
@@ -65,11 +68,15 @@ class ModelSizes:
     @classmethod
     def of(cls, model: TrainedVoxtral, optimizer: OptimizerConfig) -> ModelSizes:
         """The sizes of a model, which may be on the meta device."""
+
+        def size(parameter: nn.Parameter) -> int:
+            return size_in_values(parameter, model.lm_head.weight.element_size())
+
         parameters = list(model.parameters())
-        trained = [one.numel() for one in parameters if one.requires_grad]
-        sizes = tuple(one.numel() for one in parameters)
+        trained = [size(one) for one in parameters if one.requires_grad]
+        sizes = tuple(map(size, parameters))
         blocks = [block for of_component in blocks_of(model).values() for block in of_component]
-        units = [sum(one.numel() for one in block.parameters()) for block in blocks]
+        units = [sum(map(size, block.parameters())) for block in blocks]
         largest_unit = max([*units, model.lm_head.weight.numel()])
         return cls(
             trained=sum(trained),

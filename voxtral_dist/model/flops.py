@@ -37,6 +37,7 @@ from torch import nn
 
 from voxtral_dist.config import Component, ModelConfig, TrainableConfig
 from voxtral_dist.model.blocks import is_checkpointed
+from voxtral_dist.model.quantized_linear import QuantizedLinear
 from voxtral_dist.model.trainable import ADAPTER_NAME
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, audio_tokens_per_window, trained_meta_model
 
@@ -195,7 +196,7 @@ class _GradientFlow:
 
 def _row(layer: Any, has_input_gradient: bool) -> Flops:
     """FLOPs of one row times the matrix of a layer."""
-    return _product(layer.weight.numel(), has_input_gradient, layer.weight.requires_grad)
+    return _product(_num_weights(layer), has_input_gradient, layer.weight.requires_grad)
 
 
 def _product(size: int, has_first_gradient: bool, has_second_gradient: bool) -> Flops:
@@ -329,8 +330,12 @@ def _last_product(layer: Any) -> float:
     """FLOPs of a row in the last layer of a checkpoint, which torch does not recompute: the backward pass needs its
     input only."""
     last = _adapter(layer)[1] if _is_adapted(layer) else layer
-    num_weights: int = last.weight.numel()
-    return 2.0 * num_weights
+    return 2.0 * _num_weights(last)
+
+
+def _num_weights(layer: Any) -> int:
+    """Values of a layer's matrix; a quantized one holds several in a byte."""
+    return int(layer.num_weights if isinstance(layer, QuantizedLinear) else layer.weight.numel())
 
 
 def _is_trained(module: nn.Module) -> bool:

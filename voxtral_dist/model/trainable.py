@@ -11,6 +11,7 @@ from torch import nn
 
 from voxtral_dist.config import Component, LoraConfig, TrainableConfig
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.quantized_linear import quantized_layers
 
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 # Prefixes of parameter names. All others belong to the language model, `lm_head` included.
@@ -115,8 +116,10 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> dict[Component, ParameterCount]:
     """Count the parameters of each component, of models on the meta device too."""
     counts = dict.fromkeys(COMPONENTS, ParameterCount())
+    quantized = quantized_layers(model)
     for name, parameter in model.named_parameters():
-        before, size = counts[component_of(name)], parameter.numel()
+        before = counts[component_of(name)]
+        size = quantized[name].num_weights if name in quantized else parameter.numel()
         counts[component_of(name)] = ParameterCount(
             before.trained + size * (parameter.requires_grad and not is_adapter(name)),
             before.adapters + size * (parameter.requires_grad and is_adapter(name)),

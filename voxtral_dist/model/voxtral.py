@@ -15,9 +15,10 @@ from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalG
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.attention import causal_mask, chosen_attention
-from voxtral_dist.model.blocks import wrap_blocks
+from voxtral_dist.model.blocks import blocks_of, wrap_blocks
 from voxtral_dist.model.mlp_chunks import MlpChunks
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
+from voxtral_dist.model.quantized_linear import quantize_linear_layers
 from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,6 +154,9 @@ def build_trained_model(
     with torch.device("meta"):
         model: TrainedVoxtral = TrainedVoxtral(voxtral_config).to(dtype)
     choose_trainable(model, trainable)
+    for component in trainable.lora.quantized if trainable.lora else ():
+        for block in blocks_of(model)[component]:
+            quantize_linear_layers(block)
     model.mlp_chunks = MlpChunks(config.mlp_chunk_tokens) if config.mlp_chunk_tokens else None
     wrap_blocks(model, config, model.mlp_chunks)
     model.train()

@@ -21,7 +21,9 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.model import nf4
 from voxtral_dist.model.native import NATIVE_INDEX, NATIVE_WEIGHTS, POSITIONS, NativeLayout, native_folder
+from voxtral_dist.model.quantized_linear import quantized_layers
 from voxtral_dist.model.trainable import is_adapter
 from voxtral_dist.model.voxtral import (
     DTYPES,
@@ -56,15 +58,31 @@ class InitialWeights:
     Values are read on request, and of a matrix only the requested rows.
     """
 
-    def __init__(self, path: str, model: VoxtralForConditionalGeneration, seed: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        model: VoxtralForConditionalGeneration,
+        seed: int,
+        quantizes_on: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
         """Locate every parameter of a model, which may be a meta model, in a folder or the hub's cache.
+
+        Args:
+            path: the folder, or the hub name.
+            model: whose parameters are wanted.
+            seed: of adapters.
+            quantizes_on: device that quantizes matrices, one at a time.
 
         Raises:
             UserError: a file is missing or damaged, or a parameter of that name and shape is missing.
         """
         self._path = path
         self._seed = seed
+        self._quantizes_on = quantizes_on
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        quantized = quantized_layers(model)
+        self._shapes |= {name: (one.out_features, one.in_features) for name, one in quantized.items()}
+        self._quantized = set(quantized)
         self._native = None if native_folder(path) is None else NativeLayout(model.config)
         self._stored = self._check(self._find(model))
 
@@ -74,9 +92,15 @@ class InitialWeights:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """The rows `start` to `stop` of a parameter's initial value, along its first dimension."""
+        if name in self._quantized:
+            return nf4.quantized(self._stored_rows(name, start, stop).to(self._quantizes_on))
         if not is_adapter(name):
             return self._stored_rows(name, start, stop)
         return self._adapter(name)[start:stop]
+
+    def unquantized(self, name: str) -> Tensor | None:
+        """A quantized parameter's value in float32 as it is stored; None for other parameters."""
+        return self._stored_rows(name, 0, self._shapes[name][0]).float() if name in self._quantized else None
 
     def _stored_rows(self, name: str, start: int, stop: int) -> Tensor:
         place = self._stored.get(name)

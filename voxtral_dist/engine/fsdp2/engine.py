@@ -114,11 +114,11 @@ class Fsdp2Engine:
         model = trained_meta_model(model_config, trainable, torch.float32)
         self._table = parameter_table(model)
         initialize_buffers(model, world.device)
-        initial = InitialWeights(model_config.path, model, seed)
+        self._initial = InitialWeights(model_config.path, model, seed, world.device)
         if not optimizer_config.master_weights:
             store_in_bfloat16(model)
         shard_model(model, self._mesh, settings, DTYPES[model_config.precision])
-        fill_partitions(model, initial, torch.device("cpu") if settings.cpu_offload else world.device)
+        fill_partitions(model, self._initial, torch.device("cpu") if settings.cpu_offload else world.device)
         self._encoder = ChunkedEncoder(model, model_config.encoder_windows_per_chunk)
         self._model = model
         # Collected once, because a gathered block's module has other parameters.
@@ -181,8 +181,8 @@ class Fsdp2Engine:
 
     def full_weights_bytes(self) -> int:
         """See `Engine`."""
-        num_values: int = sum(parameter.numel() for parameter in self._parameters.values())
-        return num_values * DTYPES[self._model_config.precision].itemsize
+        size = DTYPES[self._model_config.precision].itemsize
+        return sum(one.numel() * (size if one.is_floating_point() else 1) for one in self._parameters.values())
 
     @contextmanager
     def sharded_weights(self) -> Iterator[nn.Module]:
@@ -254,7 +254,10 @@ class Fsdp2Engine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""
         for name, parameter in self._parameters.items():
-            weight = self._full(parameter, reader=0)
+            if parameter.is_floating_point():
+                weight = self._full(parameter, reader=0)
+            else:
+                weight = self._initial.unquantized(name) if self._world.is_first else None
             if weight is not None:
                 yield name, weight
 

@@ -63,10 +63,10 @@ def shard_model(model: TrainedVoxtral, mesh: DeviceMesh, settings: Fsdp2Config, 
     """Shard a model on the meta device in place, still without storage.
 
     Trained parameters keep their dtype and are cast to `precision` when they are gathered. Frozen ones are stored in
-    `precision`: FSDP2 requires a common dtype of a group's trained parameters only.
+    `precision`, or as bytes if they are quantized: FSDP2 requires a common dtype of a group's trained parameters only.
     """
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(precision)
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=DTYPES[settings.reduce_precision])
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if settings.cpu_offload else OffloadPolicy()
@@ -135,7 +135,11 @@ def local_part(value: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gathered(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A full copy of the tensor on every rank; all ranks call it together, with a device they communicate on."""
+    """A full copy of the tensor on every rank; all ranks call it together, with a device they communicate on.
+
+    Quantized matrices are not cast.
+    """
+    cast = dtype if value.is_floating_point() else value.dtype
     # Cast before sending, so that no more bytes than needed are sent.
-    full: Tensor = with_local(value, local_part(value).to(device, dtype, copy=True)).full_tensor()
+    full: Tensor = with_local(value, local_part(value).to(device, cast, copy=True)).full_tensor()
     return full

@@ -9,13 +9,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from voxtral_dist.config import EngineConfig, ModelConfig, OptimizerConfig
+from voxtral_dist.config import EngineConfig, ModelConfig, OptimizerConfig, TrainableConfig
 from voxtral_dist.engine.zero.extensions import refuse_without_nvme_support
 from voxtral_dist.engine.zero.settings import OFFLOADS, is_on_nvme, offload_device, read_settings, zero_stage
 from voxtral_dist.errors import UserError
 
 
-def check_zero(model: ModelConfig, optimizer: OptimizerConfig, engine: EngineConfig, run_dir: Path) -> None:
+def check_zero(
+    model: ModelConfig, trainable: TrainableConfig, optimizer: OptimizerConfig, engine: EngineConfig, run_dir: Path
+) -> None:
     """Refuse what DeepSpeed cannot do on this machine, or would do differently from what the configuration says.
 
     Raises:
@@ -25,6 +27,7 @@ def check_zero(model: ModelConfig, optimizer: OptimizerConfig, engine: EngineCon
     _check_by_deepspeed(engine.deepspeed, settings)
     _check_model(model, zero_stage(settings))
     _check_memory_of_optimizer(optimizer)
+    _check_quantization(trainable, zero_stage(settings))
     if optimizer.algorithm == "muon":
         _check_muon(optimizer, settings)
     if optimizer.ema_decay is not None and offload_device(settings, "offload_optimizer") == "nvme":
@@ -80,6 +83,14 @@ def _check_memory_of_optimizer(optimizer: OptimizerConfig) -> None:
         raise UserError(
             "`optimizer.master_weights: false` needs `engine.fsdp2`, because DeepSpeed keeps float32 weights: remove "
             "it, or choose FSDP2."
+        )
+
+
+def _check_quantization(trainable: TrainableConfig, stage: int) -> None:
+    if stage == 3 and trainable.lora is not None and trainable.lora.quantized:
+        raise UserError(
+            "`trainable.lora.quantized` does not work with ZeRO-3, which takes weights of one precision only: choose "
+            "FSDP2, which shards quantized weights, or another stage."
         )
 
 

@@ -76,14 +76,14 @@ class ZeroEngine:
         self._world = world
         self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens, model_config.label_smoothing)
         # A checkpoint that cannot be read is refused before ranks communicate.
-        weights = InitialWeights(model_config.path, model, seed)
+        self._initial = InitialWeights(model_config.path, model, seed, world.device)
         prepare_deepspeed()
         if is_on_nvme(settings):
             return_freed_memory()
         pins_states = _pins_states(settings, world)
         if pins_states:
             pin_large_tensors_exactly()
-        fill_model(model, weights, settings, world)
+        fill_model(model, self._initial, settings, world)
         if self.stage == 3:
             gather_whole_blocks(model, encoder_has_one_chunk=self._has_one_chunk)
         self._encoder = ChunkedEncoder(model, model_config.encoder_windows_per_chunk)
@@ -208,6 +208,8 @@ class ZeroEngine:
         for name, parameter in self._module.named_parameters():
             if parameter.requires_grad:
                 weight = self._states.weight(parameter, reader=0)
+            elif not parameter.is_floating_point():
+                weight = self._initial.unquantized(name) if self._world.is_first else None
             else:
                 with self._gathered([parameter]):
                     weight = parameter.detach().to("cpu", torch.float32, copy=True) if self._world.is_first else None
