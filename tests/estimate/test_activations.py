@@ -139,6 +139,43 @@ def test_checkpointed_blocks_keep_their_input_and_compute_the_rest_again(models)
     assert sum(part.num_trained for part in saving) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("trainable", ["all", "no encoder", "adapters"])
+def test_a_block_with_chunks_of_its_mlp_keeps_what_the_formula_says(models, trainable):
+    kept = []
+    for name in ("base", "language_model"):
+        model, config = model_of(models[name], TRAINABLES[trainable], mlp_chunk_tokens=40)
+        kept.append((kept_by_autograd(model), sum(part.kept for part in planned(model, config))))
+    (before, planned_before), (after, planned_after) = kept
+    assert planned_after - planned_before == pytest.approx(after - before, rel=0.01)
+
+
+def test_chunks_of_mlps_are_recomputed_one_at_a_time(models):
+    model, config = model_of(models["base"], TrainableConfig())
+    checkpointed = config.model_copy(
+        update={"activation_checkpointing": ActivationCheckpointingConfig(language_model=1)}
+    )
+    whole, quarter = (
+        next(part for part in planned(model, one) if part.name == "language block")
+        for one in (checkpointed, checkpointed.model_copy(update={"mlp_chunk_tokens": -(-WINDOWS * POSITIONS // 4)}))
+    )
+    intermediate = 4 * 4 * SHAPE.text_ffn_width * WINDOWS * POSITIONS
+    assert whole.kept == quarter.kept
+    assert whole.again + whole.working - quarter.again - quarter.working > 0.7 * intermediate
+
+
+def test_offloaded_inputs_are_in_host_memory_and_two_of_them_on_the_device(models):
+    model, config = model_of(models["base"], TrainableConfig())
+    checkpointed = config.model_copy(
+        update={"activation_checkpointing": ActivationCheckpointingConfig(language_model=1)}
+    )
+    before = planned(model, checkpointed)
+    after = planned(model, checkpointed.model_copy(update={"activation_offloading": True}))
+    one = WINDOWS * POSITIONS * SHAPE.text_width * 4
+    assert sum(part.offloaded for part in after) == SHAPE.text_layers * one
+    assert sum(part.kept for part in before) - sum(part.kept for part in after) == SHAPE.text_layers * one
+    assert max(part.again for part in after) == max(part.again for part in before) + 2 * one
+
+
 def test_chunks_of_the_encoder_keep_features_and_embeddings(models):
     model, config = model_of(models["base"], TrainableConfig(), encoder_windows_per_chunk=1)
     names = {part.name: part for part in planned(model, config)}

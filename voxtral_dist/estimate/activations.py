@@ -172,24 +172,56 @@ class Activations:
         `eager` attention repeats keys and values for each query: 2 Q instead of 2 K. The backward pass adds gradients
         of the product, both factors and two of the residual while the product is freed: 2 G + 2 E.
         """
-        attention, mlp, size = block.self_attn, block.mlp, self._itemsize
+        attention, size = block.self_attn, self._itemsize
         places, width = shape.num_examples * shape.num_positions, self._text_config.hidden_size
         queries, ffn = self._queries, self._text_config.intermediate_size
         keys = queries if self._attention == "eager" else self._keys
-        first = _is_trained(attention.q_proj, attention.k_proj, attention.v_proj)
-        second = _is_trained(mlp.gate_proj, mlp.up_proj)
-        values = 2 * queries + 2 * keys + 3 * ffn + width * (first + second) + ffn * _is_trained(mlp.down_proj)
-        values += width * (_is_trained(block.input_layernorm) + _is_trained(block.post_attention_layernorm))
-        values += _adapter_values(block)
-        norms = 2 * (width + 1) * _FLOAT32_BYTES
-        kept = places * (values * size + norms)
+        values = 2 * queries + 2 * keys + _adapter_values(attention)
+        values += width * _is_trained(attention.q_proj, attention.k_proj, attention.v_proj)
+        kept = places * (values * size + self._norm_bytes(block.input_layernorm))
         # `eager` takes the softmax in float32, and multiplies with a copy in the model's precision.
         softmax = _FLOAT32_BYTES + size * (size < _FLOAT32_BYTES)
         kept += self._scores(self._text_config.num_attention_heads, places, shape.num_positions, softmax)
-        working = places * (2 * ffn + 2 * width) * size
-        passing = places * (2 * width + 3 * ffn) * size
         boundary = places * width * size
-        return block_part("language block", block, reached, checkpointed, kept, boundary, working, passing, size)
+        chunk = self._places_of_chunk(places)
+        mlp_kept = chunk * self._mlp_bytes(block)
+        working = (chunk * 2 * ffn + places * 2 * width) * size
+        passing = (places * 2 * width + chunk * 3 * ffn) * size
+        if chunk < places:
+            # The inputs of chunks, whose values are recomputed one chunk at a time, and the outputs that are joined.
+            kept, working, passing = kept + boundary, working + mlp_kept, passing + boundary
+            working = max(working, places * (2 * queries + 2 * keys + 2 * width) * size)
+        else:
+            kept += mlp_kept
+        return block_part(
+            "language block",
+            block,
+            reached,
+            checkpointed,
+            kept,
+            boundary,
+            working,
+            passing,
+            size,
+            is_offloaded=self._config.activation_offloading,
+        )
+
+    def _mlp_bytes(self, block: Any) -> float:
+        """Bytes that the second half of a block of the language model keeps of a position."""
+        mlp, width, ffn = block.mlp, self._text_width, int(self._text_config.intermediate_size)
+        values = 3 * ffn + ffn * _is_trained(mlp.down_proj) + _adapter_values(mlp)
+        values += width * _is_trained(mlp.gate_proj, mlp.up_proj)
+        return values * self._itemsize + self._norm_bytes(block.post_attention_layernorm)
+
+    def _norm_bytes(self, norm: nn.Module) -> float:
+        """Bytes that a norm of the language model keeps of a position."""
+        width = self._text_width
+        return (width + 1) * _FLOAT32_BYTES + width * self._itemsize * _is_trained(norm)
+
+    def _places_of_chunk(self, places: int) -> int:
+        """Positions for which the MLP is computed at a time."""
+        tokens = self._config.mlp_chunk_tokens
+        return places if tokens is None else -(-places // num_chunks(places, tokens))
 
     def _scores(self, heads: int, places: int, length: int, size: int) -> float:
         """A logarithm for each head and query; `eager` attention keeps probabilities of `size` bytes for each pair."""
@@ -231,6 +263,10 @@ class Activations:
     @property
     def _text_config(self) -> Any:
         return self._model.config.text_config
+
+    @property
+    def _text_width(self) -> int:
+        return int(self._text_config.hidden_size)
 
     @property
     def _head_dim(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from voxtral_dist.config import ModelConfig, RunConfig, TrainableConfig
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
@@ -101,8 +101,21 @@ class Costs:
 def estimate_memory(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part], setting: Setting) -> MemoryEstimate:
     """The memory of the rank that has most."""
     if isinstance(sharding, Fsdp2Sharding):
-        return Fsdp2Memory(sharding, sizes, parts, setting).estimate()
-    return ZeroMemory(sharding, sizes, parts, setting).estimate()
+        found = Fsdp2Memory(sharding, sizes, parts, setting).estimate()
+    else:
+        found = ZeroMemory(sharding, sizes, parts, setting).estimate()
+    return _with_offloaded(found, sum(part.offloaded for part in parts))
+
+
+def _with_offloaded(found: MemoryEstimate, num_bytes: float) -> MemoryEstimate:
+    """The same with the host memory of offloaded activations, which stays allocated from the first step on."""
+    if not num_bytes:
+        return found
+    phases = (
+        phase if phase.name == "building" else replace(phase, host={**phase.host, "activations": num_bytes})
+        for phase in found.phases
+    )
+    return replace(found, phases=tuple(phases))
 
 
 class Estimator:

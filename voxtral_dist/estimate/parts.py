@@ -18,6 +18,7 @@ class Part:
         working: gradients of activations at the widest place of its backward pass, beyond what is kept.
         passing: temporary in its forward pass.
         leaving: temporary at the end of its backward pass, with the gradient of its input.
+        offloaded: from its forward pass to its backward pass in host memory.
 
     Numbers of values of parameters:
         num_trained, num_frozen: of all.
@@ -32,6 +33,7 @@ class Part:
     working: float = 0.0
     passing: float = 0.0
     leaving: float = 0.0
+    offloaded: float = 0.0
     num_trained: int = 0
     num_frozen: int = 0
     num_widest: int = 0
@@ -46,7 +48,7 @@ class Part:
     @property
     def is_reached(self) -> bool:
         """Whether the backward pass visits it."""
-        return bool(self.kept or self.num_trained)
+        return bool(self.kept or self.offloaded or self.num_trained)
 
 
 def size_in_values(parameter: nn.Parameter, value_bytes: int) -> int:
@@ -119,6 +121,7 @@ def block_part(
     working: float,
     passing: float,
     value_bytes: int,
+    is_offloaded: bool = False,
 ) -> Part:
     """A transformer block.
 
@@ -134,19 +137,23 @@ def block_part(
         working: see `Part`.
         passing: see `Part`.
         value_bytes: of a value in the model's precision.
+        is_offloaded: whether a checkpointed block's input is in host memory between forward and backward pass. It is on
+            the device too while the block is computed, and in the backward pass so is that of the block before it.
     """
     sizes = [one.numel() for one in block.parameters() if one.requires_grad]
     frozen = sum(size_in_values(one, value_bytes) for one in block.parameters()) - sum(sizes)
     trained, largest = sum(sizes), max(sizes, default=0)
     if not reached:
         return Part(name, 0.0, passing=passing, num_trained=trained, num_frozen=frozen, largest=largest)
+    offloaded = boundary if checkpointed and is_offloaded else 0.0
     return Part(
         name,
-        boundary if checkpointed else kept,
-        again=kept if checkpointed else 0.0,
+        boundary - offloaded if checkpointed else kept,
+        again=kept + 2 * offloaded if checkpointed else 0.0,
         working=working,
-        passing=passing if checkpointed else 0.0,
-        leaving=boundary,
+        passing=passing + offloaded if checkpointed else 0.0,
+        leaving=boundary + offloaded,
+        offloaded=offloaded,
         num_trained=trained,
         num_frozen=frozen,
         num_widest=largest,
