@@ -108,7 +108,7 @@ def estimate_memory(sharding: Sharding, sizes: ModelSizes, parts: Sequence[Part]
 
 
 def _with_offloaded(found: MemoryEstimate, num_bytes: float) -> MemoryEstimate:
-    """The same with the host memory of offloaded activations, which stays allocated from the first step on."""
+    """An estimate with the host memory of offloaded activations, which stays allocated from the first step on."""
     if not num_bytes:
         return found
     phases = (
