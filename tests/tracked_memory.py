@@ -154,7 +154,7 @@ def _fake_ranks(size: int) -> Iterator[None]:
 class _WeightsWithoutValues:
     """`InitialWeights` of a model whose weights nobody has."""
 
-    def __init__(self, path: str, model: nn.Module, seed: int) -> None:
+    def __init__(self, path: str, model: nn.Module, seed: int, quantizes_on: torch.device) -> None:
         self._shapes = {name: one.shape for name, one in model.named_parameters()}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

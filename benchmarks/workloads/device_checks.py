@@ -23,8 +23,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from voxtral_dist.distributed.devices import known_peak_flops
 from voxtral_dist.distributed.world import alone
-
-from workloads.random_weights import PUBLISHED_LANGUAGE_MODEL
+from voxtral_dist.model.published import MINI, published_settings
 
 NUM_PRODUCTS, NUM_WARM_UP_PRODUCTS = 20, 5
 COPIED_BYTES = 4 * 2**30
@@ -51,7 +50,7 @@ class _Shape:
         """The published shape at a micro-batch of 8; tiny for a quick run."""
         if is_quick:
             return cls(2, 4, 2, 16, torch.float32, device)
-        model = PUBLISHED_LANGUAGE_MODEL
+        model = published_settings(MINI)["text_config"]
         heads, kv_heads, width = (int(model[key]) for key in _HEADS)  # type: ignore[call-overload]
         return cls(8, heads, kv_heads, width, torch.bfloat16, device)
 
@@ -141,7 +140,7 @@ def _kernel_gradients(shape: _Shape, length: int, score: float, has_mask: bool, 
 def _model_gradients(shape: _Shape, is_quick: bool, with_cudnn: bool) -> dict[str, Any]:
     """Whether all gradients of two blocks of the language model are finite for rows that are padded on the left."""
     torch.manual_seed(0)
-    sizes = PUBLISHED_LANGUAGE_MODEL | {"num_hidden_layers": 2, "vocab_size": 1024}
+    sizes = published_settings(MINI)["text_config"] | {"num_hidden_layers": 2, "vocab_size": 1024}
     if is_quick:
         sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
         sizes |= {"head_dim": 16}
