@@ -150,7 +150,7 @@ def test_a_matrix_is_read_and_quantized_alone(config: RunConfig, monkeypatch: py
 
 
 def test_exports_of_a_checkpoint_take_the_unquantized_weights(config: RunConfig, tmp_path: Path) -> None:
-    run = quantized(config, {}, {}).model_copy(update={"run_dir": tmp_path, "num_steps": 1})
+    run = quantized(config, {}, {}).model_copy(update={"run_dir": tmp_path, "num_steps": 3})
     run_ranks(1, test_checkpoint.train_to, run, 1)
     stored = load_voxtral(run.model)
     name = "model.language_model.layers.1.mlp.down_proj.base_layer.weight"
