@@ -55,6 +55,8 @@ def _build(library: Path, torch_folder: Path) -> None:
         built.rename(library)
 
 
+# Where it is installed, peft imports it, and its library for CPUs lacks what it looks up on a CUDA device.
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
 install_guard = load_device()
 
 import torch  # noqa: E402

@@ -40,6 +40,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def without_ranks(environment):
+    """An environment without what a launcher, or a test before, says of ranks."""
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {name: value for name, value in environment.items() if name not in names}
+
+
 def test_the_examples_run_from_top_to_bottom(folder):
     assert len(BLOCKS) > 8
     checks = "\nassert str(total.rate) == '0.0' and errors.errors == 0 and trainer.state.global_step == 1\n"
@@ -48,7 +54,7 @@ def test_the_examples_run_from_top_to_bottom(folder):
     ran = subprocess.run(
         [sys.executable, str(script)],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+        env=without_ranks(os.environ) | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
         check=False,
