@@ -1,11 +1,17 @@
 """Helpers that read back packed or indexed tars."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from voxtral_dist.data.stored.audio import decode_audio, to_pcm
 from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE
+from voxtral_dist.data.stored.shard_set import Records
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance, utterance_of
 from voxtral_dist.shards.tars.scan import MemberGroup, parse_span
@@ -38,6 +44,14 @@ def decoded_in(folder: Path) -> list[DecodedUtterance]:
         DecodedUtterance(one.key, one.text, index.language(number), to_pcm(decode_audio(one.audio, 16_000)).tobytes())
         for number, one in enumerate(utterances_in(folder))
     ]
+
+
+def write_records(folder: Path, records: Records) -> None:
+    """Replace the records of an index and their checksum, as if the set had been indexed so."""
+    np.save(folder / INDEX_FILE, records)
+    table = json.loads((folder / SHARD_TABLE_FILE).read_text())
+    table["records_sha256"] = hashlib.sha256(records.tobytes()).hexdigest()
+    (folder / SHARD_TABLE_FILE).write_text(json.dumps(table))
 
 
 def contents_of(folder: Path) -> dict[str, Any]:

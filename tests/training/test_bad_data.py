@@ -21,6 +21,7 @@ from voxtral_dist.training.metrics_file import read_metrics
 
 from corpora import pack_manifest, tone, write_lines
 from runs import finish, launch, run_config
+from stored import write_records
 
 NUM_UTTERANCES = 200
 
@@ -119,7 +120,7 @@ def refresh_checksums(folder: Path, index: ShardIndex) -> None:
     """As if the index had been made of what is there now."""
     records = np.load(folder / INDEX_FILE)
     records["crc32"] = [zlib.crc32(Storage().read(index.span(utterance_id))) for utterance_id in range(len(index))]
-    np.save(folder / INDEX_FILE, records)
+    write_records(folder, records)
 
 
 def truncate_first_shard(folder: Path, index: ShardIndex) -> int:

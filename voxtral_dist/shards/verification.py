@@ -13,6 +13,7 @@ import numpy as np
 from voxtral_dist.data.stored.audio import decode_audio
 from voxtral_dist.data.stored.checks import Cause, UnusableError, is_same_duration
 from voxtral_dist.data.stored.index import ShardIndex, read_index
+from voxtral_dist.data.stored.index_files import read_sets
 from voxtral_dist.data.stored.shard_set import RECORD
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import first_line
@@ -45,12 +46,12 @@ class CheckedRun:
 
 
 def verify(folder: str, num_workers: int) -> Iterator[CheckedRun]:
-    """Check all utterances of a set in parallel; results are in its order.
+    """Check all utterances of a set in parallel; results are in its order. Its index is compared with its checksum.
 
     Raises:
-        UserError: the folder holds no readable set.
+        UserError: the folder holds no readable set, or its index is damaged.
     """
-    starts = range(0, len(read_index([folder])), _RUN_LENGTH)
+    starts = range(0, len(ShardIndex(read_sets([folder], Storage(), anew=True))), _RUN_LENGTH)
     return ordered_map(partial(check_run, folder=folder), starts, num_workers, batch_size=1)
 
 

@@ -17,6 +17,7 @@ from voxtral_dist.data.stored.index_files import INDEX_FILE
 from voxtral_dist.data.stored.storage import Storage
 
 from corpora import pack_manifest, tone, write_lines
+from stored import write_records
 
 RATE = 16_000
 
@@ -119,7 +120,7 @@ def test_truncated_audio_is_a_bad_utterance(tmp_path, clip, prompts):
     records = np.load(folder / INDEX_FILE)
     # As in an index that was made before the file was truncated.
     records["duration_ms"] = 2000
-    np.save(folder / INDEX_FILE, records)
+    write_records(folder, records)
     reader = UtteranceReader(read_index([folder]), prompts, 448)
     assert reader.example(0).duration_seconds == 2.0
     with pytest.raises(UtteranceError, match=r"decodes to 1\.00 s of audio, but its index says 2\.00 s") as caught:
@@ -152,7 +153,7 @@ def with_new_checksums(folder: Path) -> ShardIndex:
     """The index as if it were made after the tars changed."""
     index, records = read_index([folder]), np.load(folder / INDEX_FILE)
     records["crc32"] = [zlib.crc32(Storage().read(index.span(utterance_id))) for utterance_id in range(len(index))]
-    np.save(folder / INDEX_FILE, records)
+    write_records(folder, records)
     return read_index([folder])
 
 

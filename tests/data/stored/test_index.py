@@ -174,6 +174,70 @@ def test_a_truncated_index_is_refused(copied, num_bytes):
     refusal(copied)
 
 
+@pytest.mark.parametrize("at", [-26 * 24, -300, -1])
+def test_an_index_with_one_flipped_bit_is_refused(copied, at):
+    contents = bytearray((copied / INDEX_FILE).read_bytes())
+    contents[at] ^= 1
+    (copied / INDEX_FILE).write_bytes(contents)
+    assert "its records have another checksum than when they were written" in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        pytest.param(lambda whole: whole.replace(b"(26,)", b"(13,2)"), id="two dimensions"),
+        pytest.param(lambda whole: whole.replace(b"(26,), }", b"(2**9,)}"), id="a formula"),
+        pytest.param(lambda whole: whole.replace(b"(26,), } ", b"(-26,), }"), id="a negative number"),
+        pytest.param(lambda _: b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535, id="nested braces"),
+        pytest.param(lambda _: b"PK\x03\x04" + bytes(100), id="a damaged zip"),
+        pytest.param(lambda _: b"\x80\x04N.", id="a pickle"),
+    ],
+)
+def test_a_malformed_index_is_refused(copied, contents):
+    whole = (copied / INDEX_FILE).read_bytes()
+    assert contents(whole) != whole
+    (copied / INDEX_FILE).write_bytes(contents(whole))
+    refusal(copied)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": 1},
+        {"shards": [1]},
+        {"languages": 5},
+        {"languages": [None]},
+        {"layout": []},
+        {"layout": {"audio": 1}},
+        {"longest_seconds": "x"},
+        {"longest_seconds": float("nan")},
+        {"most_text_tokens": 1e400},
+        {"most_text_tokens": 10**30},
+        {"records_sha256": None},
+    ],
+    ids=str,
+)
+def test_a_malformed_shard_table_is_refused(copied, change):
+    table = json.loads((copied / SHARD_TABLE_FILE).read_text())
+    (copied / SHARD_TABLE_FILE).write_text(json.dumps(table | change))
+    refusal(copied)
+
+
+@pytest.mark.parametrize("name", ["location", "num_utterances", "num_bytes", "sha256"])
+@pytest.mark.parametrize("value", [None, -1, 2**70, [], True], ids=str)
+def test_a_malformed_shard_is_refused(copied, name, value):
+    table = json.loads((copied / SHARD_TABLE_FILE).read_text())
+    table["shards"][0][name] = value
+    (copied / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    refusal(copied)
+
+
+@pytest.mark.parametrize("contents", ["[" * 100_000, "1" * 5000, '"\\ud800"', "\x00"], ids=["nested", "digits", "", ""])
+def test_a_hostile_shard_table_is_refused(copied, contents):
+    (copied / SHARD_TABLE_FILE).write_text(contents)
+    refusal(copied)
+
+
 def test_a_missing_tar_is_refused(copied):
     tar = sorted(copied.glob("*.tar"))[-1]
     tar.unlink()

@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from voxtral_dist.data.stored.layout import UtteranceLayout
-from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard, ShardSet
+from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, RECORD, Records, Shard, ShardSet
 from voxtral_dist.data.stored.storage import Storage, is_remote, join
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.files import write_atomically
 
 INDEX_FILE = "index.npy"
@@ -54,9 +55,12 @@ def write_index(
     write_atomically(folder / SHARD_TABLE_FILE, json.dumps(table, indent=1, ensure_ascii=False))
 
 
-def read_sets(patterns: Sequence[str], storage: Storage) -> list[ShardSet]:
-    """The shard sets that patterns match; arguments and errors as of `read_index`."""
-    return [shard_set for pattern in patterns for shard_set in _sets_of(str(pattern), storage)]
+def read_sets(patterns: Sequence[str], storage: Storage, *, anew: bool = False) -> list[ShardSet]:
+    """The shard sets that patterns match; arguments and errors as of `read_index`.
+
+    `anew` compares the records with their checksum even where this node did so since they changed.
+    """
+    return [shard_set for pattern in patterns for shard_set in _sets_of(str(pattern), storage, anew)]
 
 
 def check_train_shards(name: str, shard_sets: Sequence[ShardSet]) -> None:
@@ -78,14 +82,14 @@ def check_train_shards(name: str, shard_sets: Sequence[ShardSet]) -> None:
         raise UserError(f"{where}: the shards contain no utterances. Correct the patterns.")
 
 
-def _sets_of(pattern: str, storage: Storage) -> list[ShardSet]:
+def _sets_of(pattern: str, storage: Storage, anew: bool) -> list[ShardSet]:
     if not pattern.endswith(".tar"):
-        return [_read_folder(folder.rstrip("/"), storage) for folder in storage.expand(pattern)]
+        return [_read_folder(folder.rstrip("/"), storage, anew) for folder in storage.expand(pattern)]
     names_by_folder: dict[str, set[str]] = {}
     for location in storage.expand(pattern):
         folder, _, name = location.rpartition("/")
         names_by_folder.setdefault(folder or ".", set()).add(name)
-    return [_select(_read_folder(folder, storage), names, folder) for folder, names in names_by_folder.items()]
+    return [_select(_read_folder(folder, storage, anew), names, folder) for folder, names in names_by_folder.items()]
 
 
 def _select(shard_set: ShardSet, names: set[str], folder: str) -> ShardSet:
@@ -100,11 +104,16 @@ def _select(shard_set: ShardSet, names: set[str], folder: str) -> ShardSet:
     )
 
 
-def _read_folder(folder: str, storage: Storage) -> ShardSet:
+def _read_folder(folder: str, storage: Storage, anew: bool) -> ShardSet:
     sizes = _sizes(folder, storage)
     try:
         shard_set = _load_set(folder, storage)
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
+    except UserError:
+        raise
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    except Exception as error:
+        # The parsers of both files raise errors of many types for damaged bytes.
         raise UserError(
             f"The index of {folder} is damaged ({SHARD_TABLE_FILE} or {INDEX_FILE}). Pack or index the folder again."
         ) from error
@@ -115,33 +124,93 @@ def _read_folder(folder: str, storage: Storage) -> ShardSet:
             f"The files {INDEX_FILE} and {SHARD_TABLE_FILE} in {folder} do not belong together. Pack or index the "
             "folder again."
         )
+    _check_records(shard_set, folder, storage, anew)
     for shard in shard_set.shards:
         _check_size(shard, folder, sizes)
     return shard_set
 
 
+class _ShardRow(BaseModel):
+    """A shard in the shard table."""
+
+    model_config = ConfigDict(strict=True)
+
+    location: str
+    num_utterances: NonNegativeInt
+    num_bytes: NonNegativeInt
+    sha256: str
+
+
+class _Table(BaseModel):
+    """What is read of the shard table; `write_index` writes more for people."""
+
+    model_config = ConfigDict(strict=True)
+
+    languages: list[str]
+    layout: dict[str, Any]
+    longest_seconds: Annotated[float, Field(ge=0, lt=2**32 / 1000)]
+    most_text_tokens: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+    most_instruction_tokens: Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+    records_sha256: str
+    shards: list[_ShardRow]
+
+
 def _load_set(folder: str, storage: Storage) -> ShardSet:
-    table: dict[str, Any] = json.loads(storage.read_all(join(folder, SHARD_TABLE_FILE)))
-    if table.get("format") != FORMAT_VERSION:
+    contents = json.loads(storage.read_all(join(folder, SHARD_TABLE_FILE)))
+    if contents.get("format") != FORMAT_VERSION:
         raise UserError(
-            f"The index of {folder} has format {table.get('format')!r}, but this version reads format "
+            f"The index of {folder} has format {contents.get('format')!r}, but this version reads format "
             f"{FORMAT_VERSION}. Index the set again: `voxtral-dist shards index {folder}`."
         )
-    shards = tuple(Shard(**(row | {"location": _absolute(row["location"], folder)})) for row in table["shards"])
+    table = _Table.model_validate(contents)
+    shards = tuple(Shard(**(row.model_dump() | {"location": _absolute(row.location, folder)})) for row in table.shards)
     counts = [shard.num_utterances for shard in shards]
+    records = np.load(storage.local_copy(join(folder, INDEX_FILE)), mmap_mode="r")
+    if records.ndim != 1:
+        raise ValueError("an index has one dimension")
     shard_set = ShardSet(
         shards=shards,
-        records=np.load(storage.local_copy(join(folder, INDEX_FILE)), mmap_mode="r"),
+        records=records,
         first_rows=np.cumsum([0, *counts[:-1]], dtype=np.int64),
-        languages=tuple(table["languages"]),
-        layout=UtteranceLayout.from_json(table["layout"]),
-        longest_seconds=float(table["longest_seconds"]),
-        most_text_tokens=int(table["most_text_tokens"]),
-        most_instruction_tokens=int(table["most_instruction_tokens"]),
-        records_sha256=str(table["records_sha256"]),
+        languages=tuple(table.languages),
+        layout=UtteranceLayout.from_json(table.layout),
+        longest_seconds=table.longest_seconds,
+        most_text_tokens=table.most_text_tokens,
+        most_instruction_tokens=table.most_instruction_tokens,
+        records_sha256=table.records_sha256,
     )
     shard_set.advise(is_sequential=False)
     return shard_set
+
+
+def _check_records(shard_set: ShardSet, folder: str, storage: Storage, anew: bool) -> None:
+    """Compare the records with their checksum: one flipped bit would change the order of the utterances."""
+    records = shard_set.records
+    assert isinstance(records, np.memmap)
+    path = Path(str(records.filename))
+    try:
+        found = storage.digest(path, records.offset, anew=anew)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if found != shard_set.records_sha256:
+        copy = f", read from the copy {path}" if is_remote(folder) else ""
+        raise UserError(
+            f"The file {INDEX_FILE} of {folder}{copy} is damaged: its records have another checksum than when they "
+            f"were written. Copy {INDEX_FILE} and {SHARD_TABLE_FILE} again, or pack or index the folder again."
+        )
+
+
+def _unreadable(folder: str, error: OSError) -> UserError:
+    if isinstance(error, FileNotFoundError):
+        return _no_index(folder)
+    return UserError(f"The index of {folder} cannot be read: {error.strerror or first_line(error)}.")
+
+
+def _no_index(folder: str, problem: str = f"has no complete index ({SHARD_TABLE_FILE} and {INDEX_FILE})") -> UserError:
+    return UserError(
+        f"The shard folder {folder} {problem}. Make it with `voxtral-dist shards pack SOURCE {folder}`, or index its "
+        f"tars with `voxtral-dist shards index {folder}`."
+    )
 
 
 def _sizes(folder: str, storage: Storage) -> dict[str, int] | None:
@@ -153,14 +222,12 @@ def _sizes(folder: str, storage: Storage) -> dict[str, int] | None:
             f"The shard folder {folder} does not exist. Make it with `voxtral-dist shards pack SOURCE {folder}`, or "
             "correct the path in the configuration."
         ) from error
+    except OSError as error:
+        raise UserError(f"The shard folder {folder} cannot be listed: {first_line(error)}.") from error
     if not sizes and is_remote(folder):
         return None
     if not {SHARD_TABLE_FILE, INDEX_FILE} <= sizes.keys():
-        problem = f"has no complete index ({SHARD_TABLE_FILE} and {INDEX_FILE})" if sizes else "is empty"
-        raise UserError(
-            f"The shard folder {folder} {problem}. Make it with `voxtral-dist shards pack SOURCE {folder}`, or index "
-            f"its tars with `voxtral-dist shards index {folder}`."
-        )
+        raise _no_index(folder) if sizes else _no_index(folder, "is empty")
     return sizes
 
 

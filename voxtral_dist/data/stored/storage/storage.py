@@ -22,6 +22,7 @@ from braceexpand import braceexpand
 from voxtral_dist.config import StorageConfig
 from voxtral_dist.data.stored.storage.cache import NodeCache
 from voxtral_dist.data.stored.storage.cache_files import write_at
+from voxtral_dist.data.stored.storage.digests import NodeDigests
 from voxtral_dist.data.stored.storage.local import advise, local_error, local_path, read_local
 from voxtral_dist.data.stored.storage.prefetch import Prefetch, pool_of_process
 from voxtral_dist.data.stored.storage.remote import RANGE_BYTES, Remote, RemoteFile
@@ -92,6 +93,23 @@ class Storage:
             StorageError: it cannot be fetched, or there is no room for it.
         """
         return self._here.copy(location) if is_remote(location) else local_path(location)
+
+    def digest(self, path: Path, start: int, *, anew: bool = False) -> str:
+        """The SHA-256 of a local file from a byte on, computed once per node until the file changes; see `NodeDigests`.
+
+        Args:
+            path: what `local_copy` returned.
+            start: the first byte.
+            anew: compute it even if this node knows it.
+
+        Raises:
+            StorageError: the file cannot be read.
+        """
+        folder = (self._config.cache_dir or _default_cache_dir()) / "digests"
+        try:
+            return NodeDigests(folder).digest(path, start, anew=anew)
+        except OSError as error:
+            raise local_error(str(path), error) from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The sizes of the files in a folder, by name; empty over http, which has no listings.
