@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig, TestContextConfig, TestSetConfig, TextStep
-from voxtral_dist.data.stored.storage import is_remote
+from voxtral_dist.data.stored.index import sets_by_name
 from voxtral_dist.distributed.world import World, joined_world
-from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.batch_decoder import load_decoder, load_prompts
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.evaluating import evaluate_test_set
@@ -80,13 +79,9 @@ def evaluate(
         # Reports a bad file as a mistake in `--words`, not in a test set.
         WordList.read(options.context.words, "--words")
     test_sets = {
-        _set_name(folder): TestSetConfig(
-            shards=folder, detect_language=options.detect_language, context=options.context
-        )
-        for folder in shards
+        name: TestSetConfig(shards=folder, detect_language=options.detect_language, context=options.context)
+        for name, folder in sets_by_name(shards).items()
     }
-    if len(test_sets) < len(shards):
-        raise UserError("Two shard folders have the same name, which names their results: evaluate them separately.")
     named = options.settings.model_copy(update={"test_sets": test_sets})
     prompts = load_prompts(model_path)
     built = build_test_sets(named, prompts, options.target_text)
@@ -99,8 +94,3 @@ def evaluate(
     decoder = load_decoder(model_path, prompts, named, precision, world)
     for test_set in built:
         yield test_set.name, evaluate_test_set(test_set, decoder, named, used, out_dir, world)
-
-
-def _set_name(shards: str) -> str:
-    """The name of a test set: the last part of its folder or URL."""
-    return shards.rstrip("/").rpartition("/")[2] if is_remote(shards) else Path(shards).resolve().name

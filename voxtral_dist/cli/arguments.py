@@ -69,10 +69,12 @@ def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
-def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Add the model and the options of decoding."""
+def add_decoding(parser: argparse.ArgumentParser, served: str = "") -> None:
+    """Add the model and the options of decoding; `served` is what the model is where a server has it."""
     defaults = EvaluationConfig()
-    parser.add_argument("model", help="Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N")
+    parser.add_argument(
+        "model", help=f"Hugging Face folder or hub name, such as RUN/export, or RUN/checkpoints/step-N{served}"
+    )
     parser.add_argument(
         "--precision",
         choices=_PRECISIONS,

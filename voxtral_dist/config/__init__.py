@@ -14,6 +14,7 @@ from voxtral_dist.config.data import (
 )
 from voxtral_dist.config.engine import CheckpointConfig, EngineConfig, Fsdp2Config, OptimizerConfig
 from voxtral_dist.config.evaluation import (
+    MIN_NEW_TOKENS,
     NORMALIZERS,
     EvaluationConfig,
     GuardConfig,
@@ -28,6 +29,7 @@ from voxtral_dist.config.run import ExportConfig, MetricsConfig, RunConfig
 from voxtral_dist.config.section import Argument, Component, Section, TextStep
 
 __all__ = [
+    "MIN_NEW_TOKENS",
     "NORMALIZERS",
     "ActivationCheckpointingConfig",
     "Argument",

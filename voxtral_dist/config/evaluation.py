@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from voxtral_dist.config.section import FileName, Section, sorted_set
 
+# The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.
+MIN_NEW_TOKENS = 16
 NORMALIZERS = ("none", "basic", "whisper_english", "whisper_basic")
 
 

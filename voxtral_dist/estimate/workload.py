@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from voxtral_dist.config import RunConfig, TrainDataConfig
+from voxtral_dist.config import MIN_NEW_TOKENS, RunConfig, TrainDataConfig
 from voxtral_dist.data.plan.example_sizes import ExampleSizes, text_tokens
 from voxtral_dist.data.plan.slot_examples import SlotExamples
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import TrainingSet, build_training_set
 from voxtral_dist.errors import UserError
 from voxtral_dist.estimate.activations import MicroBatchShape
-from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
 from voxtral_dist.evaluation.building import build_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.model.flops import BatchShape

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from voxtral_dist.checkpoints.loading import config_of_checkpoint, is_checkpoint, load_checkpoint, refuse_ema
-from voxtral_dist.config import EvaluationConfig, ModelConfig
+from voxtral_dist.config import MIN_NEW_TOKENS, EvaluationConfig, ModelConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_example
 from voxtral_dist.distributed.world import World
@@ -24,8 +24,6 @@ from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.weights import load_for_inference
 
-# The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.
-MIN_NEW_TOKENS = 16
 # Target tokens whose logits are computed at a time.
 LOSS_CHUNK_TOKENS = 2048
 _WINDOWS_PER_CHUNK: int = ModelConfig.model_fields["encoder_windows_per_chunk"].default

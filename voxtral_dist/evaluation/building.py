@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voxtral_dist.config import EvaluationConfig, TestSetConfig, TextStep
+from voxtral_dist.config import MIN_NEW_TOKENS, EvaluationConfig, TestSetConfig, TextStep
 from voxtral_dist.data.examples.prompting import Prompting, TestContexts
 from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.plan.cutting import Budget, cut_micro_batches
@@ -19,7 +19,6 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import ranks_unlike_first
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.evaluation.test_set import Batch, TestSet
 from voxtral_dist.model.prompts import VoxtralPrompts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,8 +19,6 @@ from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.result_files import write_results
 from voxtral_dist.scoring.results import Measurements, TestSetResult, score_test_set
 from voxtral_dist.scoring.utterances import DecodedUtterance, ScoredUtterance, score_utterance
-
-log = logging.getLogger(__name__)
 
 
 def evaluate_test_set(
@@ -48,7 +45,7 @@ def evaluate_test_set(
     result = None
     if world.is_first:
         utterances = check_complete(test_set, [utterance for part in gathered for utterance in part])
-        _warn_of_unknown_fields(test_set, utterances)
+        test_set.grouping.warn_of_unknown(test_set.name, (utterance.decoded for utterance in utterances))
         result = score_test_set(utterances, normalizer, test_set.num_distractors, test_set.grouping, measured)
         _write(out_dir, test_set.name, utterances, result)
     agreed = from_first_rank(result, world)
@@ -96,13 +93,6 @@ def _utterance(test_set: TestSet, example: Example, hypothesis: Hypothesis) -> D
         context=example.context,
         fields=example.fields,
     )
-
-
-def _warn_of_unknown_fields(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> None:
-    for name in test_set.grouping.unknown_in(utterance.decoded for utterance in utterances):
-        log.warning(
-            "No utterance of `%s` has the field `%s` that `slices` or `speaker_field` names.", test_set.name, name
-        )
 
 
 def _write(out_dir: Path, name: str, utterances: Sequence[ScoredUtterance], result: TestSetResult) -> None:

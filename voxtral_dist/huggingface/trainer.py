@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.config import MIN_NEW_TOKENS, EvaluationConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS
 from voxtral_dist.huggingface.collator import TranscriptionCollator
 
 _MAX_TOKENS_PER_SECOND: float = EvaluationConfig.model_fields["max_tokens_per_second"].default

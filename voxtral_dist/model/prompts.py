@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -34,10 +33,8 @@ from transformers import MistralCommonBackend, VoxtralConfig
 
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
-from voxtral_dist.text.languages import LANGUAGE_CODES
+from voxtral_dist.text.languages import LANGUAGE_CODES, split_language_tag
 
-# A language tag in other tokens than Mistral's encoding of it, as an undertrained model may write it.
-_WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})")
 # A text that shows where user text goes; it is one token in every vocabulary.
 _PROBE = "a"
 
@@ -207,11 +204,9 @@ class VoxtralPrompts:
         for language, tag in self._tags.items():
             if tuple(plain[: len(tag)]) == tag:
                 return Transcript(self.decode(plain[len(tag) :]).strip(), language)
-        text = self.decode(plain)
-        written = _WRITTEN_TAG.match(text)
-        if written is None or written[1] not in LANGUAGE_CODES:
-            return Transcript(text.strip(), None)
-        return Transcript(text[written.end() :].strip(), written[1])
+        # An undertrained model may write the tag in other tokens than Mistral's encoding of it.
+        written, text = split_language_tag(self.decode(plain))
+        return Transcript(text, written)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Readable pieces, one per id: `[AUDIO]` for a special token, `'text'`, `'\\xf0'` for a part of a character."""

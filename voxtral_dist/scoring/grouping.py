@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.scoring.utterances import DecodedUtterance
+
+log = logging.getLogger(__name__)
 
 UNKNOWN = "unknown"
 # Every test set is sliced by these.
@@ -39,6 +42,11 @@ class Grouping:
         if self.speaker_field != Grouping.speaker_field:
             requested.append(self.speaker_field)
         return [name for name in dict.fromkeys(requested) if name not in found]
+
+    def warn_of_unknown(self, name: str, utterances: Iterable[DecodedUtterance]) -> None:
+        """Log each requested field that no utterance of the test set `name` has."""
+        for field in self.unknown_in(utterances):
+            log.warning("No utterance of `%s` has the field `%s` that `slices` or `speaker_field` names.", name, field)
 
     def speaker(self, utterance: DecodedUtterance) -> str | None:
         """The speaker of an utterance; None where unknown."""

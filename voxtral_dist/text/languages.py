@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import pycountry
 from pydantic import TypeAdapter, ValidationError
 from pydantic_extra_types.language_code import LanguageAlpha2
 
+_WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})")
 _LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
 
 # Every ISO 639-1 code, sorted: what mistral-common accepts as the language of a transcription.
@@ -24,6 +26,17 @@ def is_language_code(text: str) -> bool:
     except ValidationError:
         return False
     return True
+
+
+def split_language_tag(text: str) -> tuple[str | None, str]:
+    """The language that a decoded transcript begins with, as in `lang:enHello.`, and the stripped rest.
+
+    Models write it where the prompt has no language. None where there is none.
+    """
+    written = _WRITTEN_TAG.match(text)
+    if written is None or written[1] not in LANGUAGE_CODES:
+        return None, text.strip()
+    return written[1], text[written.end() :].strip()
 
 
 def language_code(value: Any) -> str | None:

@@ -9,12 +9,13 @@ from os import PathLike
 import numpy as np
 from numpy.typing import NDArray
 
+from voxtral_dist.config import MIN_NEW_TOKENS
 from voxtral_dist.data.examples.audio_inputs import AudioInput, pcm_of
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.stored.audio import AudioError, Pcm
 from voxtral_dist.data.stored.checks import is_silent
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.batch_decoder import MIN_NEW_TOKENS, Hypothesis
+from voxtral_dist.evaluation.batch_decoder import Hypothesis
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import RecordingError

@@ -27,6 +27,7 @@ from voxtral_dist.data.stored.shard_set import (
 from voxtral_dist.data.stored.storage import Span, Storage, is_remote
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.data.stored.utterance import StoredUtterance, parse_utterance
+from voxtral_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,21 @@ def read_index(patterns: Sequence[str], storage: Storage | None = None) -> Shard
         8
     """
     return ShardIndex(read_sets(patterns, storage or Storage()))
+
+
+def sets_by_name(shards: Sequence[str]) -> dict[str, str]:
+    """Shard folders by the last part of their path or URL, which names the files of their results.
+
+    Raises:
+        UserError: two have the same name.
+    """
+    named = {
+        shard_set.rstrip("/").rpartition("/")[2] if is_remote(shard_set) else Path(shard_set).resolve().name: shard_set
+        for shard_set in shards
+    }
+    if len(named) < len(shards):
+        raise UserError("Two shard folders have the same name, which names their results: evaluate them separately.")
+    return named
 
 
 def _is_same_file(location: str, other: str) -> bool:

@@ -1,0 +1,1 @@
+"""Served models: the client of a transcription server, and the evaluation of what it answers."""
