@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,10 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.exports.adapter_folders import refuse_without_effect, vllm_name, vllm_refusal
 
 from runs import finish, launch_by_torchrun, run_config
+from vllm_names import vllm_adapter_module, vllm_parameters
 
-# What vLLM makes of a name in an adapter's file: `base_model.model.` goes, and the rest must be a module of its model
-# (vllm/lora/utils.py, `parse_fine_tuned_lora_name`; vllm/model_executor/models/voxtral.py: the language model is
-# `language_model`, a causal model with the module names of transformers 4).
-VLLM_ADAPTER = re.compile(
-    r"base_model\.model\.language_model\.model\.layers\.\d+\."
-    r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.lora_[AB]\.weight"
-)
+NUM_BLOCKS = 2
+VLLM_MODULES = {name.removesuffix(".weight") for name in vllm_parameters(0, NUM_BLOCKS) if "_proj" in name}
 RANK, ALPHA = 3, 5
 
 
@@ -83,7 +78,9 @@ def test_averages_and_weights_of_a_checkpoint_are_exported_on_demand(run, lora_r
 def test_adapters_for_vllm_have_its_names_and_make_the_merged_model(lora_run: Path, tiny_model: Path) -> None:
     adapter = tensors(lora_run / "adapter-vllm")
     assert adapter
-    assert all(VLLM_ADAPTER.fullmatch(name) for name in adapter)
+    assert {vllm_adapter_module(name) for name in adapter} <= VLLM_MODULES
+    # It would leave out those of peft's file without a word.
+    assert not {vllm_adapter_module(name) for name in tensors(lora_run / "adapter")} & VLLM_MODULES
     described = json.loads((lora_run / "adapter-vllm" / "adapter_config.json").read_text())
     assert (described["r"], described["lora_alpha"], described["use_dora"]) == (RANK, ALPHA, False)
     assert described["modules_to_save"] is None
@@ -142,7 +139,7 @@ def test_vllm_serves_plain_adapters_of_the_language_model(lora: LoraConfig, sent
 def test_adapters_that_change_nothing_are_an_error() -> None:
     layer = "model.language_model.layers.0.self_attn.q_proj"
     names = [f"{layer}.lora_{matrix}.default.weight" for matrix in "AB"]
-    assert all(VLLM_ADAPTER.fullmatch(vllm_name(name)) for name in names)
+    assert {vllm_adapter_module(vllm_name(name)) for name in names} <= VLLM_MODULES
     trained = dict(zip(names, (torch.ones(3, 8), torch.zeros(8, 3)), strict=True))
     with pytest.raises(UserError, match="change nothing"):
         refuse_without_effect(trained)
