@@ -44,7 +44,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
 
 @dataclass(frozen=True)
 class Ended:
-    """The exit code of a process, and what it printed; -9 if it had to be killed because it did not end."""
+    """The end of a process.
+
+    Attributes:
+        code: its exit code; -9 if it had to be killed because it did not end.
+        output: what it had printed when the first process ended with an error, because launchers end the others then.
+    """
 
     code: int
     output: str
@@ -57,7 +62,7 @@ def run_programs(world_size: int, function: Callable[..., Any], *arguments: Any,
     """
     with tempfile.TemporaryDirectory() as folder:
         codes = _fork(_run_program, world_size, folder, function, arguments, limit_seconds)
-        outputs = [(Path(folder) / f"output-{rank}").read_text() for rank in range(world_size)]
+        outputs = [(Path(folder) / f"printed-{rank}").read_text() for rank in range(world_size)]
         return [Ended(code, output) for code, output in zip(codes, outputs, strict=True)]
 
 
@@ -118,13 +123,25 @@ def _exit_codes(ranks: Sequence[Any], folder: Path, limit_seconds: float | None)
     while running and not any(folder.glob("failure-*")) and time.monotonic() < deadline:
         wait([process.sentinel for process in running], timeout=1)
         running = [process for process in running if process.is_alive()]
-        if limit_seconds is None and any(process.exitcode for process in ranks):
-            break
+        if any(process.exitcode for process in ranks):
+            if limit_seconds is None:
+                break
+            _keep_outputs(folder)
     for process in running:
         process.kill()
     for process in ranks:
         process.join()
+    if limit_seconds is not None:
+        _keep_outputs(folder)
     return [process.exitcode for process in ranks]
+
+
+def _keep_outputs(folder: Path) -> None:
+    """Copy what programs have printed so far, unless it was copied before."""
+    for output in folder.glob("output-*"):
+        kept = folder / output.name.replace("output", "printed")
+        if not kept.exists():
+            kept.write_bytes(output.read_bytes())
 
 
 def _run_rank(rank: int, world_size: int, folder: Path, call: bytes) -> None:

@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
+import voxtral_dist.cli.main as cli
 import voxtral_dist.evaluate
 import voxtral_dist.train
 import voxtral_dist.transcribe
 from voxtral_dist.cli.main import console
+from voxtral_dist.distributed import failures
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.errors import UserError
 from voxtral_dist.train import EXIT_STOPPED
@@ -62,8 +64,9 @@ def _interrupt_beside_worker() -> NoReturn:
     raise KeyboardInterrupt(workers)
 
 
-def _finish_after(seconds: float, code: int = 0) -> int:
+def _finish_after(seconds: float, code: int = 0, said: str = "") -> int:
     time.sleep(seconds)
+    print(said, end="")
     return code
 
 
@@ -79,9 +82,11 @@ ACTIONS: dict[str, Callable[[], Any]] = {
     "no memory": lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. Including")),
     "Ctrl-C beside a data worker": _interrupt_beside_worker,
     "finish": lambda: 0,
+    "broken recording": lambda: 0,
     "finish later": lambda: _finish_after(4),
     "stop": lambda: EXIT_STOPPED,
     "stop later": lambda: _finish_after(3, EXIT_STOPPED),
+    "stop later, and say so": lambda: _finish_after(3, EXIT_STOPPED, "Stopped.\n"),
 }
 
 
@@ -99,10 +104,20 @@ def _evaluate(*arguments: Any, actions: tuple[str, ...]) -> list[Any]:
 
 def _transcribe(*arguments: Any, actions: tuple[str, ...]) -> list[Any]:
     _act(None, arguments[-1], actions=actions)
-    return []
+    return [UserError("It does not decode.")] if actions[arguments[-1].rank] == "broken recording" else []
 
 
-def _program(rank: int, command: list[str], actions: tuple[str, ...], hosts: tuple[str, ...]) -> NoReturn:
+def _print_late(seconds: float, print_error: Callable[[UserError], None], error: UserError) -> None:
+    time.sleep(seconds)
+    print_error(error)
+
+
+def _program(
+    rank: int, command: list[str], actions: tuple[str, ...], hosts: tuple[str, ...], printing: tuple[float, float]
+) -> NoReturn:
+    if rank == 0:
+        cli._print_error = partial(_print_late, printing[0], cli._print_error)
+    failures._PRINTING_SECONDS = printing[1]
     os.environ["LOCAL_RANK"] = str(hosts[:rank].count(hosts[rank]))
     socket.gethostname = lambda: hosts[rank]
     voxtral_dist.train.train = partial(_act, actions=actions)
@@ -123,11 +138,18 @@ def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[E
     commands = {
         "train": ["train", "--config", str(config)],
         "evaluate": ["evaluate", "model", "shards"],
-        "transcribe": ["transcribe", "model", str(tmp_path / "clip.wav")],
+        "transcribe": ["transcribe", "model", *2 * [str(tmp_path / "clip.wav")]],
+        "refused": ["train", "--config", str(tmp_path / "nowhere.yaml")],
     }
 
-    def run(command: str, actions: tuple[str, ...], hosts: tuple[str, ...] = ("a", "a", "a")) -> list[Ended]:
-        return run_programs(3, _program, commands[command], actions, hosts, limit_seconds=LIMIT_SECONDS)
+    def run(
+        command: str,
+        actions: tuple[str, ...] = (),
+        hosts: tuple[str, ...] = ("a", "a", "a"),
+        printing: tuple[float, float] = (0.0, failures._PRINTING_SECONDS),
+    ) -> list[Ended]:
+        """`printing`: what rank 0 needs to print an error, and how long ranks wait for others to print, in seconds."""
+        return run_programs(3, _program, commands[command], actions, hosts, printing, limit_seconds=LIMIT_SECONDS)
 
     return run
 
@@ -189,6 +211,34 @@ def test_ranks_that_meet_the_same_mistake_print_it_once(end):
 )
 def test_ranks_that_finish_or_stop_at_different_times_are_no_failure(end, actions, code):
     assert end("train", actions) == 3 * [Ended(code, "")]
+
+
+@pytest.mark.parametrize(
+    ("command", "actions", "sentence"),
+    [
+        ("refused", (), "nowhere.yaml"),
+        ("train", ("mistake", "mistake", "mistake"), MISTAKE),
+        ("transcribe", ("finish", "broken recording", "finish"), "1 of 2 recordings could not be transcribed"),
+    ],
+    ids=["before ranks meet", "while they run", "after they have parted"],
+)
+def test_no_rank_ends_before_the_first_one_has_printed_for_all(end, command, actions, sentence):
+    first, *others = end(command, actions, printing=(2.0, 8.0))
+    assert first.code == 2
+    assert first.output.startswith("voxtral-dist: error: ")
+    assert sentence in first.output
+    assert first.output.count("\n") == 1
+    assert others == 2 * [Ended(2, "")]
+
+
+def test_no_rank_that_stops_ends_before_the_first_one_has_said_so(end):
+    ended = end("train", ("stop later, and say so", "stop", "stop"))
+    assert ended == [Ended(EXIT_STOPPED, "Stopped.\n"), Ended(EXIT_STOPPED, ""), Ended(EXIT_STOPPED, "")]
+
+
+def test_ranks_print_what_the_first_one_cannot_print_in_time(end):
+    ended = end("train", ("mistake", "mistake", "mistake"), printing=(4.0, 1.0))
+    assert f"voxtral-dist: error: {MISTAKE}\n" in {one.output for one in ended}
 
 
 def _start(command: list[str], config: Path, **variables: str) -> subprocess.Popen[str]:

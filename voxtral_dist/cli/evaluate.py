@@ -134,7 +134,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     with joined_world() as world:
         for name, score in evaluate(parsed.model, parsed.shards, options, parsed.precision, parsed.out, world):
             if world.is_first:
-                print(f"{name}: {score}")
+                print(f"{name}: {score}", flush=True)
     return 0
 
 

@@ -26,6 +26,9 @@ from voxtral_dist.cli.train import add_train
 from voxtral_dist.cli.transcribe import add_transcribe
 from voxtral_dist.errors import UserError, is_printed_here
 
+# Launchers start them on several ranks; all others are commands of one process.
+_COMMANDS_OF_RANKS = ("train", "evaluate", "transcribe")
+
 
 def console(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command, and end the process with its exit code.
@@ -46,6 +49,8 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
+        with suppress(Exception):
+            _end_with_all_ranks(None)
     with suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,21 +65,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = build_parser().parse_args(arguments)
     # DeepSpeed calls deprecated names of torch; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    error: UserError | None = None
     try:
         code = parsed.run(parsed)
-    except UserError as error:
+    except UserError as mistake:
+        code, error = mistake.exit_code, mistake
         if is_printed_here(error):
-            print(f"voxtral-dist: error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
+            _print_error(error)
     except KeyboardInterrupt:
         code = 130
+    if code != 0 and parsed.command in _COMMANDS_OF_RANKS:
+        have_all_printed = _end_with_all_ranks(error)
+        if error is not None and not (have_all_printed or is_printed_here(error)):
+            # Twice is better than never.
+            _print_error(error)
     sys.exit(code)
+
+
+def _print_error(error: UserError) -> None:
+    print(f"voxtral-dist: error: {error}", file=sys.stderr, flush=True)
+
+
+def _end_with_all_ranks(error: UserError | None) -> bool:
+    """Wait until all ranks of a launcher have printed what they print; see `end_with_all_ranks`."""
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if is_alone or (error is None and "voxtral_dist.distributed.world" not in sys.modules):
+        return True
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    # It imports torch, which commands do when they run.
+    from voxtral_dist.distributed.world import end_with_all_ranks
+
+    return end_with_all_ranks(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. It imports no heavy library: commands do so when they run."""
     parser = argparse.ArgumentParser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_train(commands)
     add_evaluate(commands)
     add_score(commands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -20,15 +21,14 @@ from voxtral_dist.errors import UserError, first_line, is_printed_here
 _POLL_SECONDS = 1.0
 # How long rank 0, whose process may host the store, waits until all others know why it ends.
 _STORE_SECONDS = 5.0
-# Launchers end the ranks of a node as soon as one has ended. So the rank that failed stays until the others have
-# polled, and these stay until it has printed its error.
-_FAILED_SECONDS = 2.0
-_GRACE_SECONDS = 3.0
+# How long a rank waits until all others have printed what they print.
+_PRINTING_SECONDS = 8.0
 # Standard error that nobody reads, or a store that does not answer, must not keep a process.
 _LONGEST_END_SECONDS = 10.0
 
 _FIRST_FAILURE = "first"
 _NUM_INFORMED = "informed"
+_NUM_PRINTED, _NUM_LEAVING = "printed", "leaving"
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,69 @@ def shared_failures(store: Store, rank: int, size: int) -> Iterator[None]:
     if size == 1:
         yield
         return
-    watch = FailureWatch(store, rank, size)
+    global _newest_end
+    _newest_end = end = CommonEnd(store, rank, size)
+    watch = FailureWatch(store, rank, size, end)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         watch.report(error)
+        # Where no command line catches the error, Python prints it before this.
+        atexit.register(end.wait)
         raise
     except BaseException:
         watch.leave()
         raise
     watch.leave()
+
+
+class CommonEnd:
+    """The end of all ranks of a world: none may exit before each of them has printed what it prints.
+
+    Launchers end the ranks of a node as soon as one of them has ended with an error, so a rank that has nothing to
+    print could keep another one from its message.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        """All ranks construct it, with the same store."""
+        self._store = PrefixStore("end", store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
+        self._rank = rank
+        self._size = size
+        self._have_all_printed: bool | None = None
+
+    def wait(self) -> bool:
+        """Say that this rank has printed everything, and wait for the others; of several calls, only the first waits.
+
+        Returns:
+            Whether all ranks have printed; false if one is killed, cannot answer, or is some seconds late.
+        """
+        if self._have_all_printed is None:
+            self._have_all_printed = False
+            deadline = time.monotonic() + _PRINTING_SECONDS
+            # An error of the store: its host was killed.
+            with suppress(RuntimeError):
+                self._have_all_printed = self._reaches(_NUM_PRINTED, self._size, deadline)
+                # Rank 0, which may host the store, leaves last.
+                self._reaches(_NUM_LEAVING, self._size if self._rank == 0 else 0, deadline)
+        return self._have_all_printed
+
+    def _reaches(self, key: str, number: int, deadline: float) -> bool:
+        """Add one to a counter, and wait until it has reached a number, or until the deadline."""
+        self._store.add(key, 1)
+        while self._store.add(key, 0) < number:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+
+
+# Of the world that this process has joined last.
+_newest_end: CommonEnd | None = None
+
+
+def newest_end() -> CommonEnd | None:
+    """The end of the world that this process has joined last; None if it has joined none, or is alone in it."""
+    return _newest_end
 
 
 class FailureWatch:
@@ -107,17 +160,19 @@ class FailureWatch:
     does not see a rank that is killed, which writes nothing.
     """
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int, end: CommonEnd) -> None:
         """Start watching.
 
         Args:
             store: all ranks' store. The watch has a connection of its own, because one may wait for an answer for long.
             rank: of this process.
             size: number of ranks.
+            end: of all ranks.
         """
         self._store = PrefixStore("failures", store.clone())  # type: ignore[attr-defined]  # missing in torch's stubs
         self._rank = rank
         self._size = size
+        self._common_end = end
         self._own: Failure | None = None
         self._wake = threading.Event()
         self._done = threading.Event()
@@ -152,8 +207,6 @@ class FailureWatch:
             if self._own is not None:
                 self._store.compare_set(_FIRST_FAILURE, "", json.dumps(asdict(self._own)))
             self._confirm()
-            if self._own is not None and self._rank > 0:
-                time.sleep(_FAILED_SECONDS)
         self._done.set()
 
     def _confirm(self) -> None:
@@ -172,11 +225,10 @@ class FailureWatch:
         with suppress(Exception):
             if line is not None and os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"voxtral-dist: error: {line}", file=sys.stderr, flush=True)
-            self._confirm()
-            time.sleep(_GRACE_SECONDS)
+            sys.stdout.flush()
+            self._store.add(_NUM_INFORMED, 1)
+            self._common_end.wait()
         with suppress(Exception):
             for child in multiprocessing.active_children():
                 child.kill()
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(failure.exit_code)

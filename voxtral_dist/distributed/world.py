@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public classes all the same
 
-from voxtral_dist.distributed.failures import shared_failures
+from voxtral_dist.distributed.failures import newest_end, shared_failures
 from voxtral_dist.distributed.process_settings import limit_threads, set_allocator_defaults
 from voxtral_dist.distributed.store import meet
 from voxtral_dist.errors import RankError, UserError, first_line
@@ -21,6 +21,8 @@ from voxtral_dist.errors import RankError, UserError, first_line
 # Of all process groups. Long enough for rank 0 to export the largest model while the others wait, short enough not to
 # waste a night.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# Of the store that ranks meet by to say that their arguments are refused; rank 0 may still be importing torch.
+_MEETING_TIMEOUT = timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,7 @@ def joined_world() -> Iterator[World]:
         UserError: the variables do not fit this node.
         RankError: this rank's GPU ran out of memory inside the block.
     """
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
-    # DeepSpeed reads it even in a single process.
-    os.environ.setdefault("LOCAL_RANK", "0")
-    rank, size, local_rank, port = (_integer(name, default) for name, default in _PLACE.items())
+    rank, size, local_rank, port = _launched_place()
     limit_threads(ranks_on_node(size))
     store = meet(os.environ["MASTER_ADDR"], port, rank, COLLECTIVE_TIMEOUT) if size > 1 else HashStore()
     with shared_failures(store, rank, size), _out_of_memory_as_message(rank):
@@ -81,6 +79,41 @@ def joined_world() -> Iterator[World]:
         finally:
             if not is_group_kept:
                 _destroy_group()
+
+
+def end_with_all_ranks(error: UserError | None) -> bool:
+    """Wait until each rank of the launcher has printed what it prints, because launchers end the others with the first.
+
+    A process that has not joined the other ranks, because its arguments are refused, tells them so.
+
+    Args:
+        error: what this rank ends with, and prints before this if it prints it; None if it only stops.
+
+    Returns:
+        Whether all have printed; false if a rank is killed, cannot answer, or is some seconds late.
+    """
+    end = newest_end()
+    if end is None and error is not None:
+        with suppress(UserError, RuntimeError):
+            rank, size, _, port = _launched_place()
+            with shared_failures(meet(os.environ["MASTER_ADDR"], port, rank, _MEETING_TIMEOUT), rank, size):
+                raise error
+        end = newest_end()
+    return error is None if end is None else end.wait()
+
+
+def _launched_place() -> tuple[int, int, int, int]:
+    """This process's rank, the number of ranks, its local rank and the store's port, by the launcher's variables.
+
+    Raises:
+        UserError: a variable is no number.
+    """
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
+    # DeepSpeed reads it even in a single process.
+    os.environ.setdefault("LOCAL_RANK", "0")
+    rank, size, local_rank, port = (_integer(name, default) for name, default in _PLACE.items())
+    return rank, size, local_rank, port
 
 
 @contextmanager
