@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from voxtral_dist.model.native import native_folder
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.published import PUBLISHED_MODELS, published_config
 from voxtral_dist.model.voxtral import read_voxtral_config
@@ -39,6 +40,29 @@ def test_the_limit_of_the_native_parameters_goes_before_that_of_the_converter(
     assert read_voxtral_config(path).text_config.max_position_embeddings == expected
     assert VoxtralPrompts.from_pretrained(path).max_positions == expected
     assert VoxtralPrompts.from_pretrained(path, max_positions=stated).max_positions == stated
+
+
+def test_a_hub_name_is_looked_up_once_unless_the_hub_could_not_be_reached(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: dict[str, str] = {}
+    asked: list[str] = []
+
+    def cached_file(name: str, file: str, **_: object) -> str | None:
+        asked.append(file)
+        return found.get(file)
+
+    monkeypatch.setattr("voxtral_dist.model.native.cached_file", cached_file)
+    monkeypatch.setattr("voxtral_dist.model.native._hub_layouts", {})
+    assert native_folder("some/voxtral") is None
+    found["params.json"] = str(tmp_path / "params.json")
+    for _ in range(3):
+        assert native_folder("some/voxtral") == tmp_path
+    assert asked == ["config.json", "params.json"] * 2
+    found["config.json"] = str(tmp_path / "config.json")
+    for _ in range(3):
+        assert native_folder("other/voxtral") is None
+    assert asked[4:] == ["config.json"]
 
 
 @pytest.mark.parametrize("name", PUBLISHED_MODELS)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from voxtral_dist.config import LoraConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.exports.tensor_files import save_tensors
 from voxtral_dist.model.adapters import ADAPTER_WEIGHTS, adapter_config
+from voxtral_dist.model.saving import save_tensors
 from voxtral_dist.model.trainable import ADAPTER_NAME, is_adapter
 
 # vLLM's modules have the names of transformers 4. It compares them with those of a file, and ignores what it does not

@@ -25,7 +25,7 @@ from voxtral_dist.model.native import (
     native_params,
 )
 from voxtral_dist.model.voxtral import meta_model, read_voxtral_config
-from voxtral_dist.model.weights import InitialWeights
+from voxtral_dist.model.weights import encoder_positions
 
 Layout = Literal["hf", "mistral"]
 # What transformers' folders hold besides weights, and training does not change.
@@ -70,9 +70,8 @@ class BaseModel:
             UserError: it is not a Voxtral model.
         """
         config = read_voxtral_config(path)
-        model = meta_model(config)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        return cls(_files_of(path), config, shapes, InitialWeights(path, model, seed=0)(POSITIONS).float())
+        shapes = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
+        return cls(_files_of(path), config, shapes, encoder_positions(path, config))
 
     @property
     def audio(self) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from voxtral_dist.model.saving import save_tensors
 
 # A custom of the hub: larger files are slow to load and to resume.
 MAX_FILE_BYTES = 5_000_000_000
@@ -63,15 +63,6 @@ class TensorFiles:
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
         save_tensors(tensors, self._folder / name)
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one file with the permissions of the umask; safetensors would let only its owner read it."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    # The only way to read the umask is to set it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def _divide(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:

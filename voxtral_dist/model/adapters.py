@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from voxtral_dist.config import Component, LoraConfig
+from voxtral_dist.model.saving import save_tensors
 from voxtral_dist.model.trainable import ADAPTER_NAME, component_of, is_adapter, peft_config
 
 _BASE = ".base_layer."
@@ -81,7 +81,7 @@ def save_adapters(trained: dict[str, Tensor], lora: LoraConfig, model_path: str,
     described.modules_to_save = [module for part in lora.trained_whole for module in _MODULES[part]] or None
     folder.mkdir(parents=True, exist_ok=True)
     described.save_pretrained(folder)
-    save_file({_peft_name(name): value.contiguous() for name, value in trained.items()}, folder / ADAPTER_WEIGHTS)
+    save_tensors({_peft_name(name): value.contiguous() for name, value in trained.items()}, folder / ADAPTER_WEIGHTS)
 
 
 def adapter_config(lora: LoraConfig, layers: Sequence[str], model_path: str) -> Any:

@@ -33,6 +33,8 @@ _NOT_RAISED: dict[str, Any] = {
     "_raise_exceptions_for_missing_entries": False,
     "_raise_exceptions_for_connection_errors": False,
 }
+# The native folder of each hub name that was looked up, None for those of transformers: a start asks several times.
+_hub_layouts: dict[str, Path | None] = {}
 _ENCODER = "mm_whisper_embeddings.whisper_encoder"
 # Modules of transformers' class, and of the native layout; * is the number of a block.
 _MODULES = {
@@ -92,10 +94,13 @@ def native_folder(path: str) -> Path | None:
     params = Path(path) / NATIVE_PARAMS
     if Path(path).is_dir():
         return params.parent if params.is_file() and not (Path(path) / "config.json").is_file() else None
-    if _hub_file(path, "config.json") is not None:
-        return None
-    found = _hub_file(path, NATIVE_PARAMS)
-    return None if found is None else Path(found).parent
+    if path not in _hub_layouts:
+        if _hub_file(path, "config.json") is not None:
+            _hub_layouts[path] = None
+        elif (found := _hub_file(path, NATIVE_PARAMS)) is not None:
+            _hub_layouts[path] = Path(found).parent
+    # Neither file may be a passing failure of the network.
+    return _hub_layouts.get(path)
 
 
 def _hub_file(name: str, file: str) -> str | None:

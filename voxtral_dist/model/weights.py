@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import VoxtralForConditionalGeneration
+from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 from transformers.models.whisper.modeling_whisper import sinusoids
@@ -38,6 +38,7 @@ from voxtral_dist.model.voxtral import (
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTED = ".base_layer."
+_STORED_POSITIONS = POSITIONS.removeprefix("model.")
 # Pieces of a file are evenly spread. Training changes every weight, so a few pieces suffice.
 _FINGERPRINT_PIECES = 64
 _FINGERPRINT_PIECE_BYTES = 65_536
@@ -151,10 +152,7 @@ class InitialWeights:
                         if name is not None:
                             found[name] = _Place(path, key, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"`model.path`: the weights of {self._path!r} cannot be read ({type(error).__name__}: "
-                f"{first_line(error)})."
-            ) from error
+            raise _unreadable(self._path, error) from error
         return found
 
     def _native_names(self) -> dict[str, str]:
@@ -179,6 +177,27 @@ class InitialWeights:
                 )
             places[name] = place
         return places
+
+
+def encoder_positions(path: str, config: VoxtralConfig) -> Tensor:
+    """The encoder's positions of a checkpoint in float32, `(positions, width)`, without looking for other weights.
+
+    Whisper's sinusoids where they are not stored, as in the native layout.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    try:
+        for path_of_file in weight_files(path):
+            with safe_open(path_of_file, framework="pt") as file:
+                stored = [key for key in file.keys() if key.endswith(_STORED_POSITIONS)]  # noqa: SIM118
+                if stored:
+                    found: Tensor = file.get_tensor(stored[0])
+                    return found.float()
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    computed: Tensor = sinusoids(config.audio_config.max_source_positions, config.audio_config.hidden_size)
+    return computed
 
 
 def fingerprint(path: str) -> str:
@@ -251,6 +270,12 @@ def weight_files(path: str) -> list[Path]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing")
     return [folder / name for name in names]
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"`model.path`: the weights of {path!r} cannot be read ({type(error).__name__}: {first_line(error)})."
+    )
 
 
 def _plain(name: str) -> str:
