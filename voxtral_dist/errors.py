@@ -33,6 +33,18 @@ class SharedError(UserError):
     exit_code = 3
 
 
+class WriteError(RankError):
+    """Results of one rank that cannot be written: the disk is full or read-only, or the folder is gone."""
+
+    exit_code = 74
+
+
+class SharedWriteError(SharedError):
+    """The same, shared with all ranks: all exit with it."""
+
+    exit_code = 74
+
+
 def is_printed_here(error: UserError) -> bool:
     """Whether this process prints an error: one per node does, because its ranks meet the same mistake."""
     return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError)
@@ -41,6 +53,12 @@ def is_printed_here(error: UserError) -> bool:
 def lower_first(text: str) -> str:
     """A library's message with a lowercase first letter, to continue a sentence."""
     return text[:1].lower() + text[1:]
+
+
+def write_reason(error: BaseException) -> str:
+    """Why something could not be written, to continue a sentence."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return lower_first(reason.rstrip("."))
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from voxtral_dist.engine.engine import Engine
 from voxtral_dist.errors import UserError
 from voxtral_dist.exports.adapter_folders import refuse_without_effect, vllm_refusal, write_vllm_adapter
 from voxtral_dist.exports.model_folders import BaseModel, Layout, write_model_folders
-from voxtral_dist.files import refuse_unwritable
+from voxtral_dist.files import DISK_ERRORS, refuse_unwritable, write_errors_named
 from voxtral_dist.model.adapters import is_trained, merge_adapters, save_adapters
 from voxtral_dist.model.voxtral import DTYPES, meta_model, read_voxtral_config
 from voxtral_dist.model.weights import InitialWeights
@@ -53,10 +53,12 @@ def export_trained(engine: Engine, config: RunConfig, world: World) -> None:
 
     Raises:
         UserError: the adapters change nothing.
+        WriteError: on rank 0; the disk is full, for example.
     """
     weights = engine.weights()
     if world.is_first:
-        _write(weights, config)
+        with write_errors_named("The exported model", config.run_dir, DISK_ERRORS):
+            _write(weights, config)
     else:
         for _ in weights:
             pass
@@ -78,8 +80,14 @@ def export(
 
     Raises:
         UserError: there is nothing to export there, or not in this layout.
+        WriteError: the disk is full, for example.
     """
     refuse_unwritable("OUT", out.parent)
+    with write_errors_named("The exported model", out, DISK_ERRORS):
+        _export(source, out, layout, precision, ema)
+
+
+def _export(source: str, out: Path, layout: ExportLayout, precision: Precision, ema: bool | None) -> None:
     checkpoint = _checkpoint_of(source)
     if checkpoint is None:
         refuse_ema(source, ema)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, WriteError, write_reason
+
+
+# Errors of a disk, which only writing meets, as opposed to missing files and folders.
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
 
 def refuse_unwritable(option: str, folder: Path, names: Sequence[str] = ()) -> None:
@@ -69,6 +74,28 @@ def option_named_in_errors(option: str, path: Path) -> Iterator[None]:
         raise UserError(f"`{option}`: {path} cannot be written: {error.strerror}.") from error
 
 
+@contextmanager
+def write_errors_named(what: str, path: Path, numbers: Collection[int] | None = None) -> Iterator[None]:
+    """Turn an `OSError` inside the block into a message that says what was to be written where.
+
+    Args:
+        what: the beginning of the sentence, such as "The metrics".
+        path: the file or folder.
+        numbers: errors that are meant; None: all. `DISK_ERRORS` are for blocks that read other files too.
+
+    Raises:
+        WriteError: in place of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if numbers is not None and error.errno not in numbers:
+            raise
+        raise WriteError(
+            f"{what} cannot be written to {path}: {write_reason(error)}. Fix that, and rerun the same command."
+        ) from error
+
+
 def encodable(text: str) -> str:
     """A text that UTF-8 can encode: undecodable bytes of file names become question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -77,8 +104,13 @@ def encodable(text: str) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text as UTF-8 so that readers find either the old or the new file, never a part of it."""
     temporary = _temporary(path)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _temporary(path: Path) -> Path:

@@ -23,7 +23,7 @@ from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.evaluation.decoding_weights import shown_weights
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.export import export_trained, serving_notes
-from voxtral_dist.files import refuse_unwritable, write_atomically
+from voxtral_dist.files import refuse_unwritable, write_atomically, write_errors_named
 from voxtral_dist.model.attention import chosen_attention
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.flops import TrainingFlops, training_flops
@@ -36,7 +36,7 @@ from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
 from voxtral_dist.training.metrics_log import MetricsLog
-from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data
+from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data, refuse_unshared
 from voxtral_dist.training.selection import Verdict
 from voxtral_dist.training.signals import StopRequest, stop_signals
 from voxtral_dist.training.step import Requests, TrainStep
@@ -148,10 +148,10 @@ def train(config: RunConfig, world: World) -> int:
                 if not is_last and (by_signal or in_time):
                     return _stopped(config, progress, metrics_log, by_signal=bool(by_signal))
         steps.close()
-        if verdict.best_step not in (None, progress.step):
-            checkpoints.load(engine, verdict.best_step)
+        verdict = _load_selected(engine, progress, verdict, selector, checkpoints)
         with shown_weights(engine, config.evaluation):
             export_trained(engine, config, world)
+        metrics_log.refuse_if_gone()
         if world.is_first:
             _conclude(config, progress, verdict, world)
         metrics_log.say(
@@ -165,7 +165,7 @@ def check_before_loading(config: RunConfig, world: World) -> None:
 
     Raises:
         UserError: DeepSpeed's file or the normalizer is unusable, a killed build left its lock, or `run_dir` cannot be
-            written or is in use by another process.
+            written, is in use by another process, or is another folder on some ranks.
     """
     check_engine(config, world.size)
     normalizer(config.evaluation.normalizer)
@@ -174,6 +174,7 @@ def check_before_loading(config: RunConfig, world: World) -> None:
     refuse_unwritable("run_dir", config.run_dir)
     if world.is_first:
         lock_run_dir(config.run_dir)
+    refuse_unshared(config.run_dir, world)
 
 
 def build_train_step(
@@ -251,7 +252,8 @@ def _announce(
 ) -> None:
     """Store the configuration, and print what is about to be trained on what."""
     if world.is_first:
-        write_atomically(config.run_dir / "config.yaml", dump_config(config))
+        with write_errors_named("The configuration", config.run_dir):
+            write_atomically(config.run_dir / "config.yaml", dump_config(config))
     training_set = loader.training_set
     num_epochs = loader.num_steps / training_set.plan.steps_per_epoch
     event = {
@@ -285,6 +287,22 @@ def _requests(stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, st
     return Requests(stop.requested, stop_in_time=is_short, save=time_limit.needs_a_save())
 
 
+def _load_selected(
+    engine: Engine,
+    progress: TrainProgress,
+    verdict: Verdict,
+    selector: CheckpointSelector,
+    checkpoints: CheckpointDirectory,
+) -> Verdict:
+    """Load the best checkpoint; where it is damaged, the best of the others. Returns the verdict that holds."""
+    while verdict.best_step is not None and verdict.best_step != progress.step:
+        if checkpoints.is_intact(verdict.best_step):
+            checkpoints.load(engine, verdict.best_step)
+            break
+        verdict = selector.select(progress.step)
+    return verdict
+
+
 def _stopped(config: RunConfig, progress: TrainProgress, metrics_log: MetricsLog, *, by_signal: bool) -> int:
     why = "by a signal" if by_signal else f"before the end of `max_run_hours` ({config.max_run_hours:g})"
     metrics_log.say(f"Stopped at step {progress.step} {why}: rerun the same command to resume.")
@@ -293,14 +311,15 @@ def _stopped(config: RunConfig, progress: TrainProgress, metrics_log: MetricsLog
 
 def _conclude(config: RunConfig, progress: TrainProgress, verdict: Verdict, world: World) -> None:
     """Write the summary and the report of a finished run."""
-    write_summary(
-        config.run_dir,
-        next(iter(config.evaluation.test_sets), None),
-        progress,
-        verdict,
-        world_size=world.size,
-        engine=engine_name(config.engine),
-    )
+    with write_errors_named("The summary", config.run_dir):
+        write_summary(
+            config.run_dir,
+            next(iter(config.evaluation.test_sets), None),
+            progress,
+            verdict,
+            world_size=world.size,
+            engine=engine_name(config.engine),
+        )
     try_to_report(config.run_dir, config.evaluation.normalizer)
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from voxtral_dist.checkpoints.files import read_complete, read_states
+from voxtral_dist.checkpoints.complete import read_complete
+from voxtral_dist.checkpoints.files import read_states
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.model.tiny import build_tiny_voxtral

@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from voxtral_dist.checkpoints.files import read_complete, read_states
+from voxtral_dist.checkpoints.complete import read_complete
+from voxtral_dist.checkpoints.files import read_states
 from voxtral_dist.config import LoraConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.exports.adapter_folders import refuse_without_effect, vllm_name, vllm_refusal

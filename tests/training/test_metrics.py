@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.distributed.devices import known_peak_flops, peak_flops, peak_memory_bytes
 from voxtral_dist.distributed.world import World, alone
 from voxtral_dist.engine.engine import StepUpdate
+from voxtral_dist.errors import WriteError
 from voxtral_dist.model.flops import training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.training.metrics_file import read_metrics
@@ -212,3 +214,16 @@ def test_a_summary_weighs_steps_by_their_time_and_takes_older_rows(tmp_path: Pat
     assert summary["model_flops_utilization"] == pytest.approx(12e12 / 8.0 / 10e12)
     assert summary["waiting_fraction"] == pytest.approx(2.05 / 8.0, abs=1e-4)
     assert summary["memory_gigabytes"] == 33.0
+
+
+def test_metrics_on_a_full_disk_or_in_a_folder_that_is_gone_end_with_a_sentence(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "run", 3, 0, alone("cpu")) as log:
+        log.write("event", 0, {"event": "started"})
+        log._file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115  # closed by the log
+        with pytest.raises(WriteError, match=r"metrics\.jsonl: no space left on device") as refused:
+            log.write("event", 1, {"event": "lost"})
+        assert refused.value.exit_code == 74
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(WriteError, match="somebody has removed or moved it"):
+            log.write("event", 1, {"event": "lost"})
+    assert not (tmp_path / "run").exists()

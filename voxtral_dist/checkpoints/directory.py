@@ -1,24 +1,26 @@
 """All checkpoints of a run: saving, loading and rotation.
 
-A checkpoint is written under a temporary name and renamed, so a folder without `complete.json` is no checkpoint.
+A checkpoint is written under a temporary name and renamed, so a folder without `complete.json` is no checkpoint. A
+damaged one is set aside under another name, and counts no more.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import logging
 import shutil
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from voxtral_dist.checkpoints.complete import COMPLETE, CompleteCheckpoint, StoredFile, read_complete
 from voxtral_dist.checkpoints.files import (
-    COMPLETE,
-    damage_of,
-    file_sizes,
+    WrittenPart,
+    flush_to_disk,
+    layout_of,
     load_states,
-    read_complete,
     write_complete,
-    write_states,
+    write_part,
 )
 from voxtral_dist.checkpoints.identity import (
     data_identity,
@@ -28,35 +30,55 @@ from voxtral_dist.checkpoints.identity import (
     refuse_other_training,
 )
 from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.checkpoints.verifying import damage_of, damage_over_ranks, verified
 from voxtral_dist.config import RunConfig, dump_config
-from voxtral_dist.distributed.collectives import from_first_rank, wait_for_all
+from voxtral_dist.distributed.collectives import first_over_ranks, from_first_rank, gather_on_first
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import SharedWriteError, UserError, write_reason
 
-_FORMAT = 1
 _FOLDER = "checkpoints"
 log = logging.getLogger(__name__)
 
 
 def latest_step(run_dir: Path, world: World) -> int | None:
-    """Step of a run's newest complete and intact checkpoint, as rank 0 sees the disk; None if it has no checkpoints.
+    """Step of a run's newest intact checkpoint; None if it has no checkpoints.
 
-    All ranks call it together. It needs no engine, so a run knows where it resumes before it loads a model.
+    All ranks call it together: they read all files of the newest one, and of the one before it where that is damaged,
+    and so on. Damaged ones are renamed. It needs no engine, so a run knows where it resumes before it loads a model.
 
     Raises:
-        UserError: the run has checkpoints, but all of them are damaged.
+        UserError: the run has checkpoints, but all of them are damaged, and keep their names.
+        SharedWriteError: a damaged one cannot be renamed.
     """
-    intact, damages = _intact_and_damages(run_dir / _FOLDER, world)
-    for damage in damages:
-        log.warning("%s", damage)
-    if damages and not intact:
-        raise UserError(f"{damages[-1]} No other checkpoint is left: remove `checkpoints` to start over.")
-    return intact[-1] if intact else None
+    names = from_first_rank([path.name for path in _complete(run_dir / _FOLDER)] if world.is_first else [], world)
+    damages: dict[Path, str] = {}
+    for folder in (run_dir / _FOLDER / name for name in reversed(names)):
+        damage = damage_over_ranks(folder, world)
+        if damage is None:
+            set_aside(damages, world)
+            return _step(folder)
+        damages[folder] = damage
+    for damage in damages.values():
+        raise UserError(f"{damage} No other checkpoint is left: remove `checkpoints` to start over.")
+    return None
+
+
+def set_aside(damages: dict[Path, str], world: World) -> None:
+    """Rename damaged checkpoints, and say so. All ranks call it together."""
+    failure = None
+    for folder, damage in damages.items() if world.is_first else ():
+        try:
+            renamed = _rename_damaged(folder)
+        except OSError as error:
+            failure = f"{damage} It cannot be renamed: {write_reason(error)}."
+        else:
+            log.warning("%s It is now called %s, and is not used.", damage, renamed.name)
+    _raise_if(first_over_ranks(failure, world))
 
 
 def checkpoint_of_run(run_dir: Path, step: int | None) -> Path | None:
-    """A checkpoint of a run, as this process sees the disk; None if the folder is not that of a run.
+    """A checkpoint of a run, whose files this process has read; None if the folder is not that of a run.
 
     Args:
         run_dir: the folder.
@@ -67,14 +89,16 @@ def checkpoint_of_run(run_dir: Path, step: int | None) -> Path | None:
     """
     if not (run_dir / "config.yaml").is_file():
         return None
-    found = _complete(run_dir / _FOLDER)
-    if step is not None:
-        found = [path for path in found if path.name == _name(step)]
-    intact = [path for path in found if damage_of(path) is None]
-    if not intact:
-        which = "intact checkpoint" if step is None else f"intact checkpoint of step {step}, which it selected"
-        raise UserError(f"The run {run_dir} has no {which}: rerun its training command to resume it.")
-    return intact[-1]
+    found = [path for path in _complete(run_dir / _FOLDER) if step is None or path.name == _name(step)]
+    for folder in reversed(found):
+        try:
+            verified(folder)
+        except UserError as error:
+            log.warning("%s", error)
+        else:
+            return folder
+    which = "intact checkpoint" if step is None else f"intact checkpoint of step {step}, which it selected"
+    raise UserError(f"The run {run_dir} has no {which}: rerun its training command to resume it.")
 
 
 class CheckpointDirectory:
@@ -91,8 +115,19 @@ class CheckpointDirectory:
         self.kept_step: int | None = None
 
     def intact_steps(self) -> list[int]:
-        """Steps of all complete and intact checkpoints, as rank 0 sees the disk."""
-        return _intact_and_damages(self._folder, self._world)[0]
+        """Steps of all checkpoints whose files have the right sizes, as rank 0 sees the disk."""
+        return from_first_rank([_step(path) for path in self._intact()] if self._world.is_first else [], self._world)
+
+    def is_intact(self, step: int) -> bool:
+        """Whether the checkpoint of a step is what was written, by the contents of all its files.
+
+        All ranks call it together. A damaged one is renamed.
+        """
+        folder = self._folder / _name(step)
+        damage = damage_over_ranks(folder, self._world)
+        if damage is not None:
+            set_aside({folder: damage}, self._world)
+        return damage is None
 
     def load(self, engine: Engine, step: int | None) -> TrainProgress:
         """Load the complete checkpoint of a step into the engine; without a step do nothing.
@@ -103,54 +138,119 @@ class CheckpointDirectory:
         return TrainProgress() if step is None else self._load_from(self._folder / _name(step), engine)
 
     def save(self, engine: Engine, progress: TrainProgress) -> Path:
-        """Write the state of engine and run; older checkpoints are removed once this one is complete."""
+        """Write the state of engine and run; older checkpoints are removed once this one is complete.
+
+        Raises:
+            SharedWriteError: a rank cannot write, so that nothing has changed on disk. All ranks raise it.
+        """
         final = self._folder / _name(progress.step)
-        temporary = self._folder / f".{final.name}.tmp"
-        if self._world.is_first:
-            self._remove_incomplete()
-            temporary.mkdir(parents=True)
-        wait_for_all(self._world)
-        layout = write_states(engine, temporary, self._world)
-        if self._world.is_first:
-            self._write_contents(temporary, progress, engine, layout)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            self._remove_old()
-        wait_for_all(self._world)
+        temporary = final.with_name(f".{final.name}.tmp")
+        self._on_first(final, lambda: self._begin(temporary))
+        part = write_part(engine, temporary, self._world)
+        parts = gather_on_first(part, self._world)
+        failure = first_over_ranks(part.failure, self._world)
+        self._refuse_if(failure, final)
+        self._on_first(final, lambda: self._finish(temporary, final, parts, progress, engine))
         return final
+
+    def _on_first(self, final: Path, write: Callable[[], None]) -> None:
+        """Let rank 0 write, while the others wait; all of them raise if it cannot."""
+        failure = None
+        if self._world.is_first:
+            try:
+                write()
+            except OSError as error:
+                failure = write_reason(error)
+        self._refuse_if(from_first_rank(failure, self._world), final)
+
+    def _refuse_if(self, failure: str | None, final: Path) -> None:
+        """Remove what was written, and raise on all ranks, if there was a failure on any."""
+        if failure is None:
+            return
+        if self._world.is_first:
+            shutil.rmtree(final.with_name(f".{final.name}.tmp"), ignore_errors=True)
+        raise SharedWriteError(
+            f"The checkpoint {final} cannot be written: {failure}. What was saved before is as it was: fix that, and "
+            "rerun the same command to resume."
+        )
+
+    def _begin(self, temporary: Path) -> None:
+        self._remove_incomplete()
+        # Not its parents: a `run_dir` that is gone must not come back empty.
+        self._folder.mkdir(exist_ok=True)
+        temporary.mkdir()
+        needed, free = self._num_bytes_of_last(), shutil.disk_usage(temporary).free
+        if free < needed:
+            temporary.rmdir()
+            raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.3g} GB, but {free / 1e9:.3g} GB are free")
+
+    def _num_bytes_of_last(self) -> int:
+        """Size of the newest checkpoint, as large as the next one will be; 0 if there is none."""
+        intact = self._intact()
+        return read_complete(intact[-1]).num_bytes if intact else 0
+
+    def _finish(
+        self,
+        temporary: Path,
+        final: Path,
+        parts: Sequence[WrittenPart],
+        progress: TrainProgress,
+        engine: Engine,
+    ) -> None:
+        config = temporary / "config.yaml"
+        config.write_text(dump_config(self._config), encoding="utf-8")
+        flush_to_disk(config)
+        files = {name: file for part in parts for name, file in part.files.items()} | {
+            config.name: StoredFile.of(config)
+        }
+        self._refuse_unseen(temporary, files, parts)
+        contents = CompleteCheckpoint(
+            progress=progress,
+            data=self._data_identity,
+            model=self._model_identity,
+            shapes=engine.parameter_shapes(),
+            scalars=engine.scalars(),
+            files=files,
+            layout=layout_of(engine),
+            tensors={name: file for part in parts for name, file in part.tensors.items()},
+        )
+        write_complete(temporary, contents)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        self._remove_old(final)
+
+    def _refuse_unseen(self, folder: Path, files: Mapping[str, StoredFile], parts: Sequence[WrittenPart]) -> None:
+        """Refuse a checkpoint of which rank 0 does not see every file that a rank wrote."""
+        for rank, part in enumerate(parts):
+            for name in part.files:
+                damage = files[name].damage(folder / name)
+                if damage is not None:
+                    raise OSError(
+                        errno.ENOENT,
+                        f"rank 0 does not see what rank {rank} wrote ({damage}); `run_dir` must be shared by all nodes",
+                    )
 
     def _load_from(self, folder: Path, engine: Engine) -> TrainProgress:
         contents = read_complete(folder)
-        if contents.get("format") != _FORMAT:
-            raise UserError(
-                f"The checkpoint {folder} has format {contents.get('format')!r}, but this version reads {_FORMAT}."
-            )
-        refuse_other_training(folder, contents["model"], self._model_identity)
-        refuse_other_shapes(folder, contents["shapes"], engine.parameter_shapes())
-        refuse_other_data(folder, contents["data"], self._data_identity)
-        progress = TrainProgress(**contents["progress"])
-        load_states(engine, folder, contents, progress.step)
-        engine.load_scalars(contents["scalars"])
-        return progress
+        refuse_other_training(folder, contents.model, self._model_identity)
+        refuse_other_shapes(folder, contents.shapes, engine.parameter_shapes())
+        refuse_other_data(folder, contents.data, self._data_identity)
+        load_states(engine, folder, contents, contents.progress.step)
+        engine.load_scalars(contents.scalars)
+        return contents.progress
 
-    def _write_contents(self, folder: Path, progress: TrainProgress, engine: Engine, layout: dict[str, Any]) -> None:
-        files = file_sizes(folder)
-        assert files.keys() >= set(layout.get("tensors", {}).values()), "rank 0 sees every file that a rank wrote"
-        (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
-        contents = {
-            "format": _FORMAT,
-            "progress": asdict(progress),
-            "data": self._data_identity,
-            "model": self._model_identity,
-            "shapes": engine.parameter_shapes(),
-            "scalars": engine.scalars(),
-            "files": files,
-            **layout,
-        }
-        write_complete(folder, contents)
+    def _intact(self) -> list[Path]:
+        """The checkpoints whose files have the right sizes, oldest first."""
+        return [path for path in _complete(self._folder) if damage_of(path) is None]
 
-    def _remove_old(self) -> None:
-        for folder in _complete(self._folder)[: -self._keep]:
+    def _remove_old(self, newest: Path) -> None:
+        """Remove all but the newest intact ones. Damaged ones are renamed, and never counted."""
+        for folder in _complete(self._folder):
+            damage = damage_of(folder)
+            if damage is not None:
+                log.warning("%s It is now called %s, and is not used.", damage, _rename_damaged(folder).name)
+        others = [path for path in _complete(self._folder) if path != newest]
+        for folder in others[: max(0, len(others) + 1 - self._keep)]:
             if self.kept_step is not None and folder.name == _name(self.kept_step):
                 continue
             # `complete.json` goes first: if the process is killed here, what remains is no checkpoint.
@@ -164,17 +264,28 @@ class CheckpointDirectory:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _intact_and_damages(folder: Path, world: World) -> tuple[list[int], list[str]]:
-    """Steps of the complete and intact checkpoints in a folder, and the damages of the others; oldest first."""
-    damages = {path: damage_of(path) for path in _complete(folder)} if world.is_first else {}
-    steps = [int(path.name.removeprefix("step-")) for path, damage in damages.items() if damage is None]
-    return from_first_rank((steps, [damage for damage in damages.values() if damage is not None]), world)
+def _rename_damaged(folder: Path) -> Path:
+    """Take its name from a damaged checkpoint."""
+    name = f"damaged-{folder.name}"
+    taken = {path.name for path in folder.parent.glob(f"{name}*")}
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    target = folder.with_name(name if name not in taken else next(one for one in numbered if one not in taken))
+    return folder.rename(target)
+
+
+def _raise_if(failure: str | None) -> None:
+    if failure is not None:
+        raise SharedWriteError(failure)
 
 
 def _complete(folder: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{COMPLETE}"))
+    return sorted(path.parent for path in folder.glob(f"step-*/{COMPLETE}") if path.parent.name[5:].isdecimal())
 
 
 def _name(step: int) -> str:
     return f"step-{step:07d}"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from voxtral_dist.checkpoints.files import COMPLETE, damage_of, read_complete, read_states
+from voxtral_dist.checkpoints.complete import COMPLETE, CompleteCheckpoint
+from voxtral_dist.checkpoints.files import read_states
 from voxtral_dist.checkpoints.identity import model_identity
+from voxtral_dist.checkpoints.verifying import verified
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, trained_meta_model
@@ -88,7 +89,7 @@ def checkpoint_weights(path: str, ema: bool | None = None) -> Iterator[tuple[str
 
 
 def _trained_weights(
-    folder: Path, config: RunConfig, contents: dict[str, Any], ema: bool | None
+    folder: Path, config: RunConfig, contents: CompleteCheckpoint, ema: bool | None
 ) -> Iterator[tuple[str, Tensor]]:
     """The trained parameters of a checkpoint, or their averages."""
     with_averages = config.evaluation.ema is not False if ema is None else ema
@@ -101,13 +102,11 @@ def _trained_weights(
         yield state.name, state.weight if state.average is None else state.average
 
 
-def _checked(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+def _checked(folder: Path) -> tuple[RunConfig, CompleteCheckpoint]:
     """The configuration and the contents of an intact checkpoint whose initial weights are still there."""
-    damage = damage_of(folder)
-    if damage is not None:
-        raise UserError(damage)
-    config, contents = config_of_checkpoint(folder), read_complete(folder)
-    if contents["model"] != model_identity(config):
+    contents = verified(folder)
+    config = config_of_checkpoint(folder)
+    if contents.model != model_identity(config):
         raise UserError(
             f"The checkpoint {folder} holds trained parameters only, and the weights of its `model.path` "
             f"({config.model.path}), which hold the frozen ones, have changed since: restore them."

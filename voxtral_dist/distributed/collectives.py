@@ -105,6 +105,12 @@ def from_first_rank(value: T, world: World) -> T:
     return box[0]
 
 
+def first_over_ranks(value: T | None, world: World) -> T | None:
+    """The value of the first rank that has one, on every rank; None if no rank has. Values are pickled."""
+    values = (theirs for theirs in gather_on_first(value, world) if theirs is not None)
+    return from_first_rank(next(values, None), world)
+
+
 def ranks_unlike_first(value: object, world: World) -> list[int]:
     """The ranks whose value differs from rank 0's, on every rank; values are pickled."""
     gathered = gather_on_first(value, world)

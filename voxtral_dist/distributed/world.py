@@ -16,7 +16,8 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from voxtral_dist.distributed.failures import newest_end, shared_failures
 from voxtral_dist.distributed.process_settings import limit_threads, set_allocator_defaults
 from voxtral_dist.distributed.store import meet
-from voxtral_dist.errors import RankError, UserError, first_line
+from voxtral_dist.errors import RankError, UserError, WriteError, first_line, write_reason
+from voxtral_dist.files import DISK_ERRORS
 
 # Of all process groups. Long enough for rank 0 to export the largest model while the others wait, short enough not to
 # waste a night.
@@ -56,11 +57,12 @@ def joined_world() -> Iterator[World]:
     Raises:
         UserError: the variables do not fit this node.
         RankError: this rank's GPU ran out of memory inside the block.
+        WriteError: a disk was full or read-only inside the block.
     """
     rank, size, local_rank, port = _launched_place()
     limit_threads(ranks_on_node(size))
     store = meet(os.environ["MASTER_ADDR"], port, rank, COLLECTIVE_TIMEOUT) if size > 1 else HashStore()
-    with shared_failures(store, rank, size), _out_of_memory_as_message(rank):
+    with shared_failures(store, rank, size), _out_of_memory_as_message(rank), _full_disk_as_message(rank):
         device = _device_of(local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -126,6 +128,18 @@ def _out_of_memory_as_message(rank: int) -> Iterator[None]:
             "micro-batches and more `train_data.slots_per_step`; in decoding, lower `--batch-size`. "
             "`voxtral-dist plan` estimates the memory of a run."
         ) from error
+
+
+@contextmanager
+def _full_disk_as_message(rank: int) -> Iterator[None]:
+    """The message of a disk that is full or read-only, whoever wrote there: libraries keep caches too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f" to {error.filename}" if error.filename else ""
+        raise WriteError(f"Rank {rank} cannot write{where}: {write_reason(error)}. Fix that, and rerun.") from error
 
 
 def set_timeouts() -> None:

@@ -112,8 +112,12 @@ class Engine(Protocol):
 class DistributedCheckpointing(Protocol):
     """Methods of an engine whose ranks can write their own partitions. Implemented by `Fsdp2Engine`."""
 
-    def save_partitions(self, folder: Path) -> None:
-        """Write weights and moments by `dcp_files.write_partitions`; all ranks call it together."""
+    def save_partitions(self, folder: Path) -> str | None:
+        """Write weights and moments by `dcp_files.write_partitions`; all ranks call it together.
+
+        Returns:
+            Why a rank could not write, on all ranks; None if all could.
+        """
 
     def load_partitions(self, folder: Path, num_updates: int) -> None:
         """Load what `save_partitions` wrote on any number of ranks, as it was after `num_updates` updates."""

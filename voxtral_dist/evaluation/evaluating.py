@@ -15,6 +15,7 @@ from voxtral_dist.errors import RankError
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, Hypothesis
 from voxtral_dist.evaluation.decoding import Decoded, decode_batches
 from voxtral_dist.evaluation.test_set import TestSet
+from voxtral_dist.files import write_errors_named
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.result_files import write_results
 from voxtral_dist.scoring.results import Measurements, TestSetResult, score_test_set
@@ -33,7 +34,8 @@ def evaluate_test_set(
 
     Raises:
         SharedError: an utterance of the test set is unusable, or a rank could not decode it.
-        RankError: on rank 0, if utterances are missing or the results cannot be written.
+        RankError: on rank 0, if utterances are missing.
+        WriteError: on rank 0, if the results cannot be written.
     """
     if test_set.has_answers:
         # The steps of target text apply to transcripts only.
@@ -47,7 +49,8 @@ def evaluate_test_set(
         utterances = check_complete(test_set, [utterance for part in gathered for utterance in part])
         test_set.grouping.warn_of_unknown(test_set.name, (utterance.decoded for utterance in utterances))
         result = score_test_set(utterances, normalizer, test_set.num_distractors, test_set.grouping, measured)
-        _write(out_dir, test_set.name, utterances, result)
+        with write_errors_named(f"The results of `{test_set.name}`", out_dir):
+            write_results(out_dir, test_set.name, utterances, result)
     agreed = from_first_rank(result, world)
     assert agreed is not None, "rank 0 always has a result"
     return agreed
@@ -93,10 +96,3 @@ def _utterance(test_set: TestSet, example: Example, hypothesis: Hypothesis) -> D
         context=example.context,
         fields=example.fields,
     )
-
-
-def _write(out_dir: Path, name: str, utterances: Sequence[ScoredUtterance], result: TestSetResult) -> None:
-    try:
-        write_results(out_dir, name, utterances, result)
-    except OSError as error:
-        raise RankError(f"The results of `{name}` cannot be written to {out_dir}: {error.strerror}.") from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from voxtral_dist.checkpoints.directory import CheckpointDirectory
 from voxtral_dist.config import SelectionConfig
 from voxtral_dist.distributed.world import World
+from voxtral_dist.files import write_errors_named
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.selection import Verdict, judge, refuse_guard_without_start, write_best
 
@@ -41,7 +42,8 @@ class CheckpointSelector:
         verdict = Verdict() if self._settings is None else self._judge(self._settings, step)
         self._checkpoints.kept_step = verdict.best_step
         if self._world.is_first:
-            write_best(self._run_dir, verdict)
+            with write_errors_named("The selected checkpoint", self._run_dir):
+                write_best(self._run_dir, verdict)
         return verdict
 
     def _judge(self, settings: SelectionConfig, step: int) -> Verdict:

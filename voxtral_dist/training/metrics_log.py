@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
+from voxtral_dist.files import write_errors_named
 from voxtral_dist.training.display import TrainDisplay
 from voxtral_dist.training.metrics_file import drop_rows_after, read_metrics
 from voxtral_dist.training.step_metrics import StepMetrics
@@ -54,9 +57,10 @@ class MetricsLog:
 
     def __enter__(self) -> Self:
         if self._display is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            drop_rows_after(self._path, self._first_step)
-            self._file = self._path.open("a", encoding="utf-8")
+            with write_errors_named("The metrics", self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                drop_rows_after(self._path, self._first_step)
+                self._file = self._path.open("a", encoding="utf-8")
             self._display.start()
             if self._with_tensorboard:
                 self._open_tensorboard()
@@ -65,19 +69,40 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # What could not be written has been said.
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):
+                self._tensorboard.close()
         if self._display is not None:
             self._display.stop()
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
     def write(self, kind: Kind, step: int, values: dict[str, Any]) -> None:
-        """Append one row; `step` is the number of updates before it."""
-        if self._world.is_first:
+        """Append one row; `step` is the number of updates before it.
+
+        Raises:
+            WriteError: on rank 0; the disk is full, or `run_dir` is gone.
+        """
+        if not self._world.is_first:
+            return
+        self.refuse_if_gone()
+        with write_errors_named("The metrics", self._path):
             self._file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
             self._file.flush()
-        if self._tensorboard is not None:
-            write_scalars(self._tensorboard, kind, step, values)
+            if self._tensorboard is not None:
+                write_scalars(self._tensorboard, kind, step, values)
+
+    def refuse_if_gone(self) -> None:
+        """Refuse to go on without the file: rows that are written to a removed one are lost without an error.
+
+        Raises:
+            WriteError: on rank 0; somebody removed or moved `run_dir`.
+        """
+        if self._world.is_first:
+            with write_errors_named("The metrics", self._path):
+                if not self._path.exists():
+                    raise OSError(errno.ENOENT, "the file is gone, because somebody has removed or moved it")
 
     def train_step(self, step: int, metrics: StepMetrics) -> None:
         """Append a row of kind `train` and update the display."""

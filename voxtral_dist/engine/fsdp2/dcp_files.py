@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,33 +15,44 @@ from torch import Tensor
 from voxtral_dist.engine.ema import AVERAGE, average_name
 from voxtral_dist.engine.engine import ParameterState
 from voxtral_dist.engine.fsdp2.block_states import dequantize
+from voxtral_dist.errors import write_reason
 
 
-def write_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
+def write_partitions(tensors: dict[str, Tensor], folder: Path) -> str | None:
     """Write this rank's partitions of sharded tensors; all ranks call it together, with a shared folder.
 
-    Raises:
-        CheckpointException: a rank could not write; raised on all ranks.
+    Returns:
+        Why a rank could not write, on all ranks; None if all could.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    save(tensors, storage_writer=FileSystemWriter(folder))
+    try:
+        save(tensors, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        # torch's writer raises a plain RuntimeError where a file cannot be written.
+        if not isinstance(cause, OSError | RuntimeError):
+            raise RuntimeError(str(error)) from error
+        return f"{write_reason(cause)}, on rank {rank}"
+    return None
 
 
 def read_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
     """Fill this rank's partitions of sharded tensors in place, reading only those; all ranks call it together."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    load(tensors, storage_reader=FileSystemReader(folder))
+    from voxtral_dist.engine.fsdp2.dcp_metadata import SafeReader
+
+    load(tensors, storage_reader=SafeReader(folder))
 
 
 def stored_names(folder: Path) -> list[str]:
     """Names of the tensors that `write_partitions` wrote."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from voxtral_dist.engine.fsdp2.dcp_metadata import stored_tensors
 
-    return list(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    return list(stored_tensors(folder))
 
 
 def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str, list[str]]:
@@ -65,10 +75,11 @@ def read_full(
         shapes: the full shape of each parameter.
         with_moments, with_averages: False does not read them.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    stored: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+    from voxtral_dist.engine.fsdp2.dcp_metadata import SafeReader, stored_tensors
+
+    stored = stored_tensors(folder)
     moments = stored_moments(shapes, stored if with_moments else ())
     for name, shape in shapes.items():
         # Weights may be stored in bfloat16. Quantized moments are read as they are.
@@ -77,6 +88,6 @@ def read_full(
             full[key] = torch.empty(stored[key].size, dtype=stored[key].properties.dtype)
         if with_averages and average_name(name) in stored:
             full[average_name(name)] = torch.empty(tuple(shape))
-        load(full, storage_reader=FileSystemReader(folder), no_dist=True)
+        load(full, storage_reader=SafeReader(folder), no_dist=True)
         whole = dequantize({moment: full[f"{name}//{moment}"] for moment in moments[name]})
         yield ParameterState(name, full[name], whole, full.get(average_name(name)))

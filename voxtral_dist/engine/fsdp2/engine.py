@@ -229,12 +229,12 @@ class Fsdp2Engine:
                 average = state.weight if state.average is None else state.average
                 local_part(averages[name]).copy_(average[rows])
 
-    def save_partitions(self, folder: Path) -> None:
+    def save_partitions(self, folder: Path) -> str | None:
         """See `DistributedCheckpointing`. Weights and moments are written as they are, quantized ones with scales."""
         partitions = self._weights() | self._named_averages()
         for name, parameter in self._trained.items():
             partitions |= {f"{name}//{key}": moment for key, moment in self._moments.of(parameter).items()}
-        write_partitions(partitions, folder)
+        return write_partitions(partitions, folder)
 
     @torch.no_grad()
     def load_partitions(self, folder: Path, num_updates: int) -> None:
