@@ -12,7 +12,6 @@ from pathlib import Path
 
 from voxtral_dist.errors import UserError, WriteError, write_reason
 
-
 # Errors of a disk, which only writing meets, as opposed to missing files and folders.
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
