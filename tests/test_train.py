@@ -162,10 +162,16 @@ def test_sigterm_saves_and_the_same_command_resumes(unbroken: RunConfig) -> None
     stopped_at = max(losses(config.run_dir))
     assert stopped_at < NUM_STEPS
     assert (config.run_dir / "checkpoints" / f"step-{stopped_at:07d}" / "complete.json").is_file()
-    second = launch(config, 2)
+    second = launch(config, 2, "metrics.peak_tflops=0.2")
     output = finish(second)
     assert second.returncode == 0, output
     assert losses(config.run_dir) == losses(unbroken.run_dir)
+    # What the second command changed is printed and recorded.
+    assert output.count(f"Changed since step {stopped_at}: `metrics.peak_tflops`: 0.1 -> 0.2") == 1
+    events = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row.get("event") == "changed"]
+    assert [(row["step"], row["key"], row["before"], row["now"]) for row in events] == [
+        (stopped_at, "metrics.peak_tflops", 0.1, 0.2)
+    ]
 
 
 def test_fsdp2_started_by_torchrun_is_the_same_run(unbroken: RunConfig, tmp_path: Path) -> None:

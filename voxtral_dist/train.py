@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
-from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
+from voxtral_dist.checkpoints.changes import Change, changes_since, refuse_incomparable, refuse_unknown_keys
+from voxtral_dist.checkpoints.directory import CheckpointDirectory, checkpoint_folder, latest_step
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig, dump_config
 from voxtral_dist.data.loader import TrainLoader, build_train_loader
@@ -18,6 +20,7 @@ from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
+from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.evaluation.decoding_weights import shown_weights
@@ -49,7 +52,7 @@ logger = logging.getLogger(__name__)
 EXIT_STOPPED = 75
 
 
-def train_model(config: RunConfig) -> int:
+def train_model(config: RunConfig, allow_changed: Sequence[str] = ()) -> int:
     """Fine-tune on all ranks that a launcher started, or in this process alone; see `train`.
 
     Returns:
@@ -66,11 +69,17 @@ def train_model(config: RunConfig) -> int:
         0
     """
     with joined_world() as world:
-        return train(config, world)
+        return train(config, world, allow_changed)
 
 
-def train(config: RunConfig, world: World) -> int:
-    """Fine-tune to the last step, from the newest complete checkpoint where there is one.
+def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) -> int:
+    """Fine-tune to the last step, from the newest intact checkpoint where there is one.
+
+    Args:
+        config: of the run.
+        world: all ranks.
+        allow_changed: keys of the configuration that a resumed run may change, although its results before and after
+            cannot be compared.
 
     Returns:
         0 at the end; `EXIT_STOPPED` where a signal or `max_run_hours` stopped the run before it, after its state was
@@ -80,6 +89,7 @@ def train(config: RunConfig, world: World) -> int:
         UserError: the configuration, the model, the data and this machine do not fit together.
     """
     time_limit = TimeLimit(config.max_run_hours)
+    refuse_unknown_keys(allow_changed, config)
     check_before_loading(config, world)
     prompts = VoxtralPrompts.from_pretrained(config.model.path, config.model.max_positions)
     storage = Storage(config.storage)
@@ -97,7 +107,9 @@ def train(config: RunConfig, world: World) -> int:
     test_sets = build_test_sets(config.evaluation, prompts, config.train_data.target_text, storage)
     refuse_different_test_sets(test_sets, world)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    fingerprints = {test_set.name: test_set.fingerprint for test_set in test_sets}
     saved_step = latest_step(config.run_dir, world)
+    changes = [] if saved_step is None else _changes(config, saved_step, loader.num_steps, fingerprints, allow_changed)
 
     with ExitStack() as stack:
         # Workers are forked before the engine exists: else each page of weights and moments in host memory would be
@@ -105,11 +117,11 @@ def train(config: RunConfig, world: World) -> int:
         steps = stack.enter_context(loader.starting_at(saved_step or 0))
         engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
         flops = training_flops(config.model, config.trainable)
-        checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world)
+        checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world, fingerprints)
         progress = checkpoints.load(engine, saved_step)
         stop = stack.enter_context(stop_signals())
         metrics_log = stack.enter_context(_open_metrics_log(config, loader.num_steps, progress, world))
-        _announce(config, progress, loader, engine.parameter_table(), world, metrics_log)
+        _announce(config, progress, loader, engine.parameter_table(), world, metrics_log, changes)
         evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
@@ -249,8 +261,9 @@ def _announce(
     parameter_table: Sequence[str],
     world: World,
     metrics_log: MetricsLog,
+    changes: Sequence[Change],
 ) -> None:
-    """Store the configuration, and print what is about to be trained on what."""
+    """Store the configuration, and print what has changed, and what is about to be trained on what."""
     if world.is_first:
         with write_errors_named("The configuration", config.run_dir):
             write_atomically(config.run_dir / "config.yaml", dump_config(config))
@@ -265,6 +278,9 @@ def _announce(
         "skipped": training_set.streams.skipped,
     }
     metrics_log.write("event", progress.step, event)
+    for change in changes:
+        metrics_log.say(f"Changed since step {progress.step}: {change}")
+        metrics_log.write("event", progress.step, {"event": "changed", **asdict(change)})
     for line in [*training_set.lines(), *parameter_table, *serving_notes(config)]:
         metrics_log.say(line)
     start = f"from step {progress.step} " if progress.step else ""
@@ -285,6 +301,25 @@ def _requests(stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, st
         following = ("evaluation", "save")
     is_short = time_limit.is_too_short_for("step", "save", *following)
     return Requests(stop.requested, stop_in_time=is_short, save=time_limit.needs_a_save())
+
+
+def _changes(
+    config: RunConfig, saved_step: int, num_steps: int, test_sets: Mapping[str, str], allow_changed: Sequence[str]
+) -> list[Change]:
+    """What has changed since the checkpoint from which the run resumes.
+
+    Raises:
+        UserError: the run is past its last step, or results could not be compared.
+    """
+    if saved_step > num_steps:
+        raise UserError(
+            f"The run ends at step {num_steps} (`num_steps` or `num_epochs`), but its newest checkpoint is of step "
+            f"{saved_step}: set at least {saved_step} steps, or choose another `run_dir`."
+        )
+    folder = checkpoint_folder(config.run_dir, saved_step)
+    changes = changes_since(folder, config, test_sets)
+    refuse_incomparable(folder, changes, allow_changed)
+    return changes
 
 
 def _load_selected(

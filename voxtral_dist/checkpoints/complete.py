@@ -87,6 +87,7 @@ class CompleteCheckpoint(_Part):
     files: every other file of the folder by name; in format 1 those of tensors only.
     layout: `whole` or `dcp`; see `files`.
     tensors: the file of each tensor, in the layout `whole`.
+    test_sets: fingerprint of each test set of the run.
     """
 
     format: int = FORMAT
@@ -98,6 +99,7 @@ class CompleteCheckpoint(_Part):
     files: Annotated[dict[FileName, StoredFile], BeforeValidator(_with_sizes_only)]
     layout: Literal["whole", "dcp"]
     tensors: dict[str, str] = Field(default_factory=dict)
+    test_sets: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _lists_all_files(self) -> Self:

@@ -64,6 +64,11 @@ def latest_step(run_dir: Path, world: World) -> int | None:
     return None
 
 
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return run_dir / _FOLDER / _name(step)
+
+
 def set_aside(damages: dict[Path, str], world: World) -> None:
     """Rename damaged checkpoints, and say so. All ranks call it together."""
     failure = None
@@ -104,11 +109,22 @@ def checkpoint_of_run(run_dir: Path, step: int | None) -> Path | None:
 class CheckpointDirectory:
     """The checkpoints of one run. All ranks call its methods together; `run_dir` must be shared by all nodes."""
 
-    def __init__(self, config: RunConfig, data_fingerprint: str, world: World) -> None:
+    def __init__(
+        self, config: RunConfig, data_fingerprint: str, world: World, test_sets: Mapping[str, str] | None = None
+    ) -> None:
+        """The directory of a run.
+
+        Args:
+            config: of the run.
+            data_fingerprint: of its training data.
+            world: all ranks.
+            test_sets: fingerprint of each test set.
+        """
         self._folder = config.run_dir / _FOLDER
         self._keep = config.checkpoint.keep
         self._config = config
         self._world = world
+        self._test_sets = dict(test_sets or {})
         self._data_identity = data_identity(config, data_fingerprint)
         self._model_identity = from_first_rank(model_identity(config) if world.is_first else {}, world)
         # Step of the checkpoint that rotation never removes.
@@ -213,6 +229,7 @@ class CheckpointDirectory:
             files=files,
             layout=layout_of(engine),
             tensors={name: file for part in parts for name, file in part.tensors.items()},
+            test_sets=self._test_sets,
         )
         write_complete(temporary, contents)
         shutil.rmtree(final, ignore_errors=True)

@@ -13,6 +13,14 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("train", help="start or resume the run of a configuration")
     add_run_config(parser, "model.precision=float32")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument(
+        "--allow-changed",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let a resumed run change this key or section, although its results before and after cannot be compared "
+        "(model.precision, evaluation.normalizer, evaluation.test_sets.NAME, ...); may be repeated",
+    )
     add_local_rank(parser)
     parser.set_defaults(run=_train)
 
@@ -26,4 +34,4 @@ def _train(parsed: argparse.Namespace) -> int:
     from voxtral_dist.train import train
 
     with joined_world() as world:
-        return train(config, world)
+        return train(config, world, parsed.allow_changed)
