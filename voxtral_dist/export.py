@@ -22,7 +22,7 @@ from torch import Tensor
 from voxtral_dist.checkpoints.directory import checkpoint_of_run
 from voxtral_dist.checkpoints.loading import checkpoint_weights, config_of_checkpoint, is_checkpoint, refuse_ema
 from voxtral_dist.config import LoraConfig, RunConfig
-from voxtral_dist.distributed.collectives import wait_for_all
+from voxtral_dist.distributed.collectives import PatientSum
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.errors import UserError
@@ -55,6 +55,7 @@ def export_trained(engine: Engine, config: RunConfig, world: World) -> None:
         UserError: the adapters change nothing.
         WriteError: on rank 0; the disk is full, for example.
     """
+    arrive = PatientSum(world)
     weights = engine.weights()
     if world.is_first:
         with write_errors_named("The exported model", config.run_dir, DISK_ERRORS):
@@ -62,7 +63,8 @@ def export_trained(engine: Engine, config: RunConfig, world: World) -> None:
     else:
         for _ in weights:
             pass
-    wait_for_all(world)
+    # Rank 0 writes the last file.
+    arrive(0)
 
 
 def export(

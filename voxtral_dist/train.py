@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 from voxtral_dist.checkpoints.changes import Change, changes_since, refuse_incomparable, refuse_unknown_keys
@@ -68,7 +69,7 @@ def train_model(config: RunConfig, allow_changed: Sequence[str] = ()) -> int:
         >>> exit_code
         0
     """
-    with joined_world() as world:
+    with joined_world(timedelta(seconds=config.distributed.timeout_seconds)) as world:
         return train(config, world, allow_changed)
 
 

@@ -32,7 +32,13 @@ from voxtral_dist.checkpoints.identity import (
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.checkpoints.verifying import damage_of, damage_over_ranks, verified
 from voxtral_dist.config import RunConfig, dump_config
-from voxtral_dist.distributed.collectives import first_over_ranks, from_first_rank, gather_on_first
+from voxtral_dist.distributed.collectives import (
+    PatientSum,
+    computed_on_first,
+    first_over_ranks,
+    from_first_rank,
+    gather_on_first,
+)
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.errors import SharedWriteError, UserError, write_reason
@@ -162,7 +168,10 @@ class CheckpointDirectory:
         final = self._folder / _name(progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
         self._on_first(final, lambda: self._begin(temporary))
+        arrive = PatientSum(self._world)
         part = write_part(engine, temporary, self._world)
+        # Disks of different nodes take different times.
+        arrive(0)
         parts = gather_on_first(part, self._world)
         failure = first_over_ranks(part.failure, self._world)
         self._refuse_if(failure, final)
@@ -171,13 +180,15 @@ class CheckpointDirectory:
 
     def _on_first(self, final: Path, write: Callable[[], None]) -> None:
         """Let rank 0 write, while the others wait; all of them raise if it cannot."""
-        failure = None
-        if self._world.is_first:
+
+        def reason() -> str | None:
             try:
                 write()
             except OSError as error:
-                failure = write_reason(error)
-        self._refuse_if(from_first_rank(failure, self._world), final)
+                return write_reason(error)
+            return None
+
+        self._refuse_if(computed_on_first(reason, self._world), final)
 
     def _refuse_if(self, failure: str | None, final: Path) -> None:
         """Remove what was written, and raise on all ranks, if there was a failure on any."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from voxtral_dist.checkpoints.complete import COMPLETE, CompleteCheckpoint, DamageError, read_complete
-from voxtral_dist.distributed.collectives import first_over_ranks
+from voxtral_dist.distributed.collectives import PatientSum, first_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import first_line
 
@@ -41,13 +41,14 @@ def damage_over_ranks(folder: Path, world: World) -> str | None:
     Raises:
         UserError: a newer version wrote it.
     """
-    damage = None
+    damage, arrive = None, PatientSum(world)
     try:
         complete = _of_right_sizes(folder)
         by_size = sorted(complete.files, key=lambda name: (-complete.files[name].num_bytes, name))
         _refuse_other_contents(folder, complete, by_size[world.rank :: world.size])
     except DamageError as error:
         damage = str(error)
+    arrive(0)
     return first_over_ranks(damage, world)
 
 

@@ -30,8 +30,6 @@ def _train(parsed: argparse.Namespace) -> int:
     if parsed.print_config:
         print(dump_config(config), end="")
         return 0
-    from voxtral_dist.distributed.world import joined_world
-    from voxtral_dist.train import train
+    from voxtral_dist.train import train_model
 
-    with joined_world() as world:
-        return train(config, world, parsed.allow_changed)
+    return train_model(config, parsed.allow_changed)

@@ -25,7 +25,7 @@ from voxtral_dist.config.evaluation import (
 )
 from voxtral_dist.config.loading import config_schema, dump_config, load_config, read_yaml
 from voxtral_dist.config.model import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
-from voxtral_dist.config.run import ExportConfig, MetricsConfig, RunConfig
+from voxtral_dist.config.run import DistributedConfig, ExportConfig, MetricsConfig, RunConfig
 from voxtral_dist.config.section import Argument, Component, Section, TextStep
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "CheckpointConfig",
     "Component",
     "ContextConfig",
+    "DistributedConfig",
     "EngineConfig",
     "EvaluationConfig",
     "ExportConfig",

@@ -28,6 +28,15 @@ class MetricsConfig(Section):
     model FLOPs utilization. None: the value of the data sheet for known devices, and no utilization for others."""
 
 
+class DistributedConfig(Section):
+    """What ranks do together."""
+
+    timeout_seconds: float = Field(default=1800.0, gt=0)
+    """Limit of a collective operation, in all process groups: a rank that waits longer for another one ends the run.
+    Longer than the longest wait for data and than the slowest part of a save; what rank 0 does alone for long
+    (scores, exports, the end of a save), and unequal parts of evaluations, are waited for without a limit."""
+
+
 class ExportConfig(Section):
     """The trained model that a run writes at its end."""
 
@@ -82,6 +91,7 @@ class RunConfig(Section):
     storage: StorageConfig = StorageConfig()
     optimizer: OptimizerConfig
     engine: EngineConfig
+    distributed: DistributedConfig = DistributedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public classes all the same
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # a public class all the same
 from torch.distributed.distributed_c10d import _get_default_store
 
 from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import RankError
 
 T = TypeVar("T")
 
-_POLL_SECONDS = 0.5
+log = logging.getLogger(__name__)
+
+# Pauses grow from the first to the second.
+_FIRST_POLL_SECONDS, _POLL_SECONDS = 0.005, 0.5
+# When a rank says for the first time that it waits; then at twice that time, and so on.
+_SILENT_SECONDS = 60.0
+# Between two signs of life.
+_LONGEST_BEAT_SECONDS = 10.0
 # Keys of a sum in the store.
 _SUM, _ARRIVED, _READ = "sum", "arrived", "read"
 
@@ -35,32 +46,109 @@ class PatientSum:
     """A sum over ranks that may arrive hours apart, after unequal work. All ranks construct it together.
 
     Ranks count in the process group's store: a collective would time out, and a group of its own for it would need a
-    host name by which nodes reach each other.
+    host name by which nodes reach each other. A thread of each rank counts there too until the rank arrives, so a rank
+    that works for long is told from one that is gone. One of the ranks that wait says for whom: after a minute, two
+    minutes, four and so on.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # A unique name, because the store lives as long as the run.
-        self._name = from_first_rank(uuid.uuid4().hex, world)
+        self._arrived = threading.Event()
+        if world.size > 1:
+            # A unique name, because the store lives as long as the run.
+            self._store = PrefixStore(from_first_rank(uuid.uuid4().hex, world), _get_default_store())
+            self._beat_seconds = min(_LONGEST_BEAT_SECONDS, world.timeout.total_seconds() / 4)
+            threading.Thread(target=self._beat, name="patient-sum", daemon=True).start()
 
     def __call__(self, value: int) -> int:
-        """The sum of all ranks' values; blocks until the last rank arrives. Call it once."""
+        """The sum of all ranks' values; blocks until the last rank arrives. Call it once.
+
+        Raises:
+            RankError: the process of a rank is gone, for as long as a collective would wait.
+        """
+        self._arrived.set()
         if self._world.size == 1:
             return value
-        store = PrefixStore(self._name, _get_default_store())
-        store.add(_SUM, value)
-        _count_and_wait(store, _ARRIVED, self._world.size)
-        total = store.add(_SUM, 0)
+        self._store.add(_SUM, value)
+        self._store.set(_arrival(self._world.rank), "")
+        self._count_and_wait(_ARRIVED, self._world.size)
+        total = self._store.add(_SUM, 0)
         # Rank 0 may host the store.
-        _count_and_wait(store, _READ, self._world.size if self._world.is_first else 0)
+        self._count_and_wait(_READ, self._world.size if self._world.is_first else 0)
         return total
 
+    def _beat(self) -> None:
+        # An error of the store: its host has left.
+        with suppress(RuntimeError):
+            while not self._arrived.wait(self._beat_seconds):
+                self._store.add(_life(self._world.rank), 1)
 
-def _count_and_wait(store: Store, key: str, number: int) -> None:
-    """Add one to a counter, and wait until it has reached a number."""
-    store.add(key, 1)
-    while store.add(key, 0) < number:
-        time.sleep(_POLL_SECONDS)
+    def _count_and_wait(self, key: str, number: int) -> None:
+        """Add one to a counter, and wait until it has reached a number."""
+        self._store.add(key, 1)
+        started = time.monotonic()
+        pause, next_look, next_word = _FIRST_POLL_SECONDS, started + self._beat_seconds, started + _SILENT_SECONDS
+        heard: dict[int, tuple[int, float]] = {}
+        while self._store.add(key, 0) < number:
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL_SECONDS)
+            now = time.monotonic()
+            if key == _ARRIVED and now >= next_look:
+                missing = self._missing()
+                self._refuse_gone(missing, heard, now)
+                next_look = now + self._beat_seconds
+                if now >= next_word:
+                    self._say(missing, now - started)
+                    next_word = now + (now - started)
+
+    def _missing(self) -> list[int]:
+        return [rank for rank in range(self._world.size) if not self._store.check([_arrival(rank)])]
+
+    def _refuse_gone(self, missing: Sequence[int], heard: dict[int, tuple[int, float]], now: float) -> None:
+        """Refuse to wait for ranks whose count does not grow; `heard` holds the last one of each, and its time."""
+        for rank in missing:
+            count = self._store.add(_life(rank), 0)
+            last, at = heard.get(rank, (-1, now))
+            heard[rank] = (last, at) if count == last else (count, now)
+        limit = self._world.timeout.total_seconds()
+        gone = [rank for rank in missing if now - heard[rank][1] > limit]
+        if gone:
+            raise RankError(
+                f"Nothing was heard of the ranks {gone[:8]} ({len(gone)} of {self._world.size}) for {limit:.0f} s "
+                "(`distributed.timeout_seconds`): their processes or nodes are gone. Rerun the same command to resume."
+            )
+
+    def _say(self, missing: Sequence[int], seconds: float) -> None:
+        """Name the ranks that have not arrived, on the first rank that has."""
+        if all(rank in missing for rank in range(self._world.rank)):
+            log.warning(
+                "Waiting for the ranks %s (%d of %d) since %.0f s.",
+                missing[:8],
+                len(missing),
+                self._world.size,
+                seconds,
+            )
+
+
+def _arrival(rank: int) -> str:
+    return f"arrived-{rank}"
+
+
+def _life(rank: int) -> str:
+    return f"alive-{rank}"
+
+
+def computed_on_first(compute: Callable[[], T], world: World) -> T:
+    """The value of a long computation on rank 0, on every rank.
+
+    The others wait for it without a limit, because no collective is open meanwhile. All ranks call it together.
+    """
+    if world.size == 1:
+        return compute()
+    arrive = PatientSum(world)
+    value = compute() if world.is_first else None
+    arrive(0)
+    return from_first_rank(cast(T, value), world)
 
 
 def max_over_ranks(values: Sequence[int], world: World) -> list[int]:

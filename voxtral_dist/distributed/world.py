@@ -19,8 +19,7 @@ from voxtral_dist.distributed.store import meet
 from voxtral_dist.errors import RankError, UserError, WriteError, first_line, write_reason
 from voxtral_dist.files import DISK_ERRORS
 
-# Of all process groups. Long enough for rank 0 to export the largest model while the others wait, short enough not to
-# waste a night.
+# Of all process groups, unless `distributed.timeout_seconds` says otherwise.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Of the store that ranks meet by to say that their arguments are refused; rank 0 may still be importing torch.
 _MEETING_TIMEOUT = timedelta(minutes=1)
@@ -28,12 +27,13 @@ _MEETING_TIMEOUT = timedelta(minutes=1)
 
 @dataclass(frozen=True)
 class World:
-    """The position of this process among all processes of the run."""
+    """The position of this process among all processes of the run; `timeout` is the limit of their collectives."""
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    timeout: timedelta = COLLECTIVE_TIMEOUT
 
     @property
     def is_first(self) -> bool:
@@ -47,12 +47,15 @@ def alone(device: str | None = None) -> World:
 
 
 @contextmanager
-def joined_world() -> Iterator[World]:
+def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
     """Join the ranks that the launcher started, by `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`.
 
     Without these variables, the process is a world of size 1; engines still get a process group. The group is destroyed
     when the block ends. After an error in a larger world it is kept, because its destructors may wait for other ranks;
     these end within seconds with the error's message, see `FailureWatch`.
+
+    Args:
+        timeout: limit of collectives.
 
     Raises:
         UserError: the variables do not fit this node.
@@ -61,7 +64,7 @@ def joined_world() -> Iterator[World]:
     """
     rank, size, local_rank, port = _launched_place()
     limit_threads(ranks_on_node(size))
-    store = meet(os.environ["MASTER_ADDR"], port, rank, COLLECTIVE_TIMEOUT) if size > 1 else HashStore()
+    store = meet(os.environ["MASTER_ADDR"], port, rank, timeout) if size > 1 else HashStore()
     with shared_failures(store, rank, size), _out_of_memory_as_message(rank), _full_disk_as_message(rank):
         device = _device_of(local_rank)
         if device.type == "cuda":
@@ -71,12 +74,12 @@ def joined_world() -> Iterator[World]:
             store=PrefixStore("default_pg", store),
             rank=rank,
             world_size=size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
         is_group_kept = size > 1
         try:
-            yield World(rank, size, local_rank, device)
+            yield World(rank, size, local_rank, device, timeout)
             is_group_kept = False
         finally:
             if not is_group_kept:
@@ -142,10 +145,10 @@ def _full_disk_as_message(rank: int) -> Iterator[None]:
         raise WriteError(f"Rank {rank} cannot write{where}: {write_reason(error)}. Fix that, and rerun.") from error
 
 
-def set_timeouts() -> None:
-    """Give every process group `COLLECTIVE_TIMEOUT`: DeepSpeed and device meshes make theirs with torch's default."""
+def set_timeouts(timeout: timedelta) -> None:
+    """Give every process group a timeout: DeepSpeed and device meshes make theirs with torch's default."""
     for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _destroy_group() -> None:

@@ -24,7 +24,7 @@ def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows:
     """
     check_engine(config, world.size)
     engine = _engine(config, log_mel, world, most_windows)
-    set_timeouts()
+    set_timeouts(world.timeout)
     return engine
 
 

@@ -15,7 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from voxtral_dist.data.examples.example import Example
-from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, wait_for_all
+from voxtral_dist.distributed.collectives import (
+    PatientSum,
+    from_first_rank,
+    gather_on_first,
+    max_over_ranks,
+    wait_for_all,
+)
 from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, out_of_memory_reason
 from voxtral_dist.errors import RankError, SharedError, UserError
@@ -57,9 +63,12 @@ def decode_batches(
     part = _RankDecoder(name, batches, read, decoder, with_loss, world)
     # The time of decoding excludes waiting for ranks that still load.
     wait_for_all(world)
+    arrive = PatientSum(world)
     started = time.monotonic()
     failure = part.decode()
     seconds = time.monotonic() - started
+    # The last batch of another rank may take longer than a collective may.
+    arrive(0)
     _refuse_if_any_failed(name, failure, world)
     return Decoded(part.pairs, part.loss_sum, part.num_target_tokens, seconds)
 

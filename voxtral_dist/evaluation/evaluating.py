@@ -9,7 +9,7 @@ from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
-from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, max_over_ranks, sum_over_ranks
+from voxtral_dist.distributed.collectives import computed_on_first, gather_on_first, max_over_ranks, sum_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, Hypothesis
@@ -44,16 +44,16 @@ def evaluate_test_set(
     measured = _over_ranks(decoded, world)
     mine = [score_utterance(_utterance(test_set, *pair), normalizer, test_set.words) for pair in decoded.pairs]
     gathered = gather_on_first(mine, world)
-    result = None
-    if world.is_first:
+
+    def score() -> TestSetResult:
         utterances = check_complete(test_set, [utterance for part in gathered for utterance in part])
         test_set.grouping.warn_of_unknown(test_set.name, (utterance.decoded for utterance in utterances))
         result = score_test_set(utterances, normalizer, test_set.num_distractors, test_set.grouping, measured)
         with write_errors_named(f"The results of `{test_set.name}`", out_dir):
             write_results(out_dir, test_set.name, utterances, result)
-    agreed = from_first_rank(result, world)
-    assert agreed is not None, "rank 0 always has a result"
-    return agreed
+        return result
+
+    return computed_on_first(score, world)
 
 
 def check_complete(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> list[ScoredUtterance]:

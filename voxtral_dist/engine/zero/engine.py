@@ -77,7 +77,7 @@ class ZeroEngine:
         self._loss = LossOfMicroBatch(log_mel, model_config.loss_chunk_tokens, model_config.label_smoothing)
         # A checkpoint that cannot be read is refused before ranks communicate.
         self._initial = InitialWeights(model_config.path, model, seed, world.device)
-        prepare_deepspeed()
+        prepare_deepspeed(world.timeout)
         if is_on_nvme(settings):
             return_freed_memory()
         pins_states = _pins_states(settings, world)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
@@ -13,7 +14,7 @@ from deepspeed.utils import groups
 from voxtral_dist.distributed.world import set_timeouts
 
 
-def prepare_deepspeed() -> None:
+def prepare_deepspeed(timeout: timedelta) -> None:
     """Make DeepSpeed's copy of the group of all ranks, and keep it from NVML where it would fail.
 
     DeepSpeed would make that group, with a timeout of 10 minutes, after ranks have read weights for different times.
@@ -21,7 +22,7 @@ def prepare_deepspeed() -> None:
     deepspeed.init_distributed()
     _unlink_shared_buffers()
     groups._get_data_parallel_group()
-    set_timeouts()
+    set_timeouts(timeout)
     _avoid_nvml()
 
 
