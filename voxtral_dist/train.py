@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
@@ -126,7 +126,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
         evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
-        step = build_train_step(config, engine, world, flops, num_steps=loader.num_steps)
+        step = build_train_step(config, engine, world, flops, loader.num_steps, checkpoints.newest)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
@@ -195,8 +195,8 @@ def build_train_step(
     engine: Engine,
     world: World,
     flops: TrainingFlops | None = None,
-    *,
     num_steps: int | None = None,
+    newest_checkpoint: Callable[[], str | None] = lambda: None,
 ) -> TrainStep:
     """The update of a run; without `flops` its model FLOPs are recorded as 0.
 
@@ -213,6 +213,7 @@ def build_train_step(
         mlp_chunk_tokens=config.model.mlp_chunk_tokens,
         world=world,
         flops=flops,
+        newest_checkpoint=newest_checkpoint,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ class WholeStates:
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         self.loaded = {state.name: float(state.weight.mean()) for state in states}
+
+    def not_finite(self) -> list[str]:
+        return [] if math.isfinite(self.value) else ["a"]
 
     def scalars(self) -> dict[str, float]:
         return {}

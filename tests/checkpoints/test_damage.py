@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from voxtral_dist.checkpoints.complete import COMPLETE, read_complete
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, checkpoint_of_run, latest_step
+from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World, alone
 from voxtral_dist.engine.fsdp2.dcp_metadata import stored_tensors
@@ -186,6 +187,13 @@ def test_rotation_keeps_as_many_as_configured(config: RunConfig, keep: int) -> N
     some = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep": keep})})
     directory = save_steps(CPU, some, layout_of(config), (3, 4))
     assert directory.intact_steps() == [1, 2, 3, 4][-keep:]
+
+
+def test_weights_that_are_not_finite_are_not_saved(config: RunConfig) -> None:
+    engine = LAYOUTS[layout_of(config)](CPU, float("nan"))
+    with pytest.raises(UserError, match=r"`a` is not finite after step 3, .* last finite checkpoint is step-0000002"):
+        CheckpointDirectory(config, "", CPU).save(engine, TrainProgress(step=3))
+    assert not checkpoint(config, 3).exists()
 
 
 def damaged_on_both(world: World, config: RunConfig, layout: str) -> tuple[int | None, dict[str, float]]:

@@ -140,6 +140,11 @@ class CheckpointDirectory:
         """Steps of all checkpoints whose files have the right sizes, as rank 0 sees the disk."""
         return from_first_rank([_step(path) for path in self._intact()] if self._world.is_first else [], self._world)
 
+    def newest(self) -> str | None:
+        """The name of the newest checkpoint; None if there is none. All ranks call it together."""
+        steps = self.intact_steps()
+        return _name(steps[-1]) if steps else None
+
     def is_intact(self, step: int) -> bool:
         """Whether the checkpoint of a step is what was written, by the contents of all its files.
 
@@ -164,7 +169,9 @@ class CheckpointDirectory:
 
         Raises:
             SharedWriteError: a rank cannot write, so that nothing has changed on disk. All ranks raise it.
+            UserError: a weight is not finite: what is saved is always worth loading.
         """
+        self._refuse_not_finite(engine, progress.step)
         final = self._folder / _name(progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
         self._on_first(final, lambda: self._begin(temporary))
@@ -177,6 +184,16 @@ class CheckpointDirectory:
         self._refuse_if(failure, final)
         self._on_first(final, lambda: self._finish(temporary, final, parts, progress, engine))
         return final
+
+    def _refuse_not_finite(self, engine: Engine, step: int) -> None:
+        found = first_over_ranks(next(iter(engine.not_finite()), None), self._world)
+        if found is not None:
+            newest = self.newest()
+            raise UserError(
+                f"`{found}` is not finite after step {step}, so this state is not saved, and the run ends: lower "
+                "`optimizer.learning_rate`, or lengthen `optimizer.warmup_steps`. "
+                + (f"The last finite checkpoint is {newest}." if newest else "There is no checkpoint.")
+            )
 
     def _on_first(self, final: Path, write: Callable[[], None]) -> None:
         """Let rank 0 write, while the others wait; all of them raise if it cannot."""

@@ -98,6 +98,9 @@ class Engine(Protocol):
         All ranks must iterate together and to the end; ranks other than 0 get nothing, and copy nothing to their CPU.
         """
 
+    def not_finite(self) -> list[str]:
+        """Names of the parameters of which this rank holds a value that is not finite; without communication."""
+
     def parameter_table(self) -> list[str]:
         """Lines of a table of trained parameters; see `trainable.parameter_table`."""
 

@@ -1,9 +1,9 @@
 """The parts of a training run, in the order in which `voxtral_dist.train` uses them.
 
-- `run_checks`: no other run in the same folder, and the same data on all ranks;
+- `run_checks`: one folder for all ranks, no other run in it, and the same data on all ranks;
 - `signals` and `time_limit`: requests to stop;
 - `metrics_log`: rows in `metrics.jsonl`, scalars for `tensorboard`, and the live `display`;
-- `step`: one update over all ranks, and its `step_metrics`;
+- `step`: one update over all ranks, and its `step_metrics`; `not_finite`: the end of a run that diverged;
 - `bad_utterances`: limits on unusable utterances;
 - `evaluator`: the periodic evaluation of test sets;
 - `checkpoint_selector`: the best checkpoint, by the rules in `selection`;

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,9 +18,9 @@ from voxtral_dist.distributed.devices import peak_memory_bytes
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.optim import learning_rate
-from voxtral_dist.errors import UserError
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.training.not_finite import refuse_loss_not_finite, refuse_norm_not_finite
 from voxtral_dist.training.step_metrics import StepMetrics
 
 
@@ -71,6 +70,7 @@ class TrainStep:
     seed: of dropout.
     encoder_windows_per_chunk, mlp_chunk_tokens: as in section `model`.
     flops: counts the model's operations; None counts none.
+    newest_checkpoint: names the newest checkpoint where the loss is not finite; all ranks call it together.
     """
 
     engine: Engine
@@ -81,6 +81,7 @@ class TrainStep:
     mlp_chunk_tokens: int | None
     world: World
     flops: TrainingFlops | None = None
+    newest_checkpoint: Callable[[], str | None] = lambda: None
 
     def run(self, batches: StepBatches, requests: Requests | None = None) -> StepResult:
         """Make one update. All ranks call it together, each with its own micro-batches.
@@ -96,11 +97,15 @@ class TrainStep:
         maxima = RankMaxima.measure(batches, self.world)
         micro_batches = self._with_equal_chunks(batches.micro_batches, maxima)
         totals = _Totals.of(micro_batches, self.flops, requests or Requests()).over_ranks(self.world)
-        loss = self._backward(micro_batches, batches.step, int(totals.num_target_tokens))
-        _refuse_not_finite("loss", loss, batches.step)
+        loss, losses = self._backward(micro_batches, batches.step, int(totals.num_target_tokens))
+        refuse_loss_not_finite(
+            loss, batches.step, micro_batches, losses, self.engine, self.newest_checkpoint, self.world
+        )
         update = self.engine.step(learning_rate(self.optimizer, batches.step, self.num_steps))
         if not update.is_skipped:
-            _refuse_not_finite("gradient norm", update.grad_norm, batches.step)
+            refuse_norm_not_finite(
+                update.grad_norm, loss, batches.step, micro_batches, self.newest_checkpoint, self.world
+            )
         metrics = StepMetrics(
             loss=loss,
             num_target_tokens=int(totals.num_target_tokens),
@@ -138,20 +143,25 @@ class TrainStep:
             )
         ]
 
-    def _backward(self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int) -> float:
-        """Accumulate the gradient of the mean loss; the mean over the target tokens of all ranks.
+    def _backward(
+        self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int
+    ) -> tuple[float, list[torch.Tensor]]:
+        """Accumulate the gradient of the mean loss.
 
         The device is waited for only once, for the sum.
+
+        Returns:
+            The mean over the target tokens of all ranks, and the summed loss of each micro-batch, on the device.
         """
-        loss_sum = torch.zeros((), device=self.world.device)
+        losses = []
         for number, batch in enumerate(_one_ahead(micro_batches, self.world.device)):
             # Dropout depends on the position in the run, and not on what ran before.
             torch.manual_seed(_dropout_seed(self.seed, step, self.world.rank + number * self.world.size))
             is_last = number == len(micro_batches) - 1
-            loss_sum += self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last)
-        total = loss_sum.to(torch.float64)
+            losses.append(self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last))
+        total = torch.stack(losses).sum().to(torch.float64)
         sum_tensor_over_ranks(total, self.world)
-        return float(total) / max(1, num_target_tokens)
+        return float(total) / max(1, num_target_tokens), losses
 
 
 @dataclass(frozen=True)
@@ -236,11 +246,3 @@ def _needed_shape(micro_batches: Sequence[MicroBatch]) -> BatchShape:
 def _dropout_seed(seed: int, step: int, slot: int) -> int:
     # Distinct odd multipliers keep (seed, step, slot) apart; torch spreads the bits.
     return (seed * 1_000_003 + step * 65_537 + slot) % 2**63
-
-
-def _refuse_not_finite(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise UserError(
-            f"The {name} is {value} at step {step + 1}, so the run ends; the newest checkpoint is from before it. "
-            "Lower `optimizer.learning_rate`, lengthen `optimizer.warmup_steps`, or look for broken transcripts."
-        )

@@ -44,6 +44,8 @@ class MicroBatch:
     audio_seconds: audio of all examples, without the silence that fills windows.
     num_utterances: utterances in all examples.
     bad_utterances: utterances that belong here but cannot be used.
+    keys: WebDataset key of each example, of the first utterance of a packed one.
+    seconds_per_example: duration of each example.
     num_encoder_chunks: number of chunks in which the encoder takes the windows; ranks with sharded weights agree on it.
     num_mlp_chunks: the same for the MLPs of the language model; None without a limit of their positions.
 
@@ -69,6 +71,8 @@ class MicroBatch:
     audio_seconds: float
     num_utterances: int
     bad_utterances: tuple[BadUtterance, ...] = ()
+    keys: tuple[str, ...] = ()
+    seconds_per_example: tuple[float, ...] = ()
     num_encoder_chunks: int = 1
     num_mlp_chunks: int | None = None
 
@@ -143,6 +147,8 @@ def collate(
         audio_seconds=sum(example.duration_seconds for example in examples),
         num_utterances=sum(example.num_utterances for example in examples),
         bad_utterances=tuple(bad_utterances),
+        keys=tuple(example.key for example in examples),
+        seconds_per_example=tuple(example.duration_seconds for example in examples),
     )
 
 

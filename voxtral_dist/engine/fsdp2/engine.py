@@ -17,6 +17,7 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.ema import WeightAverages, average_name
 from voxtral_dist.engine.engine import ParameterState, StepUpdate
+from voxtral_dist.engine.finite import names_not_finite
 from voxtral_dist.engine.fsdp2.block_states import dequantize
 from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, stored_names, write_partitions
 from voxtral_dist.engine.fsdp2.gradient_sums import GradientSums
@@ -260,6 +261,10 @@ class Fsdp2Engine:
                 weight = self._initial.unquantized(name) if self._world.is_first else None
             if weight is not None:
                 yield name, weight
+
+    def not_finite(self) -> list[str]:
+        """See `Engine`."""
+        return names_not_finite((name, local_part(one.detach())) for name, one in self._parameters.items())
 
     def parameter_table(self) -> list[str]:
         """See `Engine`."""

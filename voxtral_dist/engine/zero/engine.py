@@ -17,6 +17,7 @@ from voxtral_dist.distributed.devices import return_freed_memory, return_unused_
 from voxtral_dist.distributed.process_settings import pin_large_tensors_exactly
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import ParameterState, StepUpdate
+from voxtral_dist.engine.finite import names_not_finite
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
 from voxtral_dist.engine.optim import set_learning_rate
@@ -215,6 +216,12 @@ class ZeroEngine:
                     weight = parameter.detach().to("cpu", torch.float32, copy=True) if self._world.is_first else None
             if weight is not None:
                 yield name, weight
+
+    def not_finite(self) -> list[str]:
+        """See `Engine`. Under stage 3 a rank looks at its partitions, unless they are on a drive."""
+        return names_not_finite(
+            (name, getattr(one, "ds_tensor", one.detach())) for name, one in self._module.named_parameters()
+        )
 
     def parameter_table(self) -> list[str]:
         """See `Engine`."""

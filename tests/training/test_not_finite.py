@@ -1,0 +1,87 @@
+"""A loss or a gradient that is not finite ends the run on all ranks, and says what is known about the cause."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.data.examples.micro_batch import MicroBatch
+from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.engine import StepUpdate
+from voxtral_dist.engine.finite import names_not_finite
+from voxtral_dist.errors import UserError
+from voxtral_dist.model.prompts import VoxtralPrompts
+
+from ranks import run_ranks
+from runs import run_config
+
+
+class Broken:
+    """An engine with a loss of NaN in one micro-batch of the last rank, a gradient of infinity, or broken weights."""
+
+    def __init__(self, world: World, what: str) -> None:
+        self._world = world
+        self._what = what
+        self._num_backwards = 0
+
+    def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
+        self._num_backwards += 1
+        is_guilty = self._world.rank == self._world.size - 1 and self._num_backwards == 2
+        return torch.tensor(math.nan if self._what != "gradient" and is_guilty else 1.0)
+
+    def step(self, learning_rate: float) -> StepUpdate:
+        return StepUpdate(math.inf, learning_rate)
+
+    def not_finite(self) -> list[str]:
+        return [f"weight.{self._world.rank}"] if self._what == "weights" else []
+
+
+def refused(world: World, config: RunConfig, what: str) -> tuple[str, list[tuple[str, ...]]]:
+    """The sentence of the first step, and the keys of each of this rank's micro-batches."""
+    from voxtral_dist.train import build_train_step
+
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, 3, world.rank, world.size)
+    step = build_train_step(config, Broken(world, what), world, newest_checkpoint=lambda: "step-0000004")
+    batches = next(loader.starting_at(0))
+    with pytest.raises(UserError) as refusal:
+        step.run(batches)
+    return str(refusal.value), [batch.keys for batch in batches.micro_batches]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
+def test_all_ranks_name_samples_weights_and_the_last_finite_checkpoint(
+    what: str, tiny_model: Path, shard_folder: Path, tmp_path: Path
+) -> None:
+    config = run_config(tmp_path, tiny_model, shard_folder, num_steps=3)
+    (sentence, first), (other, last) = run_ranks(2, refused, config, what)
+    assert sentence == other
+    assert "at step 1, so the run ends" in sentence
+    assert "The last finite checkpoint is step-0000004" in sentence
+    named = {key for keys in first + last for key in keys if f"{key} (" in sentence}
+    match what:
+        case "loss":
+            assert named == {*last[1]}, "those of the guilty micro-batch only"
+            assert "The weights were finite" in sentence
+        case "gradient":
+            assert named == {key for keys in first + last for key in keys}
+        case "weights":
+            assert named == set()
+            assert "2 parameters, such as `weight.0`, were not finite before this step" in sentence
+
+
+def test_names_of_tensors_that_are_not_finite() -> None:
+    tensors = {
+        "nan": torch.tensor([1.0, math.nan]),
+        "infinity": torch.tensor([-math.inf, 1.0], dtype=torch.bfloat16),
+        "finite": torch.tensor([-1.0]),
+        "codes": torch.tensor([255], dtype=torch.uint8),
+        "empty": torch.zeros(0),
+    }
+    assert names_not_finite(tensors.items()) == ["nan", "infinity"]
