@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from voxtral_dist.checkpoints.directory import CheckpointDirectory
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import ParameterState
-from voxtral_dist.engine.fsdp2.dcp_files import write_partitions
 
-SHAPES = {"a": (64, 8), "b": (5,), "c": (16, 16)}
+SHAPES = {"a": (64, 8), "b": (200, 200), "c": (16, 16)}
 
 
 class WholeStates:
@@ -51,12 +51,9 @@ class WholeStates:
 class PartitionedStates(WholeStates):
     """The same with the layout `dcp`."""
 
-    def save_partitions(self, folder: Path) -> str | None:
-        return write_partitions(
-            {f"{name}//rank{self._world.rank}": torch.full(shape, self.value) for name, shape in SHAPES.items()}
-            | {name: torch.full(shape, self.value) for name, shape in SHAPES.items()},
-            folder,
-        )
+    def partitions(self) -> dict[str, Tensor]:
+        own = {f"{name}//rank{self._world.rank}": torch.full(shape, self.value) for name, shape in SHAPES.items()}
+        return own | {name: torch.full(shape, self.value) for name, shape in SHAPES.items()}
 
     def load_partitions(self, folder: Path, num_updates: int) -> None:
         from voxtral_dist.engine.fsdp2.dcp_files import read_partitions

@@ -41,7 +41,7 @@ def files_limited_to(num_bytes: int) -> Iterator[None]:
 
 def refusal_while_rank_1_cannot_write(world: World, config: RunConfig, layout: str) -> tuple[int, str]:
     save_steps(world, config, layout, (1,))
-    with pytest.raises(UserError) as refused, files_limited_to(100 if world.rank == 1 else 10**9):
+    with pytest.raises(UserError) as refused, files_limited_to(100_000 if world.rank == 1 else 10**9):
         save_steps(world, config, layout, (2,))
     return refused.value.exit_code, str(refused.value)
 

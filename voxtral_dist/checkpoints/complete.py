@@ -16,6 +16,8 @@ from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.errors import UserError, first_line
 
 COMPLETE = "complete.json"
+# DCP's own description of its files.
+METADATA = ".metadata"
 # 2: files have checksums. 1: they have sizes only.
 FORMAT = 2
 _READ_FORMATS = (1, 2)
@@ -104,8 +106,8 @@ class CompleteCheckpoint(_Part):
     @model_validator(mode="after")
     def _lists_all_files(self) -> Self:
         missing = {*self.tensors.values()} - self.files.keys()
-        if self.layout == "dcp" and ".metadata" not in self.files:
-            missing.add(".metadata")
+        if self.layout == "dcp" and METADATA not in self.files:
+            missing.add(METADATA)
         if missing:
             raise ValueError(f"the file {min(missing)} is not listed")
         if self.layout == "whole" and not self.tensors.keys() >= self.shapes.keys():

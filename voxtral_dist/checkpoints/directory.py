@@ -14,14 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from voxtral_dist.checkpoints.complete import COMPLETE, CompleteCheckpoint, StoredFile, read_complete
-from voxtral_dist.checkpoints.files import (
-    WrittenPart,
-    flush_to_disk,
-    layout_of,
-    load_states,
-    write_complete,
-    write_part,
-)
+from voxtral_dist.checkpoints.files import WrittenPart, flush_to_disk, hold_states, load_states, write_complete
 from voxtral_dist.checkpoints.identity import (
     data_identity,
     model_identity,
@@ -30,6 +23,7 @@ from voxtral_dist.checkpoints.identity import (
     refuse_other_training,
 )
 from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.checkpoints.save_under_way import SaveUnderWay
 from voxtral_dist.checkpoints.verifying import damage_of, damage_over_ranks, verified
 from voxtral_dist.config import RunConfig, dump_config
 from voxtral_dist.distributed.collectives import (
@@ -133,6 +127,7 @@ class CheckpointDirectory:
         self._test_sets = dict(test_sets or {})
         self._data_identity = data_identity(config, data_fingerprint)
         self._model_identity = from_first_rank(model_identity(config) if world.is_first else {}, world)
+        self._save: SaveUnderWay | None = None
         # Step of the checkpoint that rotation never removes.
         self.kept_step: int | None = None
 
@@ -171,19 +166,57 @@ class CheckpointDirectory:
             SharedWriteError: a rank cannot write, so that nothing has changed on disk. All ranks raise it.
             UserError: a weight is not finite: what is saved is always worth loading.
         """
+        self.start(engine, progress, in_background=False)
+        return self.finish()
+
+    def start(self, engine: Engine, progress: TrainProgress, *, in_background: bool) -> None:
+        """Begin a checkpoint, which `finish` completes; until then there is none.
+
+        Args:
+            engine: its state is written.
+            progress: of the run.
+            in_background: copy the state to host memory, and let a thread write it while training goes on. A rank's
+                part `is_written` when it has ended.
+
+        Raises:
+            SharedWriteError, UserError: see `save`.
+        """
+        assert self._save is None, "at most one checkpoint is under way"
         self._refuse_not_finite(engine, progress.step)
         final = self._folder / _name(progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
         self._on_first(final, lambda: self._begin(temporary))
+        held = hold_states(engine, temporary, self._world, copies=in_background)
+        self._save = SaveUnderWay(final, temporary, held, progress, engine.parameter_shapes(), engine.scalars())
+        if in_background:
+            self._save.write_in_background()
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a checkpoint was begun and not completed."""
+        return self._save is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has written its part of the checkpoint under way."""
+        return self._save is not None and self._save.is_written
+
+    def finish(self) -> Path:
+        """Complete the checkpoint under way, after all ranks have written their parts.
+
+        Raises:
+            SharedWriteError: see `save`.
+        """
+        assert self._save is not None, "a checkpoint was begun"
+        save, self._save = self._save, None
         arrive = PatientSum(self._world)
-        part = write_part(engine, temporary, self._world)
+        part = save.part()
         # Disks of different nodes take different times.
         arrive(0)
         parts = gather_on_first(part, self._world)
-        failure = first_over_ranks(part.failure, self._world)
-        self._refuse_if(failure, final)
-        self._on_first(final, lambda: self._finish(temporary, final, parts, progress, engine))
-        return final
+        self._refuse_if(first_over_ranks(part.failure, self._world), save.final)
+        self._on_first(save.final, lambda: self._finish(save, parts))
+        return save.final
 
     def _refuse_not_finite(self, engine: Engine, step: int) -> None:
         found = first_over_ranks(next(iter(engine.not_finite()), None), self._world)
@@ -233,36 +266,29 @@ class CheckpointDirectory:
         intact = self._intact()
         return read_complete(intact[-1]).num_bytes if intact else 0
 
-    def _finish(
-        self,
-        temporary: Path,
-        final: Path,
-        parts: Sequence[WrittenPart],
-        progress: TrainProgress,
-        engine: Engine,
-    ) -> None:
-        config = temporary / "config.yaml"
+    def _finish(self, save: SaveUnderWay, parts: Sequence[WrittenPart]) -> None:
+        config = save.temporary / "config.yaml"
         config.write_text(dump_config(self._config), encoding="utf-8")
         flush_to_disk(config)
         files = {name: file for part in parts for name, file in part.files.items()} | {
             config.name: StoredFile.of(config)
         }
-        self._refuse_unseen(temporary, files, parts)
+        self._refuse_unseen(save.temporary, files, parts)
         contents = CompleteCheckpoint(
-            progress=progress,
+            progress=save.progress,
             data=self._data_identity,
             model=self._model_identity,
-            shapes=engine.parameter_shapes(),
-            scalars=engine.scalars(),
-            files=files,
-            layout=layout_of(engine),
+            shapes=save.shapes,
+            scalars=save.scalars,
+            files=files | save.held.finish(parts),
+            layout=save.held.layout,
             tensors={name: file for part in parts for name, file in part.tensors.items()},
             test_sets=self._test_sets,
         )
-        write_complete(temporary, contents)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        self._remove_old(final)
+        write_complete(save.temporary, contents)
+        shutil.rmtree(save.final, ignore_errors=True)
+        save.temporary.rename(save.final)
+        self._remove_old(save.final)
 
     def _refuse_unseen(self, folder: Path, files: Mapping[str, StoredFile], parts: Sequence[WrittenPart]) -> None:
         """Refuse a checkpoint of which rank 0 does not see every file that a rank wrote."""

@@ -15,17 +15,19 @@ state: the order of the data, augmentation and dropout are functions of (seed, s
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from voxtral_dist.checkpoints.complete import COMPLETE, CompleteCheckpoint, StoredFile
+from voxtral_dist.checkpoints.complete import COMPLETE, METADATA, CompleteCheckpoint, StoredFile
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.ema import average_name
 from voxtral_dist.engine.engine import DistributedCheckpointing, Engine, ParameterState
@@ -42,36 +44,99 @@ FILE_BYTES = 2 * 2**30
 class WrittenPart:
     """What one rank wrote.
 
-    files: its files by name. tensors: the file of each of its tensors, in the layout `whole`. failure: why they could
-    not all be written; None if they were.
+    files: its files by name. tensors: the file of each of its tensors, in the layout `whole`. results: what
+    `PlannedPartitions` wrote, in the layout `dcp`. failure: why they could not all be written; None if they were.
     """
 
     files: dict[str, StoredFile] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)
+    results: list[Any] = field(default_factory=list)
     failure: str | None = None
 
 
-def layout_of(engine: Engine) -> Literal["whole", "dcp"]:
-    """The layout in which an engine's state is written."""
-    return "dcp" if isinstance(engine, DistributedCheckpointing) else "whole"
+class HeldStates(Protocol):
+    """This rank's part of the trained weights and their moments, in one of the two layouts."""
+
+    @property
+    def layout(self) -> Literal["whole", "dcp"]:
+        """The layout, as in `complete.json`."""
+
+    def write(self) -> WrittenPart:
+        """Write it. A rank that cannot says why, and does not raise."""
+
+    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, StoredFile]:
+        """Write what all parts together need, on rank 0; its files by name."""
 
 
-def write_part(engine: Engine, folder: Path, world: World) -> WrittenPart:
-    """Write this rank's part of the trained weights and their moments; all ranks call it together.
+def hold_states(engine: Engine, folder: Path, world: World, *, copies: bool) -> HeldStates:
+    """Prepare the writing of an engine's state into a folder; all ranks call it together.
 
-    A rank that cannot write takes part to the end, because the others need it, and says why.
+    With `copies`, the state is copied to host memory, and each rank may write its part whenever it likes, in any
+    thread. Without, all ranks must write together, before the engine's state changes.
     """
     if isinstance(engine, DistributedCheckpointing):
-        tensors: dict[str, str] = {}
-        failure = engine.save_partitions(folder)
-        names = {path.name for path in folder.glob(f"__{world.rank}_*")} | ({".metadata"} if world.is_first else set())
-    else:
-        writer = _StateWriter(folder, world.rank)
-        tensors = writer.write(engine.parameter_states())
-        failure, names = writer.failure, set(tensors.values())
+        return _HeldPartitions(engine.partitions(), folder, world, copies=copies)
+    return _HeldParameters(engine.parameter_states(), folder, world, copies=copies)
+
+
+def held_bytes(engine: Engine, world: World) -> int:
+    """Host memory for a copy of this rank's part, in bytes; an upper bound where parameters are written whole."""
+    if isinstance(engine, DistributedCheckpointing):
+        from voxtral_dist.engine.fsdp2.sharding import local_part
+
+        return sum(local_part(one).nbytes for one in engine.partitions().values())
+    num_values = sum(math.prod(shape) for shape in engine.parameter_shapes().values())
+    # A weight, two moments and an average in float32; a rank may write one parameter more than another.
+    return 16 * num_values // world.size
+
+
+class _HeldParameters:
+    layout: Literal["whole"] = "whole"
+
+    def __init__(self, states: Iterator[ParameterState], folder: Path, world: World, *, copies: bool) -> None:
+        # Tensors of `ParameterState` are copies already.
+        self._states = iter(list(states)) if copies else states
+        self._writer = _StateWriter(folder, world.rank)
+        self._folder = folder
+
+    def write(self) -> WrittenPart:
+        tensors = self._writer.write(self._states)
+        return _part(self._folder, {*tensors.values()}, self._writer.failure, tensors=tensors)
+
+    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, StoredFile]:
+        return {}
+
+
+class _HeldPartitions:
+    layout: Literal["dcp"] = "dcp"
+
+    def __init__(self, partitions: dict[str, Tensor], folder: Path, world: World, *, copies: bool) -> None:
+        from voxtral_dist.engine.fsdp2.dcp_writing import PlannedPartitions
+
+        self._planned = PlannedPartitions(partitions, folder, world, copies=copies)
+        self._folder = folder
+        self._rank = world.rank
+
+    def write(self) -> WrittenPart:
+        try:
+            results = self._planned.write()
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, RuntimeError) as error:
+            # torch's writer raises a plain RuntimeError where a file cannot be written.
+            return WrittenPart(failure=write_reason(error))
+        names = {path.name for path in self._folder.glob(f"__{self._rank}_*")}
+        return _part(self._folder, names, None, results=results)
+
+    def finish(self, parts: Sequence[WrittenPart]) -> dict[str, StoredFile]:
+        self._planned.finish([part.results for part in parts])
+        return {METADATA: _on_disk(self._folder / METADATA)}
+
+
+def _part(folder: Path, names: set[str], failure: str | None, **written: Any) -> WrittenPart:
     if failure is None:
         try:
-            return WrittenPart({name: _on_disk(folder / name) for name in sorted(names)}, tensors)
+            return WrittenPart({name: _on_disk(folder / name) for name in sorted(names)}, **written)
         except OSError as error:
             failure = write_reason(error)
     return WrittenPart(failure=failure)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from voxtral_dist.checkpoints.complete import COMPLETE, CompleteCheckpoint, DamageError, read_complete
+from voxtral_dist.checkpoints.complete import COMPLETE, METADATA, CompleteCheckpoint, DamageError, read_complete
 from voxtral_dist.distributed.collectives import PatientSum, first_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import first_line
@@ -99,7 +99,7 @@ def _refuse_other_contents(folder: Path, complete: CompleteCheckpoint, names: Se
 def _damage_of_structure(folder: Path, complete: CompleteCheckpoint, name: str) -> str | None:
     """What a loader would stumble on in a file: checkpoints of format 1 have no checksums."""
     if complete.layout == "dcp":
-        if name != ".metadata":
+        if name != METADATA:
             return None
         from voxtral_dist.engine.fsdp2.dcp_metadata import damage_of_metadata
 

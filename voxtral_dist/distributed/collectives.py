@@ -193,6 +193,15 @@ def from_first_rank(value: T, world: World) -> T:
     return box[0]
 
 
+def scatter_from_first(values: Sequence[T], world: World) -> T:
+    """The value that rank 0 has for this rank; `values` holds one for each rank there. Values are pickled."""
+    if world.size == 1:
+        return values[0]
+    box: list[Any] = [None]
+    dist.scatter_object_list(box, list(values) if world.is_first else None, src=0)
+    return cast(T, box[0])
+
+
 def first_over_ranks(value: T | None, world: World) -> T | None:
     """The value of the first rank that has one, on every rank; None if no rank has. Values are pickled."""
     values = (theirs for theirs in gather_on_first(value, world) if theirs is not None)

@@ -113,14 +113,13 @@ class Engine(Protocol):
 
 @runtime_checkable
 class DistributedCheckpointing(Protocol):
-    """Methods of an engine whose ranks can write their own partitions. Implemented by `Fsdp2Engine`."""
+    """Methods of an engine whose ranks can write their own partitions. Implemented by `Fsdp2Engine`.
 
-    def save_partitions(self, folder: Path) -> str | None:
-        """Write weights and moments by `dcp_files.write_partitions`; all ranks call it together.
+    They are written by `dcp_writing.PlannedPartitions`.
+    """
 
-        Returns:
-            Why a rank could not write, on all ranks; None if all could.
-        """
+    def partitions(self) -> dict[str, Tensor]:
+        """Sharded weights and moments by their names on disk, which share memory with the engine's own."""
 
     def load_partitions(self, folder: Path, num_updates: int) -> None:
-        """Load what `save_partitions` wrote on any number of ranks, as it was after `num_updates` updates."""
+        """Load the partitions that were written on any number of ranks, as it was after `num_updates` updates."""

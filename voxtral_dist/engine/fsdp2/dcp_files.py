@@ -1,4 +1,4 @@
-"""Sharded tensors on disk by torch.distributed.checkpoint (DCP): each rank writes its partitions, nothing is gathered.
+"""Sharded tensors on disk by torch.distributed.checkpoint (DCP): each rank wrote its partitions (see `dcp_writing`).
 
 They can be read in other partitions on any number of ranks, or as full tensors without a process group. DCP is imported
 where it is used, because importing it takes a second.
@@ -15,28 +15,6 @@ from torch import Tensor
 from voxtral_dist.engine.ema import AVERAGE, average_name
 from voxtral_dist.engine.engine import ParameterState
 from voxtral_dist.engine.fsdp2.block_states import dequantize
-from voxtral_dist.errors import write_reason
-
-
-def write_partitions(tensors: dict[str, Tensor], folder: Path) -> str | None:
-    """Write this rank's partitions of sharded tensors; all ranks call it together, with a shared folder.
-
-    Returns:
-        Why a rank could not write, on all ranks; None if all could.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    try:
-        save(tensors, storage_writer=FileSystemWriter(folder))
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        # torch's writer raises a plain RuntimeError where a file cannot be written.
-        if not isinstance(cause, OSError | RuntimeError):
-            raise RuntimeError(str(error)) from error
-        return f"{write_reason(cause)}, on rank {rank}"
-    return None
 
 
 def read_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -49,7 +27,7 @@ def read_partitions(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def stored_names(folder: Path) -> list[str]:
-    """Names of the tensors that `write_partitions` wrote."""
+    """Names of the tensors in a folder."""
     from voxtral_dist.engine.fsdp2.dcp_metadata import stored_tensors
 
     return list(stored_tensors(folder))
@@ -68,7 +46,7 @@ def stored_moments(parameters: Iterable[str], stored: Iterable[str]) -> dict[str
 def read_full(
     folder: Path, shapes: Mapping[str, Sequence[int]], *, with_moments: bool = True, with_averages: bool = True
 ) -> Iterator[ParameterState]:
-    """Read what `write_partitions` wrote as full float32 tensors, parameter by parameter; moments are dequantized.
+    """Read what `PlannedPartitions` wrote as full float32 tensors, parameter by parameter; moments are dequantized.
 
     Args:
         folder: the folder that was written.

@@ -19,7 +19,7 @@ from voxtral_dist.engine.ema import WeightAverages, average_name
 from voxtral_dist.engine.engine import ParameterState, StepUpdate
 from voxtral_dist.engine.finite import names_not_finite
 from voxtral_dist.engine.fsdp2.block_states import dequantize
-from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, stored_names, write_partitions
+from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, stored_names
 from voxtral_dist.engine.fsdp2.gradient_sums import GradientSums
 from voxtral_dist.engine.fsdp2.moments import ShardedMoments
 from voxtral_dist.engine.fsdp2.optimizers import build_optimizer, update
@@ -230,12 +230,12 @@ class Fsdp2Engine:
                 average = state.weight if state.average is None else state.average
                 local_part(averages[name]).copy_(average[rows])
 
-    def save_partitions(self, folder: Path) -> str | None:
-        """See `DistributedCheckpointing`. Weights and moments are written as they are, quantized ones with scales."""
+    def partitions(self) -> dict[str, Tensor]:
+        """See `DistributedCheckpointing`. Weights and moments are as they are, quantized ones with scales."""
         partitions = self._weights() | self._named_averages()
         for name, parameter in self._trained.items():
             partitions |= {f"{name}//{key}": moment for key, moment in self._moments.of(parameter).items()}
-        return write_partitions(partitions, folder)
+        return partitions
 
     @torch.no_grad()
     def load_partitions(self, folder: Path, num_updates: int) -> None:

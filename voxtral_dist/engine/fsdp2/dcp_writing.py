@@ -1,0 +1,97 @@
+"""Sharded tensors written by torch.distributed.checkpoint (DCP) in three parts: planned by all ranks together, written
+by each rank alone, in any thread, and completed by rank 0.
+
+DCP's own `save` does all three with collectives in between, and its `async_save` needs a process group of its own for
+its thread, by whose addresses the nodes reach each other on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+
+from voxtral_dist.distributed.collectives import gather_on_first, scatter_from_first
+from voxtral_dist.distributed.world import World
+
+
+class PlannedPartitions:
+    """This rank's part of sharded tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path, world: World, *, copies: bool) -> None:
+        """Decide with all ranks who writes what.
+
+        Args:
+            tensors: sharded or equal on all ranks, by name.
+            folder: an existing folder that all ranks share.
+            world: all ranks.
+            copies: copy this rank's part to host memory, so that the tensors may change before they are written.
+        """
+        self._writer = FileSystemWriter(folder)
+        self._planner = _HoldingPlanner()
+        self._planner.set_up_planner(dict(tensors), self._writer.storage_meta(), world.is_first)
+        self._writer.set_up_storage_writer(world.is_first)
+        plans: Sequence[Any] = gather_on_first(
+            self._writer.prepare_local_plan(self._planner.create_local_plan()), world
+        )
+        self._metadata: Metadata | None = None
+        if world.is_first:
+            plans, self._metadata = self._planner.create_global_plan(list(plans))
+            plans = self._writer.prepare_global_plan(plans)
+        self._plan = self._planner.finish_plan(scatter_from_first(plans, world))
+        if copies:
+            self._planner.hold(item.index for item in self._plan.items)
+
+    def write(self) -> list[WriteResult]:
+        """Write this rank's file; alone, in any thread.
+
+        Raises:
+            OSError, RuntimeError: it cannot be written.
+        """
+        writing = self._writer.write_data(self._plan, self._planner)
+        writing.wait()
+        return list(writing.value())
+
+    def finish(self, results: Sequence[list[WriteResult]]) -> None:
+        """Write `.metadata`, on rank 0.
+
+        Args:
+            results: what `write` returned on each rank.
+        """
+        assert self._metadata is not None, "rank 0 plans"
+        self._writer.finish(self._metadata, list(results))
+
+
+class _HoldingPlanner(DefaultSavePlanner):
+    """DCP's planner, which can hold copies of what it will write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[MetadataIndex, Tensor] = {}
+
+    @torch.no_grad()
+    def hold(self, indices: Any) -> None:
+        """Copy tensors of this rank to host memory."""
+        values = {index: super(_HoldingPlanner, self).lookup_object(index) for index in indices}
+        self._held = {index: _on_host(value) for index, value in values.items()}
+        if any(value.is_cuda for value in values.values()):
+            torch.cuda.synchronize()
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """See `DefaultSavePlanner`."""
+        return self._held[index] if index in self._held else super().lookup_object(index)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in host memory; of a GPU's tensor, in pinned memory and under way."""
+    if not tensor.is_cuda:
+        return tensor.detach().clone()
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return copy.copy_(tensor.detach(), non_blocking=True)
