@@ -41,6 +41,7 @@ from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data, refuse_unshared
+from voxtral_dist.training.saver import Saver
 from voxtral_dist.training.selection import Verdict
 from voxtral_dist.training.signals import StopRequest, stop_signals
 from voxtral_dist.training.step import Requests, TrainStep
@@ -127,13 +128,14 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
         step = build_train_step(config, engine, world, flops, loader.num_steps, checkpoints.newest)
+        saver = Saver(config.checkpoint, checkpoints, engine, metrics_log, time_limit, world)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
                 evaluator.evaluate(progress.step)
         verdict = selector.select(progress.step)
         for batches in () if verdict.must_stop else steps:
-            result = step.run(batches, _requests(stop, time_limit, evaluator, progress.step + 1))
+            result = step.run(batches, _requests(stop, time_limit, evaluator, saver, progress.step + 1))
             progress = result.advance(progress)
             time_limit.record("step", result.metrics.step_seconds)
             metrics_log.train_step(progress.step, result.metrics)
@@ -141,12 +143,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
             is_last = progress.step == loader.num_steps
             is_evaluated = evaluator.is_due(progress.step)
             must_stop = result.agreed.stop_in_time or (result.agreed.stop and not is_last)
-            is_due = is_last or result.agreed.save or progress.step % config.checkpoint.every_steps == 0
-            if is_due or is_evaluated or must_stop:
-                with time_limit.measuring("save"):
-                    saved = checkpoints.save(engine, progress)
-                seconds = round(time_limit.last("save"), 3)
-                metrics_log.write("checkpoint", progress.step, {"path": saved.name, "seconds": seconds})
+            saver.after_step(progress, result.agreed, is_awaited=is_last or is_evaluated or must_stop)
             if must_stop:
                 return _stopped(config, progress, metrics_log, by_signal=result.agreed.stop)
             if is_evaluated:
@@ -294,7 +291,7 @@ def _announce(
     )
 
 
-def _requests(stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, step: int) -> Requests:
+def _requests(stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, saver: Saver, step: int) -> Requests:
     """What this rank asks for after its next update, which will be the run's number `step`."""
     # A run that stops before an evaluation begins with it when it resumes.
     following: tuple[Part, ...] = ("evaluation",) if evaluator.is_due(step) else ("step",)
@@ -302,7 +299,13 @@ def _requests(stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, st
         # An export takes about as long as a save.
         following = ("evaluation", "save")
     is_short = time_limit.is_too_short_for("step", "save", *following)
-    return Requests(stop.requested, stop_in_time=is_short, save=time_limit.needs_a_save())
+    return Requests(
+        stop=stop.requested,
+        stop_in_time=is_short,
+        save=time_limit.needs_a_save(),
+        save_in_background=saver.is_time(),
+        is_written=saver.is_written(),
+    )
 
 
 def _changes(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +14,7 @@ from voxtral_dist.errors import UserError
 
 from ranks import run_ranks
 from runs import run_config
-from states import LAYOUTS, save_steps
+from states import LAYOUTS, files_limited_to, save_steps
 
 CPU = alone("cpu")
 
@@ -26,17 +23,6 @@ CPU = alone("cpu")
 def config(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> RunConfig:
     (tmp_path / "run").mkdir()
     return run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=4)
-
-
-@contextmanager
-def files_limited_to(num_bytes: int) -> Iterator[None]:
-    """Files of this process that grow larger cannot be written, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def refusal_while_rank_1_cannot_write(world: World, config: RunConfig, layout: str) -> tuple[int, str]:

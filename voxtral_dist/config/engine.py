@@ -106,6 +106,16 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. One is also written before every evaluation, at the last step, and when a signal
     (SIGTERM or SIGUSR1) stops the run."""
 
+    every_seconds: float | None = Field(default=None, gt=0)
+    """Seconds between checkpoints, besides `every_steps`: one is also begun at the end of the first step after them.
+    None: steps alone decide."""
+
+    asynchronous: bool | None = None
+    """Write checkpoints while training goes on: it stands still while the state is copied to host memory, and a thread
+    writes the copy. At most one is under way, and a run that is killed meanwhile resumes from the one before. Saves
+    before evaluations and at the end are waited for. None: where the copy takes at most half of the free host memory
+    of every rank."""
+
     keep: int = Field(default=2, gt=0)
     """Complete checkpoints to keep. Older ones are removed after a newer one is complete, except the best one (see
     `evaluation.selection`)."""

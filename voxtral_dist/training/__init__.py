@@ -4,6 +4,7 @@
 - `signals` and `time_limit`: requests to stop;
 - `metrics_log`: rows in `metrics.jsonl`, scalars for `tensorboard`, and the live `display`;
 - `step`: one update over all ranks, and its `step_metrics`; `not_finite`: the end of a run that diverged;
+- `saver`: checkpoints, in the background where memory allows;
 - `bad_utterances`: limits on unusable utterances;
 - `evaluator`: the periodic evaluation of test sets;
 - `checkpoint_selector`: the best checkpoint, by the rules in `selection`;

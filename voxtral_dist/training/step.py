@@ -29,12 +29,15 @@ class Requests:
     """What a rank asks for after a step; all ranks do what one of them asks for.
 
     stop: to stop, because a signal asked it. stop_in_time: to stop, because `max_run_hours` are nearly over. save: to
-    save.
+    save, and to wait for it. save_in_background: to save by `every_seconds`. is_written: to complete the checkpoint
+    under way; this is done when all ranks ask for it.
     """
 
     stop: bool = False
     stop_in_time: bool = False
     save: bool = False
+    save_in_background: bool = False
+    is_written: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,13 @@ class TrainStep:
             num_utterances=int(totals.num_utterances),
             num_bad_utterances=int(totals.num_bad_utterances),
             num_too_long=int(totals.num_too_long),
-            agreed=Requests(totals.num_stops > 0, totals.num_stops_in_time > 0, totals.num_saves > 0),
+            agreed=Requests(
+                stop=totals.num_stops > 0,
+                stop_in_time=totals.num_stops_in_time > 0,
+                save=totals.num_saves > 0,
+                save_in_background=totals.num_saves_in_background > 0,
+                is_written=totals.num_written == self.world.size,
+            ),
         )
 
     def _with_equal_chunks(self, micro_batches: Sequence[MicroBatch], maxima: RankMaxima) -> list[MicroBatch]:
@@ -202,6 +211,8 @@ class _Totals(NamedTuple):
     num_stops: float
     num_stops_in_time: float
     num_saves: float
+    num_saves_in_background: float
+    num_written: float
 
     @classmethod
     def of(cls, micro_batches: Sequence[MicroBatch], flops: TrainingFlops | None, requests: Requests) -> _Totals:
@@ -217,6 +228,8 @@ class _Totals(NamedTuple):
             num_stops=requests.stop,
             num_stops_in_time=requests.stop_in_time,
             num_saves=requests.save,
+            num_saves_in_background=requests.save_in_background,
+            num_written=requests.is_written,
         )
 
     def over_ranks(self, world: World) -> _Totals:

@@ -1,0 +1,210 @@
+"""Checkpoints that a thread writes while training goes on, and when they are begun and completed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
+from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.checkpoints.save_under_way import SaveUnderWay
+from voxtral_dist.config import CheckpointConfig, RunConfig
+from voxtral_dist.distributed.world import World, alone
+from voxtral_dist.engine.engine import ParameterState
+from voxtral_dist.errors import UserError
+from voxtral_dist.training import saver as saver_module
+from voxtral_dist.training.metrics_log import MetricsLog
+from voxtral_dist.training.saver import Saver
+from voxtral_dist.training.step import Requests
+from voxtral_dist.training.time_limit import TimeLimit
+
+from ranks import run_ranks
+from runs import run_config
+from states import SHAPES, PartitionedStates, WholeStates, files_limited_to
+
+CPU = alone("cpu")
+
+
+class TrainedPartitions(PartitionedStates):
+    """Weights that stay where they are, and change."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.weights = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+
+    def train(self, value: float) -> None:
+        for weight in self.weights.values():
+            weight.fill_(value)
+
+    def partitions(self) -> dict[str, Tensor]:
+        return self.weights
+
+
+class TrainedWhole(WholeStates):
+    """The same, of which each rank writes whole parameters."""
+
+    def train(self, value: float) -> None:
+        self.value = value
+
+    def parameter_states(self) -> Iterator[ParameterState]:
+        # Engines yield copies.
+        yield from super().parameter_states()
+
+
+LAYOUTS: dict[str, Any] = {"whole": TrainedWhole, "dcp": TrainedPartitions}
+
+
+@pytest.fixture
+def config(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> RunConfig:
+    return run_config(tmp_path, tiny_model, shard_folder, num_steps=9)
+
+
+def saved_while_training(world: World, config: RunConfig, layout: str) -> tuple[bool, int | None, int | None, Any]:
+    """Whether the thread had ended before weights changed, what could be resumed before and after, and its weights."""
+    may_write = threading.Event()
+    write = SaveUnderWay._write
+
+    def write_late(self: SaveUnderWay) -> None:
+        may_write.wait()
+        write(self)
+
+    SaveUnderWay._write = write_late  # type: ignore[method-assign]
+    try:
+        engine = LAYOUTS[layout](world)
+        engine.train(3.0)
+        directory = CheckpointDirectory(config, "", world)
+        directory.start(engine, TrainProgress(step=3), in_background=True)
+        engine.train(4.0)
+        before = directory.is_written, latest_step(config.run_dir, world)
+        may_write.set()
+        directory.finish()
+    finally:
+        SaveUnderWay._write = write  # type: ignore[method-assign]
+    step = latest_step(config.run_dir, world)
+    directory.load(engine, step)
+    return *before, step, engine.loaded
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_thread_writes_the_state_of_the_moment_of_the_copy(config: RunConfig, layout: str) -> None:
+    expected = (False, None, 3, {"a": 3.0, "b": 3.0, "c": 3.0})
+    assert run_ranks(2, saved_while_training, config, layout) == [expected, expected]
+
+
+def failing_on_rank_1(world: World, config: RunConfig, layout: str) -> tuple[int, str]:
+    directory = CheckpointDirectory(config, "", world)
+    with files_limited_to(100_000 if world.rank == 1 else 10**9):
+        directory.start(LAYOUTS[layout](world), TrainProgress(step=1), in_background=True)
+        with pytest.raises(UserError) as refused:
+            directory.finish()
+    assert not directory.is_under_way
+    return refused.value.exit_code, str(refused.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_thread_that_cannot_write_ends_all_ranks(config: RunConfig, layout: str) -> None:
+    refusals = run_ranks(2, failing_on_rank_1, config, layout)
+    assert refusals[0] == refusals[1]
+    assert refusals[0][0] == 74
+    assert "step-0000001 cannot be written: " in refusals[0][1]
+    assert list((config.run_dir / "checkpoints").iterdir()) == []
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def taking(clock: Clock, seconds: float, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **options: Any) -> Any:
+        clock.seconds += seconds
+        return function(*arguments, **options)
+
+    return timed
+
+
+class Run:
+    """A saver by a clock: a copy takes 2 s, completing 1 s, and a save that is waited for 30 s."""
+
+    def __init__(self, config: RunConfig, metrics_log: MetricsLog, **settings: Any) -> None:
+        self.clock = Clock()
+        self.directory = CheckpointDirectory(config, "", CPU)
+        start, finish = self.directory.start, self.directory.finish
+        self.directory.save = taking(self.clock, 30, self.directory.save)  # type: ignore[method-assign]
+        self.directory.start = self._start(start)  # type: ignore[method-assign]
+        self.directory.finish = self._finish(finish)  # type: ignore[method-assign]
+        self.saver = Saver(
+            CheckpointConfig(**settings),
+            self.directory,
+            WholeStates(CPU),
+            metrics_log,
+            TimeLimit(None, self.clock),
+            CPU,
+            self.clock,
+        )
+
+    def _start(self, start: Callable[..., Any]) -> Callable[..., Any]:
+        return taking(self.clock, 2, start)
+
+    def _finish(self, finish: Callable[..., Any]) -> Callable[..., Any]:
+        return taking(self.clock, 1, finish)
+
+    def step(self, number: int, agreed: Requests | None = None, *, is_awaited: bool = False) -> None:
+        self.clock.seconds += 10
+        self.saver.after_step(TrainProgress(step=number), agreed or Requests(), is_awaited=is_awaited)
+
+
+@pytest.fixture
+def metrics_log(tmp_path: Path) -> Iterator[MetricsLog]:
+    with MetricsLog(tmp_path, 9, 0, CPU) as log:
+        yield log
+
+
+def test_a_save_by_steps_stalls_for_copy_and_completion_only(config: RunConfig, metrics_log: MetricsLog) -> None:
+    run = Run(config, metrics_log, every_steps=2, asynchronous=True)
+    run.step(1)
+    run.step(2)
+    assert run.directory.is_under_way
+    run.step(3, Requests(is_written=True))
+    assert not run.directory.is_under_way
+    # The next one is not written when another is due, and the last one is waited for.
+    run.step(4)
+    run.step(6)
+    run.step(7, is_awaited=True)
+    rows = [(row["step"], row["seconds"], row["stalled_seconds"]) for row in metrics_log.rows("checkpoint")]
+    assert rows[:3] == [(2, 13, 3), (4, 13, 3), (6, 13, 3)]
+    assert rows[3][0] == 7
+    assert rows[3][1] == rows[3][2] >= 30
+    assert run.directory.intact_steps() == [6, 7]
+
+
+def test_seconds_begin_a_save_too(config: RunConfig, metrics_log: MetricsLog) -> None:
+    run = Run(config, metrics_log, every_seconds=25, asynchronous=True)
+    for number, expected in enumerate([False, False, True, False, False, True], 1):
+        run.clock.seconds += 10
+        is_time = run.saver.is_time()
+        assert is_time is expected, number
+        agreed = Requests(save_in_background=is_time)
+        run.clock.seconds -= 10
+        run.step(number, agreed)
+
+
+def test_without_memory_for_a_copy_a_save_is_waited_for(
+    config: RunConfig, metrics_log: MetricsLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(config, metrics_log, every_steps=1)
+    run.step(1)
+    assert run.directory.is_under_way
+    monkeypatch.setattr(saver_module, "free_memory_bytes", lambda *_: 1000)
+    run.step(2)
+    assert not run.directory.is_under_way
+    assert run.directory.intact_steps() == [1, 2]

@@ -1,0 +1,130 @@
+"""When checkpoints are saved, in the background where memory allows, and how long training stood still for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from voxtral_dist.checkpoints.directory import CheckpointDirectory
+from voxtral_dist.checkpoints.files import held_bytes
+from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.config import CheckpointConfig
+from voxtral_dist.distributed.collectives import max_over_ranks
+from voxtral_dist.distributed.devices import free_memory_bytes
+from voxtral_dist.distributed.world import World, ranks_on_node
+from voxtral_dist.engine.engine import Engine
+from voxtral_dist.training.metrics_log import MetricsLog
+from voxtral_dist.training.step import Requests
+from voxtral_dist.training.time_limit import TimeLimit
+
+# Part of a rank's free host memory that a copy of its state may take.
+_MAX_FRACTION = 0.5
+
+
+class Saver:
+    """Saves the state of a run. All ranks call its methods together, unless a method says otherwise."""
+
+    def __init__(
+        self,
+        settings: CheckpointConfig,
+        checkpoints: CheckpointDirectory,
+        engine: Engine,
+        metrics_log: MetricsLog,
+        time_limit: TimeLimit,
+        world: World,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock of `every_seconds`."""
+        self._settings = settings
+        self._checkpoints = checkpoints
+        self._engine = engine
+        self._metrics_log = metrics_log
+        self._time_limit = time_limit
+        self._world = world
+        self._clock = clock
+        # When the last save began, at which step, and how long training has stood still for it.
+        self._began = clock()
+        self._step = 0
+        self._stalled_seconds = 0.0
+
+    def is_time(self) -> bool:
+        """Whether rank 0 asks for a checkpoint, by `every_seconds`; it alone is asked."""
+        every, is_first = self._settings.every_seconds, self._world.is_first
+        return every is not None and is_first and self._clock() - self._began >= every
+
+    def is_written(self) -> bool:
+        """Whether this rank has written its part of the checkpoint under way; each rank for itself."""
+        return self._checkpoints.is_written
+
+    def after_step(self, progress: TrainProgress, agreed: Requests, *, is_awaited: bool) -> None:
+        """Complete and begin what is due after an update.
+
+        Args:
+            progress: after the update.
+            agreed: what all ranks agreed on.
+            is_awaited: whether a checkpoint must be complete before the run goes on.
+
+        Raises:
+            SharedWriteError: a checkpoint cannot be written.
+        """
+        if agreed.is_written:
+            self.complete()
+        if is_awaited or agreed.save:
+            self.save(progress)
+        elif agreed.save_in_background or progress.step % self._settings.every_steps == 0:
+            self.save_in_background(progress)
+
+    def save(self, progress: TrainProgress) -> None:
+        """Save, and wait until the checkpoint is complete.
+
+        Raises:
+            SharedWriteError: it cannot be written.
+        """
+        self.complete()
+        self._began, self._step = self._clock(), progress.step
+        with self._time_limit.measuring("save"):
+            saved = self._checkpoints.save(self._engine, progress)
+        seconds = self._time_limit.last("save")
+        self._record(saved.name, seconds, seconds)
+
+    def save_in_background(self, progress: TrainProgress) -> None:
+        """Copy the state, and let a thread write it; wait for both where memory does not allow that.
+
+        Raises:
+            SharedWriteError: it, or the one before, cannot be written.
+        """
+        self.complete()
+        if not self._has_memory():
+            self.save(progress)
+            return
+        self._began, self._step = self._clock(), progress.step
+        self._checkpoints.start(self._engine, progress, in_background=True)
+        self._stalled_seconds = self._clock() - self._began
+
+    def complete(self) -> None:
+        """Complete the checkpoint under way, if there is one, as soon as all ranks have written their parts.
+
+        Raises:
+            SharedWriteError: it cannot be written.
+        """
+        if not self._checkpoints.is_under_way:
+            return
+        started = self._clock()
+        saved = self._checkpoints.finish()
+        ended = self._clock()
+        self._time_limit.record("save", ended - self._began)
+        self._record(saved.name, ended - self._began, self._stalled_seconds + ended - started)
+
+    def _has_memory(self) -> bool:
+        """Whether all ranks have the memory for a copy, or the configuration says that they have."""
+        if self._settings.asynchronous is not None:
+            return self._settings.asynchronous
+        free = free_memory_bytes(torch.device("cpu"), ranks_on_node(self._world.size))
+        is_short = held_bytes(self._engine, self._world) > _MAX_FRACTION * free
+        return not max_over_ranks([int(is_short)], self._world)[0]
+
+    def _record(self, name: str, seconds: float, stalled_seconds: float) -> None:
+        values = {"path": name, "seconds": round(seconds, 3), "stalled_seconds": round(stalled_seconds, 3)}
+        self._metrics_log.write("checkpoint", self._step, values)
