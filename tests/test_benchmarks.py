@@ -13,6 +13,7 @@ from corpora import REPOSITORY
 # Which take a minute and more, most of them because they start several ranks one after the other.
 SLOW = {
     "building",
+    "checkpoint",
     "data_path",
     "encoder_memory",
     "evaluation",

@@ -1,0 +1,197 @@
+"""Seconds for which training stands still for a checkpoint, relative to DeepSpeed's own `save_checkpoint`.
+
+One rank on a CPU, one thread, a random Voxtral of 250 M parameters in float32 with both moments of AdamW: 3.0 GB. In
+turns, on the same weights and the same disk:
+
+- `zero`, `zero_background`: this project's checkpoint under ZeRO-2, waited for and in the background;
+- `deepspeed`: `save_checkpoint` of the same engine;
+- `fsdp2`, `fsdp2_background`: the same under FSDP2;
+- `dcp_async`: torch's `async_save` of the same tensors.
+
+All but `dcp_async` and `deepspeed` also compute checksums. In the background, the stall is the copy and the completion;
+it ends before the next one begins. `steps`: updates of 0.3 s or more with a save in the background every 10 of them,
+relative to the same without, in turns.
+
+Predicted before the first run: 4 s for whatever writes 3 GB to a drive with 1 GB/s and flushes it, 1 s for the copy at
+3 GB/s: a ratio of 4 to 5 on a CPU, whose copies go through the same memory. Over PCIe (25 GB/s) it would be 25.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from voxtral_dist.config import RunConfig
+from voxtral_dist.distributed.world import World
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
+
+from workloads.command import run
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = TinyShape(
+    vocab_size=16_384,
+    encoder_width=512,
+    text_width=1024,
+    text_layers=12,
+    text_heads=16,
+    text_kv_heads=16,
+    text_ffn_width=4096,
+)
+NUM_ROUNDS, NUM_STEPS, SAVE_EVERY = 3, 40, 10
+
+
+def measure(folder: Path, quick: bool) -> dict[str, Any]:
+    """Median stalls by contender, and the throughput that saves in the background cost."""
+    build_tiny_voxtral(folder / "model", TinyShape() if quick else SHAPE)
+    results: dict[str, Any] = {}
+    for engine in ("zero", "fsdp2"):
+        # Each engine in a process of its own, one after the other: memory of both would not fit.
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=_in_rank, args=(sender, folder, engine, quick))
+        process.start()
+        sender.close()
+        results |= receiver.recv()
+        process.join()
+    stalls = {name: median(seconds) for name, seconds in results.items() if isinstance(seconds, list)}
+    return {
+        "stall_seconds": stalls,
+        "rounds": {name: seconds for name, seconds in results.items() if isinstance(seconds, list)},
+        "ratio": stalls["deepspeed"] / stalls["zero_background"],
+        "ratio_to_waiting": {
+            "zero": stalls["zero"] / stalls["zero_background"],
+            "fsdp2": stalls["fsdp2"] / stalls["fsdp2_background"],
+        },
+        "ratio_to_dcp_async": stalls["dcp_async"] / stalls["fsdp2_background"],
+        "throughput_lost": {name: results[f"{name}_lost"] for name in ("zero", "fsdp2")},
+        "checkpoint_bytes": results["checkpoint_bytes"],
+    }
+
+
+def _in_rank(sender: Any, folder: Path, engine: str, quick: bool) -> None:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    sender.send(_Contest(folder, engine, quick).results())
+
+
+class _Contest:
+    """One engine, and the ways to save it."""
+
+    def __init__(self, folder: Path, kind: str, quick: bool) -> None:
+        from voxtral_dist.checkpoints.directory import CheckpointDirectory
+        from voxtral_dist.data.examples.micro_batch import collate, silent_example
+        from voxtral_dist.engine.build import build_engine
+        from voxtral_dist.model.features import LogMel
+        from voxtral_dist.model.prompts import VoxtralPrompts
+
+        world = World(0, 1, 0, torch.device("cpu"))
+        config = _config(folder, kind)
+        config.run_dir.mkdir(parents=True)
+        self._kind = kind
+        self._quick = quick
+        prompts = VoxtralPrompts.from_pretrained(config.model.path)
+        self._batch = collate([silent_example(prompts)], prompts)
+        self._engine = build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
+        self._directory = CheckpointDirectory(config, "", world)
+        self._folder = config.run_dir
+        self._step()
+
+    def results(self) -> dict[str, Any]:
+        contenders = {self._kind: self._waited, f"{self._kind}_background": self._in_background}
+        contenders |= {"deepspeed": self._deepspeed} if self._kind == "zero" else {"dcp_async": self._dcp_async}
+        stalls: dict[str, list[float]] = {name: [] for name in contenders}
+        for number in range(1 if self._quick else NUM_ROUNDS):
+            for name, save in contenders.items():
+                stalls[name].append(save(number + 1))
+        newest = max((self._folder / "checkpoints").iterdir())
+        num_bytes = sum(path.stat().st_size for path in newest.iterdir())
+        return stalls | {"checkpoint_bytes": num_bytes, f"{self._kind}_lost": self._lost()}
+
+    def _waited(self, number: int) -> float:
+        from voxtral_dist.checkpoints.progress import TrainProgress
+
+        return _seconds(lambda: self._directory.save(self._engine, TrainProgress(step=2 * number)))
+
+    def _in_background(self, number: int) -> float:
+        from voxtral_dist.checkpoints.progress import TrainProgress
+
+        progress = TrainProgress(step=2 * number + 1)
+        stall = _seconds(lambda: self._directory.start(self._engine, progress, in_background=True))
+        while not self._directory.is_written:
+            time.sleep(0.01)
+        return stall + _seconds(self._directory.finish)
+
+    def _deepspeed(self, number: int) -> float:
+        seconds = _seconds(lambda: self._engine._engine.save_checkpoint(str(self._folder / "deepspeed")))
+        # As this project's, it is on the disk when it is complete.
+        seconds += _seconds(os.sync)
+        shutil.rmtree(self._folder / "deepspeed")
+        return seconds
+
+    def _dcp_async(self, number: int) -> float:
+        from torch.distributed.checkpoint.state_dict_saver import async_save
+
+        started: list[Any] = []
+        folder = self._folder / "dcp"
+        seconds = _seconds(lambda: started.append(async_save(self._engine.partitions(), checkpoint_id=folder)))
+        started[0].result()
+        shutil.rmtree(folder)
+        return seconds
+
+    def _lost(self) -> float:
+        """Part of the throughput that a save every `SAVE_EVERY` steps costs, in turns with as many steps without."""
+        seconds = {True: 0.0, False: 0.0}
+        for block in range(2 if self._quick else 2 * NUM_STEPS // SAVE_EVERY):
+            saves = block % 2 == 1
+            seconds[saves] += _seconds(lambda saves=saves, block=block: self._steps(saves, block))
+        return seconds[True] / seconds[False] - 1
+
+    def _steps(self, saves: bool, block: int) -> None:
+        from voxtral_dist.checkpoints.progress import TrainProgress
+
+        if saves:
+            self._directory.start(self._engine, TrainProgress(step=100 + block), in_background=True)
+        for _ in range(SAVE_EVERY):
+            self._step()
+            if self._directory.is_written:
+                self._directory.finish()
+        if self._directory.is_under_way:
+            self._directory.finish()
+
+    def _step(self) -> None:
+        self._engine.backward(self._batch, 1, is_last=True)
+        self._engine.step(1e-6)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def _config(folder: Path, kind: str) -> RunConfig:
+    engine = {"fsdp2": {}} if kind == "fsdp2" else {"deepspeed": ROOT / "ds_configs" / "zero2.json"}
+    return RunConfig.model_validate(
+        {
+            "run_dir": folder / kind,
+            "num_steps": 1,
+            "model": {"path": str(folder / "model"), "precision": "float32"},
+            "train_data": {"shards": ["none"], "max_examples": 1},
+            "optimizer": {"learning_rate": 1e-6, "warmup_steps": 0},
+            "engine": engine,
+            "checkpoint": {"keep": 1},
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(__doc__, measure, ("ratio", "ratio_to_waiting", "ratio_to_dcp_async", "throughput_lost", "stall_seconds"))
