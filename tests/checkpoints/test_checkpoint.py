@@ -176,6 +176,49 @@ def test_averages_are_added_to_a_run_or_removed_from_it(
     run_ranks(1, add_and_remove_averages, config.model_copy(update={"run_dir": tmp_path / "run"}))
 
 
+def saved_in_background(world: World, config: RunConfig) -> list[list[str]]:
+    """The tensors, under each engine, that a save in the background did not store as they were when it began."""
+    from voxtral_dist.checkpoints.directory import CheckpointDirectory
+    from voxtral_dist.checkpoints.progress import TrainProgress
+    from voxtral_dist.engine.build import build_engine
+    from voxtral_dist.train import build_train_step
+
+    def states() -> dict[str, torch.Tensor]:
+        return {
+            f"{state.name}//{key}": tensor.clone()
+            for state in engine.parameter_states()
+            for key, tensor in {"weight": state.weight, **state.moments}.items()
+        }
+
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    log_mel = LogMel.from_pretrained(config.model.path, world.device)
+    different = []
+    for kind in ("2", "fsdp2"):
+        run = with_engine(config, kind, config.run_dir / kind)
+        if world.is_first:
+            run.run_dir.mkdir()
+        loader = build_train_loader(run.train_data, prompts, run.seed, LAST_STEP, world.rank, world.size)
+        engine = build_engine(run, log_mel, world)
+        step, batches = build_train_step(run, engine, world), loader.starting_at(0)
+        checkpoints = CheckpointDirectory(run, loader.training_set.fingerprint, world)
+        step.run(next(batches))
+        before = states()
+        checkpoints.start(engine, TrainProgress(step=1), in_background=True)
+        step.run(next(batches))
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in states().items()), "it trains on"
+        checkpoints.finish()
+        checkpoints.load(engine, 1)
+        different.append([name for name, tensor in states().items() if not torch.equal(tensor, before[name])])
+    return different
+
+
+def test_a_save_in_the_background_stores_the_state_of_the_moment_when_it_began(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    run = config.model_copy(update={"run_dir": tmp_path})
+    assert run_ranks(2, saved_in_background, run) == 2 * [[[], []]]
+
+
 @pytest.fixture(scope="module")
 def fingerprint(config: RunConfig, prompts: VoxtralPrompts) -> str:
     return build_training_set(config.train_data, prompts, config.seed).fingerprint
