@@ -40,7 +40,7 @@ class WriteError(RankError):
 
 
 class SharedWriteError(SharedError):
-    """The same, shared with all ranks: all exit with it."""
+    """A `WriteError` that was shared with all ranks: all exit with it, and one per node prints it."""
 
     exit_code = 74
 
