@@ -127,8 +127,8 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
         evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
-        step = build_train_step(config, engine, world, flops, loader.num_steps, checkpoints.newest)
         saver = Saver(config.checkpoint, checkpoints, engine, metrics_log, time_limit, world)
+        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):

@@ -183,8 +183,12 @@ def test_a_save_by_steps_stalls_for_copy_and_completion_only(config: RunConfig, 
     rows = [(row["step"], row["seconds"], row["stalled_seconds"]) for row in metrics_log.rows("checkpoint")]
     assert rows[:3] == [(2, 13, 3), (4, 13, 3), (6, 13, 3)]
     assert rows[3][0] == 7
+    # A run that ends by an error loses no checkpoint under way.
+    run.step(8)
+    assert run.directory.is_under_way
+    assert run.saver.newest() == "step-0000008"
     assert rows[3][1] == rows[3][2] >= 30
-    assert run.directory.intact_steps() == [6, 7]
+    assert run.directory.intact_steps() == [7, 8]
 
 
 def test_seconds_begin_a_save_too(config: RunConfig, metrics_log: MetricsLog) -> None:

@@ -117,6 +117,11 @@ class Saver:
         self._time_limit.record("save", ended - self._began)
         self._record(saved.name, ended - self._began, self._stalled_seconds + ended - started)
 
+    def newest(self) -> str | None:
+        """The name of the newest checkpoint, after the one under way was completed; None if there is none."""
+        self.complete()
+        return self._checkpoints.newest()
+
     def _has_memory(self) -> bool:
         """Whether all ranks have the memory for a copy, or the configuration says that they have."""
         if self._settings.asynchronous is not None:
