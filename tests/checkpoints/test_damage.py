@@ -143,6 +143,14 @@ def test_a_damaged_header_is_found_without_checksums(config: RunConfig) -> None:
     assert latest_step(config.run_dir, CPU) == 1
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_damage(
+    config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint(config, 2).rename(checkpoint(config, 7))
+    assert latest_step(config.run_dir, CPU) == 1
+    assert "its complete.json is that of step 2" in caplog.text
+
+
 def test_a_checkpoint_of_a_newer_format_is_no_damage(config: RunConfig) -> None:
     (checkpoint(config, 2) / COMPLETE).write_text('{"format": 3, "unknown": []}')
     with pytest.raises(UserError, match="has format 3, but this version reads 2"):

@@ -39,6 +39,7 @@ def test_a_rank_that_cannot_write_ends_all_with_one_sentence(config: RunConfig, 
     code, sentence = refusals[0]
     assert code == 74
     assert "step-0000002 cannot be written: " in sentence
+    assert "(rank 1). What" in sentence
     assert "What was saved before is as it was" in sentence
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step-0000001"]
 

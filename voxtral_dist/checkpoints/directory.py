@@ -214,7 +214,8 @@ class CheckpointDirectory:
         # Disks of different nodes take different times.
         arrive(0)
         parts = gather_on_first(part, self._world)
-        self._refuse_if(first_over_ranks(part.failure, self._world), save.final)
+        failure = part.failure and f"{part.failure} (rank {self._world.rank})"
+        self._refuse_if(first_over_ranks(failure, self._world), save.final)
         self._on_first(save.final, lambda: self._finish(save, parts))
         return save.final
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +96,7 @@ class _HeldParameters:
 
     def __init__(self, states: Iterator[ParameterState], folder: Path, world: World, *, copies: bool) -> None:
         # Tensors of `ParameterState` are copies already.
-        self._states = iter(list(states)) if copies else states
+        self._states = _forgetting(deque(states)) if copies else states
         self._writer = _StateWriter(folder, world.rank)
         self._folder = folder
 
@@ -131,6 +132,12 @@ class _HeldPartitions:
     def finish(self, parts: Sequence[WrittenPart]) -> dict[str, StoredFile]:
         self._planned.finish([part.results for part in parts])
         return {METADATA: _on_disk(self._folder / METADATA)}
+
+
+def _forgetting(states: deque[ParameterState]) -> Iterator[ParameterState]:
+    """Each state once; what is written is freed."""
+    while states:
+        yield states.popleft()
 
 
 def _part(folder: Path, names: set[str], failure: str | None, **written: Any) -> WrittenPart:

@@ -44,6 +44,8 @@ def damage_over_ranks(folder: Path, world: World) -> str | None:
     damage, arrive = None, PatientSum(world)
     try:
         complete = _of_right_sizes(folder)
+        if folder.name != f"step-{complete.progress.step:07d}":
+            raise DamageError(folder, f"its {COMPLETE} is that of step {complete.progress.step}")
         by_size = sorted(complete.files, key=lambda name: (-complete.files[name].num_bytes, name))
         _refuse_other_contents(folder, complete, by_size[world.rank :: world.size])
     except DamageError as error:

@@ -21,6 +21,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from voxtral_dist.distributed.collectives import gather_on_first, scatter_from_first
 from voxtral_dist.distributed.world import World
 
+# From a GPU, while earlier tensors are written; torch's default.
+_COPY_AHEAD_BYTES = 10_000_000
+
 
 class PlannedPartitions:
     """This rank's part of sharded tensors."""
@@ -34,7 +37,8 @@ class PlannedPartitions:
             world: all ranks.
             copies: copy this rank's part to host memory, so that the tensors may change before they are written.
         """
-        self._writer = FileSystemWriter(folder)
+        # Copying ahead would use a stream, and so a GPU's context, in the thread that writes.
+        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0 if copies else _COPY_AHEAD_BYTES)
         self._planner = _HoldingPlanner()
         self._planner.set_up_planner(dict(tensors), self._writer.storage_meta(), world.is_first)
         self._writer.set_up_storage_writer(world.is_first)
