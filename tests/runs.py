@@ -12,6 +12,8 @@ from typing import Any
 
 from voxtral_dist.config import RunConfig, dump_config
 
+from ranks import Ended, run_programs
+
 TIMEOUT_SECONDS = 240
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,6 +47,24 @@ def run_config(
         }
         | sections
     )
+
+
+def train_as_users_do(config: RunConfig, world_size: int, *overrides: str) -> Ended:
+    """Run `launch/train.py`'s program on ranks that are forked, which is much faster than by a launcher.
+
+    No launcher ends the others where one of them fails.
+    """
+    words = [word for override in overrides for word in ("--set", override)]
+    arguments = ["train", f"--config={write_config(config)}", *words]
+    ended = run_programs(world_size, _run_command, arguments, free_port(), limit_seconds=TIMEOUT_SECONDS)
+    return Ended(max(one.code for one in ended), "".join(one.output for one in ended))
+
+
+def _run_command(rank: int, arguments: list[str], port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from voxtral_dist.cli.main import console
+
+    console(arguments)
 
 
 def launch(config: RunConfig, world_size: int, *overrides: str) -> subprocess.Popen[str]:

@@ -35,6 +35,7 @@ from runs import (
     launch_by_torchrun,
     run_config,
     scalars_of,
+    train_as_users_do,
 )
 
 NUM_STEPS = 20
@@ -127,10 +128,9 @@ def test_killed_in_the_middle_and_started_again_is_the_run_that_never_stopped(un
     kill_all(first)
     assert shared_buffers(first) == [], "of ranks that are killed"
     assert max(losses(config.run_dir)) < NUM_STEPS
-    second = launch(config, 2)
-    output = finish(second)
-    assert second.returncode == 0, output
-    assert "Training from step" in output
+    second = train_as_users_do(config, 2)
+    assert second.code == 0, second.output
+    assert "Training from step" in second.output
     assert losses(config.run_dir) == losses(unbroken.run_dir)
     # In TensorBoard the steps that were done twice appear once.
     shown = scalars_of(config.run_dir)["train/loss"]
@@ -162,12 +162,11 @@ def test_sigterm_saves_and_the_same_command_resumes(unbroken: RunConfig) -> None
     stopped_at = max(losses(config.run_dir))
     assert stopped_at < NUM_STEPS
     assert (config.run_dir / "checkpoints" / f"step-{stopped_at:07d}" / "complete.json").is_file()
-    second = launch(config, 2, "metrics.peak_tflops=0.2")
-    output = finish(second)
-    assert second.returncode == 0, output
+    second = train_as_users_do(config, 2, "metrics.peak_tflops=0.2")
+    assert second.code == 0, second.output
     assert losses(config.run_dir) == losses(unbroken.run_dir)
     # What the second command changed is printed and recorded.
-    assert output.count(f"Changed since step {stopped_at}: `metrics.peak_tflops`: 0.1 -> 0.2") == 1
+    assert second.output.count(f"Changed since step {stopped_at}: `metrics.peak_tflops`: 0.1 -> 0.2") == 1
     events = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if row.get("event") == "changed"]
     assert [(row["step"], row["key"], row["before"], row["now"]) for row in events] == [
         (stopped_at, "metrics.peak_tflops", 0.1, 0.2)
@@ -204,21 +203,19 @@ def test_too_many_bad_utterances_end_the_run(unbroken: RunConfig, tmp_path: Path
     config = unbroken.model_copy(
         update={"run_dir": tmp_path / "run", "train_data": train_data, "evaluation": type(unbroken.evaluation)()}
     )
-    process = launch(config, 2, "num_steps=40", "train_data.max_bad_fraction=0.01")
-    output = finish(process)
-    assert process.returncode != 0
-    assert "`train_data.max_bad_fraction` (0.01)" in output
-    assert "Traceback" not in output
+    ended = train_as_users_do(config, 2, "num_steps=40", "train_data.max_bad_fraction=0.01")
+    assert ended.code == 2
+    assert "`train_data.max_bad_fraction` (0.01)" in ended.output
+    assert "Traceback" not in ended.output
 
 
 def test_more_ranks_than_slots_are_refused_before_a_model_is_loaded(unbroken: RunConfig, tmp_path: Path) -> None:
     config = unbroken.model_copy(update={"run_dir": tmp_path / "run"})
-    process = launch(config, 2, "train_data.slots_per_step=1")
-    output = finish(process)
-    assert process.returncode != 0
-    assert output.count("voxtral-dist: error:") == 1
-    assert "1 ranks" in output
-    assert "Traceback" not in output
+    ended = train_as_users_do(config, 2, "train_data.slots_per_step=1")
+    assert ended.code == 2
+    assert ended.output.count("voxtral-dist: error:") == 1
+    assert "1 ranks" in ended.output
+    assert "Traceback" not in ended.output
 
 
 def garble(path: Path, offset: int) -> None:

@@ -17,7 +17,7 @@ from voxtral_dist.config import LoraConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.exports.adapter_folders import refuse_without_effect, vllm_name, vllm_refusal
 
-from runs import finish, launch_by_torchrun, run_config
+from runs import run_config, train_as_users_do
 from vllm_names import vllm_adapter_module, vllm_parameters
 
 NUM_BLOCKS = 2
@@ -33,7 +33,7 @@ def lora_run(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.Temp
     optimizer = {"learning_rate": 2e-3, "warmup_steps": 2, "ema_decay": 0.5}
     sections = {"engine": {"fsdp2": {}}, "trainable": {"lora": lora}, "optimizer": optimizer}
     config = run_config(run_dir, tiny_model, shard_folder, num_steps=3, **sections)
-    finish(launch_by_torchrun(config, 1, {}))
+    assert train_as_users_do(config, 1).code == 0
     return run_dir
 
 

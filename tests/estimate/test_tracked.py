@@ -159,6 +159,8 @@ PLAIN = {
 }
 
 
+# FSDP2 runs the same passes.
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_plain_training_of_some_blocks(case: Case, few_blocks: Path) -> None:
     assert_plain_agrees(case, few_blocks)

@@ -124,7 +124,9 @@ def config_of(case: Case, number: int, model: Path, shards: Path, folder: Path) 
     return run_config(folder / f"{number}", model, shards, num_steps=3, **sections)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_every_engine_gives_the_hypotheses_of_one_plain_process(
     fitted_model: Path, shards: Path, tmp_path: Path, world_size: int
 ) -> None:

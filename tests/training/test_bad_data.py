@@ -20,7 +20,7 @@ from voxtral_dist.data.stored.utterance import StoredUtterance, parse_utterance
 from voxtral_dist.training.metrics_file import read_metrics
 
 from corpora import pack_manifest, tone, write_lines
-from runs import finish, launch, run_config
+from runs import run_config, train_as_users_do
 from stored import write_records
 
 NUM_UTTERANCES = 200
@@ -142,14 +142,13 @@ def test_a_run_finishes_and_names_every_broken_utterance_once_an_epoch(broken, t
     train_data = {"slots_per_step": 4, "max_examples": 10, "max_bad_fraction": 0.1, "num_workers": 1}
     overrides = [f"train_data.{name}={value}" for name, value in train_data.items()]
     # 40 utterances a step: five steps are one epoch.
-    process = launch(config, 2, "num_steps=5", *overrides)
-    output = finish(process)
-    assert process.returncode == 0, output
+    ended = train_as_users_do(config, 2, "num_steps=5", *overrides)
+    assert ended.code == 0, ended.output
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "bad_utterance"]
     assert sorted(row["key"] for row in rows) == sorted(expected)
     for row in rows:
         assert_matches(row["reason"], expected[row["key"]])
-        assert row["key"] in output
+        assert row["key"] in ended.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_bad_utterances"] == len(expected) == NUM_UTTERANCES // 20
 
@@ -168,11 +167,10 @@ def test_unusual_audio_is_not_broken(whole, prompts):
 def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_finds_it(whole, tiny_model, tmp_path):
     """The index counts with the published vocabulary; a tiny one makes more tokens of the same text."""
     config = run_config(tmp_path / "run", tiny_model, whole, num_steps=1000)
-    process = launch(config, 2, "num_steps=5", "train_data.max_target_tokens=6", "train_data.too_long=refuse")
-    output = finish(process)
-    assert process.returncode == 2, output
-    assert output.count("`train_data.too_long` is `refuse`, and") == 1
-    assert "utterances of step 1 are too long: metrics.jsonl names each" in output
+    ended = train_as_users_do(config, 2, "num_steps=5", "train_data.max_target_tokens=6", "train_data.too_long=refuse")
+    assert ended.code == 2, ended.output
+    assert ended.output.count("`train_data.too_long` is `refuse`, and") == 1
+    assert "utterances of step 1 are too long: metrics.jsonl names each" in ended.output
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert any("more than the limit of 6" in row["reason"] for row in rows if row.get("event") == "bad_utterance")
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -182,8 +180,9 @@ def test_what_is_too_long_is_skipped_and_is_no_sign_of_broken_data(whole, tiny_m
     """Here all of it is, which is more than any limit of bad utterances allows."""
     config = run_config(tmp_path / "run", tiny_model, whole, num_steps=1000)
     limits = {"max_target_tokens": 7, "max_bad_fraction": 0, "slots_per_step": 4, "max_examples": 30}
-    process = launch(config, 2, "num_steps=4", *(f"train_data.{name}={value}" for name, value in limits.items()))
-    output = finish(process)
-    assert process.returncode == 0, output
+    ended = train_as_users_do(
+        config, 2, "num_steps=4", *(f"train_data.{name}={value}" for name, value in limits.items())
+    )
+    assert ended.code == 0, ended.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_too_long"] == summary["num_bad_utterances"] > 200
