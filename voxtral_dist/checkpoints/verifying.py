@@ -44,32 +44,35 @@ def damage_over_ranks(folder: Path, world: World) -> str | None:
     damage, arrive = None, PatientSum(world)
     try:
         complete = _of_right_sizes(folder)
-        if folder.name != f"step-{complete.progress.step:07d}":
+        if folder.name.startswith("step-") and folder.name != f"step-{complete.progress.step:07d}":
             raise DamageError(folder, f"its {COMPLETE} is that of step {complete.progress.step}")
         by_size = sorted(complete.files, key=lambda name: (-complete.files[name].num_bytes, name))
         _refuse_other_contents(folder, complete, by_size[world.rank :: world.size])
     except DamageError as error:
         damage = str(error)
     arrive(0)
-    return first_over_ranks(damage, world)
+    damage = first_over_ranks(damage, world)
+    if damage is None:
+        _verified.add(_identity(folder))
+    return damage
 
 
 def verified(folder: Path) -> CompleteCheckpoint:
-    """The contents of a complete checkpoint whose files this process has read and found intact.
+    """The contents of a complete checkpoint whose files this process, or all ranks together, have found intact.
 
     Raises:
         DamageError: it is not intact.
         UserError: a newer version wrote it.
     """
-    try:
-        known = folder.resolve(), (folder / COMPLETE).stat().st_mtime_ns
-    except OSError as error:
-        raise DamageError(folder, f"{COMPLETE} cannot be read ({error.strerror})") from error
     complete = _of_right_sizes(folder)
-    if known not in _verified:
+    if _identity(folder) not in _verified:
         _refuse_other_contents(folder, complete, sorted(complete.files))
-        _verified.add(known)
+        _verified.add(_identity(folder))
     return complete
+
+
+def _identity(folder: Path) -> tuple[Path, int]:
+    return folder.resolve(), (folder / COMPLETE).stat().st_mtime_ns
 
 
 def _of_right_sizes(folder: Path) -> CompleteCheckpoint:

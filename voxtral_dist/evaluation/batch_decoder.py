@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from voxtral_dist.checkpoints.loading import config_of_checkpoint, is_checkpoint, load_checkpoint, refuse_ema
+from voxtral_dist.checkpoints.verifying import damage_over_ranks
 from voxtral_dist.config import MIN_NEW_TOKENS, EvaluationConfig, ModelConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.loss import LossOfMicroBatch
+from voxtral_dist.errors import UserError
 from voxtral_dist.model.attention import masked_attention
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
 from voxtral_dist.model.features import LogMel
@@ -159,7 +161,7 @@ def cache_length(num_positions: int) -> int:
 def load_decoder(
     model_path: str, prompts: VoxtralPrompts, settings: EvaluationConfig, precision: str, world: World
 ) -> BatchDecoder:
-    """Load a whole model onto this rank's device for decoding.
+    """Load a whole model onto this rank's device for decoding; all ranks call it together.
 
     Args:
         model_path: a folder with a Hugging Face model, a name on the hub, or a checkpoint of a run.
@@ -172,6 +174,9 @@ def load_decoder(
         UserError: the path is no Voxtral model, or a damaged checkpoint.
     """
     if is_checkpoint(model_path):
+        damage = damage_over_ranks(Path(model_path), world)
+        if damage is not None:
+            raise UserError(damage)
         model = load_checkpoint(model_path, world.device, precision, settings.ema)
     else:
         refuse_ema(model_path, settings.ema)
