@@ -124,7 +124,8 @@ def test_killed_in_the_middle_and_started_again_is_the_run_that_never_stopped(un
     config = unbroken.model_copy(update={"run_dir": unbroken.run_dir.with_name("killed")})
     first = launch(config, 2)
     # Past the checkpoint of step 6, before that of step 12: work is lost, and must be done again alike.
-    wait_until(lambda: max(losses(config.run_dir), default=0) >= 8, first)
+    saved = config.run_dir / "checkpoints" / "step-0000006" / "complete.json"
+    wait_until(lambda: max(losses(config.run_dir), default=0) >= 8 and saved.is_file(), first)
     kill_all(first)
     assert shared_buffers(first) == [], "of ranks that are killed"
     assert max(losses(config.run_dir)) < NUM_STEPS

@@ -43,6 +43,7 @@ def train_to(world: World, config: RunConfig, last_step: int) -> tuple[list[floa
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.train import build_train_step
 
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, last_step, world.rank, world.size)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from voxtral_dist.checkpoints.files import write_states
+from voxtral_dist.checkpoints.files import hold_states
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.distributed.world import World
@@ -55,7 +55,7 @@ def copied_bytes(world: World, config: RunConfig) -> dict[str, int]:
     folder = config.run_dir / "states"
     folder.mkdir(parents=True, exist_ok=True)
     with CopiesToCpu() as to_save:
-        write_states(engine, folder, world)
+        assert hold_states(engine, folder, world, copies=False).write().failure is None
     with CopiesToCpu() as to_export:
         export_trained(engine, config, world)
     written = 0
