@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from voxtral_dist.checkpoints.changes import Change, changes_since, refuse_incomparable, refuse_unknown_keys
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, checkpoint_folder, latest_step
@@ -16,7 +17,7 @@ from voxtral_dist.config import RunConfig, dump_config
 from voxtral_dist.data.loader import TrainLoader, build_train_loader
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import max_over_ranks
-from voxtral_dist.distributed.devices import peak_flops
+from voxtral_dist.distributed.devices import device_name, peak_flops
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.engine import Engine
@@ -47,6 +48,7 @@ from voxtral_dist.training.signals import StopRequest, stop_signals
 from voxtral_dist.training.step import Requests, TrainStep
 from voxtral_dist.training.summary import write_summary
 from voxtral_dist.training.time_limit import Part, TimeLimit
+from voxtral_dist.training.versions import package_versions
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +162,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
         steps.close()
         verdict = _load_selected(engine, progress, verdict, selector, checkpoints)
         with shown_weights(engine, config.evaluation):
-            export_trained(engine, config, world)
+            export_trained(engine, config, world, verdict.best_step or progress.step)
         metrics_log.refuse_if_gone()
         if world.is_first:
             _conclude(config, progress, verdict, world)
@@ -268,14 +270,19 @@ def _announce(
             write_atomically(config.run_dir / "config.yaml", dump_config(config))
     training_set = loader.training_set
     num_epochs = loader.num_steps / training_set.plan.steps_per_epoch
-    event = {
+    event: dict[str, Any] = {
         "event": "resumed" if progress.step else "started",
         "world_size": world.size,
         "num_steps": loader.num_steps,
         "num_epochs": round(num_epochs, 4),
         "num_utterances": len(training_set.index),
         "skipped": training_set.streams.skipped,
+        "engine": engine_name(config.engine),
+        "device": device_name(world.device),
+        "versions": package_versions(),
     }
+    if world.is_first:
+        event["audio_seconds"] = training_set.streams.seconds_by_language(training_set.index)
     metrics_log.write("event", progress.step, event)
     for change in changes:
         metrics_log.say(f"Changed since step {progress.step}: {change}")

@@ -44,6 +44,11 @@ _RETURNED_BYTES = 128 * 1024
 _OTHER_DEVICES = {"MIG", "LAPTOP", "MAX", "TI", "D"}
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or `CPU`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def known_peak_flops(device_name: str, precision: str) -> float | None:
     """Dense operations per second of a device by its CUDA name; None if unknown."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))

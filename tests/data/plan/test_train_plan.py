@@ -1,5 +1,6 @@
 """The order of training is a pure function: every utterance once per epoch, for any number of ranks and workers."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -333,6 +334,21 @@ def test_exactly_the_utterances_that_pass_all_filters_are_drawn(names):
     plan = TrainPlan(index, streams, SIZES, SHAPE, (0,))
     assert sorted(drawn_in_epoch(plan)) == np.flatnonzero(kept).tolist()
     assert sum(streams.skipped.values()) == len(index) - kept.sum()
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_duration_seconds": 12.0, "language_temperature": 2.0}])
+def test_the_audio_of_each_language_is_that_of_the_utterances_that_pass_the_filters(changes, monkeypatch):
+    monkeypatch.setattr(ShardIndex.chunks, "__defaults__", (1000,))
+    _, index, streams = mixture(**changes)
+    records = index.records
+    kept = records["duration_ms"] <= 1000 * changes.get("max_duration_seconds", math.inf)
+    expected = {
+        name: records["duration_ms"][kept & (records["language"] == number)].sum() / 1000
+        for name, number in {"de": 0, "en": 1, "unknown": UNKNOWN_LANGUAGE}.items()
+    }
+    found = streams.seconds_by_language(index)
+    assert found == pytest.approx(expected)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
 def test_a_set_that_is_filtered_away_is_refused():

@@ -37,6 +37,14 @@ class StreamTable:
         utterance_ids: Ids = blocks * _BLOCK_UTTERANCES + found
         return utterance_ids
 
+    def are_in_streams(self, first_id: int, num_utterances: int) -> NDArray[np.bool_]:
+        """Whether each of some consecutive utterances is in any stream, `(num_utterances,)`."""
+        end, num_whole = first_id + num_utterances, self._blocks.size
+        whole = self._blocks.reshape(-1)[first_id:end]
+        last = self._last[max(0, first_id - num_whole) : max(0, end - num_whole)]
+        are_there: NDArray[np.bool_] = np.concatenate([whole, last]) != SKIPPED
+        return are_there
+
     def _rows(self, blocks: NDArray[np.int64]) -> NDArray[np.uint8]:
         is_last = blocks == len(self._blocks)
         rows = np.empty((len(blocks), _BLOCK_UTTERANCES), dtype=np.uint8)

@@ -72,6 +72,24 @@ class Streams:
         """The utterances at the given positions of a stream, which has the order of the index, `(n,)`."""
         return positions if self._table is None else self._table.find(stream, positions)
 
+    def seconds_by_language(self, index: ShardIndex) -> dict[str, float]:
+        """Seconds of audio that pass the filters, by ISO 639-1 code or `unknown`, in descending order.
+
+        Args:
+            index: the one that the streams were built from; all its records are read.
+        """
+        milliseconds = np.zeros(UNKNOWN_LANGUAGE + 1)
+        for chunk in index.chunks():
+            kept: slice | NDArray[np.bool_] = slice(None)
+            if self._table is not None:
+                kept = self._table.are_in_streams(chunk.first_id, len(chunk.records))
+            durations = chunk.records["duration_ms"][kept]
+            # Whole numbers, so that their sum does not depend on the division of records into chunks.
+            milliseconds += np.bincount(chunk.languages[kept], durations, minlength=len(milliseconds))
+        names = dict(enumerate(index.languages)) | {UNKNOWN_LANGUAGE: "unknown"}
+        found = sorted(np.flatnonzero(milliseconds).tolist(), key=lambda number: -milliseconds[number])
+        return {names[number]: float(milliseconds[number]) / 1000 for number in found}
+
 
 def build_streams(
     config: TrainDataConfig, index: ShardIndex, set_ends: Mapping[str, int], sizes: ExampleSizes
