@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import build_tiny_voxtral
 
 from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, pack_manifest, write_speech_manifest
+from hub_server import TOKEN, HubServer, hub_server
 from servers import s3_server
 
 
@@ -60,3 +62,16 @@ def s3_environment() -> Iterator[dict[str, str]]:
     """
     with s3_server() as environment:
         yield environment
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A hub on localhost that huggingface_hub takes for the real one; its user is logged in by `HF_TOKEN`."""
+    with hub_server() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Otherwise large files would go to another kind of storage, by a compiled client.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
 from voxtral_dist.checkpoints.complete import read_complete
 from voxtral_dist.checkpoints.files import read_states
 from voxtral_dist.config import LoraConfig
+from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.errors import UserError
 from voxtral_dist.exports.adapter_folders import refuse_without_effect, vllm_name, vllm_refusal
 
+from corpora import TINY_SHAPE
+from hub_server import HubServer
 from runs import run_config, train_as_users_do
 from vllm_names import vllm_adapter_module, vllm_parameters
 
@@ -31,7 +37,11 @@ def lora_run(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.Temp
     run_dir = tmp_path_factory.mktemp("runs") / "lora"
     lora = {"rank": RANK, "alpha": ALPHA, "targets": {"language_model": ["q_proj", "k_proj", "down_proj"]}}
     optimizer = {"learning_rate": 2e-3, "warmup_steps": 2, "ema_decay": 0.5}
-    sections = {"engine": {"fsdp2": {}}, "trainable": {"lora": lora}, "optimizer": optimizer}
+    evaluation = {
+        "test_sets": {"speech": {"shards": str(shard_folder), "max_utterances": 3}},
+        "max_tokens_per_second": 1,
+    }
+    sections = {"engine": {"fsdp2": {}}, "trainable": {"lora": lora}, "optimizer": optimizer, "evaluation": evaluation}
     config = run_config(run_dir, tiny_model, shard_folder, num_steps=3, **sections)
     assert train_as_users_do(config, 1).code == 0
     return run_dir
@@ -56,8 +66,84 @@ def test_an_export_of_the_run_is_what_the_run_wrote(
     assert theirs.keys() == tensors(written).keys()
     for tensor, value in tensors(written).items():
         assert torch.equal(value, theirs[tensor]), tensor
-    for path in own.glob("*.json"):
-        assert (written / path.name).read_bytes() == path.read_bytes()
+    for path in (*own.glob("*.json"), own / "README.md"):
+        assert (written / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_card_of_a_run_has_its_results_and_its_data(lora_run: Path, shard_folder: Path) -> None:
+    text = (lora_run / "export" / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    score = json.loads((lora_run / "evaluations" / "step-0000003" / "speech.json").read_text())
+    rates = {(one.dataset_name, one.metric_type, one.metric_name): one.metric_value for one in card.data.eval_results}
+    assert rates["speech", "wer", "WER, in %"] == round(100 * score["wer"], 2)
+    seconds = json.loads((shard_folder / "shards.json").read_text())["duration_seconds"]
+    assert f"Audio: {seconds:.1f} s in {len(read_index([shard_folder]))} utterances" in text
+    assert "Engine: FSDP2 on 1 × CPU" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert str(lora_run.parent) not in text
+    assert str(shard_folder) not in text
+    adapters = ModelCard((lora_run / "adapter-vllm" / "README.md").read_text(encoding="utf-8"))
+    assert adapters.data.eval_results == card.data.eval_results
+
+
+@pytest.mark.parametrize(("layout", "folder"), [("hf", "export"), ("peft", "adapter")])
+def test_the_example_for_transformers_in_a_card_transcribes(
+    lora_run: Path, tiny_model: Path, clip: Path, layout: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (lora_run / folder / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    known = {"FOLDER": lora_run / folder, "BASE": tiny_model, "clip.wav": clip, "4096": 4, "bfloat16": "float32"}
+    # The processor cannot know that the tiny model has smaller windows than the published ones.
+    samples = round(16_000 * TINY_SHAPE.window_seconds)
+    known["language="] = f"pad_to_multiple_of={samples}, max_source_positions={samples // 160}, language="
+    for word, value in known.items():
+        example = example.replace(word, str(value))
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["ids"].shape[1] - names["inputs"].input_ids.shape[1] in range(1, 5)
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_a_run_is_pushed_with_its_card(run, lora_run: Path, hub: HubServer, tmp_path: Path) -> None:
+    result = run("export", lora_run, tmp_path / "out", "--push", "someone/tuned", "--license", "mit")
+    assert (result.code, result.out.splitlines()[-1]) == (0, f"pushed: {hub.url}/someone/tuned (private)")
+    pushed = hub.repositories["someone/tuned"]
+    assert pushed.is_private
+    assert pushed.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} | {
+        ".gitattributes": b""
+    }
+    card = ModelCard(pushed.files["README.md"].decode())
+    assert (card.data.license, card.data.model_name) == ("mit", "tuned")
+    assert 'from_pretrained("someone/tuned")' in card.text
+
+
+def test_pushed_adapters_name_their_base_model(run, lora_run: Path, hub: HubServer, tmp_path: Path) -> None:
+    push = ("export", lora_run, tmp_path / "out", "--layout", "peft", "--push", "someone/adapters")
+    assert "add `--base-model USER/NAME`" in run(*push).refusal()
+    assert (hub.repositories, (tmp_path / "out").exists()) == ({}, False)
+    base = "mistralai/Voxtral-Mini-3B-2507"
+    assert run(*push, "--base-model", base).code == 0
+    files = hub.repositories["someone/adapters"].files
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == base
+    assert ModelCard(files["README.md"].decode()).data.base_model == base
+    assert not any(str(tmp_path.parent).encode() in contents for contents in files.values())
+
+
+def test_an_export_of_a_runs_export_has_the_card_of_the_run(
+    run, lora_run: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert run("export", lora_run / "export", tmp_path / "native", "--layout", "mistral").code == 0
+    assert (tmp_path / "native" / "README.md").read_text() == (lora_run / "export-mistral" / "README.md").read_text()
+    assert run("export", tiny_model, tmp_path / "other").code == 0
+    assert "training data and error rates are not stated here" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_a_folder_with_other_files_is_never_replaced(run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years")
+    assert "is not an export" in run("export", tiny_model, tmp_path).refusal()
+    assert "is not an export" in run("export", tiny_model, tmp_path / "thesis.tex").refusal()
+    assert (tmp_path / "thesis.tex").read_text() == "years"
+    assert "add `--push USER/NAME`" in run("export", tiny_model, tmp_path / "out", "--public").refusal()
 
 
 def test_averages_and_weights_of_a_checkpoint_are_exported_on_demand(run, lora_run: Path, tmp_path: Path) -> None:

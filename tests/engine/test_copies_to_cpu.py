@@ -57,7 +57,7 @@ def copied_bytes(world: World, config: RunConfig) -> dict[str, int]:
     with CopiesToCpu() as to_save:
         assert hold_states(engine, folder, world, copies=False).write().failure is None
     with CopiesToCpu() as to_export:
-        export_trained(engine, config, world)
+        export_trained(engine, config, world, step=1)
     written = 0
     for path in folder.glob(f"state-{world.rank:05d}-*.safetensors"):
         with safe_open(path, framework="pt") as file:

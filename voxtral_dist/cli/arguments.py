@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from voxtral_dist.config import NORMALIZERS, EvaluationConfig, ModelConfig, TextStep, check_normalizer
+from voxtral_dist.config import NORMALIZERS, EvaluationConfig, ModelConfig, TextStep, check_normalizer, is_hub_name
 
 Commands = argparse._SubParsersAction  # the type has no public name
 
@@ -50,6 +50,13 @@ def normalizer_name(text: str) -> str:
         return check_normalizer(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def hub_name(text: str) -> str:
+    """Parse the name of a repository on the hub."""
+    if not is_hub_name(text):
+        raise argparse.ArgumentTypeError(f"must be of the form USER/NAME, but is {text!r} instead")
+    return text
 
 
 def add_run_config(parser: argparse.ArgumentParser, example: str) -> None:

@@ -25,8 +25,8 @@ from voxtral_dist.config.evaluation import (
 )
 from voxtral_dist.config.loading import config_schema, dump_config, load_config, read_yaml
 from voxtral_dist.config.model import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
-from voxtral_dist.config.run import DistributedConfig, ExportConfig, MetricsConfig, RunConfig
-from voxtral_dist.config.section import Argument, Component, Section, TextStep
+from voxtral_dist.config.run import CardConfig, DistributedConfig, ExportConfig, MetricsConfig, RunConfig
+from voxtral_dist.config.section import Argument, Component, HubName, Section, TextStep, is_hub_name
 
 __all__ = [
     "MIN_NEW_TOKENS",
@@ -34,6 +34,7 @@ __all__ = [
     "ActivationCheckpointingConfig",
     "Argument",
     "AugmentationStep",
+    "CardConfig",
     "CheckpointConfig",
     "Component",
     "ContextConfig",
@@ -43,6 +44,7 @@ __all__ = [
     "ExportConfig",
     "Fsdp2Config",
     "GuardConfig",
+    "HubName",
     "LoraConfig",
     "MetricsConfig",
     "ModelConfig",
@@ -61,6 +63,7 @@ __all__ = [
     "check_normalizer",
     "config_schema",
     "dump_config",
+    "is_hub_name",
     "load_config",
     "read_yaml",
 ]

@@ -12,7 +12,7 @@ from voxtral_dist.config.data import StorageConfig, TrainDataConfig
 from voxtral_dist.config.engine import CheckpointConfig, EngineConfig, OptimizerConfig
 from voxtral_dist.config.evaluation import EvaluationConfig
 from voxtral_dist.config.model import ModelConfig, TrainableConfig
-from voxtral_dist.config.section import Section, sorted_set
+from voxtral_dist.config.section import HubName, Section, sorted_set
 from voxtral_dist.errors import UserError
 
 
@@ -37,12 +37,36 @@ class DistributedConfig(Section):
     (scores, exports, the end of a save), and unequal parts of evaluations, are waited for without a limit."""
 
 
+class CardConfig(Section):
+    """Statements of model cards that a run cannot know; see docs/publishing.md.
+
+    `voxtral-dist export` has options for most of them too.
+    """
+
+    license: str | None = Field(default=None, min_length=1)
+    """Licence of the trained model by the hub's identifier, such as `apache-2.0`. None: the card says that it is not
+    stated."""
+
+    data_license: str | None = Field(default=None, min_length=1)
+    """Licence of the training data, in any words. None: the card says that it is not stated."""
+
+    datasets: tuple[HubName, ...] = ()
+    """Names of the training data on the hub, if it is there."""
+
+    base_model: HubName | None = None
+    """Name of the initial model on the hub, where `model.path` is a folder. None: `model.path`, if that is a name or
+    lies in the hub's cache."""
+
+
 class ExportConfig(Section):
     """The trained model that a run writes at its end."""
 
     layouts: Annotated[tuple[Literal["hf", "mistral"], ...], AfterValidator(sorted_set)] = ("hf", "mistral")
     """Layouts of the full model: `hf` (`export/`) for transformers, peft and llama.cpp; `mistral` (`export-mistral/`)
     for vLLM. Each has the model's size on disk. `voxtral-dist export` writes others later."""
+
+    card: CardConfig = CardConfig()
+    """Statements of the model cards."""
 
 
 class RunConfig(Section):

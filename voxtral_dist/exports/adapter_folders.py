@@ -30,6 +30,19 @@ def vllm_refusal(lora: LoraConfig) -> str | None:
     return None
 
 
+def refuse_unservable(lora: LoraConfig) -> None:
+    """Refuse to write adapters for vLLM that it would not serve.
+
+    Raises:
+        UserError: see `vllm_refusal`.
+    """
+    refusal = vllm_refusal(lora)
+    if refusal is not None:
+        raise UserError(
+            f"{refusal}: serve the merged model instead, by `voxtral-dist export SOURCE OUT --layout mistral`."
+        )
+
+
 def write_vllm_adapter(trained: Mapping[str, Tensor], lora: LoraConfig, model_path: str, folder: Path) -> None:
     """Write trained adapters for vLLM's `--lora-modules`; its `--max-lora-rank` must be at least their rank.
 
@@ -42,11 +55,7 @@ def write_vllm_adapter(trained: Mapping[str, Tensor], lora: LoraConfig, model_pa
     Raises:
         UserError: vLLM cannot serve them.
     """
-    refusal = vllm_refusal(lora)
-    if refusal is not None:
-        raise UserError(
-            f"{refusal}: serve the merged model instead, by `voxtral-dist export SOURCE OUT --layout mistral`."
-        )
+    refuse_unservable(lora)
     leaves = sorted({name.partition(".lora_A.")[0].rpartition(".")[2] for name in trained if ".lora_A." in name})
     folder.mkdir(parents=True, exist_ok=True)
     adapter_config(lora, leaves, model_path).save_pretrained(folder)

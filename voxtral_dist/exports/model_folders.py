@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import GenerationConfig, VoxtralConfig
 
+from voxtral_dist.exports.folders import replaced_folder, write_card
+from voxtral_dist.exports.layouts import Layout
 from voxtral_dist.exports.tensor_files import MAX_FILE_BYTES, TensorFiles
 from voxtral_dist.model.native import (
     NATIVE_PARAMS,
@@ -27,7 +30,6 @@ from voxtral_dist.model.native import (
 from voxtral_dist.model.voxtral import meta_model, read_voxtral_config
 from voxtral_dist.model.weights import encoder_positions
 
-Layout = Literal["hf", "mistral"]
 # What transformers' folders hold besides weights, and training does not change.
 _COMPANIONS = (
     "tekken.json",
@@ -176,7 +178,11 @@ _LAYOUTS: dict[Layout, type[HuggingFaceFolder | NativeFolder]] = {"hf": HuggingF
 
 
 def write_model_folders(
-    weights: Iterable[tuple[str, Tensor]], base: BaseModel, dtype: torch.dtype, folders: Mapping[Layout, Path]
+    weights: Iterable[tuple[str, Tensor]],
+    base: BaseModel,
+    dtype: torch.dtype,
+    folders: Mapping[Layout, Path],
+    cards: Mapping[Layout, str | None] | None = None,
 ) -> None:
     """Write one model in several layouts. Each folder is complete or absent, and replaces one of the same name.
 
@@ -185,20 +191,18 @@ def write_model_folders(
         base: the model that training started from.
         dtype: precision of the stored weights.
         folders: the folder of each layout.
+        cards: the model card of each layout.
     """
-    temporary = {layout: out.with_name(f".{out.name}.tmp") for layout, out in folders.items()}
-    for folder in temporary.values():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    writers: list[ModelFolder] = [_LAYOUTS[layout](folder, base, dtype) for layout, folder in temporary.items()]
-    for name, value in weights:
+    with ExitStack() as stack:
+        temporary = {layout: stack.enter_context(replaced_folder(out)) for layout, out in folders.items()}
+        writers: list[ModelFolder] = [_LAYOUTS[layout](folder, base, dtype) for layout, folder in temporary.items()]
+        for name, value in weights:
+            for writer in writers:
+                writer.add(name, value)
         for writer in writers:
-            writer.add(name, value)
-    for writer in writers:
-        writer.close()
-    for layout, out in folders.items():
-        shutil.rmtree(out, ignore_errors=True)
-        temporary[layout].rename(out)
+            writer.close()
+        for layout, folder in temporary.items():
+            write_card(folder, None if cards is None else cards.get(layout))
 
 
 def native_shapes(shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:

@@ -44,7 +44,7 @@ def _lines(report: ReportContents) -> Iterator[str]:
 
 def _error_rates(test_sets: Sequence[TestSetSection]) -> Iterator[str]:
     yield from ("## Error rates", "")
-    yield from _table(
+    yield from table(
         ("test set", "WER", "95 % interval", "CER", "orthographic WER", "S", "D", "I", "words", "utterances", "audio"),
         [_rates(one) for one in test_sets],
     )
@@ -54,7 +54,7 @@ def _error_rates(test_sets: Sequence[TestSetSection]) -> Iterator[str]:
     )
     yield from ("", f"{labels}.", "")
     columns = other_columns([one.result for one in test_sets])
-    yield from _table(
+    yield from table(
         ("test set", *(column.title for column in columns)),
         [(plain(one.name), *(column.text(one.result) for column in columns)) for one in test_sets],
     )
@@ -75,15 +75,15 @@ def _steps(results: Results) -> Iterator[str]:
         (f"{step:,}", plain(name), percent(rates.wer), format_interval(rates.wer_interval), percent(rates.cer))
         for (step, name), rates in ((key, result.normalized) for key, result in results.items())
     ]
-    return _table(("step", "test set", "WER", "95 % interval", "CER"), rows)
+    return table(("step", "test set", "WER", "95 % interval", "CER"), rows)
 
 
 def _test_set(test_set: TestSetSection) -> Iterator[str]:
     yield from (f"## Test set {plain(test_set.name)}", "")
     if test_set.comparison is not None:
         yield from (_comparison(test_set.comparison), "")
-    for table in test_set.slices:
-        yield from (*_slices(table), "")
+    for slices in test_set.slices:
+        yield from (*_slices(slices), "")
     yield from _confusions(test_set)
     if test_set.most_errors:
         yield from ("### Utterances with the most word errors", "")
@@ -100,7 +100,7 @@ def _comparison(compared: Comparison) -> str:
     return f"{with_certainty(difference, paired)}; {changes}."
 
 
-def _slices(table: SliceTable) -> Iterator[str]:
+def _slices(slices: SliceTable) -> Iterator[str]:
     rows = [
         (
             plain(row.label) + (" †" if row.is_uncertain else ""),
@@ -110,13 +110,13 @@ def _slices(table: SliceTable) -> Iterator[str]:
             str(row.rates.num_utterances),
             format_audio(row.rates.audio_seconds),
         )
-        for row in table.rows
+        for row in slices.rows
     ]
-    yield from _table((plain(table.field), "WER", "95 % interval", "CER", "utterances", "audio"), rows)
-    if table.has_uncertain:
+    yield from table((plain(slices.field), "WER", "95 % interval", "CER", "utterances", "audio"), rows)
+    if slices.has_uncertain:
         yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too few to be certain.")
-    if table.num_skipped:
-        yield from ("", f"{table.num_skipped} smaller slices are not shown.")
+    if slices.num_skipped:
+        yield from ("", f"{slices.num_skipped} smaller slices are not shown.")
 
 
 def _confusions(test_set: TestSetSection) -> Iterator[str]:
@@ -145,7 +145,8 @@ def _word(word: AlignedWord) -> str:
     return f"{reference} {hypothesis}".strip()
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table; the first column is aligned to the left."""
     yield f"| {' | '.join(head)} |"
     yield f"|---|{'---:|' * (len(head) - 1)}"
     yield from (f"| {' | '.join(row)} |" for row in rows)

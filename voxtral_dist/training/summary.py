@@ -42,6 +42,15 @@ def write_summary(run_dir: Path, test_set: str | None, progress: TrainProgress, 
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))
 
 
+def exported_step(run_dir: Path) -> int | None:
+    """The step whose weights a finished run exported; None where that is not known."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return int(summary["exported_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _error_rates(rows: Sequence[dict[str, Any]], exported_step: int) -> dict[str, Any]:
     """The WER of one test set before training and of the exported weights, where they were measured."""
     last = next((row for row in reversed(rows) if row["step"] <= exported_step), None)
