@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -151,11 +152,21 @@ def test_transcripts_of_another_question_are_not_taken(run, endpoint, shard_fold
 def test_an_outage_ends_with_one_message(fault, run, endpoint, shard_folder, tmp_path):
     endpoint.lasting_fault = fault
     options = ["--server", endpoint.url, "--retry-seconds", "0.2", "--out", tmp_path]
-    refused = run("evaluate", "served", shard_folder, *options).refusal()
+    refused = run("evaluate", "served", shard_folder, *options).refusal(75)
     assert "and answered nothing else for too long" in refused
     assert ("cannot be reached" if fault == "cut" else f"answered HTTP {fault}: injected {fault}") in refused
     assert "0 of 26 transcripts are kept" in refused
     assert len(endpoint.requests) > NUM_UTTERANCES
+
+
+def test_a_full_disk_ends_with_one_message(run, endpoint, shard_folder, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("voxtral_dist.serving.kept_transcripts.write_atomically", full)
+    refused = run("evaluate", "served", shard_folder, "--server", endpoint.url, "--out", tmp_path).refusal(74)
+    assert f"Transcripts cannot be written to {tmp_path / 'speech.partial.jsonl'}: no space left" in refused
+    assert endpoint.requests == []
 
 
 def test_what_a_server_cannot_measure_is_refused_before_a_request(run, endpoint, shard_folder, tmp_path, monkeypatch):

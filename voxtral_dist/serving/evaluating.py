@@ -25,7 +25,7 @@ from voxtral_dist.data.stored.index import ShardIndex, read_index, sets_by_name
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.errors import RankError, UserError
-from voxtral_dist.files import option_named_in_errors, refuse_unwritable
+from voxtral_dist.files import refuse_unwritable, write_errors_named
 from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer, normalizer
@@ -81,8 +81,10 @@ def evaluate_server(
         The name and result of each folder.
 
     Raises:
-        UserError: the server cannot be reached, has no such model, refuses a request, or answers none for
-            `retry_seconds`; an utterance is unusable; a set has instructions; or results cannot be written.
+        UserError: the server cannot be reached, has no such model or refuses a request; an utterance is unusable; or a
+            set has instructions.
+        OutageError: the server answered no request for `retry_seconds`.
+        WriteError: results cannot be written.
     """
     storage = Storage()
     sets = [
@@ -183,7 +185,8 @@ class _Transcription:
         try:
             return await self._server.transcribe(_wav(pcm), self._language(stored), limit)
         except TranscriptionError as error:
-            raise _RequestError(f"{self._server.url} {error} (utterance {stored.key} of `{self._set.name}`)") from error
+            message = f"{self._server.url} {error} (utterance {stored.key} of `{self._set.name}`)"
+            raise _RequestError(message, error.is_outage) from error
 
     def _language(self, stored: StoredUtterance) -> str | None:
         return None if self._options.detect_language else stored.language
@@ -208,6 +211,16 @@ class _Transcription:
 
 class _RequestError(Exception):
     """A request without a transcript, which ends the evaluation."""
+
+    def __init__(self, message: str, is_outage: bool) -> None:
+        super().__init__(message)
+        self.is_outage = is_outage
+
+
+class OutageError(UserError):
+    """The server was away or busy for too long; the same command resumes."""
+
+    exit_code = 75
 
 
 async def _refuse_unknown_model(model: ServedModel) -> None:
@@ -250,10 +263,11 @@ async def _transcribe(
             error = group.exceptions[0]
             if not isinstance(error, _RequestError):
                 raise error from None
-            raise UserError(
+            message = (
                 f"{error}. {len(kept.texts)} of {len(test_set.index)} transcripts are kept in {kept.path}: run the "
                 "same command again to resume, or remove the file to begin again."
-            ) from error
+            )
+            raise (OutageError if error.is_outage else UserError)(message) from error
     return sorted(work.decoded, key=lambda utterance: utterance.utterance_id)
 
 
@@ -267,7 +281,7 @@ def _score_and_write(
         # There is only one process.
         raise UserError(str(error)) from error
     result = score_test_set(utterances, used, None, test_set.grouping, measured)
-    with option_named_in_errors("--out", out_dir / test_set.name):
+    with write_errors_named(f"The results of `{test_set.name}`", out_dir):
         write_results(out_dir, test_set.name, utterances, result)
     return result
 

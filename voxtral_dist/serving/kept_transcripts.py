@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from voxtral_dist.files import option_named_in_errors, write_atomically
+from voxtral_dist.files import write_atomically, write_errors_named
 
 
 class KeptTranscripts:
@@ -31,7 +31,7 @@ class KeptTranscripts:
     def __enter__(self) -> Self:
         lines = [self._first_line, *(_line(*item) for item in self.texts.items())]
         # Without the end of a line that was cut off.
-        with option_named_in_errors("--out", self.path):
+        with write_errors_named("Transcripts", self.path):
             write_atomically(self.path, "".join(f"{line}\n" for line in lines))
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
         return self
@@ -45,10 +45,10 @@ class KeptTranscripts:
         """Keep a transcript.
 
         Raises:
-            UserError: the file cannot be written.
+            WriteError: the file cannot be written.
         """
         self.texts[utterance_id] = text
-        with option_named_in_errors("--out", self.path):
+        with write_errors_named("Transcripts", self.path):
             self._file.write(f"{_line(utterance_id, text)}\n")
 
     def remove(self) -> None:
@@ -58,13 +58,14 @@ class KeptTranscripts:
     def _read(self) -> dict[int, str]:
         try:
             first, *lines = self.path.read_text(encoding="utf-8").split("\n")
-        except (OSError, ValueError):
+            if first != self._first_line:
+                return {}
+            # The last piece is empty, or the beginning of a line.
+            rows = [json.loads(line) for line in lines[:-1]]
+            return {row["utterance_id"]: row["text"] for row in rows}
+        except (OSError, ValueError, KeyError, TypeError):
+            # Missing, or damaged: everything is asked again.
             return {}
-        if first != self._first_line:
-            return {}
-        # The last piece is empty, or the beginning of a line.
-        rows = [json.loads(line) for line in lines[:-1]]
-        return {row["utterance_id"]: row["text"] for row in rows}
 
 
 def _line(utterance_id: int, text: str) -> str:

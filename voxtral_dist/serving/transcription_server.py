@@ -21,7 +21,14 @@ _SHOWN_CHARACTERS = 300
 
 
 class TranscriptionError(Exception):
-    """A request got no transcript. The message is a predicate: callers put the server before it."""
+    """A request got no transcript. The message is a predicate: callers put the server before it.
+
+    is_outage: whether the server answered no request for too long, so that the same request may succeed later.
+    """
+
+    def __init__(self, message: str, is_outage: bool = False) -> None:
+        super().__init__(message)
+        self.is_outage = is_outage
 
 
 class TranscriptionServer:
@@ -115,7 +122,7 @@ class TranscriptionServer:
             failing_since = failing_since or time.monotonic()
             seconds_left = self._outage.seconds_left(failing_since)
             if seconds_left <= 0:
-                raise TranscriptionError(f"{failure}, and answered nothing else for too long")
+                raise TranscriptionError(f"{failure}, and answered nothing else for too long", is_outage=True)
             await asyncio.sleep(min(pause_seconds(num_failures, retry_after), seconds_left))
 
 
