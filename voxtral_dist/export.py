@@ -148,9 +148,17 @@ def export(
     return repository
 
 
-def export_dtype(config: RunConfig) -> torch.dtype:
-    """Precision of a run's export: float32 or bfloat16, which every GPU that serves Voxtral computes in."""
-    return torch.float32 if config.model.precision == "float32" else torch.bfloat16
+def export_dtype(precision: Precision, own: torch.dtype) -> torch.dtype:
+    """Precision of an export's weights.
+
+    Args:
+        precision: as asked for. `auto` is the model's own if it is float32, else bfloat16, which every GPU that serves
+            Voxtral computes in.
+        own: precision of the run or of the model folder.
+    """
+    if precision != "auto":
+        return DTYPES[precision]
+    return torch.float32 if own is torch.float32 else torch.bfloat16
 
 
 def serving_notes(config: RunConfig) -> list[str]:
@@ -172,7 +180,7 @@ def serving_notes(config: RunConfig) -> list[str]:
 
 def _write(weights: Weights, config: RunConfig, step: int) -> None:
     lora, path = config.trainable.lora, config.model.path
-    dtype = export_dtype(config)
+    dtype = export_dtype("auto", DTYPES[config.model.precision])
     cards = _cards(config, step, str(dtype).removeprefix("torch."))
     trained: dict[str, Tensor] = {}
     if lora is not None:
@@ -218,7 +226,7 @@ def _of_checkpoint(
     """The export of a checkpoint of a run."""
     config = config_of_checkpoint(checkpoint)
     lora, path = config.trainable.lora, config.model.path
-    dtype = export_dtype(config) if precision == "auto" else DTYPES[precision]
+    dtype = export_dtype(precision, DTYPES[config.model.precision])
     if lora is None and layout in ADAPTER_LAYOUTS:
         raise UserError(f"{source} was trained without adapters (`trainable.lora`): choose hf or mistral.")
     if lora is not None and layout == "vllm-lora":
@@ -252,7 +260,7 @@ def _of_folder(source: str, out: Path, layout: ExportLayout, precision: Precisio
     base = BaseModel.from_pretrained(source)
     if out == base.folder.resolve():
         raise UserError(f"OUT: {out} is the model that would be read: choose another folder.")
-    dtype = DTYPES[precision] if precision != "auto" else _stored_dtype(base)
+    dtype = export_dtype(precision, base.config.dtype)
 
     def write(_: CardSubject, card: str) -> None:
         stored = InitialWeights(source, meta_model(base.config), seed=0)
@@ -273,10 +281,6 @@ def _run_that_wrote(folder: Path) -> TrainedRun | None:
     if folder.resolve().name not in _FOLDERS.values() or step is None:
         return None
     return TrainedRun.read(load_config(run_dir / "config.yaml"), run_dir, step)
-
-
-def _stored_dtype(base: BaseModel) -> torch.dtype:
-    return torch.float32 if base.config.dtype is torch.float32 else torch.bfloat16
 
 
 def _checkpoint_of(source: str) -> Path | None:
