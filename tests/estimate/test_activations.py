@@ -84,11 +84,9 @@ def kept_by_autograd(model: TrainedVoxtral) -> int:
     ids = torch.full((WINDOWS, POSITIONS), 40)
     ids[:, 10 : 10 + audio_tokens] = model.config.audio_token_id
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        held = model.causal_states(
-            ids,
-            torch.randn(WINDOWS, 128, 2 * SHAPE.num_positions).to(model.lm_head.weight.dtype),
-            (ids.flatten() == model.config.audio_token_id).nonzero()[:, 0],
-        )
+        features = torch.randn(WINDOWS, 128, 2 * SHAPE.num_positions).to(model.lm_head.weight.dtype)
+        audio = model.model.get_audio_features(features, return_dict=True).pooler_output
+        held = model.causal_states(ids, audio, (ids.flatten() == model.config.audio_token_id).nonzero()[:, 0])
         assert held.requires_grad
     return sum(sizes.values())
 

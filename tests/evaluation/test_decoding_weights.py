@@ -14,9 +14,10 @@ from transformers import StaticCache
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder, cache_length, load_decoder
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder
 from voxtral_dist.evaluation.building import build_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
+from voxtral_dist.evaluation.slot_decoder import rounded_size
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.prompts import VoxtralPrompts
 
@@ -77,7 +78,7 @@ def test_the_estimate_of_positions_holds_those_of_every_batch(
     ("num_positions", "length"), [(1, 1), (3, 3), (4, 4), (5, 6), (6, 6), (7, 8), (449, 512), (513, 768), (769, 1024)]
 )
 def test_lengths_of_static_caches_are_powers_of_two_or_halfway_between(num_positions: int, length: int) -> None:
-    assert cache_length(num_positions) == length
+    assert rounded_size(num_positions) == length
 
 
 def test_static_caches_have_few_lengths_and_the_same_hypotheses(
@@ -100,7 +101,7 @@ def test_static_caches_have_few_lengths_and_the_same_hypotheses(
     decoder = load_decoder(str(tiny_model), prompts, static, "float32", World(0, 1, 0, CPU))
     assert [decoder(batch) for batch in examples] == expected
     needed = [len(example.prompt) + decoder._limit(example) for (example,) in examples]
-    assert made == [cache_length(one) for one in needed]
+    assert made == [rounded_size(one) for one in needed]
     # Neither the longest batch so far nor every length of its own.
     assert made[-1] > made[0]
     assert len(set(made)) < len(set(needed))

@@ -31,10 +31,8 @@ from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.weights import load_for_inference
 from voxtral_dist.scoring.normalizer import normalizer
 
-from corpora import pack_manifest, write_speech_manifest
 from ranks import run_ranks
 from runs import run_config
-from workloads.fitted import fit
 
 NUM_UTTERANCES = 23
 SET = "heard"
@@ -76,21 +74,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards") / SET
-    manifest = write_speech_manifest(tmp_path_factory.mktemp("speech"), NUM_UTTERANCES, max_seconds=2.8)
-    pack_manifest(manifest, folder, 10**6, skip_bad=False)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def fitted_model(tiny_model: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "fitted"
-    fit(tiny_model, shards, folder, num_utterances=NUM_UTTERANCES, batch_size=NUM_UTTERANCES, num_steps=120)
-    return folder
-
-
 def rows_of(folder: Path) -> Rows:
     return [json.loads(line) for line in (folder / f"{SET}.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -117,26 +100,26 @@ def decode_all(world: World, cases: list[tuple[Case, RunConfig]]) -> list[bool]:
     return found
 
 
-def config_of(case: Case, number: int, model: Path, shards: Path, folder: Path) -> RunConfig:
+def config_of(case: Case, number: int, model: Path, heard: Path, folder: Path) -> RunConfig:
     settings = dict(case.settings)
-    test_set = {"shards": str(shards), "max_utterances": settings.pop("max_utterances", None)}
+    test_set = {"shards": str(heard), "max_utterances": settings.pop("max_utterances", None)}
     sections = {"evaluation": {"test_sets": {SET: test_set}, **settings}, **case.engine}
-    return run_config(folder / f"{number}", model, shards, num_steps=3, **sections)
+    return run_config(folder / f"{number}", model, heard, num_steps=3, **sections)
 
 
 @pytest.mark.parametrize(
     "world_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
 def test_every_engine_gives_the_hypotheses_of_one_plain_process(
-    fitted_model: Path, shards: Path, tmp_path: Path, world_size: int
+    fitted_model: Path, heard: Path, tmp_path: Path, world_size: int
 ) -> None:
     expected = {}
     for num_beams in (1, 3):
         options = EvaluationOptions(EvaluationConfig(batch_size=1, num_beams=num_beams))
         out_dir = tmp_path / f"plain-{num_beams}"
-        dict(evaluate(str(fitted_model), [str(shards)], options, "float32", out_dir, World(0, 1, 0, CPU)))
+        dict(evaluate(str(fitted_model), [str(heard)], options, "float32", out_dir, World(0, 1, 0, CPU)))
         expected[num_beams] = rows_of(out_dir)
-    cases = [(case, config_of(case, number, fitted_model, shards, tmp_path)) for number, case in enumerate(CASES)]
+    cases = [(case, config_of(case, number, fitted_model, heard, tmp_path)) for number, case in enumerate(CASES)]
     for in_lockstep in run_ranks(world_size, decode_all, cases):
         assert in_lockstep == [case.in_lockstep for case in CASES]
     for case, config in cases:
@@ -145,8 +128,8 @@ def test_every_engine_gives_the_hypotheses_of_one_plain_process(
         assert rows == expected[case.settings.get("num_beams", 1)][: len(rows)], case.name
 
 
-def test_hypotheses_end_by_themselves_at_different_lengths(fitted_model: Path, shards: Path, tmp_path: Path) -> None:
-    dict(evaluate(str(fitted_model), [str(shards)], EvaluationOptions(), "float32", tmp_path, World(0, 1, 0, CPU)))
+def test_hypotheses_end_by_themselves_at_different_lengths(fitted_model: Path, heard: Path, tmp_path: Path) -> None:
+    dict(evaluate(str(fitted_model), [str(heard)], EvaluationOptions(), "float32", tmp_path, World(0, 1, 0, CPU)))
     ended = [row["hypothesis"] for row in rows_of(tmp_path) if not row["hit_limit"]]
     assert len(ended) > NUM_UTTERANCES / 2
     assert len({len(hypothesis) for hypothesis in ended}) > 5
@@ -186,10 +169,10 @@ def fails_at_the_second_batch(generate: Callable[..., Any]) -> Callable[..., Any
 
 @pytest.mark.parametrize("weights", ["gathered", "sharded"])
 def test_an_unusable_utterance_ends_all_ranks_with_its_name(
-    fitted_model: Path, shards: Path, tmp_path: Path, weights: str
+    fitted_model: Path, heard: Path, tmp_path: Path, weights: str
 ) -> None:
     damaged = tmp_path / SET
-    shutil.copytree(shards, damaged)
+    shutil.copytree(heard, damaged)
     index = read_index([str(damaged)])
     span = index.span(7)
     tar = bytearray(Path(span.location).read_bytes())
@@ -206,9 +189,9 @@ def test_an_unusable_utterance_ends_all_ranks_with_its_name(
     assert not (tmp_path / "0" / f"{SET}.json").exists()
 
 
-def test_a_rank_that_cannot_decode_ends_all_others(fitted_model: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_decode_ends_all_others(fitted_model: Path, heard: Path, tmp_path: Path) -> None:
     case = Case(FSDP2, {"batch_size": 2, "weights": "gathered", "num_beams": 2})
-    for sentence, _, seconds in run_ranks(2, error_and_seconds, config_of(case, 0, fitted_model, shards, tmp_path)):
+    for sentence, _, seconds in run_ranks(2, error_and_seconds, config_of(case, 0, fitted_model, heard, tmp_path)):
         assert "ended on rank 1: MemoryError: no room for another batch" in sentence
         assert seconds < 60
 
@@ -222,11 +205,11 @@ def how_it_ends(world: World, config: RunConfig) -> tuple[str, str]:
 
 
 def test_a_rank_that_cannot_decode_in_lockstep_ends_alone_with_its_reason(
-    fitted_model: Path, shards: Path, tmp_path: Path
+    fitted_model: Path, heard: Path, tmp_path: Path
 ) -> None:
     case = Case(FSDP2, {"batch_size": 2, "weights": "sharded", "num_beams": 2})
     # The other rank waits for weights, until it is ended or loses the connection.
-    other, mine = run_ranks(2, how_it_ends, config_of(case, 0, fitted_model, shards, tmp_path))
+    other, mine = run_ranks(2, how_it_ends, config_of(case, 0, fitted_model, heard, tmp_path))
     assert mine == (
         "_OthersWaitError",
         "The evaluation of `heard` ended on rank 1: MemoryError: no room for another batch",
@@ -234,8 +217,8 @@ def test_a_rank_that_cannot_decode_in_lockstep_ends_alone_with_its_reason(
     assert other[0] != "SharedError"
 
 
-def test_a_gathered_copy_leaves_nothing_behind(fitted_model: Path, shards: Path, tmp_path: Path) -> None:
-    config = config_of(Case(FSDP2, {}), 0, fitted_model, shards, tmp_path)
+def test_a_gathered_copy_leaves_nothing_behind(fitted_model: Path, heard: Path, tmp_path: Path) -> None:
+    config = config_of(Case(FSDP2, {}), 0, fitted_model, heard, tmp_path)
     model = load_for_inference(str(fitted_model), CPU, "float32")
     with plain_copy(config.model, config.trainable, model.named_parameters(), model.named_buffers()) as copy:
         held = weakref.ref(copy.model.audio_tower.conv1.weight)

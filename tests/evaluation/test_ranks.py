@@ -12,7 +12,7 @@ from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
-from voxtral_dist.evaluation.batch_decoder import DecodedBatch
+from voxtral_dist.evaluation.batch_decoder import DecodedExamples
 from voxtral_dist.evaluation.decoding import decode_batches
 from voxtral_dist.scoring.results import TestSetResult
 
@@ -66,9 +66,10 @@ class Instant:
     """A stand-in for `BatchDecoder` that takes no time."""
 
     in_lockstep = False
+    is_continuous = False
 
-    def decode(self, examples: list[Example], *, with_loss: bool) -> DecodedBatch:
-        return DecodedBatch([])
+    def decode(self, examples: list[Example], *, with_loss: bool) -> DecodedExamples:
+        return DecodedExamples([])
 
 
 def seconds_after_loading(world: World, late: float) -> float:

@@ -1,12 +1,16 @@
-"""Transcripts by batched generation; the other utterances of a batch do not change a hypothesis."""
+"""Transcripts of examples; what is decoded at the same time does not change a hypothesis.
+
+Greedy decoding takes examples in and out of a running batch (`SlotDecoder`). Beam searches, and ranks in lockstep,
+decode batch by batch with transformers' `generate`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +24,18 @@ from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_exa
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
+from voxtral_dist.evaluation.slot_decoder import LOSS_CHUNK_TOKENS, SlotDecoder, rounded_size
 from voxtral_dist.model.attention import masked_attention
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.voxtral import TrainedVoxtral
 from voxtral_dist.model.weights import load_for_inference
 
-# Target tokens whose logits are computed at a time.
-LOSS_CHUNK_TOKENS = 2048
+# A quarter of the slots is refilled at a time: smaller groups make the encoder's batches small, larger ones leave slots
+# empty for longer.
+GROUPS_PER_BATCH = 4
+Item = TypeVar("Item")
 _WINDOWS_PER_CHUNK: int = ModelConfig.model_fields["encoder_windows_per_chunk"].default
 
 
@@ -47,12 +55,17 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class DecodedBatch:
-    """Hypotheses of a batch, and the summed cross entropy of its target tokens; 0 tokens where it was not measured."""
+class DecodedExamples:
+    """Examples with their hypotheses, and the summed cross entropy of target tokens; 0 tokens where not measured."""
 
-    hypotheses: list[Hypothesis]
+    pairs: list[tuple[Example, Hypothesis]]
     loss_sum: float = 0.0
     num_target_tokens: int = 0
+
+    @property
+    def hypotheses(self) -> list[Hypothesis]:
+        """The hypotheses in the order of the examples."""
+        return [hypothesis for _, hypothesis in self.pairs]
 
 
 class BatchDecoder:
@@ -73,6 +86,7 @@ class BatchDecoder:
         in_lockstep: bool = False,
     ) -> None:
         """Wrap a `TrainedVoxtral` in evaluation mode whose encoder is a `ChunkedEncoder`."""
+        assert isinstance(model, TrainedVoxtral), "engines and `load_for_inference` have no other"
         self.in_lockstep = in_lockstep
         self._model = model
         self._encoder = ChunkedEncoder.of(model)
@@ -81,13 +95,37 @@ class BatchDecoder:
         self.silence = silent_example(prompts)
         self._loss = LossOfMicroBatch(log_mel, LOSS_CHUNK_TOKENS)
         self._settings = settings
+        self._slots = SlotDecoder(model, prompts, log_mel, self._limit, settings.batch_size, settings.max_windows)
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether examples leave a batch when they end, and others enter: see `stream`."""
+        return self._settings.num_beams == 1 and not self.in_lockstep
+
+    def stream(self, groups: Iterable[Sequence[Example]], *, with_loss: bool) -> Iterator[DecodedExamples]:
+        """Decode groups of examples on this rank alone, in as many slots as the settings allow.
+
+        Args:
+            groups: at least one example each, the costliest first; see `groups_of`.
+            with_loss: measure the loss of targets: in the forward pass over the prompts, which then includes them.
+
+        Yields:
+            Each example once, as soon as it has ended, and the loss of each group once.
+        """
+        assert self.is_continuous, "beam searches and lockstep decode whole batches"
+        self._encoder.num_chunks = None
+        for progress in self._slots(groups, with_loss=with_loss):
+            pairs = [(example, self._hypothesis(example, ids)) for example, ids in progress.ended]
+            yield DecodedExamples(pairs, progress.loss_sum, progress.num_target_tokens)
 
     def __call__(self, examples: Sequence[Example]) -> list[Hypothesis]:
         """Decode examples on this rank alone: one hypothesis per example, in the same order."""
         return self.decode(examples, with_loss=False).hypotheses
 
     @torch.no_grad()
-    def decode(self, examples: Sequence[Example], *, with_loss: bool, most_windows: int | None = None) -> DecodedBatch:
+    def decode(
+        self, examples: Sequence[Example], *, with_loss: bool, most_windows: int | None = None
+    ) -> DecodedExamples:
         """Decode examples, and measure the loss of their targets.
 
         Args:
@@ -98,22 +136,33 @@ class BatchDecoder:
         Returns:
             Hypotheses in the order of the examples, and the loss.
         """
+        if self.is_continuous:
+            return self._decode_in_slots(examples, with_loss)
         batch = collate(examples, self._prompts).to(self._device)
         features = self._log_mel(batch.pcm, batch.windows_per_example)
         self._encoder.num_chunks = most_windows and num_chunks(most_windows, self._encoder.windows_per_chunk)
         with self._encoder.holding(features, batch.windows_per_example) as numbers:
             # The loss comes first, so that all ranks encode in the same forward pass.
             loss_sum = float(self._loss(self._model, batch, numbers)) if with_loss else 0.0
-            hypotheses = self._generate(examples, numbers)
-        return DecodedBatch(hypotheses, loss_sum, batch.num_target_tokens if with_loss else 0)
+            pairs = list(zip(examples, self._generate(examples, numbers), strict=True))
+        return DecodedExamples(pairs, loss_sum, batch.num_target_tokens if with_loss else 0)
+
+    def _decode_in_slots(self, examples: Sequence[Example], with_loss: bool) -> DecodedExamples:
+        parts = list(self.stream(groups_of(examples), with_loss=with_loss))
+        found = {id(example): hypothesis for part in parts for example, hypothesis in part.pairs}
+        return DecodedExamples(
+            [(example, found[id(example)]) for example in examples],
+            sum(part.loss_sum for part in parts),
+            sum(part.num_target_tokens for part in parts),
+        )
 
     def _generate(self, examples: Sequence[Example], numbers: Tensor) -> list[Hypothesis]:
         prompts, attention_mask = pad_left([example.prompt for example in examples], self._prompts.pad_id)
         limits = [self._limit(example) for example in examples]
         # transformers takes this if its own length is less; what it leaves here would lengthen every later cache.
-        self._model._previous_max_cache_length = cache_length(prompts.shape[1] + max(limits))  # type: ignore[assignment]
+        self._model._previous_max_cache_length = rounded_size(prompts.shape[1] + max(limits))
         with masked_attention(self._model):
-            generated: Tensor = self._model.generate(  # type: ignore[operator]
+            generated: Tensor = self._model.generate(
                 input_ids=prompts.to(self._device),
                 attention_mask=attention_mask.to(self._device),
                 input_features=numbers,
@@ -126,8 +175,8 @@ class BatchDecoder:
             )
         completions = generated[:, prompts.shape[1] :].tolist()
         return [
-            self._hypothesis(example, ids, limit)
-            for example, ids, limit in zip(examples, completions, limits, strict=True)
+            self._hypothesis(example, ids[: self._limit(example)])
+            for example, ids in zip(examples, completions, strict=True)
         ]
 
     @property
@@ -138,24 +187,20 @@ class BatchDecoder:
         by_length = MIN_NEW_TOKENS + math.ceil(self._settings.max_tokens_per_second * example.duration_seconds)
         return min(by_length, self._prompts.max_positions - len(example.prompt))
 
-    def _hypothesis(self, example: Example, ids: list[int], limit: int) -> Hypothesis:
-        own = ids[:limit]
-        hit_limit = self._prompts.eos_id not in own
-        if not hit_limit:
-            own = own[: own.index(self._prompts.eos_id)]
+    def _hypothesis(self, example: Example, ids: list[int]) -> Hypothesis:
+        """The hypothesis of token ids, which may go on behind `</s>`."""
+        hit_limit = self._prompts.eos_id not in ids
+        own = ids if hit_limit else ids[: ids.index(self._prompts.eos_id)]
         if not example.is_transcription:
             return Hypothesis(self._prompts.decode(own).strip(), None, len(own), hit_limit)
         transcript = self._prompts.transcript(own)
         return Hypothesis(transcript.text, transcript.language, len(own), hit_limit)
 
 
-def cache_length(num_positions: int) -> int:
-    """Positions of a static cache that holds this many: the next power of two, or three halves of one.
-
-    On a GPU, transformers compiles the model and records a graph for each length: at most two in an octave.
-    """
-    power: int = 1 << (num_positions - 1).bit_length()
-    return power * 3 // 4 if num_positions <= power * 3 // 4 else power
+def groups_of(batch: Sequence[Item]) -> list[tuple[Item, ...]]:
+    """A batch in the groups that enter the slots together."""
+    size = -(-len(batch) // GROUPS_PER_BATCH)
+    return [tuple(batch[first : first + size]) for first in range(0, len(batch), size)]
 
 
 def load_decoder(

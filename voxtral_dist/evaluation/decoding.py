@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from voxtral_dist.distributed.collectives import (
 from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, out_of_memory_reason
 from voxtral_dist.errors import RankError, SharedError, UserError
-from voxtral_dist.evaluation.batch_decoder import BatchDecoder, DecodedBatch, Hypothesis
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, DecodedExamples, Hypothesis, groups_of
 from voxtral_dist.evaluation.test_set import Batch
 
 log = logging.getLogger(__name__)
@@ -119,15 +120,32 @@ class _RankDecoder:
         return None
 
     def _decode_from_queue(self) -> None:
-        """Take the next batch of the shared queue until it is empty."""
-        task_queue = TaskQueue(len(self._batches), self._world)
+        """Take the next batch, or the next group of utterances, of the shared queue until it is empty."""
+        is_continuous = self._decoder.is_continuous
+        tasks = [group for batch in self._batches for group in groups_of(batch)] if is_continuous else self._batches
+        queue = TaskQueue(len(tasks), self._world)
+        taken = (tasks[number] for number in queue)
         try:
-            for number in task_queue:
-                examples = self._read(self._batches[number])
-                self._add(examples, self._decoder.decode(examples, with_loss=self._with_loss))
+            if is_continuous:
+                for decoded in self._decoder.stream(self._read_ahead(taken), with_loss=self._with_loss):
+                    self._add(decoded)
+            else:
+                for batch in taken:
+                    self._add(self._decoder.decode(self._read(batch), with_loss=self._with_loss))
         except Exception:
-            task_queue.stop()
+            queue.stop()
             raise
+
+    def _read_ahead(self, batches: Iterator[Batch]) -> Iterator[list[Example]]:
+        """Read each batch while the one before it is decoded."""
+        with ThreadPoolExecutor(1) as reader:
+            coming = None
+            for batch in batches:
+                ready, coming = coming, reader.submit(self._read, batch)
+                if ready is not None:
+                    yield ready.result()
+            if coming is not None:
+                yield coming.result()
 
     def _decode_in_lockstep(self) -> None:
         """Decode in rounds of one batch per rank; a rank without a batch decodes silence."""
@@ -142,7 +160,7 @@ class _RankDecoder:
                     f"The evaluation of `{self._name}` ended on rank {self._world.rank}: {_reason(error)}"
                 ) from error
             if examples:
-                self._add(examples, decoded)
+                self._add(decoded)
 
     def _read_together(self, batches: Sequence[Batch]) -> tuple[list[Example], int]:
         """Read this rank's batch of a round, which may be empty. Returns it with its windows' maximum over ranks."""
@@ -161,8 +179,8 @@ class _RankDecoder:
             raise _OtherRankFailedError
         return examples, most_windows
 
-    def _add(self, examples: Sequence[Example], decoded: DecodedBatch) -> None:
-        self.pairs += zip(examples, decoded.hypotheses, strict=True)
+    def _add(self, decoded: DecodedExamples) -> None:
+        self.pairs += decoded.pairs
         self.loss_sum += decoded.loss_sum
         self.num_target_tokens += decoded.num_target_tokens
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import EvaluationConfig, ModelConfig
-from voxtral_dist.evaluation.batch_decoder import LOSS_CHUNK_TOKENS, cache_length
+from voxtral_dist.evaluation.slot_decoder import LOSS_CHUNK_TOKENS, rounded_size
 from voxtral_dist.model.features import spectrum_bytes
 from voxtral_dist.model.voxtral import DTYPES, FRAMES_PER_POSITION, audio_tokens_per_window, window_samples
 
@@ -120,7 +120,7 @@ class DecodingMemory:
     def _prompt(self, shape: DecodingShape) -> int:
         rows, cached = self._rows(shape), shape.num_prompt_tokens
         if self._static_cache:
-            cached = cache_length(cached + shape.num_new_tokens)
+            cached = rounded_size(cached + shape.num_new_tokens)
         positions = rows * shape.num_prompt_tokens
         mask = positions * cached * self._itemsize
         return self._keys(rows * cached, 2 * self._text.num_hidden_layers) + self._block(positions) + mask
@@ -129,7 +129,7 @@ class DecodingMemory:
         rows, cached = self._rows(shape), shape.num_prompt_tokens + shape.num_new_tokens
         num_tensors = 2 * self._text.num_hidden_layers + 1
         if self._static_cache:
-            cached = cache_length(cached)
+            cached = rounded_size(cached)
             num_tensors -= self._num_beams == 1
         scores = rows * self._text.vocab_size * (self._itemsize + 3 * _FLOAT32_BYTES)
         return self._keys(rows * cached, num_tensors) + int(scores)

@@ -74,3 +74,13 @@ def causal_mask(hidden: Tensor) -> Tensor:
     length = hidden.shape[1]
     future = torch.full((length, length), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
     return future.triu(diagonal=1)[None, None]
+
+
+def length_mask(positions: Tensor, num_attended: int, dtype: torch.dtype) -> Tensor:
+    """Mask that is added to attention scores, `(N, 1, 1, num_attended)`: a row's token sees up to its own position.
+
+    It is not boolean, because torch would turn it into this one in each block.
+    """
+    is_behind = torch.arange(num_attended, device=positions.device) > positions[:, None]
+    mask = torch.zeros(is_behind.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(is_behind, float("-inf"))[:, None, None]

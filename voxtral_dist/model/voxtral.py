@@ -14,11 +14,12 @@ from transformers import GenerationConfig, VoxtralConfig, VoxtralForConditionalG
 
 from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
-from voxtral_dist.model.attention import causal_mask, chosen_attention
+from voxtral_dist.model.attention import causal_mask, chosen_attention, length_mask
 from voxtral_dist.model.blocks import blocks_of, wrap_blocks
 from voxtral_dist.model.mlp_chunks import MlpChunks
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.model.quantized_linear import quantize_linear_layers
+from voxtral_dist.model.slot_cache import BlockCache, SlotCache
 from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,24 +106,51 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         assert audio_places is not None, "a micro-batch knows them"
         if self.mlp_chunks is not None:
             self.mlp_chunks.num_chunks = num_mlp_chunks
-        hidden = self.causal_states(audio_places=audio_places, **inputs)
+        audio = self.model.get_audio_features(inputs["input_features"], return_dict=True).pooler_output
+        hidden = self.causal_states(inputs["input_ids"], audio, audio_places)
         return self.lm_head(hidden.flatten(0, 1)[target_places], target_ids, chunk_tokens, label_smoothing)
 
-    def causal_states(self, input_ids: Tensor, input_features: Tensor, audio_places: Tensor) -> Tensor:
-        """Last hidden states `(B, T, width)` of rows that are padded on the right; arguments as for `forward`.
+    def causal_states(
+        self, input_ids: Tensor, audio: Tensor, audio_places: Tensor, cache: BlockCache | None = None
+    ) -> Tensor:
+        """Last hidden states `(B, T, width)` of rows that are padded on the right.
 
-        The language model is run as transformers' Llama runs it without a cache: but it compares position ids with
-        those of packed rows, and `get_placeholder_mask` looks for audio tokens. Both make the host wait for a GPU.
+        The language model is run as transformers' Llama runs it: but it compares position ids with those of packed
+        rows, and `get_placeholder_mask` looks for audio tokens. Both make the host wait for a GPU.
+
+        Args:
+            input_ids: int64 `(B, T)`.
+            audio: embeddings of audio tokens, `(A, width)`.
+            audio_places: see `forward`.
+            cache: is given the keys and values of each block.
         """
         language_model = self.model.language_model
         embedded = language_model.embed_tokens(input_ids)
-        audio = self.model.get_audio_features(input_features, return_dict=True).pooler_output
         hidden = embedded.flatten(0, 1).index_copy(0, audio_places, audio.to(embedded.dtype)).view_as(embedded)
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        angles = language_model.rotary_emb(hidden, position_ids=places)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         mask = causal_mask(hidden) if language_model.config._attn_implementation == "eager" else None
+        return self._through_blocks(hidden, positions, mask, cache)
+
+    def next_states(self, input_ids: Tensor, positions: Tensor, cache: SlotCache, num_attended: int) -> Tensor:
+        """Last hidden states `(N, width)` of one more token in each of the first N slots of a cache.
+
+        Args:
+            input_ids: int64 `(N,)`.
+            positions: int64 `(N,)`, of these tokens in their rows.
+            cache: holds all tokens before them.
+            num_attended: positions that attention covers, more than any of `positions`.
+        """
+        hidden = self.model.language_model.embed_tokens(input_ids[:, None])
+        mask = length_mask(positions, num_attended, hidden.dtype)
+        return self._through_blocks(hidden, positions[:, None], mask, cache.appending(positions, num_attended))[:, 0]
+
+    def _through_blocks(
+        self, hidden: Tensor, positions: Tensor, mask: Tensor | None, cache: BlockCache | None
+    ) -> Tensor:
+        language_model = self.model.language_model
+        angles = language_model.rotary_emb(hidden, position_ids=positions)
         for block in language_model.layers:
-            hidden = block(hidden, attention_mask=mask, position_embeddings=angles)
+            hidden = block(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
         states: Tensor = language_model.norm(hidden)
         return states
 

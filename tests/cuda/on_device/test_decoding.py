@@ -16,7 +16,7 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluation.batch_decoder import DecodedBatch, load_decoder
+from voxtral_dist.evaluation.batch_decoder import DecodedExamples, load_decoder
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 from fake_cuda import CUDA, fake_cuda, log
@@ -24,9 +24,10 @@ from workloads.fitted import fit
 
 NUM_UTTERANCES = 4
 
-# Waits for each token by place, and the reason for which they stay. The host then waits for 3 ms of work, and prepares
-# about 25 ms for the next token.
+# Waits for each token by place, and the reason for which they stay. Greedy decoding waits for 3 ms of work, and replays
+# a graph for the next token; a beam search prepares about 25 ms for it.
 WAITS_OF_A_TOKEN = {
+    "evaluation.slot_decoder.SlotDecoder._step: reads values": "the tokens, because some may end",
     "evaluation.batch_decoder.BatchDecoder._generate: reads a value": "transformers: whether any hypothesis goes on",
     "model.voxtral.TrainedVoxtral.forward: reads a value": "transformers: whether any prompt is padded, for the mask",
 }
@@ -53,7 +54,7 @@ def examples(fitted_model: Path, shard_folder: Path) -> list[Example]:
 class Decoding:
     """A decoded batch, the steps of its search, and the waits of all of it."""
 
-    batch: DecodedBatch
+    batch: DecodedExamples
     num_steps: int
     waits: Counter[str]
 

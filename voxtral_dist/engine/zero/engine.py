@@ -24,6 +24,7 @@ from voxtral_dist.engine.optim import set_learning_rate
 from voxtral_dist.engine.plain_copy import plain_copy
 from voxtral_dist.engine.zero.building import fill_model, gather_whole_blocks
 from voxtral_dist.engine.zero.initializing import prepare_deepspeed
+from voxtral_dist.engine.zero.linear import plain_linear
 from voxtral_dist.engine.zero.optimizers import build_optimizer
 from voxtral_dist.engine.zero.settings import complete_settings, is_offloaded, is_on_nvme, zero_stage
 from voxtral_dist.engine.zero.states import full_shape, master_states
@@ -147,7 +148,7 @@ class ZeroEngine:
                 yield module
         else:
             weights, buffers = self._gathered_parameters(), self._module.named_buffers()
-            with plain_copy(self._model_config, self._trainable, weights, buffers) as copy:
+            with plain_copy(self._model_config, self._trainable, weights, buffers) as copy, plain_linear():
                 yield copy
 
     def full_weights_bytes(self) -> int:
@@ -163,7 +164,8 @@ class ZeroEngine:
         self._module.eval()
         self._encoder.num_chunks = None
         try:
-            yield self._module
+            with plain_linear():
+                yield self._module
         finally:
             self._module.train()
 
