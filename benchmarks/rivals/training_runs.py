@@ -37,7 +37,7 @@ class TrainingRun:
     is_profiled: ours alone: one more step is taken apart.
     profiles_kernels: ours alone: the last step is profiled, and the answer names its costliest kernels.
     num_workers: processes of a rank that read batches ahead.
-    max_tokens_per_second, max_new_tokens, weights_in_evaluations, static_cache: of evaluations alone.
+    max_tokens_per_second, max_new_tokens, weights_in_evaluations: of evaluations alone.
     """
 
     model: str
@@ -67,7 +67,6 @@ class TrainingRun:
     max_tokens_per_second: float = 12.5
     max_new_tokens: int = 400
     weights_in_evaluations: str = "auto"
-    static_cache: bool = False
 
     @classmethod
     def read(cls, path: Path) -> TrainingRun:

@@ -72,7 +72,6 @@ def _config(run: TrainingRun) -> RunConfig:
         "test_sets": {TEST_SET: {"shards": run.shards}},
         "batch_size": run.batch_size,
         "weights": run.weights_in_evaluations,
-        "static_cache": run.static_cache,
         "max_tokens_per_second": run.max_tokens_per_second,
         # The rival measures none.
         "measures_loss": False,

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
-from voxtral_dist.evaluation.batch_decoder import load_decoder
+from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory, DecodingShape
 from voxtral_dist.model.encoder import ChunkedEncoder
 from voxtral_dist.model.prompts import VoxtralPrompts
@@ -34,6 +34,8 @@ SHAPE = TinyShape(
     text_kv_heads=2,
     text_ffn_width=512,
 )
+# Samples of int16.
+WINDOW_BYTES = 2 * round(16_000 * SHAPE.window_seconds)
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,10 @@ def examples_of(batch: Batch, prompts: VoxtralPrompts) -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize("batch", BATCHES, ids=str)
-def test_the_formula_gives_the_measured_peak(model: Path, batch: Batch) -> None:
-    settings = EvaluationConfig(
-        num_beams=batch.num_beams,
-        max_tokens_per_second=batch.tokens_per_second,
-        measures_loss=batch.measures_loss,
-    )
+def measured_and_planned(
+    model: Path, batch: Batch, settings: EvaluationConfig
+) -> tuple[int, DecodingMemory, DecodingShape]:
+    """Bytes that decoding a batch takes, and what they are planned by."""
     prompts = VoxtralPrompts.from_pretrained(str(model))
     decoder = load_decoder(str(model), prompts, settings, "float32", World(0, 1, 0, torch.device("cpu")))
     ChunkedEncoder.of(decoder._model).windows_per_chunk = batch.windows_per_chunk
@@ -112,9 +111,6 @@ def test_the_formula_gives_the_measured_peak(model: Path, batch: Batch) -> None:
         decoder._model.lm_head.weight[prompts.eos_id] = 0.0
     examples = examples_of(batch, prompts)
     measured = peak_bytes(lambda: decoder.decode(examples, with_loss=batch.measures_loss))
-    # The audio on a CPU is numpy's.
-    measured += sum(example.pcm.nbytes for example in examples)
-
     config = ModelConfig(path=str(model), precision="float32", encoder_windows_per_chunk=batch.windows_per_chunk)
     memory = DecodingMemory(read_voxtral_config(str(model)), config, settings, "cpu")
     shape = DecodingShape(
@@ -124,9 +120,45 @@ def test_the_formula_gives_the_measured_peak(model: Path, batch: Batch) -> None:
         num_new_tokens=decoder._limit(examples[0]),
         num_target_tokens=batch.num_targets,
     )
+    return measured, memory, shape
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_the_formula_gives_the_measured_peak(model: Path, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchDecoder, "is_continuous", False)
+    settings = EvaluationConfig(
+        num_beams=batch.num_beams,
+        max_tokens_per_second=batch.tokens_per_second,
+        measures_loss=batch.measures_loss,
+    )
+    measured, memory, shape = measured_and_planned(model, batch, settings)
+    # The audio on a CPU is numpy's.
+    measured += shape.num_windows * WINDOW_BYTES
     phases = memory.phases(shape)
     assert max(phases, key=lambda name: phases[name]) == batch.largest, phases
-    assert memory.peak_bytes([shape]) == pytest.approx(measured, rel=0.1), (measured, phases)
+    assert memory.batch_bytes(shape) == pytest.approx(measured, rel=0.1), (measured, phases)
+
+
+IN_SLOTS = [
+    Batch("loss", 8, num_targets=200, measures_loss=True),
+    Batch("features", 4, windows_each=8, windows_per_chunk=1),
+    Batch("features", 8, tokens_per_second=4.0, windows_per_chunk=1),
+    Batch("encoder", 8, windows_each=4),
+]
+
+
+@pytest.mark.parametrize("batch", IN_SLOTS, ids=str)
+def test_the_formula_gives_the_measured_peak_of_continuous_batching(model: Path, batch: Batch) -> None:
+    settings = EvaluationConfig(
+        batch_size=batch.num_examples,
+        max_tokens_per_second=batch.tokens_per_second,
+        measures_loss=batch.measures_loss,
+    )
+    measured, memory, shape = measured_and_planned(model, batch, settings)
+    measured += shape.num_windows // 4 * WINDOW_BYTES
+    phases = memory.slot_phases(shape)
+    assert max(phases, key=lambda name: phases[name]) == batch.largest, phases
+    assert memory.slots_bytes(shape) == pytest.approx(measured, rel=0.1), (measured, phases)
 
 
 def test_the_largest_batch_decides(model: Path) -> None:

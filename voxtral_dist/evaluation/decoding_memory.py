@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import VoxtralConfig
 
 from voxtral_dist.config import EvaluationConfig, ModelConfig
-from voxtral_dist.evaluation.slot_decoder import LOSS_CHUNK_TOKENS, rounded_size
+from voxtral_dist.evaluation.batch_decoder import GROUPS_PER_BATCH
+from voxtral_dist.evaluation.slot_decoder import LOSS_CHUNK_TOKENS, room_for, rounded_size, slots_for
 from voxtral_dist.model.features import spectrum_bytes
 from voxtral_dist.model.voxtral import DTYPES, FRAMES_PER_POSITION, audio_tokens_per_window, window_samples
 
@@ -31,7 +32,7 @@ class DecodingShape:
 
 
 class DecodingMemory:
-    """Peak memory of `BatchDecoder.decode`, for one model and one way to decode.
+    """Peak memory of a `BatchDecoder`, for one model and one way to decode.
 
         C windows   c that the encoder takes at a time   S positions of a window   M mel bins   A its audio tokens
         D width of the encoder, F of its feed-forward layers   B examples   R = B times the number of beams
@@ -42,7 +43,8 @@ class DecodingMemory:
 
         C (2 * 320 S + 4 * 2 S M + s A E)
 
-    To this comes the largest of the phases, which follow each other:
+    Beam searches, and ranks in lockstep, decode batch by batch. To what a batch holds comes the largest of the phases,
+    which follow each other:
 
         features     32 bytes a sample of the clips that are transformed together (`model.features`)
         encoder      s c S (4 D + 2 F): a block holds its input, that of the encoder, two residuals, and both sides of
@@ -58,6 +60,10 @@ class DecodingMemory:
     A static cache has all its positions, a rounded number, from the first token on: the mask of the prompt covers them,
     and they are copied for beams only.
 
+    Greedy decoding with whole weights has a cache of R' = min(`batch_size`, `max_windows` / windows of an utterance)
+    slots for the longest utterance, rounded up: s R' (T + n) 2 K L. To this comes the largest phase of a quarter of the
+    batch, which enters with its targets if the loss is measured; or a token of all slots, s R' V.
+
     Attention weights of `model.attention: eager` are not counted.
     """
 
@@ -72,13 +78,46 @@ class DecodingMemory:
         self._itemsize = DTYPES[model.precision].itemsize
         self._windows_per_chunk = model.encoder_windows_per_chunk
         self._num_beams = settings.num_beams
+        self._max_slots = settings.batch_size
+        self._max_windows = settings.max_windows
         self._static_cache = settings.static_cache
         self._measures_loss = settings.measures_loss
         self._device_type = device_type
 
     def peak_bytes(self, shapes: Iterable[DecodingShape]) -> int:
-        """Bytes at the peak of the largest of some batches; 0 without any."""
-        return max((self._held(shape) + max(self.phases(shape).values()) for shape in shapes), default=0)
+        """Bytes at the peak of the largest of some batches, in lockstep or not; 0 without any."""
+        return max((max(self.batch_bytes(shape), self.slots_bytes(shape)) for shape in shapes), default=0)
+
+    def batch_bytes(self, shape: DecodingShape) -> int:
+        """Bytes at the peak of a batch that `generate` decodes."""
+        return self._held(shape) + max(self.phases(shape).values())
+
+    def slots_bytes(self, shape: DecodingShape) -> int:
+        """Bytes at the peak of continuous batching with utterances such as those of a batch; 0 for a beam search."""
+        if self._num_beams > 1:
+            return 0
+        num_slots = slots_for(-(-shape.num_windows // shape.num_examples), self._max_slots, self._max_windows)
+        cached = num_slots * room_for(shape.num_prompt_tokens + shape.num_new_tokens)
+        return self._keys(cached, 2 * self._text.num_hidden_layers) + max(self.slot_phases(shape).values())
+
+    def slot_phases(self, shape: DecodingShape) -> dict[str, int]:
+        """Bytes of each phase of a group that enters the slots, and of a token, besides the cache."""
+        num_examples = -(-shape.num_examples // GROUPS_PER_BATCH)
+        num_windows = -(-shape.num_windows * num_examples // shape.num_examples)
+        group = replace(shape, num_examples=num_examples, num_windows=num_windows)
+        held, features = self._held(group), self._features_of(group)
+        # Features are freed when their windows are encoded.
+        entering = held - features + self._block(num_examples * self._entering_tokens(shape))
+        phases = {
+            "features": held + self._features(group),
+            "encoder": held + self._encoder(group),
+            "prompt": entering,
+            "token": shape.num_examples * self._text.vocab_size * self._itemsize,
+        }
+        return phases | ({"loss": held - features + self._loss(group)} if self._measures_loss else {})
+
+    def _entering_tokens(self, shape: DecodingShape) -> int:
+        return shape.num_prompt_tokens + (shape.num_target_tokens if self._measures_loss else 0)
 
     def phases(self, shape: DecodingShape) -> dict[str, int]:
         """Bytes of each phase of a batch, besides what the batch holds."""
@@ -92,10 +131,13 @@ class DecodingMemory:
         return phases | ({"loss": self._loss(shape)} if self._measures_loss else {})
 
     def _held(self, shape: DecodingShape) -> int:
-        frames = FRAMES_PER_POSITION * int(self._audio.max_source_positions)
-        features = frames * int(self._audio.num_mel_bins) * _FLOAT32_BYTES
         embeddings = self._audio_tokens * int(self._text.hidden_size) * self._itemsize
-        return shape.num_windows * (self._window_samples * _INT16_BYTES + features + embeddings)
+        others = shape.num_windows * (self._window_samples * _INT16_BYTES + embeddings)
+        return others + self._features_of(shape)
+
+    def _features_of(self, shape: DecodingShape) -> int:
+        frames = FRAMES_PER_POSITION * int(self._audio.max_source_positions)
+        return shape.num_windows * frames * int(self._audio.num_mel_bins) * _FLOAT32_BYTES
 
     def _features(self, shape: DecodingShape) -> int:
         mean_samples = shape.num_windows * self._window_samples // shape.num_examples

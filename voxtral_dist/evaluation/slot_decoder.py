@@ -101,11 +101,9 @@ class SlotDecoder:
         # A call that was not used up leaves its rows.
         self._rows.clear()
         for group in groups:
-            batch = self._collate(group, with_loss)
-            audio = self._encode(batch)
             while not self._has_room(group):
                 yield self._step()
-            yield self._enter(group, batch, audio, with_loss)
+            yield self._enter(group, with_loss)
             # Until another group may have room, it is left to other ranks.
             while self._rows and self._num_free < len(group):
                 yield self._step()
@@ -143,9 +141,8 @@ class SlotDecoder:
     def _room_for(self, group: Sequence[Example]) -> tuple[int, int]:
         """Slots, and positions of each, for examples such as these."""
         most_windows = max(example.num_windows for example in group)
-        num_slots = max(len(group), min(self._max_slots, self._max_windows // most_windows))
         num_positions = max(len(example.prompt) + self._limit(example) for example in group)
-        return num_slots, -(-num_positions // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
+        return max(len(group), slots_for(most_windows, self._max_slots, self._max_windows)), room_for(num_positions)
 
     def _make_cache(self, num_slots: int, num_positions: int) -> None:
         # The old one is freed first. Recorded steps refer to it.
@@ -164,21 +161,24 @@ class SlotDecoder:
         self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
         self._positions = torch.zeros_like(self._tokens)
 
-    def _enter(self, group: Sequence[Example], batch: MicroBatch, audio: Tensor, with_loss: bool) -> Progress:
+    def _enter(self, group: Sequence[Example], with_loss: bool) -> Progress:
+        """Encode a group, fill its slots, and choose its first tokens."""
         assert self._cache is not None
         first = len(self._rows)
+        slots = slice(first, first + len(group))
+        batch = self._collate(group, with_loss)
+        width = batch.input_ids.shape[1]
+        ends = [number * width + len(example.prompt) for number, example in enumerate(group)]
+        last_places = torch.tensor(ends).to(self._device) - 1
         with without_cudnn():
             cache = self._cache.entering(first)
-            hidden = self._model.causal_states(batch.input_ids, audio, batch.audio_places, cache).flatten(0, 1)
+            hidden = self._model.causal_states(batch.input_ids, self._encode(batch), batch.audio_places, cache)
+        states = hidden.flatten(0, 1)
         loss_sum = 0.0
         if with_loss:
-            loss_sum = float(self._model.lm_head(hidden[batch.target_places], batch.target_ids, LOSS_CHUNK_TOKENS))
-        width = batch.input_ids.shape[1]
-        last_places = [number * width + len(example.prompt) - 1 for number, example in enumerate(group)]
-        places = torch.tensor(last_places).to(self._device)
-        slots = slice(first, first + len(group))
-        self._tokens[slots] = self._model.lm_head(hidden[places]).argmax(-1)
-        self._positions[slots] = places % width + 1
+            loss_sum = float(self._model.lm_head(states[batch.target_places], batch.target_ids, LOSS_CHUNK_TOKENS))
+        self._tokens[slots] = self._model.lm_head(states[last_places]).argmax(-1)
+        self._positions[slots] = last_places % width + 1
         self._rows += [_Row(example, self._limit(example), len(example.prompt)) for example in group]
         ended = self._take(first, self._tokens[slots].tolist())
         return Progress(ended, loss_sum, batch.num_target_tokens if with_loss else 0)
@@ -246,6 +246,16 @@ class SlotDecoder:
     @property
     def _device(self) -> torch.device:
         return self._log_mel.device
+
+
+def slots_for(num_windows: int, max_slots: int, max_windows: int) -> int:
+    """Slots for utterances of this many windows each."""
+    return max(1, min(max_slots, max_windows // num_windows))
+
+
+def room_for(num_positions: int) -> int:
+    """Positions of a slot that holds this many."""
+    return -(-num_positions // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
 
 
 def rounded_size(size: int) -> int:
