@@ -78,14 +78,14 @@ def one_process(model: str, shards: str, num_utterances: int, num_rounds: int) -
 def _count_steps(decoder: BatchDecoder) -> list[int]:
     """The number of rows of each step of continuous batching from now on."""
     steps: list[int] = []
-    slots = decoder._slots
-    advance = slots._advance
+    continuous = decoder._continuous
+    advance = continuous._advance
 
     def counted(num_rows: int, num_attended: int) -> None:
         steps.append(num_rows)
         advance(num_rows, num_attended)
 
-    slots._advance = counted  # type: ignore[method-assign]
+    continuous._advance = counted  # type: ignore[method-assign]
     return steps
 
 

@@ -16,8 +16,8 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, load_decoder
 from voxtral_dist.evaluation.building import build_test_sets
+from voxtral_dist.evaluation.continuous_decoder import rounded_size
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
-from voxtral_dist.evaluation.slot_decoder import rounded_size
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.prompts import VoxtralPrompts
 
@@ -84,7 +84,7 @@ def test_lengths_of_static_caches_are_powers_of_two_or_halfway_between(num_posit
 def test_static_caches_have_few_lengths_and_the_same_hypotheses(
     tiny_model: Path, shard_folder: Path, prompts: VoxtralPrompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_on(shard_folder, batch_size=1)
+    settings = settings_on(shard_folder, batch_size=1, num_beams=2)
     (test_set,) = build_test_sets(settings, prompts, target_text=())
     examples = [test_set.read(batch) for batch in reversed(test_set.batches)]
     plain = load_decoder(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))

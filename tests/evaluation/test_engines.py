@@ -59,12 +59,11 @@ CASES = [
     Case({"stage": 0}, {"batch_size": 8}),
     Case({"stage": 1}, {"batch_size": 3}),
     Case({"stage": 2}, {"batch_size": 8, "max_windows": 5}),
-    Case({"stage": 2}, {"batch_size": 8, "static_cache": True}),
+    Case({"stage": 2}, {"batch_size": 8, "static_cache": True, "num_beams": 3}),
     Case({"stage": 3}, {"batch_size": 8}),
     Case({"stage": 3}, {"batch_size": 3, "weights": "sharded"}, in_lockstep=True),
     Case({"stage": 3}, {"batch_size": 3, "weights": "sharded", "num_beams": 3}, in_lockstep=True),
     Case({"stage": 3}, {"batch_size": 8, "weights": "gathered", "num_beams": 3}),
-    Case({"stage": 3}, {"batch_size": 3, "static_cache": True, "num_beams": 3}),
     # Fewer batches than ranks, so that a rank has none.
     Case({"stage": 3}, {"batch_size": 8, "weights": "sharded", "max_utterances": 5}, in_lockstep=True),
     Case({"stage": 3}, {"batch_size": 8, "max_utterances": 5}),

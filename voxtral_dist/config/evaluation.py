@@ -103,7 +103,8 @@ class EvaluationConfig(Section):
     """Also evaluate the model before the first step, for comparison."""
 
     batch_size: int = Field(default=8, gt=0)
-    """Maximum utterances that a rank decodes at a time. Does not change hypotheses in float32."""
+    """Maximum utterances that a rank decodes at a time. Does not change hypotheses in float32. A step takes a GPU about
+    as long for 64 utterances as for 8; where the memory suffices (`voxtral-dist plan`), take more."""
 
     max_windows: int = Field(default=64, gt=0)
     """Maximum encoder windows that a rank decodes at a time, so that long utterances form smaller batches. An utterance
@@ -113,8 +114,8 @@ class EvaluationConfig(Section):
     """Beams of the beam search; 1 decodes greedily."""
 
     static_cache: bool = False
-    """Use a key-value cache of fixed size, which torch.compile can use on GPUs. Does nothing where ranks decode in
-    lockstep (see `weights`)."""
+    """In beam searches, use a key-value cache of fixed size, which torch.compile can use on GPUs. Does nothing where
+    ranks decode in lockstep (see `weights`), nor in greedy decoding, which always has such a cache, of its own."""
 
     weights: Literal["auto", "gathered", "sharded"] = "auto"
     """Weights in evaluations under ZeRO-3 and FSDP2. `gathered`: a whole copy on every rank, which decodes on its own:
@@ -127,7 +128,8 @@ class EvaluationConfig(Section):
     nothing without `optimizer.ema_decay`. None: averages, where there are any; for a checkpoint what its run does."""
 
     measures_loss: bool = True
-    """Also measure the loss of the targets, by one more forward pass of the language model."""
+    """Also measure the loss of the targets. Greedy decoding does so in the forward pass over the prompts; beam searches
+    and lockstep need one more pass of the language model."""
 
     max_tokens_per_second: float = Field(default=12.5, gt=0, lt=1e9)
     """Limit of a hypothesis: `16 + max_tokens_per_second * duration` tokens, with the duration in seconds. Results

@@ -1,20 +1,21 @@
 """Transcripts of examples; what is decoded at the same time does not change a hypothesis.
 
-Greedy decoding takes examples in and out of a running batch (`SlotDecoder`). Beam searches, and ranks in lockstep,
-decode batch by batch with transformers' `generate`.
+Greedy decoding takes examples in and out of a running batch (`ContinuousDecoder`). Beam searches, and ranks in
+lockstep, decode batch by batch with transformers' `generate`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from voxtral_dist.checkpoints.loading import config_of_checkpoint, is_checkpoint, load_checkpoint, refuse_ema
 from voxtral_dist.checkpoints.verifying import damage_over_ranks
@@ -25,6 +26,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.slot_decoder import LOSS_CHUNK_TOKENS, SlotDecoder, rounded_size
+from voxtral_dist.evaluation.continuous_decoder import LOSS_CHUNK_TOKENS, ContinuousDecoder, rounded_size
 from voxtral_dist.model.attention import masked_attention
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
 from voxtral_dist.model.features import LogMel
@@ -32,7 +34,7 @@ from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.voxtral import TrainedVoxtral
 from voxtral_dist.model.weights import load_for_inference
 
-# A quarter of the slots is refilled at a time: smaller groups make the encoder's batches small, larger ones leave slots
+# A quarter of the rows is refilled at a time: smaller groups make the encoder's batches small, larger ones leave rows
 # empty for longer.
 GROUPS_PER_BATCH = 4
 Item = TypeVar("Item")
@@ -95,7 +97,9 @@ class BatchDecoder:
         self.silence = silent_example(prompts)
         self._loss = LossOfMicroBatch(log_mel, LOSS_CHUNK_TOKENS)
         self._settings = settings
-        self._slots = SlotDecoder(model, prompts, log_mel, self._limit, settings.batch_size, settings.max_windows)
+        self._continuous = ContinuousDecoder(
+            model, prompts, log_mel, self._limit, settings.batch_size, settings.max_windows
+        )
 
     @property
     def is_continuous(self) -> bool:
@@ -103,7 +107,7 @@ class BatchDecoder:
         return self._settings.num_beams == 1 and not self.in_lockstep
 
     def stream(self, groups: Iterable[Sequence[Example]], *, with_loss: bool) -> Iterator[DecodedExamples]:
-        """Decode groups of examples on this rank alone, in as many slots as the settings allow.
+        """Decode groups of examples on this rank alone, in as many rows as the settings allow.
 
         Args:
             groups: at least one example each, the costliest first; see `groups_of`.
@@ -114,7 +118,7 @@ class BatchDecoder:
         """
         assert self.is_continuous, "beam searches and lockstep decode whole batches"
         self._encoder.num_chunks = None
-        for progress in self._slots(groups, with_loss=with_loss):
+        for progress in self._continuous(groups, with_loss=with_loss):
             pairs = [(example, self._hypothesis(example, ids)) for example, ids in progress.ended]
             yield DecodedExamples(pairs, progress.loss_sum, progress.num_target_tokens)
 
@@ -137,7 +141,7 @@ class BatchDecoder:
             Hypotheses in the order of the examples, and the loss.
         """
         if self.is_continuous:
-            return self._decode_in_slots(examples, with_loss)
+            return self._decode_continuously(examples, with_loss)
         batch = collate(examples, self._prompts).to(self._device)
         features = self._log_mel(batch.pcm, batch.windows_per_example)
         self._encoder.num_chunks = most_windows and num_chunks(most_windows, self._encoder.windows_per_chunk)
@@ -147,7 +151,7 @@ class BatchDecoder:
             pairs = list(zip(examples, self._generate(examples, numbers), strict=True))
         return DecodedExamples(pairs, loss_sum, batch.num_target_tokens if with_loss else 0)
 
-    def _decode_in_slots(self, examples: Sequence[Example], with_loss: bool) -> DecodedExamples:
+    def _decode_continuously(self, examples: Sequence[Example], with_loss: bool) -> DecodedExamples:
         parts = list(self.stream(groups_of(examples), with_loss=with_loss))
         found = {id(example): hypothesis for part in parts for example, hypothesis in part.pairs}
         return DecodedExamples(
@@ -161,7 +165,7 @@ class BatchDecoder:
         limits = [self._limit(example) for example in examples]
         # transformers takes this if its own length is less; what it leaves here would lengthen every later cache.
         self._model._previous_max_cache_length = rounded_size(prompts.shape[1] + max(limits))
-        with masked_attention(self._model):
+        with masked_attention(self._model), _without_generation_config(self._model):
             generated: Tensor = self._model.generate(
                 input_ids=prompts.to(self._device),
                 attention_mask=attention_mask.to(self._device),
@@ -198,7 +202,7 @@ class BatchDecoder:
 
 
 def groups_of(batch: Sequence[Item]) -> list[tuple[Item, ...]]:
-    """A batch in the groups that enter the slots together."""
+    """A batch in the groups that enter the cache together."""
     size = -(-len(batch) // GROUPS_PER_BATCH)
     return [tuple(batch[first : first + size]) for first in range(0, len(batch), size)]
 
@@ -248,8 +252,18 @@ def _processor_path(model_path: str) -> str:
     return config_of_checkpoint(Path(model_path)).model.path if is_checkpoint(model_path) else model_path
 
 
+@contextmanager
+def _without_generation_config(model: TrainedVoxtral) -> Iterator[None]:
+    """Context in which `generate` takes nothing from a checkpoint's `generation_config.json`, such as penalties."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _search(settings: EvaluationConfig, in_lockstep: bool) -> dict[str, Any]:
-    """Arguments of `generate` that choose tokens; they override a checkpoint's `generation_config.json`."""
+    """Arguments of `generate` that choose tokens."""
     # In lockstep, empty steps of a finished rank would run past the end of a static cache.
     cache = {"cache_implementation": "static"} if settings.static_cache and not in_lockstep else {}
     # Without early stopping, a beam search ends when no open beam can win, whatever else is in the batch.

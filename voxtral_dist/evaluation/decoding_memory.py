@@ -9,7 +9,7 @@ from transformers import VoxtralConfig
 
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.evaluation.batch_decoder import GROUPS_PER_BATCH
-from voxtral_dist.evaluation.slot_decoder import LOSS_CHUNK_TOKENS, room_for, rounded_size, slots_for
+from voxtral_dist.evaluation.continuous_decoder import LOSS_CHUNK_TOKENS, room_for, rounded_size, rows_for
 from voxtral_dist.model.features import spectrum_bytes
 from voxtral_dist.model.voxtral import DTYPES, FRAMES_PER_POSITION, audio_tokens_per_window, window_samples
 
@@ -57,12 +57,12 @@ class DecodingMemory:
         last token   s R (T + n) K (2 L + 1) + (s + 12) R V: keys and values of a block are copied one after the other
                      to append a token; logits, and their float32 scores three times
 
-    A static cache has all its positions, a rounded number, from the first token on: the mask of the prompt covers them,
-    and they are copied for beams only.
+    A static cache has all its positions, a rounded number, from the first token on, and the mask of the prompt covers
+    them.
 
     Greedy decoding with whole weights has a cache of R' = min(`batch_size`, `max_windows` / windows of an utterance)
-    slots for the longest utterance, rounded up: s R' (T + n) 2 K L. To this comes the largest phase of a quarter of the
-    batch, which enters with its targets if the loss is measured; or a token of all slots, s R' V.
+    rows for the longest utterance, rounded up: s R' (T + n) 2 K L. To this comes the largest phase of a quarter of the
+    batch, which enters with its targets if the loss is measured; or a token of all rows, s R' V.
 
     Attention weights of `model.attention: eager` are not counted.
     """
@@ -78,30 +78,30 @@ class DecodingMemory:
         self._itemsize = DTYPES[model.precision].itemsize
         self._windows_per_chunk = model.encoder_windows_per_chunk
         self._num_beams = settings.num_beams
-        self._max_slots = settings.batch_size
+        self._max_rows = settings.batch_size
         self._max_windows = settings.max_windows
-        self._static_cache = settings.static_cache
+        self._static_cache = settings.static_cache and settings.num_beams > 1
         self._measures_loss = settings.measures_loss
         self._device_type = device_type
 
     def peak_bytes(self, shapes: Iterable[DecodingShape]) -> int:
         """Bytes at the peak of the largest of some batches, in lockstep or not; 0 without any."""
-        return max((max(self.batch_bytes(shape), self.slots_bytes(shape)) for shape in shapes), default=0)
+        return max((max(self.batch_bytes(shape), self.continuous_bytes(shape)) for shape in shapes), default=0)
 
     def batch_bytes(self, shape: DecodingShape) -> int:
         """Bytes at the peak of a batch that `generate` decodes."""
         return self._held(shape) + max(self.phases(shape).values())
 
-    def slots_bytes(self, shape: DecodingShape) -> int:
+    def continuous_bytes(self, shape: DecodingShape) -> int:
         """Bytes at the peak of continuous batching with utterances such as those of a batch; 0 for a beam search."""
         if self._num_beams > 1:
             return 0
-        num_slots = slots_for(-(-shape.num_windows // shape.num_examples), self._max_slots, self._max_windows)
-        cached = num_slots * room_for(shape.num_prompt_tokens + shape.num_new_tokens)
-        return self._keys(cached, 2 * self._text.num_hidden_layers) + max(self.slot_phases(shape).values())
+        num_rows = rows_for(-(-shape.num_windows // shape.num_examples), self._max_rows, self._max_windows)
+        cached = num_rows * room_for(shape.num_prompt_tokens + shape.num_new_tokens)
+        return self._keys(cached, 2 * self._text.num_hidden_layers) + max(self.row_phases(shape).values())
 
-    def slot_phases(self, shape: DecodingShape) -> dict[str, int]:
-        """Bytes of each phase of a group that enters the slots, and of a token, besides the cache."""
+    def row_phases(self, shape: DecodingShape) -> dict[str, int]:
+        """Bytes of each phase of a group that enters the cache, and of a token, besides the cache."""
         num_examples = -(-shape.num_examples // GROUPS_PER_BATCH)
         num_windows = -(-shape.num_windows * num_examples // shape.num_examples)
         group = replace(shape, num_examples=num_examples, num_windows=num_windows)
@@ -169,12 +169,10 @@ class DecodingMemory:
 
     def _last_token(self, shape: DecodingShape) -> int:
         rows, cached = self._rows(shape), shape.num_prompt_tokens + shape.num_new_tokens
-        num_tensors = 2 * self._text.num_hidden_layers + 1
         if self._static_cache:
             cached = rounded_size(cached)
-            num_tensors -= self._num_beams == 1
         scores = rows * self._text.vocab_size * (self._itemsize + 3 * _FLOAT32_BYTES)
-        return self._keys(rows * cached, num_tensors) + int(scores)
+        return self._keys(rows * cached, 2 * self._text.num_hidden_layers + 1) + int(scores)
 
     def _block(self, positions: int) -> int:
         """One block of the language model in a forward pass without gradients."""

@@ -103,9 +103,9 @@ class LogMel:
         """Features of clips of `count` windows each: `(N * count, S)` -> `(N * count, M, F)`."""
         waveform = pcm.reshape(len(pcm) // count, -1).to(torch.float32) / _INT16_SCALE
         spectrum = torch.stft(waveform, self._fft_samples, self._hop_samples, window=self._window, return_complex=True)
-        kept = spectrum[..., :-1]
+        real, imaginary = torch.view_as_real(spectrum[..., :-1]).unbind(-1)
         # Not `abs`, whose roots take as long as the transform.
-        power = kept.real.square() + kept.imag.square()
+        power = real.square() + imaginary.square()
         log_mel = (self._filters @ power).clamp(min=_MIN_POWER).log10()
         loudest = log_mel.amax(dim=(1, 2), keepdim=True)
         scaled = (torch.maximum(log_mel, loudest - _DYNAMIC_RANGE_LOG10) + 4.0) / 4.0

@@ -19,7 +19,7 @@ from voxtral_dist.model.blocks import blocks_of, wrap_blocks
 from voxtral_dist.model.mlp_chunks import MlpChunks
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.model.quantized_linear import quantize_linear_layers
-from voxtral_dist.model.slot_cache import BlockCache, SlotCache
+from voxtral_dist.model.row_cache import BlockCache, RowCache
 from voxtral_dist.model.trainable import choose_trainable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,8 +131,8 @@ class TrainedVoxtral(VoxtralForConditionalGeneration):  # type: ignore[misc]  # 
         mask = causal_mask(hidden) if language_model.config._attn_implementation == "eager" else None
         return self._through_blocks(hidden, positions, mask, cache)
 
-    def next_states(self, input_ids: Tensor, positions: Tensor, cache: SlotCache, num_attended: int) -> Tensor:
-        """Last hidden states `(N, width)` of one more token in each of the first N slots of a cache.
+    def next_states(self, input_ids: Tensor, positions: Tensor, cache: RowCache, num_attended: int) -> Tensor:
+        """Last hidden states `(N, width)` of one more token in each of the first N rows of a cache.
 
         Args:
             input_ids: int64 `(N,)`.

@@ -27,7 +27,7 @@ NUM_UTTERANCES = 4
 # Waits for each token by place, and the reason for which they stay. Greedy decoding waits for 3 ms of work, and replays
 # a graph for the next token; a beam search prepares about 25 ms for it.
 WAITS_OF_A_TOKEN = {
-    "evaluation.slot_decoder.SlotDecoder._step: reads values": "the tokens, because some may end",
+    "evaluation.continuous_decoder.ContinuousDecoder._step: reads values": "the tokens, because some may end",
     "evaluation.batch_decoder.BatchDecoder._generate: reads a value": "transformers: whether any hypothesis goes on",
     "model.voxtral.TrainedVoxtral.forward: reads a value": "transformers: whether any prompt is padded, for the mask",
 }
@@ -72,7 +72,9 @@ def decode(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"static_cache": True}], ids=["greedy", "beams", "static"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"num_beams": 3, "static_cache": True}], ids=["greedy", "beams", "static"]
+)
 def test_transcripts_are_those_of_the_cpu_and_few_waits_recur(
     fitted_model: Path, examples: list[Example], precision: str, settings: dict[str, Any]
 ) -> None:

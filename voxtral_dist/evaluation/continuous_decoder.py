@@ -1,7 +1,7 @@
-"""Greedy decoding with continuous batching: an utterance that has ended leaves its slot, and another one enters.
+"""Greedy decoding with continuous batching: an utterance that has ended leaves its row, and another one enters.
 
-Utterances come in groups. A group is encoded as one batch, and enters as one batch when enough slots are free: one
-forward pass over prompts and targets fills its slots of the cache, chooses the first tokens, and gives the loss. Then
+Utterances come in groups. A group is encoded as one batch, and enters as one batch when enough rows are free: one
+forward pass over prompts and targets fills its rows of the cache, chooses the first tokens, and gives the loss. Then
 all rows advance by one token at a time.
 
 The rows in use are always the first ones, so that a step computes nothing else. On a CPU, a step attends to as many
@@ -23,12 +23,12 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch, collate
 from voxtral_dist.model.attention import masked_attention, without_cudnn
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.model.slot_cache import SlotCache
+from voxtral_dist.model.row_cache import RowCache
 from voxtral_dist.model.voxtral import TrainedVoxtral
 
 # Target tokens whose logits are computed at a time.
 LOSS_CHUNK_TOKENS = 2048
-# Positions of a slot are a multiple of this, which attention kernels like.
+# Positions of a row are a multiple of this, which attention kernels like.
 _POSITIONS_MULTIPLE = 64
 
 # Makes a function that does again what a step does, with the same tensors.
@@ -45,8 +45,8 @@ class Progress:
 
 
 @dataclass
-class _Row:
-    """An utterance in a slot: its tokens so far, of which the last one comes next at `position`."""
+class _Running:
+    """An utterance in a row: its tokens so far, of which the last one comes next at `position`."""
 
     example: Example
     limit: int
@@ -54,8 +54,8 @@ class _Row:
     ids: list[int] = field(default_factory=list)
 
 
-class SlotDecoder:
-    """Decodes groups of examples greedily in the slots of one cache."""
+class ContinuousDecoder:
+    """Decodes groups of examples greedily in the rows of one cache."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class SlotDecoder:
         prompts: VoxtralPrompts,
         log_mel: LogMel,
         limit: Callable[[Example], int],
-        max_slots: int,
+        max_rows: int,
         max_windows: int,
         record: Record | None = None,
     ) -> None:
@@ -74,7 +74,7 @@ class SlotDecoder:
             prompts: of the model.
             log_mel: features of the model.
             limit: the most tokens of an example.
-            max_slots: utterances that are decoded at a time.
+            max_rows: utterances that are decoded at a time.
             max_windows: windows of the utterances that are decoded at a time; one with more is decoded alone.
             record: makes replays of steps; None for CUDA graphs on a GPU, and no replays elsewhere.
         """
@@ -82,11 +82,11 @@ class SlotDecoder:
         self._prompts = prompts
         self._log_mel = log_mel
         self._limit = limit
-        self._max_slots = max_slots
+        self._max_rows = max_rows
         self._max_windows = max_windows
         self._record = record or cuda_graphs(log_mel.device)
-        self._rows: list[_Row] = []
-        self._cache: SlotCache | None = None
+        self._running: list[_Running] = []
+        self._cache: RowCache | None = None
         self._replays: dict[tuple[int, int], Callable[[], None] | None] = {}
 
     @torch.no_grad()
@@ -94,20 +94,20 @@ class SlotDecoder:
         """Decode all groups; each example ends once, in any order.
 
         Args:
-            groups: at least one example each; the next one is taken when there are slots for as many as in the one
+            groups: at least one example each; the next one is taken when there are rows for as many as in the one
                 before it.
             with_loss: measure the loss of targets too, in the same forward pass.
         """
-        # A call that was not used up leaves its rows.
-        self._rows.clear()
+        # A call that was not used up leaves its utterances.
+        self._running.clear()
         for group in groups:
             while not self._has_room(group):
                 yield self._step()
             yield self._enter(group, with_loss)
             # Until another group may have room, it is left to other ranks.
-            while self._rows and self._num_free < len(group):
+            while self._running and self._num_free < len(group):
                 yield self._step()
-        while self._rows:
+        while self._running:
             yield self._step()
 
     def _collate(self, group: Sequence[Example], with_loss: bool) -> MicroBatch:
@@ -122,35 +122,35 @@ class SlotDecoder:
         return audio
 
     def _has_room(self, group: Sequence[Example]) -> bool:
-        """Whether a group can enter now; without any rows it always can, into a new cache if need be."""
-        num_slots, num_positions = self._room_for(group)
+        """Whether a group can enter now; without any others it always can, into a new cache if need be."""
+        num_rows, num_positions = self._room_for(group)
         cache = self._cache
-        if cache is None or cache.num_slots < num_slots or cache.num_positions < num_positions:
-            if self._rows:
+        if cache is None or cache.num_rows < num_rows or cache.num_positions < num_positions:
+            if self._running:
                 return False
-            self._make_cache(num_slots, num_positions)
+            self._make_cache(num_rows, num_positions)
             return True
-        windows = sum(example.num_windows for example in (*group, *(row.example for row in self._rows)))
-        return not self._rows or (len(group) <= self._num_free and windows <= self._max_windows)
+        windows = sum(example.num_windows for example in (*group, *(row.example for row in self._running)))
+        return not self._running or (len(group) <= self._num_free and windows <= self._max_windows)
 
     @property
     def _num_free(self) -> int:
-        """Slots without a row."""
-        return 0 if self._cache is None else self._cache.num_slots - len(self._rows)
+        """Rows without an utterance."""
+        return 0 if self._cache is None else self._cache.num_rows - len(self._running)
 
     def _room_for(self, group: Sequence[Example]) -> tuple[int, int]:
-        """Slots, and positions of each, for examples such as these."""
+        """Rows, and positions of each, for examples such as these."""
         most_windows = max(example.num_windows for example in group)
         num_positions = max(len(example.prompt) + self._limit(example) for example in group)
-        return max(len(group), slots_for(most_windows, self._max_slots, self._max_windows)), room_for(num_positions)
+        return max(len(group), rows_for(most_windows, self._max_rows, self._max_windows)), room_for(num_positions)
 
-    def _make_cache(self, num_slots: int, num_positions: int) -> None:
+    def _make_cache(self, num_rows: int, num_positions: int) -> None:
         # The old one is freed first. Recorded steps refer to it.
         self._replays.clear()
         self._cache = None
         config = self._model.config.text_config
-        self._cache = SlotCache(
-            num_slots,
+        self._cache = RowCache(
+            num_rows,
             num_positions,
             num_blocks=config.num_hidden_layers,
             num_heads=config.num_key_value_heads,
@@ -158,14 +158,14 @@ class SlotDecoder:
             dtype=self._model.dtype,
             device=self._device,
         )
-        self._tokens = torch.zeros(num_slots, dtype=torch.int64, device=self._device)
+        self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         self._positions = torch.zeros_like(self._tokens)
 
     def _enter(self, group: Sequence[Example], with_loss: bool) -> Progress:
-        """Encode a group, fill its slots, and choose its first tokens."""
+        """Encode a group, fill its rows, and choose its first tokens."""
         assert self._cache is not None
-        first = len(self._rows)
-        slots = slice(first, first + len(group))
+        first = len(self._running)
+        rows = slice(first, first + len(group))
         batch = self._collate(group, with_loss)
         width = batch.input_ids.shape[1]
         ends = [number * width + len(example.prompt) for number, example in enumerate(group)]
@@ -177,17 +177,17 @@ class SlotDecoder:
         loss_sum = 0.0
         if with_loss:
             loss_sum = float(self._model.lm_head(states[batch.target_places], batch.target_ids, LOSS_CHUNK_TOKENS))
-        self._tokens[slots] = self._model.lm_head(states[last_places]).argmax(-1)
-        self._positions[slots] = last_places % width + 1
-        self._rows += [_Row(example, self._limit(example), len(example.prompt)) for example in group]
-        ended = self._take(first, self._tokens[slots].tolist())
+        self._tokens[rows] = self._model.lm_head(states[last_places]).argmax(-1)
+        self._positions[rows] = last_places % width + 1
+        self._running += [_Running(example, self._limit(example), len(example.prompt)) for example in group]
+        ended = self._take(first, self._tokens[rows].tolist())
         return Progress(ended, loss_sum, batch.num_target_tokens if with_loss else 0)
 
     def _step(self) -> Progress:
         """Advance every row by a token."""
-        num_rows = len(self._rows)
-        self._forward(num_rows, 1 + max(row.position for row in self._rows))
-        for row in self._rows:
+        num_rows = len(self._running)
+        self._forward(num_rows, 1 + max(row.position for row in self._running))
+        for row in self._running:
             row.position += 1
         return Progress(self._take(0, self._tokens[:num_rows].tolist()))
 
@@ -197,7 +197,7 @@ class SlotDecoder:
             return
         assert self._cache is not None
         shape = (
-            min(rounded_size(num_rows), self._cache.num_slots),
+            min(rounded_size(num_rows), self._cache.num_rows),
             min(rounded_size(num_attended), self._cache.num_positions),
         )
         if shape not in self._replays:
@@ -216,7 +216,7 @@ class SlotDecoder:
         with masked_attention(self._model):
             hidden = self._model.next_states(tokens, positions, self._cache, num_attended)
         tokens.copy_(self._model.lm_head(hidden).argmax(-1))
-        # Slots without a row, which a rounded number includes, stay inside of the cache.
+        # Rows without an utterance, which a rounded number includes, stay inside of the cache.
         positions.add_(1).clamp_(max=self._cache.num_positions - 1)
 
     def _take(self, first: int, tokens: Sequence[int]) -> list[tuple[Example, list[int]]]:
@@ -224,7 +224,7 @@ class SlotDecoder:
         ended = []
         # From behind, so that the last row is never one that ends too.
         for number in reversed(range(first, first + len(tokens))):
-            row = self._rows[number]
+            row = self._running[number]
             row.ids.append(tokens[number - first])
             if row.ids[-1] == self._prompts.eos_id or len(row.ids) == row.limit:
                 ended.append((row.example, row.ids))
@@ -232,13 +232,13 @@ class SlotDecoder:
         return ended
 
     def _remove(self, number: int) -> None:
-        """Free a slot, and move the last row there."""
+        """Free a row, and move the last utterance there."""
         assert self._cache is not None
-        last = self._rows.pop()
-        if number == len(self._rows):
+        last = self._running.pop()
+        if number == len(self._running):
             return
-        self._rows[number] = last
-        source = len(self._rows)
+        self._running[number] = last
+        source = len(self._running)
         self._cache.move(source, number, last.position)
         for state in (self._tokens, self._positions):
             state[number] = state[source]
@@ -248,13 +248,13 @@ class SlotDecoder:
         return self._log_mel.device
 
 
-def slots_for(num_windows: int, max_slots: int, max_windows: int) -> int:
-    """Slots for utterances of this many windows each."""
-    return max(1, min(max_slots, max_windows // num_windows))
+def rows_for(num_windows: int, max_rows: int, max_windows: int) -> int:
+    """Rows for utterances of this many windows each."""
+    return max(1, min(max_rows, max_windows // num_windows))
 
 
 def room_for(num_positions: int) -> int:
-    """Positions of a slot that holds this many."""
+    """Positions of a row that holds this many."""
     return -(-num_positions // _POSITIONS_MULTIPLE) * _POSITIONS_MULTIPLE
 
 

@@ -1,4 +1,4 @@
-"""Continuous batching gives the hypotheses of transformers' `generate`, whatever shares the slots."""
+"""Continuous batching gives the hypotheses of transformers' `generate`, whatever shares the cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, DecodedExamples, groups_of, load_decoder
-from voxtral_dist.evaluation.slot_decoder import SlotDecoder, rounded_size
+from voxtral_dist.evaluation.continuous_decoder import ContinuousDecoder, rounded_size
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 NUM_UTTERANCES = 23
@@ -54,7 +54,7 @@ def generated(model: Path, examples: Sequence[Example], **settings: Any) -> Deco
 
 
 @pytest.mark.parametrize("max_tokens_per_second", [1.0, 12.5])
-def test_any_number_of_slots_gives_the_hypotheses_and_the_loss_of_generate(
+def test_any_number_of_rows_gives_the_hypotheses_and_the_loss_of_generate(
     fitted_model: Path, examples: list[Example], max_tokens_per_second: float
 ) -> None:
     expected = generated(fitted_model, examples, max_tokens_per_second=max_tokens_per_second)
@@ -84,24 +84,24 @@ def test_any_number_of_slots_gives_the_hypotheses_and_the_loss_of_generate(
     assert without_loss.num_target_tokens == without_loss.loss_sum == 0
 
 
-def watch_steps(slots: SlotDecoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def watch_steps(decoder: ContinuousDecoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The numbers of rows and of attended positions of all steps to come."""
     steps: list[tuple[int, int]] = []
-    advance = slots._advance
+    advance = decoder._advance
 
     def watched(num_rows: int, num_attended: int) -> None:
         steps.append((num_rows, num_attended))
         advance(num_rows, num_attended)
 
-    monkeypatch.setattr(slots, "_advance", watched)
+    monkeypatch.setattr(decoder, "_advance", watched)
     return steps
 
 
-def test_slots_are_refilled_while_others_go_on(
+def test_rows_are_refilled_while_others_go_on(
     fitted_model: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = decoder_of(fitted_model, batch_size=4)
-    steps = watch_steps(decoder._slots, monkeypatch)
+    steps = watch_steps(decoder._continuous, monkeypatch)
     waiting = iter(examples)
     num_left = []
 
@@ -124,33 +124,33 @@ def test_slots_are_refilled_while_others_go_on(
     assert num_left[-1] < sum(longest[:-1])
 
 
-def test_long_prompts_get_a_cache_of_their_own_when_the_slots_are_empty(
+def test_long_prompts_get_a_cache_of_their_own_when_the_other_is_empty(
     fitted_model: Path, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = decoder_of(fitted_model, batch_size=4, max_windows=4)
     by_windows = sorted(examples, key=lambda example: -example.num_windows)
     made = []
-    make = decoder._slots._make_cache
+    make = decoder._continuous._make_cache
 
-    def watched(num_slots: int, num_positions: int) -> None:
-        assert not decoder._slots._rows
+    def watched(num_rows: int, num_positions: int) -> None:
+        assert not decoder._continuous._running
         assert num_positions % 64 == 0
-        made.append(num_slots)
-        make(num_slots, num_positions)
+        made.append(num_rows)
+        make(num_rows, num_positions)
 
-    monkeypatch.setattr(decoder._slots, "_make_cache", watched)
+    monkeypatch.setattr(decoder._continuous, "_make_cache", watched)
     parts = list(decoder.stream([[example] for example in by_windows], with_loss=False))
     assert sum(len(part.pairs) for part in parts) == len(examples)
     assert made == [1, 2, 4]
-    assert decoder._slots._cache is not None
-    assert decoder._slots._cache.num_slots == 4
+    assert decoder._continuous._cache is not None
+    assert decoder._continuous._cache.num_rows == 4
 
 
 @dataclass
 class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """What a CUDA graph does: it repeats operations with the same tensors and numbers, and asks the host nothing."""
 
-    slots: SlotDecoder
+    decoder: ContinuousDecoder
     operations: list[tuple[Any, Any, Any, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         return result
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        state = (self.slots._tokens, self.slots._positions)
+        state = (self.decoder._tokens, self.decoder._positions)
         before = [one.clone() for one in state]
         with self:
             step()
@@ -185,21 +185,21 @@ def test_recorded_steps_give_the_same_hypotheses_in_few_shapes(
 ) -> None:
     decoder = decoder_of(fitted_model, batch_size=6)
     expected = decoder.decode(examples, with_loss=False).hypotheses
-    eager = watch_steps(decoder._slots, monkeypatch)
+    eager = watch_steps(decoder._continuous, monkeypatch)
     decoder.decode(examples, with_loss=False)
     monkeypatch.undo()
     recorded = []
 
     def record(step: Callable[[], None]) -> Callable[[], None]:
-        recorder = Recorder(decoder._slots)
+        recorder = Recorder(decoder._continuous)
         recorded.append(recorder)
         return recorder.record(step)
 
-    decoder._slots._record = record
+    decoder._continuous._record = record
     assert decoder.decode(examples, with_loss=False).hypotheses == expected
-    shapes = decoder._slots._replays
+    shapes = decoder._continuous._replays
     assert len(recorded) == sum(replay is not None for replay in shapes.values()) > 1
     assert len(shapes) < len(set(eager)) / 3
     for num_rows, num_attended in shapes:
         assert num_rows in (rounded_size(num_rows), 6)
-        assert num_attended in (rounded_size(num_attended), decoder._slots._cache.num_positions)
+        assert num_attended in (rounded_size(num_attended), decoder._continuous._cache.num_positions)
