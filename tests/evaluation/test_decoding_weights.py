@@ -105,3 +105,17 @@ def test_static_caches_have_few_lengths_and_the_same_hypotheses(
     # Neither the longest batch so far nor every length of its own.
     assert made[-1] > made[0]
     assert len(set(made)) < len(set(needed))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_penalties_of_a_checkpoint_change_no_hypothesis(
+    tiny_model: Path, shard_folder: Path, prompts: VoxtralPrompts, num_beams: int
+) -> None:
+    settings = settings_on(shard_folder, num_beams=num_beams)
+    (test_set,) = build_test_sets(settings, prompts, target_text=())
+    examples = test_set.read(test_set.batches[-1])
+    decoder = load_decoder(str(tiny_model), prompts, settings, "float32", World(0, 1, 0, CPU))
+    expected = decoder(examples)
+    decoder._model.generation_config.repetition_penalty = 9.0
+    assert decoder(examples) == expected
+    assert decoder._model.generation_config.repetition_penalty == 9.0

@@ -155,7 +155,7 @@ class ContinuousDecoder:
             num_blocks=config.num_hidden_layers,
             num_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
-            dtype=self._model.dtype,
+            dtype=self._model.lm_head.weight.dtype,
             device=self._device,
         )
         self._tokens = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
