@@ -226,7 +226,7 @@ class ContinuousDecoder:
         for number in reversed(range(first, first + len(tokens))):
             row = self._running[number]
             row.ids.append(tokens[number - first])
-            if row.ids[-1] == self._prompts.eos_id or len(row.ids) == row.limit:
+            if row.ids[-1] == self._prompts.eos_id or len(row.ids) >= row.limit:
                 ended.append((row.example, row.ids))
                 self._remove(number)
         return ended
