@@ -100,6 +100,9 @@ class ContinuousDecoder:
         """
         # A call that was not used up leaves its utterances.
         self._running.clear()
+        if self._model.mlp_chunks is not None:
+            # Not as many as the last step of training had.
+            self._model.mlp_chunks.num_chunks = None
         for group in groups:
             while not self._has_room(group):
                 yield self._step()
