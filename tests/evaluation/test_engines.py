@@ -92,7 +92,9 @@ def decode_all(world: World, cases: list[tuple[Case, RunConfig]]) -> list[bool]:
         prompts = VoxtralPrompts.from_pretrained(config.model.path)
         settings = config.evaluation
         with decoding_weights(engine, settings, 0, world) as (model, in_lockstep, _):
-            assert torch.nn.functional.linear is torch._C._nn.linear, "not that of DeepSpeed's stage 3"
+            # Stage 3 replaces it for the whole process, other engines that follow in this test included.
+            is_torchs = torch.nn.functional.linear is torch._C._nn.linear
+            assert is_torchs or "stage" not in case.engine, "not that of DeepSpeed's stage 3"
             decoder = BatchDecoder(model, prompts, log_mel, settings, in_lockstep)
             for test_set in build_test_sets(settings, prompts, target_text=()):
                 evaluate_test_set(test_set, decoder, settings, normalizer("basic"), config.run_dir, world)
