@@ -84,6 +84,16 @@ def test_any_number_of_rows_gives_the_hypotheses_and_the_loss_of_generate(
     assert without_loss.num_target_tokens == without_loss.loss_sum == 0
 
 
+def test_a_prompt_without_room_for_a_token_has_an_empty_hypothesis(fitted_model: Path, examples: list[Example]) -> None:
+    decoder = decoder_of(fitted_model)
+    expected = decoder.decode(examples[:4], with_loss=False).hypotheses
+    continuous = decoder._continuous
+    continuous._limit = lambda example: 0 if example is examples[1] else decoder._limit(example)
+    found = decoder.decode(examples[:4], with_loss=False).hypotheses
+    assert (found[1].text, found[1].num_tokens, found[1].hit_limit) == ("", 0, True)
+    assert [found[number] for number in (0, 2, 3)] == [expected[number] for number in (0, 2, 3)]
+
+
 def watch_steps(decoder: ContinuousDecoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The numbers of rows and of attended positions of all steps to come."""
     steps: list[tuple[int, int]] = []

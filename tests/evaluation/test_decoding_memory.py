@@ -158,7 +158,8 @@ def test_the_formula_gives_the_measured_peak_of_continuous_batching(model: Path,
     measured += shape.num_windows // 4 * WINDOW_BYTES
     phases = memory.row_phases(shape)
     assert max(phases, key=lambda name: phases[name]) == batch.largest, phases
-    assert memory.continuous_bytes(shape) == pytest.approx(measured, rel=0.1), (measured, phases)
+    planned = memory.cache_bytes(shape) + phases[batch.largest]
+    assert planned == pytest.approx(measured, rel=0.1), (measured, phases)
 
 
 def test_the_largest_batch_decides(model: Path) -> None:
@@ -167,6 +168,18 @@ def test_the_largest_batch_decides(model: Path) -> None:
     )
     small, large = DecodingShape(2, 2, 80, 100, 30), DecodingShape(8, 8, 80, 100, 30)
     assert memory.peak_bytes([small, large, small]) == memory.peak_bytes([large]) > memory.peak_bytes([small])
+
+
+def test_the_cache_of_one_batch_may_hold_a_group_of_another(model: Path) -> None:
+    memory = DecodingMemory(
+        read_voxtral_config(str(model)), ModelConfig(path=str(model)), EvaluationConfig(), device_type="cpu"
+    )
+    # One has the longest hypotheses, the other the longest references.
+    shapes = [DecodingShape(8, 8, 80, 900, 30), DecodingShape(8, 8, 80, 100, 800)]
+    long, many = shapes
+    together = memory.cache_bytes(long) + memory.row_phases(many)["loss"]
+    alone = [memory.cache_bytes(shape) + max(memory.row_phases(shape).values()) for shape in shapes]
+    assert memory.peak_bytes(shapes) >= together > max(alone)
 
 
 def test_a_static_cache_takes_its_rounded_length_from_the_prompt_on(model: Path) -> None:

@@ -230,7 +230,8 @@ class ContinuousDecoder:
             row = self._running[number]
             row.ids.append(tokens[number - first])
             if row.ids[-1] == self._prompts.eos_id or len(row.ids) >= row.limit:
-                ended.append((row.example, row.ids))
+                # A prompt may fill the model's last position.
+                ended.append((row.example, row.ids[: row.limit]))
                 self._remove(number)
         return ended
 

@@ -61,7 +61,7 @@ class DecodingMemory:
     them.
 
     Greedy decoding with whole weights has a cache of R' = min(`batch_size`, `max_windows` / windows of an utterance)
-    rows for the longest utterance, rounded up: s R' (T + n) 2 K L. To this comes the largest phase of a quarter of the
+    rows for the longest utterance, rounded up: s R' (T + n) 2 K L. To this comes the largest phase of a quarter of a
     batch, which enters with its targets if the loss is measured; or a token of all rows, s R' V.
 
     Attention weights of `model.attention: eager` are not counted.
@@ -85,20 +85,24 @@ class DecodingMemory:
         self._device_type = device_type
 
     def peak_bytes(self, shapes: Iterable[DecodingShape]) -> int:
-        """Bytes at the peak of the largest of some batches, in lockstep or not; 0 without any."""
-        return max((max(self.batch_bytes(shape), self.continuous_bytes(shape)) for shape in shapes), default=0)
+        """Bytes at the peak of decoding some batches, in lockstep or not; 0 without any."""
+        shapes = list(shapes)
+        batch_by_batch = max(map(self.batch_bytes, shapes), default=0)
+        if self._num_beams > 1:
+            return batch_by_batch
+        # A group may enter the cache that was made for longer utterances.
+        cache = max(map(self.cache_bytes, shapes), default=0)
+        entering = max((max(self.row_phases(shape).values()) for shape in shapes), default=0)
+        return max(batch_by_batch, cache + entering)
 
     def batch_bytes(self, shape: DecodingShape) -> int:
         """Bytes at the peak of a batch that `generate` decodes."""
         return self._held(shape) + max(self.phases(shape).values())
 
-    def continuous_bytes(self, shape: DecodingShape) -> int:
-        """Bytes at the peak of continuous batching with utterances such as those of a batch; 0 for a beam search."""
-        if self._num_beams > 1:
-            return 0
-        num_rows = rows_for(-(-shape.num_windows // shape.num_examples), self._max_rows, self._max_windows)
-        cached = num_rows * room_for(shape.num_prompt_tokens + shape.num_new_tokens)
-        return self._keys(cached, 2 * self._text.num_hidden_layers) + max(self.row_phases(shape).values())
+    def cache_bytes(self, shape: DecodingShape) -> int:
+        """Bytes of the cache of continuous batching for utterances such as those of a batch."""
+        cached = self._num_cache_rows(shape) * room_for(shape.num_prompt_tokens + shape.num_new_tokens)
+        return self._keys(cached, 2 * self._text.num_hidden_layers)
 
     def row_phases(self, shape: DecodingShape) -> dict[str, int]:
         """Bytes of each phase of a group that enters the cache, and of a token, besides the cache."""
@@ -112,9 +116,12 @@ class DecodingMemory:
             "features": held + self._features(group),
             "encoder": held + self._encoder(group),
             "prompt": entering,
-            "token": shape.num_examples * self._text.vocab_size * self._itemsize,
+            "token": self._num_cache_rows(shape) * self._text.vocab_size * self._itemsize,
         }
         return phases | ({"loss": held - features + self._loss(group)} if self._measures_loss else {})
+
+    def _num_cache_rows(self, shape: DecodingShape) -> int:
+        return rows_for(-(-shape.num_windows // shape.num_examples), self._max_rows, self._max_windows)
 
     def _entering_tokens(self, shape: DecodingShape) -> int:
         return shape.num_prompt_tokens + (shape.num_target_tokens if self._measures_loss else 0)
