@@ -14,7 +14,9 @@ import soundfile
 import torch
 from transformers import VoxtralForConditionalGeneration
 
+from voxtral_dist.evaluation.continuous_decoder import ContinuousDecoder
 from voxtral_dist.model.tiny import build_tiny_voxtral
+from voxtral_dist.model.voxtral import TrainedVoxtral
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import RecordingError
 from voxtral_dist.transcription.transcriber import Transcriber
@@ -65,6 +67,13 @@ def test_options_of_decoding_reach_the_model(run, tiny_model, clip, monkeypatch)
         return generate(model, **settings)
 
     monkeypatch.setattr(VoxtralForConditionalGeneration, "generate", recorded)
+    make_cache, rows = ContinuousDecoder._make_cache, []
+
+    def made(decoder, num_rows, num_positions):
+        rows.append(num_rows)
+        make_cache(decoder, num_rows, num_positions)
+
+    monkeypatch.setattr(ContinuousDecoder, "_make_cache", made)
 
     def segment(*options: str) -> dict[str, Any]:
         (only,) = json.loads(run("transcribe", tiny_model, clip, "--json", *options).out)["segments"]
@@ -75,9 +84,11 @@ def test_options_of_decoding_reach_the_model(run, tiny_model, clip, monkeypatch)
     limit = 16 + math.ceil(usual["end_seconds"])
     assert limited["hit_limit"]
     assert limited["num_tokens"] == limit < usual["num_tokens"]
-    assert segment("--static-cache", "--max-windows", "1") == usual
-    segment("--beams", "3")
-    assert asked == [(1, None), (1, None), (1, "static"), (3, None)]
+    assert segment("--max-windows", "1") == segment("--batch-size", "3") == usual
+    assert asked == [], "greedy decoding is our own"
+    assert rows == [8, 8, 1, 3]
+    assert segment("--beams", "3") == segment("--beams", "3", "--static-cache")
+    assert asked == [(3, None), (3, "static")]
 
 
 def test_a_gpu_without_room_is_one_sentence(run, tiny_model, clip, shard_folder, tmp_path, monkeypatch):
@@ -88,7 +99,7 @@ def test_a_gpu_without_room_is_one_sentence(run, tiny_model, clip, shard_folder,
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(f"{asked}. Including non-PyTorch memory, this process has 23.66 GiB in use.\nMore")
 
-    monkeypatch.setattr(VoxtralForConditionalGeneration, "generate", full)
+    monkeypatch.setattr(TrainedVoxtral, "causal_states", full)
     in_transcribe = run("transcribe", tiny_model, clip).refusal(3)
     assert f"Rank 0 ran out of GPU memory ({asked}): in training, use smaller micro-batches" in in_transcribe
     in_evaluate = run("evaluate", tiny_model, shard_folder, "--out", tmp_path / "out").refusal(3)

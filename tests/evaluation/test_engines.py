@@ -137,8 +137,8 @@ def test_hypotheses_end_by_themselves_at_different_lengths(fitted_model: Path, h
     assert len({len(hypothesis) for hypothesis in ended}) > 5
 
 
-def error_and_seconds(world: World, config: RunConfig) -> tuple[str, int, float]:
-    """How the evaluation ended on this rank, and after how long."""
+def error_and_seconds(world: World, config: RunConfig, fails: bool = False) -> tuple[str, int, float]:
+    """How the evaluation ended on this rank, and after how long; with `fails`, rank 1 cannot decode a second batch."""
     from voxtral_dist.engine.build import build_engine
 
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
@@ -148,8 +148,9 @@ def error_and_seconds(world: World, config: RunConfig) -> tuple[str, int, float]
     started = time.monotonic()
     with decoding_weights(engine, config.evaluation, 0, world) as (model, in_lockstep, _):
         decoder = BatchDecoder(model, prompts, log_mel, config.evaluation, in_lockstep)
-        if world.rank == 1 and config.evaluation.num_beams == 2:
-            decoder._generate = fails_at_the_second_batch(decoder._generate)
+        if world.rank == 1 and fails:
+            owner, name = (decoder._continuous, "_enter") if decoder.is_continuous else (decoder, "_generate")
+            setattr(owner, name, fails_at_the_second_batch(getattr(owner, name)))
         try:
             evaluate_test_set(test_sets[0], decoder, config.evaluation, normalizer("none"), config.run_dir, world)
         except SharedError as error:
@@ -191,16 +192,20 @@ def test_an_unusable_utterance_ends_all_ranks_with_its_name(
     assert not (tmp_path / "0" / f"{SET}.json").exists()
 
 
-def test_a_rank_that_cannot_decode_ends_all_others(fitted_model: Path, heard: Path, tmp_path: Path) -> None:
-    case = Case(FSDP2, {"batch_size": 2, "weights": "gathered", "num_beams": 2})
-    for sentence, _, seconds in run_ranks(2, error_and_seconds, config_of(case, 0, fitted_model, heard, tmp_path)):
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_rank_that_cannot_decode_ends_all_others(
+    fitted_model: Path, heard: Path, tmp_path: Path, num_beams: int
+) -> None:
+    case = Case(FSDP2, {"batch_size": 2, "weights": "gathered", "num_beams": num_beams})
+    config = config_of(case, 0, fitted_model, heard, tmp_path)
+    for sentence, _, seconds in run_ranks(2, error_and_seconds, config, True):
         assert "ended on rank 1: MemoryError: no room for another batch" in sentence
         assert seconds < 60
 
 
 def how_it_ends(world: World, config: RunConfig) -> tuple[str, str]:
     try:
-        error_and_seconds(world, config)
+        error_and_seconds(world, config, fails=True)
     except Exception as error:
         return type(error).__name__, str(error)
     raise AssertionError("the evaluation ended as if nothing had happened")
