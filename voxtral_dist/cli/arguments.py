@@ -104,7 +104,9 @@ def add_decoding(parser: argparse.ArgumentParser, served: str = "") -> None:
         help="token limit of a transcript: 16 plus this number per second of audio (default: %(default)s)",
     )
     parser.add_argument(
-        "--static-cache", action="store_true", help="use a key-value cache of fixed size, which torch.compile needs"
+        "--static-cache",
+        action="store_true",
+        help="in beam searches, use a key-value cache of fixed size, which torch.compile needs",
     )
     add_ema(parser)
     add_local_rank(parser)
