@@ -25,7 +25,6 @@ from voxtral_dist.data.examples.micro_batch import collate, pad_left, silent_exa
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.errors import UserError
-from voxtral_dist.evaluation.slot_decoder import LOSS_CHUNK_TOKENS, SlotDecoder, rounded_size
 from voxtral_dist.evaluation.continuous_decoder import LOSS_CHUNK_TOKENS, ContinuousDecoder, rounded_size
 from voxtral_dist.model.attention import masked_attention
 from voxtral_dist.model.encoder import ChunkedEncoder, num_chunks
