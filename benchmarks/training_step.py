@@ -23,8 +23,7 @@ of reach elsewhere on equal batches: attention is 47 % of our step and products 
 kernels on both sides. What is ours alone is small: features 0.1 s of a step of 32 s, data 0.01 s, logits and loss
 0.14 s.
 
-A later processor, with AVX-512, takes half as long for a step, and the ratios are 1.06, 1.26 and 1.08 there, with the
-code of then and of now alike.
+A later processor, with AVX-512, takes half as long for a step, and the ratios are 1.06, 1.26 and 1.08 there.
 
 Tried without success: attention over whole heads by products of matrices, in place of torch's own kernel, takes 3.9
 times as long; `is_causal` in place of a mask takes 9 % less of the language model's attention, which is a seventh of
