@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from voxtral_dist.engine.compilation import has_python_header, missing_for_compilation
 from voxtral_dist.engine.zero.extensions import (
     Extension,
     extension_locks,
@@ -28,8 +28,6 @@ _LOAD = (
     "from voxtral_dist.engine.zero.extensions import needed_extensions\n"
     "for extension in needed_extensions({}, {}): extension.load()"
 )
-# Triton's own search, without its option to compile in another way.
-_C_COMPILERS = ("gcc", "clang")
 
 
 def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
@@ -50,7 +48,7 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
     extensions = needed_extensions(with_offload, with_nvme)
     compiled = [one for one in extensions if not one.is_prebuilt]
     _report_extensions(extensions, compiled)
-    if compiled and not (shutil.which("c++") and _has_python_header()):
+    if compiled and not (shutil.which("c++") and has_python_header()):
         print("DeepSpeed's extensions need a C++ compiler and Python.h (Debian: apt install g++ python3-dev).")
         return 2
     try:
@@ -64,11 +62,11 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
 
 def _report_triton() -> None:
     """Say what torch.compile lacks on GPUs: Triton compiles C at its first use. Other runs do not need it."""
-    has_compiler = os.environ.get("CC") or any(shutil.which(name) for name in _C_COMPILERS)
-    if torch.cuda.device_count() and not (has_compiler and _has_python_header()):
+    missing = missing_for_compilation(torch.device("cuda", 0)) if torch.cuda.device_count() else None
+    if missing is not None:
         print(
-            "torch.compile needs a C compiler and Python.h (Debian: apt install gcc libc6-dev python3-dev); without "
-            "them `model.compile_blocks`, `evaluation.static_cache` and `optimizer.algorithm: muon` fail."
+            f"torch.compile is not possible, because {missing}: `model.compile_blocks: auto` compiles nothing, and "
+            "`evaluation.static_cache` and `optimizer.algorithm: muon` fail."
         )
 
 
@@ -80,10 +78,6 @@ def _report_extensions(extensions: Sequence[Extension], compiled: Sequence[Exten
         print(f"DeepSpeed compiles {', '.join(one.name for one in compiled)} on this machine.")
     if not extensions:
         print("Runs on GPUs without offload use none of DeepSpeed's extensions.")
-
-
-def _has_python_header() -> bool:
-    return (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def _load(timeout: int, with_offload: bool, with_nvme: bool) -> int:

@@ -13,16 +13,19 @@ from typing import Any
 from voxtral_dist.checkpoints.changes import Change, changes_since, refuse_incomparable, refuse_unknown_keys
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, checkpoint_folder, latest_step
 from voxtral_dist.checkpoints.progress import TrainProgress
-from voxtral_dist.config import RunConfig, dump_config
+from voxtral_dist.config import ModelConfig, RunConfig, dump_config
 from voxtral_dist.data.loader import TrainLoader, build_train_loader
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import max_over_ranks
 from voxtral_dist.distributed.devices import device_name, peak_flops
+from voxtral_dist.distributed.process_settings import set_compile_cache
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
+from voxtral_dist.engine.compilation import with_chosen_compilation
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
 from voxtral_dist.errors import UserError
+from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, with_chosen_checkpointing
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.evaluation.decoding_weights import shown_weights
@@ -37,6 +40,7 @@ from voxtral_dist.model.voxtral import read_voxtral_config
 from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.training.ahead import MicroBatchesAhead
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
@@ -95,6 +99,8 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
     time_limit = TimeLimit(config.max_run_hours)
     refuse_unknown_keys(allow_changed, config)
     check_before_loading(config, world)
+    set_compile_cache(config.storage.cache_dir)
+    chosen, checkpointing = with_chosen_checkpointing(with_chosen_compilation(config, world), world)
     prompts = VoxtralPrompts.from_pretrained(config.model.path, config.model.max_positions)
     storage = Storage(config.storage)
     loader = build_train_loader(
@@ -119,18 +125,20 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
         # Workers are forked before the engine exists: else each page of weights and moments in host memory would be
         # shared with them, and copied by the system at the first update.
         steps = stack.enter_context(loader.starting_at(saved_step or 0))
-        engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
-        flops = training_flops(config.model, config.trainable)
+        engine = build_engine(chosen, log_mel, world, loader.training_set.max_windows_per_micro_batch)
+        flops = training_flops(chosen.model, config.trainable)
         checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world, fingerprints)
         progress = checkpoints.load(engine, saved_step)
         stop = stack.enter_context(stop_signals())
         metrics_log = stack.enter_context(_open_metrics_log(config, loader.num_steps, progress, world))
-        _announce(config, progress, loader, engine.parameter_table(), world, metrics_log, changes)
+        _announce(
+            config, chosen.model, checkpointing, progress, loader, engine.parameter_table(), world, metrics_log, changes
+        )
         evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
         saver = Saver(config.checkpoint, checkpoints, engine, metrics_log, time_limit, world)
-        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest)
+        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
@@ -179,7 +187,7 @@ def check_before_loading(config: RunConfig, world: World) -> None:
         UserError: DeepSpeed's file or the normalizer is unusable, a killed build left its lock, or `run_dir` cannot be
             written, is in use by another process, or is another folder on some ranks.
     """
-    check_engine(config, world.size)
+    check_engine(config, world.size, world.device)
     normalizer(config.evaluation.normalizer)
     if config.engine.deepspeed is not None:
         refuse_old_locks()
@@ -196,10 +204,12 @@ def build_train_step(
     flops: TrainingFlops | None = None,
     num_steps: int | None = None,
     newest_checkpoint: Callable[[], str | None] = lambda: None,
+    log_mel: LogMel | None = None,
 ) -> TrainStep:
     """The update of a run; without `flops` its model FLOPs are recorded as 0.
 
-    `num_steps` is the number of steps of the run, which a configuration with `num_epochs` does not tell.
+    Without `log_mel` the engine computes features when it needs them. `num_steps` is the number of steps of the run,
+    which a configuration with `num_epochs` does not tell.
     """
     num_steps = num_steps or config.num_steps
     assert num_steps is not None, "the loader knows the steps of `num_epochs`"
@@ -211,6 +221,7 @@ def build_train_step(
         encoder_windows_per_chunk=config.model.encoder_windows_per_chunk,
         mlp_chunk_tokens=config.model.mlp_chunk_tokens,
         world=world,
+        ahead=MicroBatchesAhead(log_mel, world.device),
         flops=flops,
         newest_checkpoint=newest_checkpoint,
     )
@@ -257,6 +268,8 @@ def _build_evaluator(
 
 def _announce(
     config: RunConfig,
+    model: ModelConfig,
+    checkpointing: ChosenCheckpointing | None,
     progress: TrainProgress,
     loader: TrainLoader,
     parameter_table: Sequence[str],
@@ -264,7 +277,10 @@ def _announce(
     metrics_log: MetricsLog,
     changes: Sequence[Change],
 ) -> None:
-    """Store the configuration, and print what has changed, and what is about to be trained on what."""
+    """Store the configuration, and print what has changed, and what is about to be trained on what.
+
+    `model` and `checkpointing` say what `auto` has become.
+    """
     if world.is_first:
         with write_errors_named("The configuration", config.run_dir):
             write_atomically(config.run_dir / "config.yaml", dump_config(config))
@@ -287,14 +303,15 @@ def _announce(
     for change in changes:
         metrics_log.say(f"Changed since step {progress.step}: {change}")
         metrics_log.write("event", progress.step, {"event": "changed", **asdict(change)})
-    for line in [*training_set.lines(), *parameter_table, *serving_notes(config)]:
+    chosen = [checkpointing.line] if checkpointing else []
+    for line in [*training_set.lines(), *parameter_table, *chosen, *serving_notes(config)]:
         metrics_log.say(line)
     start = f"from step {progress.step} " if progress.step else ""
     metrics_log.say(
         f"Training {start}for {loader.num_steps} steps ({num_epochs:.4g} epochs) on "
         f"{training_set.streams.num_utterances} utterances, {world.size} ranks, "
         f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}, "
-        f"{chosen_attention(config.model)} attention"
+        f"{chosen_attention(model)} attention{', compiled blocks' if model.compile_blocks else ''}"
     )
 
 

@@ -97,12 +97,14 @@ class DeviceLog:
 
     waits: number of waits by place: the function of voxtral_dist that waits, and why it does.
     num_copies: copies between host and device that the host did not wait for.
+    num_recorded: tensors whose memory was kept until another stream has used it.
     operations: number of operations on the device by name.
     """
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
         self.num_copies = 0
+        self.num_recorded = 0
         self.operations: Counter[str] = Counter()
 
     def add_wait(self, reason: str) -> None:
@@ -197,6 +199,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         log.operations[str(func)] += 1
     if func in (aten._to_copy.default, aten.copy_.default):
         _record_copy(func, args, kwargs, target)
+    elif func is aten.record_stream.default:
+        log.num_recorded += 1
+        return None
     elif on_device:
         _refuse_mixture(func, flat)
         _record_wait(func, args, kwargs)

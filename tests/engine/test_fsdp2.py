@@ -127,8 +127,8 @@ def test_compiled_blocks_equal_one_plain_process_with_few_graphs_for_all_lengths
     for found in run_ranks(2, train_compiled, compiled, backend):
         assert_same(found.trained, expected)
         assert not found.breaks
-        # Encoder, language model, and language model with checkpoints: for the first shape, and for any other.
-        assert 3 <= found.num_graphs < found.num_shapes
+        # Encoder and language model, for several examples and for one.
+        assert 2 <= found.num_graphs < found.num_shapes
 
 
 # 30 million parameters, 119 MB: far more than libraries allocate on the side.

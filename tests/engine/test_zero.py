@@ -156,7 +156,11 @@ def test_secondary_groups_of_zero_plus_plus_equal_one_plain_process_and_resume(
 @pytest.mark.parametrize(
     ("zero", "sections", "sentence"),
     [
-        ({"stage": 3}, {"model": {"compile_blocks": True}}, "`model.compile_blocks` does not work with ZeRO-3"),
+        (
+            {"stage": 3},
+            {"model": {"compile_blocks": True}},
+            "`model.compile_blocks: true` is not possible, because ZeRO-3",
+        ),
         ({"stage": 0}, {"model": {"precision": "bfloat16"}}, "choose stage 1"),
         ({"stage": 4}, {}, "must be 0, 1, 2 or 3, but is 4"),
         ({"stage": 1, "overlap_comm": True}, {}, "`overlap_comm`"),

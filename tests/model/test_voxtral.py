@@ -62,7 +62,7 @@ def test_the_loss_in_chunks_is_torchs_with_its_gradients(chunk_tokens: int, labe
 
 
 def test_blocks_are_compiled_in_training_alone(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda forward: lambda *_, **__: "compiled")
+    monkeypatch.setattr(torch, "compile", lambda forward, fullgraph: lambda *_, **__: "compiled")
     config = ModelConfig(path=str(tiny_model), precision="float32", compile_blocks=True)
     model = trained_meta_model(config, TrainableConfig(), torch.float32)
     block = blocks_of(model)["encoder"][0]

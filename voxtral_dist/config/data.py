@@ -106,7 +106,8 @@ class StorageConfig(Section):
 
     cache_dir: Path | None = None
     """Cache folder on a local disk of each node: a node fetches each piece of a remote shard once, for all its
-    processes and epochs. None: every read goes to the URL."""
+    processes and epochs. What `torch.compile` compiles is kept in its folder `torch-compile`, unless
+    `TORCHINDUCTOR_CACHE_DIR` is set. None: every read goes to the URL, and torch compiles into its own folder."""
 
     cache_gigabytes: float = Field(default=100.0, gt=0)
     """Maximum size of the cache, in 10^9 bytes; the least recently used pieces are removed first. It also limits the

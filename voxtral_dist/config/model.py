@@ -42,8 +42,10 @@ class ModelConfig(Section):
     builds a plan for each new length of a micro-batch, up to a second each, and has given NaN gradients for masks
     (pytorch/pytorch#196678). The encoder, whose windows all have one length, may always use it."""
 
-    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
-    """Blocks whose activations are recomputed. The default is none."""
+    activation_checkpointing: ActivationCheckpointingConfig | Literal["auto"] = ActivationCheckpointingConfig()
+    """Blocks whose activations are recomputed. The default is none. `auto` recomputes as little as fits into the
+    smallest GPU of all ranks, by the estimate of `voxtral-dist plan` for the largest micro-batch that `train_data`
+    allows, which must have `max_windows`, `max_tokens` or `max_duration_seconds`; on CPUs it recomputes nothing."""
 
     activation_offloading: bool = False
     """Keep the inputs of the language model's checkpointed blocks in pinned host memory between forward and backward
@@ -55,9 +57,11 @@ class ModelConfig(Section):
     intermediate values are computed again in the backward pass. In checkpointed blocks this costs no additional
     computation. Does not change the loss. None: all positions at once."""
 
-    compile_blocks: bool = False
-    """Compile each block by `torch.compile`, which takes minutes at the start and makes steps faster. Refused under
-    ZeRO-3, whose hooks inside blocks leave nothing to fuse."""
+    compile_blocks: bool | Literal["auto"] = "auto"
+    """Compile each block by `torch.compile` in training, as one graph for all lengths: some minutes at the first start
+    on a machine (see `storage.cache_dir`), and faster steps. `auto` compiles on GPUs that Triton supports, under FSDP2
+    and ZeRO-1 and 2, where a C compiler is installed, and never with DoRA or quantized matrices. True is refused where
+    that is impossible, as under ZeRO-3."""
 
     loss_chunk_tokens: int = Field(default=2048, gt=0)
     """Target tokens whose logits over the vocabulary are computed at a time, in the forward pass and again in the
@@ -78,12 +82,20 @@ class ModelConfig(Section):
     chunks, which are recomputed in the backward pass, so that the encoder's memory does not grow with the batch. Does
     nothing for micro-batches with fewer windows on all ranks."""
 
+    @property
+    def checkpointing(self) -> ActivationCheckpointingConfig:
+        """Blocks whose activations are recomputed: none until `auto` is replaced, at the start of a run."""
+        chosen = self.activation_checkpointing
+        return ActivationCheckpointingConfig() if chosen == "auto" else chosen
+
     @model_validator(mode="after")
     def _has_inputs_to_offload(self) -> Self:
-        if self.activation_offloading and not self.activation_checkpointing.language_model:
+        if self.activation_offloading and not self.checkpointing.language_model:
+            is_auto = self.activation_checkpointing == "auto"
             raise ValueError(
                 "`model.activation_offloading` needs checkpointed blocks, whose inputs it offloads, but "
-                "`model.activation_checkpointing.language_model` is 0 instead: set it to 1"
+                f"`model.activation_checkpointing{'` is auto' if is_auto else '.language_model` is 0'} instead: set "
+                f"{'`model.activation_checkpointing.language_model`' if is_auto else 'it'} to 1"
             )
         return self
 

@@ -155,6 +155,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _bounds_what_is_estimated(self) -> Self:
+        data = self.train_data
+        bounds = (data.max_windows, data.max_tokens, data.max_duration_seconds)
+        if self.model.activation_checkpointing == "auto" and all(bound is None for bound in bounds):
+            raise ValueError(
+                "`model.activation_checkpointing: auto` needs a bound of micro-batches, but `train_data` has none "
+                "instead: set `train_data.max_windows`, `max_tokens` or `max_duration_seconds`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _steps_fit(self) -> Self:
         if self.num_steps is not None and self.optimizer.warmup_steps >= self.num_steps:
             raise ValueError(

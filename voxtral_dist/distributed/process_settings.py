@@ -61,6 +61,15 @@ def pin_large_tensors_exactly() -> None:
     torch._C._accelerator_setAllocatorSettings(",".join(option for option in options if option))
 
 
+def set_compile_cache(cache_dir: Path | None) -> None:
+    """Keep what torch.compile and Triton compile in a folder inside `cache_dir`, unless the user has chosen one.
+
+    By default torch keeps it in the folder for temporary files, which containers and many clusters empty.
+    """
+    if cache_dir is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir.absolute() / "torch-compile"))
+
+
 def _is_set_by_torchrun() -> bool:
     """Whether torchrun has set `OMP_NUM_THREADS` to 1, as it does where the user has not set it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ[_THREADS] != "1":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from voxtral_dist.config import EngineConfig, RunConfig
 from voxtral_dist.distributed.world import World, set_timeouts
+from voxtral_dist.engine.compilation import check_compilation, with_chosen_compilation
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.nf4 import refuse_without_bitsandbytes
@@ -22,8 +25,8 @@ def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows:
     Raises:
         UserError: the configuration, the model and this machine do not fit together.
     """
-    check_engine(config, world.size)
-    engine = _engine(config, log_mel, world, most_windows)
+    check_engine(config, world.size, world.device)
+    engine = _engine(with_chosen_compilation(config, world), log_mel, world, most_windows)
     set_timeouts(world.timeout)
     return engine
 
@@ -44,15 +47,17 @@ def _engine(config: RunConfig, log_mel: LogMel, world: World, most_windows: int 
     )
 
 
-def check_engine(config: RunConfig, world_size: int | None = None) -> None:
+def check_engine(config: RunConfig, world_size: int | None = None, device: torch.device | None = None) -> None:
     """Refuse, before a model is built, a configuration that its engine does not support.
 
     Args:
         config: the configuration of the run.
         world_size: number of ranks; None if it is not known yet.
+        device: of this rank; None if it is not known yet.
 
     Raises:
-        UserError: DeepSpeed's file is invalid, or an option does not work with the engine or without a package.
+        UserError: DeepSpeed's file is invalid, or an option does not work with the engine, or without a package or a
+            compiler.
     """
     if config.trainable.lora is not None and config.trainable.lora.quantized:
         refuse_without_bitsandbytes()
@@ -64,6 +69,7 @@ def check_engine(config: RunConfig, world_size: int | None = None) -> None:
         from voxtral_dist.engine.zero.checks import check_zero
 
         check_zero(config.model, config.trainable, config.optimizer, config.engine, config.run_dir)
+    check_compilation(config, device)
 
 
 def engine_name(config: EngineConfig) -> str:

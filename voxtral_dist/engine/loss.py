@@ -39,8 +39,10 @@ class LossOfMicroBatch:
         Args:
             model: the model, or the engine around it.
             batch: the micro-batch, on the model's device.
-            audio: the model's `input_features`; None computes masked features of the batch's windows.
+            audio: the model's `input_features`; None takes the batch's features, or computes those of its windows.
         """
+        if audio is None:
+            audio = batch.features
         if audio is None:
             audio = mask_features(self._log_mel(batch.pcm, batch.windows_per_example), batch.feature_masks)
         loss: Tensor = model(

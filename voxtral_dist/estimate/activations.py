@@ -109,7 +109,7 @@ class Activations:
         front = num_windows * positions * (5 * width + 2 * self._audio_config.num_mel_bins) * size
         passing = num_windows * positions * width * 6 * size
         parts = [plain_part("encoder convolutions", front_modules, front if reached else 0.0, passing=passing)]
-        every = self._config.activation_checkpointing.encoder
+        every = self._config.checkpointing.encoder
         for number, block in enumerate(tower.layers):
             reached = reached or _is_trained(block)
             parts.append(self._encoder_block(block, num_windows, reached, is_checkpointed(number, every)))
@@ -158,7 +158,7 @@ class Activations:
     def _language_model(self, shape: MicroBatchShape, reached: bool) -> list[Part]:
         language = self._model.model.language_model
         parts = []
-        every = self._config.activation_checkpointing.language_model
+        every = self._config.checkpointing.language_model
         for number, block in enumerate(language.layers):
             reached = reached or _is_trained(block)
             parts.append(self._language_block(block, shape, reached, is_checkpointed(number, every)))

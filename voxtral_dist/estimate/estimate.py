@@ -10,6 +10,7 @@ from voxtral_dist.config import RunConfig
 from voxtral_dist.data.plan.train_plan import refuse_idle_ranks
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
+from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, checkpointing_for
 from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
 from voxtral_dist.estimate.quantities import duration, gigabytes, table_lines
 from voxtral_dist.estimate.sharding import configured_sharding
@@ -47,7 +48,8 @@ class Estimate:
     configured sharding. by_kind: its bytes by kind, on a rank's device and in a node's host memory, each at its own
     peak. phases, host_phases: its bytes on a rank's device, and in a node's host memory, in each phase. decoding: None
     without test sets. table: the standard shardings. changes: what to change if it does not fit, the cheapest first.
-    times: None unless the GPU is named.
+    times: None unless the GPU is named. checkpointing: what `activation_checkpointing: auto` has become; None where it
+    was not asked for.
     """
 
     parameters: dict[str, dict[str, int]]
@@ -56,6 +58,7 @@ class Estimate:
     shape: MicroBatchShape
     workload: Workload
     configured: ShardingRow
+    checkpointing: ChosenCheckpointing | None
     by_kind: dict[str, dict[str, float]]
     phases: dict[str, float]
     host_phases: dict[str, float]
@@ -70,6 +73,8 @@ class Estimate:
         tree = asdict(self)
         del tree["parameter_lines"]
         workload = tree.pop("workload")
+        if self.checkpointing:
+            tree["checkpointing"]["checkpointing"] = self.checkpointing.checkpointing.model_dump()
         data = {key: workload[key] for key in ("source", "data", "missing")}
         unit = (
             "not yet measured on a GPU"
@@ -115,6 +120,8 @@ class Estimate:
             if num_bytes:
                 yield f"    {kind:<17}{gigabytes(num_bytes):>10}"
         yield "  all phases: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.phases.items())
+        if self.checkpointing:
+            yield f"  {self.checkpointing.line}"
         if self.decoding:
             yield f"  {self.decoding.line}"
         if self.configured.host_bytes_of_node:
@@ -190,6 +197,7 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
     """
     refuse_idle_ranks(config.train_data.slots_per_step, machine.num_gpus)
     sharding = configured_sharding(config.engine, machine.num_gpus)
+    config, checkpointing = checkpointing_for(config, machine)
     estimator = Estimator(config, machine)
     largest = estimator.largest_shape(sharding)
     configured = estimator.estimate(sharding, largest)
@@ -204,6 +212,7 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
         shape=largest,
         workload=estimator.workload,
         configured=row,
+        checkpointing=checkpointing,
         by_kind={"device": dict(configured.peak.device), "host": configured.host_peak(ranks).host_kinds_of_node(ranks)},
         phases={phase.name: phase.device_bytes for phase in configured.phases},
         host_phases={phase.name: phase.host_bytes_of_node(ranks) for phase in configured.phases},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 from voxtral_dist.config import ModelConfig, RunConfig, TrainableConfig
@@ -124,7 +125,13 @@ class Estimator:
     window_sizes: of the model. decoding_bytes: that decoding needs on a rank besides weights; 0 without test sets.
     """
 
-    def __init__(self, config: RunConfig, machine: Machine, workload: Workload | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        machine: Machine,
+        workload: Workload | Callable[[RunConfig, WindowSizes], Workload] = find_workload,
+    ) -> None:
+        """Build the model without weights; `workload` may be a function that finds it."""
         self.config = config
         self.machine = machine
         self.model = meta_model_of(config.model, config.trainable)
@@ -132,8 +139,16 @@ class Estimator:
         self._sizes = ModelSizes.of(self.model, config.optimizer)
         self._activations = Activations(self.model, config.model)
         self.window_sizes = window_sizes(self.model, config.model)
-        self.workload = workload or find_workload(config, self.window_sizes)
+        self.workload = workload if isinstance(workload, Workload) else workload(config, self.window_sizes)
         self.decoding_bytes = self._decoding_bytes()
+
+    def with_config(self, config: RunConfig) -> Estimator:
+        """Estimates of the same model and workload, with another `model.activation_checkpointing`."""
+        other = copy(self)
+        other.config = config
+        other.flops = TrainingFlops(self.model, config.model)
+        other._activations = Activations(self.model, config.model)
+        return other
 
     def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
         """The candidate of the workload that needs most memory."""

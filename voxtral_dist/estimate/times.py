@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from voxtral_dist.config import ActivationCheckpointingConfig, RunConfig
+from voxtral_dist.engine.compilation import gains_by_compilation
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.engine_traffic import engine_traffic
 from voxtral_dist.estimate.estimator import Estimator
@@ -175,29 +176,35 @@ def estimate_times(estimator: Estimator, sharding: Sharding, gpu: Gpu) -> Times:
     Blocks are never compiled under ZeRO-3, which refuses it.
     """
     times, model = TimeEstimator(estimator, sharding, gpu), estimator.config.model
-    typical = estimator.workload.typical
-    configured = times.step(typical, model.activation_checkpointing, is_compiled=model.compile_blocks)
+    typical, is_compiled = estimator.workload.typical, _is_compiled(estimator.config)
+    configured = times.step(typical, model.checkpointing, is_compiled=is_compiled)
     can_compile = not (isinstance(sharding, ZeroSharding) and sharding.stage == 3)
-    choices = dict.fromkeys([_NONE, _ALL, model.activation_checkpointing])
+    choices = dict.fromkeys([_NONE, _ALL, model.checkpointing])
     return Times(
         gpu=gpu,
         engine=sharding.name,
         num_micro_batches=times.num_micro_batches,
         configured=configured,
         variants=tuple(
-            times.step(typical, choice, is_compiled=is_compiled)
+            times.step(typical, choice, is_compiled=compiles)
             for choice in choices
-            for is_compiled in ([False, True] if can_compile else [False])
+            for compiles in ([False, True] if can_compile else [False])
         ),
         batches=tuple(
             times.step(
                 clips(size, estimator.window_sizes),
-                model.activation_checkpointing,
-                is_compiled=model.compile_blocks,
+                model.checkpointing,
+                is_compiled=is_compiled,
             )
             for size in BATCH_SIZES
         ),
     )
+
+
+def _is_compiled(config: RunConfig) -> bool:
+    """Whether blocks are compiled on a GPU of a machine with a compiler."""
+    chosen = config.model.compile_blocks
+    return gains_by_compilation(config) if chosen == "auto" else chosen
 
 
 def _checkpointed(config: RunConfig, checkpointing: ActivationCheckpointingConfig) -> RunConfig:

@@ -106,7 +106,7 @@ class StepTracer:
 
     def _reduced(self, keeps_all: bool) -> tuple[list[nn.Module], list[int]]:
         """Leave one block of each kind in the model: these blocks, and for how many each stands."""
-        model, every = self.model, self._config.activation_checkpointing
+        model, every = self.model, self._config.checkpointing
         blocks: list[nn.Module] = []
         counts: list[int] = []
         reached = False

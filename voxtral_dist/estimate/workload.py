@@ -117,6 +117,11 @@ def _training_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
     return _by_plan(config, training_set, prompts)
 
 
+def largest_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
+    """The workload from the budgets alone, whatever the shards hold; without evaluations."""
+    return _by_budgets(config, sizes, missing="not looked for")
+
+
 def _by_budgets(config: RunConfig, sizes: WindowSizes, missing: str) -> Workload:
     largest = largest_within(config.train_data, sizes)
     shape = BatchShape.computed(

@@ -119,7 +119,7 @@ class TrainingFlops:
 
     def __init__(self, model: TrainedVoxtral, config: ModelConfig) -> None:
         """Inspect a model, such as a `trained_meta_model`; it is not kept."""
-        every = config.activation_checkpointing
+        every = config.checkpointing
         gradient = _GradientFlow()
         encoder = _encoder(model.model.audio_tower, gradient, every.encoder)
         projector = _projector(model, gradient)

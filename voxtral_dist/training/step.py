@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.optim import learning_rate
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.training.ahead import MicroBatchesAhead
 from voxtral_dist.training.not_finite import refuse_loss_not_finite, refuse_norm_not_finite
 from voxtral_dist.training.step_metrics import StepMetrics
 
@@ -72,6 +73,7 @@ class TrainStep:
     optimizer, num_steps: the learning rate of each step, which follows a schedule over the whole run.
     seed: of dropout.
     encoder_windows_per_chunk, mlp_chunk_tokens: as in section `model`.
+    ahead: brings micro-batches to the device.
     flops: counts the model's operations; None counts none.
     newest_checkpoint: names the newest checkpoint where the loss is not finite; all ranks call it together.
     """
@@ -83,6 +85,7 @@ class TrainStep:
     encoder_windows_per_chunk: int
     mlp_chunk_tokens: int | None
     world: World
+    ahead: MicroBatchesAhead
     flops: TrainingFlops | None = None
     newest_checkpoint: Callable[[], str | None] = lambda: None
 
@@ -163,7 +166,7 @@ class TrainStep:
             The mean over the target tokens of all ranks, and the summed loss of each micro-batch, on the device.
         """
         losses = []
-        for number, batch in enumerate(_one_ahead(micro_batches, self.world.device)):
+        for number, batch in enumerate(self.ahead(micro_batches)):
             # Dropout depends on the position in the run, and not on what ran before.
             torch.manual_seed(_dropout_seed(self.seed, step, self.world.rank + number * self.world.size))
             is_last = number == len(micro_batches) - 1
@@ -234,16 +237,6 @@ class _Totals(NamedTuple):
 
     def over_ranks(self, world: World) -> _Totals:
         return _Totals(*sum_over_ranks(list(self), world))
-
-
-def _one_ahead(micro_batches: Sequence[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
-    """The micro-batches on the device; each copy is queued before the micro-batch ahead of it is computed."""
-    copied = (batch.to(device) for batch in micro_batches)
-    current = next(copied)
-    for upcoming in copied:
-        yield current
-        current = upcoming
-    yield current
 
 
 def _needed_shape(micro_batches: Sequence[MicroBatch]) -> BatchShape:

@@ -106,7 +106,7 @@ def train(config: RunConfig, device: torch.device, world_size: int = 1) -> Train
         config.train_data, prompts, config.seed, NUM_STEPS, 0, 1, pin_memory=device.type == "cuda"
     )
     engine: Any = PlainEngine(config, device)
-    step = build_train_step(config, engine, world)
+    step = build_train_step(config, engine, world, log_mel=LogMel.from_pretrained(config.model.path, device))
     curve, last_step, num_micro_batches = [], DeviceLog(), 0
     for batches in loader.starting_at(0):
         weightless = weightless_micro_batch(prompts)
@@ -198,6 +198,8 @@ def test_steps_equal_those_on_the_cpu_and_wait_for_nothing_that_is_not_listed(co
     assert_allowed(actual.last_step.waits, actual.num_micro_batches)
     assert actual.last_step.num_copies == (NUM_TENSORS + NUM_OFFLOADED_COPIES) * actual.num_micro_batches
     assert actual.last_step.operations["aten._fused_adamw_.default"] > 0
+    # Copied tensors and features, which were made on another stream than the one that computes.
+    assert actual.last_step.num_recorded == (NUM_TENSORS + 1) * actual.num_micro_batches
 
 
 @pytest.fixture
@@ -217,10 +219,10 @@ def test_one_more_wait_fails(plain_config: RunConfig, monkeypatch: pytest.Monkey
     def mask_some(features: Tensor, feature_masks: Tensor) -> Tensor:
         return mask_features(features, feature_masks) if features.isfinite().all() else features
 
-    monkeypatch.setattr("voxtral_dist.engine.loss.mask_features", mask_some)
+    monkeypatch.setattr("voxtral_dist.training.ahead.mask_features", mask_some)
     with fake_cuda():
         trained = train(plain_config, CUDA)
-    with pytest.raises(AssertionError, match=r"engine\.loss\.LossOfMicroBatch\.__call__: reads a value"):
+    with pytest.raises(AssertionError, match=r"training\.ahead\.MicroBatchesAhead\._begin: reads a value"):
         assert_allowed(trained.last_step.waits, trained.num_micro_batches)
 
 

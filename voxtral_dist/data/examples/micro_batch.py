@@ -27,6 +27,8 @@ from voxtral_dist.model.prompts import VoxtralPrompts
 
 # What torch's cross entropy ignores by default.
 IGNORED_LABEL = -100
+# Tensors that data workers make.
+_COLLATED = ("input_ids", "audio_places", "target_places", "target_ids", "pcm", "feature_masks")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class MicroBatch:
     seconds_per_example: duration of each example.
     num_encoder_chunks: number of chunks in which the encoder takes the windows; ranks with sharded weights agree on it.
     num_mlp_chunks: the same for the MLPs of the language model; None without a limit of their positions.
+    features: float32 `(C, M, F)`, masked log-mel features of `pcm`; None where the loss computes them.
 
     Example:
         >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, collate, read_index
@@ -75,6 +78,13 @@ class MicroBatch:
     seconds_per_example: tuple[float, ...] = ()
     num_encoder_chunks: int = 1
     num_mlp_chunks: int | None = None
+    features: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        features = [] if self.features is None else [self.features]
+        return [*(getattr(self, name) for name in _COLLATED), *features]
 
     @property
     def num_windows(self) -> int:
@@ -102,8 +112,7 @@ class MicroBatch:
         return self._with_tensors(Tensor.pin_memory)
 
     def _with_tensors(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
-        names = ("input_ids", "audio_places", "target_places", "target_ids", "pcm", "feature_masks")
-        made: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        made: dict[str, Any] = {name: function(getattr(self, name)) for name in _COLLATED}
         return replace(self, **made)
 
 

@@ -56,11 +56,6 @@ def _check_by_deepspeed(path: Path | None, settings: dict[str, Any]) -> None:
 
 
 def _check_model(model: ModelConfig, stage: int) -> None:
-    if stage == 3 and model.compile_blocks:
-        raise UserError(
-            "`model.compile_blocks` does not work with ZeRO-3, which gathers weights inside of blocks: set it to "
-            "false, or choose another stage or FSDP2."
-        )
     if stage == 0 and model.precision != "float32":
         raise UserError(
             f"`model.precision`: under stage 0 DeepSpeed sums gradients over micro-batches and ranks in "
