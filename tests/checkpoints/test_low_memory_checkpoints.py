@@ -86,11 +86,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, model: Path, shard_folder: Pa
 
 @pytest.fixture(scope="module")
 def on_two_ranks(runs: Runs) -> dict[str, Losses]:
-    """Losses by kind: of a run that never stopped, and of one that stopped half-way, before and after."""
+    """Losses by kind: of a run that never stopped, and of one that stopped half-way, before and after.
+
+    The second half has its states in host memory: on CPU ranks by the same hooks and copies as on GPUs.
+    """
     wanted = []
     for kind, optimizer in KINDS.items():
         stopped = runs.config(f"{kind} stopped", optimizer)
-        wanted += [(runs.config(f"{kind} unbroken", optimizer), LAST_STEP), (stopped, SAVED_STEP), (stopped, LAST_STEP)]
+        resumed = runs.config(f"{kind} stopped", optimizer, {"fsdp2": {"cpu_offload": True}})
+        wanted += [(runs.config(f"{kind} unbroken", optimizer), LAST_STEP), (stopped, SAVED_STEP), (resumed, LAST_STEP)]
     losses = run_ranks(2, train_all, wanted)[0]
     return {kind: losses[3 * number : 3 * number + 3] for number, kind in enumerate(KINDS)}
 

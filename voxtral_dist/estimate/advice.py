@@ -14,6 +14,7 @@ _ALL_BLOCKS = ActivationCheckpointingConfig(encoder=1, language_model=1)
 _STAGES = [one for one in STANDARD_SHARDINGS if isinstance(one, ZeroSharding)]
 _ZERO3 = next(one for one in _STAGES if one.stage == 3 and one.optimizer_place == "device")
 _OFFLOAD = next(one for one in _STAGES if one.weights_place == "host")
+_OFFLOAD_OPTIMIZER = next(one for one in _STAGES if one.stage == 2 and one.optimizer_place == "host")
 _FILES = {2: "ds_configs/zero2.json", 3: "ds_configs/zero3.json"}
 
 
@@ -96,7 +97,10 @@ def _fewer_windows(variant: _Variant) -> Iterator[_Variant]:
 
 
 def _offload(variant: _Variant) -> Iterator[_Variant]:
-    if not isinstance(variant.sharding, ZeroSharding) or variant.sharding.weights_place == "device":
+    is_on_device = not isinstance(variant.sharding, ZeroSharding) or variant.sharding.weights_place == "device"
+    if is_on_device and getattr(variant.sharding, "optimizer_place", "device") == "device":
+        yield variant.changed("engine.deepspeed: ds_configs/zero2_offload.json", sharding=_OFFLOAD_OPTIMIZER)
+    if is_on_device:
         yield variant.changed("engine.deepspeed: ds_configs/zero3_offload.json", sharding=_OFFLOAD)
 
 

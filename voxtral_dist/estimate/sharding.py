@@ -132,10 +132,12 @@ def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
 _ZERO3 = ZeroSharding(
     3, has_overlap=True, reduce_bucket=50_000_000, prefetch_bucket=100_000_000, persistent_size=10_000
 )
+_ZERO2 = ZeroSharding(2, has_overlap=True, reduce_bucket=50_000_000)
 STANDARD_SHARDINGS: tuple[Sharding, ...] = (
     ZeroSharding(0),
     ZeroSharding(1),
-    ZeroSharding(2, has_overlap=True, reduce_bucket=50_000_000),
+    _ZERO2,
+    replace(_ZERO2, optimizer_place="host"),
     _ZERO3,
     replace(_ZERO3, optimizer_place="host"),
     replace(_ZERO3, optimizer_place="host", weights_place="host"),
