@@ -19,6 +19,7 @@ SLOW = {
     "evaluation",
     "gpu",
     "logits_memory",
+    "memory",
     "plan_memory",
     "resume",
     "step_kernels",

@@ -36,6 +36,7 @@ from voxtral_dist.model.attention import without_cudnn
 from rivals.training_runs import TrainingRun
 from rivals.transcription_collator import TranscriptionCollator
 from workloads.answers import answering_failures, write_answer
+from workloads.peak_memory import status_bytes
 from workloads.step_meter import StepMeter
 
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,6 +58,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
         _shard_on_cpus_too()
     arguments = _arguments(run)
     meter = StepMeter(arguments.device)
+    before = status_bytes("VmRSS")
     trainer = Seq2SeqTrainer(
         model=_model(run),
         args=arguments,
@@ -67,7 +69,7 @@ def train(run: TrainingRun) -> dict[str, Any]:
     trainer.train()
     if run.fsdp2 and not isinstance(trainer.model, FSDPModule):
         raise RuntimeError("The trainer was asked for FSDP2, but trained without it.")
-    return meter.answer()
+    return meter.answer() | {"host_bytes_before_the_model": before}
 
 
 def _shard_on_cpus_too() -> None:

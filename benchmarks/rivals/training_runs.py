@@ -29,6 +29,7 @@ class TrainingRun:
     deepspeed: DeepSpeed's file; None, and no `fsdp2`: no sharding.
     lora: adapters beside the linear layers of the language model, instead of all weights.
     optimizer: `adamw` or `adamw_8bit`.
+    master_weights: ours alone: as in section `optimizer`.
     checkpoints_activations: of every block.
     packing: ours alone: utterances of a step share windows.
     num_rounds: how often the steps are run, each time on the same micro-batches.
@@ -53,6 +54,7 @@ class TrainingRun:
     precision: str = "float32"
     lora: bool = False
     optimizer: str = "adamw"
+    master_weights: bool = True
     checkpoints_activations: bool = False
     packing: bool = False
     num_rounds: int = 1

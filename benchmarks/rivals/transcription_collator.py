@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import VoxtralProcessor
 
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL
+from voxtral_dist.model.voxtral import HOP_SAMPLES, read_voxtral_config, window_samples
 
 from workloads.speech import SAMPLING_RATE
 
@@ -31,6 +32,9 @@ class TranscriptionCollator:
 
     def __init__(self, model: str) -> None:
         self._model = model
+        # The published window is the default.
+        num_samples = window_samples(read_voxtral_config(model))
+        self._window = {"pad_to_multiple_of": num_samples, "max_source_positions": num_samples // HOP_SAMPLES}
         self.processor = VoxtralProcessor.from_pretrained(model, mode="finetuning")
         self._tokenizer = self.processor.tokenizer
         self._tokenizer.padding_side = "left"
@@ -45,6 +49,7 @@ class TranscriptionCollator:
             model_id=self._model,
             sampling_rate=SAMPLING_RATE,
             format=["WAV"] * len(waveforms),
+            audio_kwargs=self._window,
             return_tensors="pt",
         )
         rows = [

@@ -25,6 +25,7 @@ from voxtral_dist.train import build_train_step
 from rivals.training_runs import TrainingRun
 from workloads.answers import answering_failures, write_answer
 from workloads.kernels import costliest_kernels
+from workloads.peak_memory import status_bytes
 from workloads.step_meter import StepMeter
 from workloads.step_parts import StepParts
 
@@ -69,6 +70,7 @@ def run_config(run: TrainingRun) -> RunConfig:
             },
             "optimizer": {
                 "algorithm": run.optimizer,
+                "master_weights": run.master_weights,
                 "learning_rate": run.learning_rate,
                 "weight_decay": run.weight_decay,
                 "betas": [0.9, run.beta2],
@@ -95,6 +97,7 @@ def _train(run: TrainingRun, world: World) -> dict[str, Any]:
     # As in training, workers are started before the engine is built.
     steps = _rounds(loader, run)
     log_mel = LogMel.from_pretrained(run.model, world.device)
+    before = status_bytes("VmRSS")
     engine = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
     train_step = build_train_step(config, engine, world)
     meter, metered_audio = StepMeter(world.device), []
@@ -104,7 +107,7 @@ def _train(run: TrainingRun, world: World) -> dict[str, Any]:
         meter.step_ends()
         meter.losses.append(metrics.loss)
         metered_audio.append(metrics.audio_seconds)
-    answer = meter.answer() | {"audio_seconds": metered_audio}
+    answer = meter.answer() | {"audio_seconds": metered_audio, "host_bytes_before_the_model": before}
     if run.profiles_kernels:
         answer["kernels"] = costliest_kernels(lambda: train_step.run(next(steps)), world.device)
     if run.is_profiled:

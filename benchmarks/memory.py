@@ -1,0 +1,122 @@
+"""Memory of a rank by optimizer: ours under FSDP2, and Hugging Face's `Seq2SeqTrainer`, on the same batches.
+
+    python benchmarks/memory.py --output memory.json [--quick]
+
+A Voxtral with an eighth of the parameters of Voxtral-Mini-3B (half its layers, half its widths, a quarter of its
+vocabulary) and windows of 5.12 s; one of AN4's clips to a micro-batch, computed in float32; 2 ranks over gloo. Peak
+resident memory of a rank in the second step, minus that of the process before the model is built:
+
+- `adamw`: float32 weights, gradients and moments, 16 bytes per parameter over all ranks;
+- `adamw_8bit`: 10 bytes; `bfloat16`: weights and gradients in bfloat16, rounded stochastically, 12 bytes; `both`: 6;
+- `trainer`: the trainer with FSDP2 by accelerate and its own AdamW, 16 bytes. It offers no stochastic rounding, and
+  its 8-bit optimizer, bitsandbytes', knows no sharded tensors.
+
+Offloading is no contender: on a CPU it moves nothing. `ratio` is `adamw` over `both`.
+
+Predicted before the first run, in GB: a rank holds half of the 585 million parameters, the gathered last layer and its
+gradient (0.4), and about 0.3 of activations: 5.4 for `adamw`, 3.6, 4.2 and 2.5; so a ratio of 2.2.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from voxtral_dist.config import TrainDataConfig
+from voxtral_dist.data.training_set import build_training_set
+from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
+
+from rivals.training_runs import OURS, TRAINER, TrainingRun
+from workloads.command import run
+from workloads.peak_memory import MMAP_THRESHOLD_BYTES, in_fresh_process
+from workloads.speech import short_clips, source, write_clips
+
+AN_EIGHTH = TinyShape(
+    window_seconds=5.12,
+    vocab_size=32_768,
+    encoder_width=640,
+    encoder_layers=16,
+    encoder_heads=10,
+    text_width=1536,
+    text_layers=15,
+    text_heads=12,
+    text_kv_heads=4,
+    text_ffn_width=4096,
+)
+QUICK = TinyShape(window_seconds=5.12, text_width=256, text_ffn_width=256)
+NUM_RANKS = 2
+# The first is a warm-up.
+NUM_STEPS = 2
+LOSS_TOLERANCE = 1e-3
+CONTENDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "trainer": (TRAINER, {}),
+    "adamw": (OURS, {}),
+    "adamw_8bit": (OURS, {"optimizer": "adamw_8bit"}),
+    "bfloat16": (OURS, {"master_weights": False}),
+    "both": (OURS, {"optimizer": "adamw_8bit", "master_weights": False}),
+}
+
+
+def measure(folder: Path, is_quick: bool) -> dict[str, Any]:
+    """Measure all contenders, one after the other."""
+    # The model is written by a process of its own: this one must not keep its memory.
+    model = in_fresh_process(build, folder / "model", QUICK if is_quick else AN_EIGHTH)
+    asked = _run(folder, str(folder / "model"))
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(MMAP_THRESHOLD_BYTES)
+    answers = {
+        name: replace(asked, folder=folder / name, **settings).measure(script, 0)
+        for name, (script, settings) in CONTENDERS.items()
+    }
+    losses = {name: ranks[0]["losses"][0] for name, ranks in answers.items()}
+    if any(abs(loss - losses["trainer"]) > LOSS_TOLERANCE * losses["trainer"] for loss in losses.values()):
+        raise RuntimeError(f"All must begin with the same loss, but they are {losses}.")
+    peaks = {
+        name: max(rank["peak_host_bytes"] - rank["host_bytes_before_the_model"] for rank in ranks)
+        for name, ranks in answers.items()
+    }
+    return {
+        "ratio": peaks["adamw"] / peaks["both"],
+        "ratio_is": "peak memory of a rank, `adamw` over 8-bit moments and bfloat16 weights",
+        "gigabytes": {name: round(peak / 1e9, 2) for name, peak in peaks.items()},
+        "trainer_over": {name: peaks["trainer"] / peak for name, peak in peaks.items()},
+        "losses": {name: ranks[0]["losses"] for name, ranks in answers.items()},
+        "num_ranks": NUM_RANKS,
+        "source": source(),
+        **model,
+        "answers": answers,
+    }
+
+
+def build(folder: Path, shape: TinyShape) -> dict[str, Any]:
+    """Write the model; return its size."""
+    build_tiny_voxtral(folder, shape)
+    float32_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {"parameters": float32_bytes // 4}
+
+
+def _run(folder: Path, model: str) -> TrainingRun:
+    """Request for the steps, with utterances in our order."""
+    files = write_clips(folder / "corpus", short_clips(NUM_RANKS * (NUM_STEPS + 1)))
+    data = TrainDataConfig(
+        shards=(str(files.corpus.shards),), slots_per_step=NUM_RANKS, max_examples=1, untagged_fraction=0.0
+    )
+    plan = build_training_set(data, VoxtralPrompts.from_pretrained(model), seed=0).plan
+    slots = [plan.slot(step, slot).utterance_ids for step in range(NUM_STEPS) for slot in range(NUM_RANKS)]
+    return TrainingRun(
+        model=model,
+        shards=str(files.corpus.shards),
+        utterances=tuple(files.clips[number] for ids in slots for number in ids),
+        folder=folder,
+        world_size=NUM_RANKS,
+        batch_size=1,
+        slots_per_step=NUM_RANKS,
+        num_steps=NUM_STEPS,
+        fsdp2=True,
+    )
+
+
+if __name__ == "__main__":
+    run(__doc__, measure, ("ratio", "gigabytes"))
