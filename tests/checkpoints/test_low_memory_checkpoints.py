@@ -54,6 +54,7 @@ class Runs:
         self._tree = plain.model_dump()
 
     def config(self, name: str, optimizer: dict[str, Any], engine: dict[str, Any] | None = None) -> RunConfig:
+        (self.folder / name).mkdir(exist_ok=True)
         changed = {"run_dir": self.folder / name, "optimizer": self._tree["optimizer"] | optimizer}
         return RunConfig.model_validate(self._tree | changed | {"engine": engine or {"fsdp2": {}}})
 
