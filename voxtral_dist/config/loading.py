@@ -89,7 +89,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _sentences(error: ValidationError) -> Iterator[str]:
     for detail in error.errors():
-        location = ".".join(str(part) for part in detail["loc"])
+        # A value that is neither `auto` nor valid is wrong as what it looks like.
+        if str(detail["loc"][-1:]).startswith('("literal['):
+            continue
+        location = ".".join(_keys(detail["loc"]))
         match detail["type"]:
             case "extra_forbidden":
                 yield _unknown_key(detail)
@@ -101,8 +104,13 @@ def _sentences(error: ValidationError) -> Iterator[str]:
                 yield f"`{location}`: {lower_first(detail['msg'])}, but is {detail['input']!r} instead"
 
 
+def _keys(place: Sequence[int | str]) -> list[str]:
+    """The keys on the way to a value, without the types between them that may have been meant."""
+    return [str(part) for part in place if part != "bool" and not str(part).endswith("Config")]
+
+
 def _unknown_key(detail: ErrorDetails) -> str:
-    *parents, key = (str(part) for part in detail["loc"])
+    *parents, key = _keys(detail["loc"])
     known = _known_keys(parents)
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean `{nearest[0]}`?" if nearest else f"known keys are {', '.join(known)}"
