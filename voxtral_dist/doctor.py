@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from voxtral_dist.output.console import say
 from voxtral_dist.engine.compilation import has_python_header, missing_for_compilation
 from voxtral_dist.engine.zero.extensions import (
     Extension,
@@ -42,20 +43,20 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
         The exit code: 0 if runs can start on this machine, else 2.
     """
     for package in _PACKAGES:
-        print(f"{package} {importlib.metadata.version(package)}")
-    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
+        say(f"{package} {importlib.metadata.version(package)}")
+    say(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
     _report_triton()
     extensions = needed_extensions(with_offload, with_nvme)
     compiled = [one for one in extensions if not one.is_prebuilt]
     _report_extensions(extensions, compiled)
     if compiled and not (shutil.which("c++") and has_python_header()):
-        print("DeepSpeed's extensions need a C++ compiler and Python.h (Debian: apt install g++ python3-dev).")
+        say("DeepSpeed's extensions need a C++ compiler and Python.h (Debian: apt install g++ python3-dev).")
         return 2
     try:
         if with_nvme:
             refuse_without_nvme_support()
     except UserError as error:
-        print(error)
+        say(error)
         return 2
     return _load(build_timeout, with_offload, with_nvme) if extensions else 0
 
@@ -64,7 +65,7 @@ def _report_triton() -> None:
     """Say what torch.compile lacks on GPUs: Triton compiles C at its first use. Other runs do not need it."""
     missing = missing_for_compilation(torch.device("cuda", 0)) if torch.cuda.device_count() else None
     if missing is not None:
-        print(
+        say(
             f"torch.compile is not possible, because {missing}: `model.compile_blocks: auto` compiles nothing, and "
             "`evaluation.static_cache` and `optimizer.algorithm: muon` fail."
         )
@@ -73,19 +74,19 @@ def _report_triton() -> None:
 def _report_extensions(extensions: Sequence[Extension], compiled: Sequence[Extension]) -> None:
     prebuilt = [one.name for one in extensions if one not in compiled]
     if prebuilt:
-        print(f"DeepSpeed was installed with {', '.join(prebuilt)}.")
+        say(f"DeepSpeed was installed with {', '.join(prebuilt)}.")
     if compiled:
-        print(f"DeepSpeed compiles {', '.join(one.name for one in compiled)} on this machine.")
+        say(f"DeepSpeed compiles {', '.join(one.name for one in compiled)} on this machine.")
     if not extensions:
-        print("Runs on GPUs without offload use none of DeepSpeed's extensions.")
+        say("Runs on GPUs without offload use none of DeepSpeed's extensions.")
 
 
 def _load(timeout: int, with_offload: bool, with_nvme: bool) -> int:
     """Load or build in a separate process group, so that a timeout ends the compilers too."""
     for lock, age in old_locks():
-        print(f"Removed the lock {lock}, {age / 60:.0f} minutes old, which a killed build left behind.")
+        say(f"Removed the lock {lock}, {age / 60:.0f} minutes old, which a killed build left behind.")
         lock.unlink(missing_ok=True)
-    print(f"Loading DeepSpeed's extensions (limit for builds: {timeout} s; cached afterwards) ...", flush=True)
+    say(f"Loading DeepSpeed's extensions (limit for builds: {timeout} s; cached afterwards) ...")
     command = [sys.executable, "-c", _LOAD.format(with_offload, with_nvme)]
     # Use the ninja that runs in this environment find: another version would rebuild everything.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -98,10 +99,10 @@ def _load(timeout: int, with_offload: bool, with_nvme: bool) -> int:
         os.killpg(builder.pid, signal.SIGKILL)
         for lock in extension_locks():
             lock.unlink(missing_ok=True)
-        print(f"The build took longer than {timeout} s: raise --build-timeout, or look for what slows this machine.")
+        say(f"The build took longer than {timeout} s: raise --build-timeout, or look for what slows this machine.")
         return 2
     if builder.returncode != 0:
-        print(f"The build failed:\n{output.decode(errors='replace')[-4000:]}")
+        say(f"The build failed:\n{output.decode(errors='replace')[-4000:]}")
         return 2
-    print("DeepSpeed's extensions are ready.")
+    say("DeepSpeed's extensions are ready.")
     return 0

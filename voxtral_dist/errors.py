@@ -2,12 +2,14 @@
 
 import os
 
+from voxtral_dist.output.masking import masked
+
 
 class UserError(Exception):
     """A mistake in the user's input; the message says what is wrong, where, and what to do.
 
     The command line prints the message and exits with `exit_code`. Only the first process of a node prints it, because
-    all of them meet the same mistake.
+    all of them meet the same mistake. Passwords and tokens in the message are masked.
 
     Example:
         >>> from voxtral_dist import UserError, read_index
@@ -19,6 +21,9 @@ class UserError(Exception):
     """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 class RankError(UserError):
@@ -47,7 +52,8 @@ class SharedWriteError(SharedError):
 
 def is_printed_here(error: UserError) -> bool:
     """Whether this process prints an error: one per node does, because its ranks meet the same mistake."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError)
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    return is_alone or os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError)
 
 
 def lower_first(text: str) -> str:

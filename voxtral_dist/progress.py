@@ -9,7 +9,13 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from voxtral_dist.output.console import one_line, printable
+
 _SECONDS_BETWEEN_LINES = 15.0
+
+
+def _shown(text: str) -> str:
+    return one_line(printable(text))
 
 
 class ProgressDisplay:
@@ -45,15 +51,16 @@ class ProgressDisplay:
             prints_ends: whether the first and the last item are printed without a terminal. Without them, a command
                 that takes less than 15 seconds prints nothing.
         """
+        what, note = _shown(what), _shown(note)
         self._what = what
         self._total = total
         self._console = console or Console()
         self._is_live = self._console.is_terminal
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -78,7 +85,7 @@ class ProgressDisplay:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     def show(
         self, num_done: int, note: str = "", *, total: int | None = None, seconds_left: float | None = None
@@ -92,6 +99,7 @@ class ProgressDisplay:
             seconds_left: printed in lines where known; the bar has an estimate of its own.
         """
         self._total = self._total if total is None else total
+        note = _shown(note)
         self._bar.update(self._task, completed=num_done, total=self._total, note=note)
         if not self._is_live and self._is_line_due(num_done):
             self._printed_at = time.monotonic()

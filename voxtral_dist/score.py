@@ -17,6 +17,7 @@ from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.result_files import refuse_to_replace_others, result_files, write_results
 from voxtral_dist.scoring.results import TestSetResult, score_test_set
 from voxtral_dist.scoring.utterances import ScoredUtterance, score_utterance
+from voxtral_dist.text.json_text import parse_json
 from voxtral_dist.text.word_list import WordList
 
 
@@ -107,7 +108,7 @@ def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, compar
 
 def _is_comparison(path: Path) -> bool:
     try:
-        return "wer_difference" in json.loads(path.read_bytes())
+        return "wer_difference" in parse_json(path.read_bytes())
     except (OSError, ValueError, TypeError):
         return False
 

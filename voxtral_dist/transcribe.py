@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.batch_decoder import load_prompts
 from voxtral_dist.files import encodable
+from voxtral_dist.output.console import one_line, say
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import Recording, RecordingError, find_recordings
 from voxtral_dist.transcription.segmenter import Segmenter
@@ -107,7 +107,7 @@ def _transcribe_every_nth(
         except UserError as error:
             failures.append(error)
             if len(recordings) > 1:
-                print(f"voxtral-dist: {error}", file=sys.stderr, flush=True)
+                say(f"voxtral-dist: {one_line(str(error))}", to_errors=True)
     return failures
 
 
@@ -125,6 +125,6 @@ def _deliver(
     if isinstance(transcript, RecordingError):
         raise transcript
     path = recording.path
-    print(json_row(path, transcript) if prints_json else f"{encodable(str(path))}\t{transcript.text}", flush=True)
+    say(json_row(path, transcript) if prints_json else f"{one_line(encodable(str(path)))}\t{one_line(transcript.text)}")
     if files is not None:
         files.write(recording, transcript)

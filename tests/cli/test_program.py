@@ -40,10 +40,15 @@ def test_arguments_out_of_range_are_refused_by_the_grammar(run, tiny_model, shar
     assert "Traceback" not in result.err
 
 
-def test_of_several_ranks_of_a_node_one_speaks(run, tmp_path, monkeypatch):
+def test_a_process_that_is_alone_says_its_mistake(run, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    result = run("train", "--config", tmp_path / "nowhere.yaml")
-    assert (result.code, result.out, result.err) == (2, "", "")
+    assert "nowhere.yaml cannot be read" in run("train", "--config", tmp_path / "nowhere.yaml").refusal()
+
+
+def test_commands_of_one_process_say_their_mistakes(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "nowhere does not exist" in run("shards", "inspect", tmp_path / "nowhere").refusal()
 
 
 def test_help_starts_without_the_libraries_that_cost_seconds():

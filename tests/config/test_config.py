@@ -290,3 +290,47 @@ def test_the_warmup_must_end_before_the_last_epoch_does(smallest):
 def test_run_config_refuses_warmup_that_never_ends(smallest):
     with pytest.raises(ValidationError, match="must be smaller than `num_steps`"):
         RunConfig.model_validate(yaml.safe_load(SMALLEST) | {"num_steps": 100})
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{number}: &a{number} [{', '.join([f'*a{number - 1}'] * 9)}]\n" for number in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("2020-99-99", "a value does not fit its type (month must be in 1..12)"),
+        ("0x_", "a value does not fit its type"),
+        ("!!bool x", "a value does not fit its type"),
+        ("!!timestamp x", "a value does not fit its type"),
+        ("!!python/object/apply:os.system [x]", "could not determine a constructor"),
+        ("{" * 500, "too deeply nested"),
+        ("[" * 500 + "]" * 500, "too deeply nested"),
+        ("&a [*a]", "a value contains itself"),
+        ("1" * 5000, "a value does not fit its type"),
+        ("\x00", "special characters are not allowed"),
+        ("'" + "x" * 2**20 + "'", "it has more than 1 MiB"),
+    ],
+    ids=range(11),
+)
+def test_hostile_yaml_is_one_sentence(tmp_path, value, sentence):
+    (tmp_path / "c.yaml").write_text(f"seed: {value}")
+    with pytest.raises(UserError) as refused:
+        load_config(tmp_path / "c.yaml")
+    assert f"c.yaml is not valid YAML: {sentence}" in str(refused.value) or sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+
+
+def test_aliases_that_make_a_file_too_large_are_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text(LAUGHS)
+    with pytest.raises(UserError, match="its aliases make it too large"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("value", ["2020-99-99", "0x_", "!!bool x", "{" * 500])
+def test_an_override_with_hostile_yaml_is_one_sentence(tmp_path, value):
+    (tmp_path / "c.yaml").write_text("seed: 1")
+    with pytest.raises(UserError, match="the value is not valid YAML"):
+        load_config(tmp_path / "c.yaml", [f"seed={value}"])

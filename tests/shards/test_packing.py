@@ -22,8 +22,10 @@ from voxtral_dist.data.stored.checks import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.journal import PackingJournal
 from voxtral_dist.shards.packed_utterance import PackRules
 from voxtral_dist.shards.packing import PackOptions, PackProgress, pack
+from voxtral_dist.shards.skipped import read_skipped
 from voxtral_dist.shards.summary import SetSummary
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_lines, write_speech_manifest
@@ -340,6 +342,74 @@ def uninterrupted(tmp_path_factory, mixed_manifest) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "set"
     pack_from(mixed_manifest, folder, shard_bytes=100_000, skip_bad=True)
     return folder
+
+
+@pytest.mark.parametrize("num_removed", [0, 1, 2])
+def test_a_packing_killed_between_its_index_and_its_journal_is_complete(
+    mixed_manifest, uninterrupted, tmp_path, monkeypatch, num_removed
+):
+    def killed(journal, everything=False):
+        for name in (".packing.records", ".packing.jsonl")[:num_removed]:
+            (tmp_path / "set" / name).unlink()
+
+    monkeypatch.setattr(PackingJournal, "discard", killed)
+    pack_from(mixed_manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True)
+    monkeypatch.undo()
+    if num_removed == 2:
+        with pytest.raises(UserError, match="holds a complete shard set already"):
+            pack_from(mixed_manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True)
+        return
+    with pytest.raises(UserError, match="holds a complete shard set already"):
+        pack_from(mixed_manifest, tmp_path / "set", shard_bytes=200_000, skip_bad=True)
+    again = pack_from(mixed_manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True)
+    assert again.num_utterances == len(read_index([str(uninterrupted)]))
+    assert contents_of(tmp_path / "set") == contents_of(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: [b"garbled", *lines[1:]],
+        lambda lines: [b"[]", *lines[1:]],
+        lambda lines: [lines[0], b"\xff", *lines[2:]],
+        lambda lines: [lines[0], b"[" * 50_000, *lines[2:]],
+        lambda lines: [lines[0], b"7", *lines[2:]],
+        lambda lines: [lines[0], b'{"shard": {"location": 5}}', *lines[2:]],
+        lambda lines: [lines[0], lines[1].replace(b'"record_bytes": ', b'"record_bytes": 99'), *lines[2:]],
+    ],
+    ids=range(7),
+)
+def test_a_damaged_journal_is_one_sentence(mixed_manifest, tmp_path, damage):
+    stop_after(mixed_manifest, tmp_path / "set", 30)
+    journal = tmp_path / "set" / ".packing.jsonl"
+    lines = journal.read_bytes().splitlines()[:2]
+    journal.write_bytes(b"".join(line + b"\n" for line in damage(lines)))
+    with pytest.raises(UserError, match=r"The journal of the unfinished set in .* is damaged: remove the folder"):
+        pack_from(mixed_manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True)
+
+
+def stop_after(manifest: Path, out: Path, num_lines: int) -> None:
+    """Pack until this many lines were read, and stop as by an exception."""
+
+    def stop(at: PackProgress) -> None:
+        if at.num_lines >= num_lines:
+            raise StoppedError
+
+    corpus = open_corpus(str(manifest), CorpusOptions())
+    with pytest.raises(StoppedError):
+        pack(corpus, out, PackOptions(shard_bytes=100_000, skip_bad=True), stop)
+
+
+def test_damaged_lines_of_the_list_of_skipped_ones_are_counted(tmp_path):
+    rows = [
+        b'{"cause": "silent", "place": "a:1", "reason": "is silent"}',
+        b"\xff",
+        b"[]",
+        b"[" * 50_000,
+        b'{"cause": 1}',
+    ]
+    (tmp_path / "skipped.jsonl").write_bytes(b"\n".join(rows))
+    assert read_skipped(tmp_path / "skipped.jsonl").causes == {"silent": 1, "damaged line": 4}
 
 
 class StoppedError(Exception):

@@ -21,7 +21,7 @@ from voxtral_dist.engine.engine import StepUpdate
 from voxtral_dist.errors import WriteError
 from voxtral_dist.model.flops import training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.training.metrics_file import read_metrics
+from voxtral_dist.training.metrics_file import DAMAGED_FILE, read_metrics
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.step_metrics import StepMetrics
 
@@ -227,3 +227,41 @@ def test_metrics_on_a_full_disk_or_in_a_folder_that_is_gone_end_with_a_sentence(
         with pytest.raises(WriteError, match="somebody has removed or moved it"):
             log.write("event", 1, {"event": "lost"})
     assert not (tmp_path / "run").exists()
+
+
+GARBLED = [
+    '{"kind": "event", "step": 2, "text": "é"}'.encode()[:-3],
+    b"\xff\x00garbled",
+    b"[" * 50_000,
+    b'{"kind": "train", "step": ' + b"1" * 5000 + b"}",
+    b'{"kind": "train", "step": "2"}',
+    b'{"kind": "evaluation", "step": 2, "name": "dev", "wer": "0.5"}',
+    b'{"kind": "event", "step": 2, "text": "\\ud800"}',
+    b"null",
+    b"",
+]
+
+
+def test_damaged_lines_are_set_aside_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path, 9, 0, alone("cpu")) as log:
+        for step in range(1, 4):
+            log.train_step(step, STEP)
+    whole = path.read_bytes().splitlines(keepends=True)
+    mixed = [
+        part
+        for line, damaged in zip(whole, (GARBLED[:4], GARBLED[4:7], GARBLED[7:]), strict=True)
+        for part in (line, *(one + b"\n" for one in damaged))
+    ]
+    # Killed inside of a character of the last line.
+    path.write_bytes(b"".join(mixed) + '{"kind": "event", "é'.encode()[:-1])
+    capsys.readouterr()
+    with MetricsLog(tmp_path, 9, 3, alone("cpu")) as resumed:
+        assert [row["step"] for row in resumed.rows("train")] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert said.startswith(f"{len(GARBLED)} damaged lines of {path} were moved to {DAMAGED_FILE}")
+    assert path.read_bytes().splitlines(keepends=True) == whole
+    assert (tmp_path / DAMAGED_FILE).read_bytes() == b"".join(line + b"\n" for line in GARBLED)
+    with MetricsLog(tmp_path, 9, 3, alone("cpu")):
+        pass
+    assert capsys.readouterr().out == ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from voxtral_dist.cli.arguments import Commands
 from voxtral_dist.config import config_schema, load_config
+from voxtral_dist.output.console import say
 
 
 def add_config(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -21,7 +22,7 @@ def add_config(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _schema(_: argparse.Namespace) -> int:
-    print(config_schema())
+    say(config_schema())
     return 0
 
 
@@ -31,5 +32,5 @@ def _check(parsed: argparse.Namespace) -> int:
     for path in parsed.configs:
         config = load_config(path)
         check_engine(config)
-        print(f"{path}: {config.length} of {config.model.path}, {engine_name(config.engine)}")
+        say(f"{path}: {config.length} of {config.model.path}, {engine_name(config.engine)}")
     return 0

@@ -19,6 +19,7 @@ from voxtral_dist.cli.arguments import (
 )
 from voxtral_dist.config import EvaluationConfig, TestContextConfig
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.console import say
 
 if TYPE_CHECKING:
     from voxtral_dist.evaluate import EvaluationOptions
@@ -122,7 +123,7 @@ def _evaluate_server(parsed: argparse.Namespace) -> int:
     )
     options = ServedOptions(_settings(parsed), parsed.detect_language, tuple(parsed.target_text))
     for name, score in evaluate_server(model, parsed.shards, options, parsed.out):
-        print(f"{name}: {score}")
+        say(f"{name}: {score}")
     return 0
 
 
@@ -134,7 +135,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     with joined_world() as world:
         for name, score in evaluate(parsed.model, parsed.shards, options, parsed.precision, parsed.out, world):
             if world.is_first:
-                print(f"{name}: {score}", flush=True)
+                say(f"{name}: {score}")
     return 0
 
 

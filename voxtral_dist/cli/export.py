@@ -8,6 +8,7 @@ from pathlib import Path
 from voxtral_dist.cli.arguments import Commands, add_ema, hub_name
 from voxtral_dist.config import CardConfig
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.console import say
 
 
 def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -56,7 +57,7 @@ def _export(parsed: argparse.Namespace) -> int:
     )
     destination = None if parsed.push is None else Destination(parsed.push, parsed.public)
     repository = export(parsed.source, parsed.out, parsed.layout, parsed.precision, parsed.ema, card, destination)
-    print(f"{parsed.layout}: {parsed.out}")
+    say(f"{parsed.layout}: {parsed.out}")
     if repository is not None:
-        print(f"pushed: {repository.url} ({'private' if repository.is_private else 'public'})")
+        say(f"pushed: {repository.url} ({'private' if repository.is_private else 'public'})")
     return 0

@@ -25,6 +25,7 @@ from voxtral_dist.cli.tiny import add_tiny
 from voxtral_dist.cli.train import add_train
 from voxtral_dist.cli.transcribe import add_transcribe
 from voxtral_dist.errors import UserError, is_printed_here
+from voxtral_dist.output.console import one_line, printable, say, set_up_logging
 
 # Launchers start them on several ranks; all others are commands of one process.
 _COMMANDS_OF_RANKS = ("train", "evaluate", "transcribe")
@@ -47,7 +48,7 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
         # The reader of the pipe, such as `head`, has ended.
         code = 0
     except BaseException:
-        traceback.print_exc()
+        say(traceback.format_exc(), to_errors=True, end="")
         code = 1
         with suppress(Exception):
             _end_with_all_ranks(None)
@@ -62,6 +63,7 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 an error of the user, 3 an error of one rank, 75 stopped and resumable."""
+    set_up_logging()
     parsed = build_parser().parse_args(arguments)
     # DeepSpeed calls deprecated names of torch; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = parsed.run(parsed)
     except UserError as mistake:
         code, error = mistake.exit_code, mistake
-        if is_printed_here(error):
+        if parsed.command not in _COMMANDS_OF_RANKS or is_printed_here(error):
             _print_error(error)
     except KeyboardInterrupt:
         code = 130
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _print_error(error: UserError) -> None:
-    print(f"voxtral-dist: error: {error}", file=sys.stderr, flush=True)
+    say(f"voxtral-dist: error: {one_line(str(error))}", to_errors=True)
 
 
 def _end_with_all_ranks(error: UserError | None) -> bool:
@@ -99,9 +101,16 @@ def _end_with_all_ranks(error: UserError | None) -> bool:
     return end_with_all_ranks(error)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose messages are printable: arguments may be names of files that others made."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. It imports no heavy library: commands do so when they run."""
-    parser = argparse.ArgumentParser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
+    parser: argparse.ArgumentParser = _Parser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_train(commands)
     add_evaluate(commands)

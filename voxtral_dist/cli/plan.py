@@ -8,6 +8,7 @@ import json
 from voxtral_dist.cli.arguments import Commands, add_run_config, fraction, positive, positive_number
 from voxtral_dist.config import load_config
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.console import say
 
 
 def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -80,7 +81,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     )
     estimate = estimate_run(config, machine)
     if parsed.json:
-        print(json.dumps(estimate.to_json(), indent=1))
+        say(json.dumps(estimate.to_json(), indent=1))
     else:
-        print("\n".join(estimate.lines()))
+        say("\n".join(estimate.lines()))
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from voxtral_dist.cli.arguments import Commands, count, positive, positive_number
+from voxtral_dist.output.console import say
 
 if TYPE_CHECKING:
     from voxtral_dist.reporting.results_folder import Step
@@ -99,5 +100,5 @@ def _report(parsed: argparse.Namespace) -> int:
         normalizer=parsed.normalizer,
     )
     for path in write_report(parsed.folder, options, parsed.out):
-        print(path)
+        say(path)
     return 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from voxtral_dist.cli.arguments import Commands, add_scoring
+from voxtral_dist.output.console import say
 
 
 def add_score(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -51,7 +52,7 @@ def _score(parsed: argparse.Namespace) -> int:
         refuse_unknown_speakers([first], grouping)
         if parsed.out is not None:
             write_scored(parsed.out, first)
-        print("\n".join(result_lines(first.result)))
+        say("\n".join(result_lines(first.result)))
         return 0
     second = score_file(parsed.second, options)
     refuse_unknown_speakers([first, second], grouping)
@@ -59,6 +60,6 @@ def _score(parsed: argparse.Namespace) -> int:
     if parsed.out is not None:
         write_comparison(parsed.out, first, second, comparison)
     for scored in (first, second):
-        print("\n".join([str(scored.path), *result_lines(scored.result), ""]))
-    print(comparison_line(comparison))
+        say("\n".join([str(scored.path), *result_lines(scored.result), ""]))
+    say(comparison_line(comparison))
     return 0

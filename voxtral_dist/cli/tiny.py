@@ -7,6 +7,7 @@ from pathlib import Path
 
 from voxtral_dist.cli.arguments import Commands, add_overrides
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.console import say
 
 
 def add_tiny(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -24,5 +25,5 @@ def _tiny(parsed: argparse.Namespace) -> int:
     if parsed.out.exists() and not parsed.out.is_dir():
         raise UserError(f"{parsed.out} is a file: give the name of a folder to make.")
     build_tiny_voxtral(parsed.out, tiny_shape(parsed.set), parsed.seed)
-    print(f"{parsed.out}: a tiny Voxtral with random weights")
+    say(f"{parsed.out}: a tiny Voxtral with random weights")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from voxtral_dist.config.run import RunConfig
+from voxtral_dist.config.yaml_text import parse_yaml
 from voxtral_dist.errors import UserError, lower_first
+from voxtral_dist.output.masking import masked
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -48,19 +51,31 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is missing, is not YAML, or does not hold a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except ValueError as error:
+        raise UserError(f"The configuration {path} is not valid YAML: {error}.") from error
     if not isinstance(tree, dict):
         raise UserError(f"The configuration {path} must be a mapping of keys to values, but is {_kind(tree)} instead.")
     return tree
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, from which `load_config` gives an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, from which `load_config` gives an equal one, apart from masked secrets."""
+    return yaml.safe_dump(_masked(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _masked(value: Any) -> Any:
+    """A value without secrets in its texts, keys included."""
+    match value:
+        case str():
+            return masked(value)
+        case dict():
+            return {_masked(key): _masked(inner) for key, inner in value.items()}
+        case list():
+            return [_masked(inner) for inner in value]
+    return value
 
 
 def config_schema() -> str:
@@ -82,9 +97,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = child
     try:
         # YAML 1.1 reads 1e-5 as text, for want of a dot; pydantic converts such text where the field is a number.
-        tree[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"`--set {override}`: the value is not valid YAML.") from error
+        tree[leaf] = parse_yaml(text)
+    except ValueError as error:
+        raise UserError(f"`--set {override}`: the value is not valid YAML ({error}).") from error
 
 
 def _sentences(error: ValidationError) -> Iterator[str]:
@@ -101,7 +116,7 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             case "value_error":
                 yield detail["msg"].removeprefix("Value error, ")
             case _:
-                yield f"`{location}`: {lower_first(detail['msg'])}, but is {detail['input']!r} instead"
+                yield f"`{location}`: {lower_first(detail['msg'])}, but is {reprlib.repr(detail['input'])} instead"
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public classes all the same
 
 from voxtral_dist.errors import UserError, first_line, is_printed_here
+from voxtral_dist.output.console import one_line, say
 
 _POLL_SECONDS = 1.0
 # How long rank 0, whose process may host the store, waits until all others know why it ends.
@@ -224,7 +225,7 @@ class FailureWatch:
         line = failure.line_elsewhere(socket.gethostname())
         with suppress(Exception):
             if line is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"voxtral-dist: error: {line}", file=sys.stderr, flush=True)
+                say(f"voxtral-dist: error: {one_line(line)}", to_errors=True)
             sys.stdout.flush()
             self._store.add(_NUM_INFORMED, 1)
             self._common_end.wait()

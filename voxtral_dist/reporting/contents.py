@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from voxtral_dist.reporting.charts import Chart, draw
 from voxtral_dist.reporting.curves import Results, curves_of
 from voxtral_dist.reporting.results_folder import ReportOptions, ResultsFolder, read_results, read_results_folder
 from voxtral_dist.reporting.test_set_section import SectionReader, TestSetSection
+from voxtral_dist.text.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _facts_of_summary(path: Path) -> dict[str, str]:
     summary: Any = None
     if path.is_file():
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = parse_json(path.read_bytes())
         except ValueError:
             return {}
     if not isinstance(summary, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from voxtral_dist.errors import UserError
 from voxtral_dist.scoring.intervals import Interval
 from voxtral_dist.scoring.results import TestSetResult
-from voxtral_dist.training.metrics_file import read_metrics
+from voxtral_dist.training.metrics_file import split_metrics
 
 Results = Mapping[tuple[int, str], TestSetResult]
 
@@ -75,23 +74,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or a line is not a row.
     """
     try:
-        rows = read_metrics(path)
+        metrics = split_metrics(path)
     except OSError as error:
         raise UserError(f"The metrics {path} cannot be read: {error.strerror}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The metrics {path} are damaged ({error}): fix or remove the line.") from error
-    for number, row in enumerate(rows, 1):
-        if not _is_row(row):
-            raise UserError(f"The metrics {path} are damaged (line {number} is not a row of a run): fix or remove it.")
-    return rows
+    number = next(iter(metrics.damaged), None)
+    if number is None:
+        number = next((number for number, row in enumerate(metrics.rows, 1) if not _is_drawable(row)), None)
+    if number is not None:
+        raise UserError(f"The metrics {path} are damaged (line {number} is not a row of a run): fix or remove it.")
+    return metrics.rows
 
 
-def _is_row(row: Any) -> bool:
-    """Whether a row has what curves need, of the right types; values that were not measured are null or missing."""
-    if not isinstance(row, dict) or type(row.get("step")) is not int or not isinstance(row.get("kind"), str):
-        return False
-    if row["kind"] == "evaluation" and not isinstance(row.get("name"), str):
-        return False
+def _is_drawable(row: Mapping[str, Any]) -> bool:
+    """Whether what curves draw has the right types; values that were not measured are null or missing."""
     drawn = [name for name, *_ in (*_TRAINING, *_RATES)]
     return all(isinstance(row.get(name), float | int | None) for name in drawn)
 

@@ -16,6 +16,7 @@ from voxtral_dist.scoring.error_rates import ErrorRates
 from voxtral_dist.scoring.hypotheses import scored_row
 from voxtral_dist.scoring.results import TestSetResult
 from voxtral_dist.scoring.utterances import ScoredUtterance
+from voxtral_dist.text.json_text import parse_json
 
 
 def result_files(name: str) -> tuple[str, str]:
@@ -102,7 +103,7 @@ def _nested(row: Mapping[str, Any]) -> dict[str, Any]:
 def _holds_scored_rows(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            row = json.loads(file.readline())
+            row = parse_json(file.readline())
     except (OSError, ValueError):
         return False
     return isinstance(row, dict) and {"hypothesis", "word_substitutions"} <= row.keys()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from voxtral_dist.files import write_atomically, write_errors_named
+from voxtral_dist.text.json_text import parse_json
 
 
 class KeptTranscripts:
@@ -61,7 +62,7 @@ class KeptTranscripts:
             if first != self._first_line:
                 return {}
             # The last piece is empty, or the beginning of a line.
-            rows = [json.loads(line) for line in lines[:-1]]
+            rows = [parse_json(line) for line in lines[:-1]]
             return {row["utterance_id"]: row["text"] for row in rows}
         except (OSError, ValueError, KeyError, TypeError):
             # Missing, or damaged: everything is asked again.

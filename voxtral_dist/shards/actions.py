@@ -15,6 +15,7 @@ from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.console import one_line, say
 from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
 from voxtral_dist.shards.indexing import index_tars
@@ -46,7 +47,7 @@ def pack_shards(source: str, out_dir: Path, corpus_options: CorpusOptions, optio
         raise InterruptedPackingError(
             f"Interrupted: {finished} shards are finished in {out_dir}. Rerun the same command to resume."
         ) from error
-    print("\n".join([f"{out_dir}:", *summary.lines()]))
+    say("\n".join(map(one_line, [f"{out_dir}:", *summary.lines()])))
     return 0
 
 
@@ -63,7 +64,7 @@ def index_shards(
             num_workers,
             lambda done, total: display.show(done, total=total),
         )
-    print("\n".join([f"{pattern}:", *summary.lines()]))
+    say("\n".join(map(one_line, [f"{pattern}:", *summary.lines()])))
     return 0
 
 
@@ -81,7 +82,7 @@ def verify_shards(folders: Sequence[str], num_workers: int, json_file: Path | No
     broken = {folder: found for folder, (_, found) in runs.items()}
     num_utterances = sum(count for count, _ in runs.values())
     everything = [found for of_folder in broken.values() for found in of_folder]
-    print(f"{num_utterances} utterances were read and decoded, {len(everything)} are broken{_by_cause(everything)}")
+    say(f"{num_utterances} utterances were read and decoded, {len(everything)} are broken{_by_cause(everything)}")
     if json_file is not None:
         _write_broken(json_file, num_utterances, broken)
     return 1 if everything else 0
@@ -95,7 +96,8 @@ def show_utterance(folder: str, key: str, out: Path | None, view: TokenView | No
     stored_key, utterance = read_utterance(index, utterance_id, storage)
     tokens = ["", *view.lines(index, utterance_id, storage)] if view is not None else []
     written = [f"audio      {write_audio(utterance, out)}"] if out is not None else []
-    print("\n".join([*utterance_lines(index, utterance_id, stored_key, utterance), *written, *tokens]))
+    lines = [*utterance_lines(index, utterance_id, stored_key, utterance), *written, *tokens]
+    say("\n".join(map(one_line, lines)))
     return 0
 
 
@@ -106,7 +108,7 @@ def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenUtteranc
     with _progress(f"verify {folder}", num_utterances) as display:
         for run in verify(folder, num_workers):
             for found in run.broken:
-                print(f"{folder}: {found.shard}: {found.key}: {found.cause}: {found.reason}", flush=True)
+                say(one_line(f"{folder}: {found.shard}: {found.key}: {found.cause}: {found.reason}"))
             broken += run.broken
             display.show(run.last_id + 1, f"{len(broken)} broken")
     return num_utterances, broken

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from voxtral_dist.data.stored.audio import decode_audio
-from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.audio import decode_pcm
+from voxtral_dist.data.stored.checks import Cause, UnusableError, unusable_on_failure
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.index_files import write_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
@@ -88,7 +88,8 @@ def index_tar(location: str, layout: UtteranceLayout, max_chars_per_second: floa
         scan = TarScan(location, Storage())
         for found in scan:
             try:
-                rows.append(_row(found, location, layout, max_chars_per_second, languages))
+                with unusable_on_failure():
+                    rows.append(_row(found, location, layout, max_chars_per_second, languages))
             except UnusableError as error:
                 refusals.append(_refusal(found, location, error))
     except OSError as error:
@@ -107,7 +108,7 @@ def _row(
     if isinstance(found, TarDamage):
         raise UnusableError(Cause.DAMAGED_TAR, str(found))
     utterance = tar_utterance(found, location, layout)
-    measures = measure(utterance, decode_audio(utterance.audio.contents or b"", SAMPLING_RATE), max_chars_per_second)
+    measures = measure(utterance, decode_pcm(utterance.audio.contents or b"", SAMPLING_RATE), max_chars_per_second)
     span = UtteranceSpan(found.offset, len(found.contents), zlib.crc32(found.contents))
     return index_record(span, measures, languages)
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
+from voxtral_dist.output.console import one_line, printable, say
 from voxtral_dist.shards.summary import DURATION_EDGES_SECONDS, RATE_EDGES, SetSummary, histogram_lines, hours
 
 
@@ -18,9 +20,9 @@ def print_summaries(summaries: Mapping[str, SetSummary]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(_sets_table(summaries))
     for folder, summary in summaries.items():
-        print(f"{folder}: {summary.num_utterances} utterances, {hours(summary.duration_seconds)}")
+        say(f"{folder}: {summary.num_utterances} utterances, {hours(summary.duration_seconds)}")
         console.print(_languages_table(summary))
-        print("\n".join(_histograms(summary)))
+        say("\n".join(_histograms(summary)))
 
 
 def _sets_table(summaries: Mapping[str, SetSummary]) -> Table:
@@ -30,7 +32,7 @@ def _sets_table(summaries: Mapping[str, SetSummary]) -> Table:
     for folder, of in summaries.items():
         sizes = (of.num_shards, of.num_utterances, f"{of.duration_seconds / 3600:.2f}", f"{of.num_bytes / 1e6:.1f}")
         ends = (f"{of.longest[1]:.2f} s (#{of.longest[0]})", f"{of.shortest[1]:.2f} s (#{of.shortest[0]})")
-        table.add_row(folder, *map(str, (*sizes, of.num_text_tokens, *ends)))
+        table.add_row(Text(one_line(printable(folder))), *map(str, (*sizes, of.num_text_tokens, *ends)))
     return table
 
 
@@ -38,9 +40,14 @@ def _languages_table(summary: SetSummary) -> Table:
     table = Table("language", box=SIMPLE_HEAD)
     for name in ("utterances", "hours", "share"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name, of in summary.by_size():
+    for language, of in summary.by_size():
         share = of.duration_seconds / summary.duration_seconds if summary.duration_seconds else 0.0
-        table.add_row(name, str(of.num_utterances), f"{of.duration_seconds / 3600:.2f}", f"{100 * share:.1f} %")
+        table.add_row(
+            Text(one_line(printable(language))),
+            str(of.num_utterances),
+            f"{of.duration_seconds / 3600:.2f}",
+            f"{100 * share:.1f} %",
+        )
     return table
 
 

@@ -18,6 +18,7 @@ from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.utterances import Refusal
 from voxtral_dist.shards.skipped import SKIPPED_FILE, Skipped, read_skipped, write_refusal
+from voxtral_dist.text.json_text import parse_json
 
 JOURNAL_FILE = ".packing.jsonl"
 _RECORDS_FILE = ".packing.records"
@@ -95,18 +96,31 @@ class PackingJournal:
         # A line that the interruption truncated does not count.
         whole = [line for line in self._journal if line.endswith(b"\n")]
         self._journal.truncate(sum(map(len, whole)))
-        lines = [json.loads(line) for line in whole]
+        try:
+            lines = [parse_json(line) for line in whole]
+        except ValueError as error:
+            raise self._damaged() from error
         if len(lines) <= 1:
             # No shard was finished, so this packing may be of another corpus.
             self._journal.truncate(0)
             lines = [identity]
             _append(self._journal, identity)
+        elif not isinstance(lines[0], dict):
+            raise self._damaged()
         elif lines[0] != json.loads(json.dumps(identity)):
             raise UserError(
                 f"The folder {self._folder} holds an unfinished set that was packed {_differences(lines[0], identity)}"
                 ": rerun that command, choose another folder, or remove this one first."
             )
-        self._resume(lines[1:])
+        try:
+            self._resume(lines[1:])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged() from error
+
+    def _damaged(self) -> UserError:
+        return UserError(
+            f"The journal of the unfinished set in {self._folder} is damaged: remove the folder, and pack again."
+        )
 
     def _resume(self, finished: list[dict[str, Any]]) -> None:
         for line in finished:
@@ -116,12 +130,40 @@ class PackingJournal:
         start: dict[str, Any] = {"num_lines": 0, "languages": [], "record_bytes": 0, "skipped_bytes": 0}
         last = finished[-1] if finished else start
         self.num_lines, self.languages = last["num_lines"], last["languages"]
-        self._records.truncate(last["record_bytes"])
-        self._skipped.truncate(last["skipped_bytes"])
+        for file, name in ((self._records, "record_bytes"), (self._skipped, "skipped_bytes")):
+            # Truncating to a larger size would add zeros.
+            if file.seek(0, os.SEEK_END) < last[name]:
+                raise self._damaged()
+            file.truncate(last[name])
         for file in (self._records, self._skipped):
             file.seek(0, os.SEEK_END)
         for leftover in self._folder.glob(".*.tar.tmp"):
             leftover.unlink()
+
+
+def finish_complete_packing(folder: Path, identity: dict[str, Any]) -> bool:
+    """Remove what a packing left that was killed after its set was complete.
+
+    Returns:
+        Whether the set in the folder is that of this packing, so that nothing is left to do.
+    """
+    path = folder / JOURNAL_FILE
+    if not path.is_file():
+        return False
+    journal = _locked(path)
+    try:
+        journal.seek(0)
+        if parse_json(journal.readline()) != json.loads(json.dumps(identity)):
+            return False
+    except ValueError:
+        return False
+    finally:
+        journal.close()
+    (folder / _RECORDS_FILE).unlink(missing_ok=True)
+    if (folder / SKIPPED_FILE).is_file() and (folder / SKIPPED_FILE).stat().st_size == 0:
+        (folder / SKIPPED_FILE).unlink()
+    path.unlink(missing_ok=True)
+    return True
 
 
 def count_finished_shards(folder: Path) -> int:

@@ -112,7 +112,11 @@ def _keys(index: ShardIndex, storage: Storage) -> Iterator[tuple[int, str]]:
         heads = {utterance_id: _head(index.span(utterance_id)) for utterance_id in _run(first_id, len(index))}
         storage.prefetch(heads.values())
         for utterance_id, head in heads.items():
-            yield utterance_id, _key(storage.read(head), utterance_id)
+            try:
+                contents = storage.read(head)
+            except OSError as error:
+                raise UserError(f"The keys of the set cannot be read: {first_line(error)}.") from error
+            yield utterance_id, _key(contents, utterance_id)
 
 
 def _run(first_id: int, num_utterances: int) -> range:
@@ -127,7 +131,7 @@ def _key(head: bytes, utterance_id: int) -> str:
     try:
         with tarfile.open(fileobj=io.BytesIO(head), mode="r:") as tar:
             first = tar.next()
-    except tarfile.TarError:
+    except Exception:
         first = None
     # A damaged utterance has no key to look up.
     return f"#{utterance_id}" if first is None else split_name(first.name)[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import mistral_common
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
-from voxtral_dist.data.stored.audio import Waveform
+from voxtral_dist.data.stored.audio import Pcm
 from voxtral_dist.data.stored.checks import Cause, UnusableError, is_silent, is_too_much_text
 from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, UNKNOWN_LANGUAGE
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
@@ -41,14 +41,14 @@ class UtteranceSpan:
     crc32: int
 
 
-def measure(utterance: Utterance, waveform: Waveform, max_chars_per_second: float) -> Measures:
-    """Measure an utterance with its waveform at 16 kHz.
+def measure(utterance: Utterance, pcm: Pcm, max_chars_per_second: float) -> Measures:
+    """Measure an utterance with its samples at 16 kHz.
 
     Raises:
         UnusableError: the audio is silent, too short for its text, or not as long as its corpus says.
     """
-    seconds = len(waveform) / SAMPLING_RATE
-    if is_silent(waveform):
+    seconds = len(pcm) / SAMPLING_RATE
+    if is_silent(pcm):
         raise UnusableError(Cause.SILENT, "is silent: it never reaches -60 dB of full scale")
     claimed = utterance.claimed_seconds
     if claimed is not None and abs(seconds - claimed) > max(_LENGTH_TOLERANCE * claimed, _LENGTH_TOLERANCE_SECONDS):
@@ -60,7 +60,7 @@ def measure(utterance: Utterance, waveform: Waveform, max_chars_per_second: floa
         )
     # Rounded up: audio that is longer than a window by one sample needs another window.
     return Measures(
-        duration_ms=-(-1000 * len(waveform) // SAMPLING_RATE),
+        duration_ms=-(-1000 * len(pcm) // SAMPLING_RATE),
         num_text_tokens=_count_tokens(utterance.text),
         num_chars=num_chars,
         language=utterance.language,

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from voxtral_dist.data.stored.audio import decode_audio, to_pcm
-from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, UnusableError
+from voxtral_dist.data.stored.audio import decode_pcm
+from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, Cause, UnusableError, unusable_on_failure
 from voxtral_dist.shards.corpus.audio_location import encode_flac
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance
 from voxtral_dist.shards.measures import SAMPLING_RATE, Measures, measure
+from voxtral_dist.shards.tars.members import LARGEST_UTTERANCE_BYTES
 from voxtral_dist.shards.tars.writing import utterance_bytes
 
 Encoding = Literal["flac"]
@@ -44,7 +45,8 @@ def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | 
     if isinstance(line, Refusal):
         return line
     try:
-        return _pack(line, rules)
+        with unusable_on_failure():
+            return _pack(line, rules)
     except UnusableError as error:
         name = Path(line.audio.location).name if line.audio.contents is not None else line.audio.location
         return Refusal(line.place, line.key, error.cause, f"the audio {name} {error}")
@@ -52,11 +54,14 @@ def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | 
 
 def _pack(utterance: Utterance, rules: PackRules) -> PackedUtterance:
     audio, suffix = utterance.audio.read(), utterance.audio.suffix
-    waveform = decode_audio(audio, SAMPLING_RATE)
-    measures = measure(utterance, waveform, rules.max_chars_per_second)
+    pcm = decode_pcm(audio, SAMPLING_RATE)
+    measures = measure(utterance, pcm, rules.max_chars_per_second)
     if rules.encode is not None:
-        audio, suffix = encode_flac(to_pcm(waveform), SAMPLING_RATE, "PCM_16"), "flac"
+        audio, suffix = encode_flac(pcm, SAMPLING_RATE, "PCM_16"), "flac"
     contents = utterance_bytes(utterance.key, {suffix: audio, "json": _encode_fields(_fields(utterance))})
+    if len(contents) > LARGEST_UTTERANCE_BYTES:
+        limit = f"more than {LARGEST_UTTERANCE_BYTES >> 20}"
+        raise UnusableError(Cause.TOO_LARGE, f"takes {len(contents) >> 20} MiB in its tar, {limit}: pass --encode flac")
     return PackedUtterance(contents, zlib.crc32(contents), measures)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -20,8 +21,9 @@ from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, Shard
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.corpus.corpus import Corpus
-from voxtral_dist.shards.journal import PackingJournal
+from voxtral_dist.shards.journal import PackingJournal, finish_complete_packing
 from voxtral_dist.shards.measures import UtteranceSpan, index_record
 from voxtral_dist.shards.packed_utterance import PackedUtterance, PackRules, pack_line
 from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped
@@ -71,11 +73,16 @@ def pack(
     Raises:
         UserError: the folder holds another set, all utterances are unusable, or one is and `skip_bad` is False.
     """
+    identity = _identity(corpus, out_dir, options)
     if (out_dir / SHARD_TABLE_FILE).exists():
-        raise UserError(f"The folder {out_dir} holds a complete shard set already: choose another, or remove it first.")
+        if not finish_complete_packing(out_dir, identity):
+            raise UserError(
+                f"The folder {out_dir} holds a complete shard set already: choose another, or remove it first."
+            )
+        return _summary(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        journal = PackingJournal(out_dir, _identity(corpus, out_dir, options))
+        journal = PackingJournal(out_dir, identity)
     except OSError as error:
         raise UserError(f"The folder {out_dir} cannot be made: {error.strerror}.") from error
     try:
@@ -88,16 +95,22 @@ def pack(
         ) from error
     finally:
         journal.close()
+    return _summary(out_dir)
+
+
+def _summary(out_dir: Path) -> SetSummary:
     return summarize(read_index([str(out_dir)]), read_skipped(out_dir / SKIPPED_FILE))
 
 
 def _identity(corpus: Corpus, out_dir: Path, options: PackOptions) -> dict[str, object]:
     """What determines the bytes of a set: only a packing with an equal identity resumes an interrupted one."""
-    return corpus.identity | {
+    identity = corpus.identity | {
         "name": _name(out_dir, options),
         "shard_bytes": options.shard_bytes,
         **asdict(options.rules),
     }
+    stored: dict[str, object] = json.loads(masked(json.dumps(identity)))
+    return stored
 
 
 def _name(out_dir: Path, options: PackOptions) -> str:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.corpus.utterances import Refusal
+from voxtral_dist.text.json_text import parse_json
 
 SKIPPED_FILE = "skipped.jsonl"
 _NUM_NAMED = 10
@@ -32,7 +34,7 @@ def write_refusal(file: BinaryIO, refusal: Refusal) -> None:
     """Append one refusal as a line."""
     row = {"place": refusal.place, "key": refusal.key, "cause": refusal.cause, "reason": refusal.message}
     # File names need not be Unicode: JSON escapes such bytes.
-    file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    file.write(masked(json.dumps(row, ensure_ascii=False)).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def read_skipped(path: Path) -> Skipped:
@@ -40,11 +42,14 @@ def read_skipped(path: Path) -> Skipped:
     causes: Counter[str] = Counter()
     reasons: list[str] = []
     if path.exists():
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for line in lines:
-                row = json.loads(line)
-                causes[row["cause"]] += 1
+                try:
+                    row = parse_json(line)
+                    cause, reason = str(row["cause"]), f"{row['place']}: {row['reason']}"
+                except (ValueError, KeyError, TypeError):
+                    cause, reason = "damaged line", f"a line of {path.name} is damaged"
+                causes[cause] += 1
                 if len(reasons) < _NUM_NAMED:
-                    reason = f"{row['place']}: {row['reason']}"
                     reasons.append(reason.encode("utf-8", "backslashreplace").decode("utf-8"))
     return Skipped(causes, tuple(reasons))

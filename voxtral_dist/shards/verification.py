@@ -10,13 +10,12 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from voxtral_dist.data.stored.audio import decode_audio
-from voxtral_dist.data.stored.checks import Cause, UnusableError, is_same_duration
+from voxtral_dist.data.stored.audio import decode_pcm
+from voxtral_dist.data.stored.checks import Cause, UnusableError, is_same_duration, unusable_on_failure
 from voxtral_dist.data.stored.index import ShardIndex, read_index
 from voxtral_dist.data.stored.index_files import read_sets
 from voxtral_dist.data.stored.shard_set import RECORD
 from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.errors import first_line
 from voxtral_dist.shards.corpus.tar_utterances import tar_utterance
 from voxtral_dist.shards.measures import SAMPLING_RATE, UtteranceSpan, index_record, measure
 from voxtral_dist.shards.tars.scan import parse_span
@@ -73,19 +72,17 @@ def _opened(folder: str) -> tuple[ShardIndex, Storage]:
 def _check(utterance_id: int, index: ShardIndex, storage: Storage) -> BrokenUtterance | None:
     span, key = index.span(utterance_id), f"#{utterance_id}"
     try:
-        contents = storage.read(span)
-        group = parse_span(contents)
-        key = group.key
-        utterance = tar_utterance(group, span.location, index.layout(utterance_id))
-        waveform = decode_audio(utterance.audio.contents or b"", SAMPLING_RATE)
-        measures = measure(utterance, waveform, _MAX_CHARS_PER_SECOND)
-        row = index_record(UtteranceSpan(span.offset, len(contents), zlib.crc32(contents)), measures, [])
-        _compare(utterance_id, index, np.array([row], dtype=RECORD)[0], measures.language)
+        with unusable_on_failure():
+            contents = storage.read(span)
+            group = parse_span(contents)
+            key = group.key
+            utterance = tar_utterance(group, span.location, index.layout(utterance_id))
+            pcm = decode_pcm(utterance.audio.contents or b"", SAMPLING_RATE)
+            measures = measure(utterance, pcm, _MAX_CHARS_PER_SECOND)
+            row = index_record(UtteranceSpan(span.offset, len(contents), zlib.crc32(contents)), measures, [])
+            _compare(utterance_id, index, np.array([row], dtype=RECORD)[0], measures.language)
     except UnusableError as error:
         return BrokenUtterance(index.shard(utterance_id).name, key, error.cause, str(error))
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror or first_line(error)}"
-        return BrokenUtterance(index.shard(utterance_id).name, key, Cause.UNREADABLE, reason)
     return None
 
 

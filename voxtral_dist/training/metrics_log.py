@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
 from voxtral_dist.files import write_errors_named
+from voxtral_dist.output.masking import masked
 from voxtral_dist.training.display import TrainDisplay
-from voxtral_dist.training.metrics_file import drop_rows_after, read_metrics
+from voxtral_dist.training.metrics_file import DAMAGED_FILE, drop_rows_after, read_metrics
 from voxtral_dist.training.step_metrics import StepMetrics
 from voxtral_dist.training.tensorboard import open_writer, write_scalars
 
@@ -59,9 +60,14 @@ class MetricsLog:
         if self._display is not None:
             with write_errors_named("The metrics", self._path):
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                drop_rows_after(self._path, self._first_step)
+                num_damaged = drop_rows_after(self._path, self._first_step)
                 self._file = self._path.open("a", encoding="utf-8")
             self._display.start()
+            if num_damaged:
+                self.say(
+                    f"{num_damaged} damaged lines of {self._path} were moved to {DAMAGED_FILE} beside it: they are "
+                    "missing in curves and reports."
+                )
             if self._with_tensorboard:
                 self._open_tensorboard()
         return self
@@ -88,7 +94,7 @@ class MetricsLog:
             return
         self.refuse_if_gone()
         with write_errors_named("The metrics", self._path):
-            self._file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+            self._file.write(masked(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False)) + "\n")
             self._file.flush()
             if self._tensorboard is not None:
                 write_scalars(self._tensorboard, kind, step, values)

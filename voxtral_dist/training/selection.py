@@ -11,6 +11,7 @@ from typing import Any
 from voxtral_dist.config import GuardConfig, SelectionConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import write_atomically
+from voxtral_dist.text.json_text import parse_json
 
 _BEST_FILE = "best.json"
 # Tolerance of comparisons. Different rates of a set with N words differ by at least 1 / N.
@@ -93,7 +94,7 @@ def selected_step(run_dir: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
+        return int(parse_json(path.read_bytes())["step"])
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path} is damaged: remove it, and rerun the training command to write it again.") from error
 

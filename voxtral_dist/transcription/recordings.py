@@ -47,8 +47,8 @@ def find_recordings(paths: Sequence[Path]) -> list[Recording]:
 
 
 def is_audio(path: Path) -> bool:
-    """Whether a file has the suffix of an audio format."""
-    return path.suffix.lstrip(".").lower() in AUDIO_SUFFIXES and not path.is_dir()
+    """Whether a file has the suffix of an audio format. A dangling link counts, a folder or a pipe does not."""
+    return path.suffix.lstrip(".").lower() in AUDIO_SUFFIXES and (path.is_file() or not path.exists())
 
 
 def _file(path: Path) -> Recording:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from voxtral_dist.config import MIN_NEW_TOKENS
 from voxtral_dist.data.examples.audio_inputs import AudioInput, pcm_of
 from voxtral_dist.data.examples.example import Example
-from voxtral_dist.data.stored.audio import AudioError, Pcm
-from voxtral_dist.data.stored.checks import is_silent
+from voxtral_dist.data.stored.audio import Pcm
+from voxtral_dist.data.stored.checks import UnusableError, is_silent, unusable_on_failure
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.batch_decoder import Hypothesis
 from voxtral_dist.model.prompts import VoxtralPrompts
@@ -87,10 +87,9 @@ class Segmenter:
         rate = self._prompts.sampling_rate
         name = f"The recording {recording}" if isinstance(recording, str | PathLike) else "The recording"
         try:
-            pcm = pcm_of(recording, rate, array_rate)
-        except OSError as error:
-            raise RecordingError(f"{name} cannot be read: {error.strerror}.") from error
-        except AudioError as error:
+            with unusable_on_failure():
+                pcm = pcm_of(recording, rate, array_rate)
+        except UnusableError as error:
             raise RecordingError(f"{name} {error}.") from error
         self._refuse_too_long(name, len(pcm) / rate)
         return [

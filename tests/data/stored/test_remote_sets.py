@@ -10,6 +10,7 @@ import pytest
 from voxtral_dist.config import StorageConfig, TrainDataConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import build_train_loader
+from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 
@@ -84,3 +85,23 @@ def test_a_second_epoch_over_a_cached_set_asks_the_server_for_no_bytes(web_serve
 def test_a_folder_that_is_not_in_the_bucket_is_refused(s3_folder, prompts, tmp_path):
     with pytest.raises(UserError, match="s3://corpus/nothing"):
         micro_batches("s3://corpus/nothing", prompts, storage_in(tmp_path, num_attempts=1))
+
+
+@pytest.mark.parametrize("missing", ["shards.json", "index.npy"])
+def test_a_web_folder_without_its_index_is_refused(web_server, tmp_path, missing):
+    del web_server.files[f"speech/{missing}"]
+    with pytest.raises(UserError, match=r"has no complete index \(shards\.json and index\.npy\)"):
+        read_index([f"{web_server.url}/speech"], storage_in(tmp_path, num_attempts=1))
+
+
+@pytest.mark.parametrize("pattern", ["{url}/nowhere", "{url}/speech/{{a,b}}.tar", "http://127.0.0.1:1/set"])
+def test_remote_shards_that_are_missing_are_one_sentence(web_server, tmp_path, pattern):
+    with pytest.raises(UserError) as refused:
+        read_index([pattern.format(url=web_server.url)], storage_in(tmp_path, num_attempts=1))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("pattern", ["s3://corpus/nothing*", "s3://no-such-bucket/x", "s3://no-such-bucket/*"])
+def test_a_bucket_that_is_missing_is_one_sentence(s3_folder, tmp_path, pattern):
+    with pytest.raises(UserError, match="s3://"):
+        read_index([pattern], storage_in(tmp_path, num_attempts=1))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.data.stored.audio import AudioError, Pcm, Waveform, decode_pcm, resample, to_pcm
+from voxtral_dist.data.stored.storage import LARGEST_FILE_BYTES, read_regular
 
 # A path, encoded bytes, an array, `{"array", "sampling_rate"}`, `{"bytes", "path"}`, or a decoder of torchcodec.
 AudioInput = str | PathLike[str] | bytes | NDArray[Any] | Mapping[str, Any] | Any
@@ -30,7 +31,10 @@ def pcm_of(audio: AudioInput, sampling_rate: int, array_rate: int | None = None)
         OSError: the file cannot be read.
     """
     if isinstance(audio, str | PathLike):
-        return decode_pcm(Path(audio).read_bytes(), sampling_rate)
+        path = Path(audio)
+        # A pipe that was named on purpose is read to its end.
+        contents = read_regular(path, LARGEST_FILE_BYTES) if path.is_file() else path.read_bytes()
+        return decode_pcm(contents, sampling_rate)
     if isinstance(audio, bytes):
         return decode_pcm(audio, sampling_rate)
     if isinstance(audio, Mapping) and audio.get("array") is None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import dataclass
+
+from voxtral_dist.data.stored.checks import UnusableError
+from voxtral_dist.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,13 @@ class BadUtterance:
     key: str
     reason: str
     is_too_long: bool = False
+
+
+def described(error: Exception) -> str:
+    """What is wrong with an utterance: the message of an error that its checks expect, or the type of any other."""
+    if isinstance(error, UnusableError | ValueError | OSError | tarfile.TarError):
+        return str(error)
+    return f"cannot be used ({type(error).__name__}: {first_line(error)})"
 
 
 class UtteranceError(Exception):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from voxtral_dist.data.examples.bad_utterance import BadUtterance, UtteranceError
+from voxtral_dist.data.examples.bad_utterance import BadUtterance, UtteranceError, described
 from voxtral_dist.data.examples.example import Example, LoadedUtterance
 from voxtral_dist.data.examples.prompting import Prompting
 from voxtral_dist.data.examples.reading import read_utterance
@@ -17,6 +17,7 @@ from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND, is_same_durati
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance
+from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.text.steps import apply_steps
 
@@ -108,7 +109,10 @@ class UtteranceReader:
             target = apply_steps(steps, stored.text)
             if not target and not self._takes_all:
                 raise ValueError("has no text after the steps of `target_text`")
-        except (AudioError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:
+            # Decoders and transforms raise errors of any type.
             raise self._unusable(utterance_id, stored.key, error) from error
         return LoadedUtterance(
             utterance_id, stored.key, pcm, stored.text, target, stored.language, stored.instruction, stored.fields
@@ -152,7 +156,9 @@ class UtteranceReader:
             self._check_targets(example)
             example = self._with_prompt(example, utterances, target, (*key, first.utterance_id))
             self._check_positions(example)
-        except ValueError as error:
+        except UserError:
+            raise
+        except Exception as error:
             raise self._unusable(first.utterance_id, first.key, error) from error
         return example
 
@@ -211,7 +217,7 @@ class UtteranceReader:
 
     def _unusable(self, utterance_id: int, key: str, error: Exception) -> UtteranceError:
         return UtteranceError(
-            BadUtterance(self.shard_name(utterance_id), key, str(error), isinstance(error, _TooLongError))
+            BadUtterance(self.shard_name(utterance_id), key, described(error), isinstance(error, _TooLongError))
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tarfile
-
-from voxtral_dist.data.examples.bad_utterance import BadUtterance, UtteranceError
+from voxtral_dist.data.examples.bad_utterance import BadUtterance, UtteranceError, described
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.tar_members import read_members
 from voxtral_dist.data.stored.utterance import StoredUtterance
+from voxtral_dist.errors import UserError
 
 
 def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> StoredUtterance:
@@ -22,9 +21,12 @@ def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> St
     try:
         contents = storage.read(span)
         return index.parse(utterance_id, contents)
-    except (OSError, tarfile.TarError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # Damaged members raise errors of any type.
         key = _key_in(contents) or f"#{utterance_id}"
-        reason = f"cannot be read at byte {span.offset}: {error}"
+        reason = f"cannot be read at byte {span.offset}: {described(error)}"
         raise UtteranceError(BadUtterance(index.shard(utterance_id).name, key, reason)) from error
 
 
@@ -32,5 +34,5 @@ def _key_in(contents: bytes) -> str | None:
     """The key in the bytes of a damaged utterance; None if no name can be read."""
     try:
         return read_members(contents)[0] or None
-    except (tarfile.TarError, ValueError, OSError):
+    except Exception:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -20,6 +21,8 @@ _INT16_SCALE = 32768.0
 LONGEST_CLIP_SECONDS = 6 * 3600
 # From telephones to studios; a damaged header may claim anything.
 _RATES = range(4_000, 96_001)
+# Decoded at a time, over all channels: more than an utterance of a minute.
+_BLOCK_SAMPLES = 2**20
 
 
 class AudioError(UnusableError):
@@ -35,8 +38,9 @@ def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
     Raises:
         AudioError: the bytes do not decode, contain no samples, or contain samples that are not finite.
     """
-    with _opened(contents) as file:
-        return _decode(file, sampling_rate)
+    with opened_audio(io.BytesIO(contents)) as file:
+        waveform: Waveform = _joined(_mono_blocks(file, sampling_rate), np.dtype(np.float32))
+        return waveform
 
 
 def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
@@ -45,20 +49,23 @@ def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
     Raises:
         AudioError: as `decode_audio`.
     """
-    with _opened(contents) as file:
-        if (file.samplerate, file.channels, file.subtype) != (sampling_rate, 1, "PCM_16"):
-            return to_pcm(_decode(file, sampling_rate))
-        pcm: Pcm = file.read(dtype="int16")
-        if len(pcm) == 0:
-            raise AudioError("contains no audio", Cause.EMPTY_AUDIO)
+    with opened_audio(io.BytesIO(contents)) as file:
+        is_plain = (file.samplerate, file.channels, file.subtype) == (sampling_rate, 1, "PCM_16")
+        blocks = audio_blocks(file, "int16") if is_plain else map(to_pcm, _mono_blocks(file, sampling_rate))
+        pcm: Pcm = _joined(blocks, np.dtype(np.int16))
         return pcm
 
 
 @contextmanager
-def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
+def opened_audio(source: BinaryIO) -> Iterator[soundfile.SoundFile]:
+    """Open audio whose header claims neither an absurd length nor an absurd rate.
+
+    Raises:
+        AudioError: it does not, or cannot be decoded inside the block.
+    """
     try:
-        with soundfile.SoundFile(io.BytesIO(contents)) as file:
-            # A damaged header may claim any length, and libsndfile allocates memory for it.
+        with soundfile.SoundFile(source) as file:
+            # A damaged header may claim anything, and some formats store silence in almost no bytes.
             if file.frames > LONGEST_CLIP_SECONDS * file.samplerate:
                 claimed, longest = file.frames / file.samplerate / 3600, LONGEST_CLIP_SECONDS / 3600
                 message = f"claims to be {claimed:.0f} h long, more than the limit of {longest:.0f} h"
@@ -72,14 +79,54 @@ def _opened(contents: bytes) -> Iterator[soundfile.SoundFile]:
         raise AudioError(f"does not decode ({reason})") from error
 
 
-def _decode(file: soundfile.SoundFile, sampling_rate: int) -> Waveform:
-    waveform = file.read(dtype="float32", always_2d=True)
-    mono: Waveform = waveform.mean(axis=1) if waveform.shape[1] > 1 else waveform[:, 0]
-    if len(mono) == 0:
+def audio_blocks(file: soundfile.SoundFile, dtype: str, num_frames: int | None = None) -> Iterator[NDArray[Any]]:
+    """The samples of a file from its position on, `(num_frames,)`, or `(num_frames, num_channels)` of several channels.
+
+    They come in blocks of limited size: memory depends on what a file holds, and not on what its header claims.
+    `num_frames` limits their number.
+    """
+    left = file.frames if num_frames is None else num_frames
+    while left > 0:
+        asked = min(left, max(1, _BLOCK_SAMPLES // file.channels))
+        block: NDArray[Any] = file.read(asked, dtype=dtype)
+        yield block
+        left = left - asked if len(block) == asked else 0
+
+
+def _mono_blocks(file: soundfile.SoundFile, sampling_rate: int) -> Iterator[Waveform]:
+    """Blocks of a mono waveform at `sampling_rate` Hz; together they equal the whole, resampled at once."""
+    stream = None
+    if file.samplerate != sampling_rate:
+        stream = soxr.ResampleStream(file.samplerate, sampling_rate, 1, dtype="float32", quality="HQ")
+    for block in audio_blocks(file, "float32"):
+        mono: Waveform = block if block.ndim == 1 else block.mean(axis=1)
+        if not np.isfinite(mono).all():
+            raise AudioError("contains samples that are not finite", Cause.NOT_FINITE)
+        yield mono if stream is None else stream.resample_chunk(mono)
+    if stream is not None:
+        yield stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+
+
+def _joined(blocks: Iterator[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The samples of all blocks.
+
+    Raises:
+        AudioError: there are none.
+    """
+    first = next(blocks, np.zeros(0, dtype))
+    rest = next(blocks, None)
+    if rest is None:
+        joined = first
+    else:
+        # A bytearray grows in place; to concatenate blocks takes twice the memory.
+        contents = bytearray(first.tobytes())
+        while rest is not None:
+            contents += rest.tobytes()
+            rest = next(blocks, None)
+        joined = np.frombuffer(contents, dtype)
+    if len(joined) == 0:
         raise AudioError("contains no audio", Cause.EMPTY_AUDIO)
-    if not np.isfinite(mono).all():
-        raise AudioError("contains samples that are not finite", Cause.NOT_FINITE)
-    return resample(mono, file.samplerate, sampling_rate)
+    return joined
 
 
 def resample(waveform: Waveform, from_rate: int, to_rate: int) -> Waveform:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from voxtral_dist.errors import UserError, first_line
 
 # 60 dB below full scale: the noise of a microphone in a quiet room is louder.
 _SILENT_PEAK = 0.001
@@ -29,6 +33,7 @@ class Cause(StrEnum):
     SILENT = "silent"
     NOT_FINITE = "not finite"
     ABSURD_CLAIM = "absurd claim"
+    TOO_LARGE = "too large"
     WRONG_LENGTH = "wrong length"
     EMPTY_TEXT = "empty text"
     TEXT_TOO_LONG = "text too long for its audio"
@@ -44,6 +49,30 @@ class UnusableError(Exception):
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+@contextmanager
+def unusable_on_failure(cause: Cause = Cause.MALFORMED) -> Iterator[None]:
+    """Turn any failure of the block, which handles one utterance, into an `UnusableError`.
+
+    Parsers of damaged or hostile bytes raise errors of any type, whatever their documentation lists, and one utterance
+    must not end a command that reads millions. A `UserError` passes: it is about the command.
+
+    Args:
+        cause: of failures that are no errors of the system.
+
+    Raises:
+        UnusableError: in place of any other exception.
+    """
+    try:
+        yield
+    except (UnusableError, UserError):
+        raise
+    except OSError as error:
+        raise UnusableError(Cause.UNREADABLE, f"cannot be read: {error.strerror or first_line(error)}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+        raise UnusableError(cause, f"cannot be used ({what})") from error
 
 
 def is_same_duration(seconds: float, expected_seconds: float) -> bool:

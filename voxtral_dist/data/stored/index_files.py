@@ -23,6 +23,7 @@ from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, RECORD, Records, S
 from voxtral_dist.data.stored.storage import Storage, is_remote, join
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.files import write_atomically
+from voxtral_dist.output.masking import masked
 
 INDEX_FILE = "index.npy"
 SHARD_TABLE_FILE = "shards.json"
@@ -84,12 +85,19 @@ def check_train_shards(name: str, shard_sets: Sequence[ShardSet]) -> None:
 
 def _sets_of(pattern: str, storage: Storage, anew: bool) -> list[ShardSet]:
     if not pattern.endswith(".tar"):
-        return [_read_folder(folder.rstrip("/"), storage, anew) for folder in storage.expand(pattern)]
+        return [_read_folder(folder.rstrip("/"), storage, anew) for folder in _expanded(pattern, storage)]
     names_by_folder: dict[str, set[str]] = {}
-    for location in storage.expand(pattern):
+    for location in _expanded(pattern, storage):
         folder, _, name = location.rpartition("/")
         names_by_folder.setdefault(folder or ".", set()).add(name)
     return [_select(_read_folder(folder, storage, anew), names, folder) for folder, names in names_by_folder.items()]
+
+
+def _expanded(pattern: str, storage: Storage) -> list[str]:
+    try:
+        return storage.expand(pattern)
+    except OSError as error:
+        raise UserError(f"The shards {pattern} cannot be listed: {first_line(error)}.") from error
 
 
 def _select(shard_set: ShardSet, names: set[str], folder: str) -> ShardSet:
@@ -248,7 +256,7 @@ def _check_size(shard: Shard, folder: str, sizes: dict[str, int] | None) -> None
 
 
 def _relative(shard: Shard, folder: Path) -> str:
-    return shard.name if shard.location == join(str(folder), shard.name) else shard.location
+    return shard.name if shard.location == join(str(folder), shard.name) else masked(shard.location)
 
 
 def _absolute(location: str, folder: str) -> str:

@@ -38,6 +38,8 @@ def _plain_members(contents: bytes) -> tuple[str, dict[str, bytes]] | None:
         if header[156:157] != tarfile.REGTYPE or header[257:263] != b"ustar\0" or header[124] >= 0x80:
             return None
         size = int(header[124:136].rstrip(b"\0 "), 8)
+        if size < 0:
+            raise ValueError(f"a tar header claims {size} bytes")
         prefix, name = header[345:500].rstrip(b"\0"), header[:100].rstrip(b"\0")
         key, suffix = split_name((prefix + b"/" + name if prefix else name).decode("utf-8"))
         members[suffix] = contents[offset : offset + size]
@@ -50,6 +52,9 @@ def _any_members(contents: bytes) -> tuple[str, dict[str, bytes]]:
     key = ""
     with tarfile.open(fileobj=io.BytesIO(contents + bytes(2 * TAR_BLOCK_BYTES)), mode="r:") as tar:
         for member in tar:
+            # A sparse member may claim any size; behind a negative one, tarfile begins anew.
+            if not 0 <= member.size <= len(contents):
+                raise ValueError(f"a tar header claims {member.size} bytes")
             extracted = tar.extractfile(member)
             if extracted is not None:
                 key, suffix = split_name(member.name)

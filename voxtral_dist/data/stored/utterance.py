@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES, Field, UtteranceLayout
 from voxtral_dist.data.stored.tar_members import read_members
+from voxtral_dist.text.json_text import parse_json
 from voxtral_dist.text.languages import language_code
 
 
@@ -93,7 +93,7 @@ class _Fields:
         if member not in self._members:
             return {}
         if member not in self._parsed:
-            fields = json.loads(self._members[member])
+            fields = parse_json(self._members[member])
             if not isinstance(fields, dict):
                 raise ValueError(f"has a {member} member that is no JSON object")
             self._parsed[member] = fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import nn
 
 from voxtral_dist.config import EngineConfig, ModelConfig, OptimizerConfig
 from voxtral_dist.errors import UserError
+from voxtral_dist.text.json_text import parse_json
 
 OFFLOADS = ("offload_optimizer", "offload_param")
 _NEVER = 2**31 - 1
@@ -44,7 +44,7 @@ def read_deepspeed_file(path: Path | None) -> dict[str, Any]:
     """
     assert path is not None, "`engine` names one of its engines"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(path.read_bytes())
     except OSError as error:
         raise UserError(f"`engine.deepspeed`: {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:

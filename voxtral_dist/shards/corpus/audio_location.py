@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import soundfile
+from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.audio import LONGEST_CLIP_SECONDS, AudioError
+from voxtral_dist.data.stored.audio import audio_blocks, opened_audio
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
-from voxtral_dist.data.stored.storage import Storage, is_remote
-from voxtral_dist.errors import first_line
+from voxtral_dist.data.stored.storage import LARGEST_FILE_BYTES, Storage, is_remote, open_regular, read_regular
+from voxtral_dist.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -57,34 +59,33 @@ class AudioLocation:
 
 def encode_flac(samples: Any, rate: int, subtype: str) -> bytes:
     """The FLAC file of samples, `(num_samples,)` or `(num_samples, num_channels)`."""
-    encoded = io.BytesIO()
-    soundfile.write(encoded, samples, rate, format="FLAC", subtype=subtype)
-    return encoded.getvalue()
+    return _encode([samples], rate, samples.shape[1] if samples.ndim == 2 else 1, subtype)
 
 
 def _read(audio: AudioLocation) -> bytes:
     if audio.contents is not None:
         return audio.contents
     try:
-        return _storage().read_all(audio.location) if is_remote(audio.location) else Path(audio.location).read_bytes()
-    except (OSError, ValueError) as error:
+        if is_remote(audio.location):
+            return _storage().read_all(audio.location, LARGEST_FILE_BYTES)
+        return read_regular(Path(audio.location), LARGEST_FILE_BYTES)
+    except (OSError, ValueError, UserError) as error:
         raise _unreadable(error) from error
 
 
 def _cut(audio: AudioLocation) -> bytes:
     """A part of a file as FLAC; the rest of the file is not decoded."""
     try:
-        opened = (
-            io.BytesIO(audio.contents)
-            if audio.contents is not None
-            else _storage().local_copy(audio.location).open("rb")
-        )
-        with opened, soundfile.SoundFile(opened) as file:
+        with _opened(audio) as source, opened_audio(source) as file:
             return _cut_open(file, audio)
-    except soundfile.SoundFileError as error:
-        raise AudioError(f"does not decode ({first_line(error).rpartition(': ')[2]})") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         raise _unreadable(error) from error
+
+
+def _opened(audio: AudioLocation) -> BinaryIO:
+    if audio.contents is not None:
+        return io.BytesIO(audio.contents)
+    return open_regular(_storage().local_copy(audio.location))
 
 
 def _cut_open(file: soundfile.SoundFile, audio: AudioLocation) -> bytes:
@@ -92,17 +93,25 @@ def _cut_open(file: soundfile.SoundFile, audio: AudioLocation) -> bytes:
     if start >= file.frames:
         claimed = f"it begins at {audio.start_seconds:.2f} s"
         raise UnusableError(Cause.WRONG_LENGTH, f"lasts {file.frames / file.samplerate:.2f} s, but {claimed} of it")
-    if audio.duration_seconds is None and file.frames - start > LONGEST_CLIP_SECONDS * file.samplerate:
-        raise AudioError(f"claims to be {file.frames / file.samplerate / 3600:.0f} h long", Cause.ABSURD_CLAIM)
+    if audio.channel is not None and audio.channel not in range(file.channels):
+        raise UnusableError(Cause.NO_AUDIO, f"has {file.channels} channels, but not the channel {audio.channel}")
     file.seek(start)
-    num_frames = -1 if audio.duration_seconds is None else round(audio.duration_seconds * file.samplerate)
+    num_frames = file.frames - start
+    if audio.duration_seconds is not None:
+        num_frames = min(num_frames, round(audio.duration_seconds * file.samplerate))
     fine = file.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
-    samples = file.read(num_frames, dtype="int32" if fine else "int16", always_2d=True)
-    if audio.channel is not None:
-        if audio.channel >= file.channels:
-            raise UnusableError(Cause.NO_AUDIO, f"has {file.channels} channels, but not the channel {audio.channel}")
-        samples = samples[:, audio.channel]
-    return encode_flac(samples, file.samplerate, "PCM_24" if fine else "PCM_16")
+    blocks = audio_blocks(file, "int32" if fine else "int16", num_frames)
+    chosen = (block[:, audio.channel] if audio.channel is not None and block.ndim == 2 else block for block in blocks)
+    num_channels = 1 if audio.channel is not None else file.channels
+    return _encode(chosen, file.samplerate, num_channels, "PCM_24" if fine else "PCM_16")
+
+
+def _encode(blocks: Iterable[NDArray[Any]], rate: int, num_channels: int, subtype: str) -> bytes:
+    encoded = io.BytesIO()
+    with soundfile.SoundFile(encoded, "w", rate, num_channels, subtype, format="FLAC") as file:
+        for block in blocks:
+            file.write(block)
+    return encoded.getvalue()
 
 
 @cache
@@ -111,7 +120,7 @@ def _storage() -> Storage:
     return Storage()
 
 
-def _unreadable(error: OSError | ValueError) -> UnusableError:
+def _unreadable(error: OSError | ValueError | UserError) -> UnusableError:
     # A ValueError means that no file can have such a name.
     why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     return UnusableError(Cause.UNREADABLE, f"cannot be read: {why}")

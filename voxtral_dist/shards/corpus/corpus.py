@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from voxtral_dist.shards.corpus.manifests import read_json_lines, read_table
 from voxtral_dist.shards.corpus.tar_utterances import tar_lines
 from voxtral_dist.shards.corpus.utterances import Line, Refusal, Utterance, with_unique_keys
 from voxtral_dist.shards.tars.files import is_tar_pattern, tar_locations
+from voxtral_dist.text.json_text import parse_json
 
 _TABLE_SUFFIXES: dict[str, CorpusFormat] = {".csv": "csv", ".tsv": "tsv"}
 
@@ -214,6 +214,6 @@ def _refuse_to_lose_instructions(locations: Iterable[str]) -> None:
 def _says_answers(table: Path) -> bool:
     """Whether the texts of a shard set are answers; False if its table is missing or damaged."""
     try:
-        return json.loads(table.read_text(encoding="utf-8"))["layout"]["instruction"] is not None
+        return parse_json(table.read_bytes())["layout"]["instruction"] is not None
     except (OSError, ValueError, KeyError, TypeError):
         return False

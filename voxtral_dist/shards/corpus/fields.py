@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.text.languages import language_code
+
+# Three years: products with a sampling rate stay exact.
+_MAX_SECONDS = 1e8
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def checked_text(value: Any, names: Iterable[str]) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UnusableError(Cause.MALFORMED, f"has a text that is not Unicode ({error.reason})") from error
+        raise UnusableError(Cause.MALFORMED, f"has a text that is not UTF-8 ({error.reason})") from error
     return value
 
 
@@ -73,15 +77,15 @@ def checked_seconds(row: Mapping[str, Any], name: str) -> float | None:
     """A field with seconds; None if it is empty.
 
     Raises:
-        UnusableError: the value is not a number from 0.
+        UnusableError: the value is not a number from 0, or is longer than any recording.
     """
     value = row.get(name)
     if value in (None, ""):
         return None
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise UnusableError(Cause.MALFORMED, f"has the {name} {value!r}, which is not a number of seconds")
+    if not 0 <= seconds < _MAX_SECONDS:
+        raise UnusableError(Cause.MALFORMED, f"has the {name} {reprlib.repr(value)}, which is not a number of seconds")
     return seconds

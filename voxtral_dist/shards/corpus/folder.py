@@ -6,10 +6,12 @@ from pathlib import Path
 
 from voxtral_dist.data.stored.checks import Cause
 from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
+from voxtral_dist.data.stored.storage import read_regular
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 from voxtral_dist.shards.corpus.utterances import Line, Refusal, Utterance, key_of
 
+_LARGEST_TEXT_BYTES = 2**24
 # Also audio that libsndfile cannot decode: such files are refused instead of ignored.
 _AUDIO_FILE_SUFFIXES = {f".{name}" for name in AUDIO_SUFFIXES} | {
     ".m4a",
@@ -41,7 +43,7 @@ def read_audio_file(path: Path, folder: Path) -> Line:
     """The utterance of an audio file and of the text beside it; refused if there is no text."""
     key, beside = key_of(path.relative_to(folder).as_posix()), path.with_suffix(".txt")
     try:
-        text = beside.read_text(encoding="utf-8-sig").strip()
+        text = read_regular(beside, _LARGEST_TEXT_BYTES).decode("utf-8-sig").strip()
     except FileNotFoundError:
         return Refusal(str(path), key, Cause.EMPTY_TEXT, f"there is no text beside it: {beside.name} is missing")
     except OSError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause, UnusableError, unusable_on_failure
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 from voxtral_dist.shards.corpus.fields import FieldNames, checked_language, checked_seconds, checked_text, first_of
@@ -139,12 +139,14 @@ def _undecoded(rows: Any, audio: str) -> Any:
 
 
 def _line(row: Mapping[str, Any], dataset: HubDataset, place: str, number: int) -> Utterance | Refusal:
-    audio = row.get(dataset.audio)
-    name = (audio or {}).get("path") or f"{number:09d}"
+    name = f"{number:09d}"
     try:
-        if not audio or (audio.get("bytes") is None and audio.get("path") is None):
-            raise UnusableError(Cause.NO_AUDIO, "names no audio")
-        return _utterance(row, dataset, name, place)
+        with unusable_on_failure():
+            audio = row.get(dataset.audio)
+            if not audio or (audio.get("bytes") is None and audio.get("path") is None):
+                raise UnusableError(Cause.NO_AUDIO, "names no audio")
+            name = audio.get("path") or name
+            return _utterance(row, dataset, name, place)
     except UnusableError as error:
         return Refusal(place, key_of(name), error.cause, f"the utterance {name} {error}")
 

@@ -27,7 +27,9 @@ def read_cut(row: Mapping[str, Any], base: Path, place: str) -> Utterance:
     """
     try:
         return _cut_utterance(row, base, place)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except UnusableError:
+        raise
+    except Exception as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise UnusableError(Cause.MALFORMED, f"is not a valid cut of Lhotse ({what})") from error
 

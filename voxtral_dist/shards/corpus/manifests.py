@@ -3,53 +3,59 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause, UnusableError, unusable_on_failure
 from voxtral_dist.data.stored.storage import is_remote
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 from voxtral_dist.shards.corpus.fields import FieldNames, checked_language, checked_seconds, checked_text, first_of
 from voxtral_dist.shards.corpus.lhotse import is_cut, read_cut
+from voxtral_dist.shards.corpus.manifest_lines import LARGEST_LINE_BYTES, LineTooLongError, ManifestLines
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance, key_of
-
-_LARGEST_CELL_BYTES = 2**27
+from voxtral_dist.text.json_text import parse_json
 
 
 def read_json_lines(path: Path, names: FieldNames) -> Iterator[Utterance | Refusal]:
     """The lines of a manifest of JSON lines or cuts; audio paths are relative to the manifest.
 
     Raises:
-        UserError: the file is not UTF-8 text.
+        UserError: the file cannot be read.
     """
-    with _open_text(path) as lines:
-        for number, line in enumerate(_decoded(lines, path), start=1):
+    with closing(ManifestLines(path)) as lines:
+        while True:
+            try:
+                line = next(lines)
+            except StopIteration:
+                break
+            except LineTooLongError as error:
+                yield Refusal(f"{path}:{lines.number}", "", Cause.TOO_LARGE, f"the line is too long: {error}")
+                continue
             if line.strip():
-                yield _parse_line(line, names, path.parent, f"{path}:{number}")
+                yield _parse_line(line, names, path.parent, f"{path}:{lines.number}")
+        yield from _lost_lines(lines, path)
 
 
 def read_table(path: Path, names: FieldNames, delimiter: str) -> Iterator[Utterance | Refusal]:
     """The rows of a table with a header; audio paths are relative to `clips/` beside it if that exists, else to it.
 
     Raises:
-        UserError: the file is not UTF-8 text, or has no column for audio or text.
+        UserError: the file cannot be read, or has no column for audio or text.
     """
-    csv.field_size_limit(_LARGEST_CELL_BYTES)
+    csv.field_size_limit(LARGEST_LINE_BYTES)
     # Common Voice does not quote cells of its TSV files; CSV files do.
-    with _open_text(path) as lines:
+    with closing(ManifestLines(path)) as lines:
         rows = csv.DictReader(
-            _decoded(lines, path),
-            delimiter=delimiter,
-            quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL,
+            lines, delimiter=delimiter, quoting=csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
         )
-        _check_header(rows.fieldnames or [], names, path)
+        _check_header(rows, names, path)
         clips = path.parent / "clips"
         base = clips if clips.is_dir() else path.parent
-        yield from _table_rows(rows, names, base, path)
+        yield from _table_rows(rows, lines, names, base, path)
+        yield from _lost_lines(lines, path)
 
 
 def row_utterance(row: Mapping[str, Any], names: FieldNames, base: Path, place: str) -> Utterance:
@@ -73,17 +79,30 @@ def row_utterance(row: Mapping[str, Any], names: FieldNames, base: Path, place: 
 def _parse_line(line: str, names: FieldNames, base: Path, place: str) -> Utterance | Refusal:
     key = ""
     try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise UnusableError(Cause.NOT_JSON, "the line is not a JSON object")
-        cut = is_cut(row)
-        key = str(row.get("id", "")) if cut else str(first_of(row, names.audio) or "")
-        return read_cut(row, base, place) if cut else row_utterance(row, names, base, place)
-    except (json.JSONDecodeError, RecursionError) as error:
-        message = getattr(error, "msg", "too deeply nested")
-        return Refusal(place, key, Cause.NOT_JSON, f"the line is not valid JSON ({message})")
+        row = parse_json(line)
+    except ValueError as error:
+        why = str(error) if _is_unicode(line) else "it is not UTF-8 text: convert the manifest first"
+        return Refusal(place, key, Cause.NOT_JSON, f"the line is not valid JSON ({why})")
+    if not isinstance(row, dict):
+        return Refusal(place, key, Cause.NOT_JSON, "the line is not a JSON object")
+    try:
+        with unusable_on_failure():
+            cut = is_cut(row)
+            key = str(row.get("id", "")) if cut else str(first_of(row, names.audio) or "")
+            return read_cut(row, base, place) if cut else row_utterance(row, names, base, place)
     except UnusableError as error:
         return _refused(place, key, error)
+
+
+def _is_unicode(line: str) -> bool:
+    return line.isascii() or line.encode("utf-8", "replace").decode("utf-8") == line
+
+
+def _lost_lines(lines: ManifestLines, path: Path) -> Iterator[Refusal]:
+    """What stands for the lines behind damage."""
+    if lines.damage is not None:
+        reason = f"the manifest ends here: {lines.damage}; lines behind it are lost"
+        yield Refusal(f"{path}:{lines.number + 1}", "", Cause.UNREADABLE, reason)
 
 
 def _refused(place: str, key: str, error: UnusableError) -> Refusal:
@@ -92,7 +111,9 @@ def _refused(place: str, key: str, error: UnusableError) -> Refusal:
     )
 
 
-def _table_rows(rows: csv.DictReader[str], names: FieldNames, base: Path, path: Path) -> Iterator[Utterance | Refusal]:
+def _table_rows(
+    rows: csv.DictReader[str], lines: ManifestLines, names: FieldNames, base: Path, path: Path
+) -> Iterator[Utterance | Refusal]:
     iterator = iter(rows)
     while True:
         try:
@@ -100,9 +121,9 @@ def _table_rows(rows: csv.DictReader[str], names: FieldNames, base: Path, path: 
         except StopIteration:
             return
         except csv.Error as error:
-            yield Refusal(f"{path}:{rows.line_num}", "", Cause.MALFORMED, f"the row cannot be read ({error})")
+            yield Refusal(f"{path}:{lines.number}", "", Cause.MALFORMED, f"the row cannot be read ({error})")
             continue
-        yield _table_row(row, names, base, f"{path}:{rows.line_num}")
+        yield _table_row(row, names, base, f"{path}:{lines.number}")
 
 
 def _table_row(row: dict[Any, Any], names: FieldNames, base: Path, place: str) -> Utterance | Refusal:
@@ -111,12 +132,17 @@ def _table_row(row: dict[Any, Any], names: FieldNames, base: Path, place: str) -
         return Refusal(place, key, Cause.MALFORMED, "the row has more or fewer cells than the header")
     filled = {name: cell for name, cell in row.items() if cell != ""}
     try:
-        return row_utterance(filled, names, base, place)
+        with unusable_on_failure():
+            return row_utterance(filled, names, base, place)
     except UnusableError as error:
         return _refused(place, key, error)
 
 
-def _check_header(header: Any, names: FieldNames, path: Path) -> None:
+def _check_header(rows: csv.DictReader[str], names: FieldNames, path: Path) -> None:
+    try:
+        header = list(rows.fieldnames or [])
+    except csv.Error as error:
+        raise UserError(f"The header of the table {path} cannot be read: {error}.") from error
     for what, wanted in (("audio", names.audio), ("text", names.text)):
         if not set(wanted) & set(header):
             raise UserError(
@@ -144,19 +170,3 @@ def _audio(audio: str, row: Mapping[str, Any], base: Path) -> AudioLocation:
 def _segment_key(audio: str, row: Mapping[str, Any]) -> str:
     offset_seconds = checked_seconds(row, "offset")
     return key_of(audio) if offset_seconds is None else f"{key_of(audio)}-{round(offset_seconds * 1000):09d}"
-
-
-def _open_text(path: Path) -> TextIO:
-    # The encoding drops a byte-order mark.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _decoded(lines: TextIO, path: Path) -> Iterator[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise UserError(f"The manifest {path} is not UTF-8 text ({error.reason}): convert it first.") from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"The manifest {path} is a damaged gzip file ({error}): copy it again.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.checks import Cause, UnusableError, unusable_on_failure
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import MemberError, StoredUtterance, utterance_of
@@ -43,7 +43,8 @@ def _tar_line(found: MemberGroup | TarDamage, location: str, layout: UtteranceLa
         return Refusal(location, "", Cause.DAMAGED_TAR, str(found))
     place = f"{location}:{found.offset}"
     try:
-        return tar_utterance(found, place, layout)
+        with unusable_on_failure():
+            return tar_utterance(found, place, layout)
     except UnusableError as error:
         return Refusal(place, found.key, error.cause, f"the utterance {found.key} {error}")
 

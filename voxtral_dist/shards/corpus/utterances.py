@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from voxtral_dist.data.stored.checks import Cause
 from voxtral_dist.data.stored.storage import is_remote
+from voxtral_dist.output.masking import MASK, masked
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
+
+_LONGEST_KEY = 4096
+# Of a message: rows may have megabytes in one field.
+_LONGEST_MESSAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,11 @@ class Refusal:
     key: str
     cause: Cause
     message: str
+
+    def __post_init__(self) -> None:
+        for name in ("key", "message"):
+            if len(getattr(self, name)) > _LONGEST_MESSAGE:
+                object.__setattr__(self, name, f"{getattr(self, name)[:_LONGEST_MESSAGE]}...")
 
     @property
     def reason(self) -> str:
@@ -52,10 +63,17 @@ Line = Utterance | Refusal
 
 
 def key_of(audio: str) -> str:
-    """The key for a path: slashes and dots, at which WebDataset splits names, become underscores."""
-    path = audio.partition("://")[2] if is_remote(audio) else audio
-    key = Path(path).with_suffix("").as_posix().strip("/").replace("/", "_").replace(".", "_") or "clip"
-    return key.encode("utf-8", "replace").decode("utf-8")
+    """The key for a path: slashes and dots, at which WebDataset splits names, and NULs become underscores.
+
+    The end of a key of thousands of characters, which no path has, is replaced by a digest.
+    """
+    path = PurePosixPath(masked(audio).partition("://")[2].removeprefix(f"{MASK}@") if is_remote(audio) else audio)
+    without_suffix = path.with_suffix("") if path.name else path
+    key = re.sub(r"[/.\0]", "_", without_suffix.as_posix().strip("/")) or "clip"
+    readable = key.encode("utf-8", "replace").decode("utf-8")
+    if len(readable) <= _LONGEST_KEY:
+        return readable
+    return f"{readable[:_LONGEST_KEY]}-{_digest(readable):016x}"
 
 
 def with_unique_keys(lines: Iterable[Line]) -> Iterator[Line]:

@@ -8,7 +8,7 @@ from typing import BinaryIO, cast
 
 from braceexpand import braceexpand
 
-from voxtral_dist.data.stored.storage import Span, Storage, is_remote, join
+from voxtral_dist.data.stored.storage import Span, Storage, is_remote, join, open_regular
 from voxtral_dist.errors import UserError, first_line
 
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz")
@@ -52,8 +52,7 @@ def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
         return _open_pipe(location), None
     if not is_remote(location):
         path = storage.local_copy(location)
-        stream, num_bytes = path.open("rb"), path.stat().st_size
-        return _plain(stream, location, num_bytes)
+        return _plain(open_regular(path), location, path.stat().st_size)
     folder, _, name = location.rpartition("/")
     listed = storage.sizes(folder).get(name)
     if listed is None:

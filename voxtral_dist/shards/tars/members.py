@@ -24,8 +24,13 @@ _ZEROS = bytes(TAR_BLOCK_BYTES)
 _EXTENDING_TYPES = frozenset(
     {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
 )
+# Members of an utterance together: half an hour of 24-bit stereo at 48 kHz.
+LARGEST_UTTERANCE_BYTES = 2**29
+# Extended headers of a member together: names have at most some thousand characters.
+_LARGEST_EXTENSION_BYTES = 2**20
 # If the size of a tar is unknown, a member that claims more than this counts as damage.
-_LARGEST_MEMBER_BYTES = 2**32
+_LARGEST_CLAIM_BYTES = 2**40
+_SKIPPED_AT_A_TIME = 2**20
 # Metadata of tools, which WebDataset skips too.
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 
@@ -61,11 +66,16 @@ class _DamagedError(Exception):
     """No valid member begins here."""
 
 
-class TarReader:
-    """The stream of a tar, which counts and hashes the bytes that it reads."""
+class _UnusableMemberError(Exception):
+    """A member was read to its end, but cannot be used."""
 
-    def __init__(self, stream: BinaryIO, num_bytes: int | None) -> None:
+
+class TarReader:
+    """The stream of a tar, which counts and hashes the bytes that it reads. Larger members are skipped."""
+
+    def __init__(self, stream: BinaryIO, num_bytes: int | None, largest_bytes: int = LARGEST_UTTERANCE_BYTES) -> None:
         self.stream = stream
+        self.largest_bytes = largest_bytes
         self.digest = hashlib.sha256()
         self.position = 0
         self._num_bytes = num_bytes
@@ -73,7 +83,7 @@ class TarReader:
     @property
     def left(self) -> int:
         """Number of bytes that may follow."""
-        return _LARGEST_MEMBER_BYTES if self._num_bytes is None else self._num_bytes - self.position
+        return _LARGEST_CLAIM_BYTES if self._num_bytes is None else self._num_bytes - self.position
 
     def read(self, num_bytes: int) -> bytes:
         """The next bytes; fewer at the end of the tar."""
@@ -85,6 +95,12 @@ class TarReader:
         self.position += len(contents)
         self.digest.update(contents)
         return contents
+
+    def skip(self, num_bytes: int) -> None:
+        """Read bytes without keeping them."""
+        end = self.position + num_bytes
+        while self.position < end and self.read(min(_SKIPPED_AT_A_TIME, end - self.position)):
+            pass
 
 
 def read_members(reader: TarReader, location: str) -> Iterator[Member | TarDamage]:
@@ -107,22 +123,29 @@ def read_members(reader: TarReader, location: str) -> Iterator[Member | TarDamag
             if not block:
                 return
             continue
+        except _UnusableMemberError as error:
+            yield TarDamage(location, start, reader.position - start, str(error))
+            block = reader.read(TAR_BLOCK_BYTES)
+            continue
         yield member
         block = reader.read(TAR_BLOCK_BYTES)
 
 
 def _read_member(reader: TarReader, block: bytes, offset: int) -> Member:
     """The member that begins with `block`."""
-    raw, extended = b"", False
+    extension = b""
     while True:
         header = _header(block)
-        has_contents = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES or header.type in _EXTENDING_TYPES
+        is_extension = header.type in _EXTENDING_TYPES
+        has_contents = header.isreg() or header.type not in tarfile.SUPPORTED_TYPES or is_extension
         size = header.size if has_contents else 0
-        contents = _read_contents(reader, header.name, size)
-        raw += block + contents
-        if header.type not in _EXTENDING_TYPES:
-            return Member(_name(header, raw, extended), offset, raw, contents[:size])
-        block, extended = reader.read(TAR_BLOCK_BYTES), True
+        limit = _LARGEST_EXTENSION_BYTES - len(extension) if is_extension else reader.largest_bytes
+        contents = _read_contents(reader, header.name, size, limit)
+        if not is_extension:
+            name = _name(header, extension + block if extension else b"")
+            return Member(name, offset, b"".join((extension, block, contents)), contents[:size])
+        extension += block + contents
+        block = reader.read(TAR_BLOCK_BYTES)
 
 
 def _header(block: bytes) -> tarfile.TarInfo:
@@ -135,11 +158,14 @@ def _header(block: bytes) -> tarfile.TarInfo:
         raise _DamagedError(what) from error
 
 
-def _read_contents(reader: TarReader, name: str, size: int) -> bytes:
+def _read_contents(reader: TarReader, name: str, size: int, limit_bytes: int) -> bytes:
     padded = size + padding(size)
     left = reader.left
     if size < 0 or padded > left:
         raise _DamagedError(f"the member {name} claims {size} bytes, but only {left} follow")
+    if padded > limit_bytes:
+        reader.skip(padded)
+        raise _UnusableMemberError(f"the member {name} has {size >> 20} MiB, more than {max(limit_bytes, 0) >> 20}")
     contents = reader.read(padded)
     if len(contents) < padded:
         raise _DamagedError(f"the member {name} claims {size} bytes, but only {len(contents)} follow")
@@ -162,12 +188,17 @@ def _is_header(block: bytes) -> bool:
     return True
 
 
-def _name(header: tarfile.TarInfo, raw: bytes, extended: bool) -> str | None:
-    """The full name of a member; None if it belongs to no utterance."""
+def _name(header: tarfile.TarInfo, extended: bytes) -> str | None:
+    """The full name of a member, from its extended headers if it has any; None if it belongs to no utterance."""
     name = header.name
     if extended:
-        with tarfile.open(fileobj=io.BytesIO(raw + 2 * _ZEROS), mode="r:") as tar:
-            name = tar.getnames()[0]
+        try:
+            with tarfile.open(fileobj=io.BytesIO(extended + 2 * _ZEROS), mode="r:") as tar:
+                first = tar.next()
+                name = "" if first is None else first.name
+        except Exception as error:
+            # Extended headers hold numbers and lists that tarfile trusts.
+            raise _UnusableMemberError(f"the extended header of the member {name} is garbled") from error
     key, suffix = split_name(name)
     belongs = header.isreg() and suffix and not key.endswith("/") and key and not _META_NAME.match(name)
     return name if belongs else None

@@ -14,6 +14,8 @@ from voxtral_dist.shards.tars.files import open_tar
 from voxtral_dist.shards.tars.members import Member, TarDamage, TarReader, read_members
 from voxtral_dist.shards.tars.writing import tar_end
 
+_MOST_MEMBERS = 256
+
 
 @dataclass(frozen=True)
 class MemberGroup:
@@ -64,7 +66,7 @@ def parse_span(contents: bytes) -> MemberGroup:
         UnusableError: the bytes are not the complete members of one utterance.
     """
     ended = contents + tar_end(len(contents))
-    found = list(_groups(TarReader(io.BytesIO(ended), len(ended)), ""))
+    found = list(_groups(TarReader(io.BytesIO(ended), len(ended), len(ended)), ""))
     damage = next((part for part in found if isinstance(part, TarDamage)), None)
     if damage is not None:
         raise UnusableError(Cause.DAMAGED_TAR, f"is damaged: at its byte {damage.offset} {damage.message}")
@@ -83,6 +85,12 @@ def _groups(reader: TarReader, location: str) -> Iterator[MemberGroup | TarDamag
             yield found
         elif found.name is not None:
             group.append(found)
+            num_bytes = sum(len(member.raw) for member in group)
+            if num_bytes > reader.largest_bytes or len(group) > _MOST_MEMBERS:
+                what = f"{len(group)} members with {num_bytes >> 20} MiB"
+                limits = f"more than {_MOST_MEMBERS} or {reader.largest_bytes >> 20} MiB"
+                yield TarDamage(location, group[0].offset, num_bytes, f"an utterance has {what}, {limits}")
+                group = []
     if group:
         yield _group(group)
 

@@ -1,6 +1,18 @@
 """Bytes of local files and of URLs."""
 
+from voxtral_dist.data.stored.storage.local import LARGEST_FILE_BYTES, open_regular, read_regular
 from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, Span, StorageError
 from voxtral_dist.data.stored.storage.storage import Storage, is_remote, join
 
-__all__ = ["MissingFileError", "ShortReadError", "Span", "Storage", "StorageError", "is_remote", "join"]
+__all__ = [
+    "LARGEST_FILE_BYTES",
+    "MissingFileError",
+    "ShortReadError",
+    "Span",
+    "Storage",
+    "StorageError",
+    "is_remote",
+    "join",
+    "open_regular",
+    "read_regular",
+]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import time
 from contextlib import suppress
 from functools import lru_cache
@@ -12,6 +14,8 @@ from typing import BinaryIO
 
 from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, Span, StorageError
 
+# Of a file that is one recording, which is read as a whole: the limit of WAV's own format.
+LARGEST_FILE_BYTES = 2**32
 _MAX_OPEN_FILES = 64
 _PAUSES_SECONDS = (0.05, 0.5)
 
@@ -50,6 +54,26 @@ def _read_once(span: Span) -> bytes:
             f"{span.num_bytes}"
         )
     return contents
+
+
+def open_regular(path: Path, limit_bytes: int | None = None) -> BinaryIO:
+    """Open a regular file: reading a pipe or a device such as /dev/zero may never end.
+
+    Raises:
+        OSError: it cannot be opened, is something else, or has more bytes than the limit.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device", str(path))
+    if limit_bytes is not None and status.st_size > limit_bytes:
+        raise OSError(errno.EFBIG, f"it has {status.st_size >> 20} MiB, more than {limit_bytes >> 20}", str(path))
+    return path.open("rb")
+
+
+def read_regular(path: Path, limit_bytes: int) -> bytes:
+    """The bytes of a regular file; errors as of `open_regular`."""
+    with open_regular(path, limit_bytes) as file:
+        return file.read()
 
 
 def advise(span: Span) -> None:

@@ -24,6 +24,7 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from voxtral_dist.config import StorageConfig
 from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, StorageError, redacted
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.output.masking import MASK, masked
 
 # Whole objects are fetched in ranges of this size, so that one timeout per attempt fits objects of any size.
 RANGE_BYTES = 8 << 20
@@ -133,6 +134,11 @@ class Remote:
         ]
 
     def _resolve(self, location: str) -> tuple[AsyncFileSystem, str]:
+        if f"{MASK}@" in location or f"={MASK}" in location:
+            raise UserError(
+                f"The location {location} was stored without its password or token: leave these out of locations, and "
+                "set them where the backend looks for them, such as AWS_PROFILE or ~/.netrc (see docs/data.md)."
+            )
         protocol = location.partition("://")[0].lower()
         filesystem = _filesystem(protocol, self._config.num_reads_in_flight, os.getpid())
         return filesystem, filesystem._strip_protocol(location)
@@ -248,4 +254,4 @@ def _reason(cause: Exception) -> str:
         return f"the server responds with status {status}"
     if isinstance(cause, PermissionError):
         return f"access is denied ({first_line(cause)})"
-    return re.sub(r"\?[^\s'\")]*", "", first_line(cause)) or type(cause).__name__
+    return masked(re.sub(r"\?[^\s'\")]*", "", first_line(cause))) or type(cause).__name__

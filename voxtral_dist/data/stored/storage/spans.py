@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+
+from voxtral_dist.output.masking import masked
 
 
 @dataclass(frozen=True)
@@ -28,5 +29,5 @@ class ShortReadError(StorageError):
 
 
 def redacted(location: str) -> str:
-    """The location for messages: without user, password and query."""
-    return re.sub(r"(?<=://)[^/@]*@", "", location.partition("?")[0])
+    """The location for messages: without password, token and query."""
+    return masked(location.partition("?")[0])

@@ -23,10 +23,10 @@ from voxtral_dist.config import StorageConfig
 from voxtral_dist.data.stored.storage.cache import NodeCache
 from voxtral_dist.data.stored.storage.cache_files import write_at
 from voxtral_dist.data.stored.storage.digests import NodeDigests
-from voxtral_dist.data.stored.storage.local import advise, local_error, local_path, read_local
+from voxtral_dist.data.stored.storage.local import advise, local_error, local_path, read_local, read_regular
 from voxtral_dist.data.stored.storage.prefetch import Prefetch, pool_of_process
 from voxtral_dist.data.stored.storage.remote import RANGE_BYTES, Remote, RemoteFile
-from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, redacted
+from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, StorageError, redacted
 from voxtral_dist.errors import UserError
 
 _MEBIBYTE = 1 << 20
@@ -73,16 +73,17 @@ class Storage:
             if not is_remote(span.location):
                 advise(span)
 
-    def read_all(self, location: str) -> bytes:
+    def read_all(self, location: str, limit_bytes: int | None = None) -> bytes:
         """The bytes of a whole file.
 
         Raises:
-            StorageError: it cannot be read; `MissingFileError` if it doesn't exist.
+            StorageError: it cannot be read, or has more bytes than the limit; `MissingFileError` if it doesn't exist.
         """
         if is_remote(location):
-            return self._here.read_all(location)
+            return self._here.read_all(location, limit_bytes)
         try:
-            return local_path(location).read_bytes()
+            path = local_path(location)
+            return path.read_bytes() if limit_bytes is None else read_regular(path, limit_bytes)
         except OSError as error:
             raise local_error(location, error) from error
 
@@ -176,11 +177,15 @@ class _Process:
         contents = self.prefetch.take(span)
         return self._fetch(span) if contents is None else contents
 
-    def read_all(self, location: str) -> bytes:
+    def read_all(self, location: str, limit_bytes: int | None) -> bytes:
         """The bytes of a whole object, fetched as ranges."""
         num_bytes = self.remote.describe(location).num_bytes
         if num_bytes is None:
             return self.remote.read_whole(location)
+        if limit_bytes is not None and num_bytes > limit_bytes:
+            raise StorageError(
+                f"{redacted(location)} cannot be read: it has {num_bytes >> 20} MiB, more than {limit_bytes >> 20}"
+            )
         ranges = _ranges(num_bytes)
         return b"".join(self._in_flight([partial(self.remote.read, location, *part) for part in ranges]))
 

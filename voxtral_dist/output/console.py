@@ -1,0 +1,46 @@
+"""Everything that is printed: without secrets, and without control characters that a transcript or a name may hold.
+
+Files keep the original texts, apart from secrets.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+
+from voxtral_dist.output.masking import masked
+
+# All control characters but tabs and line feeds, and those that change the direction of what follows.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_LINE_END = re.compile("[\t\n\u2028\u2029]")
+
+
+def printable(text: str) -> str:
+    """A text for a terminal or a log: control characters become `\\uXXXX`, as in JSON, and secrets are masked."""
+    return _CONTROL.sub(_escaped, masked(text))
+
+
+def one_line(text: str) -> str:
+    """A text as a part of one line: tabs and line ends become `\\uXXXX` too, so that it cannot forge a line."""
+    return _LINE_END.sub(_escaped, text)
+
+
+def say(text: object = "", *, to_errors: bool = False, end: str = "\n") -> None:
+    """Print a text to standard output, or to standard error."""
+    print(printable(str(text)), file=sys.stderr if to_errors else sys.stdout, end=end, flush=True)
+
+
+def set_up_logging() -> None:
+    """Make log messages printable where nobody has configured logging."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PrintableFormatter())
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
