@@ -2,7 +2,11 @@
 
 import sys
 
-from voxtral_dist.cli.main import console
+from voxtral_dist.training.signals import stop_signals
 
 if __name__ == "__main__":
-    console(["train", *sys.argv[1:]])
+    # Before imports that take seconds: a signal to stop must not be lost.
+    with stop_signals():
+        from voxtral_dist.cli.main import console
+
+        console(["train", *sys.argv[1:]])

@@ -149,6 +149,55 @@ def test_sigterm_lets_every_rank_save_and_ends_with_their_code(tmp_path):
         node.kill()
 
 
+# A rank that imports libraries for a while before it listens to signals.
+WAIT_LATER = "import time\ntime.sleep(2)\n" + WAIT_FOR_STOP
+
+
+def test_sigterm_before_the_ranks_listen_is_remembered(tmp_path):
+    script = tmp_path / "wait.py"
+    script.write_text(WAIT_LATER)
+    node = subprocess.Popen(
+        [str(ENTRYPOINT), "--config", "c.yaml"],
+        env=environment(script, PROCS_PER_NODE="2", SEEN_DIR=str(tmp_path)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        # The launcher runs, and has not started any rank yet.
+        wait_for(lambda: "deepspeed.launcher.launch" in "".join(map(command_of, children_of(node.pid))))
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(timeout=LIMIT_SECONDS) == 75
+        assert all((tmp_path / f"stopped-{rank}").exists() for rank in range(2))
+    finally:
+        node.kill()
+
+
+def children_of(process_id: int) -> list[str]:
+    return Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+
+
+def command_of(process_id: str) -> str:
+    try:
+        return Path(f"/proc/{process_id}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_sigterm_while_a_node_waits_for_the_first_one_ends_it(tmp_path):
+    waiting = TWO_NODES | {"MASTER_ADDR": "nobody.invalid", "RENDEZVOUS_TIMEOUT_SECONDS": "60"}
+    node = subprocess.Popen(
+        [str(ENTRYPOINT), "--config", "c.yaml"], env=environment(**waiting), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert node.stderr is not None
+        assert "waiting up to 60 s" in node.stderr.readline()
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(timeout=20) == 75
+        assert "stopped by a signal before the ranks were started" in node.stderr.read()
+    finally:
+        node.kill()
+
+
 def test_other_commands_run_as_they_are():
     result = dry_run("printf", "%s", "two words")
     assert (result.returncode, result.stdout) == (0, "two words")

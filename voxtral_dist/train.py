@@ -37,6 +37,7 @@ from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.flops import TrainingFlops, training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.voxtral import read_voxtral_config
+from voxtral_dist.output.console import say
 from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer
@@ -76,7 +77,7 @@ def train_model(config: RunConfig, allow_changed: Sequence[str] = ()) -> int:
         >>> exit_code
         0
     """
-    with joined_world(timedelta(seconds=config.distributed.timeout_seconds)) as world:
+    with stop_signals(), joined_world(timedelta(seconds=config.distributed.timeout_seconds)) as world:
         return train(config, world, allow_changed)
 
 
@@ -96,6 +97,14 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
     Raises:
         UserError: the configuration, the model, the data and this machine do not fit together.
     """
+    with stop_signals() as stop:
+        try:
+            return _train(config, world, stop, allow_changed)
+        except _StoppedEarlyError:
+            return EXIT_STOPPED
+
+
+def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Sequence[str]) -> int:
     time_limit = TimeLimit(config.max_run_hours)
     refuse_unknown_keys(allow_changed, config)
     check_before_loading(config, world)
@@ -120,6 +129,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
     fingerprints = {test_set.name: test_set.fingerprint for test_set in test_sets}
     saved_step = latest_step(config.run_dir, world)
     changes = [] if saved_step is None else _changes(config, saved_step, loader.num_steps, fingerprints, allow_changed)
+    _end_if_asked(stop, world)
 
     with ExitStack() as stack:
         # Workers are forked before the engine exists: else each page of weights and moments in host memory would be
@@ -129,7 +139,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
         flops = training_flops(chosen.model, config.trainable)
         checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world, fingerprints)
         progress = checkpoints.load(engine, saved_step)
-        stop = stack.enter_context(stop_signals())
+        _end_if_asked(stop, world)
         metrics_log = stack.enter_context(_open_metrics_log(config, loader.num_steps, progress, world))
         _announce(
             config, chosen.model, checkpointing, progress, loader, engine.parameter_table(), world, metrics_log, changes
@@ -365,6 +375,22 @@ def _load_selected(
             break
         verdict = selector.select(progress.step)
     return verdict
+
+
+class _StoppedEarlyError(Exception):
+    """A signal asked the run to stop before training began."""
+
+
+def _end_if_asked(stop: StopRequest, world: World) -> None:
+    """End the run on all ranks if a signal has asked any of them to stop; there is nothing to save yet.
+
+    Raises:
+        _StoppedEarlyError: one was asked.
+    """
+    if max_over_ranks([int(stop.requested)], world)[0]:
+        if world.is_first:
+            say("Stopped by a signal before training began: rerun the same command to resume.")
+        raise _StoppedEarlyError
 
 
 def _stopped(config: RunConfig, progress: TrainProgress, metrics_log: MetricsLog, *, by_signal: bool) -> int:

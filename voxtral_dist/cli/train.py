@@ -6,6 +6,8 @@ import argparse
 
 from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config
 from voxtral_dist.config import dump_config, load_config
+from voxtral_dist.output.console import say
+from voxtral_dist.training.signals import stop_signals
 
 
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -26,9 +28,14 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> int:
+    with stop_signals():
+        return _train_or_print(parsed)
+
+
+def _train_or_print(parsed: argparse.Namespace) -> int:
     config = load_config(parsed.config, parsed.set)
     if parsed.print_config:
-        print(dump_config(config), end="")
+        say(dump_config(config), end="")
         return 0
     from voxtral_dist.train import train_model
 

@@ -20,13 +20,26 @@ class StopRequest:
         self.requested = True
 
 
+_open: StopRequest | None = None
+
+
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGUSR1 into a stop request while the context is open."""
+    """Turn SIGTERM and SIGUSR1 into a stop request while the context is open.
+
+    Commands open it before anything that takes time, so that no signal is lost while libraries are imported and a model
+    is loaded. A context inside of another one has its request.
+    """
+    global _open
+    if _open is not None:
+        yield _open
+        return
     request = StopRequest()
     before = {number: signal.signal(number, request.set) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    _open = request
     try:
         yield request
     finally:
+        _open = None
         for number, handler in before.items():
             signal.signal(number, handler)
