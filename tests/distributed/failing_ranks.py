@@ -16,7 +16,7 @@ from voxtral_dist.errors import RankError
 from voxtral_dist.training.signals import stop_signals
 
 
-def train(_config: RunConfig, world: World) -> int:
+def train(_config: RunConfig, world: World, _allow_changed: object) -> int:
     """Stands for `voxtral_dist.train.train`."""
     with stop_signals():
         dist.all_reduce(torch.ones(1))

@@ -90,7 +90,7 @@ ACTIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _act(_first: object, world: World, *, actions: tuple[str, ...]) -> int:
+def _act(_first: object, world: World, *_more: object, actions: tuple[str, ...]) -> int:
     """Stands for a command's work: ranks meet, then each does something else."""
     dist.all_reduce(torch.ones(1))
     with stop_signals():

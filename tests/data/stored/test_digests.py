@@ -6,6 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from voxtral_dist.config import StorageConfig
@@ -119,16 +120,17 @@ def test_a_damaged_copy_is_refused_by_verify(shard_folder, tmp_path):
         verify(str(folder), 1)
 
 
-def test_a_remote_set_is_compared_through_its_copy(shard_folder, computed, tmp_path):
-    storage = Storage(StorageConfig(cache_dir=tmp_path))
-    assert len(read_index([f"memory:/{_in_memory(shard_folder)}"], storage)) == 26
-    assert computed == [next(tmp_path.glob("entries/*index.npy")).name]
-
-
-def _in_memory(folder: Path) -> str:
-    import fsspec
-
+@pytest.fixture
+def in_memory(shard_folder):
+    """The shards in fsspec's file system in memory, which all tests share."""
     memory = fsspec.filesystem("memory")
-    for path in folder.iterdir():
-        memory.pipe(f"/set/{path.name}", path.read_bytes())
-    return "/set"
+    for path in shard_folder.iterdir():
+        memory.pipe(f"/digests/{path.name}", path.read_bytes())
+    yield "memory://digests"
+    memory.rm("/digests", recursive=True)
+
+
+def test_a_remote_set_is_compared_through_its_copy(in_memory, computed, tmp_path):
+    storage = Storage(StorageConfig(cache_dir=tmp_path))
+    assert len(read_index([in_memory], storage)) == 26
+    assert computed == [next(tmp_path.glob("entries/*index.npy")).name]

@@ -57,7 +57,7 @@ def checked_text(value: Any, names: Iterable[str]) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UnusableError(Cause.MALFORMED, f"has a text that is not UTF-8 ({error.reason})") from error
+        raise UnusableError(Cause.MALFORMED, f"has a text that is not Unicode ({error.reason})") from error
     return value
 
 
