@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from voxtral_dist.output.console import say
 from voxtral_dist.engine.compilation import has_python_header, missing_for_compilation
 from voxtral_dist.engine.zero.extensions import (
     Extension,
@@ -23,6 +22,7 @@ from voxtral_dist.engine.zero.extensions import (
     refuse_without_nvme_support,
 )
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.console import say
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mistral-common", "webdataset", "soundfile", "jiwer")
 _LOAD = (
