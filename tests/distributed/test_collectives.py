@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from voxtral_dist.distributed import collectives
 from voxtral_dist.distributed.collectives import PatientSum, computed_on_first
-from voxtral_dist.distributed.world import World, alone
+from voxtral_dist.distributed.world import World, alone, set_timeouts
 from voxtral_dist.errors import RankError
 
 from ranks import run_ranks
@@ -37,8 +37,7 @@ def _computed_late(world: World) -> tuple[int, list[str]]:
     """A value of rank 0 that takes longer than a collective may; and what is said meanwhile."""
     world = replace(world, timeout=timedelta(seconds=1))
     collectives._SILENT_SECONDS = 0.5
-    for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(world.timeout, group)
+    set_timeouts(world.timeout)
     said: list[str] = []
     collectives.log.warning = lambda message, *values: said.append(message % values)  # type: ignore[method-assign]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import multiprocessing
 import os
 import sys
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = build_parser().parse_args(arguments)
     # DeepSpeed calls deprecated names of torch; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Where there is a CUDA toolkit and no GPU, torch says so before any message of ours.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     error: UserError | None = None
     try:
         code = parsed.run(parsed)

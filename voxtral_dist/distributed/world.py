@@ -147,8 +147,10 @@ def _full_disk_as_message(rank: int) -> Iterator[None]:
 
 def set_timeouts(timeout: timedelta) -> None:
     """Give every process group a timeout: DeepSpeed and device meshes make theirs with torch's default."""
+    # torch 2.14 has made its private function public.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in dist.distributed_c10d._world.pg_map:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+        set_timeout(timeout, group)
 
 
 def _destroy_group() -> None:
