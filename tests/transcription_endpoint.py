@@ -18,7 +18,7 @@ from transformers import VoxtralForConditionalGeneration, VoxtralProcessor
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
-Fault = Literal["400", "429", "500", "503", "cut", "page"]
+Fault = Literal["400", "401", "429", "500", "503", "cut", "page", "moved", "garbled"]
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 # From the fields of a request and the bytes of its file to a transcript.
 Transcribe = Callable[[dict[str, str], bytes], str]
@@ -35,6 +35,8 @@ class TranscriptionEndpoint:
         self.retry_after = "0"
         self.requests: list[dict[str, str]] = []
         self.authorizations: list[str | None] = []
+        self.may_list = threading.Event()
+        self.may_list.set()
         self._lock = threading.Lock()
         self._server = make_server("127.0.0.1", 0, Request.application(self._answer), threaded=True)
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -50,6 +52,7 @@ class TranscriptionEndpoint:
     def _answer(self, request: Request) -> Response:
         self.authorizations.append(request.headers.get("Authorization"))
         if (request.method, request.path) == ("GET", "/v1/models"):
+            self.may_list.wait()
             return _json({"object": "list", "data": [{"id": name, "object": "model"} for name in self.names]})
         if (request.method, request.path) != ("POST", "/v1/audio/transcriptions"):
             return _json({"detail": "Not Found"}, 404)
@@ -62,6 +65,10 @@ class TranscriptionEndpoint:
     def _fail(self, fault: Fault, request: Request) -> Response:
         if fault == "page":
             return Response("<html>a login page</html>", mimetype="text/html")
+        if fault == "moved":
+            return Response(status=308, headers={"Location": f"https://new.example{request.path}"})
+        if fault == "garbled":
+            return Response(b"not compressed", headers={"Content-Encoding": "gzip"})
         if fault == "cut":
             connection: socket.socket = request.environ["werkzeug.socket"]
             connection.shutdown(socket.SHUT_RDWR)

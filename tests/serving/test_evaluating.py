@@ -148,13 +148,13 @@ def test_transcripts_of_another_question_are_not_taken(run, endpoint, shard_fold
     assert all(row["hypothesis"].endswith(" tokens") for row in rows_of(tmp_path))
 
 
-@pytest.mark.parametrize("fault", ["503", "cut"])
+@pytest.mark.parametrize("fault", ["503", "cut", "garbled"])
 def test_an_outage_ends_with_one_message(fault, run, endpoint, shard_folder, tmp_path):
     endpoint.lasting_fault = fault
     options = ["--server", endpoint.url, "--retry-seconds", "0.2", "--out", tmp_path]
     refused = run("evaluate", "served", shard_folder, *options).refusal(75)
     assert "and answered nothing else for too long" in refused
-    assert ("cannot be reached" if fault == "cut" else f"answered HTTP {fault}: injected {fault}") in refused
+    assert (f"answered HTTP 503: injected {fault}" if fault == "503" else "cannot be reached (") in refused
     assert "0 of 26 transcripts are kept" in refused
     assert len(endpoint.requests) > NUM_UTTERANCES
 
@@ -176,7 +176,8 @@ def test_what_a_server_cannot_measure_is_refused_before_a_request(run, endpoint,
 
     endpoint.names = ["base", "adapter"]
     assert f"{endpoint.url} serves no `served`, but `base`, `adapter`: name the model" in refused(shard_folder)
-    assert "must be a URL such as http://localhost:8000" in refused(shard_folder, url="localhost:8000")
+    for url in ("localhost:8000", "http://host:port", "http://[::1", "http://host:99999", f"{endpoint.url}/?key=1", ""):
+        assert f"must be a URL such as http://localhost:8000, but is {url!r}" in refused(shard_folder, url=url)
     with transcription_endpoint(echo) as stopped:
         pass
     assert f"{stopped.url} cannot be reached (" in refused(shard_folder, url=stopped.url)
@@ -202,6 +203,40 @@ def test_an_answer_that_is_no_transcript_is_refused_and_a_key_is_sent(
     refused = run("evaluate", "served", shard_folder, "--server", endpoint.url, "--out", tmp_path).refusal()
     assert "answered '<html>a login page</html>', and not a transcript" in refused
     assert set(endpoint.authorizations) == {"Bearer secret"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("moved", " to https://new.example/v1/audio/transcriptions (name the server that answers itself)"),
+        ("401", "answered HTTP 401: injected 401 (it wants the API key in the environment variable VLLM_API_KEY)"),
+    ],
+)
+def test_a_refusal_of_a_server_says_what_to_do(fault, sentence, run, endpoint, shard_folder, tmp_path):
+    endpoint.lasting_fault = fault
+    assert sentence in run("evaluate", "served", shard_folder, "--server", endpoint.url, "--out", tmp_path).refusal()
+
+
+def test_a_server_that_never_lists_its_models_is_given_up(run, endpoint, shard_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("voxtral_dist.serving.transcription_server._LIST_SECONDS", 0.2)
+    endpoint.may_list.clear()
+    refused = run("evaluate", "served", shard_folder, "--server", endpoint.url, "--out", tmp_path).refusal()
+    endpoint.may_list.set()
+    assert f"{endpoint.url} cannot be reached (ReadTimeout)" in refused
+
+
+def test_keys_are_sent_without_their_line_break_and_never_shown(run, endpoint, shard_folder, tmp_path, monkeypatch):
+    options = ["--server", endpoint.url, "--out", tmp_path]
+    for key in ("sécret", "sec\nret"):
+        monkeypatch.setenv("VLLM_API_KEY", key)
+        refused = run("evaluate", "served", shard_folder, *options).refusal()
+        assert "VLLM_API_KEY" in refused
+        assert key not in refused
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")
+    endpoint.transcribe = lambda fields, contents: "half a pair: \ud83d"
+    assert run("evaluate", "served", shard_folder, *options).code == 0
+    assert set(endpoint.authorizations) == {"Bearer secret"}
+    assert {row["hypothesis"] for row in rows_of(tmp_path)} == {"half a pair: ?"}
 
 
 def test_a_machine_without_torch_measures_a_server(endpoint, shard_folder, tmp_path):

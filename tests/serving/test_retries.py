@@ -19,7 +19,8 @@ def test_the_server_decides_where_it_says_so():
     assert pause_seconds(5, "7") == 7.0
     assert pause_seconds(1, formatdate(time.time() + 100, usegmt=True)) == pytest.approx(100, abs=2)
     assert pause_seconds(1, formatdate(time.time() - 100, usegmt=True)) == 0
-    assert pause_seconds(1, "soon") <= 0.5
+    for unreadable in ("soon", "²", "-1", ""):
+        assert pause_seconds(1, unreadable) <= 0.5
 
 
 def test_a_server_that_answers_others_is_not_out(monkeypatch):

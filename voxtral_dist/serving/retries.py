@@ -65,7 +65,7 @@ def pause_seconds(attempt: int, retry_after: str | None) -> float:
 def _asked_seconds(retry_after: str | None) -> float | None:
     if retry_after is None:
         return None
-    if retry_after.strip().isdigit():
+    if retry_after.strip().isdecimal():
         return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())

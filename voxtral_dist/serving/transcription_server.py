@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -12,11 +13,14 @@ from urllib.parse import urlsplit
 import httpx2
 
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.files import encodable
 from voxtral_dist.serving.retries import PASSING_STATUSES, Outage, pause_seconds
 
 _TRANSCRIPTIONS, _MODELS = "/v1/audio/transcriptions", "/v1/models"
 # A recording of many minutes may wait in the server's queue, and then takes its time.
 _ANSWER_SECONDS, _CONNECT_SECONDS = 600.0, 10.0
+# Its list of models does not wait for the model.
+_LIST_SECONDS = 30.0
 _SHOWN_CHARACTERS = 300
 
 
@@ -47,12 +51,12 @@ class TranscriptionServer:
             api_key: is sent as a bearer token.
 
         Raises:
-            UserError: the URL is none of http or https.
+            UserError: the URL is none of http or https, or the key cannot be sent.
         """
         self.url = _base_url(url)
         self.model = model
         self._outage = Outage(retry_seconds)
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        headers = {} if api_key is None else {"Authorization": f"Bearer {_sendable(api_key)}"}
         limits = httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
         timeout = httpx2.Timeout(_ANSWER_SECONDS, connect=_CONNECT_SECONDS, pool=None)
         self._client = httpx2.AsyncClient(base_url=self.url, headers=headers, limits=limits, timeout=timeout)
@@ -75,8 +79,8 @@ class TranscriptionServer:
             UserError: the server cannot be reached, or has no such model.
         """
         try:
-            response = await self._client.get(_MODELS)
-        except (httpx2.TransportError, httpx2.InvalidURL) as error:
+            response = await self._client.get(_MODELS, timeout=_LIST_SECONDS)
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
             raise UserError(
                 f"`--server`: {self.url} cannot be reached ({_reason(error)}): start the server, or correct the URL."
             ) from error
@@ -108,13 +112,13 @@ class TranscriptionServer:
                 response = await self._client.post(
                     _TRANSCRIPTIONS, data=fields, files={"file": ("audio.wav", wav, "audio/wav")}
                 )
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 failure = f"cannot be reached ({_reason(error)})"
             else:
                 if response.is_success:
                     self._outage.end()
                     return _text(response)
-                failure = f"answered HTTP {response.status_code}: {_message(response)}"
+                failure = f"answered HTTP {response.status_code}: {_message(response)}{_remedy(response)}"
                 if response.status_code not in PASSING_STATUSES:
                     raise TranscriptionError(failure)
                 retry_after = response.headers.get("Retry-After")
@@ -127,11 +131,28 @@ class TranscriptionServer:
 
 
 def _base_url(url: str) -> str:
-    base = url.rstrip("/").removesuffix(_TRANSCRIPTIONS).removesuffix("/v1")
-    parts = urlsplit(base)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    base = url.strip().rstrip("/").removesuffix(_TRANSCRIPTIONS).removesuffix("/v1")
+    if not _is_server(base):
         raise UserError(f"`--server` must be a URL such as http://localhost:8000, but is {url!r} instead.")
     return base
+
+
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        # It raises an error where the port is no number or too large.
+        is_complete = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and is_complete and not (parts.query or parts.fragment)
+
+
+def _sendable(api_key: str) -> str:
+    """A key as a header can carry it: keys that were read from a file end with a line break."""
+    key = api_key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("The API key (VLLM_API_KEY) has characters that a request cannot carry: copy it again.")
+    return key
 
 
 def _model_names(response: httpx2.Response) -> list[str]:
@@ -151,7 +172,8 @@ def _text(response: httpx2.Response) -> str:
         text = None
     if not isinstance(text, str):
         raise TranscriptionError(f"answered {_short(response.text)!r}, and not a transcript as OpenAI's servers do")
-    return text
+    # Half of a surrogate pair, where a token limit cut a character in two.
+    return encodable(text)
 
 
 def _message(response: httpx2.Response) -> str:
@@ -161,9 +183,18 @@ def _message(response: httpx2.Response) -> str:
     except ValueError:
         return _short(response.text) or response.reason_phrase
     if isinstance(body, Mapping):
-        error = body.get("error", body.get("detail", body))
+        error = body.get("error") or body.get("detail") or body
         body = error.get("message", error) if isinstance(error, Mapping) else error
     return _short(str(body))
+
+
+def _remedy(response: httpx2.Response) -> str:
+    """What to do about a refused request, if its status says so."""
+    if response.has_redirect_location:
+        return f" to {response.headers['Location']} (name the server that answers itself)"
+    if response.status_code == HTTPStatus.UNAUTHORIZED:
+        return " (it wants the API key in the environment variable VLLM_API_KEY)"
+    return ""
 
 
 def _short(text: str) -> str:
