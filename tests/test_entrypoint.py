@@ -53,7 +53,10 @@ time.sleep(600)
 
 def environment(script: Path | None = None, **variables: str) -> dict[str, str]:
     """The variables of a fresh container, without those of a scheduler that this test may run under."""
-    of_schedulers = re.compile(r"SLURM_|JOBSET_|JOB_COMPLETION|REPLICATED_JOB|MASTER_|NODE_RANK|NUM_NODES|CUDA_VISIBLE")
+    of_schedulers = re.compile(
+        r"SLURM_|JOBSET_|JOB_COMPLETION|REPLICATED_JOB|MASTER_|NODE_RANK|NUM_NODES|CUDA_VISIBLE|PET_|SKYPILOT_|DSTACK_|"
+        r"OMPI_|PMI_|RANK|WORLD_SIZE|LOCAL_RANK|RAY_|KUBERAY_|VC_|AWS_BATCH|AZUREML_"
+    )
     inherited = {name: value for name, value in os.environ.items() if not of_schedulers.match(name)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     defaults = {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PROCS_PER_NODE": "1"}
@@ -262,6 +265,94 @@ def test_explicit_variables_win_over_slurm(slurm):
     assert (options["node_rank"], options["master_addr"], options["master_port"]) == ("1", "10.0.0.7", "4000")
 
 
+# What each scheduler sets on node 2 of 3; docker/entrypoint names the sources.
+SCHEDULERS = {
+    "TrainJob": {
+        "PET_NNODES": "3",
+        "PET_NPROC_PER_NODE": "8",
+        "PET_NODE_RANK": "2",
+        "PET_MASTER_ADDR": "first",
+        "PET_MASTER_PORT": "29400",
+        "JOB_COMPLETION_INDEX": "2",
+    },
+    "PyTorchJob with nprocPerNode": {
+        "PET_NNODES": "3",
+        "RANK": "2",
+        "WORLD_SIZE": "24",
+        "MASTER_ADDR": "first",
+        "MASTER_PORT": "29400",
+    },
+    "PyTorchJob": {"RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "first", "MASTER_PORT": "29400"},
+    "SkyPilot": {
+        "SKYPILOT_NUM_NODES": "3",
+        "SKYPILOT_NODE_RANK": "2",
+        "SKYPILOT_NODE_IPS": "first\n10.0.0.2\n10.0.0.3",
+    },
+    "dstack": {"DSTACK_NODES_NUM": "3", "DSTACK_NODE_RANK": "2", "DSTACK_MASTER_NODE_IP": "first"},
+    "Open MPI": {
+        "OMPI_COMM_WORLD_SIZE": "3",
+        "OMPI_COMM_WORLD_RANK": "2",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+        "MASTER_ADDR": "first",
+    },
+    "Indexed Job": {"JOB_COMPLETION_INDEX": "2", "NUM_NODES": "3", "MASTER_ADDR": "first"},
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers(scheduler):
+    variables = SCHEDULERS[scheduler]
+    options = launched(**variables)
+    assert list(options["world_info"]) == ["node-0", "node-1", "node-2"]
+    assert (options["node_rank"], options["master_addr"]) == ("2", "first")
+    assert options["master_port"] == variables.get("PET_MASTER_PORT", variables.get("MASTER_PORT", "29500"))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_one_node_of_a_scheduler_may_be_a_run_of_its_own(scheduler):
+    options = launched(**SCHEDULERS[scheduler] | {"NUM_NODES": "1", "MASTER_ADDR": ""})
+    assert (list(options["world_info"]), options["node_rank"]) == (["node-0"], "0")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0", "SKYPILOT_NODE_IPS": "10.0.0.1"},
+        {"PET_NNODES": "1", "PET_NODE_RANK": "0"},
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost"},
+        {"PMI_SIZE": "1", "AWS_BATCH_JOB_NUM_NODES": "1"},
+    ],
+)
+def test_a_scheduler_with_a_single_node(variables):
+    assert list(launched(**variables)["world_info"]) == ["node-0"]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"JOB_COMPLETION_INDEX": "0"},
+        {"JOB_COMPLETION_INDEX": "1"},
+        {"NODE_RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+        {"AWS_BATCH_JOB_NUM_NODES": "4"},
+        {"AZUREML_NODE_COUNT": "2"},
+        {"VC_TASK_INDEX": "0"},
+        {"RAY_JOB_ID": "02000000"},
+        {"RAY_ADDRESS": "10.0.0.1:6379"},
+        {"PET_RDZV_ENDPOINT": "first:29400"},
+    ],
+    ids=str,
+)
+def test_nodes_that_nobody_counts_never_train_alone(variables):
+    result = dry_run(**variables)
+    assert (result.returncode, result.stdout) == (2, "")
+    name, value = next(iter(variables.items()))
+    assert result.stderr.startswith(f"entrypoint: NUM_NODES must be set, because {name} ('{value}') tells of several")
+    assert result.stderr.count("\n") == 1
+
+
 TWO_NODES = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0"}
 
 
@@ -280,6 +371,12 @@ TWO_NODES = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0"}
         (JOBSET | {"NUM_NODES": ""}, "NUM_NODES must be set under a JobSet"),
         (JOBSET | {"JOB_COMPLETION_INDEX": ""}, "JOB_COMPLETION_INDEX must be set under a JobSet"),
         (JOBSET | {"REPLICATED_JOB_NAME": ""}, "REPLICATED_JOB_NAME must be set under a JobSet"),
+        ({"PET_NNODES": "2:4"}, "PET_NNODES must be a whole number, but is '2:4' instead"),
+        ({"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}, "MASTER_ADDR must be set for 2 nodes"),
+        ({"SKYPILOT_NUM_NODES": "2"}, "NODE_RANK must be a whole number from 0 to 1, but is 'unset' instead"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "MASTER_ADDR must be set for 2 nodes"),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, "Open MPI must start one process per node"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, "one process per node must start this, but LOCAL_RANK"),
         ({"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_LOCALID": "3"}, "Slurm must start one task per node"),
     ],
 )

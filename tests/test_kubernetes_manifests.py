@@ -39,6 +39,9 @@ def test_our_manifests_are_valid():
         ("jobset.yaml", 'value: "2"', 'value: "3"', "`NUM_NODES` must be '2', because of completions, but is '3'"),
         ("jobset.yaml", 'gpu: "8"', 'gpu: "4"', "`PROCS_PER_NODE` must be '4', because of nvidia.com/gpu"),
         ("jobset.yaml", "subdomain: voxtral", "subdomain: other", "`JOBSET_SUBDOMAIN` must be 'other'"),
+        ("jobset.yaml", "index 2$", "index 3$", "the pattern 'rule at index 3$' matches no rule of a podFailurePolicy"),
+        ("jobset.yaml", "index [01]$", "index 0$", "no pattern matches the rule at index 1 of a podFailurePolicy"),
+        ("jobset.yaml", "values: [75]", 'values: ["75"]', "onExitCodes.values.0: '75' is not of type"),
         # Not a manifest at all.
         ("storage.yaml", "kind: PersistentVolumeClaim", "", "must be a mapping with apiVersion and kind"),
         ("storage.yaml", "metadata:", "metadata: [", "must be a readable YAML file"),

@@ -7,6 +7,7 @@ outer part is checked against `schema/`, the Jobs inside as Jobs, and what has t
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,26 @@ def mistakes_in_jobset(jobset: dict[str, Any]) -> Iterator[str]:
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": jobset["metadata"], **template}
         mistakes = list(mistakes_in_kubernetes_object(job)) or list(disagreements(jobset, replicated_job))
         yield from (f"{where}: {mistake}" for mistake in mistakes)
+    yield from unmatched_rules(jobset["spec"])
+
+
+def unmatched_rules(spec: dict[str, Any]) -> Iterator[str]:
+    """Rules of the two failure policies that do not meet: such a failure would count as any other one.
+
+    A Job that a rule of its `podFailurePolicy` fails has a message that ends with `rule at index N`.
+    """
+    rules = spec.get("failurePolicy", {}).get("rules", [])
+    patterns = [pattern for rule in rules for pattern in rule.get("onJobFailureMessagePatterns", [])]
+    jobs = [replicated_job["template"]["spec"] for replicated_job in spec["replicatedJobs"]]
+    numbers = [len(job.get("podFailurePolicy", {}).get("rules", [])) for job in jobs]
+    ends = [f"matching FailJob rule at index {index}" for index in range(max(numbers))]
+    for pattern in patterns:
+        if not any(re.search(pattern, end) for end in ends):
+            yield f"spec.failurePolicy: the pattern {pattern!r} matches no rule of a podFailurePolicy"
+    if patterns:
+        for index, end in enumerate(ends):
+            if not any(re.search(pattern, end) for pattern in patterns):
+                yield f"spec.failurePolicy: no pattern matches the rule at index {index} of a podFailurePolicy"
 
 
 def disagreements(jobset: dict[str, Any], replicated_job: dict[str, Any]) -> Iterator[str]:
