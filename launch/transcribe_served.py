@@ -37,7 +37,10 @@ def main() -> None:
     parsed = parser.parse_args()
     with patient_session(parsed.api_key) as session:
         for path in parsed.files:
-            text = transcribe(session, parsed.server, parsed.model, read_pcm(path), parsed.language)
+            try:
+                text = transcribe(session, parsed.server, parsed.model, read_pcm(path), parsed.language)
+            except (requests.RequestException, soundfile.SoundFileError) as error:
+                raise SystemExit(f"{path}: {error}") from error
             detected, transcript = split_language(text)
             print(f"{path}\t{detected}\t{transcript}" if detected else f"{path}\t{transcript}")
 
@@ -63,7 +66,11 @@ def read_pcm(path: Path) -> np.ndarray:
 
 
 def transcribe(session: requests.Session, server: str, model: str, pcm: np.ndarray, language: str | None = None) -> str:
-    """The server's transcript of a recording; without a language, the model's tag `lang:xx` may stand before it."""
+    """The server's transcript of a recording; without a language, the model's tag `lang:xx` may stand before it.
+
+    Raises:
+        requests.RequestException: the server cannot be reached, or its answer is no JSON.
+    """
     wav = io.BytesIO()
     soundfile.write(wav, pcm, SAMPLING_RATE, format="WAV", subtype="PCM_16")
     fields = {
@@ -76,7 +83,7 @@ def transcribe(session: requests.Session, server: str, model: str, pcm: np.ndarr
     if language is not None:
         fields["language"] = language
     answer = session.post(
-        f"{server.rstrip('/')}/v1/audio/transcriptions",
+        f"{server.rstrip('/').removesuffix('/v1')}/v1/audio/transcriptions",
         data=fields,
         files={"file": ("audio.wav", wav.getvalue(), "audio/wav")},
         timeout=600,

@@ -15,9 +15,9 @@ from transformers import VoxtralForConditionalGeneration
 
 from voxtral_dist.config import LoraConfig, RunConfig, TrainableConfig
 from voxtral_dist.distributed.world import alone
-from voxtral_dist.export import export_trained
+from voxtral_dist.export import export_trained, serving_notes
 from voxtral_dist.model.native import POSITIONS
-from voxtral_dist.model.voxtral import TrainedVoxtral
+from voxtral_dist.model.voxtral import TrainedVoxtral, read_voxtral_config
 from voxtral_dist.model.weights import load_voxtral
 
 from runs import run_config
@@ -98,3 +98,19 @@ def test_without_adapters_there_is_no_adapter_folder(tiny_model: Path, shard_fol
         expected = trained if name == POSITIONS else trained.bfloat16().float()
         assert torch.equal(value.float(), expected), name
     assert not (config.run_dir / "adapter").exists()
+
+
+def test_what_exports_cannot_do_is_said_at_the_start(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> None:
+    def notes(lora: LoraConfig | None = None, **model: object) -> list[str]:
+        config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=5)
+        trainable = TrainableConfig(lora=lora)
+        changed = {"model": config.model.model_copy(update=model), "trainable": trainable}
+        return serving_notes(config.model_copy(update=changed))
+
+    limit = read_voxtral_config(str(tiny_model)).text_config.max_position_embeddings
+    assert notes() == notes(LoraConfig()) == notes(max_positions=limit) == []
+    for lora in (LoraConfig(use_dora=True), LoraConfig(trained_whole=("projector",))):
+        (note,) = notes(lora)
+        assert note.endswith("its adapters alone cannot be served there, the merged model in `export-mistral/` can.")
+    (note,) = notes(max_positions=limit + 1)
+    assert f"but the model was trained for {limit} positions" in note

@@ -36,7 +36,12 @@ from voxtral_dist.exports.adapter_folders import (
     vllm_refusal,
     write_vllm_adapter,
 )
-from voxtral_dist.exports.folders import refuse_to_replace_others, replaced_folder, write_card
+from voxtral_dist.exports.folders import (
+    refuse_inside_model,
+    refuse_to_replace_others,
+    replaced_folder,
+    write_card,
+)
 from voxtral_dist.exports.layouts import ADAPTER_LAYOUTS, AdapterLayout, ExportLayout
 from voxtral_dist.exports.model_folders import BaseModel, write_model_folders
 from voxtral_dist.files import DISK_ERRORS, refuse_unwritable, write_errors_named
@@ -226,6 +231,7 @@ def _of_checkpoint(
     """The export of a checkpoint of a run."""
     config = config_of_checkpoint(checkpoint)
     lora, path = config.trainable.lora, config.model.path
+    refuse_inside_model("OUT", out, Path(path))
     dtype = export_dtype(precision, DTYPES[config.model.precision])
     if lora is None and layout in ADAPTER_LAYOUTS:
         raise UserError(f"{source} was trained without adapters (`trainable.lora`): choose hf or mistral.")
@@ -258,8 +264,7 @@ def _of_folder(source: str, out: Path, layout: ExportLayout, precision: Precisio
     if layout == "peft" or layout == "vllm-lora":
         raise UserError(f"{source} is not a run or a checkpoint of one, so it has no adapters: choose hf or mistral.")
     base = BaseModel.from_pretrained(source)
-    if out == base.folder.resolve():
-        raise UserError(f"OUT: {out} is the model that would be read: choose another folder.")
+    refuse_inside_model("OUT", out, base.folder)
     dtype = export_dtype(precision, base.config.dtype)
 
     def write(_: CardSubject, card: str) -> None:

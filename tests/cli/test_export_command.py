@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,11 @@ def test_an_export_of_a_runs_export_has_the_card_of_the_run(
 def test_a_folder_with_other_files_is_never_replaced(run, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
     assert "is not an export" in run("export", tiny_model, tmp_path).refusal()
+    # Many folders that are no models have a file of this name, and people keep notes beside models.
+    (tmp_path / "config.json").write_text("{}")
+    assert "is not an export" in run("export", tiny_model, tmp_path).refusal()
+    (tmp_path / "model.safetensors").touch()
+    assert "is not an export" in run("export", tiny_model, tmp_path).refusal()
     assert "is not an export" in run("export", tiny_model, tmp_path / "thesis.tex").refusal()
     assert (tmp_path / "thesis.tex").read_text() == "years"
     assert "add `--push USER/NAME`" in run("export", tiny_model, tmp_path / "out", "--public").refusal()
@@ -200,13 +206,41 @@ def test_what_cannot_be_exported_is_refused(run, lora_run: Path, tiny_model: Pat
 
     assert "need a checkpoint of a run" in refused(tiny_model, tmp_path / "out", "--ema")
     assert "has no adapters" in refused(tiny_model, tmp_path / "out", "--layout", "peft")
-    assert "is the model that would be read" in refused(tiny_model, tiny_model)
+    for source in (tiny_model, lora_run):
+        assert "is the model that would be read" in refused(source, tiny_model)
+        assert "lies in the model that would be read" in refused(source, tiny_model / "native", "--layout", "mistral")
     assert "cannot be loaded as a Voxtral" in refused(tmp_path, tmp_path / "out")
     empty = tmp_path / "run"
     empty.mkdir()
     (empty / "config.yaml").write_text(yaml.safe_dump({}))
     assert "no intact checkpoint" in refused(empty, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_converted_is_refused_and_leaves_nothing(run, tiny_model: Path, tmp_path: Path) -> None:
+    def refused(layout: str) -> str:
+        message: str = run("export", tmp_path / "model", tmp_path / "out", "--layout", layout).refusal()
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        return message
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 8}}))
+    assert "its weights are quantized" in refused("mistral")
+    (tmp_path / "model" / "config.json").write_text("[]")
+    assert "cannot be loaded as a Voxtral" in refused("hf")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "preprocessor_config.json").unlink(missing_ok=True)
+    (tmp_path / "model" / "tekken.json").write_text("{}")
+    for layout in ("hf", "mistral"):
+        assert "tekken.json must describe the model's audio in a section `audio`" in refused(layout)
+
+
+def test_params_that_are_not_of_a_plain_voxtral_are_refused(run, tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_text("[]")
+    assert "cannot be loaded as a Voxtral" in run("export", tmp_path, tmp_path.with_name("out")).refusal()
+    (tmp_path / "params.json").write_text(json.dumps({"quantization": {"qformat_weight": "fp8_e4m3"}}))
+    assert "its weights are quantized" in run("export", tmp_path, tmp_path.with_name("out")).refusal()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoProcessor, VoxtralForConditionalGeneration
 
-from voxtral_dist.config import ModelConfig
+from voxtral_dist.config import LoraConfig, ModelConfig, TrainableConfig
 from voxtral_dist.exports.model_folders import BaseModel, HuggingFaceFolder, NativeFolder, write_model_folders
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
@@ -112,6 +112,16 @@ def test_the_native_folder_is_read_as_the_model_that_was_written(folders: dict[s
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
+
+
+def test_adapters_start_from_a_native_folder_as_from_the_model(folders: dict[str, Path], tiny_model: Path) -> None:
+    lora = LoraConfig(use_dora=True, targets={"encoder": ("q_proj",), "language_model": ("q_proj", "up_proj")})
+    theirs, ours = (
+        load_voxtral(ModelConfig(path=str(path), precision="float32"), TrainableConfig(lora=lora))
+        for path in (tiny_model, folders["mistral"])
+    )
+    for (name, value), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(value, other), name
 
 
 def test_rows_of_a_native_tensor_are_a_part_of_the_whole(folders: dict[str, Path], tiny_model: Path) -> None:

@@ -33,13 +33,19 @@ def test_the_client_sends_the_samples_of_training_and_waits_for_a_busy_server(tm
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     files = [str(tmp_path / "stereo.flac"), str(tmp_path / "mono.wav")]
     with transcription_endpoint(transcribe) as served:
-        options = ["--server", served.url, "--model", "mine", "--api-key", "secret"]
+        options = ["--server", f"{served.url}/v1/", "--model", "mine", "--api-key", "secret"]
         for language in (["--language", "en"], []):
             served.faults = ["503"]
             monkeypatch.setattr(sys, "argv", [str(SCRIPT), *files, *options, *language])
             runpy.run_path(str(SCRIPT), run_name="__main__")
         served.faults = ["400"]
         with pytest.raises(SystemExit, match=r"HTTP 400: .*injected 400"):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        served.faults = ["page"]
+        with pytest.raises(SystemExit, match=r"stereo\.flac: Expecting value"):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(SCRIPT), *options])
+        with pytest.raises(SystemExit, match=r"transcribe_served\.py: .*Format not recognised"):
             runpy.run_path(str(SCRIPT), run_name="__main__")
         assert set(served.authorizations) == {"Bearer secret"}
     assert capsys.readouterr().out.splitlines() == [

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import GenerationConfig, VoxtralConfig
 
+from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.exports.folders import replaced_folder, write_card
 from voxtral_dist.exports.layouts import Layout
 from voxtral_dist.exports.tensor_files import MAX_FILE_BYTES, TensorFiles
@@ -30,10 +31,11 @@ from voxtral_dist.model.native import (
 from voxtral_dist.model.voxtral import meta_model, read_voxtral_config
 from voxtral_dist.model.weights import encoder_positions
 
+_FEATURES = "preprocessor_config.json"
 # What transformers' folders hold besides weights, and training does not change.
 _COMPANIONS = (
     "tekken.json",
-    "preprocessor_config.json",
+    _FEATURES,
     "processor_config.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -77,8 +79,19 @@ class BaseModel:
 
     @property
     def audio(self) -> dict[str, Any]:
-        """The section `audio` of `tekken.json`."""
-        section: dict[str, Any] = json.loads((self.folder / "tekken.json").read_text(encoding="utf-8"))["audio"]
+        """The section `audio` of `tekken.json`.
+
+        Raises:
+            UserError: it is missing.
+        """
+        path = self.folder / "tekken.json"
+        try:
+            section: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["audio"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} must describe the model's audio in a section `audio`, but has none that can be read "
+                f"({type(error).__name__}: {first_line(error)}): download it again from the model's repository."
+            ) from error
         return section
 
     def description(self, name: str) -> dict[str, Any] | None:
@@ -107,6 +120,8 @@ class HuggingFaceFolder:
         self._folder = folder
         self._base = base
         self._dtype = dtype
+        # Read before gigabytes are written.
+        self._audio = None if (base.folder / _FEATURES).is_file() else base.audio
         sizes = {_stored_name(name): shape.numel() * dtype.itemsize for name, shape in base.shapes.items()}
         sizes[_stored_name(POSITIONS)] = base.positions.nbytes
         self._files = TensorFiles(folder, "model", sizes, max_file_bytes)
@@ -121,8 +136,8 @@ class HuggingFaceFolder:
         for name in _COMPANIONS:
             if (self._base.folder / name).is_file():
                 shutil.copyfile(self._base.folder / name, self._folder / name)
-        if not (self._folder / "preprocessor_config.json").is_file():
-            feature_extractor(self._base.audio).save_pretrained(self._folder)
+        if self._audio is not None:
+            feature_extractor(self._audio).save_pretrained(self._folder)
         if not (self._folder / "generation_config.json").is_file():
             text = self._base.config.text_config
             ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -153,6 +168,7 @@ class NativeFolder:
         self._folder = folder
         self._base = base
         self._dtype = dtype
+        self._audio = base.audio
         self._layout = NativeLayout(base.config)
         sizes = {name: shape.numel() * dtype.itemsize for name, shape in native_shapes(base.shapes).items()}
         self._files = TensorFiles(folder, NATIVE_WEIGHTS.partition(".")[0], sizes, max_file_bytes)
@@ -170,7 +186,7 @@ class NativeFolder:
         dtype = str(self._dtype).removeprefix("torch.")
         params = self._base.description(NATIVE_PARAMS)
         if params is None:
-            params = native_params(self._base.config, self._base.audio, self._dtype)
+            params = native_params(self._base.config, self._audio, self._dtype)
         _write_json(params | {"dtype": dtype}, self._folder / NATIVE_PARAMS)
 
 

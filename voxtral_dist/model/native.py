@@ -240,10 +240,13 @@ def config_of_native(folder: Path) -> VoxtralConfig:
 
     Raises:
         KeyError: `params.json` lacks a key, so that it is not of a Voxtral model.
-        ValueError: a file is not valid JSON.
+        TypeError, AttributeError: a value is of another type than in Voxtral models.
+        ValueError: a file is not valid JSON, or the weights are quantized.
         OSError: a file is missing.
     """
     params = json.loads((folder / NATIVE_PARAMS).read_text(encoding="utf-8"))
+    if params.get("quantization"):
+        raise ValueError("its weights are quantized: take the model that it was made from")
     encoder = params["multimodal"]["whisper_model_args"]["encoder_args"]
     dtype = params.get("dtype", "bfloat16")
     text = {name: params[key] for key, name in _TEXT_KEYS.items() if key != "max_position_embeddings"}

@@ -208,14 +208,18 @@ def read_voxtral_config(path: str) -> VoxtralConfig:
         native = native_folder(path)
         if native is not None:
             return config_of_native(native)
-        kind = VoxtralConfig.get_config_dict(path)[0].get("model_type")
+        described = VoxtralConfig.get_config_dict(path)[0]
+        kind = described.get("model_type")
+        if described.get("quantization_config"):
+            # Without their scales, its weights would be other numbers.
+            raise ValueError("its weights are quantized: take the model that it was made from")
         if kind != VoxtralConfig.model_type:
             # transformers would only warn, and initialize billions of parameters at random.
             raise ValueError(f"its config.json says model_type {kind!r}")
         config: VoxtralConfig = VoxtralConfig.from_pretrained(path)
         config.text_config.max_position_embeddings = context_limit(path, config)
         return config
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _not_loaded(path, error) from error
 
 
