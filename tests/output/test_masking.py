@@ -32,6 +32,8 @@ SECRET = "hunter2hunter2"
     [
         ("see https://me:p%40ss@host/a?x=1 now", "see https://***@host/a?x=1 now"),
         ("s3://key:se@cret@bucket/a.tar", "s3://***@bucket/a.tar"),
+        ("s3://key:s\x0bc'\u00a0ret@bucket/a.tar", "s3://***@bucket/a.tar"),
+        ('["s3://bucket","me@host"]', '["s3://bucket","me@host"]'),
         ('{"url": "ftp://u@h/"}', '{"url": "ftp://***@h/"}'),
         ("https://h/a?X-Amz-Signature=0a1b&X-Amz-Expires=60", "https://h/a?X-Amz-Signature=***&X-Amz-Expires=60"),
         ("https://h/a?sv=1&sig=abc%3D#x", "https://h/a?sv=1&sig=***#x"),

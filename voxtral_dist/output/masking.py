@@ -6,10 +6,10 @@ import os
 import re
 
 MASK = "***"
-# Of a URL; a password may hold an @ itself.
-_USER = re.compile(r"""(?<=://)[^/\s"'`]*@""")
+# Of a URL. A password may hold an @ itself, and any character but those that end a location in a line or a JSON text.
+_USER = re.compile(r"""(?<=://)[^/ \t\n"]*@""")
 _SECRET_PARAMETER = re.compile(
-    r"""([?&][\w.%-]*(?:sign|sig|token|key|secret|passw|auth|cred)[\w.%-]*=)[^&\s"'`#]+""", re.IGNORECASE
+    r"""([?&][\w.%-]*(?:sign|sig|token|key|secret|passw|auth|cred)[\w.%-]*=)[^& \t\n"'`#]+""", re.IGNORECASE
 )
 # Forms by which Hugging Face, AWS, GitHub, GitLab, Slack and OpenAI mark tokens, and JSON web tokens.
 _TOKEN = re.compile(
