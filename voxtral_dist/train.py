@@ -47,6 +47,7 @@ from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data, refuse_unshared
+from voxtral_dist.training.same_run import refuse_different_runs
 from voxtral_dist.training.saver import Saver
 from voxtral_dist.training.selection import Verdict
 from voxtral_dist.training.signals import StopRequest, stop_signals
@@ -106,6 +107,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
 
 def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Sequence[str]) -> int:
     time_limit = TimeLimit(config.max_run_hours)
+    refuse_different_runs(config, allow_changed, world)
     refuse_unknown_keys(allow_changed, config)
     check_before_loading(config, world)
     set_compile_cache(config.storage.cache_dir)
