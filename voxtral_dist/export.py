@@ -246,7 +246,7 @@ def _of_checkpoint(
         weights = checkpoint_weights(str(checkpoint), ema)
         match layout:
             case "hf" | "mistral":
-                merged = weights if lora is None else merge_adapters(weights, lora)
+                merged = weights if lora is None else merge_adapters(_with_effect(weights, lora), lora)
                 write_model_folders(merged, BaseModel.from_pretrained(path), dtype, {layout: out}, {layout: card})
             case "peft" | "vllm-lora":
                 assert lora is not None, "refused above"
@@ -293,6 +293,13 @@ def _checkpoint_of(source: str) -> Path | None:
     if is_checkpoint(source):
         return Path(source)
     return checkpoint_of_run(Path(source), selected_step(Path(source)))
+
+
+def _with_effect(weights: Weights, lora: LoraConfig) -> Weights:
+    """Pass the weights through, and refuse them at their end if training left the model as it was."""
+    trained: dict[str, Tensor] = {}
+    yield from _collecting(weights, lora, trained)
+    refuse_without_effect(trained)
 
 
 def _collecting(weights: Weights, lora: LoraConfig, trained: dict[str, Tensor]) -> Weights:

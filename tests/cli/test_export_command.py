@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from voxtral_dist.checkpoints.complete import read_complete
 from voxtral_dist.checkpoints.files import read_states
+from voxtral_dist.checkpoints.loading import checkpoint_weights
 from voxtral_dist.config import LoraConfig
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.errors import UserError
@@ -255,6 +257,19 @@ def test_params_that_are_not_of_a_plain_voxtral_are_refused(run, tmp_path: Path)
 def test_vllm_serves_plain_adapters_of_the_language_model(lora: LoraConfig, sentence: str | None) -> None:
     refusal = vllm_refusal(lora)
     assert refusal is None if sentence is None else refusal is not None and sentence in refusal
+
+
+@pytest.mark.parametrize("layout", ["hf", "vllm-lora"])
+def test_an_export_that_would_answer_like_its_base_is_an_error(
+    layout: str, run, lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untrained(*arguments: Any) -> Iterator[tuple[str, Tensor]]:
+        weights = checkpoint_weights(*arguments)
+        return ((name, torch.zeros_like(value) if ".lora_B." in name else value) for name, value in weights)
+
+    monkeypatch.setattr("voxtral_dist.export.checkpoint_weights", untrained)
+    assert "change nothing" in run("export", lora_run, tmp_path / "out", "--layout", layout).refusal()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_adapters_that_change_nothing_are_an_error() -> None:
