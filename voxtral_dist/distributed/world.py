@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public classes all the same
 
 from voxtral_dist.distributed.failures import newest_end, shared_failures
+from voxtral_dist.distributed.launchers import adopt_launched_place, watch_launcher
 from voxtral_dist.distributed.process_settings import limit_threads, set_allocator_defaults
 from voxtral_dist.distributed.store import meet
 from voxtral_dist.errors import RankError, UserError, WriteError, first_line, write_reason
@@ -64,6 +65,7 @@ def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
     """
     rank, size, local_rank, port = _launched_place()
     limit_threads(ranks_on_node(size))
+    watch_launcher()
     store = meet(os.environ["MASTER_ADDR"], port, rank, timeout) if size > 1 else HashStore()
     with shared_failures(store, rank, size), _out_of_memory_as_message(rank), _full_disk_as_message(rank):
         device = _device_of(local_rank)
@@ -111,8 +113,9 @@ def _launched_place() -> tuple[int, int, int, int]:
     """This process's rank, the number of ranks, its local rank and the store's port, by the launcher's variables.
 
     Raises:
-        UserError: a variable is no number.
+        UserError: a variable is no number, or there are several processes without ranks.
     """
+    adopt_launched_place()
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
     # DeepSpeed reads it even in a single process.
