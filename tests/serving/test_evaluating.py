@@ -176,7 +176,14 @@ def test_what_a_server_cannot_measure_is_refused_before_a_request(run, endpoint,
 
     endpoint.names = ["base", "adapter"]
     assert f"{endpoint.url} serves no `served`, but `base`, `adapter`: name the model" in refused(shard_folder)
-    for url in ("localhost:8000", "http://host:port", "http://[::1", "http://host:99999", f"{endpoint.url}/?key=1", ""):
+    for url in (
+        "localhost:8000",
+        "http://host:port",
+        "http://[::1",
+        "http://host:99999",
+        f"{endpoint.url}/?model=1",
+        "",
+    ):
         assert f"must be a URL such as http://localhost:8000, but is {url!r}" in refused(shard_folder, url=url)
     with transcription_endpoint(echo) as stopped:
         pass
