@@ -114,6 +114,19 @@ def test_the_native_folder_is_read_as_the_model_that_was_written(folders: dict[s
         assert torch.equal(ours[name], value), name
 
 
+@torch.no_grad()
+def test_the_model_of_the_native_folder_has_the_logits_of_the_model(folders: dict[str, Path], tiny_model: Path) -> None:
+    prompts = VoxtralPrompts.from_pretrained(str(tiny_model))
+    ids = torch.tensor([prompts.transcription("en", 1)])
+    mel = torch.randn(1, 128, prompts.window_samples // 160, generator=torch.Generator().manual_seed(0))
+    own, native = (
+        load_voxtral(ModelConfig(path=str(path), precision="float32")).eval()(input_ids=ids, input_features=mel).logits
+        for path in (tiny_model, folders["mistral"])
+    )
+    assert own.isfinite().all()
+    assert torch.equal(own, native)
+
+
 def test_adapters_start_from_a_native_folder_as_from_the_model(folders: dict[str, Path], tiny_model: Path) -> None:
     lora = LoraConfig(use_dora=True, targets={"encoder": ("q_proj",), "language_model": ("q_proj", "up_proj")})
     theirs, ours = (
