@@ -110,13 +110,15 @@ def test_as_many_requests_are_in_flight_as_were_asked_for(run, shard_folder, tmp
 
 
 def test_a_refused_request_ends_the_evaluation_and_the_same_command_resumes(run, endpoint, shard_folder, tmp_path):
-    options = ["--server", endpoint.url, "--concurrency", "2"]
+    options = ["--server", endpoint.url.replace("//", "//me:password@"), "--concurrency", "2"]
     assert run("evaluate", "served", shard_folder, *options, "--out", tmp_path / "whole").code == 0
     asked = len(endpoint.requests)
     endpoint.transcribe = lambda fields, contents: refuse_after(endpoint, asked + 10, fields, contents)
     refused = run("evaluate", "served", shard_folder, *options, "--out", tmp_path / "parts").refusal()
-    assert f"{endpoint.url} answered HTTP 400: injected 400 (utterance " in refused
+    shown = endpoint.url.replace("//", "//***@")
+    assert f"{shown} answered HTTP 400: injected 400 (utterance " in refused
     partial = tmp_path / "parts" / "speech.partial.jsonl"
+    assert "password" not in partial.read_text()
     kept = len(partial.read_text().splitlines()) - 1
     assert f"{kept} of 26 transcripts are kept in {partial}: run the same command again to resume" in refused
     assert 8 <= kept <= 11

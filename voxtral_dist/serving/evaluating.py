@@ -26,6 +26,7 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.files import refuse_unwritable, write_errors_named
+from voxtral_dist.output.masking import masked
 from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer, normalizer
@@ -236,7 +237,7 @@ def _evaluate(
     test_set: _ServedSet, model: ServedModel, options: ServedOptions, used: Normalizer, out_dir: Path
 ) -> TestSetResult:
     question = {
-        "server": model.url,
+        "server": masked(model.url),
         "model": model.name,
         "shards": [part.fingerprint for part in test_set.index.sets],
         "detect_language": options.detect_language,
