@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +131,25 @@ def test_two_nodes_meet(tmp_path):
     run_two_nodes(tmp_path, [[], []], MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
 
 
-def test_sigterm_lets_every_rank_save_and_ends_with_their_code(tmp_path):
-    script = tmp_path / "wait.py"
-    script.write_text(WAIT_FOR_STOP)
+@contextmanager
+def node_of_two_ranks(folder: Path, program: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A node whose ranks run a program that leaves files in a folder."""
+    script = folder / "wait.py"
+    script.write_text(program)
     node = subprocess.Popen(
         [str(ENTRYPOINT), "--config", "c.yaml"],
-        env=environment(script, PROCS_PER_NODE="2", SEEN_DIR=str(tmp_path)),
+        env=environment(script, PROCS_PER_NODE="2", SEEN_DIR=str(folder)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
+        yield node
+    finally:
+        node.kill()
+
+
+def test_sigterm_lets_every_rank_save_and_ends_with_their_code(tmp_path):
+    with node_of_two_ranks(tmp_path, WAIT_FOR_STOP) as node:
         started = [tmp_path / f"started-{rank}" for rank in range(2)]
         wait_for(lambda: all(path.exists() and path.read_text() for path in started))
         node.send_signal(signal.SIGTERM)
@@ -148,8 +158,6 @@ def test_sigterm_lets_every_rank_save_and_ends_with_their_code(tmp_path):
         for path in started:
             with pytest.raises(ProcessLookupError):
                 os.kill(int(path.read_text()), 0)
-    finally:
-        node.kill()
 
 
 # A rank that imports libraries for a while before it listens to signals.
@@ -157,22 +165,12 @@ WAIT_LATER = "import time\ntime.sleep(2)\n" + WAIT_FOR_STOP
 
 
 def test_sigterm_before_the_ranks_listen_is_remembered(tmp_path):
-    script = tmp_path / "wait.py"
-    script.write_text(WAIT_LATER)
-    node = subprocess.Popen(
-        [str(ENTRYPOINT), "--config", "c.yaml"],
-        env=environment(script, PROCS_PER_NODE="2", SEEN_DIR=str(tmp_path)),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    with node_of_two_ranks(tmp_path, WAIT_LATER) as node:
         # The launcher runs, and has not started any rank yet.
         wait_for(lambda: "deepspeed.launcher.launch" in "".join(map(command_of, children_of(node.pid))))
         node.send_signal(signal.SIGTERM)
         assert node.wait(timeout=LIMIT_SECONDS) == 75
         assert all((tmp_path / f"stopped-{rank}").exists() for rank in range(2))
-    finally:
-        node.kill()
 
 
 def children_of(process_id: int) -> list[str]:
