@@ -1,5 +1,6 @@
 """Model folders and shards that many tests read; made once per session, never written to."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,16 @@ from voxtral_dist.model.tiny import build_tiny_voxtral
 from corpora import NUM_UTTERANCES, REAL_WINDOW_SHAPE, SHARD_BYTES, TINY_SHAPE, pack_manifest, write_speech_manifest
 from hub_server import TOKEN, HubServer, hub_server
 from servers import s3_server
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """Fail the test that leaves a process group behind, instead of the ones that run after it."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("the test left a process group")
 
 
 @pytest.fixture(scope="session")
