@@ -156,3 +156,12 @@ def test_a_cpu_needs_no_options_of_allocators(monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     world.alone()
     assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_a_world_of_one_process_leaves_no_variables_that_others_take_for_a_launchers(monkeypatch):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    with world.joined_world():
+        assert os.environ["LOCAL_RANK"] == "0", "DeepSpeed reads it"
+    assert not [name for name in names if name in os.environ]

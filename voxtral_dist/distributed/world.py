@@ -63,6 +63,11 @@ def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
         RankError: this rank's GPU ran out of memory inside the block.
         WriteError: a disk was full or read-only inside the block.
     """
+    with _default_place():
+        yield from _joined(timeout)
+
+
+def _joined(timeout: timedelta) -> Iterator[World]:
     rank, size, local_rank, port = _launched_place()
     limit_threads(ranks_on_node(size))
     watch_launcher()
@@ -101,7 +106,7 @@ def end_with_all_ranks(error: UserError | None) -> bool:
     """
     end = newest_end()
     if end is None and error is not None:
-        with suppress(UserError, RuntimeError):
+        with suppress(UserError, RuntimeError), _default_place():
             rank, size, _, port = _launched_place()
             with shared_failures(meet(os.environ["MASTER_ADDR"], port, rank, _MEETING_TIMEOUT), rank, size):
                 raise error
@@ -115,13 +120,25 @@ def _launched_place() -> tuple[int, int, int, int]:
     Raises:
         UserError: a variable is no number, or there are several processes without ranks.
     """
-    adopt_launched_place()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500" if "RANK" in os.environ else "0")
-    # DeepSpeed reads it even in a single process.
-    os.environ.setdefault("LOCAL_RANK", "0")
     rank, size, local_rank, port = (_integer(name, default) for name, default in _PLACE.items())
     return rank, size, local_rank, port
+
+
+@contextmanager
+def _default_place() -> Iterator[None]:
+    """The variables of a single process, which DeepSpeed reads too, until the block ends.
+
+    Those that were not set are removed, because Hugging Face's Trainer, for example, takes them for a launcher's.
+    """
+    adopt_launched_place()
+    defaults = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500" if "RANK" in os.environ else "0", "LOCAL_RANK": "0"}
+    missing = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 @contextmanager
