@@ -15,6 +15,7 @@ from voxtral_dist.data.stored.shard_set import Records
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance, utterance_of
 from voxtral_dist.shards.tars.scan import MemberGroup, parse_span
+from voxtral_dist.text.json_text import json_checksum
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,19 @@ def decoded_in(folder: Path) -> list[DecodedUtterance]:
 def write_records(folder: Path, records: Records) -> None:
     """Replace the records of an index and their checksum, as if the set had been indexed so."""
     np.save(folder / INDEX_FILE, records)
-    table = json.loads((folder / SHARD_TABLE_FILE).read_text())
-    table["records_sha256"] = hashlib.sha256(records.tobytes()).hexdigest()
-    (folder / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    write_table(folder, read_table(folder) | {"records_sha256": hashlib.sha256(records.tobytes()).hexdigest()})
+
+
+def read_table(folder: Path) -> dict[str, Any]:
+    """The contents of a set's shard table."""
+    table: dict[str, Any] = json.loads((folder / SHARD_TABLE_FILE).read_text())
+    return table
+
+
+def write_table(folder: Path, table: dict[str, Any]) -> None:
+    """Replace a shard table, with the checksum that it would have if the set had been indexed so."""
+    contents = {key: value for key, value in table.items() if key != "checksum"}
+    (folder / SHARD_TABLE_FILE).write_text(json.dumps(contents | {"checksum": json_checksum(contents)}))
 
 
 def contents_of(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The stream of micro-batches on real shards: the same for any number of ranks and workers, from any step on."""
 
 import hashlib
-import json
 import shutil
 from collections import Counter
 from itertools import islice
@@ -17,12 +16,13 @@ from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, MicroBatch, wi
 from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.loader import StepBatches, build_train_loader
 from voxtral_dist.data.stored.index import read_index
-from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE, write_index
+from voxtral_dist.data.stored.index_files import INDEX_FILE, write_index
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.errors import UserError
 
 from corpora import pack_manifest, write_speech_manifest
+from stored import read_table, write_table
 
 SLOTS_PER_STEP, NUM_STEPS = 8, 7
 NOISE = AugmentationStep(name="AddGaussianSNR", arguments={"p": 0.7})
@@ -35,11 +35,11 @@ def uneven_folders(tmp_path_factory) -> list[str]:
     for name, count, shard_bytes in (("many", 36, 300_000), ("one", 1, 10**9)):
         manifest = write_speech_manifest(folder / f"speech-{name}", count, max_seconds=2.5, seed=count)
         pack_manifest(manifest, folder / name, shard_bytes, skip_bad=False)
-    table = json.loads((folder / "many" / SHARD_TABLE_FILE).read_text())
+    table = read_table(folder / "many")
     (folder / "many" / "many-empty.tar").write_bytes(bytes(10_240))
     empty = {"location": "many-empty.tar", "num_utterances": 0, "num_bytes": 10_240, "sha256": "0" * 64}
     table["shards"].insert(1, empty)
-    (folder / "many" / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    write_table(folder / "many", table)
     return [str(folder / "many"), str(folder / "one")]
 
 
@@ -268,12 +268,12 @@ def move_folder(folder: Path) -> Path:
 
 
 def rename_shards(folder: Path) -> Path:
-    table = json.loads((folder / SHARD_TABLE_FILE).read_text())
+    table = read_table(folder)
     for shard in table["shards"]:
         name = f"renamed-{shard['location']}"
         (folder / shard["location"]).rename(folder / name)
         shard["location"] = name
-    (folder / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    write_table(folder, table)
     return folder
 
 

@@ -14,14 +14,14 @@ import soundfile
 
 from voxtral_dist.data.examples.reader import UtteranceReader
 from voxtral_dist.data.stored.index import ShardIndex, read_index
-from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE
+from voxtral_dist.data.stored.index_files import INDEX_FILE
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance, parse_utterance
 from voxtral_dist.training.metrics_file import read_metrics
 
 from corpora import pack_manifest, tone, write_lines
 from runs import run_config, train_as_users_do
-from stored import write_records
+from stored import read_table, write_records, write_table
 
 NUM_UTTERANCES = 200
 
@@ -130,9 +130,9 @@ def truncate_first_shard(folder: Path, index: ShardIndex) -> int:
     num_bytes = span.offset + span.num_bytes // 2
     with Path(span.location).open("r+b") as tar:
         tar.truncate(num_bytes)
-    table = json.loads((folder / SHARD_TABLE_FILE).read_text())
+    table = read_table(folder)
     table["shards"][0]["num_bytes"] = num_bytes
-    (folder / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    write_table(folder, table)
     return last
 
 

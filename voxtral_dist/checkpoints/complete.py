@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.text.json_text import json_checksum
 
 COMPLETE = "complete.json"
 # DCP's own description of its files.
@@ -122,7 +123,7 @@ class CompleteCheckpoint(_Part):
     def write(self, folder: Path) -> None:
         """Write `complete.json`, with a checksum of its own."""
         contents = self.model_dump(mode="json")
-        text = json.dumps(contents | {_CHECKSUM: _checksum_of(contents)}, indent=1)
+        text = json.dumps(contents | {_CHECKSUM: json_checksum(contents)}, indent=1)
         (folder / COMPLETE).write_text(text, encoding="utf-8")
 
 
@@ -146,7 +147,7 @@ def read_complete(folder: Path) -> CompleteCheckpoint:
         if found not in _READ_FORMATS:
             raise ValueError(f"it has the format {found!r}")
         checksum = contents.pop(_CHECKSUM, None)
-        if found == FORMAT and checksum != _checksum_of(contents):
+        if found == FORMAT and checksum != json_checksum(contents):
             raise ValueError("it has another checksum")
         return CompleteCheckpoint.model_validate_json(json.dumps(contents), strict=True)
     except OSError as error:
@@ -157,10 +158,6 @@ def read_complete(folder: Path) -> CompleteCheckpoint:
         raise DamageError(folder, f"its {COMPLETE} cannot be read ({where}: {first['msg']})") from error
     except (ValueError, RecursionError) as error:
         raise DamageError(folder, f"its {COMPLETE} cannot be read ({first_line(error)})") from error
-
-
-def _checksum_of(contents: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(contents, sort_keys=True).encode())
 
 
 def _file_checksum(path: Path) -> str:

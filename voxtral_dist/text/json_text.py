@@ -1,9 +1,11 @@
-"""JSON that others wrote: whatever is wrong with it is a `ValueError`."""
+"""JSON that others wrote: whatever is wrong with it is a `ValueError`; and checksums of values."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+import xxhash
 
 # Deeper values exhaust the stack of whatever copies them later: the encoder, pickle, a validator.
 MAX_NESTING = 64
@@ -30,6 +32,11 @@ def parse_json(text: str | bytes) -> Any:
     if sum(map(text.count, opening)) > MAX_NESTING and _is_deeper(value, MAX_NESTING):  # type: ignore[arg-type]
         raise ValueError("too deeply nested")
     return value
+
+
+def json_checksum(value: Any) -> str:
+    """The checksum of a value as JSON, XXH3 with 128 bits in hexadecimal; the order of keys does not matter."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def _is_deeper(value: Any, limit: int) -> bool:

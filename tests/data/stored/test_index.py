@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from voxtral_dist.data.stored.shard_set import RECORD
 from voxtral_dist.errors import UserError
 
 from corpora import SHARD_BYTES, pack_manifest, write_speech_manifest
+from stored import read_table, write_table
 
 
 @pytest.fixture
@@ -154,9 +156,8 @@ def test_an_index_of_another_layout_is_refused(copied):
 
 
 def test_an_index_of_another_version_is_refused(copied):
-    table = json.loads((copied / SHARD_TABLE_FILE).read_text())
-    (copied / SHARD_TABLE_FILE).write_text(json.dumps(table | {"format": 99}))
-    assert "has format 99, but this version reads format 3. Index the set again: `voxtral-dist shards index" in refusal(
+    write_table(copied, read_table(copied) | {"format": 99})
+    assert "has format 99, but this version reads format 4. Index the set again: `voxtral-dist shards index" in refusal(
         copied
     )
 
@@ -165,6 +166,27 @@ def test_an_index_of_another_version_is_refused(copied):
 def test_a_damaged_shard_table_is_refused(copied, contents):
     (copied / SHARD_TABLE_FILE).write_text(contents)
     refusal(copied)
+
+
+def test_a_shard_table_with_one_flipped_bit_is_refused_or_the_same(copied, shard_folder):
+    whole = (copied / SHARD_TABLE_FILE).read_bytes()
+    (whole_set,) = read_index([str(shard_folder)]).sets
+    for at in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        (copied / SHARD_TABLE_FILE).write_bytes(flipped)
+        with suppress(UserError):
+            (found,) = read_index([str(copied)]).sets
+            # White space, or one letter of another spelling of the same number.
+            assert found.fingerprint == whole_set.fingerprint
+            assert found.languages == whole_set.languages
+            assert json.loads(flipped) == json.loads(whole)
+
+
+def test_a_shard_table_of_the_format_without_a_checksum_is_read(copied, shard_index):
+    table = {key: value for key, value in read_table(copied).items() if key != "checksum"}
+    (copied / SHARD_TABLE_FILE).write_text(json.dumps(table | {"format": 3}))
+    assert read_index([str(copied)]).sets[0].fingerprint == shard_index.sets[0].fingerprint
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 200])
@@ -218,17 +240,16 @@ def test_a_malformed_index_is_refused(copied, contents):
     ids=str,
 )
 def test_a_malformed_shard_table_is_refused(copied, change):
-    table = json.loads((copied / SHARD_TABLE_FILE).read_text())
-    (copied / SHARD_TABLE_FILE).write_text(json.dumps(table | change))
+    write_table(copied, read_table(copied) | change)
     refusal(copied)
 
 
 @pytest.mark.parametrize("name", ["location", "num_utterances", "num_bytes", "sha256"])
 @pytest.mark.parametrize("value", [None, -1, 2**70, [], True], ids=str)
 def test_a_malformed_shard_is_refused(copied, name, value):
-    table = json.loads((copied / SHARD_TABLE_FILE).read_text())
+    table = read_table(copied)
     table["shards"][0][name] = value
-    (copied / SHARD_TABLE_FILE).write_text(json.dumps(table))
+    write_table(copied, table)
     refusal(copied)
 
 

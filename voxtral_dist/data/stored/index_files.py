@@ -24,10 +24,14 @@ from voxtral_dist.data.stored.storage import Storage, is_remote, join
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.files import write_atomically
 from voxtral_dist.output.masking import masked
+from voxtral_dist.text.json_text import json_checksum
 
 INDEX_FILE = "index.npy"
 SHARD_TABLE_FILE = "shards.json"
-FORMAT_VERSION = 3
+# 4: the table has a checksum of its own. 3: it has none.
+FORMAT_VERSION = 4
+_READ_FORMATS = (3, 4)
+_CHECKSUM = "checksum"
 
 
 def write_index(
@@ -41,7 +45,7 @@ def write_index(
     temporary = folder / f".{INDEX_FILE}.tmp.npy"
     np.save(temporary, records)
     temporary.replace(folder / INDEX_FILE)
-    table = {
+    table: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "languages": list(languages),
         "layout": (layout or UtteranceLayout()).to_json(),
@@ -53,6 +57,7 @@ def write_index(
         "records_sha256": hashlib.sha256(np.ascontiguousarray(records).data).hexdigest(),
         "shards": [asdict(shard) | {"location": _relative(shard, folder)} for shard in shards],
     }
+    table[_CHECKSUM] = json_checksum(table)
     write_atomically(folder / SHARD_TABLE_FILE, json.dumps(table, indent=1, ensure_ascii=False))
 
 
@@ -165,10 +170,15 @@ class _Table(BaseModel):
 
 def _load_set(folder: str, storage: Storage) -> ShardSet:
     contents = json.loads(storage.read_all(join(folder, SHARD_TABLE_FILE)))
-    if contents.get("format") != FORMAT_VERSION:
+    if contents.get("format") not in _READ_FORMATS:
         raise UserError(
             f"The index of {folder} has format {contents.get('format')!r}, but this version reads format "
             f"{FORMAT_VERSION}. Index the set again: `voxtral-dist shards index {folder}`."
+        )
+    if contents["format"] == FORMAT_VERSION and contents.pop(_CHECKSUM, None) != json_checksum(contents):
+        raise UserError(
+            f"The file {SHARD_TABLE_FILE} of {folder} is damaged: it has another checksum than when it was written. "
+            "Copy it again, or pack or index the folder again."
         )
     table = _Table.model_validate(contents)
     shards = tuple(Shard(**(row.model_dump() | {"location": _absolute(row.location, folder)})) for row in table.shards)
