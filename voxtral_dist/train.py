@@ -148,8 +148,8 @@ def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Se
         )
         evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
-        bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world)
         saver = Saver(config.checkpoint, checkpoints, engine, metrics_log, time_limit, world)
+        bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world, saver.newest)
         step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from voxtral_dist.distributed.world import World, alone
 from voxtral_dist.engine.engine import ParameterState
 from voxtral_dist.errors import UserError
 from voxtral_dist.training import saver as saver_module
+from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.saver import Saver
-from voxtral_dist.training.step import Requests
+from voxtral_dist.training.step import Requests, StepResult
 from voxtral_dist.training.time_limit import TimeLimit
 
 from ranks import run_ranks
@@ -189,6 +191,22 @@ def test_a_save_by_steps_stalls_for_copy_and_completion_only(config: RunConfig, 
     assert run.saver.newest() == "step-0000008"
     assert rows[3][1] == rows[3][2] >= 30
     assert run.directory.intact_steps() == [7, 8]
+
+
+def test_a_run_that_ends_by_a_limit_completes_the_save_under_way(config: RunConfig, metrics_log: MetricsLog) -> None:
+    run = Run(config, metrics_log, every_steps=2, asynchronous=True)
+    limits = BadUtteranceLimits(
+        config.train_data.model_copy(update={"max_bad_in_a_row": 2}), metrics_log, CPU, run.saver.newest
+    )
+    skipped = StepResult(metrics=ANY, num_utterances=0, num_bad_utterances=2, num_too_long=0, agreed=Requests())
+    run.step(2)
+    limits.check(TrainProgress(step=3), [], skipped)
+    assert run.directory.is_under_way
+    with pytest.raises(
+        UserError, match=r"`train_data\.max_bad_in_a_row` \(2\).*The newest checkpoint is step-0000002\."
+    ):
+        limits.check(TrainProgress(step=4), [], skipped)
+    assert run.directory.intact_steps() == [2]
 
 
 def test_seconds_begin_a_save_too(config: RunConfig, metrics_log: MetricsLog) -> None:

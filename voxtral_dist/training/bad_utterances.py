@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from voxtral_dist.checkpoints.progress import TrainProgress
@@ -21,10 +21,26 @@ _MIN_UTTERANCES_FOR_FRACTION = 200
 class BadUtteranceLimits:
     """Records every unusable utterance, and ends a run that has too many of them."""
 
-    def __init__(self, config: TrainDataConfig, metrics_log: MetricsLog, world: World) -> None:
+    def __init__(
+        self,
+        config: TrainDataConfig,
+        metrics_log: MetricsLog,
+        world: World,
+        newest_checkpoint: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """Count from zero.
+
+        Args:
+            config: the limits.
+            metrics_log: records each.
+            world: all ranks.
+            newest_checkpoint: completes the checkpoint under way, and names the newest one; all ranks call it together
+                before the run ends.
+        """
         self._config = config
         self._metrics_log = metrics_log
         self._world = world
+        self._newest_checkpoint = newest_checkpoint
         self._num_in_a_row = 0
 
     def check(self, progress: TrainProgress, micro_batches: Sequence[MicroBatch], result: StepResult) -> None:
@@ -39,13 +55,14 @@ class BadUtteranceLimits:
         if result.num_bad_utterances == 0:
             return
         self._record(progress.step, micro_batches)
-        self._refuse_too_long(progress.step, result.num_too_long)
-        self._refuse_fraction(progress)
-        if self._num_in_a_row > self._config.max_bad_in_a_row:
-            raise UserError(
-                f"The last {self._num_in_a_row} utterances were unusable, more than `train_data.max_bad_in_a_row` "
-                f"({self._config.max_bad_in_a_row}) allows: metrics.jsonl names each."
-            )
+        exceeded = self._exceeded(progress, result.num_too_long)
+        if exceeded is not None:
+            newest = self._newest_checkpoint()
+            raise UserError(f"{exceeded} The newest checkpoint is {newest}." if newest else exceeded)
+
+    def _exceeded(self, progress: TrainProgress, num_too_long: int) -> str | None:
+        """A message about the first limit that is exceeded; None if none is."""
+        return self._too_long(progress.step, num_too_long) or self._fraction(progress) or self._in_a_row()
 
     def _record(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
         local = [bad for batch in micro_batches for bad in batch.bad_utterances]
@@ -53,19 +70,29 @@ class BadUtteranceLimits:
             self._metrics_log.write("event", step, {"event": "bad_utterance", **asdict(bad)})
             self._metrics_log.say(f"step {step}: skipped the utterance {bad.key} of {bad.shard}: it {bad.reason}")
 
-    def _refuse_too_long(self, step: int, num_too_long: int) -> None:
-        if num_too_long and self._config.too_long == "refuse":
-            raise UserError(
-                f"`train_data.too_long` is `refuse`, and {num_too_long} utterances of step {step} are too long: "
-                "metrics.jsonl names each. Raise `max_target_tokens`, cut the recordings, or set `too_long: skip`."
-            )
+    def _too_long(self, step: int, num_too_long: int) -> str | None:
+        if not num_too_long or self._config.too_long != "refuse":
+            return None
+        return (
+            f"`train_data.too_long` is `refuse`, and {num_too_long} utterances of step {step} are too long: "
+            "metrics.jsonl names each. Raise `max_target_tokens`, cut the recordings, or set `too_long: skip`."
+        )
 
-    def _refuse_fraction(self, progress: TrainProgress) -> None:
+    def _fraction(self, progress: TrainProgress) -> str | None:
         # An utterance that is too long is skipped as configured, and is no sign of broken data.
         num_broken = progress.num_bad_utterances - progress.num_too_long
         num_seen = progress.num_utterances_seen + num_broken
-        if num_seen >= _MIN_UTTERANCES_FOR_FRACTION and num_broken / num_seen > self._config.max_bad_fraction:
-            raise UserError(
-                f"{num_broken} of {num_seen} utterances were unusable, more than `train_data.max_bad_fraction` "
-                f"({self._config.max_bad_fraction}) allows: metrics.jsonl names each."
-            )
+        if num_seen < _MIN_UTTERANCES_FOR_FRACTION or num_broken / num_seen <= self._config.max_bad_fraction:
+            return None
+        return (
+            f"{num_broken} of {num_seen} utterances were unusable, more than `train_data.max_bad_fraction` "
+            f"({self._config.max_bad_fraction}) allows: metrics.jsonl names each."
+        )
+
+    def _in_a_row(self) -> str | None:
+        if self._num_in_a_row <= self._config.max_bad_in_a_row:
+            return None
+        return (
+            f"The last {self._num_in_a_row} utterances were unusable, more than `train_data.max_bad_in_a_row` "
+            f"({self._config.max_bad_in_a_row}) allows: metrics.jsonl names each."
+        )
