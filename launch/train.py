@@ -6,7 +6,7 @@ from voxtral_dist.training.signals import stop_signals
 
 if __name__ == "__main__":
     # Before imports that take seconds: a signal to stop must not be lost.
-    with stop_signals():
+    with stop_signals(ends_process=True):
         from voxtral_dist.cli.main import console
 
         console(["train", *sys.argv[1:]])

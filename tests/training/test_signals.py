@@ -14,7 +14,7 @@ from voxtral_dist.training.signals import StopRequest, stop_signals
 from commands import run_command
 from runs import ROOT, run_config, write_config
 
-NUMBERS = (signal.SIGTERM, signal.SIGUSR1)
+NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -37,6 +37,34 @@ def test_a_context_inside_of_another_one_has_its_request():
             assert inner.requested
         os.kill(os.getpid(), signal.SIGTERM)
     assert isinstance(outer, StopRequest)
+
+
+def test_a_second_interrupt_in_a_notebook_does_what_it_did_before(capfd):
+    with stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        assert capfd.readouterr().err == (
+            "Stopping: the state is saved after this step. Ctrl-C again leaves without that.\n"
+        )
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_interrupt_ends_a_command_whatever_it_waits_for():
+    program = (
+        "import os, signal, ctypes\n"
+        "from voxtral_dist.training.signals import stop_signals\n"
+        "with stop_signals(ends_process=True) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert stop.requested\n"
+        "    print('goes on', flush=True)\n"
+        "    ctypes.PyDLL(None).sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"goes on\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
 
 
 @pytest.fixture

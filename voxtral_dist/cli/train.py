@@ -28,7 +28,7 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _train(parsed: argparse.Namespace) -> int:
-    with stop_signals():
+    with stop_signals(ends_process=True):
         return _train_or_print(parsed)
 
 

@@ -170,8 +170,8 @@ def build_train_loader(
 
 
 def _ignore_stop_signals(_worker: int) -> None:
-    """Ignore SIGTERM and SIGUSR1, which launchers send to whole process trees: the rank decides when to stop."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Ignore signals that launchers and terminals send to whole process trees: the rank decides when to stop."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

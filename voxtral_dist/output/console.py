@@ -6,8 +6,10 @@ Files keep the original texts, apart from secrets.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+from contextlib import suppress
 
 from voxtral_dist.output.masking import masked
 
@@ -29,6 +31,12 @@ def one_line(text: str) -> str:
 def say(text: object = "", *, to_errors: bool = False, end: str = "\n") -> None:
     """Print a text to standard output, or to standard error."""
     print(printable(str(text)), file=sys.stderr if to_errors else sys.stdout, end=end, flush=True)
+
+
+def say_at_once(text: str) -> None:
+    """Write a line to standard error from a handler of a signal, which may interrupt `say`."""
+    with suppress(OSError):
+        os.write(2, f"{printable(text)}\n".encode(errors="backslashreplace"))
 
 
 def set_up_logging() -> None:
