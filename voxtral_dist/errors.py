@@ -1,6 +1,7 @@
 """Errors a user can fix: a message, no traceback, and a nonzero exit code."""
 
 import os
+from collections.abc import Collection
 
 from voxtral_dist.output.masking import masked
 
@@ -38,6 +39,22 @@ class SharedError(UserError):
     exit_code = 3
 
 
+class LostPeerError(UserError):
+    """Ranks that were not heard of: their processes, hosts or network are gone, or were never there.
+
+    The same command resumes the run once they are back. On each host the first rank prints it that is not among them.
+
+    Attributes:
+        lost_ranks: those ranks, as far as they are known.
+    """
+
+    exit_code = 76
+
+    def __init__(self, message: str, lost_ranks: Collection[int] = ()) -> None:
+        super().__init__(message)
+        self.lost_ranks = tuple(lost_ranks)
+
+
 class WriteError(RankError):
     """Results of one rank that cannot be written: the disk is full or read-only, or the folder is gone."""
 
@@ -53,7 +70,15 @@ class SharedWriteError(SharedError):
 def is_printed_here(error: UserError) -> bool:
     """Whether this process prints an error: one per node does, because its ranks meet the same mistake."""
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    return is_alone or os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError)
+    lost_ranks = error.lost_ranks if isinstance(error, LostPeerError) else ()
+    return is_alone or isinstance(error, RankError) or is_first_on_node(lost_ranks)
+
+
+def is_first_on_node(lost_ranks: Collection[int] = ()) -> bool:
+    """Whether this is the first rank of its node, not counting those that are lost."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    rank = int(os.environ.get("RANK", local_rank))
+    return all(before in lost_ranks for before in range(rank - local_rank, rank))
 
 
 def lower_first(text: str) -> str:

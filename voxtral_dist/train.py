@@ -78,7 +78,9 @@ def train_model(config: RunConfig, allow_changed: Sequence[str] = ()) -> int:
         >>> exit_code
         0
     """
-    with stop_signals(), joined_world(timedelta(seconds=config.distributed.timeout_seconds)) as world:
+    limits = config.distributed
+    timeout, start_timeout = timedelta(seconds=limits.timeout_seconds), timedelta(seconds=limits.start_timeout_seconds)
+    with stop_signals(), joined_world(timeout, start_timeout) as world:
         return train(config, world, allow_changed)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from voxtral_dist.distributed import collectives
 from voxtral_dist.distributed.collectives import PatientSum, computed_on_first
 from voxtral_dist.distributed.world import World, alone, set_timeouts
-from voxtral_dist.errors import RankError
+from voxtral_dist.errors import LostPeerError
 
 from ranks import run_ranks
 
@@ -62,7 +62,7 @@ def _wait_for_a_rank_that_is_gone(world: World) -> str | None:
         arrive._arrived.set()
         time.sleep(4)
         return None
-    with pytest.raises(RankError) as refused:
+    with pytest.raises(LostPeerError) as refused:
         arrive(0)
     return str(refused.value)
 

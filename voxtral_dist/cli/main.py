@@ -25,7 +25,7 @@ from voxtral_dist.cli.shards import add_shards
 from voxtral_dist.cli.tiny import add_tiny
 from voxtral_dist.cli.train import add_train
 from voxtral_dist.cli.transcribe import add_transcribe
-from voxtral_dist.errors import UserError, is_printed_here
+from voxtral_dist.errors import LostPeerError, UserError, is_printed_here
 from voxtral_dist.output.console import one_line, printable, say, set_up_logging
 
 # Launchers start them on several ranks; all others are commands of one process.
@@ -41,6 +41,8 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # Characters that the terminal's encoding lacks must not end the command.
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Read when torch is imported. Its C++ code would print a stack trace for each connection to a host that is gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(arguments)
     except SystemExit as end:
@@ -81,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     if code != 0 and parsed.command in _COMMANDS_OF_RANKS:
         have_all_printed = _end_with_all_ranks(error)
-        if error is not None and not (have_all_printed or is_printed_here(error)):
+        is_printed = have_all_printed or error is None or is_printed_here(error) or isinstance(error, LostPeerError)
+        if error is not None and not is_printed:
             # Twice is better than never.
             _print_error(error)
     sys.exit(code)

@@ -31,7 +31,11 @@ class MetricsConfig(Section):
 class DistributedConfig(Section):
     """What ranks do together."""
 
-    timeout_seconds: float = Field(default=1800.0, gt=0)
+    start_timeout_seconds: float = Field(default=600.0, gt=0)
+    """Limit of waiting for all ranks to come at the start: after it the run ends with code 76 and the ranks that were
+    not heard of. Longer than hosts may start apart, by the time of pulling an image for example."""
+
+    timeout_seconds: float = Field(default=600.0, gt=0)
     """Limit of a collective operation, in all process groups: a rank that waits longer for another one ends the run.
     Longer than the longest wait for data and than the slowest part of a save; what rank 0 does alone for long
     (scores, exports, the end of a save), and unequal parts of evaluations, are waited for without a limit."""

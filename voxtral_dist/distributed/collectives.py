@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # a pub
 from torch.distributed.distributed_c10d import _get_default_store
 
 from voxtral_dist.distributed.world import World
-from voxtral_dist.errors import RankError
+from voxtral_dist.errors import LostPeerError
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class PatientSum:
         """The sum of all ranks' values; blocks until the last rank arrives. Call it once.
 
         Raises:
-            RankError: the process of a rank is gone, for as long as a collective would wait.
+            LostPeerError: the process of a rank is gone, for as long as a collective would wait.
         """
         self._arrived.set()
         if self._world.size == 1:
@@ -113,9 +113,10 @@ class PatientSum:
         limit = self._world.timeout.total_seconds()
         gone = [rank for rank in missing if now - heard[rank][1] > limit]
         if gone:
-            raise RankError(
+            raise LostPeerError(
                 f"Nothing was heard of the ranks {gone[:8]} ({len(gone)} of {self._world.size}) for {limit:.0f} s "
-                "(`distributed.timeout_seconds`): their processes or nodes are gone. Rerun the same command to resume."
+                "(`distributed.timeout_seconds`): their processes or nodes are gone. Rerun the same command to resume.",
+                gone,
             )
 
     def _say(self, missing: Sequence[int], seconds: float) -> None:

@@ -14,14 +14,18 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public classes all the same
 
 from voxtral_dist.distributed.failures import newest_end, shared_failures
+from voxtral_dist.distributed.heartbeats import lost_peers_as_message
 from voxtral_dist.distributed.launchers import adopt_launched_place, watch_launcher
+from voxtral_dist.distributed.nccl import set_watchdog_limits
 from voxtral_dist.distributed.process_settings import limit_threads, set_allocator_defaults
-from voxtral_dist.distributed.store import meet
-from voxtral_dist.errors import RankError, UserError, WriteError, first_line, write_reason
+from voxtral_dist.distributed.store import meet, wait_for_ranks
+from voxtral_dist.errors import LostPeerError, RankError, UserError, WriteError, first_line, write_reason
 from voxtral_dist.files import DISK_ERRORS
 
 # Of all process groups, unless `distributed.timeout_seconds` says otherwise.
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# Within which all ranks must come, unless `distributed.start_timeout_seconds` says otherwise.
+START_TIMEOUT = timedelta(minutes=10)
 # Of the store that ranks meet by to say that their arguments are refused; rank 0 may still be importing torch.
 _MEETING_TIMEOUT = timedelta(minutes=1)
 
@@ -48,7 +52,7 @@ def alone(device: str | None = None) -> World:
 
 
 @contextmanager
-def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
+def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT, start_timeout: timedelta = START_TIMEOUT) -> Iterator[World]:
     """Join the ranks that the launcher started, by `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR`, `MASTER_PORT`.
 
     Without these variables, the process is a world of size 1; engines still get a process group. The group is destroyed
@@ -57,25 +61,36 @@ def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[World]:
 
     Args:
         timeout: limit of collectives.
+        start_timeout: limit of waiting for all ranks to come.
 
     Raises:
         UserError: the variables do not fit this node.
+        LostPeerError: a rank did not come.
         RankError: this rank's GPU ran out of memory inside the block.
         WriteError: a disk was full or read-only inside the block.
     """
     with _default_place():
-        yield from _joined(timeout)
+        yield from _joined(timeout, start_timeout)
 
 
-def _joined(timeout: timedelta) -> Iterator[World]:
+def _joined(timeout: timedelta, start_timeout: timedelta) -> Iterator[World]:
     rank, size, local_rank, port = _launched_place()
     limit_threads(ranks_on_node(size))
     watch_launcher()
-    store = meet(os.environ["MASTER_ADDR"], port, rank, timeout) if size > 1 else HashStore()
-    with shared_failures(store, rank, size), _out_of_memory_as_message(rank), _full_disk_as_message(rank):
+    store = meet(os.environ["MASTER_ADDR"], port, rank, start_timeout) if size > 1 else HashStore()
+    with (
+        shared_failures(store, rank, size, timeout.total_seconds()),
+        _out_of_memory_as_message(rank),
+        _full_disk_as_message(rank),
+        lost_peers_as_message(PrefixStore("failures", store), rank, size, timeout),
+    ):
         device = _device_of(local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            set_watchdog_limits(timeout)
+        if size > 1:
+            wait_for_ranks(store, rank, size, start_timeout)
+            store.set_timeout(timeout)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("default_pg", store),
@@ -105,7 +120,8 @@ def end_with_all_ranks(error: UserError | None) -> bool:
         Whether all have printed; false if a rank is killed, cannot answer, or is some seconds late.
     """
     end = newest_end()
-    if end is None and error is not None:
+    # After a peer was lost, there is nobody to meet.
+    if end is None and error is not None and not isinstance(error, LostPeerError):
         with suppress(UserError, RuntimeError), _default_place():
             rank, size, _, port = _launched_place()
             with shared_failures(meet(os.environ["MASTER_ADDR"], port, rank, _MEETING_TIMEOUT), rank, size):
