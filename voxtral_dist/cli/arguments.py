@@ -61,7 +61,7 @@ def hub_name(text: str) -> str:
 
 def add_run_config(parser: argparse.ArgumentParser, example: str) -> None:
     """Add `--config` and `--set`, which name and override the configuration of a run."""
-    parser.add_argument("--config", type=Path, help="YAML file of the run")
+    parser.add_argument("--config", type=Path, help="YAML file of the run, or the name of a recipe")
     add_overrides(parser, example)
 
 

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from typing import NoReturn
 
 from voxtral_dist.cli.config import add_config
@@ -19,6 +20,7 @@ from voxtral_dist.cli.doctor import add_doctor
 from voxtral_dist.cli.evaluate import add_evaluate
 from voxtral_dist.cli.export import add_export
 from voxtral_dist.cli.plan import add_plan
+from voxtral_dist.cli.recipes import add_recipes
 from voxtral_dist.cli.report import add_report
 from voxtral_dist.cli.score import add_score
 from voxtral_dist.cli.shards import add_shards
@@ -117,6 +119,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. It imports no heavy library: commands do so when they run."""
     parser: argparse.ArgumentParser = _Parser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
+    parser.add_argument("--version", action="version", version=f"voxtral-dist {version('voxtral-dist')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_train(commands)
     add_evaluate(commands)
@@ -127,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_shards(commands)
     add_plan(commands)
     add_config(commands)
+    add_recipes(commands)
     add_tiny(commands)
     add_doctor(commands)
     return parser

@@ -4,6 +4,7 @@ Unknown keys are errors that name the nearest known key. The resolved tree is st
 `voxtral-dist config schema` prints its JSON schema for editors.
 """
 
+from voxtral_dist.config.builtin import deepspeed_file, deepspeed_files, recipes, summary
 from voxtral_dist.config.data import (
     AugmentationStep,
     ContextConfig,
@@ -62,8 +63,12 @@ __all__ = [
     "TrainableConfig",
     "check_normalizer",
     "config_schema",
+    "deepspeed_file",
+    "deepspeed_files",
     "dump_config",
     "is_hub_name",
     "load_config",
     "read_yaml",
+    "recipes",
+    "summary",
 ]

@@ -81,7 +81,8 @@ class EngineConfig(Section):
     """The engine that shards and updates the model: exactly one of `deepspeed` and `fsdp2`."""
 
     deepspeed: Path | None = None
-    """DeepSpeed's configuration file, such as `ds_configs/zero3.json`. Batch size, accumulation, precision, optimizer
+    """DeepSpeed's configuration file, or the name of one that comes with the package: `zero0`, `zero1`, `zero2`,
+    `zero2_offload`, `zero3`, `zero3_offload`, `zero3_nvme`, `zero3_24b`. Batch size, accumulation, precision, optimizer
     and clipping are set in this configuration; a file that sets one of them is refused."""
 
     nvme_dir: Path | None = None

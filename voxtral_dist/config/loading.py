@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from voxtral_dist.config.builtin import recipe_or_file, recipes
 from voxtral_dist.config.run import RunConfig
 from voxtral_dist.config.yaml_text import parse_yaml
 from voxtral_dist.errors import UserError, lower_first
@@ -34,7 +35,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         1e-05
     """
     if path is None:
-        raise UserError("No configuration was given: pass `--config FILE`, for example launch/recipes/demo.yaml.")
+        raise UserError(
+            "No configuration was given: pass `--config FILE`, or the name of a recipe (`voxtral-dist recipes`)."
+        )
+    path = recipe_or_file(path)
     tree = read_yaml(path)
     for override in overrides:
         _apply_override(tree, override)
@@ -53,7 +57,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+        known = f" The recipes of the package are {', '.join(recipes())}." if not path.exists() else ""
+        raise UserError(f"The configuration {path} cannot be read: {error.strerror}.{known}") from error
     except ValueError as error:
         raise UserError(f"The configuration {path} is not valid YAML: {error}.") from error
     if not isinstance(tree, dict):
