@@ -7,6 +7,7 @@ no threads, because a fork would lose them.
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import multiprocessing
 import os
@@ -23,7 +24,22 @@ from pathlib import Path
 from typing import Any
 
 _TIMEOUT_SECONDS = 480
-_PRELOADED = ("deepspeed", "voxtral_dist.engine.zero.engine", "voxtral_dist.engine.fsdp2.engine", "voxtral_dist.train")
+_PRELOADED = (
+    "deepspeed",
+    "voxtral_dist.engine.zero.engine",
+    "voxtral_dist.engine.fsdp2.engine",
+    "voxtral_dist.train",
+    # What these import late. The first decorates by `torch.compile`, which imports all of TorchInductor.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "torch.utils.tensorboard",
+    "transformers.models.voxtral.modeling_voxtral",
+    "transformers.models.llama.modeling_llama",
+    "voxtral_dist.engine.fsdp2.dcp_writing",
+    # What test modules import.
+    "pytest",
+)
 _server: tuple[Any, Connection] | None = None
 
 
@@ -97,8 +113,14 @@ def _connection() -> Connection:
 
 def _serve(requests: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     for name in _PRELOADED:
         importlib.import_module(name)
+    # Made at the first use, of a thousand regular expressions.
+    get_checkpoint_conversion_mapping("voxtral")
+    # Ranks' collections neither visit nor copy what was made here.
+    gc.freeze()
     num_threads = len(list(Path("/proc/self/task").iterdir()))
     assert num_threads == 1, f"a fork would lose {num_threads - 1} threads"
     context = multiprocessing.get_context("fork")
