@@ -13,7 +13,8 @@ from voxtral_dist.data.stored.audio import decode_audio, to_pcm
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, UNKNOWN_LANGUAGE, Shard, ShardSet
 from voxtral_dist.model.tiny import TinyShape
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.shards.summary import SetSummary
 

@@ -17,7 +17,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from voxtral_dist.model.tiny import TinyShape, build_tiny_voxtral
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.packing import PackOptions, pack
 
 from workloads.lengths import SHORTEST_SECONDS, WORDS_PER_SECOND, librispeech_durations

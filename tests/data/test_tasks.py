@@ -23,8 +23,9 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import build_training_set, training_reader
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import Transcript
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, Instruction, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
 from voxtral_dist.shards.corpus.fields import FieldNames
+from voxtral_dist.shards.corpus.options import CorpusOptions, Instruction
 from voxtral_dist.shards.packing import PackOptions, pack
 
 from corpora import pack_manifest, tone, write_lines

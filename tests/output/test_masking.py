@@ -18,7 +18,8 @@ from voxtral_dist.distributed.world import alone
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import printable
 from voxtral_dist.output.masking import masked
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.training.metrics_log import MetricsLog
 

@@ -17,9 +17,10 @@ from voxtral_dist.cli.main import build_parser
 from voxtral_dist.data.stored.checks import Cause
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.errors import UserError
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
 from voxtral_dist.shards.corpus.fields import FieldNames
 from voxtral_dist.shards.corpus.formats import CorpusFormat
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance
 from voxtral_dist.shards.packing import PackOptions, pack
 
@@ -289,6 +290,7 @@ def test_a_file_name_that_is_not_unicode_is_packed(tmp_path):
     audio_folder(tmp_path / "source")
     name = b"caf\xe9.wav".decode("utf-8", "surrogateescape")
     (tmp_path / "source" / "clip00.wav").rename(tmp_path / "source" / name)
+    (tmp_path / "source" / "clip00.txt").unlink()
     with pytest.raises(UserError, match="there is no text beside it"):
         pack(open_corpus(str(tmp_path / "source"), PORTUGUESE), tmp_path / "out", PackOptions())
     source = open_corpus(str(tmp_path / "source"), PORTUGUESE)

@@ -23,9 +23,9 @@ from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus import manifest_lines
 from voxtral_dist.shards.corpus.audio_location import AudioLocation, encode_flac
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
-from voxtral_dist.shards.corpus.fields import FieldNames
-from voxtral_dist.shards.corpus.manifests import read_json_lines, read_table
+from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.importers import importer_for
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance, key_of
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.packing import PackOptions, pack
@@ -89,13 +89,12 @@ def hostile_lines_only(corpus: Path) -> list[bytes]:
 
 
 def test_lines_can_be_sent_to_workers(corpus):
-    for line in read_json_lines(corpus, FieldNames()):
+    for line in lines_of(corpus):
         assert pickle.loads(pickle.dumps(line)) == line
 
 
 def lines_of(path: Path) -> list[Utterance | Refusal]:
-    reader = read_table(path, FieldNames(), ",") if path.suffix == ".csv" else read_json_lines(path, FieldNames())
-    return list(reader)
+    return list(importer_for(str(path), None).open(str(path), CorpusOptions()).read())
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.csv"])

@@ -21,7 +21,8 @@ from voxtral_dist.cli.main import build_parser
 from voxtral_dist.data.stored.checks import ALWAYS_POSSIBLE_CHARS, MAX_CHARS_PER_SECOND, Cause
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.errors import UserError
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.journal import PackingJournal
 from voxtral_dist.shards.packed_utterance import PackRules
 from voxtral_dist.shards.packing import PackOptions, PackProgress, pack
@@ -192,7 +193,7 @@ LONG = "x" * (ALWAYS_POSSIBLE_CHARS + 1)
 BAD_LINES = {
     "no text": ('{"audio_filepath": "good1.wav"}', Cause.EMPTY_TEXT, "has no text"),
     "blank text": ('{"audio_filepath": "good1.wav", "text": "  "}', Cause.EMPTY_TEXT, "has no text"),
-    "number as text": ('{"audio_filepath": "good1.wav", "text": 7}', Cause.EMPTY_TEXT, "has no text"),
+    "fraction as text": ('{"audio_filepath": "good1.wav", "text": 7.5}', Cause.EMPTY_TEXT, "has the text 7.5, which"),
     "no audio": ('{"text": "hello"}', Cause.NO_AUDIO, "names no audio"),
     "no JSON": ('{"audio_filepath": ', Cause.NOT_JSON, "not valid JSON"),
     "no object": ('["good1.wav", "hello"]', Cause.NOT_JSON, "not a JSON object"),

@@ -13,7 +13,8 @@ from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.errors import UserError
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.shards.summary import SetSummary

@@ -15,7 +15,7 @@ from voxtral_dist.shards.corpus.formats import FORMATS
 
 if TYPE_CHECKING:
     from voxtral_dist.data.stored.layout import UtteranceLayout
-    from voxtral_dist.shards.corpus.corpus import CorpusOptions, Instruction
+    from voxtral_dist.shards.corpus.options import CorpusOptions, Instruction
 
 _DEFAULT_SHARD_MEGABYTES = 512
 
@@ -54,6 +54,12 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     )
     pack.add_argument("--audio-field", metavar="NAME", help="column with the audio")
     pack.add_argument("--text-field", metavar="NAME", help="column with the text")
+    pack.add_argument(
+        "--columns", metavar="NAME,...", help="names of all columns of a table without a header, such as audio,text"
+    )
+    pack.add_argument(
+        "--audio-from", metavar="FOLDER", help="folder with the audio that a manifest names (default: beside it)"
+    )
     pack.add_argument("--split", help="split of a Hugging Face dataset, such as train")
     pack.add_argument("--config", metavar="NAME", help="configuration (subset) of a Hugging Face dataset")
     _add_text_limit(pack)
@@ -171,13 +177,15 @@ def _pack(parsed: argparse.Namespace) -> int:
 
 
 def _corpus_options(parsed: argparse.Namespace) -> CorpusOptions:
-    from voxtral_dist.shards.corpus.corpus import CorpusOptions
     from voxtral_dist.shards.corpus.fields import FieldNames
+    from voxtral_dist.shards.corpus.options import CorpusOptions
 
     return CorpusOptions(
         corpus_format=parsed.format,
         language=parsed.language,
         names=FieldNames.chosen(parsed.audio_field, parsed.text_field, parsed.language_field),
+        columns=tuple(name.strip() for name in parsed.columns.split(",")) if parsed.columns else None,
+        audio_from=parsed.audio_from,
         layout=_layout(parsed),
         split=parsed.split,
         config=parsed.config,
@@ -222,7 +230,7 @@ def _show(parsed: argparse.Namespace) -> int:
 
 
 def _instruction(parsed: argparse.Namespace) -> Instruction | None:
-    from voxtral_dist.shards.corpus.corpus import Instruction
+    from voxtral_dist.shards.corpus.options import Instruction
 
     if parsed.instruction is not None and parsed.instruction_field is not None:
         raise UserError("`--instruction` and `--instruction-field` exclude each other: pass one of them.")

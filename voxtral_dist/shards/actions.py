@@ -17,7 +17,8 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import one_line, say
 from voxtral_dist.progress import ProgressDisplay
-from voxtral_dist.shards.corpus.corpus import CorpusOptions, open_corpus
+from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.inspection import print_summaries
 from voxtral_dist.shards.journal import count_finished_shards

@@ -53,7 +53,8 @@ def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | 
 
 
 def _pack(utterance: Utterance, rules: PackRules) -> PackedUtterance:
-    audio, suffix = utterance.audio.read(), utterance.audio.suffix
+    found = utterance.audio.found()
+    audio, suffix = found.read(), found.suffix
     pcm = decode_pcm(audio, SAMPLING_RATE)
     measures = measure(utterance, pcm, rules.max_chars_per_second)
     if rules.encode is not None:

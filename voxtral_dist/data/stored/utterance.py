@@ -79,7 +79,7 @@ class _Fields:
         if contents is None:
             return None
         if place.key is None:
-            return contents.decode("utf-8").strip()
+            return contents.decode("utf-8-sig").strip()
         return self._parse(place.member).get(place.key)
 
     def all_json(self) -> Mapping[str, Any]:

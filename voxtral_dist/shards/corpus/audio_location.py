@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
 from voxtral_dist.data.stored.audio import audio_blocks, opened_audio
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
+from voxtral_dist.data.stored.placeholders import HEAD_BYTES, placeholder_reason
 from voxtral_dist.data.stored.storage import LARGEST_FILE_BYTES, Storage, is_remote, open_regular, read_regular
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.shards.corpus.audio_places import existing_place
+from voxtral_dist.shards.corpus.perturbation import Perturbation
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class AudioLocation:
     location: path, URL or name. contents: the bytes; None reads the file.
     start_seconds, duration_seconds: the part; a duration of None means to the end.
     channel: the only channel to keep, from 0; None keeps all.
+    other_places: paths that are tried where there is nothing at `location`.
+    or_whole: whether a file that is only as long as the part holds just the part, and is taken as it is.
+    perturbation: a change of the samples; the part is that of the unchanged file.
     """
 
     location: str
@@ -33,11 +41,27 @@ class AudioLocation:
     start_seconds: float = 0.0
     duration_seconds: float | None = None
     channel: int | None = None
+    other_places: tuple[str, ...] = ()
+    or_whole: bool = False
+    perturbation: Perturbation | None = None
+
+    def found(self) -> AudioLocation:
+        """The same audio at the first of its places that exists; of a file that was cut before, the whole.
+
+        Raises:
+            UnusableError: there is none, or it cannot be read.
+        """
+        audio = self
+        if self.contents is None:
+            place = existing_place((self.location, *self.other_places))
+            audio = replace(self, location=place, other_places=())
+        return _whole_if_cut_before(audio) if audio.or_whole else audio
 
     @property
     def is_part(self) -> bool:
         """Whether the audio is only a part of the file."""
-        return self.start_seconds > 0 or self.duration_seconds is not None or self.channel is not None
+        is_cut = self.start_seconds > 0 or self.duration_seconds is not None or self.channel is not None
+        return is_cut or self.perturbation is not None
 
     @property
     def suffix(self) -> str:
@@ -67,25 +91,38 @@ def _read(audio: AudioLocation) -> bytes:
         return audio.contents
     try:
         if is_remote(audio.location):
-            return _storage().read_all(audio.location, LARGEST_FILE_BYTES)
-        return read_regular(Path(audio.location), LARGEST_FILE_BYTES)
+            contents = _storage().read_all(audio.location, LARGEST_FILE_BYTES)
+        else:
+            contents = read_regular(Path(audio.location), LARGEST_FILE_BYTES)
     except (OSError, ValueError, UserError) as error:
         raise _unreadable(error) from error
+    _refuse_placeholder(contents)
+    return contents
+
+
+def _refuse_placeholder(contents: bytes) -> None:
+    reason = placeholder_reason(contents[:HEAD_BYTES])
+    if reason is not None:
+        raise UnusableError(Cause.UNREADABLE, reason)
 
 
 def _cut(audio: AudioLocation) -> bytes:
     """A part of a file as FLAC; the rest of the file is not decoded."""
-    try:
-        with _opened(audio) as source, opened_audio(source) as file:
-            return _cut_open(file, audio)
-    except (OSError, ValueError, UserError) as error:
-        raise _unreadable(error) from error
+    with _open_file(audio) as file:
+        return _cut_open(file, audio)
 
 
 def _opened(audio: AudioLocation) -> BinaryIO:
     if audio.contents is not None:
         return io.BytesIO(audio.contents)
-    return open_regular(_storage().local_copy(audio.location))
+    file = open_regular(_storage().local_copy(audio.location))
+    try:
+        _refuse_placeholder(file.read(HEAD_BYTES))
+    except BaseException:
+        file.close()
+        raise
+    file.seek(0)
+    return file
 
 
 def _cut_open(file: soundfile.SoundFile, audio: AudioLocation) -> bytes:
@@ -101,9 +138,40 @@ def _cut_open(file: soundfile.SoundFile, audio: AudioLocation) -> bytes:
         num_frames = min(num_frames, round(audio.duration_seconds * file.samplerate))
     fine = file.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
     blocks = audio_blocks(file, "int32" if fine else "int16", num_frames)
-    chosen = (block[:, audio.channel] if audio.channel is not None and block.ndim == 2 else block for block in blocks)
+    chosen: Iterable[NDArray[Any]] = (
+        block[:, audio.channel] if audio.channel is not None and block.ndim == 2 else block for block in blocks
+    )
     num_channels = 1 if audio.channel is not None else file.channels
-    return _encode(chosen, file.samplerate, num_channels, "PCM_24" if fine else "PCM_16")
+    rate, subtype = file.samplerate, "PCM_24" if fine else "PCM_16"
+    if audio.perturbation is not None:
+        samples = np.concatenate(list(chosen)) / float(2**31 if fine else 2**15)
+        samples, rate = audio.perturbation.applied(samples, rate)
+        chosen = [samples]
+    return _encode(chosen, rate, num_channels, subtype)
+
+
+def _whole_if_cut_before(audio: AudioLocation) -> AudioLocation:
+    """The whole file if it is only as long as the part: rows of a corpus that was cut keep the times of its source."""
+    wanted = audio.duration_seconds
+    if wanted is None:
+        return audio
+    with _open_file(audio) as file:
+        length = file.frames / file.samplerate
+    is_whole = abs(length - wanted) <= _tolerance(wanted) < audio.start_seconds + wanted - length
+    return replace(audio, start_seconds=0.0, duration_seconds=None, or_whole=False) if is_whole else audio
+
+
+@contextmanager
+def _open_file(audio: AudioLocation) -> Iterator[soundfile.SoundFile]:
+    try:
+        with _opened(audio) as source, opened_audio(source) as file:
+            yield file
+    except (OSError, ValueError, UserError) as error:
+        raise _unreadable(error) from error
+
+
+def _tolerance(seconds: float) -> float:
+    return 0.1 + 0.01 * seconds
 
 
 def _encode(blocks: Iterable[NDArray[Any]], rate: int, num_channels: int, subtype: str) -> bytes:

@@ -18,10 +18,21 @@ _MAX_SECONDS = 1e8
 class FieldNames:
     """Columns that may hold audio, text and language; the first one with a value counts.
 
-    The defaults are the names of NeMo, Common Voice and others.
+    The defaults are the names of NeMo, Common Voice, DeepSpeech, Hugging Face and others.
     """
 
-    audio: tuple[str, ...] = ("audio_filepath", "audio", "path", "file")
+    audio: tuple[str, ...] = (
+        "audio_filepath",
+        "audio",
+        "path",
+        "file",
+        "audio_file",
+        "audio_path",
+        "file_name",
+        "audio_file_name",
+        "filename",
+        "wav_filename",
+    )
     text: tuple[str, ...] = ("text", "sentence", "transcript", "transcription")
     language: tuple[str, ...] = ("lang", "language", "locale")
 
@@ -47,12 +58,17 @@ def first_of(row: Mapping[str, Any], names: Iterable[str]) -> Any:
 
 
 def checked_text(value: Any, names: Iterable[str]) -> str:
-    """A text.
+    """A text; a whole number is one.
 
     Raises:
         UnusableError: the value is no text, blank, or not Unicode.
     """
-    if not isinstance(value, str) or not value.strip():
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if value is not None and not isinstance(value, str):
+        shown = reprlib.repr(value)
+        raise UnusableError(Cause.EMPTY_TEXT, f"has the text {shown}, which is not a string: put it in quotes")
+    if value is None or not value.strip():
         raise UnusableError(Cause.EMPTY_TEXT, f"has no text: it needs one of the fields {', '.join(names)}")
     try:
         value.encode("utf-8")

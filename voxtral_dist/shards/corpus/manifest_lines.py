@@ -10,6 +10,7 @@ from collections import deque
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from voxtral_dist.data.stored.placeholders import HEAD_BYTES, placeholder_reason
 from voxtral_dist.data.stored.storage import open_regular
 from voxtral_dist.errors import UserError, first_line
 
@@ -42,6 +43,11 @@ class ManifestLines:
         self._parts: deque[bytes] = deque()
         try:
             plain = open_regular(path)
+            reason = placeholder_reason(plain.read(HEAD_BYTES))
+            if reason is not None:
+                plain.close()
+                raise UserError(f"The manifest {path} {reason}.")
+            plain.seek(0)
         except OSError as error:
             raise self._unreadable(error) from error
         self._file = cast(BinaryIO, gzip.GzipFile(fileobj=plain)) if path.suffix == ".gz" else plain

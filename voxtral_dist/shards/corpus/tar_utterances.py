@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from voxtral_dist.data.stored.checks import Cause, UnusableError, unusable_on_failure
+from voxtral_dist.data.stored.index_files import SHARD_TABLE_FILE
 from voxtral_dist.data.stored.layout import Field, UtteranceLayout
-from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.storage import Storage, is_remote
 from voxtral_dist.data.stored.utterance import MemberError, StoredUtterance, utterance_of
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
+from voxtral_dist.shards.corpus.fields import FieldNames, checked_language, first_of
+from voxtral_dist.shards.corpus.importer import CorpusContents, Importer
+from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.corpus.utterances import Line, Refusal, Utterance, key_of
+from voxtral_dist.shards.tars.files import is_tar_pattern, tar_locations
 from voxtral_dist.shards.tars.members import TarDamage
 from voxtral_dist.shards.tars.scan import MemberGroup, TarScan
+from voxtral_dist.text.json_text import parse_json
 
 _CAUSE_OF_PART = {
     "audio": Cause.NO_AUDIO,
@@ -65,11 +72,18 @@ def tar_utterance(group: MemberGroup, place: str, layout: UtteranceLayout) -> Ut
         key=key_of(f"{stored.key}.tar"),
         audio=AudioLocation(f"{stored.key}.{stored.audio_suffix.rpartition('.')[2]}", stored.audio),
         text=stored.text,
-        language=stored.language,
+        language=_language(stored, layout),
         place=place,
         instruction=stored.instruction,
         extra=_other_fields(stored, layout),
     )
+
+
+def _language(stored: StoredUtterance, layout: UtteranceLayout) -> str | None:
+    """The language of the layout's place; where that is the usual one and empty, of the names that corpora use."""
+    if stored.language is not None or layout.language != UtteranceLayout().language:
+        return stored.language
+    return checked_language(first_of(stored.fields, FieldNames().language))
 
 
 def _other_fields(stored: StoredUtterance, layout: UtteranceLayout) -> dict[str, Any]:
@@ -77,3 +91,40 @@ def _other_fields(stored: StoredUtterance, layout: UtteranceLayout) -> dict[str,
     places = (layout.text, layout.language, layout.instruction)
     known = {place.key for place in places if isinstance(place, Field) and place.member == "json"}
     return {name: value for name, value in stored.fields.items() if name not in known}
+
+
+def is_tars(source: str) -> bool:
+    """Whether a source is tars, or a folder with some."""
+    if is_tar_pattern(source) or (is_remote(source) and not Path(source).suffix):
+        return True
+    folder = Path(source)
+    return folder.is_dir() and any(is_tar_pattern(path.name) for path in folder.iterdir())
+
+
+def _open(source: str, options: CorpusOptions) -> CorpusContents:
+    storage = Storage()
+    locations = tar_locations(source, storage)
+    if options.instruction is None:
+        _refuse_to_lose_instructions(locations)
+    return CorpusContents({"tars": locations}, None, lambda: tar_lines(locations, options.layout, storage))
+
+
+def _refuse_to_lose_instructions(locations: Iterable[str]) -> None:
+    """Refuse answers as transcripts: the index beside tars says which of both their texts are."""
+    for folder in sorted({Path(location).parent for location in locations if not is_remote(location)}):
+        if _says_answers(folder / SHARD_TABLE_FILE):
+            raise UserError(
+                f"The texts in {folder} are answers to instructions, not transcripts: pass --instruction-field "
+                "instruction, or --instruction TEXT."
+            )
+
+
+def _says_answers(table: Path) -> bool:
+    """Whether the texts of a shard set are answers; False if its table is missing or damaged."""
+    try:
+        return parse_json(table.read_bytes())["layout"]["instruction"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+WEBDATASET = Importer("webdataset", is_tars, _open)

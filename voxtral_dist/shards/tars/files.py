@@ -8,6 +8,7 @@ from typing import BinaryIO, cast
 
 from braceexpand import braceexpand
 
+from voxtral_dist.data.stored.placeholders import HEAD_BYTES, placeholder_reason
 from voxtral_dist.data.stored.storage import Span, Storage, is_remote, join, open_regular
 from voxtral_dist.errors import UserError, first_line
 
@@ -28,13 +29,18 @@ def tar_locations(pattern: str, storage: Storage) -> list[str]:
     if pattern.startswith(PIPE_PREFIX):
         return list(braceexpand(pattern))
     try:
-        found = [pattern] if is_tar_pattern(pattern) else [join(pattern, name) for name in storage.sizes(pattern)]
+        found = [pattern] if is_tar_pattern(pattern) else _shown(pattern, storage)
         locations = [tar for name in found if is_tar_pattern(name) for tar in storage.expand(name)]
     except OSError as error:
         raise UserError(f"The tars {pattern} cannot be listed: {error.strerror or first_line(error)}.") from error
     if not locations:
         raise UserError(f"There are no tars in {pattern}: give a folder with tars, a glob or a brace range of them.")
     return sorted(locations)
+
+
+def _shown(folder: str, storage: Storage) -> list[str]:
+    """The files of a folder that are not hidden."""
+    return [join(folder, name) for name in storage.sizes(folder) if not name.startswith(".")]
 
 
 def is_tar_pattern(name: str) -> bool:
@@ -52,7 +58,12 @@ def open_tar(location: str, storage: Storage) -> tuple[BinaryIO, int | None]:
         return _open_pipe(location), None
     if not is_remote(location):
         path = storage.local_copy(location)
-        return _plain(open_regular(path), location, path.stat().st_size)
+        stream = open_regular(path)
+        if (reason := placeholder_reason(stream.read(HEAD_BYTES))) is not None:
+            stream.close()
+            raise UserError(f"The tar {location} {reason}.")
+        stream.seek(0)
+        return _plain(stream, location, path.stat().st_size)
     folder, _, name = location.rpartition("/")
     listed = storage.sizes(folder).get(name)
     if listed is None:
