@@ -46,7 +46,7 @@ class AudioLocation:
     perturbation: Perturbation | None = None
 
     def found(self) -> AudioLocation:
-        """The same audio at the first of its places that exists; of a file that was cut before, the whole.
+        """Choose the first of the places that exists; of a file that was cut before, the whole.
 
         Raises:
             UnusableError: there is none, or it cannot be read.
