@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from voxtral_dist.output.console import one_line, printable
+from voxtral_dist.output.console import copy_line, one_line, printable
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -85,7 +85,9 @@ class ProgressDisplay:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar where there is one."""
-        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+        shown = printable(line)
+        self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
+        copy_line(shown)
 
     def show(
         self, num_done: int, note: str = "", *, total: int | None = None, seconds_left: float | None = None

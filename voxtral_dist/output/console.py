@@ -9,12 +9,14 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 
 from voxtral_dist.output.masking import masked
 
 # All control characters but tabs and line feeds, and those that change the direction of what follows.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_PACKAGE = __name__.partition(".")[0]
 _LINE_END = re.compile("[\t\n\u2028\u2029]")
 
 
@@ -28,9 +30,28 @@ def one_line(text: str) -> str:
     return _LINE_END.sub(_escaped, text)
 
 
+# Takes what is said besides the terminal, and whether it is an error.
+_copy: Callable[[str, bool], None] | None = None
+
+
+def copy_to(copy: Callable[[str, bool], None] | None) -> None:
+    """Give what is said to a function too, and whether it is an error; None ends that."""
+    global _copy
+    _copy = copy
+
+
+def copy_line(line: str) -> None:
+    """Copy a line that a progress display has printed."""
+    if _copy is not None:
+        _copy(f"{line}\n", False)
+
+
 def say(text: object = "", *, to_errors: bool = False, end: str = "\n") -> None:
     """Print a text to standard output, or to standard error."""
-    print(printable(str(text)), file=sys.stderr if to_errors else sys.stdout, end=end, flush=True)
+    shown = printable(str(text))
+    print(shown, file=sys.stderr if to_errors else sys.stdout, end=end, flush=True)
+    if _copy is not None:
+        _copy(f"{shown}{end}", to_errors)
 
 
 def say_at_once(text: str) -> None:
@@ -41,8 +62,24 @@ def say_at_once(text: str) -> None:
 
 def set_up_logging() -> None:
     """Make log messages printable where nobody has configured logging."""
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_PrintableFormatter())
+    handler = _Handler(logging.WARNING)
+    handler.setFormatter(_PrintableFormatter())
+    logging.lastResort = handler
+
+
+class _Handler(logging.Handler):
+    """Says messages of this package, and errors of all others; prints other messages, which each rank repeats."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_said = record.levelno >= logging.ERROR or record.name.partition(".")[0] == _PACKAGE
+        try:
+            if is_said:
+                say(self.format(record), to_errors=True)
+            else:
+                sys.stderr.write(f"{self.format(record)}\n")
+                sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
 
 
 class _PrintableFormatter(logging.Formatter):
