@@ -10,7 +10,7 @@ import errno
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from voxtral_dist.checkpoints.complete import COMPLETE, CompleteCheckpoint, StoredFile, read_complete
@@ -62,6 +62,16 @@ def latest_step(run_dir: Path, world: World) -> int | None:
     for damage in damages.values():
         raise UserError(f"{damage} No other checkpoint is left: remove `checkpoints` to start over.")
     return None
+
+
+def newest_intact_step(run_dir: Path) -> int | None:
+    """Step of the newest checkpoint whose files have the right sizes, as this process sees the disk.
+
+    Raises:
+        UserError: a newer version wrote one.
+    """
+    intact = [path for path in _complete(run_dir / _FOLDER) if damage_of(path) is None]
+    return _step(intact[-1]) if intact else None
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
@@ -130,6 +140,8 @@ class CheckpointDirectory:
         self._save: SaveUnderWay | None = None
         # Step of the checkpoint that rotation never removes.
         self.kept_step: int | None = None
+        # Steps of checkpoints that somebody still reads.
+        self.steps_in_use: Callable[[], Collection[int]] = tuple
 
     def intact_steps(self) -> list[int]:
         """Steps of all checkpoints whose files have the right sizes, as rank 0 sees the disk."""
@@ -323,7 +335,7 @@ class CheckpointDirectory:
                 log.warning("%s It is now called %s, and is not used.", damage, _rename_damaged(folder).name)
         others = [path for path in _complete(self._folder) if path != newest]
         for folder in others[: max(0, len(others) + 1 - self._keep)]:
-            if self.kept_step is not None and folder.name == _name(self.kept_step):
+            if _step(folder) == self.kept_step or _step(folder) in self.steps_in_use():
                 continue
             # `complete.json` goes first: if the process is killed here, what remains is no checkpoint.
             (folder / COMPLETE).unlink()

@@ -120,3 +120,10 @@ class CheckpointConfig(Section):
     keep: int = Field(default=2, gt=0)
     """Complete checkpoints to keep. Older ones are removed after a newer one is complete, except the best one (see
     `evaluation.selection`)."""
+
+    upload: str | None = Field(default=None, pattern=r"^[A-Za-z][\w+.:-]*://.+")
+    """URL of a folder, such as `s3://bucket/runs/one`, for copies of this run's checkpoints, in any protocol of fsspec
+    that writes. Rank 0 uploads each one in the background after it is complete, reads it back, and keeps `keep` of them
+    and the best one there too. A run whose `run_dir` has none as new downloads the newest whole one at its start, with
+    metrics and evaluations. A store that does not answer never stops training: that is said once, recorded, and tried
+    again. Section `storage` has the limits of requests. None: no copies."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from voxtral_dist.checkpoints.directory import CheckpointDirectory
 from voxtral_dist.checkpoints.files import held_bytes
 from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.checkpoints.uploads import CheckpointUploads
 from voxtral_dist.config import CheckpointConfig
-from voxtral_dist.distributed.collectives import max_over_ranks
+from voxtral_dist.distributed.collectives import computed_on_first, max_over_ranks
 from voxtral_dist.distributed.devices import free_memory_bytes
+from voxtral_dist.distributed.standing import advance, stand
 from voxtral_dist.distributed.world import World, ranks_on_node
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.training.metrics_log import MetricsLog
@@ -35,8 +38,12 @@ class Saver:
         time_limit: TimeLimit,
         world: World,
         clock: Callable[[], float] = time.monotonic,
+        uploads: CheckpointUploads | None = None,
     ) -> None:
-        """Start the clock of `every_seconds`."""
+        """Start the clock of `every_seconds`. Rank 0 may have `uploads`, which take each complete checkpoint."""
+        self._uploads = uploads if world.is_first else None
+        if self._uploads is not None:
+            checkpoints.steps_in_use = self._uploads.steps_in_use
         self._settings = settings
         self._checkpoints = checkpoints
         self._engine = engine
@@ -69,6 +76,7 @@ class Saver:
         Raises:
             SharedWriteError: a checkpoint cannot be written.
         """
+        self._record_uploads()
         if agreed.is_written:
             self.complete()
         if is_awaited or agreed.save:
@@ -83,11 +91,12 @@ class Saver:
             SharedWriteError: it cannot be written.
         """
         self.complete()
+        stand("save", progress.step)
         self._began, self._step = self._clock(), progress.step
         with self._time_limit.measuring("save"):
             saved = self._checkpoints.save(self._engine, progress)
         seconds = self._time_limit.last("save")
-        self._record(saved.name, seconds, seconds)
+        self._record(saved, seconds, seconds)
 
     def save_in_background(self, progress: TrainProgress) -> None:
         """Copy the state, and let a thread write it; wait for both where memory does not allow that.
@@ -99,6 +108,7 @@ class Saver:
         if not self._has_memory():
             self.save(progress)
             return
+        stand("save", progress.step)
         self._began, self._step = self._clock(), progress.step
         self._checkpoints.start(self._engine, progress, in_background=True)
         self._stalled_seconds = self._clock() - self._began
@@ -111,11 +121,20 @@ class Saver:
         """
         if not self._checkpoints.is_under_way:
             return
+        stand("save", self._step)
         started = self._clock()
         saved = self._checkpoints.finish()
         ended = self._clock()
         self._time_limit.record("save", ended - self._began)
-        self._record(saved.name, ended - self._began, self._stalled_seconds + ended - started)
+        self._record(saved, ended - self._began, self._stalled_seconds + ended - started)
+
+    def finish_uploads(self) -> None:
+        """Wait until the newest checkpoint is uploaded, or one more attempt has failed."""
+        if self._settings.upload is None:
+            return
+        uploads = self._uploads
+        computed_on_first(lambda: None if uploads is None else uploads.finish(advance), self._world)
+        self._record_uploads()
 
     def newest(self) -> str | None:
         """The name of the newest checkpoint, after the one under way was completed; None if there is none."""
@@ -130,6 +149,14 @@ class Saver:
         is_short = held_bytes(self._engine, self._world) > _MAX_FRACTION * free
         return not max_over_ranks([int(is_short)], self._world)[0]
 
-    def _record(self, name: str, seconds: float, stalled_seconds: float) -> None:
-        values = {"path": name, "seconds": round(seconds, 3), "stalled_seconds": round(stalled_seconds, 3)}
+    def _record(self, saved: Path, seconds: float, stalled_seconds: float) -> None:
+        values = {"path": saved.name, "seconds": round(seconds, 3), "stalled_seconds": round(stalled_seconds, 3)}
         self._metrics_log.write("checkpoint", self._step, values)
+        if self._uploads is not None:
+            self._uploads.offer(self._step, saved, self._checkpoints.kept_step)
+
+    def _record_uploads(self) -> None:
+        for event in [] if self._uploads is None else self._uploads.events():
+            self._metrics_log.write("event", event.step, event.values)
+            if event.sentence is not None:
+                self._metrics_log.say(event.sentence)

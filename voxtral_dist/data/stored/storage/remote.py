@@ -6,6 +6,7 @@ passwords, which may be secrets.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -15,10 +16,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.callbacks import Callback
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from voxtral_dist.config import StorageConfig
@@ -34,6 +37,10 @@ _ATTEMPTS_IF_PERMANENT, _ATTEMPTS_IF_SHORT = 2, 3
 # Listing a folder, page by page, takes longer than reading a range.
 _LISTING_TIMEOUTS = 10
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+# Backends report progress in parts of up to 50 MB.
+_STALL_TIMEOUTS = 4
+# Object stores have no folders; asked for one, some make a bucket.
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf", "http", "https", "memory"}
 _STATUS_WORTH_A_RETRY = {408, 425, 429}
 _PERMANENT = (
     FileNotFoundError,
@@ -76,6 +83,17 @@ class RemoteFile:
         return hashlib.sha256(f"{self.location}\0{self.num_bytes}\0{self.version}".encode()).hexdigest()[:32]
 
 
+class _Progress(Callback):  # type: ignore[misc]  # of a package without types
+    """When a transfer made progress last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = time.monotonic()
+
+    def call(self, *arguments: Any, **named: Any) -> None:
+        self.at = time.monotonic()
+
+
 class Remote:
     """Requests to URLs; each process has its own connections, also after a fork."""
 
@@ -112,14 +130,26 @@ class Remote:
         version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key)), "")
         return RemoteFile(location, info.get("size"), version)
 
+    def folders(self, folder: str) -> list[str]:
+        """Names of the folders in a folder; none where it does not exist."""
+        try:
+            rows = self._listed(folder)
+        except MissingFileError:
+            return []
+        return [row["name"].rstrip("/").rsplit("/", 1)[-1] for row in rows if row["type"] == "directory"]
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder."""
-        rows = self._retry(
+        rows = self._listed(folder)
+        files = [row for row in rows if row["type"] == "file" and row["size"] is not None]
+        return {row["name"].rsplit("/", 1)[-1]: row["size"] for row in files if not row["name"].endswith("/")}
+
+    def _listed(self, folder: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self._retry(
             lambda: self._call(folder, "_ls", _LISTING_TIMEOUTS, detail=True),
             f"{redacted(folder)} cannot be listed",
         )
-        files = [row for row in rows if row["type"] == "file" and row["size"] is not None]
-        return {row["name"].rsplit("/", 1)[-1]: row["size"] for row in files if not row["name"].endswith("/")}
+        return rows
 
     def glob(self, pattern: str) -> list[str]:
         """The locations that match a pattern."""
@@ -132,6 +162,61 @@ class Remote:
             f"{protocol}://{filesystem._strip_protocol(name).lstrip('/')}" if "://" not in name else name
             for name in names
         ]
+
+    def upload(self, path: Path, location: str) -> None:
+        """Write a local file to a URL, in the place of what is there.
+
+        Raises:
+            StorageError: it cannot be written, or no part of it was for four timeouts.
+        """
+        folder, _, _ = location.rpartition("/")
+
+        def attempt() -> None:
+            if location.partition("://")[0].lower() not in _OBJECT_STORES:
+                self._call(folder, "_makedirs", exist_ok=True)
+            self._transfer(location, lambda filesystem, remote: (filesystem._put_file, str(path), remote))
+
+        self._retry(attempt, f"{redacted(location)} cannot be written")
+
+    def download(self, location: str, path: Path) -> None:
+        """Write what is at a URL to a local file.
+
+        Raises:
+            StorageError: it cannot be read, or no part of it was for four timeouts.
+        """
+        self._retry(
+            lambda: self._transfer(location, lambda filesystem, remote: (filesystem._get_file, remote, str(path))),
+            f"{redacted(location)} cannot be read",
+        )
+
+    def remove(self, location: str) -> None:
+        """Remove an object, if it is there.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        try:
+            self._retry(lambda: self._call(location, "_rm_file"), f"{redacted(location)} cannot be removed")
+        except MissingFileError:
+            return
+
+    def _transfer(self, location: str, function: Callable[[AsyncFileSystem, str], tuple[Any, str, str]]) -> None:
+        """Wait for a transfer of any length as long as it makes progress."""
+        filesystem, remote = self._resolve(location)
+        operation, source, target = function(filesystem, remote)
+        progress = _Progress()
+        future = asyncio.run_coroutine_threadsafe(operation(source, target, callback=progress), filesystem.loop)
+        limit = _STALL_TIMEOUTS * self._config.timeout_seconds
+        while True:
+            try:
+                future.result(timeout=min(1.0, limit))
+                return
+            except TimeoutError:
+                if future.done():
+                    raise
+                if time.monotonic() - progress.at > limit:
+                    future.cancel()
+                    raise
 
     def _resolve(self, location: str) -> tuple[AsyncFileSystem, str]:
         if f"{MASK}@" in location or f"={MASK}" in location:
