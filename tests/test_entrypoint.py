@@ -444,3 +444,33 @@ def test_two_nodes_meet_over_a_network(tmp_path, namespaces):
     """The nodes share only a network: the second one finds the first one by name."""
     prefixes = [["ip", "netns", "exec", name] for name in namespaces]
     run_two_nodes(tmp_path, prefixes, MASTER_ADDR="first-node", MASTER_PORT="29500")
+
+
+def test_a_range_of_nodes_is_a_run_of_torchrun():
+    result = dry_run(NUM_NODES="2:4", MASTER_ADDR="first", MASTER_PORT="4000", NODE_RANK="1", PROCS_PER_NODE="8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[:4] == ["python", "-u", "-m", "torch.distributed.run"]
+    options = dict(re.findall(r"--([\w-]+)=(\S+)", result.stdout))
+    assert (options["nnodes"], options["nproc-per-node"], options["max-restarts"]) == ("2:4", "8", "20")
+    assert options["rdzv-endpoint"] == "first:4000"
+    assert options["rdzv-conf"].endswith("is_host=0")
+    assert result.stdout.split()[-2:] == ["--config", "c.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"NUM_NODES": "4:2", "MASTER_ADDR": "first"}, "NUM_NODES (its maximum) must be a whole number from 4 "),
+        ({"NUM_NODES": "x:2", "MASTER_ADDR": "first"}, "NUM_NODES (its minimum) must be a whole number from 1 "),
+        ({"NUM_NODES": "2:4"}, "MASTER_ADDR must be set for NUM_NODES=2:4, but is missing; "),
+        ({"NUM_NODES": "2:4", "MASTER_ADDR": "first", "MAX_RESTARTS": "-1"}, "MAX_RESTARTS must be a whole number "),
+        (
+            {"NUM_NODES": "2:4", "MASTER_ADDR": "first", "NODE_RANK": "4"},
+            "NODE_RANK must be a whole number from 0 to 3",
+        ),
+    ],
+)
+def test_a_range_of_nodes_is_checked(variables, sentence):
+    result = dry_run(**variables)
+    assert result.returncode == 2
+    assert sentence in result.stderr

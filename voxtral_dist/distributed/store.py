@@ -40,8 +40,9 @@ def meet(address: str, port: int, rank: int, timeout: timedelta) -> Store:
         LostPeerError: rank 0 was not reached.
         UserError: rank 0 cannot listen on the port.
     """
-    # The agent's store outlives ranks that it starts again, and a process may join several worlds.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # The agent's store outlives ranks that it starts again, and a process may join several worlds. Agents that have
+    # come later have counted fewer restarts, so the count is no name for a store that ranks host.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _is_hosted_by_agent() else "0"
     started = time.monotonic()
     try:
         connection = _connection(address, port, rank == 0, timeout)
