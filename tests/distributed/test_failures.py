@@ -317,6 +317,24 @@ def test_a_failure_ends_other_nodes(config):
     assert _seconds_since_failure(outputs[1]) < 30
 
 
+def _leave_before_a_collective_has_ended(rank: int) -> NoReturn:
+    with joined_world():
+        dist.all_reduce(torch.ones(1))
+        if rank == 0:
+            time.sleep(1.0)
+        total = torch.ones(1)
+        work = dist.all_reduce(total, async_op=True)
+        if rank == 0:
+            work.wait()
+            print(float(total), end="")
+    os._exit(0)
+
+
+def test_no_rank_leaves_a_collective_that_others_still_take_part_in(end):
+    ended = run_programs(2, _leave_before_a_collective_has_ended, limit_seconds=LIMIT_SECONDS)
+    assert ended == [Ended(0, "2.0"), Ended(0, "")]
+
+
 def _join_twice(rank: int) -> NoReturn:
     for _ in range(2):
         with joined_world():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public classes all the same
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # public classes all the same
 
 from voxtral_dist.distributed.failures import newest_end, shared_failures
 from voxtral_dist.distributed.heartbeats import lost_peers_as_message
@@ -28,6 +29,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 START_TIMEOUT = timedelta(minutes=10)
 # Of the store that ranks meet by to say that their arguments are refused; rank 0 may still be importing torch.
 _MEETING_TIMEOUT = timedelta(minutes=1)
+
+
+# The counter of ranks that have finished, and the pause between two looks at it.
+_NUM_FINISHED, _POLL_SECONDS = "finished", 0.05
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def _joined(timeout: timedelta, start_timeout: timedelta) -> Iterator[World]:
         is_group_kept = size > 1
         try:
             yield World(rank, size, local_rank, device, timeout)
+            _finish_together(store, size, device, timeout)
             is_group_kept = False
         finally:
             if not is_group_kept:
@@ -187,6 +193,20 @@ def set_timeouts(timeout: timedelta) -> None:
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in dist.distributed_c10d._world.pg_map:
         set_timeout(timeout, group)
+
+
+def _finish_together(store: Store, size: int, device: torch.device, timeout: timedelta) -> None:
+    """Wait until no rank takes part in a collective any more.
+
+    Destroying a group aborts what is under way in it, and what NCCL aborts in the middle of a transfer has taken nodes
+    out of service. A rank that fails instead ends this process by the failure watch.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    deadline = time.monotonic() + timeout.total_seconds()
+    store.add(_NUM_FINISHED, 1)
+    while store.add(_NUM_FINISHED, 0) < size and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def _destroy_group() -> None:
