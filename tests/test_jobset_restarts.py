@@ -129,7 +129,7 @@ def test_what_would_fail_again_ends_the_jobset_at_once(spec, code, other):
     assert play(spec, [[Pod(code), Pod(other)]]) == Played("failed", restarts=0, counted=0)
 
 
-@pytest.mark.parametrize("code", [1, 74, 76, 134, 137, 139, 143, 247])
+@pytest.mark.parametrize("code", [1, 74, 76, 77, 134, 137, 139, 143, 247])
 def test_other_failures_count(spec, code):
     most = spec["failurePolicy"]["maxRestarts"]
     lost = [Pod(code), Pod(76)]

@@ -55,6 +55,12 @@ class LostPeerError(UserError):
         self.lost_ranks = tuple(lost_ranks)
 
 
+class HangError(UserError):
+    """A run in which no rank makes progress; the same command resumes it."""
+
+    exit_code = 77
+
+
 class WriteError(RankError):
     """Results of one rank that cannot be written: the disk is full or read-only, or the folder is gone."""
 

@@ -27,6 +27,7 @@ from voxtral_dist.checkpoints.directory import checkpoint_folder, checkpoint_of_
 from voxtral_dist.checkpoints.loading import checkpoint_weights, config_of_checkpoint, is_checkpoint, refuse_ema
 from voxtral_dist.config import CardConfig, LoraConfig, RunConfig, load_config
 from voxtral_dist.distributed.collectives import PatientSum
+from voxtral_dist.distributed.standing import advancing
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.errors import UserError
@@ -84,7 +85,7 @@ def export_trained(engine: Engine, config: RunConfig, world: World, step: int) -
         WriteError: on rank 0; the disk is full, for example.
     """
     arrive = PatientSum(world)
-    weights = engine.weights()
+    weights = advancing(engine.weights())
     if world.is_first:
         with write_errors_named("The exported model", config.run_dir, DISK_ERRORS):
             _write(weights, config, step)

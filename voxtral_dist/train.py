@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -13,12 +14,16 @@ from typing import Any
 from voxtral_dist.checkpoints.changes import Change, changes_since, refuse_incomparable, refuse_unknown_keys
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, checkpoint_folder, latest_step
 from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.checkpoints.remote import fetch_newest
+from voxtral_dist.checkpoints.uploads import build_uploads
 from voxtral_dist.config import ModelConfig, RunConfig, dump_config
 from voxtral_dist.data.loader import TrainLoader, build_train_loader
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.distributed.collectives import max_over_ranks
 from voxtral_dist.distributed.devices import device_name, peak_flops
 from voxtral_dist.distributed.process_settings import set_compile_cache
+from voxtral_dist.distributed.standing import data_waits, stand
+from voxtral_dist.distributed.watchdog import Watchdog
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.compilation import with_chosen_compilation
@@ -38,6 +43,7 @@ from voxtral_dist.model.flops import TrainingFlops, training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.voxtral import read_voxtral_config
 from voxtral_dist.output.console import say
+from voxtral_dist.output.rank_log import open_rank_log, rank_log_closed
 from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer
@@ -52,6 +58,7 @@ from voxtral_dist.training.saver import Saver
 from voxtral_dist.training.selection import Verdict
 from voxtral_dist.training.signals import StopRequest, stop_signals
 from voxtral_dist.training.step import Requests, TrainStep
+from voxtral_dist.training.stragglers import Stragglers
 from voxtral_dist.training.summary import write_summary
 from voxtral_dist.training.time_limit import Part, TimeLimit
 from voxtral_dist.training.versions import package_versions
@@ -100,7 +107,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
     Raises:
         UserError: the configuration, the model, the data and this machine do not fit together.
     """
-    with stop_signals() as stop:
+    with stop_signals() as stop, rank_log_closed():
         try:
             return _train(config, world, stop, allow_changed)
         except _StoppedEarlyError:
@@ -112,6 +119,8 @@ def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Se
     refuse_different_runs(config, allow_changed, world)
     refuse_unknown_keys(allow_changed, config)
     check_before_loading(config, world)
+    fetch_newest(config, world)
+    open_rank_log(config.run_dir / "logs", world.rank, world.size)
     set_compile_cache(config.storage.cache_dir)
     chosen, checkpointing = with_chosen_checkpointing(with_chosen_compilation(config, world), world)
     prompts = VoxtralPrompts.from_pretrained(config.model.path, config.model.max_positions)
@@ -139,6 +148,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Se
         # Workers are forked before the engine exists: else each page of weights and moments in host memory would be
         # shared with them, and copied by the system at the first update.
         steps = stack.enter_context(loader.starting_at(saved_step or 0))
+        stack.enter_context(Watchdog(config.run_dir, config.distributed.watchdog_seconds, world))
         engine = build_engine(chosen, log_mel, world, loader.training_set.max_windows_per_micro_batch)
         flops = training_flops(chosen.model, config.trainable)
         checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world, fingerprints)
@@ -150,15 +160,18 @@ def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Se
         )
         evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
-        saver = Saver(config.checkpoint, checkpoints, engine, metrics_log, time_limit, world)
+        saver = Saver(
+            config.checkpoint, checkpoints, engine, metrics_log, time_limit, world, uploads=build_uploads(config)
+        )
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world, saver.newest)
+        stragglers = Stragglers(metrics_log, world, socket.gethostname())
         step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
                 evaluator.evaluate(progress.step)
         verdict = selector.select(progress.step)
-        for batches in () if verdict.must_stop else steps:
+        for batches in () if verdict.must_stop else data_waits(steps, progress.step):
             result = step.run(batches, _requests(stop, time_limit, evaluator, saver, progress.step + 1))
             progress = result.advance(progress)
             time_limit.record("step", result.metrics.step_seconds)
@@ -167,8 +180,10 @@ def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Se
             is_last = progress.step == loader.num_steps
             is_evaluated = evaluator.is_due(progress.step)
             must_stop = result.agreed.stop_in_time or (result.agreed.stop and not is_last)
+            stragglers.after_step(progress.step, batches.waiting_seconds)
             saver.after_step(progress, result.agreed, is_awaited=is_last or is_evaluated or must_stop)
             if must_stop:
+                saver.finish_uploads()
                 return _stopped(config, progress, metrics_log, by_signal=result.agreed.stop)
             if is_evaluated:
                 with time_limit.measuring("evaluation"):
@@ -180,14 +195,17 @@ def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Se
                 is_short = time_limit.is_too_short_for("step", "save")
                 by_signal, in_time = max_over_ranks([int(stop.requested), int(is_short)], world)
                 if not is_last and (by_signal or in_time):
+                    saver.finish_uploads()
                     return _stopped(config, progress, metrics_log, by_signal=bool(by_signal))
         steps.close()
+        stand("end", progress.step)
         verdict = _load_selected(engine, progress, verdict, selector, checkpoints)
         with shown_weights(engine, config.evaluation):
             export_trained(engine, config, world, verdict.best_step or progress.step)
         metrics_log.refuse_if_gone()
         if world.is_first:
             _conclude(config, progress, verdict, world)
+        saver.finish_uploads()
         metrics_log.say(
             f"Done: the exported model is in {config.run_dir}, the summary in {config.run_dir / 'summary.json'}."
         )

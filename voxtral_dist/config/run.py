@@ -40,6 +40,12 @@ class DistributedConfig(Section):
     Longer than the longest wait for data and than the slowest part of a save; what rank 0 does alone for long
     (scores, exports, the end of a save), and unequal parts of evaluations, are waited for without a limit."""
 
+    watchdog_seconds: float | None = Field(default=300.0, gt=0)
+    """Seconds without progress on any rank after which the run ends with code 77, and the stacks of all threads of all
+    ranks are written to `run_dir/hangs/`. Steps, waits for data, saves, evaluations and exports may take five times as
+    long as the longest one so far, if that is more; until some were measured, six times this value. Less than
+    `timeout_seconds`, or collectives end the run before. Debuggers need null. None: no watchdog."""
+
 
 class CardConfig(Section):
     """Statements of model cards that a run cannot know; see docs/publishing.md.

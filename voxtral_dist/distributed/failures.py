@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -100,9 +100,9 @@ def shared_failures(store: Store, rank: int, size: int, limit_seconds: float = m
     if size == 1:
         yield
         return
-    global _newest_end
+    global _newest_end, _newest_watch
     _newest_end = end = CommonEnd(store, rank, size)
-    watch = FailureWatch(store, rank, size, end, limit_seconds)
+    _newest_watch = watch = FailureWatch(store, rank, size, end, limit_seconds)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -176,9 +176,23 @@ class CommonEnd:
 _newest_end: CommonEnd | None = None
 
 
+# The failure watch of that world.
+_newest_watch: FailureWatch | None = None
+
+
 def newest_end() -> CommonEnd | None:
     """The end of the world that this process has joined last; None if it has joined none, or is alone in it."""
     return _newest_end
+
+
+def watch_also(look: Callable[[Store], Failure | None] | None) -> None:
+    """Let the failure watch of this process's newest world call a function at each poll; None ends that.
+
+    Args:
+        look: takes the store of the watch, and returns a failure that ends all ranks, or None.
+    """
+    if _newest_watch is not None:
+        _newest_watch.look = look
 
 
 class FailureWatch:
@@ -210,6 +224,7 @@ class FailureWatch:
         self._size = size
         self._common_end = end
         self._own: Failure | None = None
+        self.look: Callable[[Store], Failure | None] | None = None
         self._wake = threading.Event()
         self._done = threading.Event()
         self._ending = threading.Lock()
@@ -260,6 +275,9 @@ class FailureWatch:
         self._has_first_left = self._beats.has_left(0)
         self._refuse_silent()
         self._refuse_failed_collective()
+        found = None if self.look is None else self.look(self._store)
+        if found is not None:
+            self._share(found)
         if self._store.check([_FIRST_FAILURE]):
             failure = Failure(**json.loads(self._store.get(_FIRST_FAILURE)))
             if self._ending.acquire(blocking=False):
@@ -275,7 +293,7 @@ class FailureWatch:
         self._next_look = now + min(_LOOK_SECONDS, self._silent_limit_seconds / 4)
         lost = self._beats.lost(self._silent_limit_seconds)
         if lost:
-            self._share(self._beats.loss(lost))
+            self._share(self._loss(self._beats.loss(lost)))
 
     def _refuse_failed_collective(self) -> None:
         """End the run for a collective of NCCL that has failed, after looking for some seconds for who is gone."""
@@ -286,12 +304,12 @@ class FailureWatch:
         self._failed_at = self._failed_at or now
         lost = self._beats.lost(SILENT_SECONDS)
         if lost:
-            self._share(self._beats.loss(lost))
+            self._share(self._loss(self._beats.loss(lost)))
         elif now - self._failed_at > SILENT_SECONDS:
-            self._share(vain_wait(self._rank, f"NCCL: {error}", self._limit_seconds))
+            self._share(self._loss(vain_wait(self._rank, f"NCCL: {error}", self._limit_seconds)))
 
-    def _share(self, error: LostPeerError) -> None:
-        self._store.compare_set(_FIRST_FAILURE, "", json.dumps(asdict(self._loss(error))))
+    def _share(self, failure: Failure) -> None:
+        self._store.compare_set(_FIRST_FAILURE, "", json.dumps(asdict(failure)))
 
     def _loss(self, error: LostPeerError) -> Failure:
         """The loss of others, which no main thread prints."""

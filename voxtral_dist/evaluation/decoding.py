@@ -23,6 +23,7 @@ from voxtral_dist.distributed.collectives import (
     max_over_ranks,
     wait_for_all,
 )
+from voxtral_dist.distributed.standing import advance
 from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, out_of_memory_reason
 from voxtral_dist.errors import RankError, SharedError, UserError
@@ -131,7 +132,9 @@ class _RankDecoder:
                     self._add(decoded)
             else:
                 for batch in taken:
-                    self._add(self._decoder.decode(self._read(batch), with_loss=self._with_loss))
+                    examples = self._read(batch)
+                    advance([example.key for example in examples])
+                    self._add(self._decoder.decode(examples, with_loss=self._with_loss))
         except Exception:
             queue.stop()
             raise
@@ -152,6 +155,7 @@ class _RankDecoder:
         for first in range(0, len(self._batches), self._world.size):
             examples, most_windows = self._read_together(self._batches[first : first + self._world.size])
             batch = examples or [self._decoder.silence]
+            advance([example.key for example in examples])
             try:
                 decoded = self._decoder.decode(batch, with_loss=self._with_loss, most_windows=most_windows)
             except Exception as error:
@@ -180,6 +184,7 @@ class _RankDecoder:
         return examples, most_windows
 
     def _add(self, decoded: DecodedExamples) -> None:
+        advance()
         self.pairs += decoded.pairs
         self.loss_sum += decoded.loss_sum
         self.num_target_tokens += decoded.num_target_tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig
+from voxtral_dist.distributed.standing import stand
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder
@@ -56,6 +57,7 @@ class Evaluator:
         test_sets = self._not_measured(step)
         if not test_sets:
             return
+        stand("evaluation", step)
         out_dir = self.out_dir / f"step-{step:07d}"
         with (
             shown_weights(self.engine, self.settings),

@@ -15,6 +15,7 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import StepBatches
 from voxtral_dist.distributed.collectives import max_over_ranks, sum_over_ranks, sum_tensor_over_ranks
 from voxtral_dist.distributed.devices import peak_memory_bytes
+from voxtral_dist.distributed.standing import stand
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.optim import learning_rate
@@ -168,6 +169,7 @@ class TrainStep:
         losses = []
         for number, batch in enumerate(self.ahead(micro_batches)):
             # Dropout depends on the position in the run, and not on what ran before.
+            stand("step", step, self.world.rank + number * self.world.size, batch.keys)
             torch.manual_seed(_dropout_seed(self.seed, step, self.world.rank + number * self.world.size))
             is_last = number == len(micro_batches) - 1
             losses.append(self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last))
