@@ -51,6 +51,7 @@ from voxtral_dist.training.ahead import MicroBatchesAhead
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
+from voxtral_dist.training.metrics_endpoint import MetricsEndpoint, served_metrics
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data, refuse_unshared
 from voxtral_dist.training.same_run import refuse_different_runs
@@ -107,14 +108,17 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
     Raises:
         UserError: the configuration, the model, the data and this machine do not fit together.
     """
-    with stop_signals() as stop, rank_log_closed():
+    port, limit_seconds = config.metrics.prometheus_port, config.distributed.timeout_seconds
+    with stop_signals() as stop, rank_log_closed(), served_metrics(port, limit_seconds, world) as endpoint:
         try:
-            return _train(config, world, stop, allow_changed)
+            return _train(config, world, stop, endpoint, allow_changed)
         except _StoppedEarlyError:
             return EXIT_STOPPED
 
 
-def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Sequence[str]) -> int:
+def _train(
+    config: RunConfig, world: World, stop: StopRequest, endpoint: MetricsEndpoint | None, allow_changed: Sequence[str]
+) -> int:
     time_limit = TimeLimit(config.max_run_hours)
     refuse_different_runs(config, allow_changed, world)
     refuse_unknown_keys(allow_changed, config)
@@ -154,7 +158,7 @@ def _train(config: RunConfig, world: World, stop: StopRequest, allow_changed: Se
         checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world, fingerprints)
         progress = checkpoints.load(engine, saved_step)
         _end_if_asked(stop, world)
-        metrics_log = stack.enter_context(_open_metrics_log(config, loader.num_steps, progress, world))
+        metrics_log = stack.enter_context(_open_metrics_log(config, loader.num_steps, progress, world, endpoint))
         _announce(
             config, chosen.model, checkpointing, progress, loader, engine.parameter_table(), world, metrics_log, changes
         )
@@ -259,7 +263,9 @@ def build_train_step(
     )
 
 
-def _open_metrics_log(config: RunConfig, num_steps: int, progress: TrainProgress, world: World) -> MetricsLog:
+def _open_metrics_log(
+    config: RunConfig, num_steps: int, progress: TrainProgress, world: World, endpoint: MetricsEndpoint | None
+) -> MetricsLog:
     peak_of_rank = peak_flops(world.device, config.model.precision, config.metrics.peak_tflops)
     return MetricsLog(
         config.run_dir,
@@ -268,6 +274,7 @@ def _open_metrics_log(config: RunConfig, num_steps: int, progress: TrainProgress
         world,
         peak_flops=peak_of_rank and peak_of_rank * world.size,
         with_tensorboard=config.metrics.tensorboard,
+        endpoint=endpoint,
     )
 
 

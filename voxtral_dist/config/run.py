@@ -23,6 +23,11 @@ class MetricsConfig(Section):
     """Write scalars for TensorBoard to `run_dir/tensorboard`. Does nothing where the package tensorboard is not
     installed."""
 
+    prometheus_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port on which the first rank of each host serves the newest measurements to Prometheus (`/metrics`), and an
+    answer to probes (`/alive`): 503 once it has heard nothing of other ranks for `distributed.timeout_seconds`. Needs
+    the package prometheus_client. None: nothing is served."""
+
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak dense throughput of one rank's device in the model's precision, in 10^12 operations per second, for the
     model FLOPs utilization. None: the value of the data sheet for known devices, and no utilization for others."""

@@ -113,6 +113,8 @@ def shared_failures(store: Store, rank: int, size: int, limit_seconds: float = m
     except BaseException:
         watch.leave()
         raise
+    finally:
+        _newest_watch = None
     watch.leave()
 
 
@@ -176,7 +178,7 @@ class CommonEnd:
 _newest_end: CommonEnd | None = None
 
 
-# The failure watch of that world.
+# The failure watch of that world, as long as the process is in it.
 _newest_watch: FailureWatch | None = None
 
 
@@ -200,6 +202,9 @@ class FailureWatch:
 
     It ends the process whatever the main thread waits for: a kernel of NCCL, a collective, a store, a data worker. A
     rank that is killed writes nothing: rank 0 misses its signs of life, and the others miss rank 0's store.
+
+    Attributes:
+        heard_at: when the store last answered, by `time.monotonic`.
     """
 
     def __init__(self, store: Store, rank: int, size: int, end: CommonEnd, limit_seconds: float = math.inf) -> None:
@@ -215,7 +220,7 @@ class FailureWatch:
         self._limit_seconds = limit_seconds
         # Before NCCL's own watchdog ends the process without a sentence.
         self._silent_limit_seconds = 0.9 * limit_seconds
-        self._heard_at = time.monotonic()
+        self.heard_at = time.monotonic()
         self._has_first_left = False
         self._next_look = 0.0
         self._failed_at: float | None = None
@@ -270,7 +275,7 @@ class FailureWatch:
 
     def _look(self) -> None:
         self._beats.beat()
-        self._heard_at = time.monotonic()
+        self.heard_at = time.monotonic()
         # The store may go with it, while this rank still has its own work to do.
         self._has_first_left = self._beats.has_left(0)
         self._refuse_silent()
@@ -318,13 +323,13 @@ class FailureWatch:
     def _watch_store(self) -> None:
         """End this process if rank 0's store does not answer for too long; a call of it may block for ever."""
         while not self._wake.wait(_POLL_SECONDS):
-            if time.monotonic() - self._heard_at > self._silent_limit_seconds:
+            if time.monotonic() - self.heard_at > self._silent_limit_seconds:
                 self._end_without_store()
 
     def _end_without_store(self) -> None:
         """End this process because the store is gone, unless one of this rank and rank 0 has finished."""
         if not (self._wake.is_set() or self._has_first_left) and self._ending.acquire(blocking=False):
-            self._end(self._loss(loss_of_store(time.monotonic() - self._heard_at)), has_store=False)
+            self._end(self._loss(loss_of_store(time.monotonic() - self.heard_at)), has_store=False)
 
     def _confirm(self) -> None:
         """Say that this rank knows, or has finished; rank 0 waits for all others. None uses the store later."""
@@ -354,3 +359,8 @@ class FailureWatch:
             for child in multiprocessing.active_children():
                 child.kill()
         os._exit(failure.exit_code)
+
+
+def heard_seconds_ago() -> float:
+    """Seconds since this process last heard from the ranks' store; 0 where there are no other ranks."""
+    return 0.0 if _newest_watch is None else time.monotonic() - _newest_watch.heard_at

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from voxtral_dist.checkpoints.directory import checkpoint_folder
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
 from voxtral_dist.files import write_errors_named
 from voxtral_dist.output.masking import masked
 from voxtral_dist.training.display import TrainDisplay
+from voxtral_dist.training.metrics_endpoint import MetricsEndpoint
 from voxtral_dist.training.metrics_file import DAMAGED_FILE, drop_rows_after, read_metrics
 from voxtral_dist.training.step_metrics import StepMetrics
 from voxtral_dist.training.tensorboard import open_writer, write_scalars
@@ -35,6 +38,7 @@ class MetricsLog:
         world: World,
         peak_flops: float | None = None,
         with_tensorboard: bool = False,
+        endpoint: MetricsEndpoint | None = None,
     ) -> None:
         """Prepare the record of a run that continues after `first_step` updates.
 
@@ -46,6 +50,7 @@ class MetricsLog:
             peak_flops: operations per second of all ranks together; None where unknown, so that no utilization is
                 recorded.
             with_tensorboard: also write scalars, where the package is installed.
+            endpoint: of this host, on the rank that serves it.
         """
         self._world = world
         self._run_dir = run_dir
@@ -55,6 +60,9 @@ class MetricsLog:
         self._display = TrainDisplay(num_steps, first_step, peak_flops) if world.is_first else None
         self._with_tensorboard = with_tensorboard
         self._tensorboard: SummaryWriter | None = None
+        self._endpoint = endpoint
+        if endpoint is not None:
+            endpoint.begin(num_steps, first_step, _saved_at(run_dir, first_step))
 
     def __enter__(self) -> Self:
         if self._display is not None:
@@ -90,6 +98,8 @@ class MetricsLog:
         Raises:
             WriteError: on rank 0; the disk is full, or `run_dir` is gone.
         """
+        if self._endpoint is not None and kind == "checkpoint":
+            self._endpoint.record_checkpoint(step, time.time())
         if not self._world.is_first:
             return
         self.refuse_if_gone()
@@ -112,7 +122,10 @@ class MetricsLog:
 
     def train_step(self, step: int, metrics: StepMetrics) -> None:
         """Append a row of kind `train` and update the display."""
-        self.write("train", step, metrics.row(self._peak_flops))
+        row = metrics.row(self._peak_flops)
+        self.write("train", step, row)
+        if self._endpoint is not None:
+            self._endpoint.record_step(step, row)
         if self._display is not None:
             self._display.show(step, metrics)
 
@@ -133,3 +146,11 @@ class MetricsLog:
                 "No scalars are written for TensorBoard: install its package by "
                 "`pip install 'voxtral-dist[tensorboard]'`, or set `metrics.tensorboard` to false."
             )
+
+
+def _saved_at(run_dir: Path, step: int) -> float | None:
+    """The time of the checkpoint of a step; None if there is none."""
+    try:
+        return checkpoint_folder(run_dir, step).stat().st_mtime
+    except FileNotFoundError:
+        return None
