@@ -173,7 +173,9 @@ def _train(
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
-                evaluator.evaluate(progress.step)
+                is_complete = evaluator.evaluate(progress.step, lambda: stop.requested)
+            if not is_complete:
+                return _stopped(config, progress, metrics_log, by_signal=True)
         verdict = selector.select(progress.step)
         for batches in () if verdict.must_stop else data_waits(steps, progress.step):
             result = step.run(batches, _requests(stop, time_limit, evaluator, saver, progress.step + 1))
@@ -191,7 +193,10 @@ def _train(
                 return _stopped(config, progress, metrics_log, by_signal=result.agreed.stop)
             if is_evaluated:
                 with time_limit.measuring("evaluation"):
-                    evaluator.evaluate(progress.step)
+                    is_complete = evaluator.evaluate(progress.step, lambda: stop.requested)
+                if not is_complete:
+                    saver.finish_uploads()
+                    return _stopped(config, progress, metrics_log, by_signal=True)
                 verdict = selector.select(progress.step)
                 if verdict.must_stop:
                     break

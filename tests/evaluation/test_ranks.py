@@ -13,7 +13,7 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.batch_decoder import DecodedExamples
-from voxtral_dist.evaluation.decoding import decode_batches
+from voxtral_dist.evaluation.decoding import EvaluationStoppedError, decode_batches
 from voxtral_dist.scoring.results import TestSetResult
 
 from corpora import pack_manifest, write_speech_manifest
@@ -79,3 +79,44 @@ def seconds_after_loading(world: World, late: float) -> float:
 
 def test_the_time_of_decoding_begins_when_all_ranks_are_ready() -> None:
     assert max(run_ranks(2, seconds_after_loading, 4.0)) < 2.0
+
+
+class Counting(Instant):
+    """The same, which counts its batches; `in_lockstep` or not."""
+
+    def __init__(self, in_lockstep: bool) -> None:
+        self.in_lockstep = in_lockstep
+        self.num_batches = 0
+        self.silence = None
+
+    def decode(self, examples: list[Example], *, with_loss: bool, most_windows: int | None = None) -> DecodedExamples:
+        self.num_batches += 1
+        time.sleep(0.02)
+        return DecodedExamples([])
+
+
+def stopped_on_rank_1(world: World, in_lockstep: bool) -> tuple[int, bool]:
+    """Batches of this rank before all stop because rank 1 is asked to at its third one, and whether they stopped."""
+    decoder = Counting(in_lockstep)
+    batches = [(number,) for number in range(1000)]
+    try:
+        decode_batches(
+            "speech",
+            batches,
+            lambda _: [],
+            decoder,  # type: ignore[arg-type]
+            False,
+            world,
+            lambda: world.rank == 1 and decoder.num_batches == 2,
+        )
+    except EvaluationStoppedError:
+        return decoder.num_batches, True
+    return decoder.num_batches, False
+
+
+@pytest.mark.parametrize("in_lockstep", [False, True])
+def test_all_ranks_stop_an_evaluation_before_the_next_batch(in_lockstep: bool) -> None:
+    first, second = run_ranks(2, stopped_on_rank_1, in_lockstep)
+    assert second == (2, True)
+    assert first[1]
+    assert first[0] == 2 if in_lockstep else first[0] < 500

@@ -45,8 +45,22 @@ class Decoded:
     seconds: float
 
 
+class EvaluationStoppedError(Exception):
+    """Ends an evaluation on all ranks alike between two batches, because one of them was asked to stop."""
+
+
+def _never() -> bool:
+    return False
+
+
 def decode_batches(
-    name: str, batches: Sequence[Batch], read: ReadBatch, decoder: BatchDecoder, with_loss: bool, world: World
+    name: str,
+    batches: Sequence[Batch],
+    read: ReadBatch,
+    decoder: BatchDecoder,
+    with_loss: bool,
+    world: World,
+    must_stop: Callable[[], bool] = _never,
 ) -> Decoded:
     """Decode this rank's part of all batches; each batch is decoded by one rank. All ranks call it together.
 
@@ -57,12 +71,14 @@ def decode_batches(
         decoder: decodes them.
         with_loss: whether to measure the loss of targets.
         world: all ranks.
+        must_stop: whether this rank is asked to stop; it is asked before each batch.
 
     Raises:
+        EvaluationStoppedError: on all ranks, if one of them was asked to stop.
         SharedError: on all ranks, if a rank could not read a batch, or could not decode one outside of lockstep.
         RankError: on a rank that could not decode a batch in lockstep.
     """
-    part = _RankDecoder(name, batches, read, decoder, with_loss, world)
+    part = _RankDecoder(name, batches, read, decoder, with_loss, world, must_stop)
     # The time of decoding excludes waiting for ranks that still load.
     wait_for_all(world)
     arrive = PatientSum(world)
@@ -70,13 +86,19 @@ def decode_batches(
     failure = part.decode()
     seconds = time.monotonic() - started
     # The last batch of another rank may take longer than a collective may.
-    arrive(0)
+    num_stopped = arrive(int(part.is_stopped))
     _refuse_if_any_failed(name, failure, world)
+    if num_stopped:
+        raise EvaluationStoppedError
     return Decoded(part.pairs, part.loss_sum, part.num_target_tokens, seconds)
 
 
 class _OtherRankFailedError(Exception):
     """Ends this rank's part; the rank that failed gives the reason."""
+
+
+class _StoppedInLockstepError(Exception):
+    """Ends this rank's part: all ranks agreed to stop."""
 
 
 class _OthersWaitError(RankError):
@@ -94,7 +116,11 @@ class _RankDecoder:
         decoder: BatchDecoder,
         with_loss: bool,
         world: World,
+        must_stop: Callable[[], bool],
     ) -> None:
+        # Whether this rank was asked to stop before all batches were taken.
+        self.is_stopped = False
+        self._must_stop = must_stop
         self.pairs: list[tuple[Example, Hypothesis]] = []
         self.loss_sum = 0.0
         self.num_target_tokens = 0
@@ -112,7 +138,7 @@ class _RankDecoder:
                 self._decode_in_lockstep()
             else:
                 self._decode_from_queue()
-        except _OtherRankFailedError:
+        except (_OtherRankFailedError, _StoppedInLockstepError):
             return None
         except _OthersWaitError:
             raise
@@ -125,7 +151,7 @@ class _RankDecoder:
         is_continuous = self._decoder.is_continuous
         tasks = [group for batch in self._batches for group in groups_of(batch)] if is_continuous else self._batches
         queue = TaskQueue(len(tasks), self._world)
-        taken = (tasks[number] for number in queue)
+        taken = (tasks[number] for number in self._until_stopped(queue))
         try:
             if is_continuous:
                 for decoded in self._decoder.stream(self._read_ahead(taken), with_loss=self._with_loss):
@@ -138,6 +164,15 @@ class _RankDecoder:
         except Exception:
             queue.stop()
             raise
+
+    def _until_stopped(self, queue: TaskQueue) -> Iterator[int]:
+        """The numbers of the queue; once this rank is asked to stop, no rank gets another one."""
+        for number in queue:
+            if self._must_stop():
+                self.is_stopped = True
+                queue.stop()
+                return
+            yield number
 
     def _read_ahead(self, batches: Iterator[Batch]) -> Iterator[list[Example]]:
         """Read each batch while the one before it is decoded."""
@@ -176,11 +211,17 @@ class _RankDecoder:
         except Exception as error:
             failure = error
         num_windows = sum(example.num_windows for example in examples)
-        most_windows, any_failed = max_over_ranks([num_windows, int(failure is not None)], self._world)
+        asks = self._must_stop()
+        most_windows, any_failed, any_asks = max_over_ranks(
+            [num_windows, int(failure is not None), int(asks)], self._world
+        )
         if failure is not None:
             raise failure
         if any_failed:
             raise _OtherRankFailedError
+        if any_asks:
+            self.is_stopped = True
+            raise _StoppedInLockstepError
         return examples, most_windows
 
     def _add(self, decoded: DecodedExamples) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +29,12 @@ def evaluate_test_set(
     normalizer: Normalizer,
     out_dir: Path,
     world: World,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> TestSetResult:
     """Decode every utterance once over all ranks and write the results; every rank gets the result.
 
     Raises:
+        EvaluationStoppedError: `must_stop` was true on a rank before one of its batches; nothing is written.
         SharedError: an utterance of the test set is unusable, or a rank could not decode it.
         RankError: on rank 0, if utterances are missing.
         WriteError: on rank 0, if the results cannot be written.
@@ -40,7 +42,9 @@ def evaluate_test_set(
     if test_set.has_answers:
         # The steps of target text apply to transcripts only.
         normalizer = replace(normalizer, target_text=())
-    decoded = decode_batches(test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world)
+    decoded = decode_batches(
+        test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world, must_stop
+    )
     measured = _over_ranks(decoded, world)
     mine = [score_utterance(_utterance(test_set, *pair), normalizer, test_set.words) for pair in decoded.pairs]
     gathered = gather_on_first(mine, world)

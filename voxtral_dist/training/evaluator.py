@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from voxtral_dist.distributed.standing import stand
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder
+from voxtral_dist.evaluation.decoding import EvaluationStoppedError
 from voxtral_dist.evaluation.decoding_weights import decoding_weights, shown_weights
 from voxtral_dist.evaluation.evaluating import evaluate_test_set
 from voxtral_dist.evaluation.test_set import TestSet
@@ -52,8 +53,24 @@ class Evaluator:
         """Whether a resumed run still has to evaluate this step: it was killed between saving and evaluating."""
         return self.is_due(step) and bool(self._not_measured(step))
 
-    def evaluate(self, step: int) -> None:
-        """Measure every test set that was not measured at this step, and record the results."""
+    def evaluate(self, step: int, must_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Measure every test set that was not measured at this step, and record the results.
+
+        Args:
+            step: the number of updates so far.
+            must_stop: whether this rank is asked to stop; all ranks then stop before their next batch.
+
+        Returns:
+            Whether all were measured; false on all ranks where one was asked to stop. The run begins with the others
+            when it resumes.
+        """
+        try:
+            self._evaluate(step, must_stop)
+        except EvaluationStoppedError:
+            return False
+        return True
+
+    def _evaluate(self, step: int, must_stop: Callable[[], bool]) -> None:
         test_sets = self._not_measured(step)
         if not test_sets:
             return
@@ -67,7 +84,9 @@ class Evaluator:
             decoder = BatchDecoder(model, self.prompts, self.log_mel, self.settings, in_lockstep)
             for test_set in test_sets:
                 started = time.monotonic()
-                result = evaluate_test_set(test_set, decoder, self.settings, self.normalizer, out_dir, self.world)
+                result = evaluate_test_set(
+                    test_set, decoder, self.settings, self.normalizer, out_dir, self.world, must_stop
+                )
                 seconds = {"seconds": round(time.monotonic() - started, 3)}
                 self.metrics_log.write("evaluation", step, {"name": test_set.name} | result.metrics() | seconds)
                 self.metrics_log.say(f"step {step}: {test_set.name}: {result}")
