@@ -20,6 +20,7 @@ ALLOWED_IMPORTERS = {
     "jiwer": "voxtral_dist.scoring",
     "bitsandbytes": "voxtral_dist.model",
     "peft": "voxtral_dist.model",
+    "torchao": "voxtral_dist.model",
     "webdataset": "voxtral_dist.shards",
 }
 

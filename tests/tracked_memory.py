@@ -60,8 +60,13 @@ class PassTracker(MemTracker):
     """torch's tracker for whole passes.
 
     It registers hooks on all parameters of a module, which torch refuses for frozen ones, and keeps a peak for each
-    module: both are left out.
+    module: both are left out. It would not see what torchao's tensors of values and scales call, so it passes them on.
     """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(one.__name__ == "Float8TrainingTensor" for one in types):
+            return NotImplemented
+        return super().__torch_dispatch__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> tuple[int, int]:
         sizes: tuple[int, int] = super()._track_module_params_and_buffers(module, install_grad_hooks=False)

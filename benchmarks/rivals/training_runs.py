@@ -35,6 +35,7 @@ class TrainingRun:
     num_rounds: how often the steps are run, each time on the same micro-batches.
     cudnn_attention: cuDNN's attention kernel may be used in the language model too.
     compile_blocks: ours alone: every block is compiled.
+    float8: ours alone: as in section `model`.
     is_profiled: ours alone: one more step is taken apart.
     profiles_kernels: ours alone: the last step is profiled, and the answer names its costliest kernels.
     num_workers: processes of a rank that read batches ahead.
@@ -60,6 +61,7 @@ class TrainingRun:
     num_rounds: int = 1
     cudnn_attention: bool = False
     compile_blocks: bool = False
+    float8: str | None = None
     is_profiled: bool = False
     profiles_kernels: bool = False
     num_workers: int = 0

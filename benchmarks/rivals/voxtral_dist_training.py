@@ -57,6 +57,7 @@ def run_config(run: TrainingRun) -> RunConfig:
                 "activation_checkpointing": {"encoder": every_block, "language_model": every_block},
                 "cudnn_attention": run.cudnn_attention,
                 "compile_blocks": run.compile_blocks,
+                "float8": run.float8,
             },
             "trainable": {"lora": {} if run.lora else None},
             "train_data": {

@@ -47,7 +47,9 @@ class Contender:
     @property
     def needs(self) -> str | None:
         """The package without which it cannot run."""
-        return "bitsandbytes" if self.settings.get("optimizer") == "adamw_8bit" else None
+        if self.settings.get("float8"):
+            return "torchao"
+        return "bitsandbytes" if self.script == TRAINER and self.settings.get("optimizer") == "adamw_8bit" else None
 
     @property
     def num_measured(self) -> int:
@@ -61,7 +63,7 @@ class Contender:
 
 
 _CHECKPOINTED = {"checkpoints_activations": True}
-_FSDP2 = {"fsdp2": True}
+_FSDP2, _COMPILED = {"fsdp2": True}, {"compile_blocks": True}
 # Three steps, in a single process: fewer copies of the weights in host memory.
 _SHORT = {"num_steps": 3, "num_rounds": 1, "num_workers": 0}
 _OFFLOAD = {"deepspeed": OFFLOADED, **_CHECKPOINTED, **_SHORT}
@@ -77,7 +79,18 @@ CONTENDERS = {
     "fsdp2_kernels": Contender("ours, FSDP2, before one profiled step", OURS, 15, _FSDP2 | _PROFILED, 20, 116),
     "zero3_offload": Contender("ours, ZeRO-3, all offloaded, checkpointed", OURS, 75, _OFFLOAD, 1.6, 8),
     "zero3_offload_16": Contender("the same, batch of 16", OURS, 45, _OFFLOAD, 3, 10, batch_size=16),
-    "fsdp2_compiled": Contender("ours, FSDP2, `compile_blocks`", OURS, 110, _FSDP2 | {"compile_blocks": True}, 23, 110),
+    "fsdp2_compiled": Contender("ours, FSDP2, `compile_blocks`", OURS, 110, _FSDP2 | _COMPILED, 23, 110),
+    "fsdp2_8bit": Contender(
+        "ours, FSDP2, bfloat16 weights, 8-bit moments, compiled, checkpointed",
+        OURS,
+        110,
+        _FSDP2 | _COMPILED | _CHECKPOINTED | {"optimizer": "adamw_8bit", "master_weights": False},
+        21,
+        36,
+    ),
+    "fsdp2_float8": Contender(
+        "ours, FSDP2, compiled, float8", OURS, 130, _FSDP2 | _COMPILED | {"float8": "rowwise"}, 24, 110
+    ),
     "fsdp2_cudnn": Contender("ours, FSDP2, cuDNN's attention", OURS, 25, _FSDP2 | {"cudnn_attention": True}, 20, 116),
     "trainer_cudnn": Contender("`Seq2SeqTrainer`, cuDNN's attention", TRAINER, 25, {"cudnn_attention": True}, 24, 75),
     "fsdp2_16": Contender(

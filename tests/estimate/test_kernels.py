@@ -48,6 +48,18 @@ def test_what_is_written_in_place_is_read_once():
     assert (set(one.reads), set(one.writes)) == ({0, 1}, {2})
 
 
+def test_what_repeats_values_is_computed_where_it_is_read():
+    # The product of two vectors of scales is as large as the matrix that it scales after the product.
+    outer = Kernel("outer", "memory", "forward", 0, 1, 0.0, {0: 10, 1: 10}, {2: MB}, fuses=True)
+    kernels = [outer, product([3], [4]), memory("scaled", [4, 2], [5])]
+    [first, second] = compiled(kernels)
+    assert first.name == "mm"
+    assert second.reads == {4: MB, 0: 10, 1: 10}
+    assert second.writes == {5: MB}
+    # A product cannot compute it.
+    assert [one.name for one in compiled([outer, product([2], [4])])] == ["outer", "mm"]
+
+
 def test_blocks_and_what_is_outside_of_them_stay_apart():
     kernels = [memory("a", [0], [1]), memory("b", [1], [2], block=1), memory("c", [2], [3], block=None)]
     kernels += [memory("d", [3], [4], block=None)]

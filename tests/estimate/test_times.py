@@ -10,6 +10,7 @@ import pytest
 
 from voxtral_dist.cli.main import build_parser, main
 from voxtral_dist.config import RunConfig
+from voxtral_dist.errors import UserError
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.estimate import estimate_run
 from voxtral_dist.estimate.estimator import Machine
@@ -92,6 +93,17 @@ def test_the_text_shows_times_variants_and_batch_sizes(tiny_run: RunConfig) -> N
     ]
     # Micro-batches of a tiny model are too small to be bound by anything but the start of kernels.
     assert estimate.times.configured.micro_batch.bound == "launches"
+
+
+def test_a_gpu_without_float8_is_refused_for_it(tiny_run: RunConfig) -> None:
+    pytest.importorskip("torchao")
+    model = tiny_run.model.model_copy(update={"precision": "bfloat16", "float8": "rowwise", "compile_blocks": True})
+    run = tiny_run.model_copy(update={"model": model})
+    with pytest.raises(UserError, match="is not possible on A100, which does not multiply float8"):
+        estimate_run(run, Machine(gpu=named_gpu("A100")))
+    times = estimate_run(run, Machine(gpu=named_gpu("H100"))).times
+    assert times is not None
+    assert times.configured.micro_batch.num_kernels > 0
 
 
 def test_without_a_named_gpu_only_a_measured_rate_gives_the_time(tiny_run: RunConfig) -> None:

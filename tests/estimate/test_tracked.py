@@ -45,6 +45,7 @@ class Case:
     attention: str = "sdpa"
     windows_per_example: int = 1
     windows_per_chunk: int = 16
+    float8: str | None = None
 
     @property
     def shape(self) -> MicroBatchShape:
@@ -60,6 +61,8 @@ class Case:
             attention=self.attention,
             activation_checkpointing={"encoder": every, "language_model": every},
             encoder_windows_per_chunk=self.windows_per_chunk,
+            float8=self.float8,
+            compile_blocks=False,
         )
 
 
@@ -156,6 +159,8 @@ PLAIN = {
     "chunks of the encoder": Case(num_examples=2, windows_per_example=3, windows_per_chunk=4),
     "float32": Case(precision="float32"),
     "eager attention": Case(attention="eager"),
+    "float8": Case(num_examples=32, checkpoints=True, float8="rowwise"),
+    "emulated float8": Case(num_examples=32, checkpoints=True, float8="rowwise_emulated"),
 }
 
 
@@ -163,6 +168,8 @@ PLAIN = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
 def test_plain_training_of_some_blocks(case: Case, few_blocks: Path) -> None:
+    if case.float8:
+        pytest.importorskip("torchao")
     assert_plain_agrees(case, few_blocks)
 
 

@@ -114,6 +114,9 @@ def test_rates_and_utilization_of_a_row() -> None:
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("NVIDIA A10G", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3", "float8", 1978),
+        ("NVIDIA L40S", "float8", 724),
+        ("NVIDIA A100-SXM4-80GB", "float8", None),
         ("AMD Instinct MI300X", "bfloat16", None),
     ],
 )

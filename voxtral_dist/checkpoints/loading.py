@@ -53,7 +53,9 @@ def load_checkpoint(path: str, device: torch.device, precision: str, ema: bool |
     """
     folder = Path(path)
     config, contents = _checked(folder)
-    chosen = config.model if precision == "auto" else config.model.model_copy(update={"precision": precision})
+    chosen = config.model.without_float8
+    if precision != "auto":
+        chosen = chosen.model_copy(update={"precision": precision})
     model = load_voxtral(chosen, config.trainable, config.seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -75,7 +77,7 @@ def checkpoint_weights(path: str, ema: bool | None = None) -> Iterator[tuple[str
     """
     folder = Path(path)
     config, contents = _checked(folder)
-    model = trained_meta_model(config.model, config.trainable, DTYPES[config.model.precision])
+    model = trained_meta_model(config.model.without_float8, config.trainable, DTYPES[config.model.precision])
     initial = InitialWeights(config.model.path, model, config.seed)
     trained = _trained_weights(folder, config, contents, ema)
     for name, parameter in model.named_parameters():

@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Where there is a CUDA toolkit and no GPU, torch says so before any message of ours.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # transformers imports torchao where it is installed, which names kernels that it cannot load and nobody needs here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     error: UserError | None = None
     try:
         code = parsed.run(parsed)

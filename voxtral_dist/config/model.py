@@ -32,6 +32,15 @@ class ModelConfig(Section):
     """Precision of weights and activations in forward and backward passes. The optimizer always updates a float32 copy.
     `float16` is for GPUs without bfloat16: its loss is scaled, and updates whose gradients overflow are skipped."""
 
+    float8: Literal["rowwise", "rowwise_emulated"] | None = None
+    """Compute products with the trained matrices of the language model's blocks in eight-bit floating point (e4m3), in
+    training, by torchao's recipe of this name: each row of a factor has a scale of its own. Output layer, encoder,
+    projector, adapters and matrices whose dimensions are no multiples of 16 compute in `precision`. So do evaluations;
+    weights stay as they are, and so do checkpoints and exports. `rowwise` needs a GPU of the Ada, Hopper or Blackwell
+    generation, `precision: bfloat16`, and for any gain `compile_blocks`. `rowwise_emulated` rounds alike and multiplies
+    in float32: it shows on any device, slowly, what rounding costs a model. Needs the package torchao, and FSDP2 or a
+    ZeRO stage below 3. None: all products in `precision`."""
+
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel. `auto` is PyTorch's `sdpa`, which brings FlashAttention on GPUs. `flash_attention_2` needs the
     package flash-attn, a GPU of the Ampere generation or newer, and bfloat16 or float16; it is used in training, where
@@ -87,6 +96,21 @@ class ModelConfig(Section):
         """Blocks whose activations are recomputed: none until `auto` is replaced, at the start of a run."""
         chosen = self.activation_checkpointing
         return ActivationCheckpointingConfig() if chosen == "auto" else chosen
+
+    @property
+    def without_float8(self) -> Self:
+        """The model as evaluations and exports take it, which needs no package for training."""
+        return self if self.float8 is None else self.model_copy(update={"float8": None})
+
+    @model_validator(mode="after")
+    def _multiplies_in_float8(self) -> Self:
+        # GPUs give products of rows with scales in bfloat16.
+        possible = {"rowwise": ("bfloat16",), "rowwise_emulated": ("bfloat16", "float32")}
+        if self.float8 is not None and self.precision not in possible[self.float8]:
+            raise ValueError(
+                f"`model.float8: {self.float8}` needs `model.precision: bfloat16`, but it is {self.precision} instead"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_inputs_to_offload(self) -> Self:

@@ -37,6 +37,8 @@ _TFLOPS: list[tuple[set[str], float, float]] = [
     ({"T4"}, 65, 8.1),
 ]
 _WITHOUT_BFLOAT16 = {"V100", "T4"}
+# In float8 with accumulation in float32, their data sheets name twice the rate of bfloat16; the others have no float8.
+_WITH_FLOAT8 = {"GB200", "B200", "GH200", "H200", "H100", "L40S", "L40", "L4", "5090", "4090"}
 # Constants of glibc's <malloc.h>. Setting the first one also stops glibc from raising that threshold.
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _RETURNED_BYTES = 128 * 1024
@@ -50,12 +52,14 @@ def device_name(device: torch.device) -> str:
 
 
 def known_peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense operations per second of a device by its CUDA name; None if unknown."""
+    """Dense operations per second of a device by its CUDA name; None if unknown, or if it has none in `float8`."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     found = next((row for row in _TFLOPS if row[0] <= words), None)
     if found is None or words & _OTHER_DEVICES or (precision == "bfloat16" and found[0] & _WITHOUT_BFLOAT16):
         return None
     _, half, single = found
+    if precision == "float8":
+        return 2e12 * half if found[0] & _WITH_FLOAT8 else None
     return 1e12 * (single if precision == "float32" else half)
 
 

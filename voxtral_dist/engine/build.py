@@ -9,6 +9,7 @@ from voxtral_dist.distributed.world import World, set_timeouts
 from voxtral_dist.engine.compilation import check_compilation, with_chosen_compilation
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.model.features import LogMel
+from voxtral_dist.model.float8 import refuse_without_hardware, refuse_without_torchao
 from voxtral_dist.model.nf4 import refuse_without_bitsandbytes
 
 
@@ -61,6 +62,10 @@ def check_engine(config: RunConfig, world_size: int | None = None, device: torch
     """
     if config.trainable.lora is not None and config.trainable.lora.quantized:
         refuse_without_bitsandbytes()
+    if config.model.float8 is not None:
+        refuse_without_torchao()
+        if device is not None:
+            refuse_without_hardware(config.model, device)
     if config.engine.fsdp2 is not None:
         from voxtral_dist.engine.fsdp2.engine import check_fsdp2
 

@@ -25,7 +25,7 @@ def plain_copy(
     On exit its memory is freed at once, even while something still refers to the model: its wrapped methods form a
     reference cycle, which would live until the next garbage collection.
     """
-    copy = _filled(trained_meta_model(config, trainable, DTYPES[config.precision]), weights, buffers)
+    copy = _filled(trained_meta_model(config.without_float8, trainable, DTYPES[config.precision]), weights, buffers)
     ChunkedEncoder(copy, config.encoder_windows_per_chunk)
     try:
         yield copy

@@ -29,6 +29,9 @@ from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window
 
 _FLOAT32_BYTES = 4
 _INDEX_BYTES = 8
+EMBEDDINGS = "embeddings"
+# Of a value of a factor that is cast to float8 by single kernels: scaled and clamped in float32, and the result.
+_UNCOMPILED_CAST = 9
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,13 @@ class Activations:
         self._attention = "sdpa" if config.attention == "auto" else config.attention
 
     def parts(self, shape: MicroBatchShape) -> list[Part]:
-        """Embeddings, encoder and projector, blocks of the language model, and the loss: see `causal_states`.
+        """Encoder and projector, embeddings, blocks of the language model, and the loss: see `TrainedVoxtral.forward`.
 
-        The backward pass reaches the embeddings last.
+        So the backward pass reaches the embeddings before the encoder, which it computes beside their gradient.
         """
         embeddings, encoder = self._embeddings(shape), self._encoder_in_chunks(shape)
         is_reached = any(part.num_trained for part in [embeddings, *encoder])
-        return [embeddings, *encoder, *self._language_model(shape, is_reached)]
+        return [*encoder, embeddings, *self._language_model(shape, is_reached)]
 
     def _encoder_in_chunks(self, shape: MicroBatchShape) -> list[Part]:
         """The parts of an encoder that takes all windows at once; else one part, of chunks that are each recomputed.
@@ -153,7 +156,7 @@ class Activations:
         kept = indices + 2 * shape.num_positions * self._head_dim * self._itemsize
         gradient = places * self._text_config.hidden_size * self._itemsize
         embedding = self._model.model.language_model.embed_tokens
-        return plain_part("embeddings", [embedding], kept, passing=gradient, leaving=gradient)
+        return plain_part(EMBEDDINGS, [embedding], kept, passing=gradient, leaving=gradient)
 
     def _language_model(self, shape: MicroBatchShape, reached: bool) -> list[Part]:
         language = self._model.model.language_model
@@ -187,6 +190,7 @@ class Activations:
         mlp_kept = chunk * self._mlp_bytes(block)
         working = (chunk * 2 * ffn + places * 2 * width) * size
         passing = (places * 2 * width + chunk * 3 * ffn) * size
+        float8 = self._float8_bytes(block, max(chunk * ffn, places * queries))
         if chunk < places:
             # The inputs of chunks, whose values are recomputed one chunk at a time, and the outputs that are joined.
             kept, working, passing = kept + boundary, working + mlp_kept, passing + boundary
@@ -200,11 +204,26 @@ class Activations:
             checkpointed,
             kept,
             boundary,
-            working,
-            passing,
+            working + float8,
+            passing + float8,
             size,
             is_offloaded=self._config.activation_offloading,
         )
+
+    def _float8_bytes(self, block: Any, num_values: int) -> float:
+        """Bytes of the factors of a product in float8: one of `num_values`, and a matrix of a block.
+
+        Compiled casts make a byte of each value. Uncompiled ones make, of one factor after the other, two float32
+        copies first; emulated products have copies of both in float32, and a result. Tests count the latter two.
+        """
+        if self._config.float8 is None:
+            return 0.0
+        matrix = max(int(one.numel()) for one in block.parameters())
+        if self._config.float8 == "rowwise_emulated":
+            return max(_UNCOMPILED_CAST * num_values + 2 * _FLOAT32_BYTES * matrix, _UNCOMPILED_CAST * matrix)
+        if self._config.compile_blocks is not False:
+            return num_values + matrix
+        return max(_UNCOMPILED_CAST * num_values, num_values + _UNCOMPILED_CAST * matrix)
 
     def _mlp_bytes(self, block: Any) -> float:
         """Bytes that the second half of a block of the language model keeps of a position."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.plan.train_plan import refuse_idle_ranks
+from voxtral_dist.errors import UserError
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
 from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, checkpointing_for
@@ -196,6 +197,11 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
         UserError: the model's config.json is missing, or the configuration is not usable.
     """
     refuse_idle_ranks(config.train_data.slots_per_step, machine.num_gpus)
+    if config.model.float8 == "rowwise" and machine.gpu is not None and machine.gpu.float8_peak_flops is None:
+        raise UserError(
+            f"`model.float8: rowwise` is not possible on {machine.gpu.name}, which does not multiply float8: remove "
+            "it, or name another --gpu."
+        )
     sharding = configured_sharding(config.engine, machine.num_gpus)
     config, checkpointing = checkpointing_for(config, machine)
     estimator = Estimator(config, machine)

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from voxtral_dist.estimate.activations import EMBEDDINGS
 from voxtral_dist.estimate.host_ledger import PinnedPool
 from voxtral_dist.estimate.parts import Part
 from voxtral_dist.estimate.phases import MemoryEstimate, ModelSizes, Phase, Setting
@@ -190,7 +191,7 @@ class Fsdp2Memory:
 
     @property
     def _embeddings(self) -> Part:
-        return self._parts[0]
+        return next(part for part in self._parts if part.name == EMBEDDINGS)
 
     @property
     def _all_gradients(self) -> float:

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Kind = Literal["product", "attention", "attention backward", "memory"]
+# An output of so many times the bytes of all inputs repeats values.
+_REPETITIONS = 8
+
+Kind = Literal["product", "float8 product", "attention", "attention backward", "memory"]
 Phase = Literal["forward", "recomputation", "backward"]
 
 
@@ -45,10 +48,13 @@ def compiled(kernels: Sequence[Kernel], num_chunks: int = 1) -> list[Kernel]:
     by nobody, as gradients are. A checkpoint of a compiled block recomputes all of it: torch stops a recomputation only
     between kernels that autograd sees, and a compiled block is one to it.
 
+    What is only a small value repeated, such as the products of two vectors of scales, is computed where it is read.
+
     Args:
         kernels: of a micro-batch, in the order in which they run.
         num_chunks: chunks of the encoder.
     """
+    kernels = _with_repetitions_where_read(kernels)
     sources = _sources(kernels)
     groups = _groups(kernels, sources)
     readers: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
@@ -61,6 +67,41 @@ def compiled(kernels: Sequence[Kernel], num_chunks: int = 1) -> list[Kernel]:
         members[group].append(number)
     fused = [_joined(kernels, sources, groups, readers, numbers) for numbers in members.values()]
     return [*fused, *_not_recomputed(kernels, num_chunks)]
+
+
+def _with_repetitions_where_read(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels without those that only repeat values for others of the block that fuse; these read the values."""
+    sources = _sources(kernels)
+    readers: defaultdict[int, set[int]] = defaultdict(set)
+    for number, read in enumerate(sources):
+        for source in read.values():
+            if source is not None:
+                readers[source].add(number)
+    repeated: dict[int, dict[int, int]] = {}
+    for number, kernel in enumerate(kernels):
+        region = (kernel.block, kernel.phase)
+        is_read_in_place = readers[number] and all(
+            kernels[one].fuses and (kernels[one].block, kernels[one].phase) == region for one in readers[number]
+        )
+        repeats = sum(kernel.writes.values()) > _REPETITIONS * sum(kernel.reads.values())
+        if kernel.fuses and kernel.block is not None and kernel.reads and repeats and is_read_in_place:
+            repeated[number] = _reads(kernel.reads, sources[number], repeated)
+    return [
+        replace(kernel, reads=_reads(kernel.reads, sources[number], repeated))
+        for number, kernel in enumerate(kernels)
+        if number not in repeated
+    ]
+
+
+def _reads(
+    reads: dict[int, int], sources: dict[int, int | None], repeated: dict[int, dict[int, int]]
+) -> dict[int, int]:
+    """What a kernel reads if it repeats values itself."""
+    found: dict[int, int] = {}
+    for storage, size in reads.items():
+        source = sources[storage]
+        found |= {storage: size} if source is None else repeated.get(source, {storage: size})
+    return found
 
 
 def _sources(kernels: Sequence[Kernel]) -> list[dict[int, int | None]]:

@@ -40,6 +40,7 @@ class Roofline:
         peak = gpu.peak_flops(precision)
         self._rates = {
             "product": peak * gpu.products,
+            "float8 product": (gpu.float8_peak_flops or peak) * gpu.products,
             "attention": peak * gpu.attention,
             "attention backward": peak * gpu.attention_backward,
         }
@@ -64,7 +65,7 @@ class Roofline:
 
     def kernel(self, kernel: Kernel) -> tuple[float, Bound]:
         """Seconds of one kernel, and what bounds it."""
-        computes: Bound = "products" if kernel.kind == "product" else "attention"
+        computes: Bound = "products" if "product" in kernel.kind else "attention"
         rate = self._rates.get(kernel.kind)
         times: list[tuple[float, Bound]] = [
             (kernel.flops / rate if rate else 0.0, computes),

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -43,6 +43,7 @@ _aten = torch.ops.aten
 # The attention that torch chooses on a CPU has the same arguments as FlashAttention on a GPU.
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLOAT8_PRODUCT = _aten._scaled_mm
 _NO_KERNEL = {
     _aten.empty,
     _aten.empty_like,
@@ -56,7 +57,7 @@ _NO_KERNEL = {
 # What reads as much as it writes, from a larger tensor; and what writes all of its first argument without reading it.
 _SELECTIONS = {_aten.embedding, _aten.index_select, _aten.index, _aten.gather}
 _OVERWRITES = {_aten.copy_, _aten.fill_, _aten.zero_}
-_SUMS = {_aten.sum, _aten.mean}
+_REDUCTIONS = {_aten.sum, _aten.mean, _aten.amax}
 _UNFUSED = _SELECTIONS | {_aten.embedding_dense_backward, _aten.index_put, _aten.index_copy, _aten.index_fill}
 
 
@@ -192,6 +193,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value.register_hook(reached)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            # torchao's tensors of values and scales: what they call is seen instead.
+            return NotImplemented
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         inputs = _tensors((args, kwargs))
@@ -207,6 +211,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops = 0.0
         if operation in flop_registry:
             kind, flops = "product", flop_registry[operation](*args, **kwargs, out_val=output)
+            if operation is _FLOAT8_PRODUCT:
+                kind = "float8 product"
         elif operation is _ATTENTION:
             kind, flops = "attention", 4 * _pair_values(args[0], args[1], len(args) > 4 and args[4])
         elif operation is _ATTENTION_BACKWARD:
@@ -221,14 +227,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flops=flops,
             reads=self._bytes(inputs[1:] if operation in _OVERWRITES else inputs, most),
             writes=self._bytes(outputs),
-            fuses=kind == "memory" and operation not in _UNFUSED and not _sums_over_rows(operation, args),
+            fuses=kind == "memory" and operation not in _UNFUSED and not _reduces_over_rows(operation, args),
         )
 
     def _phase(self) -> Phase:
         if not self.is_backward:
             return "forward"
-        # A checkpoint turns gradients on to recompute a forward pass.
-        return "recomputation" if torch.is_grad_enabled() else "backward"
+        # A checkpoint recomputes a forward pass under hooks that collect what was kept. It also turns gradients on, but
+        # they are off inside of an operation that brings a backward pass of its own.
+        is_recomputing = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        return "recomputation" if is_recomputing else "backward"
 
     def _bytes(self, tensors: list[Tensor], most: int | None = None) -> dict[int, int]:
         """Bytes of tensors by storage; at most `most` of each."""
@@ -262,8 +270,8 @@ def _pair_values(query: Tensor, key: Tensor, is_causal: bool) -> float:
     return batch * heads * length * key.shape[2] * width / (2 if is_causal else 1)
 
 
-def _sums_over_rows(operation: Any, args: Sequence[Any]) -> bool:
-    """Whether an operation sums over other dimensions than the last one, as gradients of biases do."""
-    if operation not in _SUMS or len(args) < 2 or not args[1]:
+def _reduces_over_rows(operation: Any, args: Sequence[Any]) -> bool:
+    """Whether an operation sums over other values than those of a row in memory, as gradients of biases do."""
+    if operation not in _REDUCTIONS or len(args) < 2 or not args[1]:
         return False
-    return not any(dimension in (-1, args[0].dim() - 1) for dimension in args[1])
+    return not any(args[0].stride(dimension) == 1 for dimension in args[1])

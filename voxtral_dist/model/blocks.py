@@ -42,6 +42,10 @@ def wrap_blocks(
     is_compiled = config.compile_blocks is True
     if is_compiled:
         torch._dynamo.config.recompile_limit = max(_MAX_GRAPHS, torch._dynamo.config.recompile_limit)
+        if config.float8 is not None:
+            # Else values that the compiler computes again for the backward pass are rounded otherwise than before, and
+            # attention gives NaN gradients (pytorch/pytorch#150859).
+            torch._inductor.config.emulate_precision_casts = True
     for block in blocks_of(model)["encoder"]:
         if is_compiled:
             block.forward = _compiled(block.forward, block, _EXAMPLES)

@@ -16,6 +16,7 @@ from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.attention import causal_mask, chosen_attention, length_mask
 from voxtral_dist.model.blocks import blocks_of, wrap_blocks
+from voxtral_dist.model.float8 import train_in_float8
 from voxtral_dist.model.mlp_chunks import MlpChunks
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.model.quantized_linear import quantize_linear_layers
@@ -185,6 +186,7 @@ def build_trained_model(
     for component in trainable.lora.quantized if trainable.lora else ():
         for block in blocks_of(model)[component]:
             quantize_linear_layers(block)
+    train_in_float8(blocks_of(model)["language_model"], config)
     model.mlp_chunks = MlpChunks(config.mlp_chunk_tokens) if config.mlp_chunk_tokens else None
     wrap_blocks(model, config, model.mlp_chunks)
     model.train()

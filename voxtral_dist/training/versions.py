@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-_PACKAGES = ("voxtral-dist", "torch", "transformers", "deepspeed", "peft")
+_PACKAGES = ("voxtral-dist", "torch", "transformers", "deepspeed", "peft", "torchao")
 
 
 def package_versions() -> dict[str, str]:

@@ -147,8 +147,8 @@ class Fsdp2Engine:
             self._model.set_requires_all_reduce(is_last)
         self._encoder.num_chunks = batch.num_encoder_chunks
         loss_sum = self._loss(self._model, batch.to(self._world.device))
-        scale = self._scale.value if self._scale else 1.0
-        (loss_sum * (scale * self._world.size / num_target_tokens)).backward()  # type: ignore[no-untyped-call]
+        factor = self._loss_factor * self._world.size / num_target_tokens
+        (loss_sum * factor).backward()  # type: ignore[no-untyped-call]
         return loss_sum.detach()
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class Fsdp2Engine:
         if self._sums is not None:
             self._sums.finish()
         gradients = [local_part(one.grad) for one in self._trained.values() if one.grad is not None]
-        scale = self._scale.value if self._scale else 1.0
+        scale = self._loss_factor
         grad_norm = self._norm_over_ranks(gradients) / scale
         is_finite = math.isfinite(grad_norm)
         if is_finite:
@@ -280,6 +280,17 @@ class Fsdp2Engine:
         self._moments.skip(self._num_skipped)
         if self._scale is not None:
             self._scale.load_scalars(scalars)
+
+    @property
+    def _loss_factor(self) -> float:
+        """What the loss is multiplied by before, and gradients are divided by after the backward pass.
+
+        The loss scale of float16. In float8 the inverse of the number of ranks, by which `backward` multiplies: so
+        gradients are rounded alike on any number of ranks.
+        """
+        if self._scale is not None:
+            return self._scale.value
+        return 1.0 if self._model_config.float8 is None else 1.0 / self._world.size
 
     def _weights(self) -> dict[str, Tensor]:
         """Sharded weights by name, which share memory with the engine's own."""

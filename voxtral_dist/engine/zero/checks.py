@@ -66,6 +66,11 @@ def _check_model(model: ModelConfig, stage: int) -> None:
         raise UserError(
             "`model.precision`: DeepSpeed does not support float16 on this device: choose bfloat16 or float32."
         )
+    if model.float8 is not None and stage == 3:
+        raise UserError(
+            "`model.float8` does not work with ZeRO-3, because torchao's layers would keep each gathered matrix until "
+            "the backward pass: choose FSDP2, or a stage below 3."
+        )
 
 
 def _check_memory_of_optimizer(optimizer: OptimizerConfig) -> None:
