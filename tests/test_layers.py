@@ -16,6 +16,7 @@ MAX_FILES_AT_THE_ROOT = 12
 
 # The only part of the package that imports each of these libraries.
 ALLOWED_IMPORTERS = {
+    "av": "voxtral_dist.data.stored.media",
     "deepspeed": "voxtral_dist.engine.zero",
     "jiwer": "voxtral_dist.scoring",
     "bitsandbytes": "voxtral_dist.model",

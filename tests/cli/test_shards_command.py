@@ -34,6 +34,24 @@ def test_shards_pack_lists_what_it_skipped(run, clip, tmp_path):
     assert [line.strip().split(": ")[0] for line in result.out.splitlines()[-2:]] == [f"{manifest}:2", f"{manifest}:3"]
 
 
+def test_shards_pack_and_index_warn_of_unknown_languages_and_of_audio_that_is_cut_off(run, clip, tmp_path, caplog):
+    contents = clip.read_bytes()
+    (tmp_path / "cut.wav").write_bytes(contents[: len(contents) // 2])
+    rows = [{"audio": name, "text": "said", "lang": lang} for name, lang in (("clip.wav", "de-DE"), ("cut.wav", None))]
+    manifest = write_lines(tmp_path / "m.jsonl", rows)
+    assert run("shards", "pack", manifest, tmp_path / "out", "--workers", 1).code == 0
+    packed = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    tars = tmp_path / "out" / "out-000000.tar"
+    assert run("shards", "index", tars, tmp_path / "index", "--workers", 1).code == 0
+    for messages in (packed, [record.getMessage() for record in caplog.records]):
+        cut, unknown = messages
+        assert "ends after 0.2" in cut
+        assert cut.endswith("s of the 0.50 s that its header claims.")
+        assert unknown.startswith("1 of 2 utterances have no language")
+        assert "`--language`" in unknown
+
+
 def test_every_option_of_shards_pack_reaches_the_packer(run, clip, tmp_path):
     (tmp_path / "t.tsv").write_text(f"file_name\twords\ttongue\n{clip.name}\thello\t\n{clip.name}\tAdieu\tfra\n")
     fields = ["--audio-field", "file_name", "--text-field", "words", "--language-field", "tongue", "--language", "en"]

@@ -220,7 +220,7 @@ def test_audio_of_many_blocks_is_that_of_one_read(monkeypatch, rate, num_channel
     samples = np.stack([tone(2.5, rate, seed) for seed in range(num_channels)], axis=1)
     contents = encode_flac(samples, rate, "PCM_16")
     whole, pcm = decode_audio(contents, 16_000), decode_pcm(contents, 16_000)
-    monkeypatch.setattr("voxtral_dist.data.stored.audio._BLOCK_SAMPLES", 1000)
+    monkeypatch.setattr("voxtral_dist.data.stored.audio_source._BLOCK_SAMPLES", 1000)
     assert np.array_equal(decode_audio(contents, 16_000), whole)
     assert np.array_equal(decode_pcm(contents, 16_000), pcm)
     mono = (samples / np.float32(32768)).astype(np.float32).mean(axis=1)
@@ -231,7 +231,7 @@ def test_audio_of_many_blocks_is_that_of_one_read(monkeypatch, rate, num_channel
 def test_a_part_written_in_blocks_has_the_bytes_of_one_write(tmp_path, monkeypatch):
     samples = np.stack([tone(2.5, 44_100, seed) for seed in range(2)], axis=1)
     soundfile.write(tmp_path / "a.wav", samples, 44_100)
-    monkeypatch.setattr("voxtral_dist.data.stored.audio._BLOCK_SAMPLES", 1000)
+    monkeypatch.setattr("voxtral_dist.data.stored.audio_source._BLOCK_SAMPLES", 1000)
     part = AudioLocation(str(tmp_path / "a.wav"), None, 0.5, 1.0).read()
     assert part == encode_flac(samples[22_050:66_150], 44_100, "PCM_16")
     channel = AudioLocation(str(tmp_path / "a.wav"), None, 0.5, None, 1).read()

@@ -60,7 +60,7 @@ def clips(tmp_path) -> Path:
     soundfile.write(tmp_path / "zeros.wav", np.zeros(RATE), RATE)
     soundfile.write(tmp_path / "hiss.wav", tone(1.0).astype(np.float64) / 32768 * 0.002, RATE, subtype="FLOAT")
     soundfile.write(tmp_path / "infinite.wav", np.array([0.5, np.inf, 0.5]), RATE, subtype="FLOAT")
-    soundfile.write(tmp_path / "fast.wav", tone(0.5), 128_000)
+    soundfile.write(tmp_path / "fast.wav", tone(0.5), 1_000_000)
     soundfile.write(tmp_path / "slow.flac", tone(2.0), 1)
     soundfile.write(tmp_path / "slower.wav", tone(0.1), 50)
     return tmp_path
@@ -205,7 +205,7 @@ BAD_LINES = {
     "zeros": ('{"path": "zeros.wav", "text": "x"}', Cause.SILENT, "is silent"),
     "below -60 dB": ('{"path": "hiss.wav", "text": "x"}', Cause.SILENT, "is silent"),
     "infinite": ('{"path": "infinite.wav", "text": "x"}', Cause.NOT_FINITE, "not finite"),
-    "128 kHz": ('{"path": "fast.wav", "text": "x"}', Cause.ABSURD_CLAIM, "claims a sampling rate of 128000 Hz"),
+    "1 MHz": ('{"path": "fast.wav", "text": "x"}', Cause.ABSURD_CLAIM, "claims a sampling rate of 1000000 Hz"),
     "50 Hz": ('{"path": "slower.wav", "text": "x"}', Cause.ABSURD_CLAIM, "claims a sampling rate of 50 Hz"),
     "hours": ('{"path": "slow.flac", "text": "x"}', Cause.ABSURD_CLAIM, "claims to be 9 h long"),
     "too much text": (f'{{"path": "good1.wav", "text": "{LONG}"}}', Cause.TEXT_TOO_LONG, "too short for a text of 51"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,11 +25,14 @@ from voxtral_dist.shards.inspection import print_summaries
 from voxtral_dist.shards.journal import count_finished_shards
 from voxtral_dist.shards.lookup import find_utterance, read_utterance, utterance_lines, write_audio
 from voxtral_dist.shards.packing import PackOptions, pack
-from voxtral_dist.shards.summary import summarize
+from voxtral_dist.shards.summary import UNKNOWN, SetSummary, summarize
 from voxtral_dist.shards.verification import BrokenUtterance, verify
 
 if TYPE_CHECKING:
     from voxtral_dist.data.token_view import TokenView
+
+
+log = logging.getLogger(__name__)
 
 
 class InterruptedPackingError(UserError):
@@ -49,6 +53,7 @@ def pack_shards(source: str, out_dir: Path, corpus_options: CorpusOptions, optio
             f"Interrupted: {finished} shards are finished in {out_dir}. Rerun the same command to resume."
         ) from error
     say("\n".join(map(one_line, [f"{out_dir}:", *summary.lines()])))
+    _warn_of_unknown_languages(summary)
     return 0
 
 
@@ -66,7 +71,19 @@ def index_shards(
             lambda done, total: display.show(done, total=total),
         )
     say("\n".join(map(one_line, [f"{pattern}:", *summary.lines()])))
+    _warn_of_unknown_languages(summary)
     return 0
+
+
+def _warn_of_unknown_languages(summary: SetSummary) -> None:
+    unknown = summary.languages.get(UNKNOWN)
+    if unknown is not None:
+        log.warning(
+            "%d of %d utterances have no language, so their prompts name none: if it is known, pack them again with "
+            "`--language`, or name where it is by `--language-field`.",
+            unknown.num_utterances,
+            summary.num_utterances,
+        )
 
 
 def inspect_shards(folders: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from voxtral_dist.data.stored.storage import Storage, is_remote
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.corpus.tar_utterances import tar_utterance
 from voxtral_dist.shards.corpus.utterances import Refusal
+from voxtral_dist.shards.cut_audio import CutAudio
 from voxtral_dist.shards.measures import SAMPLING_RATE, UtteranceSpan, index_record, measure
 from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped, write_refusal
 from voxtral_dist.shards.summary import SetSummary, summarize
@@ -34,12 +35,16 @@ _RECORDS_FILE = ".indexing.records"
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """One indexed tar: its records, the languages that they number, and the refusals of unusable utterances."""
+    """One indexed tar: its records, the languages that they number, and the refusals of unusable utterances.
+
+    cut_off: a sentence for each audio that ends before its file says it does.
+    """
 
     shard: Shard
     records: Records
     languages: tuple[str, ...]
     refusals: tuple[Refusal, ...]
+    cut_off: tuple[str, ...] = ()
 
 
 def index_tars(
@@ -84,18 +89,19 @@ def index_tar(location: str, layout: UtteranceLayout, max_chars_per_second: floa
     rows: list[tuple[int, ...]] = []
     languages: list[str] = []
     refusals: list[Refusal] = []
+    cut_off: list[str] = []
     try:
         scan = TarScan(location, Storage())
         for found in scan:
             try:
                 with unusable_on_failure():
-                    rows.append(_row(found, location, layout, max_chars_per_second, languages))
+                    rows.append(_row(found, location, layout, max_chars_per_second, languages, cut_off))
             except UnusableError as error:
                 refusals.append(_refusal(found, location, error))
     except OSError as error:
         raise UserError(f"The tar {location} cannot be read: {error.strerror or first_line(error)}.") from error
     shard = Shard(location, len(rows), scan.num_bytes, scan.sha256)
-    return IndexedShard(shard, np.array(rows, dtype=RECORD), tuple(languages), tuple(refusals))
+    return IndexedShard(shard, np.array(rows, dtype=RECORD), tuple(languages), tuple(refusals), tuple(cut_off))
 
 
 def _row(
@@ -104,11 +110,15 @@ def _row(
     layout: UtteranceLayout,
     max_chars_per_second: float,
     languages: list[str],
+    cut_off: list[str],
 ) -> tuple[int, ...]:
     if isinstance(found, TarDamage):
         raise UnusableError(Cause.DAMAGED_TAR, str(found))
     utterance = tar_utterance(found, location, layout)
-    measures = measure(utterance, decode_pcm(utterance.audio.contents or b"", SAMPLING_RATE), max_chars_per_second)
+    notes: list[str] = []
+    pcm = decode_pcm(utterance.audio.contents or b"", SAMPLING_RATE, notes.append)
+    measures = measure(utterance, pcm, max_chars_per_second)
+    cut_off += [f"The audio of {found.key} in {location} {note}." for note in notes]
     span = UtteranceSpan(found.offset, len(found.contents), zlib.crc32(found.contents))
     return index_record(span, measures, languages)
 
@@ -136,6 +146,7 @@ def _collect(
     """Write the records of all shards to one file, with one table of languages."""
     shards: list[Shard] = []
     languages: list[str] = []
+    cut_audio = CutAudio()
     temporary = folder / f".{SKIPPED_FILE}.tmp"
     with records_path.open("wb") as records, temporary.open("wb") as skipped:
         for part in indexed:
@@ -144,8 +155,11 @@ def _collect(
             records.write(part.records.tobytes())
             for refusal in part.refusals:
                 write_refusal(skipped, refusal)
+            for sentence in part.cut_off:
+                cut_audio.add(sentence)
             shards.append(part.shard)
             on_progress(len(shards), num_shards)
+    cut_audio.log_rest()
     temporary.replace(folder / SKIPPED_FILE)
     if (folder / SKIPPED_FILE).stat().st_size == 0:
         (folder / SKIPPED_FILE).unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import soundfile
 
+from voxtral_dist.data.stored.audio_source import opened_audio
 from voxtral_dist.data.stored.checks import UnusableError
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.storage import Span, Storage
@@ -94,11 +95,19 @@ def write_audio(utterance: Utterance, out: Path) -> Path:
         if target.suffix.lower() == stored:
             target.write_bytes(contents)
         else:
-            samples, rate = soundfile.read(io.BytesIO(contents), dtype="int16")
-            soundfile.write(target, samples, rate, format="WAV", subtype="PCM_16")
-    except (OSError, soundfile.SoundFileError) as error:
+            _write_wav(contents, target)
+    except (OSError, UnusableError) as error:
         raise UserError(f"The audio cannot be written to {target}: {first_line(error)}.") from error
     return target
+
+
+def _write_wav(contents: bytes, target: Path) -> None:
+    """Write encoded audio as WAV of 16 bits, with its own rate and channels."""
+    with opened_audio(io.BytesIO(contents)) as audio:
+        rate, num_channels = audio.sampling_rate, audio.num_channels
+        with soundfile.SoundFile(target, "w", rate, num_channels, "PCM_16", format="WAV") as file:
+            for block in audio.blocks("int16"):
+                file.write(block)
 
 
 def _numbered(index: ShardIndex, key: str) -> int:

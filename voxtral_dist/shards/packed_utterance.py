@@ -33,11 +33,15 @@ class PackRules:
 
 @dataclass(frozen=True)
 class PackedUtterance:
-    """The tar members of one utterance as bytes, their CRC-32, and the measures for the index."""
+    """The tar members of one utterance as bytes, their CRC-32, and the measures for the index.
+
+    cut_off: what is known of the missing end of its audio, as a sentence; None if it seems complete.
+    """
 
     contents: bytes
     crc32: int
     measures: Measures
+    cut_off: str | None = None
 
 
 def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | Refusal:
@@ -48,14 +52,18 @@ def pack_line(line: Utterance | Refusal, rules: PackRules) -> PackedUtterance | 
         with unusable_on_failure():
             return _pack(line, rules)
     except UnusableError as error:
-        name = Path(line.audio.location).name if line.audio.contents is not None else line.audio.location
-        return Refusal(line.place, line.key, error.cause, f"the audio {name} {error}")
+        return Refusal(line.place, line.key, error.cause, f"the audio {_name(line)} {error}")
+
+
+def _name(line: Utterance) -> str:
+    return Path(line.audio.location).name if line.audio.contents is not None else line.audio.location
 
 
 def _pack(utterance: Utterance, rules: PackRules) -> PackedUtterance:
     found = utterance.audio.found()
     audio, suffix = found.read(), found.suffix
-    pcm = decode_pcm(audio, SAMPLING_RATE)
+    notes: list[str] = []
+    pcm = decode_pcm(audio, SAMPLING_RATE, notes.append)
     measures = measure(utterance, pcm, rules.max_chars_per_second)
     if rules.encode is not None:
         audio, suffix = encode_flac(pcm, SAMPLING_RATE, "PCM_16"), "flac"
@@ -63,7 +71,8 @@ def _pack(utterance: Utterance, rules: PackRules) -> PackedUtterance:
     if len(contents) > LARGEST_UTTERANCE_BYTES:
         limit = f"more than {LARGEST_UTTERANCE_BYTES >> 20}"
         raise UnusableError(Cause.TOO_LARGE, f"takes {len(contents) >> 20} MiB in its tar, {limit}: pass --encode flac")
-    return PackedUtterance(contents, zlib.crc32(contents), measures)
+    cut_off = f"The audio {_name(utterance)} {notes[0]}." if notes else None
+    return PackedUtterance(contents, zlib.crc32(contents), measures, cut_off)
 
 
 def _fields(utterance: Utterance) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.corpus.corpus import Corpus
+from voxtral_dist.shards.cut_audio import CutAudio
 from voxtral_dist.shards.journal import PackingJournal, finish_complete_packing
 from voxtral_dist.shards.measures import UtteranceSpan, index_record
 from voxtral_dist.shards.packed_utterance import PackedUtterance, PackRules, pack_line
@@ -154,13 +155,14 @@ def _pack_lines(
     options: PackOptions,
     on_progress: Callable[[PackProgress], None],
 ) -> None:
-    progress = PackProgress(journal.num_lines)
+    progress, cut_audio = PackProgress(journal.num_lines), CutAudio()
     rest = islice(corpus.lines(), journal.num_lines, None)
     with closing(ordered_map(partial(pack_line, rules=options.rules), rest, options.num_workers)) as all_packed:
         for packed in all_packed:
             writer.num_lines += 1
             if isinstance(packed, PackedUtterance):
                 writer.add(packed)
+                cut_audio.add(packed.cut_off)
             elif options.skip_bad:
                 journal.skip(packed)
                 progress.num_skipped += 1
@@ -168,6 +170,7 @@ def _pack_lines(
                 raise UserError(f"{packed.reason}. Fix it, or pass --skip-bad to skip such utterances.")
             progress.num_lines = writer.num_lines
             on_progress(progress)
+    cut_audio.log_rest()
 
 
 def _nothing_packed(journal: PackingJournal, out_dir: Path) -> str:

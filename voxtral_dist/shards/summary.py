@@ -18,6 +18,9 @@ _BAR_WIDTH = 40
 
 Counts = NDArray[np.int64]
 
+# The name of utterances without a language.
+UNKNOWN = "unknown"
+
 
 @dataclass(frozen=True)
 class LanguageShare:
@@ -67,7 +70,7 @@ def summarize(index: ShardIndex, skipped: Skipped | None = None) -> SetSummary:
     total = _Total(len(index.languages))
     for chunk in index.chunks():
         total.add(chunk)
-    names = dict(enumerate(index.languages)) | {len(index.languages): "unknown"}
+    names = dict(enumerate(index.languages)) | {len(index.languages): UNKNOWN}
     return SetSummary(
         num_shards=len(index.shards),
         num_utterances=len(index),

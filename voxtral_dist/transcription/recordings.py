@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
+from voxtral_dist.data.stored.audio_kinds import AUDIO_SUFFIXES, MEDIA_SUFFIXES
 from voxtral_dist.errors import UserError
 
 
@@ -47,8 +47,12 @@ def find_recordings(paths: Sequence[Path]) -> list[Recording]:
 
 
 def is_audio(path: Path) -> bool:
-    """Whether a file has the suffix of an audio format. A dangling link counts, a folder or a pipe does not."""
-    return path.suffix.lstrip(".").lower() in AUDIO_SUFFIXES and (path.is_file() or not path.exists())
+    """Whether a file has the suffix of audio or video. A dangling link counts, a folder or a pipe does not.
+
+    Files that a Mac writes beside others to hold their attributes (`._NAME`) do not count.
+    """
+    is_named = path.suffix.lstrip(".").lower() in AUDIO_SUFFIXES | MEDIA_SUFFIXES and not path.name.startswith("._")
+    return is_named and (path.is_file() or not path.exists())
 
 
 def _file(path: Path) -> Recording:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -20,6 +21,8 @@ from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import RecordingError
 from voxtral_dist.transcription.transcripts import Segment
+
+log = logging.getLogger(__name__)
 
 # Loudness is averaged over 0.3 s: shorter than pauses between sentences, longer than those inside of words.
 _FRAME_SECONDS = 0.02
@@ -88,7 +91,7 @@ class Segmenter:
         name = f"The recording {recording}" if isinstance(recording, str | PathLike) else "The recording"
         try:
             with unusable_on_failure():
-                pcm = pcm_of(recording, rate, array_rate)
+                pcm = pcm_of(recording, rate, array_rate, lambda reason: log.warning("%s %s.", name, reason))
         except UnusableError as error:
             raise RecordingError(f"{name} {error}.") from error
         self._refuse_too_long(name, len(pcm) / rate)

@@ -3,108 +3,147 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.checks import Cause, UnusableError
+from voxtral_dist.data.stored.audio_source import LONGEST_CLIP_SECONDS, AudioSource, opened_audio
+from voxtral_dist.data.stored.audio_source import AudioError as AudioError
+from voxtral_dist.data.stored.checks import Cause
 
 Waveform = NDArray[np.float32]
 Pcm = NDArray[np.int16]
 
 _INT16_SCALE = 32768.0
-LONGEST_CLIP_SECONDS = 6 * 3600
-# From telephones to studios; a damaged header may claim anything.
-_RATES = range(4_000, 96_001)
-# Decoded at a time, over all channels: more than an utterance of a minute.
-_BLOCK_SAMPLES = 2**20
+# 18 dB above full scale: mixes exceed it by less, and integers stored as floats by far more.
+_LARGEST_SAMPLE = 8.0
+# Power of the mean of all channels, divided by the mean of their powers. Independent channels have 1/2 for two of them.
+_CANCELLED = 0.01
+
+OnCut = Callable[[str], None]
 
 
-class AudioError(UnusableError):
-    """The audio of an utterance is unusable. As in `UnusableError`, the message is a predicate."""
+def decode_audio(contents: bytes, sampling_rate: int, on_cut: OnCut | None = None) -> Waveform:
+    """Decode any audio file to a mono waveform `(num_samples,)` at `sampling_rate` Hz, in [-1, 1] unless it is float.
 
-    def __init__(self, message: str, cause: Cause = Cause.UNDECODABLE) -> None:
-        super().__init__(cause, message)
+    Several channels are averaged. If they cancel each other, as where one is wired the wrong way round, the loudest is
+    taken.
 
-
-def decode_audio(contents: bytes, sampling_rate: int) -> Waveform:
-    """Decode any format that libsndfile reads to a mono waveform `(num_samples,)` in [-1, 1] at `sampling_rate` Hz.
+    Args:
+        contents: of a file that libsndfile decodes, or FFmpeg if PyAV is installed.
+        sampling_rate: of the result, in Hz.
+        on_cut: called with a predicate if the audio ends before the file says it does.
 
     Raises:
-        AudioError: the bytes do not decode, contain no samples, or contain samples that are not finite.
+        AudioError: the bytes do not decode, contain no samples, or contain samples that are not finite or far beyond
+            full scale.
     """
     with opened_audio(io.BytesIO(contents)) as file:
-        waveform: Waveform = _joined(_mono_blocks(file, sampling_rate), np.dtype(np.float32))
+        mix = _Mix(file)
+        waveform: Waveform = _joined(mix.blocks(sampling_rate), np.dtype(np.float32))
+        _report(file, on_cut)
+    channel = mix.loudest_if_cancelled()
+    if channel is None:
         return waveform
+    with opened_audio(io.BytesIO(contents)) as file:
+        one: Waveform = _joined(_Mix(file, channel).blocks(sampling_rate), np.dtype(np.float32))
+        return one
 
 
-def decode_pcm(contents: bytes, sampling_rate: int) -> Pcm:
+def decode_pcm(contents: bytes, sampling_rate: int, on_cut: OnCut | None = None) -> Pcm:
     """`to_pcm(decode_audio(...))`, but without conversion to float if the audio is 16-bit mono of this rate.
 
     Raises:
         AudioError: as `decode_audio`.
     """
     with opened_audio(io.BytesIO(contents)) as file:
-        is_plain = (file.samplerate, file.channels, file.subtype) == (sampling_rate, 1, "PCM_16")
-        blocks = audio_blocks(file, "int16") if is_plain else map(to_pcm, _mono_blocks(file, sampling_rate))
+        is_plain = (file.sampling_rate, file.num_channels, file.subtype) == (sampling_rate, 1, "PCM_16")
+        mix = _Mix(file)
+        blocks = _bounded(file, "int16") if is_plain else map(to_pcm, mix.blocks(sampling_rate))
         pcm: Pcm = _joined(blocks, np.dtype(np.int16))
+        _report(file, on_cut)
+    channel = mix.loudest_if_cancelled()
+    if channel is None:
         return pcm
+    with opened_audio(io.BytesIO(contents)) as file:
+        one: Pcm = _joined(map(to_pcm, _Mix(file, channel).blocks(sampling_rate)), np.dtype(np.int16))
+        return one
 
 
-@contextmanager
-def opened_audio(source: BinaryIO) -> Iterator[soundfile.SoundFile]:
-    """Open audio whose header claims neither an absurd length nor an absurd rate.
+def _report(file: AudioSource, on_cut: OnCut | None) -> None:
+    if on_cut is not None and file.cut_off is not None:
+        on_cut(file.cut_off)
+
+
+def _bounded(file: AudioSource, dtype: str) -> Iterator[NDArray[Any]]:
+    """The blocks of a file that turns out not to be longer than the longest clip."""
+    num_frames = 0
+    for block in file.blocks(dtype):
+        num_frames += len(block)
+        if num_frames > LONGEST_CLIP_SECONDS * file.sampling_rate:
+            longest = LONGEST_CLIP_SECONDS / 3600
+            raise AudioError(f"is longer than the limit of {longest:.0f} h", Cause.ABSURD_CLAIM)
+        yield block
+
+
+class _Mix:
+    """The channels of a file as one: their mean, or one of them."""
+
+    def __init__(self, file: AudioSource, channel: int | None = None) -> None:
+        self._file = file
+        self._channel = channel
+        self._mean_power = 0.0
+        self._powers = np.zeros(file.num_channels)
+
+    def blocks(self, sampling_rate: int) -> Iterator[Waveform]:
+        """Blocks at `sampling_rate` Hz; together they equal the whole, resampled at once."""
+        stream = None
+        if self._file.sampling_rate != sampling_rate:
+            stream = soxr.ResampleStream(self._file.sampling_rate, sampling_rate, 1, dtype="float32", quality="HQ")
+        for block in _bounded(self._file, "float32"):
+            _refuse_not_finite(block)
+            refuse_beyond_full_scale(block)
+            mono = block if block.ndim == 1 else self._mixed(block)
+            yield mono if stream is None else stream.resample_chunk(mono)
+        if stream is not None:
+            yield stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+
+    def _mixed(self, block: NDArray[np.float32]) -> Waveform:
+        if self._channel is not None:
+            return np.ascontiguousarray(block[:, self._channel])
+        mono: Waveform = block.mean(axis=1)
+        self._mean_power += float(np.dot(mono, mono))
+        self._powers += np.einsum("ij,ij->j", block, block)
+        return mono
+
+    def loudest_if_cancelled(self) -> int | None:
+        """The loudest channel if the mean of all has next to none of their power; else None."""
+        if self._mean_power >= _CANCELLED * float(self._powers.mean()):
+            return None
+        return int(self._powers.argmax())
+
+
+def _refuse_not_finite(block: NDArray[np.float32]) -> None:
+    if not np.isfinite(block).all():
+        raise AudioError("contains samples that are not finite", Cause.NOT_FINITE)
+
+
+def refuse_beyond_full_scale(samples: NDArray[Any]) -> None:
+    """Refuse float samples far beyond full scale, which is 1: clipped, they would be noise.
 
     Raises:
-        AudioError: it does not, or cannot be decoded inside the block.
+        AudioError: a sample is.
     """
-    try:
-        with soundfile.SoundFile(source) as file:
-            # A damaged header may claim anything, and some formats store silence in almost no bytes.
-            if file.frames > LONGEST_CLIP_SECONDS * file.samplerate:
-                claimed, longest = file.frames / file.samplerate / 3600, LONGEST_CLIP_SECONDS / 3600
-                message = f"claims to be {claimed:.0f} h long, more than the limit of {longest:.0f} h"
-                raise AudioError(message, Cause.ABSURD_CLAIM)
-            if file.samplerate not in _RATES:
-                raise AudioError(f"claims a sampling rate of {file.samplerate} Hz", Cause.ABSURD_CLAIM)
-            yield file
-    except (soundfile.SoundFileError, ValueError, TypeError) as error:
-        # libsndfile names the object in memory before the reason.
-        reason = str(error).rpartition(": ")[2].removesuffix(".")
-        raise AudioError(f"does not decode ({reason})") from error
-
-
-def audio_blocks(file: soundfile.SoundFile, dtype: str, num_frames: int | None = None) -> Iterator[NDArray[Any]]:
-    """The samples of a file from its position on, `(num_frames,)`, or `(num_frames, num_channels)` of several channels.
-
-    They come in blocks of limited size: memory depends on what a file holds, and not on what its header claims.
-    `num_frames` limits their number.
-    """
-    left = file.frames if num_frames is None else num_frames
-    while left > 0:
-        asked = min(left, max(1, _BLOCK_SAMPLES // file.channels))
-        block: NDArray[Any] = file.read(asked, dtype=dtype)
-        yield block
-        left = left - asked if len(block) == asked else 0
-
-
-def _mono_blocks(file: soundfile.SoundFile, sampling_rate: int) -> Iterator[Waveform]:
-    """Blocks of a mono waveform at `sampling_rate` Hz; together they equal the whole, resampled at once."""
-    stream = None
-    if file.samplerate != sampling_rate:
-        stream = soxr.ResampleStream(file.samplerate, sampling_rate, 1, dtype="float32", quality="HQ")
-    for block in audio_blocks(file, "float32"):
-        mono: Waveform = block if block.ndim == 1 else block.mean(axis=1)
-        if not np.isfinite(mono).all():
-            raise AudioError("contains samples that are not finite", Cause.NOT_FINITE)
-        yield mono if stream is None else stream.resample_chunk(mono)
-    if stream is not None:
-        yield stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+    largest = max(float(samples.max(initial=0)), -float(samples.min(initial=0)))
+    if largest > _LARGEST_SAMPLE:
+        raise AudioError(
+            f"has float samples up to {largest:.5g}, where 1 is full scale: integers were stored as floats; divide "
+            "them by 32768, or write them as integers",
+            Cause.BEYOND_FULL_SCALE,
+        )
 
 
 def _joined(blocks: Iterator[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:

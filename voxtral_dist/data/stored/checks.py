@@ -33,6 +33,7 @@ class Cause(StrEnum):
     SILENT = "silent"
     NOT_FINITE = "not finite"
     ABSURD_CLAIM = "absurd claim"
+    BEYOND_FULL_SCALE = "beyond full scale"
     TOO_LARGE = "too large"
     WRONG_LENGTH = "wrong length"
     EMPTY_TEXT = "empty text"
@@ -81,10 +82,14 @@ def is_same_duration(seconds: float, expected_seconds: float) -> bool:
 
 
 def is_silent(audio: NDArray[Any]) -> bool:
-    """Whether a waveform, float in [-1, 1] or int16, never reaches -60 dB of full scale."""
+    """Whether a waveform, float in [-1, 1] or int16, stays within -60 dB of full scale around a constant.
+
+    A constant is silence, and so is noise that a direct current lifts.
+    """
+    if audio.size == 0:
+        return True
     full_scale = 32768.0 if audio.dtype == np.int16 else 1.0
-    loudest = max(float(audio.max(initial=0)), -float(audio.min(initial=0)))
-    return loudest < _SILENT_PEAK * full_scale
+    return float(audio.max()) - float(audio.min()) < 2 * _SILENT_PEAK * full_scale
 
 
 def is_too_much_text(num_chars: int, duration_seconds: float, max_chars_per_second: float) -> bool:

@@ -6,11 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# Formats that libsndfile decodes. An utterance may have other members, such as pictures, which are ignored.
-AUDIO_SUFFIXES = frozenset(
-    {"wav", "flac", "mp3", "ogg", "oga", "opus", "aiff", "aif", "au", "w64", "rf64", "caf", "audio"}
-)
-
 
 @dataclass(frozen=True)
 class Field:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES, Field, UtteranceLayout
+from voxtral_dist.data.stored.audio_kinds import AUDIO_SUFFIXES, MEDIA_SUFFIXES
+from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.data.stored.tar_members import read_members
 from voxtral_dist.text.json_text import parse_json
 from voxtral_dist.text.languages import language_code
@@ -115,10 +116,15 @@ def _audio_suffix(members: Mapping[str, bytes], wanted: str | None) -> str:
         if wanted not in members:
             raise MemberError("audio", f"has no {wanted} member for its audio, only {sorted(members)}")
         return wanted
-    found = sorted(suffix for suffix in members if suffix.rpartition(".")[2] in AUDIO_SUFFIXES)
+    # A video beside its audio is no second audio.
+    found = _with_suffix(members, AUDIO_SUFFIXES) or _with_suffix(members, MEDIA_SUFFIXES)
     if len(found) != 1:
         raise MemberError("audio", f"must have one audio member, but has {found or sorted(members)} instead")
     return found[0]
+
+
+def _with_suffix(members: Mapping[str, bytes], suffixes: Collection[str]) -> list[str]:
+    return sorted(suffix for suffix in members if suffix.rpartition(".")[2] in suffixes)
 
 
 def _language(fields: _Fields, layout: UtteranceLayout) -> str | None:

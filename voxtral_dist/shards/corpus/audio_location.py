@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +15,10 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.audio import audio_blocks, opened_audio
+from voxtral_dist.data.stored.audio import refuse_beyond_full_scale
+from voxtral_dist.data.stored.audio_kinds import AUDIO_SUFFIXES, MEDIA_SUFFIXES
+from voxtral_dist.data.stored.audio_source import AudioSource, opened_audio
 from voxtral_dist.data.stored.checks import Cause, UnusableError
-from voxtral_dist.data.stored.layout import AUDIO_SUFFIXES
 from voxtral_dist.data.stored.placeholders import HEAD_BYTES, placeholder_reason
 from voxtral_dist.data.stored.storage import LARGEST_FILE_BYTES, Storage, is_remote, open_regular, read_regular
 from voxtral_dist.errors import UserError, first_line
@@ -69,8 +71,8 @@ class AudioLocation:
         if self.is_part:
             return "flac"
         suffix = Path(self.location).suffix.lstrip(".").lower()
-        # Readers find audio members by these suffixes; libsndfile looks at the contents anyway.
-        return suffix if suffix in AUDIO_SUFFIXES else "audio"
+        # Readers find audio members by these suffixes; decoders look at the contents anyway.
+        return suffix if suffix in AUDIO_SUFFIXES | MEDIA_SUFFIXES else "audio"
 
     def read(self) -> bytes:
         """The encoded audio: the file unchanged, or the part as FLAC at the sampling rate of the file.
@@ -125,29 +127,36 @@ def _opened(audio: AudioLocation) -> BinaryIO:
     return file
 
 
-def _cut_open(file: soundfile.SoundFile, audio: AudioLocation) -> bytes:
-    start = round(audio.start_seconds * file.samplerate)
-    if start >= file.frames:
-        claimed = f"it begins at {audio.start_seconds:.2f} s"
-        raise UnusableError(Cause.WRONG_LENGTH, f"lasts {file.frames / file.samplerate:.2f} s, but {claimed} of it")
-    if audio.channel is not None and audio.channel not in range(file.channels):
-        raise UnusableError(Cause.NO_AUDIO, f"has {file.channels} channels, but not the channel {audio.channel}")
-    file.seek(start)
-    num_frames = file.frames - start
-    if audio.duration_seconds is not None:
-        num_frames = min(num_frames, round(audio.duration_seconds * file.samplerate))
-    fine = file.subtype in ("PCM_24", "PCM_32", "FLOAT", "DOUBLE")
-    blocks = audio_blocks(file, "int32" if fine else "int16", num_frames)
+def _cut_open(file: AudioSource, audio: AudioLocation) -> bytes:
+    rate = file.sampling_rate
+    start = round(audio.start_seconds * rate)
+    if file.num_frames is not None and start >= file.num_frames:
+        raise _begins_behind_end(audio, file.num_frames / rate)
+    if audio.channel is not None and audio.channel not in range(file.num_channels):
+        raise UnusableError(Cause.NO_AUDIO, f"has {file.num_channels} channels, but not the channel {audio.channel}")
+    num_frames = None if audio.duration_seconds is None else round(audio.duration_seconds * rate)
+    is_float = file.subtype in ("FLOAT", "DOUBLE")
+    fine = is_float or file.subtype in ("PCM_24", "PCM_32")
+    blocks = file.blocks("float32" if is_float else "int32" if fine else "int16", start, num_frames)
+    first = next(blocks, None)
+    if first is None and file.num_frames is None:
+        # Only decoding told how long it is.
+        raise _begins_behind_end(audio, None)
+    read = blocks if first is None else chain((first,), blocks)
     chosen: Iterable[NDArray[Any]] = (
-        block[:, audio.channel] if audio.channel is not None and block.ndim == 2 else block for block in blocks
+        block[:, audio.channel] if audio.channel is not None and block.ndim == 2 else block for block in read
     )
-    num_channels = 1 if audio.channel is not None else file.channels
-    rate, subtype = file.samplerate, "PCM_24" if fine else "PCM_16"
+    num_channels = 1 if audio.channel is not None else file.num_channels
     if audio.perturbation is not None:
-        samples = np.concatenate(list(chosen)) / float(2**31 if fine else 2**15)
-        samples, rate = audio.perturbation.applied(samples, rate)
+        scale = 1.0 if is_float else float(2**31 if fine else 2**15)
+        samples, rate = audio.perturbation.applied(np.concatenate(list(chosen)) / scale, rate)
         chosen = [samples]
-    return _encode(chosen, rate, num_channels, subtype)
+    return _encode(chosen, rate, num_channels, "PCM_24" if fine else "PCM_16")
+
+
+def _begins_behind_end(audio: AudioLocation, seconds: float | None) -> UnusableError:
+    lasts = "ends before" if seconds is None else f"lasts {seconds:.2f} s, but"
+    return UnusableError(Cause.WRONG_LENGTH, f"{lasts} it begins at {audio.start_seconds:.2f} s of it")
 
 
 def _whole_if_cut_before(audio: AudioLocation) -> AudioLocation:
@@ -156,13 +165,15 @@ def _whole_if_cut_before(audio: AudioLocation) -> AudioLocation:
     if wanted is None:
         return audio
     with _open_file(audio) as file:
-        length = file.frames / file.samplerate
+        if file.num_frames is None:
+            return audio
+        length = file.num_frames / file.sampling_rate
     is_whole = abs(length - wanted) <= _tolerance(wanted) < audio.start_seconds + wanted - length
     return replace(audio, start_seconds=0.0, duration_seconds=None, or_whole=False) if is_whole else audio
 
 
 @contextmanager
-def _open_file(audio: AudioLocation) -> Iterator[soundfile.SoundFile]:
+def _open_file(audio: AudioLocation) -> Iterator[AudioSource]:
     try:
         with _opened(audio) as source, opened_audio(source) as file:
             yield file
@@ -178,6 +189,8 @@ def _encode(blocks: Iterable[NDArray[Any]], rate: int, num_channels: int, subtyp
     encoded = io.BytesIO()
     with soundfile.SoundFile(encoded, "w", rate, num_channels, subtype, format="FLAC") as file:
         for block in blocks:
+            if block.dtype.kind == "f":
+                refuse_beyond_full_scale(block)
             file.write(block)
     return encoded.getvalue()
 
