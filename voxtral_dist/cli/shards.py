@@ -138,7 +138,7 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_layout(parser: argparse.ArgumentParser, whose: str) -> None:
-    parser.add_argument("--language", help=f"ISO 639-1 code of {whose}")
+    parser.add_argument("--language", help=f"language of {whose}: a code, a locale or an English name")
     parser.add_argument("--language-field", metavar="NAME", help="column, or key in the json, with the language")
     parser.add_argument(
         "--instruction", metavar="TEXT", help="instruction that every text answers (default: texts are transcripts)"

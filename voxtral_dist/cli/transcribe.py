@@ -16,7 +16,10 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser("transcribe", help="transcribe audio files and folders of any length")
     add_decoding(parser)
     parser.add_argument("recordings", type=Path, nargs="+", help="audio files, and folders of them")
-    parser.add_argument("--language", help="ISO 639-1 code of the speech; without it, the model detects the language")
+    parser.add_argument(
+        "--language",
+        help="de, de-DE or German; without it, the model detects the language",
+    )
     parser.add_argument("--words", type=Path, metavar="FILE", help="likely words, one per line, for the context")
     parser.add_argument("--previous-text", metavar="TEXT", help="what was said before the recording, for the context")
     parser.add_argument("--instruction", metavar="TEXT", help="ask this about the audio, instead of transcribing it")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from functools import lru_cache
+import unicodedata
+from functools import cache, lru_cache
 from typing import Any
 
 import pycountry
 from pydantic import TypeAdapter, ValidationError
 from pydantic_extra_types.language_code import LanguageAlpha2
 
+_LOCALE = re.compile(r"([A-Za-z]{2,3})(?:[-_.@][A-Za-z0-9].*)?$")
+_PARENTHESES = re.compile(r"\s*\([^)]*\)\s*")
 _WRITTEN_TAG = re.compile(r"^\s*lang:([a-z]{2})")
 _LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
 
@@ -17,6 +21,69 @@ _LANGUAGE_CODE: TypeAdapter[str] = TypeAdapter(LanguageAlpha2)
 LANGUAGE_CODES: tuple[str, ...] = tuple(
     sorted(language.alpha_2 for language in pycountry.languages if hasattr(language, "alpha_2"))
 )
+
+# Names that ISO 639 does not have, codes that it no longer has, and languages whose macrolanguage has a code.
+_OTHER_NAMES = {
+    "ar": "arb, arz, ary, apc, ajp, acm, afb, ars",
+    "ay": "ayr",
+    "az": "azj, azb",
+    "ca": "valencian",
+    "el": "greek",
+    "es": "castilian",
+    "et": "ekk",
+    "fa": "persian, farsi, dari, pes, prs",
+    "ff": "fula, fulani",
+    "gd": "gaelic",
+    "gn": "gug",
+    "he": "iw",
+    "ht": "haitian creole",
+    "id": "in",
+    "ja": "jp",
+    "jv": "jw",
+    "km": "khmer",
+    "ku": "sorani, sorani kurdish, ckb, kurmanji, kurmanji kurdish, kmr",
+    "ky": "kyrgyz",
+    "lb": "letzeburgesch",
+    "lg": "ganda, luganda",
+    "lv": "lvs",
+    "mg": "plt",
+    "mn": "khk",
+    "ms": "zsm",
+    "my": "burmese, myanmar",
+    "nb": "bokmal",
+    "ne": "npi",
+    "nl": "flemish",
+    "nn": "nynorsk",
+    "ny": "nyanja",
+    "om": "gaz",
+    "or": "odia, ory",
+    "pa": "punjabi",
+    "ps": "pushto, pashto, pbt, pbu, pst",
+    "qu": "quy, quz",
+    "ro": "moldavian, moldovan, mo",
+    "si": "sinhalese",
+    "sl": "slovene",
+    "sq": "als",
+    "st": "sotho",
+    "sw": "swh, swc",
+    "tl": "filipino, fil",
+    "ug": "uyghur",
+    "uk": "ua",
+    "uz": "uzn",
+    "yi": "ji, ydd",
+    "zh": "mandarin, mandarin chinese, cantonese, cantonese chinese, cmn, yue, wuu, nan, hak, cn",
+}
+# Words before the name of a language that say where or how it is spoken or written.
+_QUALIFIERS = frozenset(
+    {
+        *("american", "argentine", "argentinian", "australian", "austrian", "brazilian", "british", "canadian"),
+        *("chilean", "colombian", "egyptian", "european", "gulf", "indian", "iranian", "irish", "latin", "levantine"),
+        *("mexican", "modern", "new", "zealand", "nigerian", "scottish", "simplified", "south", "african", "standard"),
+        *("taiwanese", "traditional", "us", "uk", "western", "eastern", "mandarin"),
+    }
+)
+# What corpora write where they do not know the language; ISO 639-2 has `und`.
+_UNKNOWN = frozenset({"", "und", "unk", "unknown"})
 
 
 def is_language_code(text: str) -> bool:
@@ -40,28 +107,70 @@ def split_language_tag(text: str) -> tuple[str | None, str]:
 
 
 def language_code(value: Any) -> str | None:
-    """The ISO 639-1 code of a code, a locale or an English name: `pt` for `pt-BR`, `por` or `Portuguese`.
+    """The ISO 639-1 code of a code, a locale or an English name: `pt` for `pt-BR`, `pt_BR.UTF-8`, `por`, `Portuguese`.
 
-    None and blank text give None.
+    Names are those of ISO 639 and those that Whisper, FLEURS and Common Voice use. A language without a code of its own
+    gets that of its macrolanguage: `zh` for `cmn` and `Mandarin Chinese`. None, blank text, `und` and
+    `unknown` give None.
 
     Raises:
         ValueError: it is none of these. The message is a predicate: callers put the utterance's name before it.
     """
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or (isinstance(value, str) and value.strip().lower() in _UNKNOWN):
         return None
     code = _find_code(value) if isinstance(value, str) else None
     if code is None:
-        raise ValueError(f"has the language {value!r}, which is not an ISO 639-1 code such as 'en'")
+        raise ValueError(f"has the language {value!r}, which is not an ISO 639-1 code such as 'en'{_suggestion(value)}")
     return code
 
 
 @lru_cache(maxsize=4096)
 def _find_code(text: str) -> str | None:
-    code = text.strip().replace("_", "-").partition("-")[0].lower()
-    if is_language_code(code):
-        return code
-    try:
-        found = pycountry.languages.lookup(code if len(code) == 3 else text.strip())
-    except LookupError:
-        return None
-    return getattr(found, "alpha_2", None)
+    names, plain = _codes_by_name(), _plain(text)
+    if plain in names:
+        return names[plain]
+    first = _LOCALE.match(text.strip())
+    if first is not None:
+        code = first[1].lower()
+        return code if is_language_code(code) else names.get(code)
+    # "Portuguese (Brazil)" and "Brazilian Portuguese".
+    without_region = _plain(_PARENTHESES.sub(" ", text).partition(",")[0])
+    *qualifiers, last = without_region.split() or [""]
+    return names.get(without_region) or (names.get(last) if _QUALIFIERS.issuperset(qualifiers) else None)
+
+
+@cache
+def _codes_by_name() -> dict[str, str]:
+    """ISO 639-1 codes by names and codes of three letters, as `_plain` writes them."""
+    codes = {code: code for code in LANGUAGE_CODES}
+    for code, names in _OTHER_NAMES.items():
+        codes |= dict.fromkeys(names.split(", "), code)
+    for language in pycountry.languages:
+        code = getattr(language, "alpha_2", None)
+        if code is None:
+            continue
+        spellings = [
+            code,
+            language.alpha_3,
+            getattr(language, "bibliographic", ""),
+            getattr(language, "common_name", ""),
+        ]
+        spellings += [
+            part for name in (language.name, getattr(language, "inverted_name", "")) for part in name.split(";")
+        ]
+        for spelling in spellings:
+            for name in (spelling, _PARENTHESES.sub(" ", spelling), spelling.partition(",")[0]):
+                codes.setdefault(_plain(name), code)
+    codes.pop("", None)
+    return codes
+
+
+def _plain(name: str) -> str:
+    """A name in lower case, without accents, and with spaces in place of hyphens and underscores."""
+    letters = (one for one in unicodedata.normalize("NFKD", name) if not unicodedata.combining(one))
+    return " ".join("".join(letters).lower().replace("-", " ").replace("_", " ").split())
+
+
+def _suggestion(value: Any) -> str:
+    near = difflib.get_close_matches(_plain(str(value)[:100]), _codes_by_name(), n=1, cutoff=0.8)
+    return f" (perhaps {_codes_by_name()[near[0]]!r}, {near[0]})" if near and len(near[0]) > 3 else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from voxtral_dist.data.examples.prompting import context_text
 from voxtral_dist.errors import UserError
-from voxtral_dist.text.languages import is_language_code
+from voxtral_dist.text.languages import language_code
 from voxtral_dist.text.word_list import WordList
 
 
@@ -16,12 +16,13 @@ class Question:
     """A request to transcribe, or an instruction.
 
     Attributes:
-        language: ISO 639-1 code of the speech; None lets the model detect it.
+        language: the speech's ISO 639-1 code, its locale or its English name, stored as the code; None lets the model
+            detect it.
         context: text in the prompt: words that are likely, what was said before; see `context_text`.
         instruction: asked instead of a transcript, about each recording as a whole.
 
     Raises:
-        UserError: the language is not an ISO 639-1 code, or an instruction comes with a language or a context.
+        UserError: the language is unknown, or an instruction comes with a language or a context.
 
     Example:
         >>> from voxtral_dist import Question
@@ -34,11 +35,10 @@ class Question:
     instruction: str | None = None
 
     def __post_init__(self) -> None:
-        if self.language is not None and not is_language_code(self.language):
-            raise UserError(
-                f"The language must be an ISO 639-1 code such as 'en', but is {self.language!r} instead; without one, "
-                "the model detects it."
-            )
+        try:
+            object.__setattr__(self, "language", language_code(self.language))
+        except ValueError as error:
+            raise UserError(f"The question {error}. Without a language, the model detects it.") from error
         if self.instruction is not None and (self.language or self.context):
             raise UserError(
                 "An instruction replaces the request to transcribe, which alone has a language and a context: put them "

@@ -76,7 +76,7 @@ class Transcriber:
         Args:
             recordings: paths of audio files, their bytes, arrays `(num_samples,)` of floats in [-1, 1] or int16, or
                 cells of an audio column of a `datasets.Dataset`. Long recordings are cut at pauses.
-            language: ISO 639-1 code of the speech; None lets the model detect it.
+            language: the speech's ISO 639-1 code, locale or English name; None lets the model detect it.
             context: text in the prompt; see `voxtral_dist.context_text`.
             sampling_rate: of arrays, in Hz; None means that of the model, 16,000.
 
