@@ -71,7 +71,7 @@ def test_hypotheses_are_scored_and_written_again(score, hypotheses, tmp_path):
     domains = {label: part["wer"] for label, part in written["slices"]["domain"].items()}
     assert domains == {"news": 1.0, "shop": 2 / 3, "unknown": 0.0}
     lines = [line.split() for line in result.out.splitlines()]
-    assert ["basic-2", "57.14", "%"] in [line[:3] for line in lines]
+    assert ["basic-3", "57.14", "%"] in [line[:3] for line in lines]
     assert ["domain", "shop", "66.67", "%"] in [line[:4] for line in lines]
     assert "1 empty hypotheses, 0 empty references, 1 ended by the token limit, 0 repetition loops" in result.out
 
@@ -137,13 +137,13 @@ def test_two_runs_are_compared(score, tmp_path):
     result = score(first, second, "--out", tmp_path / "out")
     assert result.code == 0, result
     comparison = read(tmp_path / "out" / "comparison.json")
-    assert comparison["wer_difference"] == (4 - 24) / 80
-    low, high = comparison["wer_difference_interval"]
+    assert comparison["difference"] == (4 - 24) / 80
+    low, high = comparison["difference_interval"]
     assert low < -0.25 < high < 0
     assert comparison["probability_of_improvement"] == 1.0
     assert comparison["p_value"] < 1e-6
     assert (comparison["num_utterances"], comparison["resampled"]) == (40, "utterance")
-    assert (comparison["first"], comparison["normalizer"]) == (str(first), "basic-2")
+    assert (comparison["first"], comparison["normalizer"]) == (str(first), "basic-3")
     assert read(tmp_path / "out" / "first" / "speech.json")["wer"] == 24 / 80
     assert read(tmp_path / "out" / "second" / "speech.json")["wer"] == 4 / 80
     assert result.out.splitlines()[-1].startswith("Second against first: WER -25.00 points [-")
@@ -170,13 +170,101 @@ def test_runs_on_other_utterances_are_refused(refusal, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_runs_are_compared_by_characters(score, tmp_path):
+    first, second = run_of(tmp_path, "one", 24), run_of(tmp_path, "two", 4)
+    result = score(first, second, "--metric", "cer", "--out", tmp_path / "out")
+    comparison, written = read(tmp_path / "out" / "comparison.json"), read(tmp_path / "out" / "first" / "speech.json")
+    length = sum(len(f"a {number}") for number in range(40))
+    assert (comparison["metric"], comparison["difference"]) == ("cer", (4 - 24) / length)
+    low, high = written["cer_interval"]
+    assert low < written["cer"] == 24 / length < high
+    assert f"Second against first: CER {-100 * 20 / length:+.2f} points [-" in result.out
+    assert comparison["p_value"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "options"),
+    [
+        ("nemo.jsonl", '{"audio_filepath": "a.wav", "text": "a b c", "pred_text": "a x c", "duration": 2}\n', ()),
+        (
+            "other.jsonl",
+            '{"said": "a b c", "heard": "a x c"}\n',
+            ("--reference-field=said", "--hypothesis-field=heard"),
+        ),
+        ("table.csv", '\ufeffid,reference,hypothesis,duration\n1,"a b, c",a x c,2.0\n', ()),
+        ("table.tsv", "said\tpred_text\na b c\ta x c\n", ("--reference-field=said",)),
+    ],
+)
+def test_rows_of_other_tools_are_scored(score, tmp_path, name, contents, options):
+    (tmp_path / name).write_text(contents, encoding="utf-8")
+    result = score(tmp_path / name, *options, "--out", tmp_path / "out")
+    assert result.code == 0, result
+    written = read(tmp_path / "out" / f"{Path(name).stem}.json")
+    assert written["words"] == {"substitutions": 1, "deletions": 0, "insertions": 0, "reference_length": 3}
+    assert written["audio_seconds"] == (2.0 if "duration" in contents else None)
+
+
+@pytest.mark.parametrize(
+    ("references", "hypotheses"),
+    [
+        ("a b c\nd e\n", "a x c\n\n"),
+        ("utt-1 a b c\nutt-2 d e\n", "utt-2\nutt-1 a x c\n"),
+        ("a b c (s1-1)\nd e (s1-2)\n", "(s1-2)\na x c (s1-1)\n"),
+        ("a b c\r\nd e", "a x c\r\n\r\n"),
+    ],
+    ids=["lines", "Kaldi", "trn", "Windows"],
+)
+def test_pairs_of_text_files_are_scored(score, tmp_path, references, hypotheses):
+    for name, contents in (("ref", references), ("hyp", hypotheses)):
+        (tmp_path / f"{name}.txt").write_bytes(contents.encode())
+    result = score(tmp_path / "hyp.txt", "--references", tmp_path / "ref.txt", "--out", tmp_path / "out")
+    assert result.code == 0, result
+    written = read(tmp_path / "out" / "hyp.json")
+    # An empty hypothesis is two deletions.
+    assert written["words"] == {"substitutions": 1, "deletions": 2, "insertions": 0, "reference_length": 5}
+
+
+def test_pairs_of_text_files_that_do_not_fit_are_refused(refusal, tmp_path):
+    (tmp_path / "ref.txt").write_text("utt1 a\nutt2 b\n")
+    (tmp_path / "hyp.txt").write_text("utt1 a\n")
+    both = (tmp_path / "hyp.txt", "--references", tmp_path / "ref.txt")
+    assert "ref.txt has 2 lines, but" in refusal(*both)
+    (tmp_path / "hyp.txt").write_text("a (1)\n")
+    (tmp_path / "ref.txt").write_text("a (1)\nb (2)\n")
+    assert "1 are in only one of them, such as '2'" in refusal(*both)
+    assert "`--references`" in refusal(tmp_path / "hyp.txt", "--references", tmp_path / "nowhere.txt")
+    assert "`--language` has the language 'Klingon'" in refusal(*both, "--language", "Klingon")
+
+
+def test_languages_without_spaces_are_scored_by_characters(score, tmp_path):
+    rows = [
+        {"reference": "而 对 楼市 成交", "hypothesis": "而对楼市成交", "language": "zh"},
+        {"reference": "สวัสดีครับ", "hypothesis": "สวัสดี ครับ"},
+    ]
+    result = score(write_rows(tmp_path / "a.jsonl", rows), "--out", tmp_path / "out")
+    written = read(tmp_path / "out" / "a.json")
+    assert (written["cer"], written["orthographic"]["cer"], written["num_without_spaces"]) == (0, 0, 2)
+    assert "2 of 2 references are in languages without spaces between words: their WER is all or nothing" in result.out
+    assert "all or nothing" not in score(write_rows(tmp_path / "b.jsonl", ROWS)).out
+
+
+def test_other_rates_are_printed_and_written(score, tmp_path):
+    rows = [{"reference": "Hello, world. Fine?", "hypothesis": "Hello world. Fine! yes", "language": "en"}]
+    result = score(write_rows(tmp_path / "a.jsonl", rows), "--out", tmp_path / "out")
+    written = read(tmp_path / "out" / "a.json")
+    assert (written["mer"], written["wil"]) == (1 / 4, 1 - 3 / 3 * 3 / 4)
+    marks = {"substitutions": 1, "deletions": 1, "insertions": 0, "reference_length": 3}
+    assert written["punctuation"] == marks | {"rate": 2 / 3, "per": 2 / 3}
+    assert "MER 25.00 %, WIL 25.00 %, punctuation error rate 66.67 % (1 S, 1 D, 0 I of 3 marks)" in result.out
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ("no json", "line 2: invalid JSON (expected "),
         ('{"reference": "a"', "line 2: invalid JSON (EOF while parsing"),
         ("[1, 2]", "line 2: an utterance must be a JSON object with `reference` and `hypothesis`"),
-        ('{"text": "a", "hypothesis": "a"}', "line 2: `reference` is missing: an utterance needs"),
+        ('{"said": "a", "hypothesis": "a"}', "line 2: `reference` is missing: an utterance needs"),
         ('{"reference": "a", "hypothesis": null}', "line 2: `hypothesis`: input should be a valid string, but is None"),
         (
             '{"reference": "a", "hypothesis": "a", "duration_seconds": -1}',

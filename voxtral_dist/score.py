@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from voxtral_dist.config import TextStep
+from voxtral_dist.config import ErrorRate, TextStep
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.files import option_named_in_errors, refuse_to_replace, write_atomically
 from voxtral_dist.scoring.comparison import PairedComparison, compare_pairs, pair_utterances
@@ -16,6 +16,7 @@ from voxtral_dist.scoring.hypotheses import read_hypotheses
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.result_files import refuse_to_replace_others, result_files, write_results
 from voxtral_dist.scoring.results import TestSetResult, score_test_set
+from voxtral_dist.scoring.transcript_pairs import RowKeys
 from voxtral_dist.scoring.utterances import ScoredUtterance, score_utterance
 from voxtral_dist.text.json_text import parse_json
 from voxtral_dist.text.word_list import WordList
@@ -23,12 +24,17 @@ from voxtral_dist.text.word_list import WordList
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """Options of scoring; see `EvaluationConfig` and `TestContextConfig.words`."""
+    """Options of scoring; see `EvaluationConfig` and `TestContextConfig.words`.
+
+    keys: where the rows of files have what. metric: the error rate by which two files are compared.
+    """
 
     normalizer: str = "basic"
     target_text: tuple[TextStep, ...] = ()
     grouping: Grouping = field(default_factory=Grouping)
     words: Path | None = None
+    keys: RowKeys = field(default_factory=RowKeys)
+    metric: ErrorRate = "wer"
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def score_file(path: Path, options: ScoreOptions) -> ScoredFile:
     """
     used = normalizer(options.normalizer, options.target_text)
     listed = WordList.read(options.words, "--words") if options.words is not None else None
-    decoded = read_hypotheses(path, options.grouping.fields)
+    decoded = read_hypotheses(path, options.grouping.fields, options.keys)
     for name in options.grouping.unknown_in(decoded):
         if name in options.grouping.slices:
             raise UserError(f"`--slices {name}`: no line of {path} has this field.")
@@ -71,13 +77,16 @@ def refuse_unknown_speakers(scored: Sequence[ScoredFile], grouping: Grouping) ->
         raise UserError(f"`--speaker-field {grouping.speaker_field}`: no line of {paths} has this field.")
 
 
-def compare_files(first: ScoredFile, second: ScoredFile, grouping: Grouping) -> PairedComparison:
+def compare_files(
+    first: ScoredFile, second: ScoredFile, grouping: Grouping, metric: ErrorRate = "wer"
+) -> PairedComparison:
     """Compare the second file with the first.
 
     Raises:
         UserError: they do not hold the same utterances with the same references.
     """
-    return compare_pairs(pair_utterances(first.utterances, second.utterances, (first.path, second.path)), grouping)
+    pairs = pair_utterances(first.utterances, second.utterances, (first.path, second.path))
+    return compare_pairs(pairs, grouping, metric)
 
 
 def write_scored(folder: Path, scored: ScoredFile) -> None:
@@ -108,7 +117,7 @@ def write_comparison(folder: Path, first: ScoredFile, second: ScoredFile, compar
 
 def _is_comparison(path: Path) -> bool:
     try:
-        return "wer_difference" in parse_json(path.read_bytes())
+        return "difference" in parse_json(path.read_bytes())
     except (OSError, ValueError, TypeError):
         return False
 

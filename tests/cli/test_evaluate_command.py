@@ -93,7 +93,7 @@ def test_answers_have_no_lists_and_no_language_to_detect(run, tiny_model, clip, 
     manifest = write_lines(tmp_path / "m.jsonl", [{"audio_filepath": clip.name, "text": "Yes.", "lang": "en"}])
     assert run("shards", "pack", manifest, tmp_path / "set", "--instruction", "Is it loud?").code == 0
     result = run("evaluate", tiny_model, tmp_path / "set", "--out", tmp_path / "out", "--target-text", "lower_case")
-    assert "normalizer basic-2" in result.out
+    assert "normalizer basic-3" in result.out
     refused = run("evaluate", tiny_model, tmp_path / "set", "--detect-language").refusal()
     assert "its texts are answers to instructions" in refused
 

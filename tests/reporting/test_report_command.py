@@ -83,9 +83,9 @@ def test_figures_are_those_of_the_score(report, run, tmp_path):
     # The page has the same rows.
     page = parse(tmp_path / "report.html")
     rows = [[cell.text for cell in row.all() if cell.tag in ("th", "td")] for row in page.all("tr")]
-    assert ["again", *rates, "basic-2"] in rows
+    assert ["again", *rates, "basic-3"] in rows
     assert ["again", *others] in rows
-    assert "normalizer basic-2, interval over speakers" in page.text
+    assert "normalizer basic-3, interval over speakers" in page.text
 
 
 @pytest.mark.parametrize(("step", "chosen"), [("newest", "8"), ("4", "4"), ("0", "0")])
@@ -197,7 +197,7 @@ def test_runs_that_evaluated_nothing_have_curves(report, run, tmp_path):
 def test_another_version_of_the_normalizer_is_told(report, tmp_path):
     folder = write_set(tmp_path, "speech", [utterance(0, "a b", "a")])
     score = (folder / "speech.json").read_text()
-    (folder / "speech.json").write_text(score.replace('"basic-2"', '"basic-0"'))
+    (folder / "speech.json").write_text(score.replace('"basic-3"', '"basic-0"'))
     assert report(folder).code == 0
     assert "The installed version of the normalizer differs from basic-0" in parse(folder / "report.html").text
 
@@ -224,7 +224,7 @@ def test_a_baseline_that_does_not_fit_is_refused(refusal, run, tmp_path):
     )
     assert "has no test set of" in refusal(run, "--baseline", write_set(tmp_path / "named", "else", other))
     folder = write_set(tmp_path / "label", "speech", other)
-    (folder / "speech.json").write_text((folder / "speech.json").read_text().replace('"basic-2"', '"none-1"'))
+    (folder / "speech.json").write_text((folder / "speech.json").read_text().replace('"basic-3"', '"none-1"'))
     assert "was scored by none-1, but" in refusal(run, "--baseline", folder)
     assert not (tmp_path / "out").exists()
 
@@ -272,7 +272,7 @@ def test_lines_and_figures_must_belong_together(refusal, tmp_path):
 
 def test_a_function_that_results_name_is_not_run(report, refusal, tmp_path):
     folder = write_set(tmp_path / "results", "speech", [utterance(0, f"touch {tmp_path / 'ran'}", "a")])
-    text = (folder / "speech.json").read_text().replace('"basic-2"', '"subprocess:getoutput-1"')
+    text = (folder / "speech.json").read_text().replace('"basic-3"', '"subprocess:getoutput-1"')
     (folder / "speech.json").write_text(text)
     assert "add `--normalizer subprocess:getoutput` if you trust it" in refusal(folder)
     assert not (tmp_path / "ran").exists()
@@ -300,9 +300,9 @@ def test_damaged_results_are_refused_by_file(refusal, tmp_path):
     (folder / "speech.json").write_text(json.dumps(score))
     assert "speech.json is not the result of a test set (orthographic.characters: " in refusal(folder)
     folder = write_set(tmp_path / "label", "speech", [utterance(0, "a b", "a b")])
-    text = (folder / "speech.json").read_text().replace('"basic-2"', '"upper_case+basic-2"')
+    text = (folder / "speech.json").read_text().replace('"basic-3"', '"upper_case+basic-3"')
     (folder / "speech.json").write_text(text)
-    assert "The normalizer 'upper_case+basic-2' has an unknown step" in refusal(folder)
+    assert "The normalizer 'upper_case+basic-3' has an unknown step" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def test_a_better_run_is_found():
     generator = np.random.default_rng(0)
     worse, better = errors_of(generator, 0.3), errors_of(generator, 0.2)
     found = compare(worse, better)
-    low, high = found.wer_difference_interval
-    assert low < found.wer_difference < high < 0
-    assert found.wer_difference == pytest.approx(-0.1, abs=0.02)
+    low, high = found.difference_interval
+    assert low < found.difference < high < 0
+    assert found.difference == pytest.approx(-0.1, abs=0.02)
     assert found.probability_of_improvement > 0.999
     assert found.p_value < 1e-6
 
@@ -44,8 +44,8 @@ def test_the_other_direction_is_the_mirror():
     generator = np.random.default_rng(1)
     one, other = errors_of(generator, 0.25), errors_of(generator, 0.23)
     there, back = compare(one, other), compare(other, one)
-    assert there.wer_difference == -back.wer_difference
-    assert there.wer_difference_interval == pytest.approx([-end for end in back.wer_difference_interval[::-1]])
+    assert there.difference == -back.difference
+    assert there.difference_interval == pytest.approx([-end for end in back.difference_interval[::-1]])
     assert there.probability_of_improvement == pytest.approx(1 - back.probability_of_improvement)
     assert there.p_value == back.p_value
 
@@ -56,7 +56,7 @@ def test_pairs_tell_more_than_two_intervals():
     first = generator.integers(1, 10, 300)
     second = first - (generator.random(300) < 0.2)
     found = compare(first, second)
-    assert found.wer_difference_interval[1] < 0
+    assert found.difference_interval[1] < 0
     assert found.p_value < 1e-6
 
 
@@ -72,8 +72,7 @@ def test_p_values_of_equally_good_runs_are_uniform():
 def test_the_interval_of_equally_good_runs_holds_zero_nineteen_times_of_twenty():
     generator = np.random.default_rng(0)
     intervals = [
-        compare(errors_of(generator, 0.3, 80), errors_of(generator, 0.3, 80)).wer_difference_interval
-        for _ in range(200)
+        compare(errors_of(generator, 0.3, 80), errors_of(generator, 0.3, 80)).difference_interval for _ in range(200)
     ]
     assert 178 <= sum(low <= 0 <= high for low, high in intervals) <= 198
 
@@ -103,7 +102,7 @@ def test_speakers_are_resampled_together():
     better = np.tile([1, -1], 5).repeat(40)
     first = generator.integers(2, 8, 400)
     alone, together = compare(first, first + better), compare(first, first + better, speakers)
-    widths = [high - low for low, high in (alone.wer_difference_interval, together.wer_difference_interval)]
+    widths = [high - low for low, high in (alone.difference_interval, together.difference_interval)]
     assert together.resampled == "speaker"
     assert widths[1] > 4 * widths[0]
 

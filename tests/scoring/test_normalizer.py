@@ -31,7 +31,17 @@ EXAMPLES = {
     "symbols": ("5 € + 3 $ = 10 %", "5 3 10"),
     "compatibility forms": ("ﬁne ｗｉｄｅ ①", "fine wide 1"),
     "decomposed letters": ("cafe\u0301 U\u0308ber", "café über"),
-    "dotted capital": ("İstanbul", "i\u0307stanbul"),
+    "dotted capital": ("İstanbul", "istanbul"),
+    "apostrophes of all kinds": ("п'ять пʼять п’ять п‘ять п´ять п`ять", " ".join(["п'ять"] * 6)),
+    "okina": ("Hawaiʻi Hawai'i", "hawai'i hawai'i"),
+    "tatweel": ("كتـــاب", "كتاب"),
+    "Arabic vowel signs": ("هٰذَا كِتَابٌ جَدِيدٌ", "هذا كتاب جديد"),
+    "Arabic hamza stays": ("أكل إلى آخر", "أكل إلى آخر"),
+    "Hebrew points": ("שָׁלוֹם", "שלום"),
+    "gershayim": ('צה״ל צה"ל "צהל"', "צהל צהל צהל"),
+    "digits of all scripts": ("१२ ٣٤ ๕", "12 34 5"),
+    "Indic marks": ("क्षत्रिय தமிழ் తెలుగు বাংলা ਪੰਜਾਬੀ", "क्षत्रिय தமிழ் తెలుగు বাংলা ਪੰਜਾਬੀ"),
+    "variation selector": ("fine ❤\ufe0f yes", "fine yes"),
     "emoji": ("fine 👍 yes", "fine yes"),
     "nothing but punctuation": ("... ?!", ""),
     "nothing": ("", ""),
@@ -41,6 +51,17 @@ EXAMPLES = {
 @pytest.mark.parametrize(("text", "expected"), EXAMPLES.values(), ids=EXAMPLES.keys())
 def test_basic(text, expected):
     assert BASIC(text) == expected
+
+
+@pytest.mark.parametrize("language", ["tr", "az"])
+def test_basic_knows_the_dotless_i_of_turkish(language):
+    assert (
+        BASIC("İSTANBUL ISPARTA Iğdır", language)
+        == "istanbul ısparta ığdır"
+        == BASIC("istanbul ısparta ığdır", language)
+    )
+    assert BASIC("IT IS", "en") == BASIC("IT IS") == "it is"
+    assert normalizer("none").apply("IT", language) == "IT"
 
 
 @pytest.mark.parametrize(("text", "_"), EXAMPLES.values(), ids=EXAMPLES.keys())

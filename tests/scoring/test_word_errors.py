@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from voxtral_dist.scoring import word_errors
 from voxtral_dist.scoring.alignment import align_words
 from voxtral_dist.scoring.normalizer import normalizer
-from voxtral_dist.scoring.word_errors import ErrorCounts, count_character_errors
+from voxtral_dist.scoring.word_errors import ErrorCounts, count_character_errors, count_punctuation_errors
 from voxtral_dist.text.word_list import WordList
 
 WORDS = ("one", "two", "three", "für", "हाथ", "l'été", "a")
@@ -48,6 +48,8 @@ def test_sums_of_counts_equal_jiwers_of_the_whole_lists(seed):
     )
     assert words.reference_length == expected.hits + expected.substitutions + expected.deletions
     assert words.rate == expected.wer
+    assert words.match_error_rate == pytest.approx(expected.mer)
+    assert words.information_lost == pytest.approx(expected.wil)
 
     characters = sum(map(count_character_errors, references, hypotheses), ErrorCounts())
     expected = jiwer.process_characters(references, hypotheses)
@@ -209,3 +211,31 @@ def test_the_rates_are_those_of_the_published_definition():
             edits["substitute"], edits["delete"], edits["insert"], sum(word in rare for word in reference)
         )
         assert count_biased_errors(" ".join(reference), " ".join(hypothesis), listed) == expected
+
+
+def test_spaces_are_no_characters_of_languages_without_them():
+    assert count_character_errors("而 对", "而对", has_spaces=False) == ErrorCounts(reference_length=2)
+    assert count_character_errors("而 对", "而对") == ErrorCounts(deletions=1, reference_length=3)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "expected"),
+    [
+        ("Yes, no.", "yes, no.", ErrorCounts(reference_length=2)),
+        ("Yes, no.", "yes no", ErrorCounts(deletions=2, reference_length=2)),
+        ("Yes no", "yes, no?", ErrorCounts(insertions=2)),
+        ("Yes. No", "yes! no", ErrorCounts(substitutions=1, reference_length=1)),
+        ("it's 3.5, well-known", "it's 3.5, well-known", ErrorCounts(reference_length=1)),
+        ("你好，世界。", "你好世界。", ErrorCounts(deletions=1, reference_length=2)),
+        ("nothing", "at all", ErrorCounts()),
+        ("", "...", ErrorCounts(insertions=3)),
+    ],
+)
+def test_punctuation_marks_are_counted_apart_from_words(reference, hypothesis, expected):
+    assert count_punctuation_errors(reference, hypothesis) == expected
+
+
+def test_rates_of_empty_texts_are_none():
+    assert ErrorCounts().match_error_rate is None
+    assert ErrorCounts(insertions=2).information_lost is None
+    assert ErrorCounts(insertions=2).match_error_rate == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from voxtral_dist.config import EvaluationConfig, GuardConfig, SelectionConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.training.selection import judge, refuse_guard_without_start
+from voxtral_dist.training.selection import judge, refuse_guard_without_start, selected_step, write_best
 
 EVERY = 10
 # All steps that these runs evaluate.
@@ -31,7 +32,7 @@ def selection(**settings: Any) -> SelectionConfig:
 
 def test_the_smallest_wer_is_the_best_and_the_earliest_of_equals() -> None:
     verdict = judge(selection(), rows(dev=[0.1, 0.5, 0.3, 0.4, 0.3]), SAVED)
-    assert (verdict.best_step, verdict.best_wer) == (20, 0.3), "the untrained model is no candidate"
+    assert (verdict.best_step, verdict.best_rate) == (20, 0.3), "the untrained model is no candidate"
     assert not verdict.must_stop
     assert verdict.messages == ()
 
@@ -43,7 +44,44 @@ def test_before_the_first_evaluation_there_is_no_best() -> None:
 
 def test_an_evaluation_that_was_repeated_counts_once() -> None:
     found = [*rows(dev=[0.9, 0.5]), {"step": 10, "name": "dev", "wer": 0.7}, *rows(other=[0.1, 0.1])]
-    assert judge(selection(), found, SAVED).best_wer == 0.7
+    assert judge(selection(), found, SAVED).best_rate == 0.7
+
+
+def test_the_best_by_cer_is_named_with_its_rate(tmp_path) -> None:
+    found = [row | {"cer": cer} for row, cer in zip(rows(dev=[1.0, 1.0, 1.0]), (0.9, 0.2, 0.3), strict=True)]
+    verdict = judge(selection(metric="cer"), found, SAVED)
+    assert (verdict.best_step, verdict.best_rate, verdict.metric) == (10, 0.2, "cer")
+    write_best(tmp_path, verdict)
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "step": 10,
+        "cer": 0.2,
+        "checkpoint": "checkpoints/step-0000010",
+    }
+    assert selected_step(tmp_path) == 10
+    patient = judge(selection(metric="cer", patience=1), found, SAVED)
+    assert patient.must_stop
+    assert patient.messages == (
+        "the CER of `dev` has not improved in 1 evaluations (`evaluation.selection.patience`): the run stops",
+    )
+
+
+def test_a_guard_by_cer_limits_the_selection() -> None:
+    guard = {"test_set": "general", "max_wer_increase": 0.02, "metric": "cer"}
+    found = rows(dev=[0.9, 0.4, 0.5])
+    found += [row | {"cer": cer} for row, cer in zip(rows(general=[0.5] * 3), (0.1, 0.2, 0.1), strict=True)]
+    verdict = judge(selection(guard=guard), found, SAVED)
+    assert verdict.best_step == 20
+    at_ten = judge(selection(guard=guard), [row for row in found if row["step"] <= 10], SAVED)
+    assert at_ten.messages[0].startswith("the CER of the guard `general` is 10.00 points above")
+
+
+def test_selection_by_wer_warns_once_of_a_language_without_spaces() -> None:
+    found = [row | {"num_without_spaces": 9, "num_utterances": 10, "cer": 0.5} for row in rows(dev=[1.0, 1.0])]
+    (message,) = judge(selection(), found[:1], SAVED).messages
+    assert message.startswith("9 of 10 utterances of `dev` are in languages without spaces between words")
+    assert message.endswith("set `evaluation.selection.metric: cer`")
+    assert judge(selection(), found, SAVED).messages == ()
+    assert judge(selection(metric="cer"), found[:1], SAVED).messages == ()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from voxtral_dist.config.engine import CheckpointConfig, EngineConfig, Fsdp2Conf
 from voxtral_dist.config.evaluation import (
     MIN_NEW_TOKENS,
     NORMALIZERS,
+    ErrorRate,
     EvaluationConfig,
     GuardConfig,
     SelectionConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "ContextConfig",
     "DistributedConfig",
     "EngineConfig",
+    "ErrorRate",
     "EvaluationConfig",
     "ExportConfig",
     "Fsdp2Config",

@@ -58,6 +58,9 @@ class TestSetConfig(Section):
     """Also decode the set with lists of context words. None: without lists only."""
 
 
+ErrorRate = Literal["wer", "cer"]
+
+
 class GuardConfig(Section):
     """A test set of another domain, whose WER must not rise by fine-tuning (catastrophic forgetting)."""
 
@@ -68,26 +71,33 @@ class GuardConfig(Section):
     """Maximum rise of its WER above that of the initial model, as a fraction: 0.01 is one percentage point. A
     checkpoint above it is never selected."""
 
+    metric: ErrorRate = "wer"
+    """The error rate that is limited: `wer`, or `cer` for a set in a language without spaces between words."""
+
     action: Literal["warn", "stop"] = "warn"
     """What happens above the limit: `warn` logs it, `stop` also ends the run."""
 
 
 class SelectionConfig(Section):
-    """Selection of the checkpoint with the lowest WER: it is kept, named in `run_dir/best.json`, and exported at the
-    end."""
+    """Selection of the checkpoint with the lowest error rate: it is kept, named in `run_dir/best.json`, and exported at
+    the end."""
 
     test_set: FileName
-    """Name of the test set whose WER decides, one of `evaluation.test_sets`."""
+    """Name of the test set whose error rate decides, one of `evaluation.test_sets`."""
+
+    metric: ErrorRate = "wer"
+    """The error rate that decides: `wer` (words) or `cer` (characters). Take `cer` for Chinese, Japanese, Thai and
+    other languages without spaces between words, where each utterance is one word, right or wrong as a whole."""
 
     patience: int | None = Field(default=None, gt=0)
     """The run ends early after this many evaluations in a row without improvement. None: it does not end early."""
 
     min_improvement: float = Field(default=0.0, ge=0)
-    """Minimum fall of the WER that counts as improvement, as a fraction: 0.001 is a tenth of a percentage point. Does
-    nothing without `patience`."""
+    """Minimum fall of the error rate that counts as improvement, as a fraction: 0.001 is a tenth of a percentage point.
+    Does nothing without `patience`."""
 
     guard: GuardConfig | None = None
-    """A test set of another domain whose WER limits the selection. None: no limit."""
+    """A test set of another domain whose error rate limits the selection. None: no limit."""
 
 
 class EvaluationConfig(Section):

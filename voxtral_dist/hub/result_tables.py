@@ -81,4 +81,4 @@ def _wer(rates: ErrorRates) -> str:
 
 
 def _change(paired: PairedComparison) -> str:
-    return f"{points(paired.wer_difference)} {format_interval(paired.wer_difference_interval, '+.2f')}".rstrip()
+    return f"{points(paired.difference)} {format_interval(paired.difference_interval, '+.2f')}".rstrip()

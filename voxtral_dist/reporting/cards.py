@@ -13,7 +13,7 @@ from voxtral_dist.scoring.alignment import AlignedWord, align_words
 from voxtral_dist.scoring.comparison import Pair
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer
-from voxtral_dist.scoring.utterances import ScoredUtterance
+from voxtral_dist.scoring.utterances import ScoredUtterance, normalized_pair
 
 # A repetition loop may have thousands of words, and text without spaces has words of any length.
 MAX_WORDS = 120
@@ -73,7 +73,7 @@ class Card:
 
 def side_by_side(utterance: ScoredUtterance, normalizer: Normalizer) -> SideBySide:
     """The normalized words of an utterance, at most `MAX_WORDS`, long words shortened."""
-    aligned = align_words(normalizer.apply(utterance.decoded.reference), normalizer.apply(utterance.decoded.hypothesis))
+    aligned = align_words(*normalized_pair(utterance.decoded, normalizer))
     shown = tuple(AlignedWord(one.kind, _word(one.reference), _word(one.hypothesis)) for one in aligned[:MAX_WORDS])
     return SideBySide(shown, len(aligned) - len(shown))
 

@@ -95,7 +95,7 @@ def _test_set(test_set: TestSetSection) -> Iterator[str]:
 def _comparison(compared: Comparison) -> str:
     paired = compared.paired
     baseline = percent(compared.baseline.normalized.wer)
-    difference = f"Against the baseline (WER {baseline}): {points(paired.wer_difference)}"
+    difference = f"Against the baseline (WER {baseline}): {points(paired.difference)}"
     changes = f"{compared.num_better} of {paired.num_utterances} utterances better, {compared.num_worse} worse"
     return f"{with_certainty(difference, paired)}; {changes}."
 

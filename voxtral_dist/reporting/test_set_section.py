@@ -20,7 +20,7 @@ from voxtral_dist.scoring.hypotheses import read_scored
 from voxtral_dist.scoring.normalizer import Normalizer, normalizer_of_label
 from voxtral_dist.scoring.result_files import read_result
 from voxtral_dist.scoring.results import TestSetResult
-from voxtral_dist.scoring.utterances import ScoredUtterance
+from voxtral_dist.scoring.utterances import ScoredUtterance, normalized_pair
 from voxtral_dist.scoring.word_errors import ErrorCounts
 
 _NUM_CONFUSIONS = 20
@@ -162,8 +162,7 @@ class SectionReader:
 
 def _confusions(utterances: Sequence[ScoredUtterance], normalizer: Normalizer) -> dict[EditKind, list[Confusion]]:
     wrong = (one for one in utterances if one.words.errors)
-    texts = ((one.decoded.reference, one.decoded.hypothesis) for one in wrong)
-    alignments = (align_words(*map(normalizer.apply, pair)) for pair in texts)
+    alignments = (align_words(*normalized_pair(one.decoded, normalizer)) for one in wrong)
     return most_frequent_confusions(alignments, _NUM_CONFUSIONS)
 
 

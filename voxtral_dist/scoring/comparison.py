@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.errors import UserError
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.intervals import (
@@ -33,21 +34,23 @@ class PairedComparison:
     """A second run compared with a first one on the same utterances.
 
     Attributes:
-        wer_difference: WER of the second run minus that of the first; negative is an improvement. None without
-            reference words.
-        wer_difference_interval: its central 95 % under a bootstrap that draws the same `resampled` units for both runs;
-            None for a single unit, or without reference words.
+        metric: the error rate that is compared.
+        difference: rate of the second run minus that of the first; negative is an improvement. None without a
+            reference.
+        difference_interval: its central 95 % under a bootstrap that draws the same `resampled` units for both runs;
+            None for a single unit, or without a reference.
         probability_of_improvement: fraction of resamples in which the second run has fewer errors; a tie counts half.
-            None for a single unit, or without reference words.
+            None for a single unit, or without a reference.
         p_value: of the matched-pairs test; None for fewer than `MIN_MATCHED_PAIRS` utterances.
     """
 
     num_utterances: int
     resampled: Unit
-    wer_difference: float | None
-    wer_difference_interval: Interval | None
+    difference: float | None
+    difference_interval: Interval | None
     probability_of_improvement: float | None
     p_value: float | None
+    metric: ErrorRate = "wer"
 
 
 def pair_utterances(
@@ -81,18 +84,21 @@ def pair_utterances(
     return pairs
 
 
-def compare_pairs(pairs: Sequence[Pair], grouping: Grouping) -> PairedComparison:
-    """Compare the second run with the first. A speaker that only one of them names is used for both."""
+def compare_pairs(pairs: Sequence[Pair], grouping: Grouping, metric: ErrorRate = "wer") -> PairedComparison:
+    """Compare the second run with the first, by words or by characters.
+
+    A speaker that only one of them names is used for both.
+    """
     speakers = [grouping.speaker(one.decoded) or grouping.speaker(other.decoded) for one, other in pairs]
-    return compare_runs(
-        [one.words for one, _ in pairs], [other.words for _, other in pairs], resampling_units(speakers)
-    )
+    name = "words" if metric == "wer" else "characters"
+    first, second = ([getattr(pair[place], name) for pair in pairs] for place in (0, 1))
+    return replace(compare_runs(first, second, resampling_units(speakers)), metric=metric)
 
 
 def compare_runs(
     first: Sequence[ErrorCounts], second: Sequence[ErrorCounts], units: ResamplingUnits, seed: int = 0
 ) -> PairedComparison:
-    """Compare the word errors of two runs on the same utterances in the same order.
+    """Compare the errors of two runs, all of words or all of characters, on the same utterances in the same order.
 
     Source: Bisani and Ney (ICASSP 2004), for the interval and the probability of improvement.
     """
@@ -108,8 +114,8 @@ def compare_runs(
     return PairedComparison(
         num_utterances=len(first),
         resampled=units.unit,
-        wer_difference=difference,
-        wer_difference_interval=central_interval(resampled_errors, resampled_lengths),
+        difference=difference,
+        difference_interval=central_interval(resampled_errors, resampled_lengths),
         probability_of_improvement=float(np.mean(is_better + is_tie / 2)),
         p_value=p_value,
     )

@@ -17,8 +17,8 @@ class ErrorRates:
 
     Attributes:
         words, characters: counts, summed over utterances.
-        wer_interval: the central 95 % of the WER under a bootstrap of `resampled` units; None for a single unit, or
-            without reference words.
+        wer_interval, cer_interval: the central 95 % of the rates under a bootstrap of `resampled` units; None for a
+            single unit, or without a reference.
         audio_seconds: None where the duration of an utterance is unknown.
     """
 
@@ -28,6 +28,7 @@ class ErrorRates:
     resampled: Unit
     num_utterances: int
     audio_seconds: float | None
+    cer_interval: Interval | None = None
 
     @property
     def wer(self) -> float | None:
@@ -63,6 +64,7 @@ def _rates(
         words=sum(words, ErrorCounts()),
         characters=sum(characters, ErrorCounts()),
         wer_interval=bootstrap_interval(words, units),
+        cer_interval=bootstrap_interval(characters, units),
         resampled=units.unit,
         num_utterances=len(utterances),
         audio_seconds=sum(seconds) if len(seconds) == len(utterances) else None,

@@ -28,6 +28,7 @@ class Normalizer:
     """A function on text, with its name and version.
 
     target_text: the steps applied to the targets in training; they run before the function.
+    takes_language: whether the function's second argument is the ISO 639-1 code of the language, None if unknown.
 
     Example:
         >>> from voxtral_dist import Normalizer
@@ -38,12 +39,13 @@ class Normalizer:
 
     name: str
     version: str
-    function: Callable[[str], str]
+    function: Callable[..., str]
     target_text: tuple[TextStep, ...] = ()
+    takes_language: bool = False
 
     @property
     def label(self) -> str:
-        """Name and version such as `basic-2`, or `lower_case+basic-2` after a step of target text.
+        """Name and version such as `basic-3`, or `lower_case+basic-3` after a step of target text.
 
         Normalizers with equal labels give equal texts.
         """
@@ -54,16 +56,18 @@ class Normalizer:
         """The normalizer for orthographic rates, where case and punctuation count; keeps the steps of target text."""
         return Normalizer("none", "1", str, self.target_text)
 
-    def apply(self, text: str) -> str:
-        """Normalize a text; its words are separated by single spaces."""
-        return collapse_spaces(self.function(apply_steps(self.target_text, text)))
+    def apply(self, text: str, language: str | None = None) -> str:
+        """Normalize a text of a language; its words are separated by single spaces."""
+        stepped = apply_steps(self.target_text, text)
+        return collapse_spaces(self.function(stepped, language) if self.takes_language else self.function(stepped))
 
 
 def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
     """Make a normalizer by name.
 
-    `none` only evens out white space. `basic` also applies Unicode NFKC and lower case, replaces punctuation and
-    symbols by spaces, except an apostrophe inside a word, and removes format characters. `whisper_english` and
+    `none` only evens out white space. `basic` also applies Unicode NFKC and the lower case of the language, replaces
+    punctuation and symbols by spaces, except an apostrophe inside a word, and removes what writers of a script may
+    omit (see `fold`). `whisper_english` and
     `whisper_basic` are Whisper's (Radford et al., arXiv 2212.04356, appendix C), as implemented in transformers.
     `module:function` is your own function.
 
@@ -82,7 +86,7 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
         'it is 21 mister smith'
     """
     version, function = _named(name)
-    return Normalizer(name, version, function, tuple(target_text))
+    return Normalizer(name, version, function, tuple(target_text), takes_language=name == "basic")
 
 
 def normalizer_of_label(label: str, trusted: str | None = None) -> Normalizer:
@@ -109,13 +113,13 @@ def normalizer_of_label(label: str, trusted: str | None = None) -> Normalizer:
     return normalizer(name, known)
 
 
-def _named(name: str) -> tuple[str, Callable[[str], str]]:
+def _named(name: str) -> tuple[str, Callable[..., str]]:
     """The version and function of a normalizer."""
     match name:
         case "none":
             return "1", str
         case "basic":
-            return "2", fold
+            return "3", fold
         case "whisper_english" | "whisper_basic":
             return _whisper(name)
         case _:

@@ -71,6 +71,10 @@ def result_row(result: TestSetResult) -> dict[str, Any]:
         **_rates_row(result.normalized),
         "normalizer": result.normalizer,
         "orthographic": _rates_row(result.orthographic) | {"normalizer": result.orthographic_normalizer},
+        "punctuation": None
+        if result.punctuation is None
+        else asdict(result.punctuation) | {"rate": result.punctuation.rate, "per": result.punctuation.match_error_rate},
+        "num_without_spaces": result.num_without_spaces,
         "num_empty_hypotheses": result.num_empty_hypotheses,
         "num_empty_references": result.num_empty_references,
         "num_limit_hits": result.num_limit_hits,
@@ -90,7 +94,13 @@ def result_row(result: TestSetResult) -> dict[str, Any]:
 
 
 def _rates_row(rates: ErrorRates) -> dict[str, Any]:
-    return {"wer": rates.wer, "cer": rates.cer, **asdict(rates)}
+    return {
+        "wer": rates.wer,
+        "cer": rates.cer,
+        "mer": rates.words.match_error_rate,
+        "wil": rates.words.information_lost,
+        **asdict(rates),
+    }
 
 
 def _nested(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,8 @@ class TestSetResult:
         normalizer, orthographic_normalizer: labels of the normalizers of `normalized` and `orthographic`.
         normalized: error rates after the normalizer.
         orthographic: error rates where case and punctuation count.
+        punctuation: errors of punctuation marks; None where they were not counted.
+        num_without_spaces: references in languages without spaces between words, whose WER is all or nothing.
         num_empty_references: references without words after the normalizer; their hypotheses count as insertions.
         num_limit_hits: hypotheses ended by the token limit.
         slices: normalized error rates by field and value.
@@ -105,6 +107,13 @@ class TestSetResult:
     measured: Measurements
     language_identification: LanguageIdentification | None
     biased: BiasedErrors | None
+    punctuation: ErrorCounts | None = None
+    num_without_spaces: int = 0
+
+    @property
+    def is_word_rate_meaningless(self) -> bool:
+        """Whether most references have no spaces between words, so that each is right or wrong as a whole."""
+        return 2 * self.num_without_spaces > self.normalized.num_utterances
 
     @property
     def rtfx(self) -> float | None:
@@ -119,7 +128,11 @@ class TestSetResult:
             "cer": self.normalized.cer,
             "orthographic_wer": self.orthographic.wer,
             "orthographic_cer": self.orthographic.cer,
+            "mer": self.normalized.words.match_error_rate,
+            "wil": self.normalized.words.information_lost,
         }
+        if self.punctuation is not None and self.punctuation.match_error_rate is not None:
+            metrics["punctuation_error_rate"] = self.punctuation.match_error_rate
         measured = {"loss": self.measured.loss, "perplexity": self.measured.perplexity, "rtfx": self.rtfx}
         metrics |= {name: value for name, value in measured.items() if value is not None}
         if self.language_identification is not None:
@@ -128,6 +141,7 @@ class TestSetResult:
             metrics |= {"biased_wer": self.biased.biased_wer, "unbiased_wer": self.biased.unbiased_wer}
         return metrics | {
             "num_utterances": self.normalized.num_utterances,
+            "num_without_spaces": self.num_without_spaces,
             "num_empty_hypotheses": self.num_empty_hypotheses,
             "num_limit_hits": self.num_limit_hits,
             "num_repetition_loops": self.num_repetition_loops,
@@ -135,6 +149,8 @@ class TestSetResult:
 
     def __str__(self) -> str:
         said = [f"WER {percent(self.normalized.wer)}"]
+        if self.num_without_spaces:
+            said.insert(0, f"CER {percent(self.normalized.cer)}")
         if self.biased is not None:
             said.append(f"B-WER {percent(self.biased.biased_wer)}, U-WER {percent(self.biased.unbiased_wer)}")
         if self.language_identification is not None:
@@ -164,6 +180,8 @@ def score_test_set(
         normalized=normalized_rates(utterances, grouping),
         orthographic_normalizer=normalizer.orthographic.label,
         orthographic=orthographic_rates(utterances, grouping),
+        punctuation=_punctuation(utterances),
+        num_without_spaces=sum(not one.has_spaces for one in utterances),
         num_empty_hypotheses=sum(not one.decoded.hypothesis.strip() for one in utterances),
         num_empty_references=sum(not one.words.reference_length for one in utterances),
         num_limit_hits=sum(one.decoded.hit_limit for one in utterances),
@@ -179,6 +197,11 @@ def score_test_set(
 def percent(rate: float | None) -> str:
     """A rate such as `12.34 %`, or `n/a` for None."""
     return "n/a" if rate is None else f"{100 * rate:.2f} %"
+
+
+def _punctuation(utterances: Sequence[ScoredUtterance]) -> ErrorCounts | None:
+    counts = [one.punctuation for one in utterances if one.punctuation is not None]
+    return sum(counts, ErrorCounts()) if len(counts) == len(utterances) else None
 
 
 def _language_identification(utterances: Sequence[ScoredUtterance]) -> LanguageIdentification | None:

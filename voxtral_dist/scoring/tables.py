@@ -25,6 +25,12 @@ def result_lines(result: TestSetResult) -> Iterator[str]:
         f"{result.num_limit_hits} ended by the token limit, {result.num_repetition_loops} repetition loops; "
         f"intervals resample {result.normalized.resampled}s"
     )
+    yield from _other_rates(result)
+    if result.is_word_rate_meaningless:
+        yield (
+            f"{result.num_without_spaces} of {result.normalized.num_utterances} references are in languages without "
+            "spaces between words: their WER is all or nothing, and their CER leaves out spaces; compare by CER"
+        )
     if result.biased is not None:
         yield f"B-WER {percent(result.biased.biased_wer)}, U-WER {percent(result.biased.unbiased_wer)}"
     if result.language_identification is not None:
@@ -32,17 +38,26 @@ def result_lines(result: TestSetResult) -> Iterator[str]:
         yield f"language accuracy {percent(found.accuracy)} of {found.num_utterances} utterances"
 
 
+def _other_rates(result: TestSetResult) -> Iterator[str]:
+    words, marks = result.normalized.words, result.punctuation
+    said = [f"MER {percent(words.match_error_rate)}, WIL {percent(words.information_lost)}"]
+    if marks is not None and marks.match_error_rate is not None:
+        counts = f"{marks.substitutions} S, {marks.deletions} D, {marks.insertions} I of {marks.reference_length} marks"
+        said.append(f"punctuation error rate {percent(marks.match_error_rate)} ({counts})")
+    yield ", ".join(said)
+
+
 def comparison_line(comparison: PairedComparison) -> str:
-    """The WER difference of a second run, with its certainty."""
-    if comparison.wer_difference is None:
-        return "The references have no words: there is nothing to compare."
-    difference = f"Second against first: WER {100 * comparison.wer_difference:+.2f} points"
+    """The difference of a second run, with its certainty."""
+    if comparison.difference is None:
+        return "The references are empty: there is nothing to compare."
+    difference = f"Second against first: {comparison.metric.upper()} {100 * comparison.difference:+.2f} points"
     return f"{with_certainty(difference, comparison)}, {comparison.num_utterances} utterances"
 
 
 def with_certainty(difference: str, comparison: PairedComparison) -> str:
     """Append to the text of a WER difference its interval, probability of improvement and p-value, where known."""
-    said = [f"{difference} {format_interval(comparison.wer_difference_interval, '+.2f')}".rstrip()]
+    said = [f"{difference} {format_interval(comparison.difference_interval, '+.2f')}".rstrip()]
     if comparison.probability_of_improvement is not None:
         said.append(f"probability of improvement {comparison.probability_of_improvement:.3f}")
     if comparison.p_value is not None:

@@ -13,8 +13,10 @@ from voxtral_dist.scoring.word_errors import (
     ErrorCounts,
     count_biased_errors,
     count_character_errors,
+    count_punctuation_errors,
     count_word_errors,
 )
+from voxtral_dist.text.scripts import has_spaces_between_words
 from voxtral_dist.text.word_list import WordList
 
 
@@ -54,6 +56,9 @@ class ScoredUtterance:
         words, characters: errors after the normalizer.
         orthographic_words, orthographic_characters: errors where case and punctuation count.
         biased_words: errors of listed words; None where the test set has no list.
+        punctuation: errors of punctuation marks; None in files of earlier versions.
+        has_spaces: whether the reference is written with spaces between words. Else its WER is all or nothing, and
+            spaces are no characters of its CER.
     """
 
     decoded: DecodedUtterance
@@ -63,22 +68,34 @@ class ScoredUtterance:
     orthographic_characters: ErrorCounts
     biased_words: ErrorCounts | None
     has_repetition_loop: bool
+    punctuation: ErrorCounts | None = None
+    has_spaces: bool = True
 
 
 def score_utterance(
     decoded: DecodedUtterance, normalizer: Normalizer, listed: WordList | None = None
 ) -> ScoredUtterance:
     """Count the errors of a hypothesis after normalization, and those of listed words if there is a list."""
-    texts = decoded.reference, decoded.hypothesis
-    reference, hypothesis = map(normalizer.apply, texts)
-    exact_reference, exact_hypothesis = map(normalizer.orthographic.apply, texts)
+    reference, hypothesis = normalized_pair(decoded, normalizer)
+    exact_reference, exact_hypothesis = normalized_pair(decoded, normalizer.orthographic)
+    has_spaces = has_spaces_between_words(decoded.reference, decoded.language)
     alignment = align_words(reference, hypothesis)
     return ScoredUtterance(
         decoded=decoded,
         words=count_word_errors(alignment),
-        characters=count_character_errors(reference, hypothesis),
+        characters=count_character_errors(reference, hypothesis, has_spaces),
         orthographic_words=count_word_errors(align_words(exact_reference, exact_hypothesis)),
-        orthographic_characters=count_character_errors(exact_reference, exact_hypothesis),
+        orthographic_characters=count_character_errors(exact_reference, exact_hypothesis, has_spaces),
+        punctuation=count_punctuation_errors(exact_reference, exact_hypothesis),
         biased_words=None if listed is None else count_biased_errors(alignment, listed),
         has_repetition_loop=has_repetition_loop(decoded.hypothesis, decoded.reference),
+        has_spaces=has_spaces,
+    )
+
+
+def normalized_pair(decoded: DecodedUtterance, normalizer: Normalizer) -> tuple[str, str]:
+    """The reference and the hypothesis of an utterance after normalization."""
+    return (
+        normalizer.apply(decoded.reference, decoded.language),
+        normalizer.apply(decoded.hypothesis, decoded.language),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,13 +54,41 @@ class ErrorCounts:
         return self.substitutions + self.deletions + self.insertions
 
     @property
+    def num_correct(self) -> int:
+        """Words or characters of the reference that the hypothesis has."""
+        return self.reference_length - self.substitutions - self.deletions
+
+    @property
+    def match_error_rate(self) -> float | None:
+        """Errors divided by all steps of the alignment (MER), at most 1; None where both texts are empty.
+
+        Source: Morris, Maier and Green, "From WER and RIL to MER and WIL" (Interspeech 2004).
+        """
+        num_steps = self.num_correct + self.errors
+        return self.errors / num_steps if num_steps else None
+
+    @property
+    def information_lost(self) -> float | None:
+        """Word information lost (WIL): `1 - H / N * H / P`, where H of N words are correct, and the hypothesis has P.
+
+        None where either text is empty. Source: as for `match_error_rate`.
+        """
+        guessed_length = self.num_correct + self.substitutions + self.insertions
+        if not self.reference_length or not guessed_length:
+            return None
+        return 1 - self.num_correct / self.reference_length * self.num_correct / guessed_length
+
+    @property
     def rate(self) -> float | None:
         """Errors divided by the reference length; None where the reference is empty."""
         return self.errors / self.reference_length if self.reference_length else None
 
 
 def word_errors(
-    references: Sequence[str], hypotheses: Sequence[str], normalizer: Normalizer | None = None
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    normalizer: Normalizer | None = None,
+    language: str | None = None,
 ) -> ErrorCounts:
     """Word errors of a set of transcripts; the `rate` of the counts is the WER.
 
@@ -67,6 +96,7 @@ def word_errors(
         references: one text per utterance.
         hypotheses: the same number of texts, in the same order.
         normalizer: applied to both; `normalizer("basic")` by default.
+        language: ISO 639-1 code, for normalizers that take it.
 
     Example:
         >>> from voxtral_dist import normalizer, word_errors
@@ -81,7 +111,7 @@ def word_errors(
         raise TypeError("References and hypotheses must be lists of texts, but one is a string: wrap it in a list.")
     apply = (normalizer or named_normalizer("basic")).apply
     pairs = zip(references, hypotheses, strict=True)
-    counts = (count_word_errors(align_words(apply(one), apply(other))) for one, other in pairs)
+    counts = (count_word_errors(align_words(apply(one, language), apply(other, language))) for one, other in pairs)
     return sum(counts, ErrorCounts())
 
 
@@ -124,10 +154,63 @@ def _find_listed(words: Sequence[str], listed: WordList) -> list[bool]:
     return is_listed
 
 
-def count_character_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Character errors between two normalized texts; a space between words is a character."""
+def count_character_errors(reference: str, hypothesis: str, has_spaces: bool = True) -> ErrorCounts:
+    """Character errors between two normalized texts.
+
+    A space between words is a character, unless the language is written without (`has_spaces` is False).
+    """
     reference, hypothesis = reference.strip(), hypothesis.strip()
+    if not has_spaces:
+        reference, hypothesis = ("".join(text.split()) for text in (reference, hypothesis))
     if not reference or not hypothesis:
         return ErrorCounts(0, len(reference), len(hypothesis), len(reference))
     aligned = jiwer.process_characters(reference, hypothesis)
     return ErrorCounts(aligned.substitutions, aligned.deletions, aligned.insertions, len(reference))
+
+
+def count_punctuation_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """Errors of punctuation marks between two texts with punctuation.
+
+    Words are aligned in lower case; then the marks behind a word are compared with those behind its counterpart. The
+    `match_error_rate` of the sum is the punctuation error rate (PER) of Meister et al., "LibriSpeech-PC" (arXiv
+    2310.02943), which align words and marks together.
+    """
+    if not any(map(_is_mark, reference + hypothesis)):
+        return ErrorCounts()
+    expected, guessed = _marks_behind_words(reference), _marks_behind_words(hypothesis)
+    alignment = align_words(*(" ".join(word for word, _ in words[1:]) for words in (expected, guessed)))
+    after, heard = iter(expected), iter(guessed)
+    marks, others = next(after)[1], next(heard)[1]
+    counts = ErrorCounts()
+    for kind, _, _ in alignment:
+        if kind in ("equal", "substitute"):
+            counts += count_word_errors(align_words(" ".join(marks), " ".join(others)))
+            marks = others = ()
+        marks += next(after)[1] if kind != "insert" else ()
+        others += next(heard)[1] if kind != "delete" else ()
+    return counts + count_word_errors(align_words(" ".join(marks), " ".join(others)))
+
+
+def _marks_behind_words(text: str) -> list[tuple[str, tuple[str, ...]]]:
+    """The words in lower case, each with the marks behind it; first an empty one with those before all words.
+
+    ASCII marks inside of words and numbers belong to them.
+    """
+    words: list[tuple[str, tuple[str, ...]]] = [("", ())]
+    for written in text.lower().split():
+        is_behind = True
+        for place, character in enumerate(written):
+            is_inside = 0 < place < len(written) - 1 and (written[place - 1] + written[place + 1]).isalnum()
+            if _is_mark(character) and not (is_inside and character.isascii()):
+                words[-1] = (words[-1][0], (*words[-1][1], character))
+                is_behind = True
+            elif is_behind:
+                words.append((character, ()))
+                is_behind = False
+            else:
+                words[-1] = (words[-1][0] + character, ())
+    return words
+
+
+def _is_mark(character: str) -> bool:
+    return unicodedata.category(character)[0] == "P"

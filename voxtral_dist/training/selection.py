@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by its word error rate, and the end of a run that no longer improves."""
+"""The best checkpoint of a run by its word or character error rate, and the end of a run that no longer improves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.config import GuardConfig, SelectionConfig
+from voxtral_dist.config import ErrorRate, GuardConfig, SelectionConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import write_atomically
 from voxtral_dist.text.json_text import parse_json
@@ -16,7 +16,7 @@ from voxtral_dist.text.json_text import parse_json
 _BEST_FILE = "best.json"
 # Tolerance of comparisons. Different rates of a set with N words differ by at least 1 / N.
 _ROUNDING = 1e-9
-# WER by step.
+# Error rate by step.
 _Curve = dict[int, float]
 
 
@@ -25,15 +25,16 @@ class Verdict:
     """The outcome of judging the evaluations of a run.
 
     best_step: step of the best checkpoint; None where there is none yet, or where none is selected.
-    best_wer: its word error rate.
+    best_rate: its error rate, by `metric`.
     messages: for the log.
     must_stop: whether the configuration ends the run here.
     """
 
     best_step: int | None = None
-    best_wer: float | None = None
+    best_rate: float | None = None
     messages: tuple[str, ...] = ()
     must_stop: bool = False
+    metric: ErrorRate = "wer"
 
 
 def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps: Collection[int]) -> Verdict:
@@ -41,12 +42,13 @@ def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps
 
     Candidates are the steps of existing checkpoints within the limit of the guard. The initial model is not one.
     """
-    curve = {step: wer for step, wer in _curve(settings.test_set, rows).items() if step > 0}
-    guard_curve = _curve(settings.guard.test_set, rows) if settings.guard else {}
+    found = _curve(settings.test_set, rows, settings.metric)
+    curve = {step: rate for step, rate in found.items() if step > 0}
+    guard_curve = _curve(settings.guard.test_set, rows, settings.guard.metric) if settings.guard else {}
     broken = _broken_steps(settings.guard, guard_curve)
-    candidates = {step: wer for step, wer in curve.items() if step in saved_steps and step not in broken}
+    candidates = {step: rate for step, rate in curve.items() if step in saved_steps and step not in broken}
     best_step = min(candidates, key=lambda step: (candidates[step], step), default=None)
-    messages, must_stop = [], False
+    messages, must_stop = _words_without_spaces(settings, rows), False
     if settings.guard and guard_curve and max(guard_curve) in broken:
         messages.append(_guard_message(settings.guard, guard_curve))
         must_stop = settings.guard.action == "stop"
@@ -54,11 +56,11 @@ def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps
     if settings.patience is not None and waited >= settings.patience:
         must_stop = True
         messages.append(
-            f"the WER of `{settings.test_set}` has not improved in {waited} evaluations "
+            f"the {settings.metric.upper()} of `{settings.test_set}` has not improved in {waited} evaluations "
             f"(`evaluation.selection.patience`): the run stops"
         )
-    best_wer = None if best_step is None else candidates[best_step]
-    return Verdict(best_step, best_wer, tuple(messages), must_stop)
+    best_rate = None if best_step is None else candidates[best_step]
+    return Verdict(best_step, best_rate, tuple(messages), must_stop, settings.metric)
 
 
 def refuse_guard_without_start(guard: GuardConfig, rows: Sequence[dict[str, Any]]) -> None:
@@ -67,10 +69,10 @@ def refuse_guard_without_start(guard: GuardConfig, rows: Sequence[dict[str, Any]
     Raises:
         UserError: a resumed run did not measure the guard's test set at its start.
     """
-    if 0 not in _curve(guard.test_set, rows):
+    if 0 not in _curve(guard.test_set, rows, guard.metric):
         raise UserError(
             f"`evaluation.selection.guard`: the run did not measure `{guard.test_set}` at its start, so there is no "
-            "WER to compare with: remove the guard, or start again in another `run_dir`."
+            f"{guard.metric.upper()} to compare with: remove the guard, or start again in another `run_dir`."
         )
 
 
@@ -80,7 +82,7 @@ def write_best(run_dir: Path, verdict: Verdict) -> None:
         (run_dir / _BEST_FILE).unlink(missing_ok=True)
         return
     checkpoint = f"checkpoints/step-{verdict.best_step:07d}"
-    best = {"step": verdict.best_step, "wer": verdict.best_wer, "checkpoint": checkpoint}
+    best = {"step": verdict.best_step, verdict.metric: verdict.best_rate, "checkpoint": checkpoint}
     write_atomically(run_dir / _BEST_FILE, json.dumps(best, indent=1))
 
 
@@ -99,23 +101,36 @@ def selected_step(run_dir: Path) -> int | None:
         raise UserError(f"{path} is damaged: remove it, and rerun the training command to write it again.") from error
 
 
-def _curve(name: str, rows: Sequence[dict[str, Any]]) -> _Curve:
-    return {row["step"]: row["wer"] for row in rows if row["name"] == name and row["wer"] is not None}
+def _curve(name: str, rows: Sequence[dict[str, Any]], metric: ErrorRate) -> _Curve:
+    return {row["step"]: row[metric] for row in rows if row["name"] == name and row.get(metric) is not None}
+
+
+def _words_without_spaces(settings: SelectionConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A warning at the first evaluation of a run whose WER cannot tell checkpoints apart."""
+    first = next((row for row in rows if row["name"] == settings.test_set), {})
+    is_first = all(row["step"] == first.get("step") for row in rows)
+    num_without = first.get("num_without_spaces", 0)
+    if settings.metric != "wer" or not is_first or 2 * num_without <= first.get("num_utterances", 0):
+        return []
+    return [
+        f"{num_without} of {first['num_utterances']} utterances of `{settings.test_set}` are in languages without "
+        "spaces between words, where a transcript is right or wrong as a whole: set `evaluation.selection.metric: cer`"
+    ]
 
 
 def _broken_steps(guard: GuardConfig | None, curve: _Curve) -> set[int]:
-    """Steps at which the guard's WER exceeds that of the start by more than its limit."""
+    """Steps at which the guard's error rate exceeds that of the start by more than its limit."""
     if guard is None or 0 not in curve:
         return set()
-    return {step for step, wer in curve.items() if wer - curve[0] > guard.max_wer_increase + _ROUNDING}
+    return {step for step, rate in curve.items() if rate - curve[0] > guard.max_wer_increase + _ROUNDING}
 
 
 def _guard_message(guard: GuardConfig, curve: _Curve) -> str:
     increase = 100 * (curve[max(curve)] - curve[0])
     action = "the run stops" if guard.action == "stop" else "this checkpoint is not selected"
     return (
-        f"the WER of the guard `{guard.test_set}` is {increase:.2f} points above that of the start, more than "
-        f"{100 * guard.max_wer_increase:g} (`evaluation.selection.guard`): {action}"
+        f"the {guard.metric.upper()} of the guard `{guard.test_set}` is {increase:.2f} points above that of the start, "
+        f"more than {100 * guard.max_wer_increase:g} (`evaluation.selection.guard`): {action}"
     )
 
 

@@ -18,7 +18,8 @@ def write_summary(run_dir: Path, test_set: str | None, progress: TrainProgress, 
 
     Args:
         run_dir: of the run.
-        test_set: whose WER is given, of the initial and of the exported weights; None where the run has no test set.
+        test_set: whose error rates are given, of the initial and of the exported weights; None where the run has no
+            test set.
         progress: at the end of the run.
         verdict: which step was exported.
         run: more entries, such as the number of ranks.
@@ -34,7 +35,7 @@ def write_summary(run_dir: Path, test_set: str | None, progress: TrainProgress, 
         **_efficiency([row for row in recorded if row["kind"] == "train"]),
         "num_steps": progress.step,
         "exported_step": exported_step,
-        "best_wer": verdict.best_wer,
+        f"best_{verdict.metric}": verdict.best_rate,
         "num_bad_utterances": progress.num_bad_utterances,
         "num_too_long": progress.num_too_long,
         **run,
@@ -52,11 +53,13 @@ def exported_step(run_dir: Path) -> int | None:
 
 
 def _error_rates(rows: Sequence[dict[str, Any]], exported_step: int) -> dict[str, Any]:
-    """The WER of one test set before training and of the exported weights, where they were measured."""
+    """The error rates of one test set before training and of the exported weights, where they were measured."""
     last = next((row for row in reversed(rows) if row["step"] <= exported_step), None)
     return {
         "wer_before": rows[0]["wer"] if rows and rows[0]["step"] == 0 else None,
         "wer_after": last["wer"] if last else None,
+        "cer_before": rows[0].get("cer") if rows and rows[0]["step"] == 0 else None,
+        "cer_after": last.get("cer") if last else None,
         "num_utterances": last["num_utterances"] if last else 0,
     }
 
