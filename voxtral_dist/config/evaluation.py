@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -11,17 +12,20 @@ from voxtral_dist.config.section import FileName, Section, sorted_set
 
 # The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.
 MIN_NEW_TOKENS = 16
-NORMALIZERS = ("none", "basic", "whisper_english", "whisper_basic")
+NORMALIZERS = ("none", "basic", "whisper_english", "whisper_basic", "open_asr_en")
+_PINNED = re.compile(r"open_asr_en@[0-9a-f]{7,40}")
 
 
 def check_normalizer(name: str) -> str:
-    """The name of a normalizer, if it is one of `NORMALIZERS` or has the form `module:function`.
+    """The name of a normalizer, if it is one of `NORMALIZERS`, `open_asr_en@COMMIT`, or has the form `module:function`.
 
     Raises:
         ValueError: it is neither; the message continues a sentence that begins with the name of the setting.
     """
     module, _, function = name.partition(":")
-    if name in NORMALIZERS or all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+    if name in NORMALIZERS or _PINNED.fullmatch(name):
+        return name
+    if all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
         return name
     raise ValueError(f"must be {', '.join(NORMALIZERS)}, or a function as `module:function`, but is {name!r} instead")
 
@@ -146,9 +150,9 @@ class EvaluationConfig(Section):
     report how many hypotheses reached it."""
 
     normalizer: str = "basic"
-    """Normalizer of references and hypotheses before scoring: `none`, `basic`, `whisper_english`, `whisper_basic`, or a
-    function from text to text as `module:function`; see docs/evaluation.md. Error rates with case and punctuation are
-    always reported too."""
+    """Normalizer of references and hypotheses before scoring: `none`, `basic`, `whisper_english`, `whisper_basic`,
+    `open_asr_en` or `open_asr_en@COMMIT`, or a function from text to text as `module:function`; see docs/evaluation.md.
+    Error rates with case and punctuation are always reported too."""
 
     slices: tuple[str, ...] = ()
     """Keys of the utterances' json, such as `[speaker, domain]`. Error rates are also reported for each value of each

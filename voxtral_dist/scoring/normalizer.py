@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from voxtral_dist.config import TextStep, check_normalizer
 from voxtral_dist.errors import RankError, UserError, first_line
+from voxtral_dist.scoring.open_asr import open_asr_english
 from voxtral_dist.text.steps import apply_steps, collapse_spaces, fold
 
 _ENGLISH_SPELLING = Path(__file__).with_name("english_spelling.json")
@@ -69,7 +70,8 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
     punctuation and symbols by spaces, except an apostrophe inside a word, and removes what writers of a script may
     omit (see `fold`). `whisper_english` and
     `whisper_basic` are Whisper's (Radford et al., arXiv 2212.04356, appendix C), as implemented in transformers.
-    `module:function` is your own function.
+    `open_asr_en` is that of the Open ASR Leaderboard, run from a clone of its repository, and `open_asr_en@COMMIT` that
+    of one commit. `module:function` is your own function.
 
     Args:
         name: of the normalizer.
@@ -86,7 +88,7 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
         'it is 21 mister smith'
     """
     version, function = _named(name)
-    return Normalizer(name, version, function, tuple(target_text), takes_language=name == "basic")
+    return Normalizer(name.partition("@")[0], version, function, tuple(target_text), takes_language=name == "basic")
 
 
 def normalizer_of_label(label: str, trusted: str | None = None) -> Normalizer:
@@ -122,6 +124,8 @@ def _named(name: str) -> tuple[str, Callable[..., str]]:
             return "3", fold
         case "whisper_english" | "whisper_basic":
             return _whisper(name)
+        case _ if name.partition("@")[0] == "open_asr_en":
+            return open_asr_english(check_normalizer(name))
         case _:
             return _own(name)
 
