@@ -47,7 +47,7 @@ def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
         (("{folder}/clip.wav", "--instruction", "What?", "--max-segment-seconds", "5"), "is about whole recordings"),
         (
             ("{folder}/clip.wav", "--language", "klingon"),
-            "an ISO 639-1 code such as 'en', but is 'klingon' instead",
+            "the language 'klingon', which is not an ISO 639-1 code such as 'en'",
         ),
     ],
 )

@@ -255,7 +255,7 @@ def test_a_function_that_cannot_be_used_is_one_sentence(own, source, function, s
         ("builtins:ascii", "module builtins has no source file"),
         (
             "bsic",
-            "must be none, basic, whisper_english, whisper_basic, open_asr_en, or a function as `module:function`",
+            "must be none, basic, whisper_english, whisper_basic, open_asr_en, or a function as",
         ),
         ("a b:c", "or a function as `module:function`, but is 'a b:c' instead"),
     ],

@@ -34,12 +34,12 @@ def test_every_code_is_its_own():
     assert [language_code(code) for code in LANGUAGE_CODES] == list(LANGUAGE_CODES)
 
 
-@pytest.mark.parametrize("written", [None, "", "  ", "und", "Unknown"])
+@pytest.mark.parametrize("written", [None, "", "  "])
 def test_an_unknown_language_is_none(written):
     assert language_code(written) is None
 
 
-@pytest.mark.parametrize("written", ["Klingon", "Northern-Sotho", "Luo", "Asturian", "hsb", "x", 7, "Swiss German"])
+@pytest.mark.parametrize("written", ["Klingon", "Northern-Sotho", "Luo", "Asturian", "hsb", 7, "Swiss German", "und"])
 def test_other_languages_are_refused_and_never_taken_for_their_relatives(written):
     with pytest.raises(ValueError, match="is not an ISO 639-1 code"):
         language_code(written)

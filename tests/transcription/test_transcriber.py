@@ -73,7 +73,7 @@ def test_arrays_that_are_no_audio_are_refused(transcriber, array, message):
 
 
 def test_questions_that_make_no_sense_are_refused():
-    with pytest.raises(UserError, match="an ISO 639-1 code such as 'en', but is 'klingon' instead"):
+    with pytest.raises(UserError, match="the language 'klingon', which is not an ISO 639-1 code such as 'en'"):
         Question("klingon")
     with pytest.raises(UserError, match="An instruction replaces the request to transcribe"):
         Question("en", instruction="What is this?")

@@ -82,8 +82,6 @@ _QUALIFIERS = frozenset(
         *("taiwanese", "traditional", "us", "uk", "western", "eastern", "mandarin"),
     }
 )
-# What corpora write where they do not know the language; ISO 639-2 has `und`.
-_UNKNOWN = frozenset({"", "und", "unk", "unknown"})
 
 
 def is_language_code(text: str) -> bool:
@@ -110,13 +108,13 @@ def language_code(value: Any) -> str | None:
     """The ISO 639-1 code of a code, a locale or an English name: `pt` for `pt-BR`, `pt_BR.UTF-8`, `por`, `Portuguese`.
 
     Names are those of ISO 639 and those that Whisper, FLEURS and Common Voice use. A language without a code of its own
-    gets that of its macrolanguage: `zh` for `cmn` and `Mandarin Chinese`. None, blank text, `und` and
-    `unknown` give None.
+    gets that of its macrolanguage: `zh` for `cmn` and `Mandarin Chinese`. None and blank text give
+    None.
 
     Raises:
         ValueError: it is none of these. The message is a predicate: callers put the utterance's name before it.
     """
-    if value is None or (isinstance(value, str) and value.strip().lower() in _UNKNOWN):
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     code = _find_code(value) if isinstance(value, str) else None
     if code is None:

@@ -45,7 +45,7 @@ class AudioSource(Protocol):
 
     @property
     def sampling_rate(self) -> int:
-        """In Hz."""
+        """Samples per second and channel, in Hz."""
 
     @property
     def num_channels(self) -> int:
