@@ -121,7 +121,7 @@ def test_a_value_out_of_its_range_is_named(smallest, override, key):
         ("model.activation_offloading=true", "`model.activation_checkpointing.language_model` is 0 instead: set it to"),
         (
             "evaluation.normalizer=bsic",
-            "`evaluation.normalizer` must be none, basic, whisper_english, whisper_basic, or a",
+            "`evaluation.normalizer` must be none, basic, whisper_english, whisper_basic, open_asr_en, or a",
         ),
         ("evaluation.normalizer=a:b c", "`evaluation.normalizer` must be none, basic"),
     ],

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from voxtral_dist.errors import RankError, UserError, first_line
 
@@ -77,7 +78,7 @@ def _commit(clone: Path) -> str:
     return next((line.split()[0] for line in packed if line.endswith(f" {name}")), "")
 
 
-def _imported(package: Path) -> object:
+def _imported(package: Path) -> Any:
     """The module `normalizer.normalizer`, under a name that is in nobody's way."""
     # Only this module and its tables: others import libraries that scoring does not need.
     for name in [name for name in sys.modules if name.partition(".")[0] == _PACKAGE]:

@@ -108,8 +108,7 @@ def language_code(value: Any) -> str | None:
     """The ISO 639-1 code of a code, a locale or an English name: `pt` for `pt-BR`, `pt_BR.UTF-8`, `por`, `Portuguese`.
 
     Names are those of ISO 639 and those that Whisper, FLEURS and Common Voice use. A language without a code of its own
-    gets that of its macrolanguage: `zh` for `cmn` and `Mandarin Chinese`. None and blank text give
-    None.
+    gets that of its macrolanguage: `zh` for `cmn` and `Mandarin Chinese`. None and blank text give None.
 
     Raises:
         ValueError: it is none of these. The message is a predicate: callers put the utterance's name before it.
@@ -144,21 +143,13 @@ def _codes_by_name() -> dict[str, str]:
     for code, names in _OTHER_NAMES.items():
         codes |= dict.fromkeys(names.split(", "), code)
     for language in pycountry.languages:
-        code = getattr(language, "alpha_2", None)
-        if code is None:
+        if not hasattr(language, "alpha_2"):
             continue
-        spellings = [
-            code,
-            language.alpha_3,
-            getattr(language, "bibliographic", ""),
-            getattr(language, "common_name", ""),
-        ]
-        spellings += [
-            part for name in (language.name, getattr(language, "inverted_name", "")) for part in name.split(";")
-        ]
+        spellings = [language.alpha_3, *language.name.split(";")]
+        spellings += [getattr(language, name, "") for name in ("bibliographic", "common_name", "inverted_name")]
         for spelling in spellings:
             for name in (spelling, _PARENTHESES.sub(" ", spelling), spelling.partition(",")[0]):
-                codes.setdefault(_plain(name), code)
+                codes.setdefault(_plain(name), language.alpha_2)
     codes.pop("", None)
     return codes
 
