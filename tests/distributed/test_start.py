@@ -152,3 +152,26 @@ def test_an_error_of_nccl_is_found_among_all_groups(monkeypatch: pytest.MonkeyPa
     assert nccl.failed_collective() is None
     broken.error = ErrorType.REMOTE_ERROR
     assert nccl.failed_collective() == "remote error"
+
+
+def _join_by_agent(rank: int, port: int, counts: tuple[int, ...]) -> NoReturn:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(counts[rank]),
+    }
+    for _ in range(2):
+        with joined_world(timedelta(seconds=20), timedelta(seconds=20)) as world:
+            total = torch.ones(1)
+            dist.all_reduce(total)
+            print(int(total), world.size, end=" ", flush=True)
+    os._exit(0)
+
+
+def test_ranks_of_agents_that_counted_other_restarts_meet_whoever_was_there_before() -> None:
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for counts in ((0, 0, 0), (1, 1), (1, 0, 1), (1, 0, 1)):
+        size = len(counts)
+        ended = run_programs(size, _join_by_agent, agent.port, counts, limit_seconds=60)
+        assert ended == size * [Ended(0, f"{size} {size} {size} {size} ")]

@@ -7,7 +7,10 @@ import itertools
 import logging
 import os
 import socket
+import threading
 import time
+import uuid
+from contextlib import suppress
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public classes all the same
@@ -18,13 +21,14 @@ _worlds = itertools.count()
 _NUM_ARRIVED = "arrived"
 # Pauses between looks at the store grow from the first to the second.
 _FIRST_POLL_SECONDS, _POLL_SECONDS = 0.005, 0.5
+_TELLING_SECONDS = 0.1
 # When the first rank that has come says for the first time for whom it waits; then at twice that time, and so on.
 _SILENT_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
 
-def meet(address: str, port: int, rank: int, timeout: timedelta) -> Store:
+def meet(address: str, port: int, rank: int, size: int, timeout: timedelta) -> Store:
     """The store of a new world, which rank 0 or torchrun's agent hosts.
 
     Unlike torch's own rendezvous, rank 0 does not wait here for all others to connect, because nothing could end that
@@ -34,18 +38,17 @@ def meet(address: str, port: int, rank: int, timeout: timedelta) -> Store:
         address: host of the store.
         port: its port.
         rank: of this process.
+        size: number of ranks.
         timeout: limit of connecting.
 
     Raises:
         LostPeerError: rank 0 was not reached.
         UserError: rank 0 cannot listen on the port.
     """
-    # The agent's store outlives ranks that it starts again, and a process may join several worlds. Agents that have
-    # come later have counted fewer restarts, so the count is no name for a store that ranks host.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _is_hosted_by_agent() else "0"
     started = time.monotonic()
     try:
         connection = _connection(address, port, rank == 0, timeout)
+        meeting = _meeting(connection, rank, size, timeout) if _is_hosted_by_agent() else "0"
     except RuntimeError as error:
         if rank == 0 and not _is_hosted_by_agent():
             raise UserError(
@@ -58,7 +61,43 @@ def meet(address: str, port: int, rank: int, timeout: timedelta) -> Store:
             "started on its host and that the port is open. Rerun the same command on all hosts to resume.",
             lost_ranks=[0],
         ) from error
-    return PrefixStore(f"attempt-{attempt}/world-{next(_worlds)}", connection)
+    # A process may join several worlds.
+    return PrefixStore(f"meeting-{meeting}/world-{next(_worlds)}", connection)
+
+
+def _meeting(connection: TCPStore, rank: int, size: int, timeout: timedelta) -> str:
+    """A name that only these processes share: torchrun's agent starts ranks again, and its store keeps their keys.
+
+    Rank 0 counts. The agent's number of restarts would not do: it does not count changes of the nodes, and agents of
+    nodes that have come later have counted fewer.
+    """
+    meetings = PrefixStore("meetings", connection)
+    if rank == 0:
+        name = str(meetings.add("number", 1))
+        # Rank 0 does not wait for ranks that may have failed.
+        other = meetings.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+        threading.Thread(target=_tell, args=(other, name, size), name="meeting", daemon=True).start()
+        return name
+    mine = uuid.uuid4().hex
+    meetings.set(str(rank), mine)
+    meetings.wait([mine], timeout)
+    name = meetings.get(mine).decode()
+    meetings.add(f"told-{name}", 1)
+    return name
+
+
+def _tell(meetings: Store, name: str, size: int) -> None:
+    """Tell the name of a meeting to each process that asks, until all of its ranks know it."""
+    told: set[bytes] = set()
+    with suppress(RuntimeError):
+        while meetings.add(f"told-{name}", 0) < size - 1:
+            for key in map(str, range(1, size)):
+                # An earlier process of this rank may have asked, and ended.
+                asking = meetings.get(key) if meetings.check([key]) else b""
+                if asking and asking not in told:
+                    meetings.set(asking.decode(), name)
+                    told.add(asking)
+            time.sleep(_TELLING_SECONDS)
 
 
 def wait_for_ranks(store: Store, rank: int, size: int, limit: timedelta) -> None:

@@ -82,7 +82,7 @@ def _joined(timeout: timedelta, start_timeout: timedelta) -> Iterator[World]:
     rank, size, local_rank, port = _launched_place()
     limit_threads(ranks_on_node(size))
     watch_launcher()
-    store = meet(os.environ["MASTER_ADDR"], port, rank, start_timeout) if size > 1 else HashStore()
+    store = meet(os.environ["MASTER_ADDR"], port, rank, size, start_timeout) if size > 1 else HashStore()
     with (
         shared_failures(store, rank, size, timeout.total_seconds()),
         _out_of_memory_as_message(rank),
@@ -130,7 +130,7 @@ def end_with_all_ranks(error: UserError | None) -> bool:
     if end is None and error is not None and not isinstance(error, LostPeerError):
         with suppress(UserError, RuntimeError), _default_place():
             rank, size, _, port = _launched_place()
-            with shared_failures(meet(os.environ["MASTER_ADDR"], port, rank, _MEETING_TIMEOUT), rank, size):
+            with shared_failures(meet(os.environ["MASTER_ADDR"], port, rank, size, _MEETING_TIMEOUT), rank, size):
                 raise error
         end = newest_end()
     return error is None if end is None else end.wait()
