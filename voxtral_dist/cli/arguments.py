@@ -44,6 +44,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """Parse a share below one half: `5%` or `0.05`."""
+    value = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    if not 0 < value < 0.5:
+        raise argparse.ArgumentTypeError(f"must be a share below one half, such as 5%, but is {text} instead")
+    return value
+
+
 def normalizer_name(text: str) -> str:
     """Parse the name of a normalizer."""
     try:

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.arguments import Commands, count, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, count, positive, positive_number, share
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.formats import FORMATS
 
 if TYPE_CHECKING:
     from voxtral_dist.data.stored.layout import UtteranceLayout
+    from voxtral_dist.shards.corpus.held_out import HeldOut
     from voxtral_dist.shards.corpus.options import CorpusOptions, Instruction
 
 _DEFAULT_SHARD_MEGABYTES = 512
@@ -62,6 +63,8 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     )
     pack.add_argument("--split", help="split of a Hugging Face dataset, such as train")
     pack.add_argument("--config", metavar="NAME", help="configuration (subset) of a Hugging Face dataset")
+    _add_held_out(pack)
+    pack.add_argument("--overwrite", action="store_true", help="remove the shard set in the folder first")
     _add_text_limit(pack)
     _add_workers(pack)
     _add_layout(pack, "utterances without a language")
@@ -121,6 +124,21 @@ def _add_show(actions: Commands[argparse.ArgumentParser]) -> None:
     show.set_defaults(run=_show)
 
 
+def _add_held_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dev",
+        type=share,
+        metavar="SHARE",
+        help="hold out this share of the utterances, such as 5%%: OUT/dev gets them, OUT/train the others",
+    )
+    parser.add_argument(
+        "--dev-by",
+        choices=["speaker", "utterance"],
+        help="what is held out as a whole (default: speakers where all utterances have one, else recordings)",
+    )
+    parser.add_argument("--speaker-field", metavar="NAME", help="for --dev: column with the speaker")
+
+
 def _add_text_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-chars-per-second",
@@ -173,7 +191,19 @@ def _pack(parsed: argparse.Namespace) -> int:
         num_workers=parsed.workers,
         name=parsed.name,
     )
-    return pack_shards(parsed.corpus, parsed.out, _corpus_options(parsed), options)
+    return pack_shards(parsed.corpus, parsed.out, _corpus_options(parsed), options, _held_out(parsed), parsed.overwrite)
+
+
+def _held_out(parsed: argparse.Namespace) -> HeldOut | None:
+    from voxtral_dist.shards.corpus.held_out import HeldOut
+
+    if parsed.dev is None:
+        if parsed.dev_by is not None or parsed.speaker_field is not None:
+            raise UserError("`--dev-by` and `--speaker-field` say how --dev divides a corpus: pass it, or omit them.")
+        return None
+    if parsed.dev_by == "utterance" and parsed.speaker_field is not None:
+        raise UserError("`--dev-by utterance` and `--speaker-field` exclude each other: pass one of them.")
+    return HeldOut(parsed.dev, "speaker" if parsed.speaker_field is not None else parsed.dev_by, parsed.speaker_field)
 
 
 def _corpus_options(parsed: argparse.Namespace) -> CorpusOptions:

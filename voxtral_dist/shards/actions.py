@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from voxtral_dist.data.stored.index import read_index
+from voxtral_dist.data.stored.index_files import SHARD_TABLE_FILE
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import one_line, say
 from voxtral_dist.progress import ProgressDisplay
-from voxtral_dist.shards.corpus.corpus import open_corpus
+from voxtral_dist.shards.corpus.corpus import Corpus, open_corpus
+from voxtral_dist.shards.corpus.held_out import HeldOut, divide
 from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.inspection import print_summaries
 from voxtral_dist.shards.journal import count_finished_shards
 from voxtral_dist.shards.lookup import find_utterance, read_utterance, utterance_lines, write_audio
 from voxtral_dist.shards.packing import PackOptions, pack
+from voxtral_dist.shards.removal import remove_set
 from voxtral_dist.shards.summary import UNKNOWN, SetSummary, summarize
 from voxtral_dist.shards.verification import BrokenUtterance, verify
 
@@ -41,9 +44,34 @@ class InterruptedPackingError(UserError):
     exit_code = 130
 
 
-def pack_shards(source: str, out_dir: Path, corpus_options: CorpusOptions, options: PackOptions) -> int:
-    """`shards pack`: write a corpus as shards into a folder; print what they hold and what was skipped."""
+def pack_shards(
+    source: str,
+    out_dir: Path,
+    corpus_options: CorpusOptions,
+    options: PackOptions,
+    held_out: HeldOut | None = None,
+    overwrite: bool = False,
+) -> int:
+    """`shards pack`: write a corpus as shards into a folder; print what they hold and what was skipped.
+
+    What is held out goes into `dev` of the folder, the rest into `train`.
+    """
     corpus = open_corpus(source, corpus_options)
+    if held_out is None:
+        _pack_part(corpus, out_dir, options, overwrite)
+        return 0
+    if (out_dir / SHARD_TABLE_FILE).exists():
+        raise UserError(f"The folder {out_dir} holds a shard set: with --dev, its folders train and dev are written.")
+    division = divide(corpus, held_out)
+    say(division.sentence)
+    for name, part in (("train", division.train), ("dev", division.dev)):
+        _pack_part(part, out_dir / name, options, overwrite)
+    return 0
+
+
+def _pack_part(corpus: Corpus, out_dir: Path, options: PackOptions, overwrite: bool) -> None:
+    if overwrite:
+        remove_set(out_dir, corpus.identity.get("tars", ()))
     try:
         with _progress(f"pack {out_dir.name}", corpus.num_lines) as display:
             summary = pack(corpus, out_dir, options, lambda at: display.show(at.num_lines, f"{at.num_skipped} skipped"))
@@ -54,7 +82,6 @@ def pack_shards(source: str, out_dir: Path, corpus_options: CorpusOptions, optio
         ) from error
     say("\n".join(map(one_line, [f"{out_dir}:", *summary.lines()])))
     _warn_of_unknown_languages(summary)
-    return 0
 
 
 def index_shards(

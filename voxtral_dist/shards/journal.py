@@ -22,6 +22,8 @@ from voxtral_dist.text.json_text import parse_json
 
 JOURNAL_FILE = ".packing.jsonl"
 _RECORDS_FILE = ".packing.records"
+# What a packing writes beside its shards and index; the journal comes last, because it says what else there is.
+PACKING_FILES = (_RECORDS_FILE, SKIPPED_FILE, JOURNAL_FILE)
 
 
 class PackingJournal:

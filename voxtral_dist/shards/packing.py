@@ -78,7 +78,7 @@ def pack(
     if (out_dir / SHARD_TABLE_FILE).exists():
         if not finish_complete_packing(out_dir, identity):
             raise UserError(
-                f"The folder {out_dir} holds a complete shard set already: choose another, or remove it first."
+                f"The folder {out_dir} holds a complete shard set already: choose another, or pass --overwrite."
             )
         return _summary(out_dir)
     try:

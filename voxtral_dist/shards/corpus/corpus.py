@@ -21,7 +21,7 @@ class Corpus:
     """A corpus that can be read from its start any number of times.
 
     identity: JSON values that are equal for equal corpora. num_lines: upper limit of utterances; None if unknown.
-    instruction: what the texts answer; None if they are transcripts.
+    instruction: what the texts answer; None if they are transcripts. keeps: which lines belong to it; None: all.
     """
 
     identity: dict[str, Any]
@@ -29,11 +29,14 @@ class Corpus:
     _read: Callable[[], Iterable[Line]]
     _language: str | None = None
     instruction: Instruction | None = None
+    keeps: Callable[[Line], bool] | None = None
 
     def lines(self) -> Iterator[Line]:
         """The utterances in the order of the corpus with unique keys, and refusals of unusable ones."""
         for line in with_unique_keys(self._read()):
-            yield self._completed(line) if isinstance(line, Utterance) else line
+            completed = self._completed(line) if isinstance(line, Utterance) else line
+            if self.keeps is None or self.keeps(completed):
+                yield completed
 
     def _completed(self, line: Utterance) -> Line:
         """The utterance with the language and instruction of the whole corpus; a transcript is one line."""

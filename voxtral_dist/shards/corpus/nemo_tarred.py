@@ -66,7 +66,7 @@ def _spool(manifest: Path, spool: LabelSpool, bucket: _Bucket, names: FieldNames
             continue
         shard = row.get("shard_id", _number(manifest.name))
         line = row_line(row, names, lambda name: (name,), place)
-        if shard not in bucket.tars:
+        if not isinstance(shard, int) or shard not in bucket.tars:
             if not bucket.is_part:
                 key = line.key
                 yield Refusal(
