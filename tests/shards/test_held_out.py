@@ -14,6 +14,8 @@ from voxtral_dist.shards.corpus.corpus import Corpus, open_corpus
 from voxtral_dist.shards.corpus.held_out import Division, HeldOut, divide
 from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance
+from voxtral_dist.shards.dividing import pack_parts
+from voxtral_dist.shards.packing import PackOptions
 from voxtral_dist.shards.removal import remove_set
 
 
@@ -92,6 +94,27 @@ def test_a_share_that_is_none_is_refused(text, capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["shards", "pack", "a", "b", "--dev", text])
     assert "--dev" in capsys.readouterr().err
+
+
+def test_an_interrupted_division_is_resumed_by_the_same_command_only(tmp_path):
+    out, made = tmp_path / "out", []
+
+    def pack_part(part: Corpus, folder: Path) -> None:
+        made.append(f"{folder.name} {len(utterances(part))}")
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        write(folder / "shards.json", "{}")
+
+    first, other = (divided(tmp_path, [{}] * 10, fraction) for fraction in (0.2, 0.3))
+    with pytest.raises(KeyboardInterrupt):
+        pack_parts(first, out, PackOptions(), False, pack_part)
+    with pytest.raises(UserError, match="holds a complete shard set already, of another corpus"):
+        pack_parts(other, out, PackOptions(), False, pack_part)
+    pack_parts(first, out, PackOptions(), False, pack_part)
+    assert made == ["train 8", "dev 2", "dev 2"]
+    with pytest.raises(UserError, match="holds a complete shard set already"):
+        pack_parts(first, out, PackOptions(), False, pack_part)
+    assert not list(out.glob(".*"))
 
 
 def write_set(folder: Path, names: list[str]) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from voxtral_dist.data.stored.index import read_index
-from voxtral_dist.data.stored.index_files import SHARD_TABLE_FILE
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
@@ -22,6 +21,7 @@ from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.shards.corpus.corpus import Corpus, open_corpus
 from voxtral_dist.shards.corpus.held_out import HeldOut, divide
 from voxtral_dist.shards.corpus.options import CorpusOptions
+from voxtral_dist.shards.dividing import pack_parts
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.inspection import print_summaries
 from voxtral_dist.shards.journal import count_finished_shards
@@ -60,12 +60,9 @@ def pack_shards(
     if held_out is None:
         _pack_part(corpus, out_dir, options, overwrite)
         return 0
-    if (out_dir / SHARD_TABLE_FILE).exists():
-        raise UserError(f"The folder {out_dir} holds a shard set: with --dev, its folders train and dev are written.")
     division = divide(corpus, held_out)
     say(division.sentence)
-    for name, part in (("train", division.train), ("dev", division.dev)):
-        _pack_part(part, out_dir / name, options, overwrite)
+    pack_parts(division, out_dir, options, overwrite, lambda part, out: _pack_part(part, out, options, overwrite))
     return 0
 
 
