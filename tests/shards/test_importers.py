@@ -25,6 +25,7 @@ from written import (
 
 from voxtral_dist.data.stored.audio import decode_audio
 from voxtral_dist.data.stored.checks import Cause
+from voxtral_dist.data.stored.layout import Field, UtteranceLayout
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.fields import FieldNames
 from voxtral_dist.shards.corpus.importers import importer_for
@@ -453,3 +454,47 @@ def test_splits_of_an_audio_folder_are_chosen(tmp_path):
     assert all_heard(tmp_path, split="test") == [EXPECTED[2]]
     with pytest.raises(UserError, match="is 'dev': it has test, train"):
         lines_of(tmp_path, split="dev")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_emilia_and_other_tars_name_the_language_as_they_like(tmp_path, suffix):
+    members: dict[str, bytes] = {}
+    for number, (field, value) in enumerate([("language", "de"), ("locale", "fr-FR"), ("lang", "it"), ("x", "y")]):
+        fields = {"id": f"DE_{number}", "text": f"text {number}", field: value, "duration": 0.5}
+        members |= {f"DE_{number}.mp3": encoded(clip(number)), f"DE_{number}.json": json.dumps(fields).encode()}
+    lines = lines_of(write_tar(tmp_path / f"DE-B000000{suffix}", members))
+    assert [line.language for line in lines if isinstance(line, Utterance)] == ["de", "fr", "it", None]
+    assert [heard(line) for line in lines if isinstance(line, Utterance)] == EXPECTED[:4]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_in_a_tar(tmp_path):
+    members = {"a.wav": encoded(clip(0)), "a.txt": b"\xef\xbb\xbftext 0\r\n"}
+    layout = UtteranceLayout(text=Field("txt"), language="en")
+    assert all_heard(write_tar(tmp_path / "a.tar", members), layout=layout) == EXPECTED[:1]
+
+
+# Whatever else is wrong
+
+
+HOSTILE = {
+    "tarred_audio_manifest.json": b'{"audio_filepath": ["a"], "shard_id": {}}\n[]\n{"shard_id": 0, "text": 5}\n',
+    "text/0.json": b'[{"audio_id": 5, "text": ["x"]}, {"text": {"a-1-2": 7}}, {"text": {"a": "b"}}]',
+    "text/0.txt": b"a \nb\n\n\0 \xff\n",
+    "cuts.0.jsonl": b'{"id": ["a"]}\n7\n{"id": "a", "type": "MonoCut", "supervisions": 5}\n',
+}
+TARS = {"tarred_audio_manifest.json": "audio_0.tar", "cuts.0.jsonl": "recording.0.tar"}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_labels_are_refused_one_by_one(tmp_path, name):
+    write(tmp_path / name, HOSTILE[name])
+    write_tar(tmp_path / TARS.get(name, "audio/0.tar"), {"a.wav": encoded(clip(0))})
+    assert len(refusals(tmp_path)) >= 3
+    assert not [line for line in lines_of(tmp_path) if isinstance(line, Utterance)]
+
+
+def test_hostile_lines_of_kaldi_are_refused_one_by_one(tmp_path):
+    write(tmp_path / "wav.scp", "a /dev/null\nb\n")
+    write(tmp_path / "segments", "a a 1\nb b 2 1\nc\n")
+    write(tmp_path / "text", b"a x\nb\nc z\nd \xff\n")
+    assert [cause for cause, _ in refusals(tmp_path)] == [Cause.MALFORMED] * 3 + [Cause.NO_AUDIO]

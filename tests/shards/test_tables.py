@@ -204,7 +204,7 @@ def test_pointers_of_git_lfs_are_named(tmp_path):
         (line,) = lines_of(write_rows(tmp_path / "good.jsonl", [ROW | times]))
         assert isinstance(line, Utterance)
         with pytest.raises(UnusableError, match="run `git lfs pull`"):
-            line.audio.found().read()
+            heard(line)
 
 
 # Folders

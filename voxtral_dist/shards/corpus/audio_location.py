@@ -19,7 +19,6 @@ from voxtral_dist.data.stored.audio import refuse_beyond_full_scale
 from voxtral_dist.data.stored.audio_kinds import AUDIO_SUFFIXES, MEDIA_SUFFIXES
 from voxtral_dist.data.stored.audio_source import AudioSource, opened_audio
 from voxtral_dist.data.stored.checks import Cause, UnusableError
-from voxtral_dist.data.stored.placeholders import HEAD_BYTES, placeholder_reason
 from voxtral_dist.data.stored.storage import LARGEST_FILE_BYTES, Storage, is_remote, open_regular, read_regular
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.shards.corpus.audio_places import existing_place
@@ -93,19 +92,10 @@ def _read(audio: AudioLocation) -> bytes:
         return audio.contents
     try:
         if is_remote(audio.location):
-            contents = _storage().read_all(audio.location, LARGEST_FILE_BYTES)
-        else:
-            contents = read_regular(Path(audio.location), LARGEST_FILE_BYTES)
+            return _storage().read_all(audio.location, LARGEST_FILE_BYTES)
+        return read_regular(Path(audio.location), LARGEST_FILE_BYTES)
     except (OSError, ValueError, UserError) as error:
         raise _unreadable(error) from error
-    _refuse_placeholder(contents)
-    return contents
-
-
-def _refuse_placeholder(contents: bytes) -> None:
-    reason = placeholder_reason(contents[:HEAD_BYTES])
-    if reason is not None:
-        raise UnusableError(Cause.UNREADABLE, reason)
 
 
 def _cut(audio: AudioLocation) -> bytes:
@@ -117,14 +107,7 @@ def _cut(audio: AudioLocation) -> bytes:
 def _opened(audio: AudioLocation) -> BinaryIO:
     if audio.contents is not None:
         return io.BytesIO(audio.contents)
-    file = open_regular(_storage().local_copy(audio.location))
-    try:
-        _refuse_placeholder(file.read(HEAD_BYTES))
-    except BaseException:
-        file.close()
-        raise
-    file.seek(0)
-    return file
+    return open_regular(_storage().local_copy(audio.location))
 
 
 def _cut_open(file: AudioSource, audio: AudioLocation) -> bytes:
@@ -165,9 +148,9 @@ def _whole_if_cut_before(audio: AudioLocation) -> AudioLocation:
     if wanted is None:
         return audio
     with _open_file(audio) as file:
-        if file.num_frames is None:
-            return audio
-        length = file.num_frames / file.sampling_rate
+        # Some formats are as long as what is decoded.
+        num_frames = file.num_frames or sum(len(block) for block in file.blocks("int16", 0, None))
+        length = num_frames / file.sampling_rate
     is_whole = abs(length - wanted) <= _tolerance(wanted) < audio.start_seconds + wanted - length
     return replace(audio, start_seconds=0.0, duration_seconds=None, or_whole=False) if is_whole else audio
 

@@ -25,6 +25,7 @@ from voxtral_dist.text.json_text import parse_json
 
 _MANIFEST = re.compile(r"tarred_audio_manifest(_version_(?P<version>\d+))?\.json")
 _SHARDED = "sharded_manifests/manifest_*.json"
+_TAR = re.compile(r"audio_\d+\.")
 _LAST_NUMBER = re.compile(r"(\d+)\D*$")
 # A file that several rows cut: all but the first say `NAME-sub1.wav`, `NAME-sub2.wav` and so on.
 _SUB = re.compile(r"-sub\d+(?=\.[^.]*$|$)")
@@ -141,7 +142,9 @@ def _tars_of(manifest: Path, audio_from: str | None) -> list[str]:
     if audio_from is not None:
         return tar_locations(_braced(audio_from), Storage())
     folder = manifest.parent.parent if manifest.parent.name == Path(_SHARDED).parent.name else manifest.parent
-    return [str(path) for path in folder.iterdir() if is_tar_pattern(path.name) and not path.name.startswith(".")]
+    tars = [path for path in folder.iterdir() if is_tar_pattern(path.name) and not path.name.startswith(".")]
+    # Where some have NeMo's names, others hold something else.
+    return [str(path) for path in tars if _TAR.match(path.name)] or [str(path) for path in tars]
 
 
 def _numbered(tars: Sequence[str]) -> dict[int, str]:
