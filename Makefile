@@ -42,8 +42,9 @@ an4: install ## Train a tiny Voxtral on AN4's words, then on sentences (needs th
 	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/an4_words.yaml
 	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/an4.yaml
 
+# xdist would start files with few tests last, one of which takes minutes.
 test: install ## Run the tests that prove the contracts (less than 15 minutes on 2 cores)
-	$(CPU_ENV) $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(CPU_ENV) $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## Run the proofs that take minutes each
 	$(CPU_ENV) $(BIN)/pytest -m slow
