@@ -10,16 +10,18 @@ import pytest
 
 from corpora import REPOSITORY
 
-# Which take a minute and more, most of them because they start several ranks one after the other.
+# Which take a quarter of a minute and more, most of them because they start several ranks one after the other.
 SLOW = {
     "building",
     "checkpoint",
+    "collate",
     "data_path",
     "encoder_memory",
     "evaluation",
     "gpu",
     "logits_memory",
     "memory",
+    "padding",
     "plan_memory",
     "resume",
     "step_kernels",

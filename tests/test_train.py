@@ -68,9 +68,8 @@ def unbroken(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.Temp
         evaluation={"test_sets": {"same": {"shards": str(shard_folder), "max_utterances": 7}}, "batch_size": 2},
         metrics={"peak_tflops": 0.1},
     )
-    process = launch(config, 2)
-    output = finish(process)
-    assert process.returncode == 0, output
+    ended = train_as_users_do(config, 2)
+    assert ended.code == 0, ended.output
     return config
 
 

@@ -18,9 +18,10 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the device is a piece of C++, built by g++")
-def test_everything_on_a_device(tmp_path: Path) -> None:
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_everything_on_a_device(tmp_path: Path, marked: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    options = ["-q", "-p", "fake_cuda", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'device'}"]
+    options = ["-q", "-m", marked, "-p", "fake_cuda", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 'device'}"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / "on_device")],
         env=environment | {"PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])},

@@ -90,7 +90,7 @@ def configs(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempP
     return made
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def logs_of_ranks(request: pytest.FixtureRequest, configs: dict[str, RunConfig]) -> list[dict[str, PinnedLog]]:
     return run_ranks(request.param, build_all, configs)
 
@@ -129,7 +129,7 @@ def test_large_tensors_are_exact_from_the_first_on_and_unused_blocks_are_returne
         assert names.index("return") > max(place for place, event in enumerate(names) if event == "pin")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_weights_of_fsdp2_are_pinned_one_by_one(num_ranks, configs):
     config = configs["adapters"].model_copy(update={"engine": EngineConfig(fsdp2=Fsdp2Config(cpu_offload=True))})
     sizes = ModelSizes.of(trained_meta_model(config.model, config.trainable, DTYPES["float32"]), config.optimizer)

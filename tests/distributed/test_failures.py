@@ -298,7 +298,7 @@ def test_torchrun_need_not_kill_ranks(config):
 
 
 def test_a_failure_ends_other_nodes(config):
-    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NUM_NODES": "2", "PROCS_PER_NODE": "2"}
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NUM_NODES": "2", "PROCS_PER_NODE": "1"}
     variables["VOXTRAL_TRAIN_SCRIPT"] = RANKS
     first, second = [
         _start(
@@ -312,8 +312,8 @@ def test_a_failure_ends_other_nodes(config):
         kill_all(first)
         kill_all(second)
     assert [first.returncode, second.returncode] == [3, 3]
-    assert outputs[0].count("voxtral-dist: error: Rank 3 cannot read the shard. (rank 3 on node-1)\n") == 1
-    assert outputs[1].count("voxtral-dist: error: Rank 3 cannot read the shard.\n") == 1
+    assert outputs[0].count("voxtral-dist: error: Rank 1 cannot read the shard. (rank 1 on node-1)\n") == 1
+    assert outputs[1].count("voxtral-dist: error: Rank 1 cannot read the shard.\n") == 1
     assert _seconds_since_failure(outputs[1]) < 30
 
 

@@ -76,7 +76,10 @@ def test_threads_are_limited_before_a_gpu_is_used(threads, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("by_user", "expected"), [(None, "2 1 2\n2 1 2\n"), ("1", "1 1 1\n1 1 1\n")])
+@pytest.mark.parametrize(
+    ("by_user", "expected"),
+    [(None, "2 1 2\n2 1 2\n"), pytest.param("1", "1 1 1\n1 1 1\n", marks=pytest.mark.slow)],
+)
 def test_torchrun_leaves_one_thread_only_where_the_user_has_asked_for_it(tmp_path, monkeypatch, by_user, expected):
     (tmp_path / "rank.py").write_text(THREADS_OF_RANK)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -73,14 +73,14 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.TempPa
     return run_config(folder, tiny_model, shard_folder, num_steps=5, trainable=trainable)
 
 
-@pytest.mark.parametrize("engine", ["0", "2", "3", "fsdp2"])
+@pytest.mark.parametrize("engine", [pytest.param("0", marks=pytest.mark.slow), "2", "3", "fsdp2"])
 def test_a_rank_copies_to_its_cpu_what_it_writes_and_nothing_else(
     config: RunConfig, engine: str, tmp_path: Path
 ) -> None:
     run = with_engine(config, engine, tmp_path / "run")
-    of_ranks = run_ranks(3, copied_bytes, run)
+    of_ranks = run_ranks(2, copied_bytes, run)
     if engine != "fsdp2":
         # FSDP2's ranks write their own partitions by torch's own means.
         assert all(copied["saved"] == copied["written"] > 0 for copied in of_ranks)
     exported = (tmp_path / "run" / "export" / "model.safetensors").stat().st_size
-    assert [copied["exported"] for copied in of_ranks] == [pytest.approx(exported, rel=0.02), 0, 0]
+    assert [copied["exported"] for copied in of_ranks] == [pytest.approx(exported, rel=0.02), 0]

@@ -187,12 +187,11 @@ VARIANTS: dict[tuple[int, str], tuple[int, dict[str, Any], dict[str, Any], dict[
     (2, "stage 0"): (0, {}, {}, {}),
     (2, "stage 1 with a frozen encoder"): (1, {}, {}, {"frozen": ["encoder"]}),
     (2, "stage 2 in chunks and offloaded"): (2, {}, IN_CHUNKS | OFFLOADED, {}),
-    (2, "stage 2 with adapters"): (2, {}, {}, ADAPTERS),
-    (2, "stage 3"): (3, {}, {}, {}),
-    (2, "stage 3 in chunks"): (3, ALL_SHARDED, IN_CHUNKS, {}),
     (2, "stage 3 with everything sharded and smoothed labels"): (3, ALL_SHARDED, CHECKPOINTED | SMOOTHED, {}),
     (2, "stage 3 with DoRA and a trained encoder"): (3, ALL_SHARDED, IN_CHUNKS | OFFLOADED, DORA),
     (3, "stage 2"): (2, {}, {}, {}),
+    (3, "stage 2 with adapters"): (2, {}, {}, ADAPTERS),
+    (3, "stage 3 in chunks"): (3, ALL_SHARDED, IN_CHUNKS, {}),
     (3, "stage 3 in chunks and offloaded"): (3, {}, IN_CHUNKS | OFFLOADED, {}),
     (3, "stage 3 with adapters"): (3, {}, {}, ADAPTERS),
 }
@@ -209,7 +208,9 @@ def variant(config: RunConfig, key: tuple[int, str], folder: Path) -> RunConfig:
     return RunConfig.model_validate(tree | changed)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_zero_equals_one_plain_process(config: RunConfig, world_size: int, tmp_path: Path) -> None:
     keys = [key for key in VARIANTS if key[0] == world_size]
     assert_equal_plain(world_size, {key[1]: variant(config, key, tmp_path) for key in keys})

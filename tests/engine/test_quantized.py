@@ -98,7 +98,9 @@ def trained_part(run: tuple[Curve, Weights]) -> tuple[Curve, Weights]:
     return run[0], {name: one for name, one in run[1].items() if ".lora_" in name}
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_quantized_training_equals_that_beside_rounded_weights_and_without_rounding_plain_adapters(
     config: RunConfig, world_size: int
 ) -> None:

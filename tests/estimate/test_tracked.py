@@ -176,17 +176,27 @@ def test_plain_training_of_some_blocks(case: Case, few_blocks: Path) -> None:
 SHARDED = {
     "full": (Case(), Ranks()),
     "several micro-batches": (Case(), Ranks(num_micro_batches=2)),
-    "one rank": (Case(num_examples=1), Ranks(1)),
-    "LoRA": (Case("LoRA"), Ranks()),
     "checkpoints": (Case(checkpoints=True), Ranks(2)),
     "chunks of the encoder": (Case(num_examples=2, windows_per_example=3, windows_per_chunk=4), Ranks()),
     "weights kept": (Case(), Ranks(reshards=False)),
-    "reduced in bfloat16": (Case(num_examples=1), Ranks(2, reduce_bytes=2)),
     "replicas": (Case(num_examples=1), Ranks(8, ranks_per_replica=4)),
 }
 
 
-@pytest.mark.parametrize(("case", "ranks"), SHARDED.values(), ids=SHARDED)
+MORE_SHARDED = {
+    "one rank": (Case(num_examples=1), Ranks(1)),
+    "LoRA": (Case("LoRA"), Ranks()),
+    "reduced in bfloat16": (Case(num_examples=1), Ranks(2, reduce_bytes=2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "ranks"),
+    [
+        *(pytest.param(*one, id=name) for name, one in SHARDED.items()),
+        *(pytest.param(*one, id=name, marks=pytest.mark.slow) for name, one in MORE_SHARDED.items()),
+    ],
+)
 def test_fsdp2_of_some_blocks(case: Case, ranks: Ranks, few_blocks: Path) -> None:
     assert_fsdp2_agrees(case, ranks, few_blocks)
 

@@ -110,7 +110,7 @@ def config_of(case: Case, number: int, model: Path, heard: Path, folder: Path) -
 
 
 @pytest.mark.parametrize(
-    "world_size", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
 def test_every_engine_gives_the_hypotheses_of_one_plain_process(
     fitted_model: Path, heard: Path, tmp_path: Path, world_size: int

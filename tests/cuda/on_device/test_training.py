@@ -146,16 +146,13 @@ def config_of(folder: Path, model: Path, shards: Path, precision: str, trainable
     return RunConfig.model_validate(tree | {"trainable": trainable})
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
-def precision(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=TRAINABLES)
-def config(
-    request: pytest.FixtureRequest, precision: str, tmp_path: Path, tiny_model: Path, shard_folder: Path
-) -> RunConfig:
-    return config_of(tmp_path, tiny_model, shard_folder, precision, TRAINABLES[request.param])
+# Each precision and each choice of weights is in a fast one.
+SLOW = {("float32", "LoRA"), ("bfloat16", "DoRA, trained encoder, frozen projector")}
+CASES = [
+    pytest.param(precision, name, marks=[pytest.mark.slow] if (precision, name) in SLOW else [])
+    for precision in ("float32", "bfloat16")
+    for name in TRAINABLES
+]
 
 
 def assert_on_device(engine: PlainEngine) -> None:
@@ -184,7 +181,11 @@ def test_few_waits_are_listed() -> None:
     assert sum(count for count, _ in WAITS_OF_A_MICRO_BATCH.values()) <= MOST_WAITS_OF_A_MICRO_BATCH
 
 
-def test_steps_equal_those_on_the_cpu_and_wait_for_nothing_that_is_not_listed(config: RunConfig) -> None:
+@pytest.mark.parametrize(("precision", "trainable"), CASES)
+def test_steps_equal_those_on_the_cpu_and_wait_for_nothing_that_is_not_listed(
+    tmp_path: Path, tiny_model: Path, shard_folder: Path, precision: str, trainable: str
+) -> None:
+    config = config_of(tmp_path, tiny_model, shard_folder, precision, TRAINABLES[trainable])
     expected = train(config, CPU)
     with fake_cuda():
         actual = train(config, CUDA)
