@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from voxtral_dist.cli.arguments import Commands, add_run_config, fraction, positive, positive_number
 from voxtral_dist.config import load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
 
+if TYPE_CHECKING:
+    from voxtral_dist.estimate.estimator import Machine
+
 
 def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = commands.add_parser(
-        "plan", help="estimate the memory and time of a run, and whether it fits, without a GPU"
+        "plan",
+        help="estimate the memory and time of a run, and whether it fits, without a GPU",
+        description="Estimate the memory and time of a run, and whether it fits, without a GPU. With --gpu or "
+        "--gpu-memory but without --config: which recipes of the package fit, and how fast they are.",
     )
     add_run_config(parser, "train_data.max_windows=4")
     parser.add_argument(
@@ -26,7 +34,8 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--gpu",
         metavar="H200",
-        help="estimate kernels' time on this GPU, and whether the run fits: A100, H100, H200, B200, L40S, RTX 4090",
+        help="estimate kernels' time on this GPU, and whether the run fits: A100, A100 40GB, H100, H200, B200, A10, "
+        "A40, L4, L40S, RTX A6000, RTX 6000 Ada, RTX 3090, RTX 4090, RTX 5090",
     )
     parser.add_argument(
         "--gpu-memory",
@@ -62,7 +71,6 @@ def _plan(parsed: argparse.Namespace) -> int:
     from voxtral_dist.estimate.gpus import named_gpu
     from voxtral_dist.estimate.quantities import parse_bytes
 
-    config = load_config(parsed.config, parsed.set)
     if parsed.gpu is not None and parsed.device == "cpu":
         raise UserError("`--gpu` must not be given with `--device cpu`: remove one of them.")
     gpu = None if parsed.gpu is None else named_gpu(parsed.gpu)
@@ -77,11 +85,28 @@ def _plan(parsed: argparse.Namespace) -> int:
         gpu_memory=gpu_memory,
         host_memory=None if parsed.host_memory is None else parse_bytes(parsed.host_memory, "--host-memory"),
         mfu=parsed.mfu,
-        peak_tflops=parsed.peak_tflops or config.metrics.peak_tflops,
+        peak_tflops=parsed.peak_tflops,
     )
+    if parsed.config is None and gpu_memory is not None and parsed.device == "gpu":
+        if parsed.set:
+            raise UserError("`--set` needs `--config`: without it, the recipes of the package are estimated.")
+        return _print_fitting_recipes(machine, as_json=parsed.json)
+    config = load_config(parsed.config, parsed.set)
+    machine = replace(machine, peak_tflops=parsed.peak_tflops or config.metrics.peak_tflops)
     estimate = estimate_run(config, machine)
     if parsed.json:
         say(json.dumps(estimate.to_json(), indent=1))
     else:
         say("\n".join(estimate.lines()))
+    return 0
+
+
+def _print_fitting_recipes(machine: Machine, *, as_json: bool) -> int:
+    from voxtral_dist.estimate.fitting import fitting_recipes, lines_of_fits
+
+    fits = fitting_recipes(machine)
+    if as_json:
+        say(json.dumps([fit.to_json() for fit in fits], indent=1))
+    else:
+        say("\n".join(lines_of_fits(fits, machine)))
     return 0

@@ -18,7 +18,7 @@ from voxtral_dist.estimate.workload import largest_workload
 from voxtral_dist.model.flops import BatchShape, TrainingFlops
 
 # Of a GPU's memory: the rest is for fragmentation, and for what libraries allocate in their kernels.
-_USABLE_FRACTION = 0.9
+USABLE_FRACTION = 0.9
 # Every n-th block is recomputed: none, a quarter, a third, half, all.
 _CHOICES = tuple(
     ActivationCheckpointingConfig(encoder=a, language_model=b) for a, b in product((0, 4, 3, 2, 1), repeat=2)
@@ -89,7 +89,7 @@ def choose_checkpointing(estimator: Estimator, sharding: Sharding, gpu_memory: i
     and of this memory alone: the micro-batch is the largest that the budgets allow, whatever shards hold.
     """
     (shape,) = estimator.workload.candidates
-    usable = _USABLE_FRACTION * gpu_memory
+    usable = USABLE_FRACTION * gpu_memory
     found = ChosenCheckpointing(_CHOICES[0])
     for choice in sorted(_CHOICES, key=lambda one: _computed_flops(estimator, one, shape)):
         variant = estimator.with_config(_with(estimator.config, choice))

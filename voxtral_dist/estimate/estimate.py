@@ -13,7 +13,7 @@ from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
 from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, checkpointing_for
 from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
-from voxtral_dist.estimate.quantities import duration, gigabytes, table_lines
+from voxtral_dist.estimate.quantities import counted, duration, gigabytes, table_lines
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.estimate.times import Times, estimate_times
 from voxtral_dist.estimate.workload import Workload
@@ -109,8 +109,8 @@ class Estimate:
         verdict = {True: ": it fits", False: ": IT DOES NOT FIT", None: ""}[self.configured.fits]
         label = "GPU" if machine.device == "gpu" else "rank"
         yield (
-            f"{self.configured.name} on {machine.num_gpus} {label}s: {gigabytes(self.configured.device_bytes)}{limit} "
-            f"per {label}{verdict}"
+            f"{self.configured.name} on {counted(machine.num_gpus, label)}: "
+            f"{gigabytes(self.configured.device_bytes)}{limit} per {label}{verdict}"
         )
         yield (
             f"  for a micro-batch of {shape.num_examples} examples and {shape.num_windows} windows, padded to "

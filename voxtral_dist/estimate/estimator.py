@@ -150,6 +150,13 @@ class Estimator:
         other._activations = Activations(self.model, config.model)
         return other
 
+    def with_workload(self, config: RunConfig, workload: Workload) -> Estimator:
+        """Estimates of the same model, with other sizes of micro-batches and decoded batches."""
+        other = self.with_config(config)
+        other.workload = workload
+        other.decoding_bytes = other._decoding_bytes()
+        return other
+
     def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
         """The candidate of the workload that needs most memory."""
         return max(self.workload.candidates, key=lambda shape: self.estimate(sharding, shape).device_bytes)

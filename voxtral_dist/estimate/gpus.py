@@ -11,6 +11,7 @@ measured by this project, for products as large as Voxtral's (thousands of rows)
     attention    FlashAttention 2, which torch's `sdpa` runs: at most 0.73 in the forward and 0.63 in the backward pass
                  of an A100 (Dao, arXiv 2307.08691), 0.35 to 0.4 of an H100 (Shah et al., arXiv 2407.08608); it has no
                  code for Blackwell, so a B200 is taken as fast as an H200
+                 Of cards with little power, such as A10 and L4, less is expected
     bandwidth    large copies reach about 0.8 of HBM's data sheet, and 0.85 to 0.9 of GDDR6's
 """
 
@@ -60,6 +61,14 @@ GPUS = {
         Gpu("H200", 141 * 10**9, 4.8e12, products=0.66, attention=0.4, attention_backward=0.3),
         Gpu("B200", 180 * 10**9, 8.0e12, products=0.66, attention=0.18, attention_backward=0.13),
         Gpu("L40S", 48 * 10**9, 0.864e12, 0.65, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
+        Gpu("A100 40GB", 40 * 10**9, 1.555e12, products=0.75, attention=0.6, attention_backward=0.5),
+        Gpu("A40", 48 * 10**9, 0.696e12, 0.7, attention=0.55, attention_backward=0.45, sustained_bandwidth=0.87),
+        Gpu("A10", 24 * 10**9, 0.6e12, 0.6, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
+        Gpu("L4", 24 * 10**9, 0.3e12, 0.5, attention=0.4, attention_backward=0.35, sustained_bandwidth=0.87),
+        Gpu("RTX A6000", 48 * 10**9, 0.768e12, 0.7, attention=0.55, attention_backward=0.45, sustained_bandwidth=0.87),
+        Gpu("RTX 6000 Ada", 48 * 10**9, 0.96e12, 0.65, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
+        Gpu("RTX 3090", 24 * 10**9, 0.936e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
+        Gpu("RTX 5090", 32 * 10**9, 1.792e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
         Gpu("RTX 4090", 24 * 10**9, 1.008e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
     )
 }

@@ -43,6 +43,11 @@ class ZeroSharding:
     pins_weights: bool = True
 
     @property
+    def uses_host(self) -> bool:
+        """Whether weights or states pass through host memory in every step."""
+        return (self.optimizer_place, self.weights_place) != ("device", "device")
+
+    @property
     def name(self) -> str:
         """A name such as `ZeRO-3, optimizer in host memory`."""
         places = {"host": "in host memory", "nvme": "on NVMe"}
@@ -68,6 +73,11 @@ class Fsdp2Sharding:
     ranks_per_replica: int | None = None
     reduce_bytes: int = 4
     is_offloaded: bool = False
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether weights and states pass through host memory in every step."""
+        return self.is_offloaded
 
     @property
     def name(self) -> str:

@@ -201,6 +201,13 @@ def estimate_times(estimator: Estimator, sharding: Sharding, gpu: Gpu) -> Times:
     )
 
 
+def configured_step_time(estimator: Estimator, sharding: Sharding, gpu: Gpu) -> StepTime:
+    """The time of the configured run's steps on a GPU, for its mean micro-batch."""
+    config = estimator.config
+    times = TimeEstimator(estimator, sharding, gpu)
+    return times.step(estimator.workload.typical, config.model.checkpointing, is_compiled=_is_compiled(config))
+
+
 def _is_compiled(config: RunConfig) -> bool:
     """Whether blocks are compiled on a GPU of a machine with a compiler."""
     chosen = config.model.compile_blocks

@@ -100,12 +100,18 @@ def find_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> Evaluation
         prompts = prompts_for_estimates(config.model.path, config.model.max_positions)
         test_sets = build_test_sets(settings, prompts, config.train_data.target_text, Storage(config.storage))
     except UserError:
-        answer = MIN_NEW_TOKENS + math.ceil(settings.max_tokens_per_second * sizes.seconds)
-        prompt = sizes.audio_tokens + _PROMPT_TOKENS
-        shape = DecodingShape(settings.batch_size, settings.batch_size, prompt, answer, answer)
-        return EvaluationBatches((shape,), f"assumed batches of {settings.batch_size} clips of {sizes.seconds:g} s")
+        return largest_evaluation_batches(config, sizes)
     shapes = dict.fromkeys(shape for test_set in test_sets for shape in test_set.decoding_shapes)
     return EvaluationBatches(tuple(shapes), "the largest batch of the test sets")
+
+
+def largest_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> EvaluationBatches:
+    """Batches of `batch_size` clips that fill a window, whatever test sets hold."""
+    settings = config.evaluation
+    answer = MIN_NEW_TOKENS + math.ceil(settings.max_tokens_per_second * sizes.seconds)
+    prompt = sizes.audio_tokens + _PROMPT_TOKENS
+    shape = DecodingShape(settings.batch_size, settings.batch_size, prompt, answer, answer)
+    return EvaluationBatches((shape,), f"assumed batches of {settings.batch_size} clips of {sizes.seconds:g} s")
 
 
 def _training_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
