@@ -207,6 +207,14 @@ class Watchdog:
 
     def _look(self, store: Store) -> Failure | None:
         """Publish where this rank stands, and what it does if the run hangs; the failure, if this rank has judged."""
+        try:
+            return self._looked(store)
+        except (OSError, LookupError, TypeError, ValueError):
+            # The failure watch has more to do.
+            log.exception("the watchdog of rank %d", self._world.rank)
+            return None
+
+    def _looked(self, store: Store) -> Failure | None:
         now = time.monotonic()
         self._answered = now
         if now >= self._next_publication:
