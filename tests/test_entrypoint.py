@@ -474,3 +474,44 @@ def test_a_range_of_nodes_is_checked(variables, sentence):
     result = dry_run(**variables)
     assert result.returncode == 2
     assert sentence in result.stderr
+
+
+# Ranks that save and end together when one of them is asked to; with a single node they finish.
+STOP_TOGETHER = """
+import os, signal, sys, time
+from pathlib import Path
+
+here, size = Path(os.environ["SEEN_DIR"]), os.environ["WORLD_SIZE"]
+signal.signal(signal.SIGUSR1, lambda *_: (here / "stop").touch())
+(here / f"started-{size}-{os.environ['GROUP_RANK']}").touch()
+if size == "1":
+    sys.exit(0)
+while not (here / "stop").exists():
+    time.sleep(0.05)
+sys.exit(75)
+"""
+
+
+@pytest.mark.slow
+def test_a_node_that_is_stopped_leaves_and_the_other_one_goes_on(tmp_path):
+    script = tmp_path / "stop.py"
+    script.write_text(STOP_TOGETHER)
+    variables = {"NUM_NODES": "1:2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SEEN_DIR": str(tmp_path)}
+    nodes = [
+        subprocess.Popen(
+            [str(ENTRYPOINT), "--config", "c.yaml"],
+            env=environment(script, NODE_RANK=str(rank), LOCAL_ADDR="127.0.0.1", **variables),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("started-2-*"))) == 2)
+        nodes[1].send_signal(signal.SIGTERM)
+        assert nodes[1].wait(timeout=LIMIT_SECONDS) == 75
+        assert nodes[0].wait(timeout=LIMIT_SECONDS) == 0
+    finally:
+        for node in nodes:
+            node.kill()
+    assert (tmp_path / "started-1-0").exists()

@@ -32,7 +32,7 @@ def train_with_fault(world: World, config: RunConfig, phase: str, fault: str) ->
     owner, name, is_now = {
         "stepping": (MetricsLog, "train_step", lambda _, step, *__: step == 3),
         "saving": (directory, "hold_states", lambda *_: next(saved_before, False)),
-        "evaluating": (Evaluator, "evaluate", lambda _, step: step == NUM_STEPS),
+        "evaluating": (Evaluator, "evaluate", lambda _, step, *__: step == NUM_STEPS),
         "exporting": (run, "export_trained", lambda *_: True),
     }[phase]
     function, limit = getattr(owner, name), files_limited_to(1000)
