@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from schedulers import SCHEDULERS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRYPOINT = REPOSITORY / "docker" / "entrypoint"
@@ -204,6 +205,12 @@ def test_other_commands_run_as_they_are():
     assert (result.returncode, result.stdout) == (0, "two words")
 
 
+def test_doctor_is_started_on_ranks_as_training_is():
+    result = dry_run("doctor", "--config", "c.yaml", PROCS_PER_NODE="2")
+    assert result.returncode == 0, result.stderr
+    assert f"--no_local_rank {REPOSITORY}/launch/doctor.py --config c.yaml" in result.stdout
+
+
 def test_help_names_every_variable():
     text = dry_run("--help").stdout
     assert {"NUM_NODES", "PROCS_PER_NODE", "RENDEZVOUS_TIMEOUT_SECONDS", "VOXTRAL_TRAIN_SCRIPT"} <= set(
@@ -263,44 +270,12 @@ def test_explicit_variables_win_over_slurm(slurm):
     assert (options["node_rank"], options["master_addr"], options["master_port"]) == ("1", "10.0.0.7", "4000")
 
 
-# What each scheduler sets on node 2 of 3; docker/entrypoint names the sources.
-SCHEDULERS = {
-    "TrainJob": {
-        "PET_NNODES": "3",
-        "PET_NPROC_PER_NODE": "8",
-        "PET_NODE_RANK": "2",
-        "PET_MASTER_ADDR": "first",
-        "PET_MASTER_PORT": "29400",
-        "JOB_COMPLETION_INDEX": "2",
-    },
-    "PyTorchJob with nprocPerNode": {
-        "PET_NNODES": "3",
-        "RANK": "2",
-        "WORLD_SIZE": "24",
-        "MASTER_ADDR": "first",
-        "MASTER_PORT": "29400",
-    },
-    "PyTorchJob": {"RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "first", "MASTER_PORT": "29400"},
-    "SkyPilot": {
-        "SKYPILOT_NUM_NODES": "3",
-        "SKYPILOT_NODE_RANK": "2",
-        "SKYPILOT_NODE_IPS": "first\n10.0.0.2\n10.0.0.3",
-    },
-    "dstack": {"DSTACK_NODES_NUM": "3", "DSTACK_NODE_RANK": "2", "DSTACK_MASTER_NODE_IP": "first"},
-    "Open MPI": {
-        "OMPI_COMM_WORLD_SIZE": "3",
-        "OMPI_COMM_WORLD_RANK": "2",
-        "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
-        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-        "MASTER_ADDR": "first",
-    },
-    "Indexed Job": {"JOB_COMPLETION_INDEX": "2", "NUM_NODES": "3", "MASTER_ADDR": "first"},
-}
+ADDRESSES = ("first", "10.0.0.2", "10.0.0.3")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedulers(scheduler):
-    variables = SCHEDULERS[scheduler]
+    variables = SCHEDULERS[scheduler](2, ADDRESSES)
     options = launched(**variables)
     assert list(options["world_info"]) == ["node-0", "node-1", "node-2"]
     assert (options["node_rank"], options["master_addr"]) == ("2", "first")
@@ -309,7 +284,7 @@ def test_schedulers(scheduler):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_one_node_of_a_scheduler_may_be_a_run_of_its_own(scheduler):
-    options = launched(**SCHEDULERS[scheduler] | {"NUM_NODES": "1", "MASTER_ADDR": ""})
+    options = launched(**SCHEDULERS[scheduler](2, ADDRESSES) | {"NUM_NODES": "1", "MASTER_ADDR": ""})
     assert (list(options["world_info"]), options["node_rank"]) == (["node-0"], "0")
 
 
