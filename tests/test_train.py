@@ -175,7 +175,7 @@ def test_sigterm_saves_and_the_same_command_resumes(unbroken: RunConfig) -> None
 
 def test_fsdp2_started_by_torchrun_is_the_same_run(unbroken: RunConfig, tmp_path: Path) -> None:
     # What a killed build of DeepSpeed left is none of its business.
-    lock = tmp_path / "extensions" / "deepspeed_cpu_adam" / "lock"
+    lock = tmp_path / "extensions" / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
     os.utime(lock, (0, 0))

@@ -8,11 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed.distributed_c10d import _get_default_store
 
+from voxtral_dist.config import RunConfig
+from voxtral_dist.diagnosis.clocks import seconds_ahead
+from voxtral_dist.diagnosis.facts import RankFacts, rank_facts
+from voxtral_dist.diagnosis.findings import HostFindings, Problem, problems
+from voxtral_dist.diagnosis.folders import Speed, folder_speed, shard_speed
+from voxtral_dist.diagnosis.links import measure_links
+from voxtral_dist.diagnosis.report import report_lines
+from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, wait_for_all
+from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.compilation import has_python_header, missing_for_compilation
 from voxtral_dist.engine.zero.extensions import (
     Extension,
@@ -21,8 +32,10 @@ from voxtral_dist.engine.zero.extensions import (
     old_locks,
     refuse_without_nvme_support,
 )
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.output.console import say
+from voxtral_dist.training.run_checks import refuse_unshared
+from voxtral_dist.training.same_run import find_differences
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "mistral-common", "webdataset", "soundfile", "jiwer")
 _LOAD = (
@@ -59,6 +72,74 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
         say(error)
         return 2
     return _load(build_timeout, with_offload, with_nvme) if extensions else 0
+
+
+def examine_hosts(config: RunConfig, megabytes: int, world: World) -> int:
+    """Print what is wrong with the hosts of a run, and a table of them. All ranks call it together.
+
+    Args:
+        config: of the run; its folders and shards are measured.
+        megabytes: written to each folder by each host, and contributed to an all-gather by each rank.
+        world: all ranks.
+
+    Returns:
+        The exit code, on all ranks: 0 if nothing is wrong, else 2.
+
+    Raises:
+        UserError: a part of the configuration cannot be read.
+    """
+    facts = gather_on_first(rank_facts(config, world.rank, world.size, world.device), world)
+    hosts = from_first_rank(_ranks_by_host(facts), world)
+    differences = find_differences(config, (), world)
+    firsts = [ranks[0] for ranks in hosts]
+    is_first_on_host = world.rank in firsts
+    ahead = 0.0
+    if is_first_on_host and world.size > 1:
+        ahead = seconds_ahead(_get_default_store(), world.rank, firsts[1:])
+    wait_for_all(world)
+    speeds = dict(_speeds(config, megabytes << 20)) if is_first_on_host else {}
+    unshared = list(_unshared(config, world))
+    measured = gather_on_first((ahead, speeds), world)
+    links = measure_links(hosts, megabytes << 20, world)
+    code = 0
+    if world.is_first:
+        found = [HostFindings(tuple(facts[rank] for rank in ranks), *measured[ranks[0]]) for ranks in hosts]
+        # Ranks of a host mostly differ alike.
+        different = dict.fromkeys(
+            Problem(one.host, f"{one.key} is {one.here}, but {one.on_first} on rank 0") for one in differences
+        )
+        wrong = [*unshared, *different, *problems(found, links)]
+        for line in report_lines(found, links, wrong):
+            say(line)
+        code = 2 if wrong else 0
+    return from_first_rank(code, world)
+
+
+def _ranks_by_host(facts: Sequence[RankFacts]) -> list[list[int]]:
+    """The ranks of each host, in their order."""
+    hosts: dict[str, list[int]] = {}
+    for one in facts:
+        hosts.setdefault(one.host, []).append(one.rank)
+    return list(hosts.values())
+
+
+def _speeds(config: RunConfig, num_bytes: int) -> Iterator[tuple[str, Speed]]:
+    yield "`run_dir`", folder_speed(config.run_dir, num_bytes)
+    for name, folder in {
+        "`storage.cache_dir`": config.storage.cache_dir,
+        "`engine.nvme_dir`": config.engine.nvme_dir,
+        "temporary files": Path(tempfile.gettempdir()),
+    }.items():
+        if folder is not None:
+            yield name, folder_speed(folder, num_bytes)
+    yield "shards", shard_speed(config.train_data.shards, config.storage)
+
+
+def _unshared(config: RunConfig, world: World) -> Iterator[Problem]:
+    try:
+        refuse_unshared(config.run_dir, world)
+    except SharedError as error:
+        yield Problem(None, str(error))
 
 
 def _report_triton() -> None:

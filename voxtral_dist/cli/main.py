@@ -31,7 +31,7 @@ from voxtral_dist.errors import LostPeerError, UserError, is_printed_here
 from voxtral_dist.output.console import one_line, printable, say, set_up_logging
 
 # Launchers start them on several ranks; all others are commands of one process.
-_COMMANDS_OF_RANKS = ("train", "evaluate", "transcribe")
+_COMMANDS_OF_RANKS = ("train", "evaluate", "transcribe", "doctor")
 
 
 def console(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -29,7 +29,7 @@ _MOST_SHOWN, _MOST_CHARACTERS = 4, 120
 
 
 @dataclass(frozen=True)
-class _Difference:
+class Difference:
     """A value that is another one on `rank` than on rank 0."""
 
     rank: int
@@ -48,14 +48,23 @@ def refuse_different_runs(config: RunConfig, allow_changed: Sequence[str], world
     Raises:
         UserError: a rank differs, on all ranks; or DeepSpeed's file cannot be read.
     """
+    found = find_differences(config, allow_changed, world)
+    if found:
+        raise UserError(_sentence(found, from_first_rank(socket.gethostname(), world), world.size))
+
+
+def find_differences(config: RunConfig, allow_changed: Sequence[str], world: World) -> list[Difference]:
+    """What is compared by `refuse_different_runs` and differs from rank 0's, on all ranks.
+
+    Raises:
+        UserError: DeepSpeed's file cannot be read.
+    """
     if world.size == 1:
-        return
+        return []
     own = dict(_facts(config, allow_changed))
     # Only differences are gathered, so that rank 0 need not hold the settings of a thousand ranks.
     differences = gather_on_first(_differences(own, from_first_rank(own, world), world.rank), world)
-    found = from_first_rank([one for of_rank in differences for one in of_rank], world)
-    if found:
-        raise UserError(_sentence(found, from_first_rank(socket.gethostname(), world), world.size))
+    return from_first_rank([one for of_rank in differences for one in of_rank], world)
 
 
 def _facts(config: RunConfig, allow_changed: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -113,11 +122,11 @@ def _source_fingerprint() -> str:
     return digest.hexdigest()
 
 
-def _differences(own: Mapping[str, str], first: Mapping[str, str], rank: int) -> list[_Difference]:
+def _differences(own: Mapping[str, str], first: Mapping[str, str], rank: int) -> list[Difference]:
     host = socket.gethostname()
     keys = [*first, *(key for key in own if key not in first)]
     pairs = ((key, own.get(key, _ABSENT), first.get(key, _ABSENT)) for key in keys)
-    found = [_Difference(rank, host, key, _short(here), _short(there)) for key, here, there in pairs if here != there]
+    found = [Difference(rank, host, key, _short(here), _short(there)) for key, here, there in pairs if here != there]
     # A model may be in the cache of some hosts only; what was not read is not known to differ.
     return [one for one in found if not ("`model.path`" in one.key and _ABSENT in (one.here, one.on_first))]
 
@@ -126,8 +135,8 @@ def _short(value: str) -> str:
     return value if len(value) <= _MOST_CHARACTERS else f"{value[:_MOST_CHARACTERS]}..."
 
 
-def _sentence(found: Sequence[_Difference], first_host: str, size: int) -> str:
-    groups: dict[tuple[str, str, str], list[_Difference]] = {}
+def _sentence(found: Sequence[Difference], first_host: str, size: int) -> str:
+    groups: dict[tuple[str, str, str], list[Difference]] = {}
     for one in found:
         groups.setdefault((one.key, one.here, one.on_first), []).append(one)
     parts = []

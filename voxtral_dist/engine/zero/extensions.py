@@ -38,6 +38,11 @@ class Extension:
 
         return bool(installed_ops.get(self.name)) and accelerator_name == get_accelerator().device_name()
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether torch has compiled it for this user before."""
+        return any(_build_root().glob(f"**/{self.name}/{self.name}.so"))
+
     def load(self) -> None:
         """Load it, and compile it before that unless it is prebuilt or cached."""
         from deepspeed.accelerator import get_accelerator
@@ -86,8 +91,8 @@ def refuse_without_nvme_support() -> None:
 
 def extension_locks() -> list[Path]:
     """Lock files of builds of DeepSpeed's extensions, running or killed."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return sorted(root.glob("**/deepspeed_*/lock"))
+    names = [extension.name for extension in (_SHARED_MEMORY, _CPU_ADAM, *_NVME)]
+    return sorted(lock for name in names for lock in _build_root().glob(f"**/{name}/lock"))
 
 
 def old_locks() -> list[tuple[Path, float]]:
@@ -121,3 +126,7 @@ def _ages() -> Iterator[tuple[Path, float]]:
             yield lock, time.time() - lock.stat().st_mtime
         except FileNotFoundError:
             continue
+
+
+def _build_root() -> Path:
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
