@@ -1,8 +1,10 @@
 """Utterances that a small model knows by heart, so that its hypotheses end by themselves at different lengths."""
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from corpora import pack_manifest, write_speech_manifest
 from workloads.fitted import fit
@@ -21,6 +23,12 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fitted_model(tiny_model: Path, heard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "fitted"
-    fit(tiny_model, heard, folder, num_utterances=NUM_UTTERANCES, batch_size=NUM_UTTERANCES, num_steps=120)
+    """Made by the first worker of pytest-xdist that needs it, for all of them: this takes half a minute."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "fitted"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = tmp_path_factory.mktemp("models") / "fitted"
+            fit(tiny_model, heard, made, num_utterances=NUM_UTTERANCES, batch_size=NUM_UTTERANCES, num_steps=120)
+            made.rename(folder)
     return folder
