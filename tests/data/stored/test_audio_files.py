@@ -2,6 +2,7 @@
 
 import io
 import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -133,6 +134,21 @@ def test_rf64_without_sizes_is_read_to_its_end(size):
     sizes = b"ds64" + struct.pack("<IQQQI", 28, size, size, size, 0)
     contents = wav(pcm.tobytes(), 2**32 - 1, 2**32 - 1, sizes, b"RF64")
     assert np.array_equal(decode_pcm(contents, RATE), pcm)
+
+
+def test_damaged_files_are_audio_errors_or_audio():
+    """Bytes are changed, left out and repeated in headers and elsewhere."""
+    draw = np.random.default_rng(0)
+    pcm = tone(0.2)
+    wholes = [mp3(0.2) * 2, wav(pcm.tobytes(), 0, 0), wav(pcm.tobytes(), 2 * len(pcm), 0), encoded(pcm, format="OGG")]
+    for number in range(400):
+        contents = bytearray(wholes[number % len(wholes)])
+        for place in draw.integers(0, 200 if number % 3 else len(contents), 3):
+            contents[place] = draw.integers(0, 256)
+        start, length = draw.integers(0, len(contents)), draw.integers(0, 300)
+        contents[start : start + length] = contents[:length] if number % 2 else b""
+        with suppress(AudioError):
+            assert len(decode_pcm(bytes(contents), RATE)) < 60 * RATE
 
 
 def test_an_empty_recording_stays_empty():

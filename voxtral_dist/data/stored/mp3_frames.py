@@ -34,6 +34,7 @@ _MIN_FRAMES = 3
 _MIN_COVERED = 0.8
 # Bytes that look like a frame and are none; a file of nothing else would take minutes.
 _MAX_MISSES = 2**18
+_MAX_TAGS = 100
 _TAG_HEADS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
 _FRAMES_AND_BYTES = 3
 
@@ -176,7 +177,9 @@ def _with_channels(header: _Header, last: int) -> _Header:
 
 def _end_of_id3(contents: bytes, position: int) -> int:
     """The end of the ID3v2 tags at an offset; the offset itself if there are none."""
-    while contents.startswith(b"ID3", position) and position + 10 <= len(contents):
+    for _ in range(_MAX_TAGS):
+        if not contents.startswith(b"ID3", position) or position + 10 > len(contents):
+            break
         size = 0
         for byte in contents[position + 6 : position + 10]:
             size = size << 7 | byte & 0x7F
