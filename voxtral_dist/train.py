@@ -6,7 +6,7 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,13 @@ from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
 from voxtral_dist.training.metrics_endpoint import MetricsEndpoint, served_metrics
 from voxtral_dist.training.metrics_log import MetricsLog
+from voxtral_dist.training.requests import Requests
 from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data, refuse_unshared
 from voxtral_dist.training.same_run import refuse_different_runs
 from voxtral_dist.training.saver import Saver
 from voxtral_dist.training.selection import Verdict
 from voxtral_dist.training.signals import StopRequest, stop_signals
-from voxtral_dist.training.step import Requests, TrainStep
+from voxtral_dist.training.step import TrainStep
 from voxtral_dist.training.stragglers import Stragglers
 from voxtral_dist.training.summary import write_summary
 from voxtral_dist.training.time_limit import Part, TimeLimit
@@ -359,21 +360,24 @@ def _announce(
     )
 
 
-def _requests(stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, saver: Saver, step: int) -> Requests:
-    """What this rank asks for after its next update, which will be the run's number `step`."""
+def _requests(
+    stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, saver: Saver, step: int
+) -> Callable[[], Requests]:
+    """What this rank asks for after its next update, which will be the run's number `step`.
+
+    Time is looked at before the update; signals, and what a thread has written, when the ranks tell each other.
+    """
     # A run that stops before an evaluation begins with it when it resumes.
     following: tuple[Part, ...] = ("evaluation",) if evaluator.is_due(step) else ("step",)
     if step == evaluator.num_steps:
         # An export takes about as long as a save.
         following = ("evaluation", "save")
-    is_short = time_limit.is_too_short_for("step", "save", *following)
-    return Requests(
-        stop=stop.requested,
-        stop_in_time=is_short,
+    by_clock = Requests(
+        stop_in_time=time_limit.is_too_short_for("step", "save", *following),
         save=time_limit.needs_a_save(),
         save_in_background=saver.is_time(),
-        is_written=saver.is_written(),
     )
+    return lambda: replace(by_clock, stop=stop.requested, is_written=saver.is_written())
 
 
 def _changes(

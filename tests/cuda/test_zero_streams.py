@@ -100,10 +100,10 @@ def train(world: World, config: RunConfig, log: StreamLog) -> Run:
     engine: Any = build_engine(config, log_mel, world, loader.training_set.max_windows_per_micro_batch)
     update, in_backward = engine.step, Counter[str]()
 
-    def step_after_backward(learning_rate: float) -> Any:
+    def step_after_backward(*arguments: Any) -> Any:
         in_backward.clear()
         in_backward.update(log.take())
-        return update(learning_rate)
+        return update(*arguments)
 
     engine.step = step_after_backward
     step = build_train_step(config, engine, world)

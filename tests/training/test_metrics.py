@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class NoModel:
     def backward(self, batch: MicroBatch, num_target_tokens: int, *, is_last: bool) -> Tensor:
         return torch.zeros(())
 
-    def step(self, learning_rate: float) -> StepUpdate:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool]) -> StepUpdate:
         return StepUpdate(0.0, learning_rate)
 
 

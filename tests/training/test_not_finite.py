@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class Broken:
         is_guilty = self._world.rank == self._world.size - 1 and self._num_backwards == 2
         return torch.tensor(math.nan if self._what != "gradient" and is_guilty else 1.0)
 
-    def step(self, learning_rate: float) -> StepUpdate:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool]) -> StepUpdate:
         return StepUpdate(math.inf, learning_rate)
 
     def not_finite(self) -> list[str]:

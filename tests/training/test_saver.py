@@ -22,8 +22,9 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.training import saver as saver_module
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.metrics_log import MetricsLog
+from voxtral_dist.training.requests import Requests
 from voxtral_dist.training.saver import Saver
-from voxtral_dist.training.step import Requests, StepResult
+from voxtral_dist.training.step import StepResult
 from voxtral_dist.training.time_limit import TimeLimit
 
 from ranks import run_ranks

@@ -40,29 +40,42 @@ class StepBatches:
     step: number of the step.
     micro_batches: one for each slot of the rank.
     waiting_seconds: time that the rank waited for its data workers.
+    upcoming: the micro-batches of the next step, about which ranks tell each other during this one; None at the end of
+        the run.
     """
 
     step: int
     micro_batches: list[MicroBatch]
     waiting_seconds: float = 0.0
+    upcoming: StepBatches | None = None
 
 
 class StepIterator(Iterator[StepBatches]):
     """The micro-batches of one rank, step by step; a context that ends its data workers.
 
-    The workers start, and begin to read, when it is made.
+    The workers start, and begin to read, when it is made. It takes a step from them when the one before it is asked
+    for.
     """
 
     def __init__(self, batches: Iterator[MicroBatch], steps: range, num_micro_batches: Callable[[int], int]) -> None:
         self._batches = batches
         self._steps: Iterator[int] = iter(steps)
         self._num_micro_batches = num_micro_batches
+        self._upcoming: StepBatches | None = None
 
     def __next__(self) -> StepBatches:
-        step = next(self._steps)
         asked = time.monotonic()
-        micro_batches = list(islice(self._batches, self._num_micro_batches(step)))
-        return StepBatches(step, micro_batches, time.monotonic() - asked)
+        current = self._upcoming or self._take()
+        if current is None:
+            raise StopIteration
+        self._upcoming = self._take()
+        return replace(current, waiting_seconds=time.monotonic() - asked, upcoming=self._upcoming)
+
+    def _take(self) -> StepBatches | None:
+        step = next(self._steps, None)
+        if step is None:
+            return None
+        return StepBatches(step, list(islice(self._batches, self._num_micro_batches(step))))
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +85,7 @@ class StepIterator(Iterator[StepBatches]):
 
     def close(self) -> None:
         """End the data workers; no further step follows."""
-        self._steps = iter(())
+        self._steps, self._upcoming = iter(()), None
         # torch ends them with the last reference to its iterator, which an error's traceback may hold for long.
         shut_down = getattr(self._batches, "_shutdown_workers", None)
         self._batches = iter(())

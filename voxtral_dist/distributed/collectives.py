@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # a public class all the same
 from torch.distributed.distributed_c10d import _get_default_store
 
+from voxtral_dist.distributed.devices import on_device
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import LostPeerError
 
@@ -40,6 +41,35 @@ def sum_over_ranks(values: Sequence[float], world: World) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+class RankRows:
+    """A row of numbers of each rank, on every rank. All ranks construct it together, with rows of the same length.
+
+    The exchange begins at once, behind what the device still computes; only `read` waits for it.
+    """
+
+    def __init__(self, values: Sequence[float], world: World, computed: Tensor | None = None) -> None:
+        """Begin the exchange.
+
+        Args:
+            values: the row of this rank, or its end.
+            world: all ranks.
+            computed: its beginning, on the device, of any type; None if there is none.
+        """
+        parts = [] if computed is None else [computed.detach().reshape(-1).to(torch.float64)]
+        parts.append(on_device(torch.tensor(values, dtype=torch.float64), world.device))
+        row = torch.cat(parts)
+        # A sum of rows of which one is not zero: one collective operation, exact, and in every backend.
+        self._rows = torch.zeros(world.size, len(row), dtype=torch.float64, device=world.device)
+        self._rows[world.rank].copy_(row)
+        if world.size > 1:
+            dist.all_reduce(self._rows)
+
+    def read(self) -> list[list[float]]:
+        """The rows in the order of ranks, bitwise equal on every rank, after a wait for the device."""
+        rows: list[list[float]] = self._rows.tolist()
+        return rows
 
 
 class PatientSum:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # Dense 10^12 operations per second from NVIDIA's data sheets: for bfloat16 and float16 with accumulation in float32,
 # and for float32 without tensor cores, which torch does not use by default. A device takes the first row whose words
@@ -51,6 +52,11 @@ _OTHER_DEVICES = {"MIG", "LAPTOP", "MAX", "TI", "D"}
 def device_name(device: torch.device) -> str:
     """The name of a GPU, or `CPU`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of values on the CPU, which the host does not wait for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def known_peak_flops(device_name: str, precision: str) -> float | None:

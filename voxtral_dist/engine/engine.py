@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ class StepUpdate:
     """The outcome of one optimizer update.
 
     grad_norm: global L2 norm of the gradients before clipping. is_skipped: gradients overflowed in float16, so the
-    update was skipped and the loss scale lowered.
+    update was skipped and the loss scale lowered. Updates that the caller refused, or whose norm is not finite for
+    another reason, are skipped too, and known by that.
     """
 
     grad_norm: float
@@ -40,6 +41,11 @@ class ParameterState:
     average: Tensor | None = None
 
 
+def always(_grad_norm: float) -> bool:
+    """Accept every update."""
+    return True
+
+
 class Engine(Protocol):
     """A sharded model and its optimizer. Implemented by `ZeroEngine` and `Fsdp2Engine`.
 
@@ -59,8 +65,15 @@ class Engine(Protocol):
             The loss summed over the targets of the micro-batch, detached.
         """
 
-    def step(self, learning_rate: float) -> StepUpdate:
-        """Clip the gradients, update the weights, and zero the gradients."""
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] = always) -> StepUpdate:
+        """Clip the gradients, update the weights, and zero the gradients.
+
+        Args:
+            learning_rate: of this update.
+            accepts: whether to make an update with this norm of the gradient, the same on all ranks. It is called
+                when the host has waited for the norm, and not for one that is not finite. Without the update, weights
+                and the optimizer's states are as they were, and checkpoints count it among the skipped ones.
+        """
 
     def full_weights(self) -> AbstractContextManager[nn.Module]:
         """The full model in evaluation mode with the current weights: each rank can generate on its own."""

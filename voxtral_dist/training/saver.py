@@ -19,7 +19,7 @@ from voxtral_dist.distributed.standing import advance, stand
 from voxtral_dist.distributed.world import World, ranks_on_node
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.training.metrics_log import MetricsLog
-from voxtral_dist.training.step import Requests
+from voxtral_dist.training.requests import Requests
 from voxtral_dist.training.time_limit import TimeLimit
 
 # Part of a rank's free host memory that a copy of its state may take.

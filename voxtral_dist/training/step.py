@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import StepBatches
-from voxtral_dist.distributed.collectives import max_over_ranks, sum_over_ranks, sum_tensor_over_ranks
-from voxtral_dist.distributed.devices import peak_memory_bytes
+from voxtral_dist.distributed.collectives import RankRows
 from voxtral_dist.distributed.standing import stand
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.optim import learning_rate
 from voxtral_dist.model.encoder import num_chunks
-from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.model.flops import TrainingFlops
 from voxtral_dist.training.ahead import MicroBatchesAhead
 from voxtral_dist.training.not_finite import refuse_loss_not_finite, refuse_norm_not_finite
+from voxtral_dist.training.requests import Requests
+from voxtral_dist.training.step_exchange import StepExchange
+from voxtral_dist.training.step_facts import StepFacts
 from voxtral_dist.training.step_metrics import StepMetrics
-
-
-@dataclass(frozen=True)
-class Requests:
-    """What a rank asks for after a step; all ranks do what one of them asks for.
-
-    stop: to stop, because a signal asked it. stop_in_time: to stop, because `max_run_hours` are nearly over. save: to
-    save, and to wait for it. save_in_background: to save by `every_seconds`. is_written: to complete the checkpoint
-    under way; this is done when all ranks ask for it.
-    """
-
-    stop: bool = False
-    stop_in_time: bool = False
-    save: bool = False
-    save_in_background: bool = False
-    is_written: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ class StepResult:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainStep:
     """Updates in which every target token of the global batch has the same weight.
 
@@ -89,57 +76,66 @@ class TrainStep:
     ahead: MicroBatchesAhead
     flops: TrainingFlops | None = None
     newest_checkpoint: Callable[[], str | None] = lambda: None
+    # The micro-batches of the next step, and what all ranks have told each other about it.
+    _upcoming: tuple[Sequence[MicroBatch], StepFacts] | None = field(default=None, init=False)
 
-    def run(self, batches: StepBatches, requests: Requests | None = None) -> StepResult:
+    def run(self, batches: StepBatches, requests: Callable[[], Requests] = Requests) -> StepResult:
         """Make one update. All ranks call it together, each with its own micro-batches.
 
         Args:
             batches: the micro-batches of this rank, as many as on every other rank.
-            requests: what this rank asks for after the step.
+            requests: what this rank asks for after the step; called while the device computes.
 
         Raises:
             UserError: the loss or the gradient is not finite. All ranks raise it, and none of them saves this step.
         """
         started = time.monotonic()
-        maxima = RankMaxima.measure(batches, self.world)
-        micro_batches = self._with_equal_chunks(batches.micro_batches, maxima)
-        totals = _Totals.of(micro_batches, self.flops, requests or Requests()).over_ranks(self.world)
-        loss, losses = self._backward(micro_batches, batches.step, int(totals.num_target_tokens))
+        facts = self._facts_of(batches)
+        micro_batches = self._with_equal_chunks(batches.micro_batches, facts)
+        losses = self._backward(micro_batches, batches.step, facts.num_target_tokens)
+        upcoming = StepFacts.of(batches.upcoming.micro_batches, self.flops) if batches.upcoming else None
+        exchange = StepExchange(losses, requests(), batches.waiting_seconds, upcoming, self.world)
+        rate = learning_rate(self.optimizer, batches.step, self.num_steps)
+        update = self.engine.step(rate, lambda _norm: math.isfinite(exchange.told.loss_sum))
+        told = exchange.told
+        loss = told.loss_sum / max(1, facts.num_target_tokens)
         refuse_loss_not_finite(
             loss, batches.step, micro_batches, losses, self.engine, self.newest_checkpoint, self.world
         )
-        update = self.engine.step(learning_rate(self.optimizer, batches.step, self.num_steps))
         if not update.is_skipped:
             refuse_norm_not_finite(
                 update.grad_norm, loss, batches.step, micro_batches, self.newest_checkpoint, self.world
             )
+        if batches.upcoming is not None and told.upcoming is not None:
+            self._upcoming = batches.upcoming.micro_batches, told.upcoming
         metrics = StepMetrics(
             loss=loss,
-            num_target_tokens=int(totals.num_target_tokens),
-            num_tokens=int(totals.num_tokens),
-            audio_seconds=totals.audio_seconds,
-            model_flops=totals.model_flops,
+            num_target_tokens=facts.num_target_tokens,
+            num_tokens=facts.num_tokens,
+            audio_seconds=facts.audio_seconds,
+            model_flops=facts.model_flops,
             learning_rate=update.learning_rate,
             grad_norm=None if update.is_skipped else update.grad_norm,
             step_seconds=batches.waiting_seconds + time.monotonic() - started,
-            waiting_seconds=maxima.waiting_seconds,
-            memory_gigabytes=maxima.memory_gigabytes,
+            waiting_seconds=told.waiting_seconds,
+            memory_gigabytes=told.memory_gigabytes,
         )
         return StepResult(
             metrics=metrics,
-            num_utterances=int(totals.num_utterances),
-            num_bad_utterances=int(totals.num_bad_utterances),
-            num_too_long=int(totals.num_too_long),
-            agreed=Requests(
-                stop=totals.num_stops > 0,
-                stop_in_time=totals.num_stops_in_time > 0,
-                save=totals.num_saves > 0,
-                save_in_background=totals.num_saves_in_background > 0,
-                is_written=totals.num_written == self.world.size,
-            ),
+            num_utterances=facts.num_utterances,
+            num_bad_utterances=facts.num_bad_utterances,
+            num_too_long=facts.num_too_long,
+            agreed=told.requests,
         )
 
-    def _with_equal_chunks(self, micro_batches: Sequence[MicroBatch], maxima: RankMaxima) -> list[MicroBatch]:
+    def _facts_of(self, batches: StepBatches) -> StepFacts:
+        """What all ranks know about a step: they have told each other during the one before, or do it now."""
+        told, self._upcoming = self._upcoming, None
+        if told is not None and told[0] is batches.micro_batches:
+            return told[1]
+        return StepFacts.over_ranks(RankRows(StepFacts.of(batches.micro_batches, self.flops).row(), self.world).read())
+
+    def _with_equal_chunks(self, micro_batches: Sequence[MicroBatch], facts: StepFacts) -> list[MicroBatch]:
         """Give each micro-batch as many chunks as the rank needs that has most windows, or most positions, in it.
 
         Engines that shard weights exchange them in every chunk, so all ranks must run equally many.
@@ -152,20 +148,12 @@ class TrainStep:
                 num_mlp_chunks=num_chunks(num_positions, tokens) if tokens else None,
             )
             for batch, num_windows, num_positions in zip(
-                micro_batches, maxima.num_windows, maxima.num_positions, strict=True
+                micro_batches, facts.num_windows, facts.num_positions, strict=True
             )
         ]
 
-    def _backward(
-        self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int
-    ) -> tuple[float, list[torch.Tensor]]:
-        """Accumulate the gradient of the mean loss.
-
-        The device is waited for only once, for the sum.
-
-        Returns:
-            The mean over the target tokens of all ranks, and the summed loss of each micro-batch, on the device.
-        """
+    def _backward(self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int) -> list[Tensor]:
+        """Accumulate the gradient of the mean loss. Returns the summed loss of each micro-batch, on the device."""
         losses = []
         for number, batch in enumerate(self.ahead(micro_batches)):
             # Dropout depends on the position in the run, and not on what ran before.
@@ -173,82 +161,7 @@ class TrainStep:
             torch.manual_seed(_dropout_seed(self.seed, step, self.world.rank + number * self.world.size))
             is_last = number == len(micro_batches) - 1
             losses.append(self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last))
-        total = torch.stack(losses).sum().to(torch.float64)
-        sum_tensor_over_ranks(total, self.world)
-        return float(total) / max(1, num_target_tokens), losses
-
-
-@dataclass(frozen=True)
-class RankMaxima:
-    """Maximum over ranks: windows and padded positions of each micro-batch, the wait for data, and the peak memory."""
-
-    num_windows: tuple[int, ...]
-    num_positions: tuple[int, ...]
-    waiting_seconds: float
-    memory_gigabytes: float
-
-    @classmethod
-    def measure(cls, batches: StepBatches, world: World) -> RankMaxima:
-        """Exchange all of it at once."""
-        *sizes, microseconds, num_bytes = max_over_ranks(
-            [
-                *(batch.num_windows for batch in batches.micro_batches),
-                *(batch.input_ids.numel() for batch in batches.micro_batches),
-                round(1e6 * batches.waiting_seconds),
-                peak_memory_bytes(world.device),
-            ],
-            world,
-        )
-        count = len(batches.micro_batches)
-        return cls(tuple(sizes[:count]), tuple(sizes[count:]), microseconds / 1e6, num_bytes / 1e9)
-
-
-class _Totals(NamedTuple):
-    """Sums over micro-batches: those of one rank, or of all ranks."""
-
-    num_target_tokens: float
-    num_tokens: float
-    model_flops: float
-    audio_seconds: float
-    num_utterances: float
-    num_bad_utterances: float
-    num_too_long: float
-    num_stops: float
-    num_stops_in_time: float
-    num_saves: float
-    num_saves_in_background: float
-    num_written: float
-
-    @classmethod
-    def of(cls, micro_batches: Sequence[MicroBatch], flops: TrainingFlops | None, requests: Requests) -> _Totals:
-        needed = _needed_shape(micro_batches)
-        return cls(
-            num_target_tokens=sum(batch.num_target_tokens for batch in micro_batches),
-            num_tokens=needed.num_positions,
-            model_flops=flops.model(needed) if flops else 0.0,
-            audio_seconds=sum(batch.audio_seconds for batch in micro_batches),
-            num_utterances=sum(batch.num_utterances for batch in micro_batches),
-            num_bad_utterances=sum(len(batch.bad_utterances) for batch in micro_batches),
-            num_too_long=sum(bad.is_too_long for batch in micro_batches for bad in batch.bad_utterances),
-            num_stops=requests.stop,
-            num_stops_in_time=requests.stop_in_time,
-            num_saves=requests.save,
-            num_saves_in_background=requests.save_in_background,
-            num_written=requests.is_written,
-        )
-
-    def over_ranks(self, world: World) -> _Totals:
-        return _Totals(*sum_over_ranks(list(self), world))
-
-
-def _needed_shape(micro_batches: Sequence[MicroBatch]) -> BatchShape:
-    """The shape of a rank's step for model FLOPs: without padding and without micro-batches of weight zero."""
-    shapes = (
-        BatchShape.needed(batch.num_windows, batch.positions_per_example, batch.num_target_tokens)
-        for batch in micro_batches
-        if batch.num_utterances
-    )
-    return sum(shapes, BatchShape())
+        return losses
 
 
 def _dropout_seed(seed: int, step: int, slot: int) -> int:

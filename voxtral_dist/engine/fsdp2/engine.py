@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from voxtral_dist.config import Fsdp2Config, ModelConfig, OptimizerConfig, Train
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.ema import WeightAverages, average_name
-from voxtral_dist.engine.engine import ParameterState, StepUpdate
+from voxtral_dist.engine.engine import ParameterState, StepUpdate, always
 from voxtral_dist.engine.finite import names_not_finite
 from voxtral_dist.engine.fsdp2.block_states import dequantize
 from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, stored_names
@@ -152,22 +152,23 @@ class Fsdp2Engine:
         return loss_sum.detach()
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> StepUpdate:
-        """See `Engine`. An update whose gradients are not finite is skipped."""
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] = always) -> StepUpdate:
+        """See `Engine`."""
         if self._sums is not None:
             self._sums.finish()
         gradients = [local_part(one.grad) for one in self._trained.values() if one.grad is not None]
         scale = self._loss_factor
         grad_norm = self._norm_over_ranks(gradients) / scale
         is_finite = math.isfinite(grad_norm)
-        if is_finite:
+        is_made = is_finite and accepts(grad_norm)
+        if is_made:
             set_learning_rate(self._optimizer, learning_rate)
             update(self._optimizer, gradients, _clipping_factor(grad_norm, self._max_grad_norm) / scale)
             if self._averages is not None:
                 self._averages.update()
         self._optimizer.zero_grad()
         is_skipped = not is_finite and self._scale is not None and not self._scale.is_exhausted
-        self._num_skipped += is_skipped
+        self._num_skipped += not is_made
         if self._scale is not None:
             self._scale.update(is_finite)
         return StepUpdate(grad_norm, learning_rate, is_skipped)

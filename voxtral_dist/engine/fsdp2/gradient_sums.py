@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from voxtral_dist.engine.fsdp2.kernels import Kernels, on_device
+from voxtral_dist.distributed.devices import on_device
+from voxtral_dist.engine.fsdp2.kernels import Kernels
 from voxtral_dist.engine.fsdp2.rounding import add_rounded, random_keys, wrapped
 from voxtral_dist.engine.fsdp2.sharding import first_position, local_part
 

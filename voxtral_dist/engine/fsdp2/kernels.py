@@ -37,11 +37,6 @@ class Kernels:
         return _compiled(function) if self._is_compiled else function
 
 
-def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy of values on the CPU, which the host does not wait for."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-
 @cache
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     # One kernel for parameters of all shapes.

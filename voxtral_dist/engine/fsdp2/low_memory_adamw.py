@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from voxtral_dist.config import OptimizerConfig
+from voxtral_dist.distributed.devices import on_device
 from voxtral_dist.engine.fsdp2.block_states import (
     BLOCK_SIZE,
     FIRST,
@@ -25,7 +26,7 @@ from voxtral_dist.engine.fsdp2.block_states import (
     moment_blocks,
     scales_shape,
 )
-from voxtral_dist.engine.fsdp2.kernels import Kernels, on_device
+from voxtral_dist.engine.fsdp2.kernels import Kernels
 from voxtral_dist.engine.fsdp2.rounding import MAX_VALUES, random_bits, random_keys, to_bfloat16, wrapped
 from voxtral_dist.engine.fsdp2.sharding import first_position, local_part, with_local
 from voxtral_dist.model.trainable import is_adapter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.devices import return_freed_memory, return_unused_pinned_memory
 from voxtral_dist.distributed.process_settings import pin_large_tensors_exactly
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.engine import ParameterState, StepUpdate
+from voxtral_dist.engine.engine import ParameterState, StepUpdate, always
 from voxtral_dist.engine.finite import names_not_finite
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
@@ -28,6 +28,7 @@ from voxtral_dist.engine.zero.linear import plain_linear
 from voxtral_dist.engine.zero.optimizers import build_optimizer
 from voxtral_dist.engine.zero.settings import complete_settings, is_offloaded, is_on_nvme, zero_stage
 from voxtral_dist.engine.zero.states import full_shape, master_states
+from voxtral_dist.engine.zero.update_gate import UpdateGate
 from voxtral_dist.model.encoder import ChunkedEncoder
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.trainable import parameter_table
@@ -98,10 +99,12 @@ class ZeroEngine:
         self._states = master_states(self._engine, self._optimizer, self.stage, world, optimizer_config.ema_decay)
         self._num_steps = 0
         self._num_skipped = 0
-        self._grad_norm = math.nan
+        self._gate = UpdateGate()
         if self.stage == 0:
             # DeepSpeed could clip too, but does not report the norm.
             self._optimizer.register_step_pre_hook(self._clip)
+        else:
+            self._gate.install(self._engine.optimizer, self.stage)
         if self._scaler is not None:
             # The caller refuses a norm that is not finite, with a better message.
             self._scaler.raise_error_at_min_scale = False
@@ -114,26 +117,22 @@ class ZeroEngine:
         self._engine.backward(loss_sum * (self._world.size / num_target_tokens), scale_wrt_gas=False)
         return loss_sum.detach()
 
-    def step(self, learning_rate: float) -> StepUpdate:
+    def step(self, learning_rate: float, accepts: Callable[[float], bool] = always) -> StepUpdate:
         """See `Engine`. DeepSpeed skips an update whose gradients are not finite."""
         set_learning_rate(self._optimizer, learning_rate)
         can_scale_less = self._scaler is not None and self._scaler.cur_scale > self._scaler.min_scale
+        self._gate.expect(accepts)
         self._engine.step()
-        if self._engine.was_step_applied():
-            if self._states.averages is not None:
-                self._states.averages.update()
-            return StepUpdate(self._norm(), learning_rate)
-        self._num_skipped += can_scale_less
+        grad_norm = self._gate.grad_norm
+        is_made = self._engine.was_step_applied() and math.isfinite(grad_norm) and not self._gate.is_refused
+        if is_made and self._states.averages is not None:
+            self._states.averages.update()
+        self._num_skipped += not is_made
         # With the lowest scale, float16 is not the cause: the caller refuses the norm.
-        return StepUpdate(math.inf, learning_rate, is_skipped=can_scale_less)
-
-    def _norm(self) -> float:
-        return self._grad_norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
+        return StepUpdate(grad_norm, learning_rate, is_skipped=not math.isfinite(grad_norm) and can_scale_less)
 
     def _clip(self, *_: Any) -> None:
-        limit = self._max_grad_norm or math.inf
-        trained = [parameter for _, parameter in self._trained()]
-        self._grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
+        self._gate.clip([parameter for _, parameter in self._trained()], self._max_grad_norm or math.inf)
 
     @property
     def _scaler(self) -> Any:
