@@ -51,6 +51,7 @@ from voxtral_dist.training.ahead import MicroBatchesAhead
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
+from voxtral_dist.training.guards import Guards
 from voxtral_dist.training.metrics_endpoint import MetricsEndpoint, served_metrics
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.requests import Requests
@@ -170,7 +171,8 @@ def _train(
         )
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world, saver.newest)
         stragglers = Stragglers(metrics_log, world, socket.gethostname())
-        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel)
+        guards = Guards(config.optimizer, progress.guards)
+        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel, guards)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
@@ -183,6 +185,8 @@ def _train(
             progress = result.advance(progress)
             time_limit.record("step", result.metrics.step_seconds)
             metrics_log.train_step(progress.step, result.metrics)
+            if result.incident is not None:
+                metrics_log.incident(result.incident)
             bad_utterances.check(progress, batches.micro_batches, result)
             is_last = progress.step == loader.num_steps
             is_evaluated = evaluator.is_due(progress.step)
@@ -247,11 +251,12 @@ def build_train_step(
     num_steps: int | None = None,
     newest_checkpoint: Callable[[], str | None] = lambda: None,
     log_mel: LogMel | None = None,
+    guards: Guards | None = None,
 ) -> TrainStep:
     """The update of a run; without `flops` its model FLOPs are recorded as 0.
 
-    Without `log_mel` the engine computes features when it needs them. `num_steps` is the number of steps of the run,
-    which a configuration with `num_epochs` does not tell.
+    Without `log_mel` the engine computes features when it needs them; without `guards` new ones remember nothing.
+    `num_steps` is the number of steps of the run, which a configuration with `num_epochs` does not tell.
     """
     num_steps = num_steps or config.num_steps
     assert num_steps is not None, "the loader knows the steps of `num_epochs`"
@@ -264,6 +269,7 @@ def build_train_step(
         mlp_chunk_tokens=config.model.mlp_chunk_tokens,
         world=world,
         ahead=MicroBatchesAhead(log_mel, world.device),
+        guards=guards or Guards(config.optimizer),
         flops=flops,
         newest_checkpoint=newest_checkpoint,
     )

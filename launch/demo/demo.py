@@ -71,7 +71,7 @@ def transcribe_held_out_clips() -> None:
 def plot_run(metrics: Path, out: Path) -> None:
     """Plot loss and word error rate over steps as PNG."""
     mpl.use("Agg")
-    losses = [(row["step"], row["loss"]) for row in rows_of_kind(metrics, "train")]
+    losses = [(row["step"], row["loss"]) for row in rows_of_kind(metrics, "train") if row["loss"] is not None]
     rates = [(row["step"], 100 * row["wer"]) for row in rows_of_kind(metrics, "evaluation")]
     figure, loss_axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     wer_axis = loss_axis.twinx()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ def decoded_with(engine: Engine) -> Weights:
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | None = None) -> tuple[Curve, Weights]:
+def train_plainly(
+    config: RunConfig, model: VoxtralForConditionalGeneration | None = None, skipped: Collection[int] = ()
+) -> tuple[Curve, Weights]:
     """The same steps by torch alone: one process, one backward pass over the mean of the full batch.
 
     model: the model to train, such as one with adapters; None takes transformers' own with all weights trained.
+    skipped: steps that are not made.
     """
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     loader = build_train_loader(config.train_data, prompts, config.seed, NUM_STEPS, 0, 1)
@@ -84,6 +88,8 @@ def train_plainly(config: RunConfig, model: VoxtralForConditionalGeneration | No
     averages = {name: one.detach().double() for name, one in trained.items()} if settings.ema_decay else {}
     curve = []
     for batches in loader.starting_at(0):
+        if batches.step in skipped:
+            continue
         losses = []
         for batch in batches.micro_batches:
             logits = model(

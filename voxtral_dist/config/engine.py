@@ -57,6 +57,19 @@ class OptimizerConfig(Section):
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Maximum global L2 norm of gradients, above which they are scaled down to it. 0 disables clipping."""
 
+    max_skipped_in_a_row: int = Field(default=3, ge=0)
+    """Updates in a row that all ranks skip because the loss or the gradient norm is not finite; one more ends the run.
+    Skipped steps keep their place in the data and in the schedule, and metrics.jsonl names their samples. 0: the first
+    one ends the run, as it always does where weights are not finite. Overflows of float16 do not count."""
+
+    spike_factor: float | None = Field(default=10.0, gt=1)
+    """A gradient norm above this many times the median of the last 100 norms is a spike, which metrics.jsonl records
+    with its samples. None: no record."""
+
+    skip_spikes: bool = False
+    """Skip the update of a spike. At most `max_skipped_in_a_row` updates in a row are skipped; the next one is made,
+    because gradients that stay large are no spike. Does nothing without `spike_factor`."""
+
 
 class Fsdp2Config(Section):
     """PyTorch's `fully_shard` (FSDP2): weights, gradients and optimizer states are sharded over ranks, block by

@@ -42,7 +42,8 @@ class TrainDisplay:
             # The first step of a process compiles and fills caches, so it does not count in averages.
             self._recent = _RecentSteps()
         self._recent = self._recent.after(metrics)
-        note = f"loss {metrics.loss:.3f}  {self._recent.rates(metrics.memory_gigabytes, self._peak_flops)}"
+        loss = "-" if metrics.loss is None else f"{metrics.loss:.3f}"
+        note = f"loss {loss}  {self._recent.rates(metrics.memory_gigabytes, self._peak_flops)}"
         self._progress.show(step, note, seconds_left=(self._num_steps - step) * self._recent.seconds_per_step)
 
 

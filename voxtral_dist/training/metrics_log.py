@@ -16,6 +16,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.files import write_errors_named
 from voxtral_dist.output.masking import masked
 from voxtral_dist.training.display import TrainDisplay
+from voxtral_dist.training.incidents import Incident
 from voxtral_dist.training.metrics_endpoint import MetricsEndpoint
 from voxtral_dist.training.metrics_file import DAMAGED_FILE, drop_rows_after, read_metrics
 from voxtral_dist.training.step_metrics import StepMetrics
@@ -128,6 +129,11 @@ class MetricsLog:
             self._endpoint.record_step(step, row)
         if self._display is not None:
             self._display.show(step, metrics)
+
+    def incident(self, incident: Incident) -> None:
+        """Record and print what was unusual about an update."""
+        self.write("event", incident.step + 1, incident.event)
+        self.say(str(incident))
 
     def say(self, line: str) -> None:
         """Print a line above the live display."""

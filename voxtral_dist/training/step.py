@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,19 +9,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.checkpoints.progress import GuardState, TrainProgress
 from voxtral_dist.config import OptimizerConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import StepBatches
 from voxtral_dist.distributed.collectives import RankRows
 from voxtral_dist.distributed.standing import stand
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.engine import Engine
+from voxtral_dist.engine.engine import Engine, StepUpdate
 from voxtral_dist.engine.optim import learning_rate
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.flops import TrainingFlops
 from voxtral_dist.training.ahead import MicroBatchesAhead
-from voxtral_dist.training.not_finite import refuse_loss_not_finite, refuse_norm_not_finite
+from voxtral_dist.training.guards import Guards
+from voxtral_dist.training.incidents import Incident, finite_or_none, investigate
 from voxtral_dist.training.requests import Requests
 from voxtral_dist.training.step_exchange import StepExchange
 from voxtral_dist.training.step_facts import StepFacts
@@ -33,7 +33,7 @@ from voxtral_dist.training.step_metrics import StepMetrics
 class StepResult:
     """What one update measured over all ranks, and what all ranks agree on after it.
 
-    agreed: the requests of any rank.
+    agreed: the requests of any rank. guards: what they remember after it. incident: what was unusual about it.
     """
 
     metrics: StepMetrics
@@ -41,6 +41,8 @@ class StepResult:
     num_bad_utterances: int
     num_too_long: int
     agreed: Requests
+    guards: GuardState = GuardState()
+    incident: Incident | None = None
 
     def advance(self, progress: TrainProgress) -> TrainProgress:
         """The progress of the run after this update."""
@@ -51,6 +53,7 @@ class StepResult:
             num_too_long=progress.num_too_long + self.num_too_long,
             audio_seconds=progress.audio_seconds + self.metrics.audio_seconds,
             train_seconds=progress.train_seconds + self.metrics.step_seconds,
+            guards=self.guards,
         )
 
 
@@ -63,6 +66,7 @@ class TrainStep:
     encoder_windows_per_chunk, mlp_chunk_tokens: as in section `model`.
     ahead: brings micro-batches to the device.
     flops: counts the model's operations; None counts none.
+    guards: judge updates.
     newest_checkpoint: names the newest checkpoint where the loss is not finite; all ranks call it together.
     """
 
@@ -74,6 +78,7 @@ class TrainStep:
     mlp_chunk_tokens: int | None
     world: World
     ahead: MicroBatchesAhead
+    guards: Guards
     flops: TrainingFlops | None = None
     newest_checkpoint: Callable[[], str | None] = lambda: None
     # The micro-batches of the next step, and what all ranks have told each other about it.
@@ -87,7 +92,8 @@ class TrainStep:
             requests: what this rank asks for after the step; called while the device computes.
 
         Raises:
-            UserError: the loss or the gradient is not finite. All ranks raise it, and none of them saves this step.
+            UserError: the loss or the gradient is not finite, once too often in a row. All ranks raise it, and none of
+                them saves this step.
         """
         started = time.monotonic()
         facts = self._facts_of(batches)
@@ -96,29 +102,24 @@ class TrainStep:
         upcoming = StepFacts.of(batches.upcoming.micro_batches, self.flops) if batches.upcoming else None
         exchange = StepExchange(losses, requests(), batches.waiting_seconds, upcoming, self.world)
         rate = learning_rate(self.optimizer, batches.step, self.num_steps)
-        update = self.engine.step(rate, lambda _norm: math.isfinite(exchange.told.loss_sum))
+        update = self.engine.step(rate, lambda norm: self.guards.accepts(exchange.told.loss_sum, norm))
         told = exchange.told
         loss = told.loss_sum / max(1, facts.num_target_tokens)
-        refuse_loss_not_finite(
-            loss, batches.step, micro_batches, losses, self.engine, self.newest_checkpoint, self.world
-        )
-        if not update.is_skipped:
-            refuse_norm_not_finite(
-                update.grad_norm, loss, batches.step, micro_batches, self.newest_checkpoint, self.world
-            )
+        incident = self._judged(loss, update, micro_batches, losses, batches.step)
         if batches.upcoming is not None and told.upcoming is not None:
             self._upcoming = batches.upcoming.micro_batches, told.upcoming
         metrics = StepMetrics(
-            loss=loss,
+            loss=finite_or_none(loss),
             num_target_tokens=facts.num_target_tokens,
             num_tokens=facts.num_tokens,
             audio_seconds=facts.audio_seconds,
             model_flops=facts.model_flops,
             learning_rate=update.learning_rate,
-            grad_norm=None if update.is_skipped else update.grad_norm,
+            grad_norm=None if update.is_skipped else finite_or_none(update.grad_norm),
             step_seconds=batches.waiting_seconds + time.monotonic() - started,
             waiting_seconds=told.waiting_seconds,
             memory_gigabytes=told.memory_gigabytes,
+            num_skipped=self.guards.state.num_skipped,
         )
         return StepResult(
             metrics=metrics,
@@ -126,7 +127,25 @@ class TrainStep:
             num_bad_utterances=facts.num_bad_utterances,
             num_too_long=facts.num_too_long,
             agreed=told.requests,
+            guards=self.guards.state,
+            incident=incident,
         )
+
+    def _judged(
+        self, loss: float, update: StepUpdate, micro_batches: Sequence[MicroBatch], losses: Sequence[Tensor], step: int
+    ) -> Incident | None:
+        """What was unusual about an update, if anything was.
+
+        Raises:
+            UserError: the run ends with it.
+        """
+        judgement = self.guards.judge(loss, update)
+        if judgement.reason is None:
+            return None
+        incident = investigate(judgement, step, loss, update.grad_norm, micro_batches, losses, self.engine, self.world)
+        if incident.weights or (judgement.reason != "spike" and self.guards.must_end):
+            raise incident.refusal(self.guards.state.num_in_a_row, self.newest_checkpoint())
+        return incident
 
     def _facts_of(self, batches: StepBatches) -> StepFacts:
         """What all ranks know about a step: they have told each other during the one before, or do it now."""

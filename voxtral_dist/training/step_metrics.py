@@ -9,17 +9,18 @@ from dataclasses import asdict, dataclass
 class StepMetrics:
     """Measurements of one update over all ranks.
 
-    loss: mean over target tokens, in nats.
+    loss: mean over target tokens, in nats; None where it is not finite.
     num_tokens: positions of the language model without padding.
     model_flops: floating point operations that the update needs; see `model.flops`.
-    grad_norm: None where gradients overflowed in float16, so that the update was skipped.
+    grad_norm: None where it is not finite, so that the update was skipped.
     step_seconds: duration of the update, with the wait for its data.
     waiting_seconds: the part of it that was spent waiting for data; the maximum over ranks.
     memory_gigabytes: peak memory of a rank until this update, in 10^9 bytes (`devices.peak_memory_bytes`); the maximum
         over ranks.
+    num_skipped: updates that the guards have skipped since the start of the run.
     """
 
-    loss: float
+    loss: float | None
     num_target_tokens: int
     num_tokens: int
     audio_seconds: float
@@ -29,6 +30,7 @@ class StepMetrics:
     step_seconds: float
     waiting_seconds: float
     memory_gigabytes: float
+    num_skipped: int = 0
 
     def row(self, peak_flops: float | None) -> dict[str, float | int | None]:
         """The measurements and the rates that follow from them; `peak_flops` of all ranks together, where known."""

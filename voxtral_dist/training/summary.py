@@ -38,6 +38,7 @@ def write_summary(run_dir: Path, test_set: str | None, progress: TrainProgress, 
         f"best_{verdict.metric}": verdict.best_rate,
         "num_bad_utterances": progress.num_bad_utterances,
         "num_too_long": progress.num_too_long,
+        "num_skipped_updates": progress.guards.num_skipped,
         **run,
     }
     write_atomically(run_dir / "summary.json", json.dumps(summary, indent=1))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors, is_invalid_grad_norm
 from torch import Tensor, nn
 
 from voxtral_dist.engine.engine import always
@@ -35,9 +36,27 @@ class UpdateGate:
         if stage == 3:
             norms_of_groups = optimizer._get_norm_groups
             optimizer._get_norm_groups = lambda: [self._passed(norms_of_groups(), optimizer)]
+        elif isinstance(optimizer, BF16_Optimizer):
+            self._install_in_bfloat16(optimizer)
         else:
             measure = optimizer.scaled_global_norm
             optimizer.scaled_global_norm = lambda *given: self._passed([measure(*given)], optimizer)
+
+    def _install_in_bfloat16(self, optimizer: Any) -> None:
+        """Watch the norm of stage 1 in bfloat16, which DeepSpeed measures in its own step.
+
+        It gets the norm itself, a tensor of one value with that norm, in place of the gradients.
+        """
+        gradients_of = optimizer.get_grads_for_norm
+
+        def gradients(for_clipping: bool = False) -> Any:
+            found = gradients_of(for_clipping=for_clipping)
+            if for_clipping:
+                return found
+            norm = get_global_norm_of_tensors(found[0], optimizer.norm_type, optimizer.mpu)
+            return [self._passed([norm], optimizer).reshape(1)], found[1]
+
+        optimizer.get_grads_for_norm = gradients
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> None:
         """Measure and clip the gradients of stage 0, or take them away, so that no update is made."""
@@ -50,7 +69,9 @@ class UpdateGate:
         """The norm of groups with these norms, times the loss scale; infinity where the update is refused."""
         norm: Tensor = combine_grad_norm_groups(norms)
         is_valid = not is_invalid_grad_norm(norm)
-        return norm if self._is_made(float(norm) / optimizer.loss_scale if is_valid else math.inf) else norm * math.inf
+        # DeepSpeed's optimizer of stage 1 in bfloat16 has no loss scale.
+        scale = getattr(optimizer, "loss_scale", 1.0)
+        return norm if self._is_made(float(norm) / scale if is_valid else math.inf) else norm * math.inf
 
     def _is_made(self, grad_norm: float) -> bool:
         self.grad_norm = grad_norm

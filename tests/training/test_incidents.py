@@ -1,10 +1,12 @@
-"""A loss or a gradient that is not finite ends the run on all ranks, and says what is known about the cause."""
+"""An update that is not finite is recorded or ends the run on all ranks alike, with what is known about the cause."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +62,8 @@ def refused(world: World, config: RunConfig, what: str) -> tuple[str, list[tuple
 def test_all_ranks_name_samples_weights_and_the_last_finite_checkpoint(
     what: str, tiny_model: Path, shard_folder: Path, tmp_path: Path
 ) -> None:
-    config = run_config(tmp_path, tiny_model, shard_folder, num_steps=3)
+    optimizer = {"learning_rate": 2e-3, "warmup_steps": 2, "max_skipped_in_a_row": 0}
+    config = run_config(tmp_path, tiny_model, shard_folder, num_steps=3, optimizer=optimizer)
     (sentence, first), (other, last) = run_ranks(2, refused, config, what)
     assert sentence == other
     assert "at step 1, so the run ends" in sentence
@@ -75,6 +78,61 @@ def test_all_ranks_name_samples_weights_and_the_last_finite_checkpoint(
         case "weights":
             assert named == set()
             assert "2 parameters, such as `weight.0`, were not finite before this step" in sentence
+
+
+class Recovering(Broken):
+    """An engine whose loss is NaN in the first steps, which counts the updates that it makes."""
+
+    def __init__(self, world: World, num_broken: int) -> None:
+        super().__init__(world, "loss")
+        self._num_broken = num_broken
+        self.num_updates = 0
+
+    def step(self, learning_rate: float, accepts: Callable[[float], bool]) -> StepUpdate:
+        self._num_broken -= 1
+        if self._num_broken > 0:
+            self._num_backwards = 0
+        self.num_updates += accepts(1.0)
+        return StepUpdate(1.0, learning_rate)
+
+
+def incidents(world: World, config: RunConfig, num_broken: int) -> tuple[list[dict[str, Any] | None], int, str]:
+    """The events of all steps, the number of updates, and the sentence that ended the run."""
+    from voxtral_dist.train import build_train_step
+
+    prompts = VoxtralPrompts.from_pretrained(config.model.path)
+    loader = build_train_loader(config.train_data, prompts, config.seed, 3, world.rank, world.size)
+    engine: Any = Recovering(world, num_broken)
+    step = build_train_step(config, engine, world)
+    events = []
+    try:
+        for number, batches in enumerate(loader.starting_at(0), 1):
+            result = step.run(batches)
+            events.append(result.incident and json.loads(json.dumps(result.incident.event)))
+            assert result.metrics.num_skipped == result.guards.num_skipped == min(number, num_broken)
+            assert (result.metrics.loss is None) == (result.incident is not None)
+    except UserError as error:
+        return events, engine.num_updates, str(error)
+    return events, engine.num_updates, ""
+
+
+def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many_in_a_row(
+    tiny_model: Path, shard_folder: Path, tmp_path: Path
+) -> None:
+    optimizer = {"learning_rate": 2e-3, "warmup_steps": 2, "max_skipped_in_a_row": 2}
+    config = run_config(tmp_path, tiny_model, shard_folder, num_steps=3, optimizer=optimizer)
+    both = run_ranks(2, incidents, config, 2)
+    assert both[0] == both[1]
+    (first, second, third), num_updates, sentence = both[0]
+    assert third is None
+    assert (num_updates, sentence) == (1, "")
+    for event in (first, second):
+        assert (event["event"], event["reason"], event["loss"]) == ("skipped_update", "loss", None)
+        assert event["num_samples"] == len(event["samples"]) > 0
+    events, num_updates, sentence = run_ranks(2, incidents, config, 3)[1]
+    assert len(events) == 2
+    assert num_updates == 0
+    assert "at step 3 after 2 skipped updates in a row, so the run ends" in sentence
 
 
 def test_names_of_tensors_that_are_not_finite() -> None:
