@@ -33,6 +33,12 @@ class RankError(UserError):
     exit_code = 3
 
 
+class RetryError(RankError):
+    """A `RankError` after which the same command goes on, in another way than before."""
+
+    exit_code = 75
+
+
 class SharedError(UserError):
     """An error of one rank that was shared with all others: all exit with it, and one per node prints it."""
 

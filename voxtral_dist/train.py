@@ -52,6 +52,7 @@ from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
 from voxtral_dist.training.guards import Guards
+from voxtral_dist.training.memory_limits import MemoryLimits
 from voxtral_dist.training.metrics_endpoint import MetricsEndpoint, served_metrics
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.requests import Requests
@@ -172,7 +173,9 @@ def _train(
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world, saver.newest)
         stragglers = Stragglers(metrics_log, world, socket.gethostname())
         guards = Guards(config.optimizer, progress.guards)
-        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel, guards)
+        limits = MemoryLimits.read(config, world)
+        _announce_limits(limits, progress, metrics_log)
+        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel, guards, limits)
         time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
@@ -185,8 +188,7 @@ def _train(
             progress = result.advance(progress)
             time_limit.record("step", result.metrics.step_seconds)
             metrics_log.train_step(progress.step, result.metrics)
-            if result.incident is not None:
-                metrics_log.incident(result.incident)
+            metrics_log.incident(progress.step, result.incident)
             bad_utterances.check(progress, batches.micro_batches, result)
             is_last = progress.step == loader.num_steps
             is_evaluated = evaluator.is_due(progress.step)
@@ -252,10 +254,12 @@ def build_train_step(
     newest_checkpoint: Callable[[], str | None] = lambda: None,
     log_mel: LogMel | None = None,
     guards: Guards | None = None,
+    limits: MemoryLimits | None = None,
 ) -> TrainStep:
     """The update of a run; without `flops` its model FLOPs are recorded as 0.
 
-    Without `log_mel` the engine computes features when it needs them; without `guards` new ones remember nothing.
+    Without `log_mel` the engine computes features when it needs them; without `guards` and `limits` new ones remember
+    nothing.
     `num_steps` is the number of steps of the run, which a configuration with `num_epochs` does not tell.
     """
     num_steps = num_steps or config.num_steps
@@ -270,6 +274,7 @@ def build_train_step(
         world=world,
         ahead=MicroBatchesAhead(log_mel, world.device),
         guards=guards or Guards(config.optimizer),
+        limits=limits or MemoryLimits(config, world),
         flops=flops,
         newest_checkpoint=newest_checkpoint,
     )
@@ -364,6 +369,13 @@ def _announce(
         f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}, "
         f"{chosen_attention(model)} attention{', compiled blocks' if model.compile_blocks else ''}"
     )
+
+
+def _announce_limits(limits: MemoryLimits, progress: TrainProgress, metrics_log: MetricsLog) -> None:
+    """Say and record, once, that micro-batches are divided, where memory has run out before."""
+    if limits.exceeded:
+        metrics_log.say(str(limits))
+        metrics_log.write("event", progress.step, {"event": "divided", **asdict(limits.exceeded[-1])})
 
 
 def _requests(

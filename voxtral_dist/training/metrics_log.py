@@ -130,10 +130,11 @@ class MetricsLog:
         if self._display is not None:
             self._display.show(step, metrics)
 
-    def incident(self, incident: Incident) -> None:
-        """Record and print what was unusual about an update."""
-        self.write("event", incident.step + 1, incident.event)
-        self.say(str(incident))
+    def incident(self, step: int, incident: Incident | None) -> None:
+        """Record and print what was unusual about an update, if anything was."""
+        if incident is not None:
+            self.write("event", step, incident.event)
+            self.say(str(incident))
 
     def say(self, line: str) -> None:
         """Print a line above the live display."""

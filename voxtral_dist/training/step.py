@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from voxtral_dist.checkpoints.progress import GuardState, TrainProgress
 from voxtral_dist.config import OptimizerConfig
+from voxtral_dist.data.examples.dividing import divided
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import StepBatches
 from voxtral_dist.distributed.collectives import RankRows
@@ -23,6 +25,7 @@ from voxtral_dist.model.flops import TrainingFlops
 from voxtral_dist.training.ahead import MicroBatchesAhead
 from voxtral_dist.training.guards import Guards
 from voxtral_dist.training.incidents import Incident, finite_or_none, investigate
+from voxtral_dist.training.memory_limits import MemoryLimits
 from voxtral_dist.training.requests import Requests
 from voxtral_dist.training.step_exchange import StepExchange
 from voxtral_dist.training.step_facts import StepFacts
@@ -41,7 +44,7 @@ class StepResult:
     num_bad_utterances: int
     num_too_long: int
     agreed: Requests
-    guards: GuardState = GuardState()
+    guards: GuardState = field(default_factory=GuardState)
     incident: Incident | None = None
 
     def advance(self, progress: TrainProgress) -> TrainProgress:
@@ -67,6 +70,7 @@ class TrainStep:
     ahead: brings micro-batches to the device.
     flops: counts the model's operations; None counts none.
     guards: judge updates.
+    limits: divide micro-batches that would not fit.
     newest_checkpoint: names the newest checkpoint where the loss is not finite; all ranks call it together.
     """
 
@@ -79,6 +83,7 @@ class TrainStep:
     world: World
     ahead: MicroBatchesAhead
     guards: Guards
+    limits: MemoryLimits
     flops: TrainingFlops | None = None
     newest_checkpoint: Callable[[], str | None] = lambda: None
     # The micro-batches of the next step, and what all ranks have told each other about it.
@@ -94,18 +99,20 @@ class TrainStep:
         Raises:
             UserError: the loss or the gradient is not finite, once too often in a row. All ranks raise it, and none of
                 them saves this step.
+            RetryError: a micro-batch of this rank did not fit into the memory of its GPU.
         """
         started = time.monotonic()
         facts = self._facts_of(batches)
-        micro_batches = self._with_equal_chunks(batches.micro_batches, facts)
-        losses = self._backward(micro_batches, batches.step, facts.num_target_tokens)
+        num_parts = list(map(self.limits.num_parts, facts.num_examples, facts.num_positions))
+        parts = self._parts(self._with_equal_chunks(batches.micro_batches, facts), num_parts)
+        losses = self._backward(parts, batches.step, facts.num_target_tokens)
         upcoming = StepFacts.of(batches.upcoming.micro_batches, self.flops) if batches.upcoming else None
         exchange = StepExchange(losses, requests(), batches.waiting_seconds, upcoming, self.world)
         rate = learning_rate(self.optimizer, batches.step, self.num_steps)
         update = self.engine.step(rate, lambda norm: self.guards.accepts(exchange.told.loss_sum, norm))
         told = exchange.told
         loss = told.loss_sum / max(1, facts.num_target_tokens)
-        incident = self._judged(loss, update, micro_batches, losses, batches.step)
+        incident = self._judged(loss, update, [part.batch for part in parts], losses, batches.step)
         if batches.upcoming is not None and told.upcoming is not None:
             self._upcoming = batches.upcoming.micro_batches, told.upcoming
         metrics = StepMetrics(
@@ -120,6 +127,7 @@ class TrainStep:
             waiting_seconds=told.waiting_seconds,
             memory_gigabytes=told.memory_gigabytes,
             num_skipped=self.guards.state.num_skipped,
+            num_divided=sum(number > 1 for number in num_parts),
         )
         return StepResult(
             metrics=metrics,
@@ -171,16 +179,37 @@ class TrainStep:
             )
         ]
 
-    def _backward(self, micro_batches: Sequence[MicroBatch], step: int, num_target_tokens: int) -> list[Tensor]:
-        """Accumulate the gradient of the mean loss. Returns the summed loss of each micro-batch, on the device."""
-        losses = []
-        for number, batch in enumerate(self.ahead(micro_batches)):
-            # Dropout depends on the position in the run, and not on what ran before.
-            stand("step", step, self.world.rank + number * self.world.size, batch.keys)
-            torch.manual_seed(_dropout_seed(self.seed, step, self.world.rank + number * self.world.size))
-            is_last = number == len(micro_batches) - 1
-            losses.append(self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last))
+    def _parts(self, micro_batches: Sequence[MicroBatch], num_parts: Sequence[int]) -> list[_Part]:
+        """Divide micro-batches as all ranks have agreed, in order."""
+        return [
+            _Part(batch, slot=self.world.rank + number * self.world.size, number=part)
+            for number, (whole, count) in enumerate(zip(micro_batches, num_parts, strict=True))
+            for part, batch in enumerate(divided(whole, count))
+        ]
+
+    def _backward(self, parts: Sequence[_Part], step: int, num_target_tokens: int) -> list[Tensor]:
+        """Accumulate the gradient of the mean loss. Returns the summed loss of each part, on the device."""
+        losses: list[Tensor] = []
+        try:
+            for number, batch in enumerate(self.ahead([part.batch for part in parts])):
+                part = parts[number]
+                stand("step", step, part.slot, batch.keys)
+                # Dropout depends on the position in the run, and not on what ran before.
+                torch.manual_seed(_dropout_seed(self.seed, step, part.slot) + part.number)
+                is_last = number == len(parts) - 1
+                losses.append(self.engine.backward(batch, max(1, num_target_tokens), is_last=is_last))
+        except torch.OutOfMemoryError as error:
+            self.limits.learn(parts[len(losses)].batch, step, error)
+            raise
         return losses
+
+
+class _Part(NamedTuple):
+    """A micro-batch or a part of one: the place of the whole in its step, and its own place in the whole."""
+
+    batch: MicroBatch
+    slot: int
+    number: int
 
 
 def _dropout_seed(seed: int, step: int, slot: int) -> int:

@@ -15,12 +15,13 @@ _NUM_TOTALS = 7
 class StepFacts:
     """The micro-batches of a step: those of one rank, or of all ranks.
 
-    num_windows, num_positions: windows and padded positions of each micro-batch; the maximum over ranks. All others are
-    sums over micro-batches and ranks.
+    num_windows, num_positions, num_examples: of each micro-batch, positions with padding; maxima over ranks. All others
+    are sums over micro-batches and ranks.
     """
 
     num_windows: tuple[int, ...]
     num_positions: tuple[int, ...]
+    num_examples: tuple[int, ...]
     num_target_tokens: int
     num_tokens: int
     model_flops: float
@@ -36,6 +37,7 @@ class StepFacts:
         return cls(
             num_windows=tuple(batch.num_windows for batch in micro_batches),
             num_positions=tuple(batch.input_ids.numel() for batch in micro_batches),
+            num_examples=tuple(len(batch.positions_per_example) for batch in micro_batches),
             num_target_tokens=sum(batch.num_target_tokens for batch in micro_batches),
             num_tokens=needed.num_positions,
             model_flops=flops.model(needed) if flops else 0.0,
@@ -50,6 +52,7 @@ class StepFacts:
         return [
             *self.num_windows,
             *self.num_positions,
+            *self.num_examples,
             self.num_target_tokens,
             self.num_tokens,
             self.model_flops,
@@ -65,10 +68,11 @@ class StepFacts:
         columns = list(zip(*rows, strict=True))
         sizes = [int(max(column)) for column in columns[:-_NUM_TOTALS]]
         targets, tokens, flops, seconds, used, bad, too_long = map(sum, columns[-_NUM_TOTALS:])
-        count = len(sizes) // 2
+        count = len(sizes) // 3
         return cls(
             num_windows=tuple(sizes[:count]),
-            num_positions=tuple(sizes[count:]),
+            num_positions=tuple(sizes[count : 2 * count]),
+            num_examples=tuple(sizes[2 * count :]),
             num_target_tokens=int(targets),
             num_tokens=int(tokens),
             model_flops=flops,

@@ -18,6 +18,7 @@ class StepMetrics:
     memory_gigabytes: peak memory of a rank until this update, in 10^9 bytes (`devices.peak_memory_bytes`); the maximum
         over ranks.
     num_skipped: updates that the guards have skipped since the start of the run.
+    num_divided: micro-batches of a rank that were divided, because memory does not suffice for them.
     """
 
     loss: float | None
@@ -31,6 +32,7 @@ class StepMetrics:
     waiting_seconds: float
     memory_gigabytes: float
     num_skipped: int = 0
+    num_divided: int = 0
 
     def row(self, peak_flops: float | None) -> dict[str, float | int | None]:
         """The measurements and the rates that follow from them; `peak_flops` of all ranks together, where known."""
