@@ -162,6 +162,7 @@ def num_graphs_of(model: Any, sizes: list[tuple[int, int]]) -> list[int]:
             {"activation_checkpointing": {"encoder": 2, "language_model": 2}}, TrainableConfig(), 2, id="both"
         ),
         pytest.param({}, TrainableConfig(lora=LoraConfig(rank=2)), 3, id="LoRA", marks=pytest.mark.slow),
+        pytest.param({"float8": "rowwise_emulated"}, TrainableConfig(), 2, id="float8", marks=pytest.mark.slow),
         pytest.param(
             {"mlp_chunk_tokens": 16, "attention": "eager"},
             TrainableConfig(),
@@ -179,6 +180,8 @@ def test_lengths_do_not_recompile(
     most_graphs: int,
 ) -> None:
     """Of each kind of block one graph serves all lengths and numbers of examples, but for a single example."""
+    if "float8" in settings:
+        pytest.importorskip("torchao")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
