@@ -107,6 +107,8 @@ def test_times_of_rows_cut_recordings_and_leave_clips_whole(tmp_path):
     audio = [{"bytes": long, "path": "a.wav"}] * 2 + [{"bytes": encoded(clip(2)), "path": "b.wav"}]
     path = parquet(tmp_path / "a.parquet", audio, start=[0.0, 0.5, 77.0], end=[0.5, 1.0, 77.5])
     assert all_heard(path) == EXPECTED
+    path = parquet(tmp_path / "b.parquet", audio, offset=[0.0, 0.5, 77.0], duration=[0.5] * 3)
+    assert all_heard(path) == EXPECTED
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path):

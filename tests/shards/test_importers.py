@@ -433,6 +433,19 @@ def test_a_second_column_of_speakers_is_no_text(tmp_path):
     assert [(line.text, line.extra) for line in lines if isinstance(line, Utterance)][4] == ("text 4", {"speaker": "1"})
 
 
+def test_columns_that_are_named_are_those_of_a_header(tmp_path):
+    table = write(tmp_path / "t.csv", "wav|words\na.wav|text 3\n")
+    (line,) = lines_of(table, names=FieldNames.chosen("wav", "words", None))
+    assert isinstance(line, Utterance)
+    assert line.text == "text 3"
+
+
+def test_the_other_text_of_ljspeech_is_chosen(tmp_path):
+    lines = lines_of(ljspeech(tmp_path), names=FieldNames.chosen(None, "normalized_text", None))
+    texts = [line.text for line in lines if isinstance(line, Utterance)]
+    assert texts == [f"text number {number}" for number in range(NUM_CLIPS)]
+
+
 def test_files_and_rows_of_an_audio_folder_that_do_not_match_are_named(tmp_path):
     audio_folder(tmp_path)
     write_clip(tmp_path / "data" / "more.wav", 0)

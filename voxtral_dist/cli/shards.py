@@ -36,8 +36,8 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     pack = actions.add_parser("pack", help="pack a corpus into tars with an index")
     pack.add_argument(
         "corpus",
-        help="JSON lines of NeMo or Lhotse, a CSV or TSV, a folder of audio with texts, a Hugging Face dataset "
-        "(a folder or hf:NAME), or other tars (a folder, glob, brace range or URL)",
+        help="a manifest of JSON or a table, a folder of audio with texts, a set of Kaldi, Lhotse, NeMo, LJSpeech, "
+        "YODAS or Hugging Face (a folder or hf:NAME), or other tars (a folder, glob, brace range or URL)",
     )
     pack.add_argument("out", type=Path, help="folder for the shards; rerun an interrupted command to resume it")
     pack.add_argument("--format", choices=FORMATS, help="format of the corpus (default: guessed from its name)")
@@ -59,7 +59,9 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
         "--columns", metavar="NAME,...", help="names of all columns of a table without a header, such as audio,text"
     )
     pack.add_argument(
-        "--audio-from", metavar="FOLDER", help="folder with the audio that a manifest names (default: beside it)"
+        "--audio-from",
+        metavar="PLACE",
+        help="folder, tars or dataset with the audio that a manifest names (default: beside it)",
     )
     pack.add_argument("--split", help="split of a Hugging Face dataset, such as train")
     pack.add_argument("--config", metavar="NAME", help="configuration (subset) of a Hugging Face dataset")

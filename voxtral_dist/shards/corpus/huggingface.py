@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,8 @@ def _is_storable(value: Any) -> bool:
 def _utterance(row: Mapping[str, Any], dataset: HubDataset, audio: AudioLocation, place: str) -> Utterance:
     extra = {key: value for key, value in dataset.names.extra(row).items() if _is_storable(value)}
     extra.pop(dataset.audio, None)
-    segment = segment_of(row)
+    # Most datasets hold clips that were cut, and keep the times of their source.
+    segment = replace(segment_of(row), or_whole=True)
     return Utterance(
         # Folders are those of the machine that made the dataset.
         key=segment.key(key_of(Path(audio.location).name)),

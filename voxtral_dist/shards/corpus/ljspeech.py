@@ -9,7 +9,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.importer import CorpusContents, Importer, digest_file, local_manifest
 from voxtral_dist.shards.corpus.manifest_places import manifest_places
 from voxtral_dist.shards.corpus.options import CorpusOptions
-from voxtral_dist.shards.corpus.table_dialect import TableDialect, first_lines
+from voxtral_dist.shards.corpus.table_dialect import TableDialect, first_lines, sniffed_dialect
 from voxtral_dist.shards.corpus.tables import read_table
 
 _SEPARATOR = "|"
@@ -55,11 +55,19 @@ def _columns(path: Path) -> tuple[str, ...]:
     return (*_COLUMNS[:width], *(f"column_{number}" for number in range(len(_COLUMNS) + 1, width + 1)))
 
 
+def _dialect(path: Path, options: CorpusOptions) -> TableDialect:
+    """The dialect of a table; its first line is a header if it has columns that the user named."""
+    cells = {cell.strip() for cell in "".join(first_lines(path, 1)).split(_SEPARATOR)}
+    if options.columns is None and cells & {*options.names.audio, *options.names.text}:
+        return sniffed_dialect(path, _SEPARATOR, options.names, None, ("audio", "text"))
+    columns = options.columns or _columns(path)
+    return TableDialect(_SEPARATOR, columns, is_quoted=False, skips_spaces=False, num_lines_before=0)
+
+
 def _open(source: str, options: CorpusOptions) -> CorpusContents:
     path = _table_of(source) or local_manifest(source)
     digest, num_lines = digest_file(path)
-    columns = options.columns or _columns(path)
-    dialect = TableDialect(_SEPARATOR, columns, is_quoted=False, skips_spaces=False, num_lines_before=0)
+    dialect = _dialect(path, options)
     places = manifest_places(path.parent, options, folders_first=True)
     read = partial(read_table, path, dialect, options.names, places)
     return CorpusContents({"sha256": digest}, None if path.suffix == ".gz" else num_lines, read)
