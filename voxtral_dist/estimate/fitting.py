@@ -18,6 +18,16 @@ from voxtral_dist.model.published import PUBLISHED_MODELS
 # What to try besides the recipes as they are: offloading less, or more.
 _OTHER_ENGINES = {"voxtral_mini_offload": ("zero2_offload",), "voxtral_mini_lora": ("zero3_offload",)}
 _HOURS = 100
+_PREFERRED = (
+    ("voxtral_mini_fsdp2", None),
+    ("voxtral_mini_full", None),
+    ("voxtral_mini_one_gpu", None),
+    ("voxtral_mini_offload", "zero2_offload"),
+    ("voxtral_mini_lora", None),
+    ("voxtral_mini_qlora", None),
+    ("voxtral_mini_lora", "zero3_offload"),
+    ("voxtral_mini_offload", None),
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,16 @@ class Fit:
         if lora is None:
             return "all weights"
         return "LoRA beside 4 bits" if lora.quantized else "LoRA"
+
+    @property
+    def engine_override(self) -> str | None:
+        """The DeepSpeed file in place of the recipe's, if it is another one."""
+        return next((one.partition("=")[2] for one in self.overrides if one.startswith("engine.deepspeed")), None)
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether weights or states pass through host memory in every step."""
+        return configured_sharding(self.config.engine, 1).uses_host
 
     def to_json(self) -> dict[str, Any]:
         """The recipe in plain types; sizes in bytes."""
@@ -72,6 +92,19 @@ def fitting_recipes(machine: Machine) -> list[Fit]:
     return sorted(found, key=order)
 
 
+def preferred_fit(fits: Sequence[Fit], machine: Machine) -> Fit | None:
+    """The recipe of Voxtral-Mini that a newcomer should take: all weights before adapters, the GPU before host memory.
+
+    Recipes that move weights or states through host memory are for machines with a known one.
+    """
+    for name, engine in _PREFERRED:
+        for fit in fits:
+            is_same = fit.recipe == name and (fit.engine_override == engine)
+            if is_same and fit.row.fits and (machine.host_memory is not None or not fit.uses_host):
+                return fit
+    return None
+
+
 def lines_of_fits(fits: Sequence[Fit], machine: Machine) -> Iterator[str]:
     """The recipes as text for a terminal."""
     number = counted(machine.num_gpus, machine.gpu.name if machine.gpu else "GPU")
@@ -93,7 +126,7 @@ def _cells(fit: Fit) -> tuple[str, ...]:
     speed, hours = "-", "-"
     if fit.clips_per_second is not None:
         speed, hours = f"{fit.clips_per_second:.1f}", duration(_HOURS * 120 / fit.clips_per_second)
-    engine = next((one.partition("=")[2] for one in fit.overrides if one.startswith("engine.deepspeed")), None)
+    engine = fit.engine_override
     return (
         f"{fit.recipe} ({engine})" if engine else fit.recipe,
         {True: "yes", False: "no", None: "-"}[fit.row.fits],
