@@ -73,7 +73,8 @@ def test_figures_are_those_of_the_score(report, run, tmp_path):
         str(score["num_utterances"]),
         format_audio(score["audio_seconds"]),
     ]
-    others = [percent(score["orthographic"]["cer"]), "0", "0", "0", "0", "19.5", "0.5000", "1.649"]
+    more = map(percent, (score["orthographic"]["cer"], score["mer"], score["wil"], score["punctuation"]["per"]))
+    others = [*more, "0", "0", "0", "0", "19.5", "0.5000", "1.649"]
     assert words["substitutions"] > 0
     assert cells_of(markdown, "again") == [["again", *rates], ["again", *others]]
     german = score["slices"]["language"]["de"]

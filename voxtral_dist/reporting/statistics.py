@@ -26,6 +26,10 @@ class Column:
 
 _COLUMNS = (
     Column("orthographic CER", lambda result: result.orthographic.cer, percent),
+    Column("MER", lambda result: result.normalized.words.match_error_rate, percent),
+    Column("WIL", lambda result: result.normalized.words.information_lost, percent),
+    Column("punctuation errors", lambda result: getattr(result.punctuation, "match_error_rate", None), percent),
+    Column("without spaces: WER all or nothing", lambda result: result.num_without_spaces or None, str),
     Column("empty hypotheses", lambda result: result.num_empty_hypotheses, str),
     Column("empty references", lambda result: result.num_empty_references, str),
     Column("token limit hit", lambda result: result.num_limit_hits, str),
