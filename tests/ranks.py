@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _PRELOADED = (
     "torch.utils.tensorboard",
     "transformers.models.voxtral.modeling_voxtral",
     "transformers.models.llama.modeling_llama",
+    "voxtral_dist.cli.main",
     "voxtral_dist.engine.fsdp2.dcp_writing",
     # What test modules import.
     "pytest",
@@ -50,7 +52,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     traceback, and ends the others.
     """
     with tempfile.TemporaryDirectory() as folder:
-        exit_codes = _fork(_run_rank, world_size, folder, function, arguments)
+        exit_codes = _fork(_run_rank, _exit_codes, world_size, folder, function, arguments)
         failures = sorted(Path(folder).glob("failure-*"), key=lambda path: path.stat().st_mtime)
         assert not failures, failures[0].read_text()
         results = [Path(folder) / f"result-{rank}" for rank in range(world_size)]
@@ -77,24 +79,81 @@ def run_programs(world_size: int, function: Callable[..., Any], *arguments: Any,
     The ranks find `RANK` and so on in their environment. None is ended because another one has.
     """
     with tempfile.TemporaryDirectory() as folder:
-        codes = _fork(_run_program, world_size, folder, function, arguments, limit_seconds)
+        watch = partial(_exit_codes, limit_seconds=limit_seconds)
+        codes = _fork(_run_program, watch, world_size, folder, function, arguments)
         outputs = [(Path(folder) / f"printed-{rank}").read_text() for rank in range(world_size)]
         return [Ended(code, output) for code, output in zip(codes, outputs, strict=True)]
 
 
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL some seconds after the start; `rank` None: of all ranks at once, like a node that loses power."""
+
+    seconds: float
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class EndedJob:
+    """The end of all ranks of a program under a launcher.
+
+    Attributes:
+        code: as of the command `deepspeed`: of the rank that ended first with an error, 256 minus the number of a
+            signal; None if the job had to be killed because it did not end.
+        output: all that was printed, that of rank 0 first.
+        first_end, last_end: when the first rank ended with an error, and when all had ended (seconds since the epoch).
+    """
+
+    code: int | None
+    output: str
+    first_end: float
+    last_end: float
+
+
+def run_job(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    limit_seconds: float,
+    grace_seconds: float = 30.0,
+    lost_rank: int | None = None,
+    kill: Kill | None = None,
+) -> EndedJob:
+    """Run `function(rank, *arguments)` as a program of its own on each rank, and do what launchers do.
+
+    As soon as a rank has ended with an error, the others get SIGTERM, and SIGKILL some seconds later.
+
+    Args:
+        world_size: number of ranks.
+        function: importable.
+        arguments: of the function.
+        limit_seconds: when what is still running is killed.
+        grace_seconds: between SIGTERM and SIGKILL.
+        lost_rank: a rank on a node of its own that is lost: nobody ends it, and nobody waits for it.
+        kill: ends it before.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        watch = partial(
+            _launch, limit_seconds=limit_seconds, grace_seconds=grace_seconds, lost_rank=lost_rank, kill=kill
+        )
+        code, first_end, last_end = _fork(_run_program, watch, world_size, folder, function, arguments)
+        outputs = [Path(folder) / f"output-{rank}" for rank in range(world_size)]
+        output = "".join(path.read_text(errors="replace") for path in outputs if path.exists())
+        return EndedJob(code, output, first_end, last_end)
+
+
 def _fork(
     run: Callable[[int, int, Path, bytes], None],
+    watch: Callable[[Sequence[Any], Path], Any],
     world_size: int,
     folder: str,
     function: Callable[..., Any],
     arguments: Any,
-    limit_seconds: float | None = None,
-) -> list[Any]:
+) -> Any:
     connection = _connection()
     call = pickle.dumps((function, arguments))
-    connection.send((run, limit_seconds, world_size, folder, call, sys.path, dict(os.environ), str(Path.cwd())))
-    codes: list[Any] = connection.recv()
-    return codes
+    connection.send((run, watch, world_size, folder, call, sys.path, dict(os.environ), str(Path.cwd())))
+    return connection.recv()
 
 
 def _connection() -> Connection:
@@ -126,7 +185,7 @@ def _serve(requests: Connection) -> None:
     context = multiprocessing.get_context("fork")
     while True:
         try:
-            run, limit_seconds, world_size, folder, call, sys.path[:], environment, working_folder = requests.recv()
+            run, watch, world_size, folder, call, sys.path[:], environment, working_folder = requests.recv()
         except EOFError:
             return
         os.environ.clear()
@@ -135,10 +194,10 @@ def _serve(requests: Connection) -> None:
         ranks = [context.Process(target=run, args=(rank, world_size, Path(folder), call)) for rank in range(world_size)]
         for process in ranks:
             process.start()
-        requests.send(_exit_codes(ranks, Path(folder), limit_seconds))
+        requests.send(watch(ranks, Path(folder)))
 
 
-def _exit_codes(ranks: Sequence[Any], folder: Path, limit_seconds: float | None) -> list[int | None]:
+def _exit_codes(ranks: Sequence[Any], folder: Path, limit_seconds: float | None = None) -> list[int | None]:
     """Wait for all ranks. Without a limit, do so until one fails, because the others may be waiting for it."""
     deadline = time.monotonic() + (limit_seconds or _TIMEOUT_SECONDS)
     running = list(ranks)
@@ -156,6 +215,41 @@ def _exit_codes(ranks: Sequence[Any], folder: Path, limit_seconds: float | None)
     if limit_seconds is not None:
         _keep_outputs(folder)
     return [process.exitcode for process in ranks]
+
+
+def _launch(
+    ranks: Sequence[Any],
+    _folder: Path,
+    limit_seconds: float,
+    grace_seconds: float,
+    lost_rank: int | None,
+    kill: Kill | None,
+) -> tuple[int | None, float, float]:
+    """Wait for ranks as launchers do; return what `EndedJob` has."""
+    started = time.monotonic()
+    watched = [process for rank, process in enumerate(ranks) if rank != lost_rank]
+    code, first_end, killing = 0, 0.0, started + limit_seconds
+    to_kill = [] if kill is None else [process for rank, process in enumerate(ranks) if kill.rank in (rank, None)]
+    while any(process.is_alive() for process in watched) and time.monotonic() < killing:
+        pause = 0.1 if not to_kill or kill is None else max(0.0, started + kill.seconds - time.monotonic())
+        wait([process.sentinel for process in watched if process.is_alive()], timeout=pause)
+        if to_kill and kill is not None and time.monotonic() >= started + kill.seconds:
+            for process in to_kill:
+                process.kill()
+            to_kill = []
+        # Where several have ended meanwhile, one that a signal killed was the first.
+        failed = sorted(process.exitcode for process in watched if process.exitcode)
+        if failed and not first_end:
+            code, first_end = failed[0] % 256, time.time()
+            killing = min(killing, time.monotonic() + grace_seconds)
+            for process in watched:
+                process.terminate()
+    has_ended = first_end or not any(process.is_alive() for process in watched)
+    last_end = time.time()
+    for process in ranks:
+        process.kill()
+        process.join()
+    return code if has_ended else None, first_end or last_end, last_end
 
 
 def _keep_outputs(folder: Path) -> None:
