@@ -7,7 +7,7 @@ SPEECH := ../shared/data
 CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits an4 test test-slow lint diagram pictures docs bench rivals clean
+.PHONY: help install demo digits an4 test test-slow test-faults lint diagram pictures docs bench rivals clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -44,10 +44,15 @@ an4: install ## Train a tiny Voxtral on AN4's words, then on sentences (needs th
 
 # xdist would start files with few tests last, one of which takes minutes.
 test: install ## Run the tests that prove the contracts (less than 15 minutes on 2 cores)
-	$(CPU_ENV) $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(CPU_ENV) $(BIN)/pytest -m "not slow and not faults" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## Run the proofs that take minutes each
 	$(CPU_ENV) $(BIN)/pytest -m slow
+
+test-faults: install ## Let real runs meet every fault, and write the table of docs/reliability.md (20 minutes on 2 cores)
+	rm -f build/faults.json
+	$(CPU_ENV) $(BIN)/pytest -m faults -n 2 --dist loadgroup tests/faults
+	$(BIN)/python tests/faults/fault_table.py build/faults.json docs/reliability.md
 
 lint: install ## Check style, types, layers, recipes, the image and the manifests
 	$(BIN)/ruff check .

@@ -1,0 +1,113 @@
+"""The table of faults: `fault_table.py ROWS.json PAGE.md` prints it, and puts it into the page."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ENGINES = {"2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
+PHASES = ("stepping", "saving", "evaluating", "exporting")
+_BEGIN, _END = "<!-- faults -->\n", "<!-- end of faults -->\n"
+_HEAD = """\
+| fault | while | detected, ended after (s) | steps lost | curve equal | what the user saw | exit code |
+|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happened after a fault under one engine.
+
+    Attributes:
+        detected: seconds until the first rank ended with an error; None where no rank did.
+        ended: seconds until all ranks had ended.
+        steps_lost: steps that were done before and are done again.
+        is_equal: whether all losses of the resumed run are those of the unbroken one.
+        said: the first line that tells the user; empty if none does.
+        code: the exit code.
+    """
+
+    detected: float | None
+    ended: float | None
+    steps_lost: int
+    is_equal: bool
+    said: str
+    code: int
+
+
+def store(path: Path, key: tuple[str, ...], value: Any) -> None:
+    """Add a value to a file of rows, which several processes may do at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = read(path) | {json.dumps(key): value}
+        path.with_suffix(".tmp").write_text(json.dumps(rows, indent=1))
+        path.with_suffix(".tmp").rename(path)
+
+
+def store_row(path: Path, fault: str, phase: str, engine: str, row: Row) -> None:
+    """Add a row to a file of rows."""
+    store(path, (fault, phase, engine), asdict(row))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """All values of a file of rows."""
+    rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return rows
+
+
+def render(rows: dict[str, Any]) -> str:
+    """The table in Markdown: one line for each fault and phase, with what engines have in common said once."""
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    figures = []
+    for key, value in rows.items():
+        match json.loads(key):
+            case [fault, phase, engine]:
+                cells.setdefault((fault, phase), {})[engine] = Row(**value)
+            case [_]:
+                figures.append(f"\n{value}\n")
+    lines = [
+        _line(fault, phase, [of[engine] for engine in ENGINES if engine in of]) for (fault, phase), of in cells.items()
+    ]
+    return _HEAD + "".join(lines) + "".join(figures)
+
+
+def _line(fault: str, phase: str, rows: list[Row]) -> str:
+    columns = [
+        _common([_seconds(row) for row in rows]),
+        _common([str(row.steps_lost) for row in rows]),
+        _common(["yes" if row.is_equal else "**no**" for row in rows]),
+        _common([_escaped(row.said) or "nothing" for row in rows]),
+        _common([str(row.code) for row in rows]),
+    ]
+    return f"| {fault} | {phase} | {' | '.join(columns)} |\n"
+
+
+def _common(values: list[str]) -> str:
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _seconds(row: Row) -> str:
+    detected = "-" if row.detected is None else f"{row.detected:.1f}"
+    return detected if row.ended is None else f"{detected}, {row.ended:.1f}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def main(rows: Path, page: Path) -> None:
+    """Print the table, and put it between the marks of the page."""
+    table = render(read(rows))
+    print(table)
+    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    page.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
