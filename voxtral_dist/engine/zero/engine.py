@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -220,9 +220,15 @@ class ZeroEngine:
 
     def not_finite(self) -> list[str]:
         """See `Engine`. Under stage 3 a rank looks at its partitions, unless they are on a drive."""
-        return names_not_finite(
-            (name, getattr(one, "ds_tensor", one.detach())) for name, one in self._module.named_parameters()
-        )
+        return names_not_finite((name, self._held(one)) for name, one in self._module.named_parameters())
+
+    def _held(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank holds of a parameter, without the unset memory that fills partitions up to equal sizes."""
+        partition = getattr(parameter, "ds_tensor", None)
+        if partition is None:
+            return parameter.detach()
+        own = parameter.ds_numel - self._world.rank * partition.numel()  # type: ignore[attr-defined]  # DeepSpeed adds it
+        return cast(Tensor, partition.detach().flatten()[: max(0, own)])
 
     def parameter_table(self) -> list[str]:
         """See `Engine`."""
