@@ -31,6 +31,11 @@ def overwrite(offset: int, contents: bytes) -> Callable[[bytes], bytes]:
     return lambda audio: audio[:offset] + contents + audio[offset + len(contents) :]
 
 
+def without_samples(audio: bytes) -> bytes:
+    """Audio whose samples are a chunk of notes. A size of 0 before samples would be that of a recorder cut off."""
+    return audio[:40] + struct.pack("<I4sI", 0, b"LIST", len(audio) - 52) + audio[52:]
+
+
 def text(new: str) -> Callable[[bytes], bytes]:
     """The json of an utterance with another text, in as many bytes."""
     return lambda fields: json.dumps({"text": new, "lang": "en"}).encode().ljust(len(fields))
@@ -41,8 +46,8 @@ BREAKAGES = {
     "undecodable": ("wav", overwrite(0, bytes(12)), "does not decode"),
     "silent": ("wav", lambda audio: audio[:44] + bytes(len(audio) - 44), "is silent"),
     "cut short": ("wav", overwrite(40, struct.pack("<I", 8000)), r"decodes to 0\.25 s of audio, but its index says"),
-    "no samples": ("wav", overwrite(40, struct.pack("<I", 0)), "contains no audio"),
-    "claims 128 kHz": ("wav", overwrite(24, struct.pack("<I", 128_000)), "claims a sampling rate of 128000 Hz"),
+    "no samples": ("wav", without_samples, "contains no audio"),
+    "claims 1 MHz": ("wav", overwrite(24, struct.pack("<I", 1_000_000)), "claims a sampling rate of 1000000 Hz"),
     "empty text": ("json", text(""), "has no text"),
     "impossible text": ("json", text("far too many words " * 25), "too short for a text of 475 characters"),
 }
