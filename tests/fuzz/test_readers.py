@@ -27,15 +27,19 @@ from voxtral_dist.data.stored.checks import UnusableError, unusable_on_failure
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE, write_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
+from voxtral_dist.data.stored.mp3_frames import find_mp3_frames
 from voxtral_dist.data.stored.shard_set import RECORD, Shard
 from voxtral_dist.data.stored.utterance import parse_utterance
+from voxtral_dist.data.stored.wav_sizes import read_wav_sizes
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import one_line, printable
 from voxtral_dist.output.masking import masked
 from voxtral_dist.scoring.hypotheses import read_hypotheses
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
-from voxtral_dist.shards.corpus.fields import FieldNames
-from voxtral_dist.shards.corpus.manifests import read_json_lines, read_table
+from voxtral_dist.shards.corpus.importer import Importer
+from voxtral_dist.shards.corpus.manifests import MANIFEST
+from voxtral_dist.shards.corpus.options import CorpusOptions
+from voxtral_dist.shards.corpus.tables import CSV
 from voxtral_dist.shards.corpus.tar_utterances import tar_utterance
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance
 from voxtral_dist.shards.journal import PackingJournal
@@ -159,14 +163,37 @@ def parses_utterance(contents: bytes, _folder: Path) -> None:
 
 
 def reads_lines(contents: bytes, folder: Path) -> None:
-    for line in read_json_lines(in_file(folder, "m.jsonl", contents), FieldNames()):
-        assert isinstance(line, Utterance | Refusal)
+    in_file(folder, "m.jsonl", contents)
+    with suppress(UserError):
+        reads_corpus(MANIFEST, str(folder / "m.jsonl"))
+
+
+def reads_array(contents: bytes, folder: Path) -> None:
+    in_file(folder, "m.json", b"[" + contents.replace(b"\n", b",") + b"]")
+    with suppress(UserError):
+        reads_corpus(MANIFEST, str(folder / "m.json"))
 
 
 def reads_table(contents: bytes, folder: Path) -> None:
+    in_file(folder, "t.csv", contents)
     with suppress(UserError):
-        for line in read_table(in_file(folder, "t.csv", contents), FieldNames(), ","):
-            assert isinstance(line, Utterance | Refusal)
+        reads_corpus(CSV, str(folder / "t.csv"))
+
+
+def reads_corpus(importer: Importer, source: str) -> None:
+    for line in importer.open(source, CorpusOptions()).read():
+        assert isinstance(line, Utterance | Refusal)
+
+
+def finds_frames(contents: bytes, _folder: Path) -> None:
+    with suppress(UnusableError):
+        frames = find_mp3_frames(contents, is_known=True)
+        assert frames is None or len(frames.contents) <= len(contents)
+
+
+def reads_wav_sizes(contents: bytes, _folder: Path) -> None:
+    sizes = read_wav_sizes(io.BytesIO(contents))
+    assert sizes is None or 0 <= sizes.num_bytes <= len(contents)
 
 
 def parses_json(contents: bytes, _folder: Path) -> None:
@@ -243,7 +270,10 @@ TARGETS: dict[str, tuple[str, Callable[[bytes, Path], None]]] = {
     "audio": ("audio", decodes),
     "tar": ("tar", scans),
     "utterance": ("tar", parses_utterance),
+    "MP3 frames": ("audio", finds_frames),
+    "WAV sizes": ("audio", reads_wav_sizes),
     "manifest": ("json", reads_lines),
+    "JSON array": ("json", reads_array),
     "table": ("table", reads_table),
     "json": ("json", parses_json),
     "yaml": ("yaml", parses_yaml),
