@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from voxtral_dist.data.stored.layout import UtteranceLayout
     from voxtral_dist.shards.corpus.held_out import HeldOut
     from voxtral_dist.shards.corpus.options import CorpusOptions, Instruction
+    from voxtral_dist.shards.corpus.parts import CorpusPart
 
 _DEFAULT_SHARD_MEGABYTES = 512
 
@@ -26,6 +27,7 @@ def add_shards(commands: Commands[argparse.ArgumentParser]) -> None:
     shards = commands.add_parser("shards", help="make, index and check WebDataset shards")
     actions = shards.add_subparsers(required=True, metavar="ACTION")
     _add_pack(actions)
+    _add_merge(actions)
     _add_index(actions)
     _add_inspect(actions)
     _add_verify(actions)
@@ -66,11 +68,25 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
     pack.add_argument("--split", help="split of a Hugging Face dataset, such as train")
     pack.add_argument("--config", metavar="NAME", help="configuration (subset) of a Hugging Face dataset")
     _add_held_out(pack)
-    pack.add_argument("--overwrite", action="store_true", help="remove the shard set in the folder first")
+    pack.add_argument(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="pack the K-th of N parts, on as many machines; `shards merge` then makes one set of them",
+    )
+    pack.add_argument(
+        "--overwrite", action="store_true", help="remove the shard set in the folder first, or its --part"
+    )
     _add_text_limit(pack)
     _add_workers(pack)
     _add_layout(pack, "utterances without a language")
     pack.set_defaults(run=_pack)
+
+
+def _add_merge(actions: Commands[argparse.ArgumentParser]) -> None:
+    merge = actions.add_parser("merge", help="make one set of the parts that several machines packed")
+    merge.add_argument("out", type=Path, help="folder into which `shards pack --part` packed")
+    merge.set_defaults(run=_merge)
 
 
 def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
@@ -192,8 +208,24 @@ def _pack(parsed: argparse.Namespace) -> int:
         rules=PackRules(parsed.encode, parsed.max_chars_per_second),
         num_workers=parsed.workers,
         name=parsed.name,
+        part=parsed.part,
     )
     return pack_shards(parsed.corpus, parsed.out, _corpus_options(parsed), options, _held_out(parsed), parsed.overwrite)
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.shards.actions import merge_shards
+
+    return merge_shards(parsed.out)
+
+
+def _part(text: str) -> CorpusPart:
+    from voxtral_dist.shards.corpus.parts import parse_part
+
+    try:
+        return parse_part(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _held_out(parsed: argparse.Namespace) -> HeldOut | None:

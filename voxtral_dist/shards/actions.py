@@ -21,11 +21,13 @@ from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.shards.corpus.corpus import Corpus, open_corpus
 from voxtral_dist.shards.corpus.held_out import HeldOut, divide
 from voxtral_dist.shards.corpus.options import CorpusOptions
+from voxtral_dist.shards.corpus.parts import count_lines, part_of
 from voxtral_dist.shards.dividing import pack_parts
 from voxtral_dist.shards.indexing import index_tars
 from voxtral_dist.shards.inspection import print_summaries
 from voxtral_dist.shards.journal import count_finished_shards
 from voxtral_dist.shards.lookup import find_utterance, read_utterance, utterance_lines, write_audio
+from voxtral_dist.shards.merging import merge
 from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.shards.removal import remove_set
 from voxtral_dist.shards.summary import UNKNOWN, SetSummary, summarize
@@ -57,28 +59,42 @@ def pack_shards(
     What is held out goes into `dev` of the folder, the rest into `train`.
     """
     corpus = open_corpus(source, corpus_options)
+    part = options.part
+    num_lines = count_lines(corpus) if part is not None else 0
     if held_out is None:
-        _pack_part(corpus, out_dir, options, overwrite)
+        _pack_part(corpus if part is None else part_of(corpus, part, num_lines), out_dir, options, overwrite)
         return 0
     division = divide(corpus, held_out)
     say(division.sentence)
+    if part is not None:
+        for name, side in (("train", division.train), ("dev", division.dev)):
+            _pack_part(part_of(side, part, num_lines), out_dir / name, options, overwrite)
+        return 0
     pack_parts(division, out_dir, options, overwrite, lambda part, out: _pack_part(part, out, options, overwrite))
     return 0
 
 
 def _pack_part(corpus: Corpus, out_dir: Path, options: PackOptions, overwrite: bool) -> None:
     if overwrite:
-        remove_set(out_dir, corpus.identity.get("tars", ()))
+        remove_set(out_dir, corpus.identity.get("tars", ()), options.part)
+    part = "" if options.part is None else f" part {options.part}"
     try:
-        with _progress(f"pack {out_dir.name}", corpus.num_lines) as display:
+        with _progress(f"pack {out_dir.name}{part}", corpus.num_lines) as display:
             summary = pack(corpus, out_dir, options, lambda at: display.show(at.num_lines, f"{at.num_skipped} skipped"))
     except KeyboardInterrupt as error:
-        finished = count_finished_shards(out_dir)
+        finished = count_finished_shards(out_dir, options.part)
         raise InterruptedPackingError(
             f"Interrupted: {finished} shards are finished in {out_dir}. Rerun the same command to resume."
         ) from error
-    say("\n".join(map(one_line, [f"{out_dir}:", *summary.lines()])))
+    say("\n".join(map(one_line, [f"{out_dir}{part}:", *summary.lines()])))
     _warn_of_unknown_languages(summary)
+
+
+def merge_shards(out_dir: Path) -> int:
+    """`shards merge`: make one set of the parts in a folder; print what it holds and what was skipped."""
+    for folder, summary in merge(out_dir).items():
+        say("\n".join(map(one_line, [f"{folder}:", *summary.lines()])))
+    return 0
 
 
 def index_shards(

@@ -16,35 +16,42 @@ from voxtral_dist.data.stored.index_files import write_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard
 from voxtral_dist.errors import UserError
+from voxtral_dist.shards.corpus.parts import CorpusPart
 from voxtral_dist.shards.corpus.utterances import Refusal
 from voxtral_dist.shards.skipped import SKIPPED_FILE, Skipped, read_skipped, write_refusal
 from voxtral_dist.text.json_text import parse_json
 
 JOURNAL_FILE = ".packing.jsonl"
-_RECORDS_FILE = ".packing.records"
+RECORDS_FILE = ".packing.records"
 # What a packing writes beside its shards and index; the journal comes last, because it says what else there is.
-PACKING_FILES = (_RECORDS_FILE, SKIPPED_FILE, JOURNAL_FILE)
+PACKING_FILES = (RECORDS_FILE, SKIPPED_FILE, JOURNAL_FILE)
 
 
 class PackingJournal:
     """The state of a packing in a folder when its last shard was finished.
 
     shards: the finished shards. num_lines: lines of the corpus in them or skipped. languages: those of the index so
-    far.
+    far. is_complete: whether all lines of a part are packed.
+
+    The files of a part are in `.part-NUMBER-of-COUNT` of the folder, because other machines pack into the same one.
 
     Raises:
         UserError: the folder holds an unfinished set of another corpus or other options, or another process packs into
             it.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], part: CorpusPart | None = None) -> None:
         self._folder = folder
+        self._part = part
+        self._state = state_folder(folder, part)
+        self._state.mkdir(exist_ok=True)
+        self.is_complete = False
         self.shards: list[Shard] = []
         self.languages: list[str] = []
         self.num_lines = 0
-        self._journal = _locked(folder / JOURNAL_FILE)
-        self._records = (folder / _RECORDS_FILE).open("ab")
-        self._skipped = (folder / SKIPPED_FILE).open("ab")
+        self._journal = _locked(self._state / JOURNAL_FILE)
+        self._records = (self._state / RECORDS_FILE).open("ab")
+        self._skipped = (self._state / SKIPPED_FILE).open("ab")
         try:
             self._read(identity)
         except BaseException:
@@ -60,33 +67,40 @@ class PackingJournal:
         self._records.write(records.tobytes())
         _sync(self._records)
         _sync(self._skipped)
-        row = {
-            "shard": asdict(replace(shard, location=shard.name)),
-            "num_lines": num_lines,
-            "languages": list(languages),
-        }
-        sizes = {"record_bytes": self._records.tell(), "skipped_bytes": self._skipped.tell()}
-        _append(self._journal, row | sizes)
+        self._enter({"shard": asdict(replace(shard, location=shard.name))}, num_lines, languages)
         self.shards.append(shard)
 
     def complete(self, languages: Sequence[str], layout: UtteranceLayout) -> None:
         """Write the index of all shards, and remove the journal."""
         _sync(self._skipped)
-        records = np.memmap(self._folder / _RECORDS_FILE, dtype=RECORD, mode="r")
+        records = np.memmap(self._state / RECORDS_FILE, dtype=RECORD, mode="r")
         write_index(self._folder, self.shards, records, list(languages), layout)
         self.discard()
 
+    def complete_part(self, num_lines: int, languages: Sequence[str], layout: UtteranceLayout) -> None:
+        """Enter that all lines of the part are packed; the journal stays for the merge."""
+        _sync(self._skipped)
+        self._enter({"layout": layout.to_json()}, num_lines, languages)
+        self.is_complete = True
+
     def discard(self, everything: bool = False) -> None:
         """Remove the files of the journal, and `skipped.jsonl` if it is empty or `everything` is True."""
-        (self._folder / _RECORDS_FILE).unlink()
+        (self._state / RECORDS_FILE).unlink()
         if everything or self._skipped.tell() == 0:
-            (self._folder / SKIPPED_FILE).unlink()
-        (self._folder / JOURNAL_FILE).unlink()
+            (self._state / SKIPPED_FILE).unlink()
+        (self._state / JOURNAL_FILE).unlink()
+        if self._part is not None:
+            self._state.rmdir()
 
     def skipped(self) -> Skipped:
         """What was skipped so far."""
         self._skipped.flush()
-        return read_skipped(self._folder / SKIPPED_FILE)
+        return read_skipped(self._state / SKIPPED_FILE)
+
+    def _enter(self, row: dict[str, Any], num_lines: int, languages: Sequence[str]) -> None:
+        state = {"num_lines": num_lines, "languages": list(languages)}
+        sizes = {"record_bytes": self._records.tell(), "skipped_bytes": self._skipped.tell()}
+        _append(self._journal, row | state | sizes)
 
     def close(self) -> None:
         """Close the files, and release the lock."""
@@ -111,7 +125,7 @@ class PackingJournal:
             raise self._damaged()
         elif lines[0] != json.loads(json.dumps(identity)):
             raise UserError(
-                f"The folder {self._folder} holds an unfinished set that was packed {_differences(lines[0], identity)}"
+                f"The folder {self._folder} holds an unfinished set that was packed {differences(lines[0], identity)}"
                 ": rerun that command, choose another folder, or remove this one first."
             )
         try:
@@ -125,7 +139,8 @@ class PackingJournal:
         )
 
     def _resume(self, finished: list[dict[str, Any]]) -> None:
-        for line in finished:
+        self.is_complete = bool(finished) and "layout" in finished[-1]
+        for line in finished[: -1 if self.is_complete else None]:
             shard = Shard(**(line["shard"] | {"location": str(self._folder / line["shard"]["location"])}))
             _check_shard(shard)
             self.shards.append(shard)
@@ -139,8 +154,18 @@ class PackingJournal:
             file.truncate(last[name])
         for file in (self._records, self._skipped):
             file.seek(0, os.SEEK_END)
-        for leftover in self._folder.glob(".*.tar.tmp"):
+        for leftover in self._folder.glob(leftover_pattern(self._part)):
             leftover.unlink()
+
+
+def state_folder(folder: Path, part: CorpusPart | None) -> Path:
+    """Where the journal of a packing lies."""
+    return folder if part is None else folder / f".part-{part.name}"
+
+
+def leftover_pattern(part: CorpusPart | None) -> str:
+    """The pattern of unfinished shards of a packing."""
+    return ".*.tar.tmp" if part is None else f".*-{part.name}-*.tar.tmp"
 
 
 def finish_complete_packing(folder: Path, identity: dict[str, Any]) -> bool:
@@ -161,16 +186,16 @@ def finish_complete_packing(folder: Path, identity: dict[str, Any]) -> bool:
         return False
     finally:
         journal.close()
-    (folder / _RECORDS_FILE).unlink(missing_ok=True)
+    (folder / RECORDS_FILE).unlink(missing_ok=True)
     if (folder / SKIPPED_FILE).is_file() and (folder / SKIPPED_FILE).stat().st_size == 0:
         (folder / SKIPPED_FILE).unlink()
     path.unlink(missing_ok=True)
     return True
 
 
-def count_finished_shards(folder: Path) -> int:
+def count_finished_shards(folder: Path, part: CorpusPart | None = None) -> int:
     """Number of shards that an interrupted packing has finished in a folder."""
-    path = folder / JOURNAL_FILE
+    path = state_folder(folder, part) / JOURNAL_FILE
     return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
 
 
@@ -206,7 +231,8 @@ def _check_shard(shard: Shard) -> None:
         raise UserError(f"The unfinished set in {path.parent} lacks its shard {path.name}: remove the folder first.")
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The first difference of two identities, as the end of a sentence about how a set was packed."""
     names = [name for name in {**before, **now} if before.get(name) != json.loads(json.dumps(now.get(name)))]
     first = names[0]
     if first in ("sha256", "fingerprint", "tars"):

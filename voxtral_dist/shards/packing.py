@@ -23,9 +23,11 @@ from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.corpus.corpus import Corpus
+from voxtral_dist.shards.corpus.parts import CorpusPart
 from voxtral_dist.shards.cut_audio import CutAudio
 from voxtral_dist.shards.journal import PackingJournal, finish_complete_packing
 from voxtral_dist.shards.measures import UtteranceSpan, index_record
+from voxtral_dist.shards.packed_parts import PART_NUMBER, read_part, refuse_other_parts
 from voxtral_dist.shards.packed_utterance import PackedUtterance, PackRules, pack_line
 from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped
 from voxtral_dist.shards.summary import SetSummary, summarize
@@ -41,7 +43,8 @@ class PackOptions:
     """How a set is packed.
 
     shard_bytes: size at which a shard is finished. skip_bad: skip unusable utterances instead of raising an error.
-    num_workers: processes. name: prefix of the shards; None takes the name of the folder.
+    num_workers: processes. name: prefix of the shards; None takes the name of the folder. part: which of the parts that
+    are packed into the folder the corpus is; None: all of it.
     """
 
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -49,6 +52,7 @@ class PackOptions:
     rules: PackRules = field(default_factory=PackRules)
     num_workers: int = 1
     name: str | None = None
+    part: CorpusPart | None = None
 
 
 @dataclass
@@ -71,23 +75,27 @@ def pack(
     Every utterance is decoded, so the index has its true duration. Equal corpora give equal bytes, whatever the number
     of workers. A call that was interrupted is resumed after its last finished shard.
 
+    A part gets no index, which `merge` writes for all parts, and may be empty.
+
     Raises:
         UserError: the folder holds another set, all utterances are unusable, or one is and `skip_bad` is False.
     """
     identity = _identity(corpus, out_dir, options)
     if (out_dir / SHARD_TABLE_FILE).exists():
-        if not finish_complete_packing(out_dir, identity):
+        if options.part is not None or not finish_complete_packing(out_dir, identity):
             raise UserError(
                 f"The folder {out_dir} holds a complete shard set already: choose another, or pass --overwrite."
             )
         return _summary(out_dir)
+    refuse_other_parts(out_dir, options.part)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        journal = PackingJournal(out_dir, identity)
+        journal = PackingJournal(out_dir, identity, options.part)
     except OSError as error:
         raise UserError(f"The folder {out_dir} cannot be made: {error.strerror}.") from error
     try:
-        _pack_into(journal, corpus, out_dir, options, on_progress)
+        if not journal.is_complete:
+            _pack_into(journal, corpus, out_dir, options, on_progress)
     except OSError as error:
         # Audio that cannot be read is a refusal, so this error is about the disk that is written to.
         raise UserError(
@@ -96,7 +104,7 @@ def pack(
         ) from error
     finally:
         journal.close()
-    return _summary(out_dir)
+    return _summary(out_dir) if options.part is None else read_part(out_dir, options.part).summary
 
 
 def _summary(out_dir: Path) -> SetSummary:
@@ -110,6 +118,8 @@ def _identity(corpus: Corpus, out_dir: Path, options: PackOptions) -> dict[str, 
         "shard_bytes": options.shard_bytes,
         **asdict(options.rules),
     }
+    if options.part is not None:
+        identity |= {"num_parts": options.part.count, PART_NUMBER: options.part.number}
     stored: dict[str, object] = json.loads(masked(json.dumps(identity)))
     return stored
 
@@ -130,14 +140,19 @@ def _pack_into(
     options: PackOptions,
     on_progress: Callable[[PackProgress], None],
 ) -> None:
-    writer = _ShardWriter(journal, out_dir, _name(out_dir, options), options.shard_bytes)
+    part, name = options.part, _name(out_dir, options)
+    writer = _ShardWriter(journal, out_dir, name if part is None else f"{name}-{part.name}", options.shard_bytes)
     try:
         _pack_lines(journal, corpus, writer, options, on_progress)
-        if not writer.has_utterances:
+        if not writer.has_utterances and part is None:
             raise UserError(_nothing_packed(journal, out_dir))
         writer.finish_shard()
         instruction = Field("json", "instruction") if corpus.instruction is not None else None
-        journal.complete(writer.languages, UtteranceLayout(instruction=instruction))
+        layout = UtteranceLayout(instruction=instruction)
+        if part is None:
+            journal.complete(writer.languages, layout)
+        else:
+            journal.complete_part(writer.num_lines, writer.languages, layout)
     except UserError:
         if not journal.shards:
             # There is nothing to resume from.

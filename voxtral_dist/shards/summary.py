@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from voxtral_dist.data.stored.index import RecordChunk, ShardIndex
-from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE
+from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE, Shard
 from voxtral_dist.shards.skipped import Skipped
 
 DURATION_EDGES_SECONDS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, float("inf"))
@@ -67,14 +67,24 @@ class SetSummary:
 
 def summarize(index: ShardIndex, skipped: Skipped | None = None) -> SetSummary:
     """Summarize an index, in memory that does not grow with it."""
-    total = _Total(len(index.languages))
-    for chunk in index.chunks():
+    return summarize_chunks(index.chunks(), index.shards, index.languages, skipped)
+
+
+def summarize_chunks(
+    chunks: Iterable[RecordChunk],
+    shards: Sequence[Shard],
+    languages: Sequence[str],
+    skipped: Skipped | None = None,
+) -> SetSummary:
+    """Summarize the records of shards, which may be none."""
+    total = _Total(len(languages))
+    for chunk in chunks:
         total.add(chunk)
-    names = dict(enumerate(index.languages)) | {len(index.languages): UNKNOWN}
+    names = dict(enumerate(languages)) | {len(languages): UNKNOWN}
     return SetSummary(
-        num_shards=len(index.shards),
-        num_utterances=len(index),
-        num_bytes=sum(shard.num_bytes for shard in index.shards),
+        num_shards=len(shards),
+        num_utterances=sum(shard.num_utterances for shard in shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
         duration_seconds=float(total.seconds_by_language.sum()),
         num_text_tokens=total.num_text_tokens,
         languages={

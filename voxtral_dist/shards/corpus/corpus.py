@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any
 
 from voxtral_dist.data.stored.checks import UnusableError
@@ -22,6 +23,7 @@ class Corpus:
 
     identity: JSON values that are equal for equal corpora. num_lines: upper limit of utterances; None if unknown.
     instruction: what the texts answer; None if they are transcripts. keeps: which lines belong to it; None: all.
+    bounds: first line and end of a part, counted before `keeps`; an end of None is that of the corpus.
     """
 
     identity: dict[str, Any]
@@ -30,10 +32,12 @@ class Corpus:
     _language: str | None = None
     instruction: Instruction | None = None
     keeps: Callable[[Line], bool] | None = None
+    bounds: tuple[int, int | None] = (0, None)
 
     def lines(self) -> Iterator[Line]:
         """The utterances in the order of the corpus with unique keys, and refusals of unusable ones."""
-        for line in with_unique_keys(self._read()):
+        # Keys are made unique over the whole corpus: a part has those that it has in one packing of everything.
+        for line in islice(with_unique_keys(self._read()), *self.bounds):
             completed = self._completed(line) if isinstance(line, Utterance) else line
             if self.keeps is None or self.keeps(completed):
                 yield completed
