@@ -490,3 +490,15 @@ def test_a_node_that_is_stopped_leaves_and_the_other_one_goes_on(tmp_path):
         for node in nodes:
             node.kill()
     assert (tmp_path / "started-1-0").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "seen"), [(0, 0), (1, 138), (2, 2), (3, 3), (74, 138), (75, 138), (77, 138), (247, 247)]
+)
+def test_codes_after_which_a_run_resumes_can_be_one_that_a_scheduler_restarts_on(tmp_path, code, seen):
+    (tmp_path / "python").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "python").chmod(0o755)
+    variables = environment(NUM_NODES="1", RESUMABLE_EXIT_CODE="138")
+    variables["PATH"] = f"{tmp_path}{os.pathsep}{variables['PATH']}"
+    command = [str(ENTRYPOINT), "--config", "c.yaml"]
+    assert subprocess.run(command, env=variables, timeout=LIMIT_SECONDS, check=False).returncode == seen

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Check Kubernetes manifests without a cluster: `validate.py [FILE ...]`, by default all of this folder.
 
-Kubernetes' own objects are checked against its schema, unknown fields included. JobSet is not part of Kubernetes: its
-outer part is checked against `schema/`, the Jobs inside as Jobs, and what has to agree between the two and
-`docker/entrypoint` is compared. Prints one line per mistake and exits with 1 if there is one.
+Kubernetes' own objects are checked against its schema, unknown fields included. JobSets, TrainJobs and PyTorchJobs are
+not part of Kubernetes: their outer part is checked against `schema/`, the Jobs and pods inside as Jobs and pods, and
+what has to agree between the two and `docker/entrypoint` is compared. Prints one line per mistake and exits with 1 if
+there is one.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ import kubernetes_validate
 import yaml
 
 HERE = Path(__file__).resolve().parent
-JOBSET_SCHEMA = HERE / "schema" / "jobset-v1alpha2.json"
+SCHEMAS = {
+    "JobSet": HERE / "schema" / "jobset-v1alpha2.json",
+    "TrainJob": HERE / "schema" / "trainjob-v1alpha1.json",
+    "TrainingRuntime": HERE / "schema" / "trainingruntime-v1alpha1.json",
+    "PyTorchJob": HERE / "schema" / "pytorchjob-v1.json",
+}
 # The oldest version that the manifests are written for: `podFailurePolicy` is stable from here on.
 KUBERNETES_VERSION = "1.31"
 
@@ -26,17 +32,24 @@ KUBERNETES_VERSION = "1.31"
 def mistakes_in_file(path: Path) -> Iterator[str]:
     """One sentence per mistake in the manifests of `path`."""
     try:
-        manifests = [manifest for manifest in yaml.safe_load_all(path.read_text()) if manifest is not None]
+        manifests = [
+            manifest for manifest in yaml.load_all(path.read_text(), Loader=yaml.CSafeLoader) if manifest is not None
+        ]
     except (OSError, yaml.YAMLError) as error:
         yield f"{path}: must be a readable YAML file, but {' '.join(str(error).split())}"
         return
+    yield from mistakes_in_manifests(path, manifests)
+
+
+def mistakes_in_manifests(path: Path | str, manifests: list[Any]) -> Iterator[str]:
+    """One sentence per mistake in what was read from `path`."""
     if not manifests:
         yield f"{path}: must hold at least one manifest, but is empty"
     for manifest in manifests:
         if not isinstance(manifest, dict) or not {"apiVersion", "kind"} <= manifest.keys():
             yield f"{path}: every manifest must be a mapping with apiVersion and kind"
             continue
-        check = mistakes_in_jobset if manifest["kind"] == "JobSet" else mistakes_in_kubernetes_object
+        check = CHECKS.get(manifest["kind"], mistakes_in_kubernetes_object)
         name = (manifest.get("metadata") or {}).get("name", "without a name")
         yield from (f"{path}: {manifest['kind']} {name}: {mistake}" for mistake in check(manifest))
 
@@ -51,19 +64,54 @@ def mistakes_in_kubernetes_object(manifest: dict[str, Any]) -> Iterator[str]:
         yield error.message
 
 
-def mistakes_in_jobset(jobset: dict[str, Any]) -> Iterator[str]:
-    """Mistakes of the JobSet itself; if it has none, those of its Jobs."""
-    schema = json.loads(JOBSET_SCHEMA.read_text())
-    errors = list(jsonschema.Draft202012Validator(schema).iter_errors(jobset))
-    yield from (f"{_dotted(error.absolute_path)}: {error.message}" for error in errors)
-    if errors:
+def mistakes_in_outer_part(manifest: dict[str, Any]) -> list[str]:
+    """Mistakes by the schema of its kind."""
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMAS[manifest["kind"]].read_text()))
+    return [f"{_dotted(error.absolute_path)}: {error.message}" for error in validator.iter_errors(manifest)]
+
+
+def mistakes_in_training_runtime(runtime: dict[str, Any]) -> Iterator[str]:
+    """Mistakes of the runtime itself; if it has none, those of its JobSet, whose nodes the TrainJob counts."""
+    if mistakes := mistakes_in_outer_part(runtime):
+        yield from mistakes
+        return
+    spec = runtime["spec"]["template"]["spec"]
+    jobset = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": runtime["metadata"], "spec": spec}
+    yield from mistakes_in_jobset(jobset, is_counted=False)
+
+
+def mistakes_in_pytorch_job(job: dict[str, Any]) -> Iterator[str]:
+    """Mistakes of the PyTorchJob itself; if it has none, those of its pods."""
+    if mistakes := mistakes_in_outer_part(job):
+        yield from mistakes
+        return
+    for name, replicas in job["spec"]["pytorchReplicaSpecs"].items():
+        where = f"spec.pytorchReplicaSpecs.{name}.template"
+        template = replicas["template"]
+        pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        pod["metadata"] = {**template.get("metadata", {}), "name": job["metadata"]["name"]}
+        yield from (f"{where}: {mistake}" for mistake in mistakes_in_kubernetes_object(pod))
+        # The operator looks for it by name.
+        if [container["name"] for container in template["spec"]["containers"]] != ["pytorch"]:
+            yield f"{where}: spec.containers: must be one container with the name pytorch"
+
+
+def mistakes_in_jobset(jobset: dict[str, Any], *, is_counted: bool = True) -> Iterator[str]:
+    """Mistakes of the JobSet itself; if it has none, those of its Jobs.
+
+    `is_counted`: whether it says how many nodes there are, which that of a runtime does not.
+    """
+    if mistakes := mistakes_in_outer_part(jobset):
+        yield from mistakes
         return
     for index, replicated_job in enumerate(jobset["spec"]["replicatedJobs"]):
         where = f"spec.replicatedJobs.{index}.template"
         template = replicated_job["template"]
         # The JobSet's own metadata has Kubernetes' form too, so it is checked on the way.
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": jobset["metadata"], **template}
-        mistakes = list(mistakes_in_kubernetes_object(job)) or list(disagreements(jobset, replicated_job))
+        mistakes = list(mistakes_in_kubernetes_object(job))
+        if is_counted and not mistakes:
+            mistakes = list(disagreements(jobset, replicated_job))
         yield from (f"{where}: {mistake}" for mistake in mistakes)
     yield from unmatched_rules(jobset["spec"])
 
@@ -109,6 +157,14 @@ def disagreements(jobset: dict[str, Any], replicated_job: dict[str, Any]) -> Ite
 
 def _dotted(path: Any) -> str:
     return ".".join(str(part) for part in path) or "(top)"
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
+    "JobSet": mistakes_in_jobset,
+    "TrainJob": lambda manifest: iter(mistakes_in_outer_part(manifest)),
+    "TrainingRuntime": mistakes_in_training_runtime,
+    "PyTorchJob": mistakes_in_pytorch_job,
+}
 
 
 def main(arguments: list[str]) -> int:

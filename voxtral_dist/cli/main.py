@@ -20,6 +20,7 @@ from voxtral_dist.cli.doctor import add_doctor
 from voxtral_dist.cli.evaluate import add_evaluate
 from voxtral_dist.cli.export import add_export
 from voxtral_dist.cli.init import add_init
+from voxtral_dist.cli.launch import add_launch
 from voxtral_dist.cli.plan import add_plan
 from voxtral_dist.cli.recipes import add_recipes
 from voxtral_dist.cli.report import add_report
@@ -136,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config(commands)
     add_recipes(commands)
     add_init(commands)
+    add_launch(commands)
     add_tiny(commands)
     add_doctor(commands)
     return parser

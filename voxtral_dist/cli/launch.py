@@ -1,0 +1,211 @@
+"""`voxtral-dist launch`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from voxtral_dist.cli.arguments import Commands, add_run_config, positive, positive_number
+from voxtral_dist.config import RunConfig, load_config
+from voxtral_dist.config.builtin import recipe_or_file
+from voxtral_dist.errors import UserError
+from voxtral_dist.output.console import say
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+_DOCUMENTED = "docs/deploy.md says what to expect of it."
+
+
+def add_launch(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "launch",
+        help="print what starts a run on many machines: Kubernetes manifests, a batch script, and their like",
+        description="Print what starts a run on many machines. Nothing is started.",
+    )
+    targets = parser.add_subparsers(required=True, metavar="TARGET", dest="target")
+    _add_kubernetes(targets)
+    _add_claims(targets)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add_run_config(parser, "run_dir=/runs/first")
+    parser.add_argument("--name", default="voxtral", help="name of the job (default: %(default)s)")
+    parser.add_argument("--nodes", type=positive, required=True, metavar="N", help="nodes of the run")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs of a node, each with a rank")
+
+
+def _add_save_seconds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--save-seconds",
+        type=positive_number,
+        metavar="SECONDS",
+        help="time of a save, which decides how long a stopped run may take (default: as measured in the metrics.jsonl "
+        "of the run, if it can be read here; else 14 bytes for each trained parameter at 1 GB/s)",
+    )
+
+
+def _grace_seconds(parsed: argparse.Namespace, config: RunConfig) -> int:
+    from voxtral_dist.launching.run_facts import grace_seconds, save_seconds
+
+    seconds = parsed.save_seconds
+    if seconds is None:
+        seconds, source = save_seconds(config)
+        say(f"A save takes {seconds:.0f} s ({source}).", to_errors=True)
+    return grace_seconds(seconds, uploads=config.checkpoint.upload is not None)
+
+
+def _given(parsed: argparse.Namespace, settings: type[BaseModel]) -> dict[str, Any]:
+    """The options that were given, by the fields of their settings."""
+    return {name: value for name in settings.model_fields if (value := getattr(parsed, name, None)) is not None}
+
+
+def _sentence(error: ValidationError) -> str:
+    """What is wrong with an option, in the words of a `UserError`."""
+    parts = []
+    for detail in error.errors():
+        option = "--" + str(detail["loc"][0]).replace("_", "-") if detail["loc"] else ""
+        message = detail["msg"].removeprefix("Value error, ")
+        parts.append(f"`{option}` {message}, but is {detail['input']!r} instead" if option else message)
+    return "; ".join(parts) + "."
+
+
+def _add_kubernetes(targets: Commands[argparse.ArgumentParser]) -> None:
+    from voxtral_dist.launching.kubernetes.settings import Kind, KubernetesSettings, Network
+
+    parser = targets.add_parser(
+        "kubernetes",
+        help="manifests of a JobSet, TrainJob, PyTorchJob or Indexed Job",
+        description=f"Print manifests for `kubectl apply --filename -`. {_DOCUMENTED}",
+        epilog="example: voxtral-dist launch kubernetes --config run.yaml --nodes 4 --gpus 8 --image IMAGE > job.yaml",
+    )
+    _add_run(parser)
+    _add_save_seconds(parser)
+    parser.add_argument(
+        "--image", required=True, help="image of docker/Dockerfile in a registry that the cluster reads"
+    )
+    parser.add_argument(
+        "--kind", choices=get_args(Kind), default="jobset", help="what runs the pods (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--network",
+        choices=get_args(Network),
+        default="tcp",
+        help="between nodes: rdma (InfiniBand, RoCE) and efa (AWS) ask for devices and IPC_LOCK (default: %(default)s)",
+    )
+    defaults = {name: field.default for name, field in KubernetesSettings.model_fields.items()}
+    for option, metavar, meaning in (
+        ("--namespace", "NAME", "namespace of all objects (default: that of kubectl)"),
+        ("--rdma-resource", "NAME", "with --network rdma: resource of the cluster's device plugin"),
+        ("--rdma-devices", "N", "RDMA or EFA devices of a pod (default: 1, or 32 with --network efa)"),
+        ("--socket-interface", "NAME", "network interface over which ranks meet"),
+        ("--cpus", "N", "CPU cores of a pod"),
+        ("--memory", "SIZE", "memory of a pod, shared memory included"),
+        ("--shared-memory", "SIZE", "size of /dev/shm"),
+        ("--ephemeral-storage", "SIZE", "limit of what a pod writes to its node's disk (default: none)"),
+        ("--hub-size", "SIZE", "size of the folder for downloaded weights"),
+        ("--config-map", "NAME", "existing ConfigMap with the key config.yaml (default: one is made of --config)"),
+        ("--data-claim", "NAME", "claim with the shards, mounted at /data, if they are no URLs (default: NAME-data)"),
+        ("--runs-claim", "NAME", "claim of the runs, mounted at /runs (default: NAME-runs)"),
+        ("--service-account", "NAME", "service account of the pods, for object storage by workload identity"),
+        ("--secret", "NAME", "secret whose keys become variables, such as AWS_ACCESS_KEY_ID"),
+        ("--node-cache", "PATH", "folder of the nodes' own disks for storage.cache_dir (default: lives with its pod)"),
+        ("--priority-class", "NAME", "priority class of the pods"),
+        ("--queue", "NAME", "local queue of Kueue, which admits all pods together"),
+        ("--topology", "LABEL", "label of nodes that names their rack or block: all pods prefer the same one"),
+        ("--ttl-seconds", "N", "delete the finished job after this time (default: never)"),
+        ("--deadline-seconds", "N", "end the job after this time; of a JobSet, each attempt (default: none)"),
+        ("--max-restarts", "N", "failures that are followed by a restart, not counting exit code 75"),
+        ("--user", "N", "user and group of the container; 0 where the nodes limit locked memory of others"),
+    ):
+        default = defaults[option[2:].replace("-", "_")]
+        shown = "" if default is None else f" (default: {default})"
+        parser.add_argument(option, metavar=metavar, help=meaning + shown)
+    parser.add_argument(
+        "--topology-required", action="store_true", help="start only where all pods are in one domain of --topology"
+    )
+    parser.set_defaults(run=_kubernetes)
+
+
+def _kubernetes(parsed: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from voxtral_dist.launching.kubernetes.manifests import manifests, text_of
+    from voxtral_dist.launching.kubernetes.settings import KubernetesSettings
+    from voxtral_dist.launching.run_facts import RunFacts, own_deepspeed_file
+
+    config = load_config(parsed.config, parsed.set)
+    given = _given(parsed, KubernetesSettings)
+    # A mistake in an option is said before the model is sized.
+    try:
+        KubernetesSettings.model_validate(given | {"grace_seconds": 1})
+        settings = KubernetesSettings.model_validate(given | {"grace_seconds": _grace_seconds(parsed, config)})
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from error
+    files = {"config.yaml": recipe_or_file(parsed.config).read_text(encoding="utf-8")}
+    overrides = list(parsed.set)
+    own = own_deepspeed_file(config)
+    if own is not None and settings.config_map is None:
+        files["deepspeed.json"] = _read(own)
+        overrides.append("engine.deepspeed=/config/deepspeed.json")
+    objects = manifests(settings, RunFacts.of(config), files, tuple(overrides))
+    say(text_of(objects, _heading(parsed)), end="")
+    return 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"`engine.deepspeed`: {path} cannot be read: {error.strerror}.") from error
+
+
+def _add_claims(targets: Commands[argparse.ArgumentParser]) -> None:
+    parser = targets.add_parser(
+        "claims",
+        help="claims of the volumes that `launch kubernetes` mounts",
+        description="Print claims of volumes that all nodes mount at once, for `kubectl apply --filename -`. The "
+        "storage class must offer ReadWriteMany: NFS, Lustre, CephFS or a cloud's file store; block volumes don't.",
+    )
+    for option, metavar, meaning in (
+        ("--name", "NAME", "prefix of the claims' names (default: voxtral)"),
+        ("--namespace", "NAME", "namespace of the claims (default: that of kubectl)"),
+        ("--data-size", "SIZE", "size of NAME-data, for shards that are no URLs (default: no such claim)"),
+        ("--runs-size", "SIZE", "size of NAME-runs: several checkpoints of each run (default: 1Ti)"),
+        ("--storage-class", "NAME", "storage class (default: the cluster's)"),
+    ):
+        parser.add_argument(option, metavar=metavar, help=meaning)
+    parser.set_defaults(run=_claims)
+
+
+def _claims(parsed: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from voxtral_dist.launching.kubernetes.manifests import claims, text_of
+    from voxtral_dist.launching.kubernetes.settings import ClaimSettings
+
+    given = _given(parsed, ClaimSettings)
+    try:
+        settings = ClaimSettings.model_validate(given)
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from error
+    say(
+        text_of(claims(settings), "Volumes that all nodes mount at once, written by `voxtral-dist launch claims`."),
+        end="",
+    )
+    return 0
+
+
+def _heading(parsed: argparse.Namespace) -> str:
+    needs = {
+        "jobset": "Needs JobSet 0.10 or newer (jobset.sigs.k8s.io) in the cluster.",
+        "trainjob": "Needs Kubeflow Trainer 2.3 or newer in the cluster.",
+        "pytorchjob": "Needs Kubeflow Training Operator 1.9 in the cluster.",
+        "indexed-job": "Needs Kubernetes 1.31 or newer.",
+    }[parsed.kind]
+    return (
+        f"A run on {parsed.nodes} nodes of {parsed.gpus} GPUs, written by `voxtral-dist launch kubernetes`.\n"
+        f"{needs} Rerun that command to change it."
+    )

@@ -1,0 +1,1 @@
+"""Files that start a run on many machines: manifests for Kubernetes, batch scripts for Slurm, and their like."""
