@@ -217,7 +217,7 @@ def test_an_interrupted_merge_is_finished_by_another(tmp_path, manifest, merged,
     (out / ".part-1-of-8" / ".packing.jsonl").unlink()
     with pytest.raises(UserError, match="holds a complete shard set already"):
         pack_part(manifest, out, CorpusPart(2, NUM_PARTS))
-    assert merge(out)[out].num_utterances == len(read_index([str(merged)]))
+    assert merge(out)[str(out)].num_utterances == len(read_index([str(merged)]))
     assert contents_of(out) == contents_of(merged)
     with pytest.raises(UserError, match=r"holds no parts: .* is a complete shard set already"):
         merge(out)
@@ -227,7 +227,7 @@ def test_parts_may_be_empty_but_not_all(tmp_path, manifest):
     rows = [json.loads(line) for line in manifest.open(encoding="utf-8")]
     few = write_lines(manifest.parent / "few.jsonl", [rows[0], rows[1], rows[9]])
     pack_parts(few, tmp_path / "set", 5)
-    assert merge(tmp_path / "set")[tmp_path / "set"].num_utterances == 1
+    assert merge(tmp_path / "set")[str(tmp_path / "set")].num_utterances == 1
     assert (tmp_path / "set" / "skipped.jsonl").read_bytes().count(b"\n") == 2
     bad = write_lines(manifest.parent / "bad.jsonl", [rows[0], rows[9]])
     pack_parts(bad, tmp_path / "bad", 2)
@@ -287,7 +287,11 @@ def test_a_damaged_part_is_named_and_packed_again_by_overwrite(tmp_path, manifes
     [
         ("same", {"rules": PackRules("flac")}, r"part 3/4 was packed with `encode` 'flac' instead of None in 1/4"),
         ("same", {"shard_bytes": 5}, r"part 3/4 was packed with `shard_bytes` 5 instead of 100000"),
-        ("changed", {}, r"part 3/4 was packed from the same place with other contents"),
+        (
+            "changed",
+            {},
+            r"part 3/4 was packed from the same place with other contents .*again by --overwrite, by the same",
+        ),
     ],
 )
 def test_a_part_of_another_corpus_or_with_other_options_is_refused(tmp_path, manifest, source, options, sentence):

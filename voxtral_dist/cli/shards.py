@@ -41,7 +41,9 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
         help="a manifest of JSON or a table, a folder of audio with texts, a set of Kaldi, Lhotse, NeMo, LJSpeech, "
         "YODAS or Hugging Face (a folder or hf:NAME), or other tars (a folder, glob, brace range or URL)",
     )
-    pack.add_argument("out", type=Path, help="folder for the shards; rerun an interrupted command to resume it")
+    pack.add_argument(
+        "out", type=_out, help="folder for the shards, or its URL; rerun an interrupted command to resume it"
+    )
     pack.add_argument("--format", choices=FORMATS, help="format of the corpus (default: guessed from its name)")
     pack.add_argument("--encode", choices=["flac"], help="store 16 kHz mono FLAC (default: copy the audio unchanged)")
     pack.add_argument("--name", help="name of the shards, NAME-000000.tar (default: that of the folder)")
@@ -85,7 +87,7 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_merge(actions: Commands[argparse.ArgumentParser]) -> None:
     merge = actions.add_parser("merge", help="make one set of the parts that several machines packed")
-    merge.add_argument("out", type=Path, help="folder into which `shards pack --part` packed")
+    merge.add_argument("out", type=_out, help="folder or URL into which `shards pack --part` packed")
     merge.set_defaults(run=_merge)
 
 
@@ -217,6 +219,12 @@ def _merge(parsed: argparse.Namespace) -> int:
     from voxtral_dist.shards.actions import merge_shards
 
     return merge_shards(parsed.out)
+
+
+def _out(text: str) -> Path | str:
+    from voxtral_dist.data.stored.storage import is_remote
+
+    return text if is_remote(text) else Path(text)
 
 
 def _part(text: str) -> CorpusPart:

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
-from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.data.stored.storage import Storage, join
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import one_line, say
+from voxtral_dist.output.masking import masked
 from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.shards.corpus.corpus import Corpus, open_corpus
 from voxtral_dist.shards.corpus.held_out import HeldOut, divide
@@ -48,51 +49,61 @@ class InterruptedPackingError(UserError):
 
 def pack_shards(
     source: str,
-    out_dir: Path,
+    out: Path | str,
     corpus_options: CorpusOptions,
     options: PackOptions,
     held_out: HeldOut | None = None,
     overwrite: bool = False,
 ) -> int:
-    """`shards pack`: write a corpus as shards into a folder; print what they hold and what was skipped.
+    """`shards pack`: write a corpus as shards into a folder or to a URL; print what they hold and what was skipped.
 
     What is held out goes into `dev` of the folder, the rest into `train`.
     """
-    corpus = open_corpus(source, corpus_options)
     part = options.part
+    if isinstance(out, str) and overwrite:
+        raise UserError(
+            "`--overwrite` removes sets in folders only: remove that at the URL yourself, or choose another."
+        )
+    if isinstance(out, str) and held_out is not None and part is None:
+        raise UserError("`--dev` writes to a URL in parts only: pass `--part 1/1` too, and `shards merge` then.")
+    corpus = open_corpus(source, corpus_options)
     num_lines = count_lines(corpus) if part is not None else 0
     if held_out is None:
-        _pack_part(corpus if part is None else part_of(corpus, part, num_lines), out_dir, options, overwrite)
+        _pack_part(corpus if part is None else part_of(corpus, part, num_lines), out, options, overwrite)
         return 0
     division = divide(corpus, held_out)
     say(division.sentence)
     if part is not None:
         for name, side in (("train", division.train), ("dev", division.dev)):
-            _pack_part(part_of(side, part, num_lines), out_dir / name, options, overwrite)
+            folder = join(out, name) if isinstance(out, str) else out / name
+            _pack_part(part_of(side, part, num_lines), folder, options, overwrite)
         return 0
-    pack_parts(division, out_dir, options, overwrite, lambda part, out: _pack_part(part, out, options, overwrite))
+    assert isinstance(out, Path)
+    pack_parts(division, out, options, overwrite, lambda side, folder: _pack_part(side, folder, options, overwrite))
     return 0
 
 
-def _pack_part(corpus: Corpus, out_dir: Path, options: PackOptions, overwrite: bool) -> None:
-    if overwrite:
-        remove_set(out_dir, corpus.identity.get("tars", ()), options.part)
+def _pack_part(corpus: Corpus, out: Path | str, options: PackOptions, overwrite: bool) -> None:
+    if overwrite and isinstance(out, Path):
+        remove_set(out, corpus.identity.get("tars", ()), options.part)
     part = "" if options.part is None else f" part {options.part}"
     try:
-        with _progress(f"pack {out_dir.name}{part}", corpus.num_lines) as display:
-            summary = pack(corpus, out_dir, options, lambda at: display.show(at.num_lines, f"{at.num_skipped} skipped"))
+        with _progress(f"pack {masked(str(out))}{part}", corpus.num_lines) as display:
+            summary = pack(corpus, out, options, lambda at: display.show(at.num_lines, f"{at.num_skipped} skipped"))
     except KeyboardInterrupt as error:
-        finished = count_finished_shards(out_dir, options.part)
-        raise InterruptedPackingError(
-            f"Interrupted: {finished} shards are finished in {out_dir}. Rerun the same command to resume."
-        ) from error
-    say("\n".join(map(one_line, [f"{out_dir}{part}:", *summary.lines()])))
+        finished = (
+            f"{count_finished_shards(out, options.part)} shards are finished in {out}"
+            if isinstance(out, Path)
+            else f"the shards finished so far are in {masked(out)}"
+        )
+        raise InterruptedPackingError(f"Interrupted: {finished}. Rerun the same command to resume.") from error
+    say("\n".join(map(one_line, [f"{masked(str(out))}{part}:", *summary.lines()])))
     _warn_of_unknown_languages(summary)
 
 
-def merge_shards(out_dir: Path) -> int:
+def merge_shards(out: Path | str) -> int:
     """`shards merge`: make one set of the parts in a folder; print what it holds and what was skipped."""
-    for folder, summary in merge(out_dir).items():
+    for folder, summary in merge(out).items():
         say("\n".join(map(one_line, [f"{folder}:", *summary.lines()])))
     return 0
 

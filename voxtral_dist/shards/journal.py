@@ -18,6 +18,7 @@ from voxtral_dist.data.stored.shard_set import RECORD, Records, Shard
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.parts import CorpusPart
 from voxtral_dist.shards.corpus.utterances import Refusal
+from voxtral_dist.shards.remote_set import RemoteSet
 from voxtral_dist.shards.skipped import SKIPPED_FILE, Skipped, read_skipped, write_refusal
 from voxtral_dist.text.json_text import parse_json
 
@@ -34,17 +35,29 @@ class PackingJournal:
     far. is_complete: whether all lines of a part are packed.
 
     The files of a part are in `.part-NUMBER-of-COUNT` of the folder, because other machines pack into the same one.
+    With `remote`, the folder is a temporary one of this machine: shards are moved to the URL, the journal is copied.
 
     Raises:
         UserError: the folder holds an unfinished set of another corpus or other options, or another process packs into
             it.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], part: CorpusPart | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        part: CorpusPart | None = None,
+        remote: RemoteSet | None = None,
+    ) -> None:
         self._folder = folder
         self._part = part
+        self._remote = remote
+        self._where = remote or folder
         self._state = state_folder(folder, part)
         self._state.mkdir(exist_ok=True)
+        self._paths = [self._state / name for name in (JOURNAL_FILE, RECORDS_FILE, SKIPPED_FILE)]
+        if remote is not None:
+            remote.restore(self._paths)
         self.is_complete = False
         self.shards: list[Shard] = []
         self.languages: list[str] = []
@@ -67,6 +80,8 @@ class PackingJournal:
         self._records.write(records.tobytes())
         _sync(self._records)
         _sync(self._skipped)
+        if self._remote is not None:
+            self._remote.move_shard(Path(shard.location))
         self._enter({"shard": asdict(replace(shard, location=shard.name))}, num_lines, languages)
         self.shards.append(shard)
 
@@ -75,6 +90,8 @@ class PackingJournal:
         _sync(self._skipped)
         records = np.memmap(self._state / RECORDS_FILE, dtype=RECORD, mode="r")
         write_index(self._folder, self.shards, records, list(languages), layout)
+        if self._remote is not None:
+            self._remote.publish(self._folder)
         self.discard()
 
     def complete_part(self, num_lines: int, languages: Sequence[str], layout: UtteranceLayout) -> None:
@@ -91,6 +108,8 @@ class PackingJournal:
         (self._state / JOURNAL_FILE).unlink()
         if self._part is not None:
             self._state.rmdir()
+        if self._remote is not None:
+            self._remote.discard()
 
     def skipped(self) -> Skipped:
         """What was skipped so far."""
@@ -101,6 +120,8 @@ class PackingJournal:
         state = {"num_lines": num_lines, "languages": list(languages)}
         sizes = {"record_bytes": self._records.tell(), "skipped_bytes": self._skipped.tell()}
         _append(self._journal, row | state | sizes)
+        if self._remote is not None:
+            self._remote.save(self._paths)
 
     def close(self) -> None:
         """Close the files, and release the lock."""
@@ -125,7 +146,7 @@ class PackingJournal:
             raise self._damaged()
         elif lines[0] != json.loads(json.dumps(identity)):
             raise UserError(
-                f"The folder {self._folder} holds an unfinished set that was packed {differences(lines[0], identity)}"
+                f"The folder {self._where} holds an unfinished set that was packed {differences(lines[0], identity)}"
                 ": rerun that command, choose another folder, or remove this one first."
             )
         try:
@@ -135,14 +156,15 @@ class PackingJournal:
 
     def _damaged(self) -> UserError:
         return UserError(
-            f"The journal of the unfinished set in {self._folder} is damaged: remove the folder, and pack again."
+            f"The journal of the unfinished set in {self._where} is damaged: remove the folder, and pack again."
         )
 
     def _resume(self, finished: list[dict[str, Any]]) -> None:
         self.is_complete = bool(finished) and "layout" in finished[-1]
+        sizes = self._remote.sizes() if self._remote is not None and finished else None
         for line in finished[: -1 if self.is_complete else None]:
             shard = Shard(**(line["shard"] | {"location": str(self._folder / line["shard"]["location"])}))
-            _check_shard(shard)
+            _check_shard(shard, sizes, self._where)
             self.shards.append(shard)
         start: dict[str, Any] = {"num_lines": 0, "languages": [], "record_bytes": 0, "skipped_bytes": 0}
         last = finished[-1] if finished else start
@@ -225,10 +247,11 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _check_shard(shard: Shard) -> None:
+def _check_shard(shard: Shard, sizes: dict[str, int] | None, where: Path | RemoteSet) -> None:
     path = Path(shard.location)
-    if not path.is_file() or path.stat().st_size != shard.num_bytes:
-        raise UserError(f"The unfinished set in {path.parent} lacks its shard {path.name}: remove the folder first.")
+    size = (path.stat().st_size if path.is_file() else None) if sizes is None else sizes.get(shard.name)
+    if size != shard.num_bytes:
+        raise UserError(f"The unfinished set in {where} lacks its shard {shard.name}: remove the folder first.")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -7,15 +7,19 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.index_files import SHARD_TABLE_FILE, write_index
 from voxtral_dist.data.stored.shard_set import RECORD, language_numbers
+from voxtral_dist.data.stored.storage import join
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.journal import JOURNAL_FILE, RECORDS_FILE, state_folder
-from voxtral_dist.shards.packed_parts import FinishedPart, comparable, parts_in, read_parts
+from voxtral_dist.shards.packed_parts import FinishedPart, comparable, parts_in, parts_named, read_parts
+from voxtral_dist.shards.remote_set import RemoteSet, storage_errors_named
 from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped
 from voxtral_dist.shards.summary import SetSummary, summarize
 from voxtral_dist.text.json_text import parse_json
@@ -26,18 +30,22 @@ _DIVIDED = ("train", "dev")
 _SIDE = "part"
 
 
-def merge(out_dir: Path) -> dict[Path, SetSummary]:
+def merge(out: Path | str) -> dict[str, SetSummary]:
     """Make a shard set of the parts in a folder, or in its folders `train` and `dev`.
 
     Tars stay where they are. The index is that of one machine which ends a shard at the end of each part. A merge that
     was interrupted is finished by another call.
 
     Returns:
-        The summary of each set by its folder.
+        The summary of each set by its folder or URL.
 
     Raises:
         UserError: there are no parts, or some are missing, unfinished, damaged, or do not belong together.
     """
+    if isinstance(out, str):
+        with storage_errors_named(out):
+            return _merge_remote(out.rstrip("/"))
+    out_dir = out
     folders = [out_dir] if parts_in(out_dir) else [out_dir / side for side in _DIVIDED if parts_in(out_dir / side)]
     if not folders:
         complete = " It is a complete shard set already." if (out_dir / SHARD_TABLE_FILE).exists() else ""
@@ -50,18 +58,68 @@ def merge(out_dir: Path) -> dict[Path, SetSummary]:
         _write_set(folder, of_folder)
     for folder in folders:
         _remove_states(folder)
-    return {folder: summarize(read_index([str(folder)]), read_skipped(folder / SKIPPED_FILE)) for folder in folders}
+    return {str(folder): _summary(str(folder), folder) for folder in folders}
+
+
+def _merge_remote(url: str) -> dict[str, SetSummary]:
+    sets = [RemoteSet(url)] if parts_named(RemoteSet(url).folders()) else []
+    sets = sets or [one for side in _DIVIDED if parts_named((one := RemoteSet(join(url, side))).folders())]
+    if not sets:
+        raise UserError(f"The folder {masked(url)} holds no parts: pack them by `shards pack --part`.")
+    with TemporaryDirectory(prefix="voxtral-dist-") as temporary:
+        folders = {one: Path(temporary) / one.url.rpartition("/")[2] for one in sets}
+        parts = {}
+        for one, folder in folders.items():
+            sizes = one.sizes()
+            _restore_states(one, folder)
+            if SHARD_TABLE_FILE not in sizes:
+                parts[one] = read_parts(folder, sizes, str(one))
+        if len(sets) < len(_DIVIDED) and sets[0].url != url:
+            missing = next(side for side in _DIVIDED if join(url, side) != sets[0].url)
+            if SHARD_TABLE_FILE not in RemoteSet(join(url, missing)).sizes():
+                raise _no_side(masked(join(url, missing)))
+        _refuse_other_divisions(list(map(str, parts)), list(parts.values()))
+        for one, of_set in parts.items():
+            _write_set(folders[one], of_set)
+            one.publish(folders[one])
+        summaries = {}
+        for one, folder in folders.items():
+            for part in parts_named(one.folders()):
+                RemoteSet(one.url, part).discard()
+            one.fetch_skipped(folder)
+            summaries[str(one)] = _summary(one.url, folder)
+        return summaries
+
+
+def _restore_states(remote: RemoteSet, folder: Path) -> None:
+    """Write the journals of all parts as one machine has them."""
+    for part in parts_named(remote.folders()):
+        state = state_folder(folder, part)
+        state.mkdir(parents=True)
+        RemoteSet(remote.url, part).restore([state / name for name in (JOURNAL_FILE, RECORDS_FILE, SKIPPED_FILE)])
+
+
+def _summary(location: str, folder: Path) -> SetSummary:
+    return summarize(read_index([location]), read_skipped(folder / SKIPPED_FILE))
 
 
 def _check_division(out_dir: Path, parts: dict[Path, list[FinishedPart]]) -> None:
     """Check that a training and a development set are both there, and divide one corpus."""
     for side in _DIVIDED:
         if out_dir / side not in parts and not (out_dir / side / SHARD_TABLE_FILE).exists():
-            raise UserError(f"The folder {out_dir / side} holds no parts: rerun the commands that pack with --dev.")
-    identities = {json.dumps(comparable(of_folder[0].identity, _SIDE, "name")) for of_folder in parts.values()}
+            raise _no_side(str(out_dir / side))
+    _refuse_other_divisions(list(map(str, parts)), list(parts.values()))
+
+
+def _no_side(folder: str) -> UserError:
+    return UserError(f"The folder {folder} holds no parts: rerun the commands that pack with --dev.")
+
+
+def _refuse_other_divisions(folders: Sequence[str], parts: Sequence[Sequence[FinishedPart]]) -> None:
+    identities = {json.dumps(comparable(of_folder[0].identity, _SIDE, "name")) for of_folder in parts}
     if len(identities) > 1:
         raise UserError(
-            f"The parts in {' and in '.join(map(str, parts))} divide different corpora, or by other options: pack one "
+            f"The parts in {' and in '.join(folders)} divide different corpora, or by other options: pack one "
             "of them again."
         )
 
@@ -71,7 +129,7 @@ def _write_set(folder: Path, parts: Sequence[FinishedPart]) -> None:
     if not shards:
         reasons = [reason for part in parts for reason in read_skipped(part.skipped).first_reasons]
         first = f" (the first was skipped: {reasons[0]})" if reasons else ""
-        raise UserError(f"The parts in {folder} are all empty: no utterance of the corpus is usable{first}.")
+        raise UserError(f"The parts in {parts[0].where} are all empty: no utterance of the corpus is usable{first}.")
     records = folder / _RECORDS_FILE
     try:
         languages = _write_records(records, parts)

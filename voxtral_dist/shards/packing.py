@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
 import numpy as np
@@ -25,10 +26,11 @@ from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.corpus.corpus import Corpus
 from voxtral_dist.shards.corpus.parts import CorpusPart
 from voxtral_dist.shards.cut_audio import CutAudio
-from voxtral_dist.shards.journal import PackingJournal, finish_complete_packing
+from voxtral_dist.shards.journal import JOURNAL_FILE, PackingJournal, finish_complete_packing
 from voxtral_dist.shards.measures import UtteranceSpan, index_record
-from voxtral_dist.shards.packed_parts import PART_NUMBER, read_part, refuse_other_parts
+from voxtral_dist.shards.packed_parts import PART_NUMBER, parts_in, parts_named, read_part, refuse_other_parts
 from voxtral_dist.shards.packed_utterance import PackedUtterance, PackRules, pack_line
+from voxtral_dist.shards.remote_set import RemoteSet, storage_errors_named
 from voxtral_dist.shards.skipped import SKIPPED_FILE, read_skipped
 from voxtral_dist.shards.summary import SetSummary, summarize
 from voxtral_dist.shards.tars.writing import tar_end
@@ -68,18 +70,55 @@ class PackProgress:
 
 
 def pack(
-    corpus: Corpus, out_dir: Path, options: PackOptions, on_progress: Callable[[PackProgress], None] = lambda _: None
+    corpus: Corpus, out: Path | str, options: PackOptions, on_progress: Callable[[PackProgress], None] = lambda _: None
 ) -> SetSummary:
     """Write the utterances of a corpus as shards of about `shard_bytes` each, and their index.
 
     Every utterance is decoded, so the index has its true duration. Equal corpora give equal bytes, whatever the number
     of workers. A call that was interrupted is resumed after its last finished shard.
 
-    A part gets no index, which `merge` writes for all parts, and may be empty.
+    A part gets no index, which `merge` writes for all parts, and may be empty. A URL gets each shard when it is
+    finished, so this machine needs disk space for one, and any machine can resume.
 
     Raises:
         UserError: the folder holds another set, all utterances are unusable, or one is and `skip_bad` is False.
     """
+    if isinstance(out, Path):
+        return _pack_folder(corpus, out, options, on_progress)
+    with TemporaryDirectory(prefix="voxtral-dist-") as folder, storage_errors_named(out):
+        staging = Path(folder) / Path(out.rstrip("/")).name
+        staging.mkdir()
+        return _pack_remote(corpus, RemoteSet(out, options.part), staging, options, on_progress)
+
+
+def _pack_remote(
+    corpus: Corpus,
+    remote: RemoteSet,
+    staging: Path,
+    options: PackOptions,
+    on_progress: Callable[[PackProgress], None],
+) -> SetSummary:
+    identity = _identity(corpus, staging, options)
+    if SHARD_TABLE_FILE in remote.sizes():
+        if options.part is not None or remote.identity() != identity:
+            raise UserError(f"The folder {remote} holds a complete shard set already: choose another.")
+        remote.discard()
+        remote.fetch_skipped(staging)
+    else:
+        plain = RemoteSet(remote.url)
+        refuse_other_parts(remote, parts_named(remote.folders()), options.part, plain.has_entries())
+        journal = PackingJournal(staging, identity, options.part, remote)
+        with closing(journal):
+            if not journal.is_complete:
+                _pack_into(journal, corpus, staging, options, on_progress, remote)
+    if options.part is not None:
+        return read_part(staging, options.part, remote.sizes(), str(remote)).summary
+    return summarize(read_index([remote.url]), read_skipped(staging / SKIPPED_FILE))
+
+
+def _pack_folder(
+    corpus: Corpus, out_dir: Path, options: PackOptions, on_progress: Callable[[PackProgress], None]
+) -> SetSummary:
     identity = _identity(corpus, out_dir, options)
     if (out_dir / SHARD_TABLE_FILE).exists():
         if options.part is not None or not finish_complete_packing(out_dir, identity):
@@ -87,7 +126,7 @@ def pack(
                 f"The folder {out_dir} holds a complete shard set already: choose another, or pass --overwrite."
             )
         return _summary(out_dir)
-    refuse_other_parts(out_dir, options.part)
+    refuse_other_parts(out_dir, parts_in(out_dir), options.part, (out_dir / JOURNAL_FILE).exists())
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         journal = PackingJournal(out_dir, identity, options.part)
@@ -139,13 +178,14 @@ def _pack_into(
     out_dir: Path,
     options: PackOptions,
     on_progress: Callable[[PackProgress], None],
+    remote: RemoteSet | None = None,
 ) -> None:
     part, name = options.part, _name(out_dir, options)
     writer = _ShardWriter(journal, out_dir, name if part is None else f"{name}-{part.name}", options.shard_bytes)
     try:
         _pack_lines(journal, corpus, writer, options, on_progress)
         if not writer.has_utterances and part is None:
-            raise UserError(_nothing_packed(journal, out_dir))
+            raise UserError(_nothing_packed(journal, remote or out_dir))
         writer.finish_shard()
         instruction = Field("json", "instruction") if corpus.instruction is not None else None
         layout = UtteranceLayout(instruction=instruction)
@@ -188,7 +228,7 @@ def _pack_lines(
     cut_audio.log_rest()
 
 
-def _nothing_packed(journal: PackingJournal, out_dir: Path) -> str:
+def _nothing_packed(journal: PackingJournal, out_dir: Path | RemoteSet) -> str:
     skipped = journal.skipped()
     first = f" ({skipped.count} skipped, the first: {skipped.first_reasons[0]})" if skipped.count else ""
     return f"Nothing was packed into {out_dir}: no utterance of the corpus is usable{first}."
