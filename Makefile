@@ -60,7 +60,7 @@ lint: install ## Check style, types, layers, recipes, the image and the manifest
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile
-	$(BIN)/shellcheck docker/entrypoint benchmarks/gpu.sh
+	$(BIN)/shellcheck docker/entrypoint benchmarks/gpu.sh launch/slurm/*.sbatch
 	$(BIN)/python launch/kubernetes/validate.py
 	$(CPU_ENV) $(BIN)/voxtral-dist config check launch/recipes/*.yaml
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from voxtral_dist.cli.arguments import Commands, add_run_config, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, add_run_config, count, positive, positive_number
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.config.builtin import recipe_or_file
 from voxtral_dist.errors import UserError
@@ -28,6 +28,10 @@ def add_launch(commands: Commands[argparse.ArgumentParser]) -> None:
     targets = parser.add_subparsers(required=True, metavar="TARGET", dest="target")
     _add_kubernetes(targets)
     _add_claims(targets)
+    _add_slurm(targets)
+    _add_skypilot(targets)
+    _add_hostfile(targets)
+    _add_local(targets)
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -160,6 +164,147 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"`engine.deepspeed`: {path} cannot be read: {error.strerror}.") from error
+
+
+def _add_slurm(targets: Commands[argparse.ArgumentParser]) -> None:
+    from voxtral_dist.launching.slurm import Container
+
+    parser = targets.add_parser(
+        "slurm",
+        help="batch script for sbatch",
+        description=f"Print a script for `sbatch`, to be started where all nodes have the same files. {_DOCUMENTED}",
+        epilog="example: voxtral-dist launch slurm --config run.yaml --nodes 4 --gpus 8 --venv .venv > run.sbatch",
+    )
+    _add_run(parser)
+    _add_save_seconds(parser)
+    for option, metavar, meaning in (
+        ("--partition", "NAME", "partition (default: the cluster's)"),
+        ("--account", "NAME", "account that pays"),
+        ("--qos", "NAME", "quality of service"),
+        ("--time", "TIME", "limit of one attempt, such as 24:00:00: before it the run saves and queues itself again"),
+        ("--cpus", "N", "CPU cores of a node (default: the cluster's)"),
+        ("--socket-interface", "NAME", "network interface over which ranks meet (default: NCCL's choice)"),
+        ("--folder", "PATH", "checkout of this repository, the working directory of the run (default: .)"),
+        ("--venv", "PATH", "virtual environment that has the package (default: what the job's environment has)"),
+        ("--image", "IMAGE", "with --container: image, or file of one, of docker/Dockerfile"),
+        ("--max-restarts", "N", "failures that are followed by a restart, not counting exit code 75 (default: 20)"),
+    ):
+        parser.add_argument(option, metavar=metavar, help=meaning)
+    parser.add_argument("--container", choices=get_args(Container), help="runtime of a container, instead of --venv")
+    parser.add_argument(
+        "--mounts",
+        nargs="+",
+        metavar="FOLDER[:FOLDER]",
+        help="with --container: folders that it sees, as /lustre/runs:/runs",
+    )
+    parser.set_defaults(run=_slurm)
+
+
+def _slurm(parsed: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from voxtral_dist.launching.slurm import SlurmSettings, batch_script
+
+    config = load_config(parsed.config, parsed.set)
+    given = _given(parsed, SlurmSettings) | {"config": str(parsed.config), "overrides": tuple(parsed.set)}
+    if parsed.container is not None and parsed.config.exists():
+        folder = parsed.config.resolve().parent
+        given |= {"config": f"/config/{parsed.config.name}", "mounts": (*(parsed.mounts or ()), f"{folder}:/config")}
+    try:
+        SlurmSettings.model_validate(given | {"grace_seconds": 1})
+        settings = SlurmSettings.model_validate(given | {"grace_seconds": _grace_seconds(parsed, config)})
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from error
+    say(batch_script(settings), end="")
+    return 0
+
+
+def _add_skypilot(targets: Commands[argparse.ArgumentParser]) -> None:
+    parser = targets.add_parser(
+        "skypilot",
+        help="task for sky jobs launch",
+        description=f"Print a task for `sky jobs launch`. {_DOCUMENTED}",
+        epilog="example: voxtral-dist launch skypilot --config run.yaml --nodes 2 --gpus 8 --gpu H100 > run.yaml",
+    )
+    _add_run(parser)
+    for option, metavar, meaning in (
+        ("--gpu", "NAME", "GPU by SkyPilot's name, such as H100"),
+        ("--infra", "NAME", "cloud, region or cluster, such as aws/us-east-1 (default: the cheapest)"),
+        ("--disk-size", "GB", "disk of a node (default: 512)"),
+        ("--volume", "NAME", "volume of SkyPilot that all nodes share, mounted at /runs"),
+        ("--image", "IMAGE", "image of docker/Dockerfile (default: this checkout, installed by pip)"),
+        ("--max-restarts", "N", "failures that are followed by a restart, not counting exit code 75 (default: 20)"),
+    ):
+        parser.add_argument(option, metavar=metavar, required=option == "--gpu", help=meaning)
+    parser.add_argument("--spot", action="store_true", help="take spot instances")
+    parser.set_defaults(run=_skypilot)
+
+
+def _skypilot(parsed: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
+    from voxtral_dist.launching.skypilot import SkySettings, sky_task
+
+    load_config(parsed.config, parsed.set)
+    given = _given(parsed, SkySettings) | {"config": str(parsed.config), "overrides": tuple(parsed.set)}
+    given["is_file"] = parsed.config.exists()
+    try:
+        settings = SkySettings.model_validate(given)
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from error
+    say(sky_task(settings), end="")
+    return 0
+
+
+def _add_hostfile(targets: Commands[argparse.ArgumentParser]) -> None:
+    parser = targets.add_parser(
+        "hostfile",
+        help="hosts of deepspeed --hostfile",
+        description="Print a file of hosts for `deepspeed --hostfile`, with the command that starts the run from its "
+        "first host by ssh.",
+    )
+    add_run_config(parser, "run_dir=/shared/runs/first")
+    parser.add_argument(
+        "--hosts", nargs="+", required=True, metavar="HOST", help="names of the hosts, the first one's is rank 0"
+    )
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs of a host, each with a rank")
+    parser.set_defaults(run=_hostfile)
+
+
+def _hostfile(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.launching.hosts import hostfile
+
+    load_config(parsed.config, parsed.set)
+    say(hostfile(parsed.hosts, parsed.gpus, str(parsed.config), parsed.set), end="")
+    return 0
+
+
+def _add_local(targets: Commands[argparse.ArgumentParser]) -> None:
+    parser = targets.add_parser(
+        "local",
+        help="script that runs on this machine and resumes",
+        description="Print a script that runs on this machine, and starts the run again after exit codes on which it "
+        "resumes.",
+    )
+    add_run_config(parser, "run_dir=runs/first")
+    parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs, each with a rank")
+    parser.add_argument("--folder", default=".", metavar="PATH", help="checkout of this repository (default: .)")
+    parser.add_argument(
+        "--max-restarts",
+        type=count,
+        default=20,
+        metavar="N",
+        help="failures that are followed by a restart (default: 20)",
+    )
+    parser.set_defaults(run=_local)
+
+
+def _local(parsed: argparse.Namespace) -> int:
+    from voxtral_dist.launching.hosts import local_script
+
+    load_config(parsed.config, parsed.set)
+    say(local_script(parsed.gpus, parsed.folder, str(parsed.config), parsed.set, parsed.max_restarts), end="")
+    return 0
 
 
 def _add_claims(targets: Commands[argparse.ArgumentParser]) -> None:

@@ -169,6 +169,7 @@ class ContainerPort(Model):
 
     name: str
     container_port: int
+    protocol: Literal["TCP"] = "TCP"
 
 
 class Container(Model):
