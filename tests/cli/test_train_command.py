@@ -31,7 +31,7 @@ def test_print_config_prints_what_loads_back(run, recipe, tmp_path, option):
         ("model.path=./nowhere", "nowhere"),
         ("model.path={empty}", "has no tekken.json"),
         ("model.path=nobody/nothing", "nobody/nothing"),
-        ("engine.deepspeed={nowhere}", "cannot be read"),
+        ("engine.deepspeed={nowhere}", "does not exist; the package has zero0, "),
         ("run_dir={file}/run", "`run_dir`"),
         ("train_data.augmentation=[{{name: Gian}}]", "no transform `Gian`"),
         ("train_data.augmentation=[{{name: Gain, arguments: {{loud: 1}}}}]", "`Gain` has no argument `loud`"),

@@ -118,6 +118,8 @@ def opened_media(source: BinaryIO) -> Iterator[MediaAudio]:
             if not container.streams.audio:
                 raise UnusableError(Cause.EMPTY_AUDIO, "is a media file without audio")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise UnusableError(Cause.UNDECODABLE, "is a media file whose codec FFmpeg does not know")
             # Workers are processes; threads of their own would compete for the same cores.
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
