@@ -16,7 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What the launchers run, and the command whose arguments it takes.
-LAUNCHED = {"launch/train.py": ["train"], "launch/evaluate.py": ["evaluate"], "docker/entrypoint": ["train"]}
+LAUNCHED = {
+    "launch/train.py": ["train"],
+    "launch/evaluate.py": ["evaluate"],
+    "launch/doctor.py": ["doctor", "--distributed"],
+    "docker/entrypoint": ["train"],
+    "docker/entrypoint doctor": ["doctor", "--distributed"],
+}
 # What the user has; everything else that looks like a file of this repository must be one.
 FOLDERS_OF_THE_REPOSITORY = ("launch/", "ds_configs/", "docker/", "benchmarks/")
 
@@ -48,9 +54,11 @@ def arguments_of(command: str) -> list[str] | None:
     words = [word.strip("[]").removesuffix("...") for word in words_of(command)]
     if words[:1] == ["voxtral-dist"]:
         return words[1:]
-    for number, word in enumerate(words):
-        if word in LAUNCHED:
-            return [*LAUNCHED[word], *words[number + 1 :]]
+    for number in range(len(words)):
+        for length in (2, 1):
+            program = " ".join(words[number : number + length])
+            if program in LAUNCHED:
+                return [*LAUNCHED[program], *words[number + length :]]
     return None
 
 
