@@ -25,10 +25,12 @@ def test_the_gpu_is_chosen_before_nccl_starts_and_is_bound_to_it(monkeypatch: py
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **named: calls.append((backend, named["device_id"]))
     )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("synchronize", device)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(("destroy", None)))
     with joined_world() as world:
         assert world.device == CUDA
-    assert calls == [("set_device", CUDA), ("nccl", CUDA), ("destroy", None)]
+    # What is in flight is finished before the group goes.
+    assert calls == [("set_device", CUDA), ("nccl", CUDA), ("synchronize", CUDA), ("destroy", None)]
 
 
 @pytest.fixture
