@@ -20,8 +20,11 @@ ALLOWED_IMPORTERS = {
     "deepspeed": "voxtral_dist.engine.zero",
     "jiwer": "voxtral_dist.scoring",
     "bitsandbytes": "voxtral_dist.model",
+    "mlflow": "voxtral_dist.trackers",
     "peft": "voxtral_dist.model",
     "torchao": "voxtral_dist.model",
+    "trackio": "voxtral_dist.trackers",
+    "wandb": "voxtral_dist.trackers",
     "webdataset": "voxtral_dist.shards",
 }
 

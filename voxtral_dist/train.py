@@ -47,6 +47,7 @@ from voxtral_dist.output.rank_log import open_rank_log, rank_log_closed
 from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer
+from voxtral_dist.trackers.processes import followed_by_trackers, refuse_missing_trackers
 from voxtral_dist.training.ahead import MicroBatchesAhead
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
@@ -165,6 +166,7 @@ def _train(
         _announce(
             config, chosen.model, checkpointing, progress, loader, engine.parameter_table(), world, metrics_log, changes
         )
+        stack.enter_context(followed_by_trackers(config.run_dir, config.metrics.trackers, world, metrics_log.say))
         evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
         selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
         saver = Saver(
@@ -237,6 +239,7 @@ def check_before_loading(config: RunConfig, world: World) -> None:
     """
     check_engine(config, world.size, world.device)
     normalizer(config.evaluation.normalizer)
+    refuse_missing_trackers(config.metrics.trackers)
     if config.engine.deepspeed is not None:
         refuse_old_locks()
     refuse_unwritable("run_dir", config.run_dir)

@@ -28,7 +28,7 @@ from voxtral_dist.config.evaluation import (
 from voxtral_dist.config.loading import config_schema, dump_config, load_config, read_yaml
 from voxtral_dist.config.model import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
 from voxtral_dist.config.recipe_text import edited_recipe
-from voxtral_dist.config.run import CardConfig, DistributedConfig, ExportConfig, MetricsConfig, RunConfig
+from voxtral_dist.config.run import CardConfig, DistributedConfig, ExportConfig, MetricsConfig, RunConfig, TrackerKind
 from voxtral_dist.config.section import Argument, Component, HubName, Section, TextStep, is_hub_name
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "TestContextConfig",
     "TestSetConfig",
     "TextStep",
+    "TrackerKind",
     "TrainDataConfig",
     "TrainableConfig",
     "check_normalizer",

@@ -15,6 +15,8 @@ from voxtral_dist.config.model import ModelConfig, TrainableConfig
 from voxtral_dist.config.section import HubName, Section, sorted_set
 from voxtral_dist.errors import UserError
 
+TrackerKind = Literal["mlflow", "trackio", "wandb"]
+
 
 class MetricsConfig(Section):
     """Metrics of a run besides `metrics.jsonl`, which is always written."""
@@ -22,6 +24,11 @@ class MetricsConfig(Section):
     tensorboard: bool = True
     """Write scalars for TensorBoard to `run_dir/tensorboard`. Does nothing where the package tensorboard is not
     installed."""
+
+    trackers: Annotated[tuple[TrackerKind, ...], AfterValidator(sorted_set)] = ()
+    """Services that get the scalars, the configuration, evaluated utterances and the report of the run besides:
+    `wandb` (Weights & Biases), `mlflow` and `trackio`. Each is set up by its own variables and needs its package. Steps
+    are sent once a checkpoint has them."""
 
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
     """Port on which the first rank of each host serves the newest measurements to Prometheus (`/metrics`), and an

@@ -39,7 +39,7 @@ def split_metrics(path: Path) -> Metrics:
     metrics = Metrics()
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     for number, line in enumerate(lines, 1):
-        row = _row(line)
+        row = parse_row(line)
         if row is None:
             metrics.damaged[number] = line
         else:
@@ -70,7 +70,15 @@ def drop_rows_after(path: Path, step: int) -> int:
     return len(metrics.damaged)
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def scalars_of(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row of kind `train` or `evaluation`, by names such as `evaluation/dev/wer`; others have none."""
+    if row["kind"] not in ("train", "evaluation"):
+        return {}
+    prefix = f"{row['kind']}/{row['name']}" if "name" in row else row["kind"]
+    return {f"{prefix}/{key}": value for key, value in row.items() if key != "step" and isinstance(value, int | float)}
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None if it is damaged."""
     try:
         row = parse_json(line)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from voxtral_dist.training.metrics_file import scalars_of
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -22,11 +24,10 @@ def open_writer(run_dir: Path, first_step: int) -> SummaryWriter | None:
 
 def write_scalars(writer: SummaryWriter, kind: str, step: int, values: dict[str, Any]) -> None:
     """Write the numbers of a row of kind `train` or `evaluation`; other kinds have none."""
-    if kind not in ("train", "evaluation"):
+    scalars = scalars_of({"kind": kind, **values})
+    for name, value in scalars.items():
+        writer.add_scalar(name, value, step)
+    if not scalars:
         return
-    prefix = f"{kind}/{values['name']}" if "name" in values else kind
-    for key, value in values.items():
-        if isinstance(value, (int, float)):
-            writer.add_scalar(f"{prefix}/{key}", value, step)
     # So that a killed process leaves as many scalars as rows.
     writer.flush()

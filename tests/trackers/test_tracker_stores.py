@@ -1,0 +1,177 @@
+"""What the trackers' own local stores hold is what `metrics.jsonl` holds, also after a kill and a resume.
+
+Packages: `pip install 'voxtral-dist[wandb,mlflow,trackio]'`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from voxtral_dist.config import TrackerKind
+from voxtral_dist.distributed.world import alone
+from voxtral_dist.files import write_atomically
+from voxtral_dist.trackers import processes
+from voxtral_dist.trackers.processes import followed_by_trackers
+from voxtral_dist.training.metrics_file import drop_rows_after, read_metrics, scalars_of
+
+Series = dict[str, list[tuple[int, float]]]
+# Of a file of W&B, as of LevelDB's log: blocks that hold whole records or parts of them.
+_BLOCK_BYTES, _FIRST, _LAST = 32768, 2, 4
+
+
+def _write(run_dir: Path, kind: str, step: int, **values: Any) -> None:
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+
+
+def _evaluate(run_dir: Path, step: int, wer: float) -> None:
+    folder = run_dir / "evaluations" / f"step-{step:07d}"
+    folder.mkdir(parents=True)
+    lines = [
+        {"utterance_id": number, "key": f"k{number}", "reference": "a b", "hypothesis": "a", "duration_seconds": None}
+        | {"word_substitutions": number, "word_deletions": 0, "word_insertions": 0, "word_reference_length": 2}
+        for number in range(3)
+    ]
+    (folder / "dev.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _write(run_dir, "evaluation", step, name="dev", wer=wer, seconds=1.5)
+
+
+def _rows_of_metrics(run_dir: Path) -> Series:
+    series: Series = {}
+    for row in read_metrics(run_dir / "metrics.jsonl"):
+        for name, value in scalars_of(row).items():
+            series.setdefault(name, []).append((row["step"], value))
+    return series
+
+
+def _sent_id(run_dir: Path, kind: str) -> str:
+    run_id: str = json.loads((run_dir / "trackers" / f"{kind}.json").read_text())["run_id"]
+    return run_id
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    text = path.read_bytes()
+    position, parts = 7, b""
+    while position + 7 <= len(text):
+        if _BLOCK_BYTES - position % _BLOCK_BYTES < 7:
+            position += _BLOCK_BYTES - position % _BLOCK_BYTES
+            continue
+        _, length, kind = struct.unpack("<IHB", text[position : position + 7])
+        parts = (b"" if kind <= _FIRST else parts) + text[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, _LAST):
+            yield parts
+
+
+def _of_wandb(run_dir: Path) -> tuple[Series, int]:
+    """Numbers and tables of all offline parts of the run, in the order in which `wandb sync` sends them."""
+    from wandb.proto import wandb_internal_pb2
+
+    series: Series = {}
+    num_tables, newest = 0, 0
+    run_id = _sent_id(run_dir, "wandb")
+    for path in sorted((run_dir / "trackers" / "wandb").glob(f"offline-run-*-{run_id}/run-*.wandb")):
+        for text in _records(path):
+            record = wandb_internal_pb2.Record.FromString(text)
+            if not record.HasField("history"):
+                continue
+            items = record.history.item
+            values = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+            assert values["_step"] > newest, "the service would drop it"
+            newest = values["_step"]
+            for name, value in values.items():
+                if name.startswith("evaluation/dev/utterances"):
+                    num_tables += value == "table-file"
+                elif "/" in name:
+                    series.setdefault(name, []).append((values["step"], value))
+    return series, num_tables
+
+
+def _of_mlflow(run_dir: Path) -> tuple[Series, int]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    run = client.get_run(_sent_id(run_dir, "mlflow"))
+    assert run.data.params["model.path"] == "m"
+    series = {
+        name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+    tables = client.list_artifacts(run.info.run_id, "evaluation/dev/utterances")
+    assert run.info.status == "FINISHED"
+    assert {one.path for one in client.list_artifacts(run.info.run_id, "report")} >= {"report/report.html"}
+    return series, len(tables)
+
+
+def _of_trackio(run_dir: Path) -> tuple[Series, int]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    series: Series = {}
+    num_tables = 0
+    for row in SQLiteStorage.get_logs("voxtral-dist", _sent_id(run_dir, "trackio")):
+        for name, value in row.items():
+            if isinstance(value, dict):
+                num_tables += value["_type"] == "trackio.table"
+            elif "/" in name:
+                series.setdefault(name, []).append((row["step"], value))
+    return series, num_tables
+
+
+STORES: dict[TrackerKind, Callable[[Path], tuple[Series, int]]] = {
+    "wandb": _of_wandb,
+    "mlflow": _of_mlflow,
+    "trackio": _of_trackio,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STORES)
+def test_a_killed_and_resumed_run_is_one_run_with_the_numbers_of_metrics_jsonl(
+    kind: TrackerKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "END_SECONDS", 300.0)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.chdir(tmp_path)
+    # They read the variables when they are imported.
+    pytest.importorskip(kind)
+    if kind == "mlflow":
+        pytest.importorskip("sqlalchemy")
+        pytest.importorskip("alembic")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    write_atomically(run_dir / "config.yaml", "model: {path: m}\n")
+    for step in range(1, 6):
+        _write(run_dir, "train", step, loss=step / 3, step_seconds=0.5)
+        if step == 3:
+            _write(run_dir, "checkpoint", 3, seconds=1.0)
+            _evaluate(run_dir, 3, 0.9)
+    # The follower of a killed rank finds the end of its input, and the last rows after the checkpoint are lost.
+    command = [sys.executable, "-m", "voxtral_dist.trackers", kind, str(run_dir)]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode == 0, _log(run_dir, kind)
+    drop_rows_after(run_dir / "metrics.jsonl", 3)
+    said: list[str] = []
+    with followed_by_trackers(run_dir, (kind,), alone(), said.append):
+        for step in range(4, 9):
+            _write(run_dir, "train", step, loss=10 + step / 3, step_seconds=0.25)
+        _write(run_dir, "checkpoint", 8, seconds=1.0)
+        _evaluate(run_dir, 8, 0.4)
+        for name in ("report.html", "summary.json"):
+            (run_dir / name).write_text("{}")
+    assert said == [], _log(run_dir, kind)
+    series, num_tables = STORES[kind](run_dir)
+    assert series == _rows_of_metrics(run_dir)
+    assert num_tables == 2
+
+
+def _log(run_dir: Path, kind: str) -> str:
+    return (run_dir / "trackers" / f"{kind}.log").read_text()
