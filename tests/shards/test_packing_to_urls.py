@@ -116,6 +116,7 @@ def test_another_machine_resumes(url, manifest, local, monkeypatch):
     assert len(uploaded) == len(set(uploaded)), "nothing is uploaded twice"
 
 
+@pytest.mark.slow
 def test_a_packing_killed_between_its_index_and_its_journal_is_complete(url, manifest, local, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RemoteSet, "discard", lambda _: None)
@@ -159,6 +160,7 @@ def test_a_merge_names_a_shard_that_was_lost(url, manifest):
         merge(url)
 
 
+@pytest.mark.slow
 def test_a_held_out_set_is_packed_to_a_url_in_parts(url, manifest, tmp_path):
     for out in (tmp_path / "set", url):
         options = PackOptions(skip_bad=True, part=CorpusPart(1, 1))
