@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ def arguments_of(command: str) -> list[str] | None:
     """Arguments for the parser of `voxtral-dist`, or None for another program."""
     # Square brackets and dots around a word mean that it may be omitted or repeated.
     words = [word.strip("[]").removesuffix("...") for word in words_of(command)]
+    # What follows is the shell's.
+    words = list(itertools.takewhile(lambda word: word not in (">", "|"), words))
     if words[:1] == ["voxtral-dist"]:
         return words[1:]
     for number in range(len(words)):
