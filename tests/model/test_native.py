@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from voxtral_dist.errors import UserError
 from voxtral_dist.model.native import native_folder
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.published import PUBLISHED_MODELS, published_config
@@ -68,3 +69,11 @@ def test_a_hub_name_is_looked_up_once_unless_the_hub_could_not_be_reached(
 @pytest.mark.parametrize("name", PUBLISHED_MODELS)
 def test_published_models_have_43_minutes(name: str) -> None:
     assert published_config(name).text_config.max_position_embeddings == 32_768
+
+
+def test_a_renamed_configuration_of_hugging_face_is_no_native_folder(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "renamed"
+    shutil.copytree(tiny_model, folder)
+    (folder / "config.json").rename(folder / "params.json")
+    with pytest.raises(UserError, match=r"no config\.json.*no usable params\.json"):
+        VoxtralPrompts.from_pretrained(str(folder))

@@ -57,19 +57,19 @@ GPUS = {
     gpu.name: gpu
     for gpu in (
         Gpu("A100", 80 * 10**9, 2.039e12, products=0.75, attention=0.6, attention_backward=0.5),
+        Gpu("A100 40GB", 40 * 10**9, 1.555e12, products=0.75, attention=0.6, attention_backward=0.5),
         Gpu("H100", 80 * 10**9, 3.35e12, products=0.66, attention=0.4, attention_backward=0.3),
         Gpu("H200", 141 * 10**9, 4.8e12, products=0.66, attention=0.4, attention_backward=0.3),
         Gpu("B200", 180 * 10**9, 8.0e12, products=0.66, attention=0.18, attention_backward=0.13),
-        Gpu("L40S", 48 * 10**9, 0.864e12, 0.65, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
-        Gpu("A100 40GB", 40 * 10**9, 1.555e12, products=0.75, attention=0.6, attention_backward=0.5),
-        Gpu("A40", 48 * 10**9, 0.696e12, 0.7, attention=0.55, attention_backward=0.45, sustained_bandwidth=0.87),
         Gpu("A10", 24 * 10**9, 0.6e12, 0.6, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
+        Gpu("A40", 48 * 10**9, 0.696e12, 0.7, attention=0.55, attention_backward=0.45, sustained_bandwidth=0.87),
         Gpu("L4", 24 * 10**9, 0.3e12, 0.5, attention=0.4, attention_backward=0.35, sustained_bandwidth=0.87),
+        Gpu("L40S", 48 * 10**9, 0.864e12, 0.65, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
         Gpu("RTX A6000", 48 * 10**9, 0.768e12, 0.7, attention=0.55, attention_backward=0.45, sustained_bandwidth=0.87),
         Gpu("RTX 6000 Ada", 48 * 10**9, 0.96e12, 0.65, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
         Gpu("RTX 3090", 24 * 10**9, 0.936e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
-        Gpu("RTX 5090", 32 * 10**9, 1.792e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
         Gpu("RTX 4090", 24 * 10**9, 1.008e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
+        Gpu("RTX 5090", 32 * 10**9, 1.792e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
     )
 }
 

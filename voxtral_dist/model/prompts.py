@@ -273,9 +273,12 @@ def _max_positions(path: str) -> int:
         config = VoxtralConfig.from_pretrained(path) if native is None else config_of_native(native)
         return context_limit(path, config)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        file = "config.json" if native is None else "params.json"
+        reason = f"({type(error).__name__}: {first_line(error)})"
+        if native is None:
+            raise UserError(f"`model.path`: {path!r} has no usable config.json {reason}.") from error
         raise UserError(
-            f"`model.path`: {path!r} has no usable {file} ({type(error).__name__}: {first_line(error)})."
+            f"`model.path`: {path!r} has no config.json, as folders of Hugging Face do, and no usable params.json of "
+            f"Mistral's layout {reason}."
         ) from error
 
 
