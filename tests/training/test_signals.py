@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def test_a_context_inside_of_another_one_has_its_request():
     assert isinstance(outer, StopRequest)
 
 
+@pytest.fixture
+def interrupts_of_python() -> Iterator[None]:
+    """Python's own handler: a shell starts programs in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_of_python")
 def test_a_second_interrupt_in_a_notebook_does_what_it_did_before(capfd):
     with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
