@@ -44,7 +44,11 @@ from pathlib import Path
 here = Path(os.environ["SEEN_DIR"])
 
 def stop(*_):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     (here / f"stopped-{os.environ['RANK']}").touch()
+    # As in training, where the ranks agree on a step: the launcher kills the others when the first one ends.
+    while not all((here / f"stopped-{rank}").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.05)
     sys.exit(75)
 
 signal.signal(signal.SIGUSR1, stop)
