@@ -128,7 +128,8 @@ def test_a_refused_request_ends_the_evaluation_and_the_same_command_resumes(run,
     endpoint.transcribe, endpoint.lasting_fault = echo, None
     asked = len(endpoint.requests)
     assert run("evaluate", "served", shard_folder, *options, "--out", tmp_path / "parts").code == 0
-    assert len(endpoint.requests) - asked == NUM_UTTERANCES - kept
+    # The request that was under way when the other one was refused may have been counted after that.
+    assert len(endpoint.requests) - asked - (NUM_UTTERANCES - kept) in (0, 1)
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
     # How long the first part took is not known.
     assert result_of(tmp_path / "parts")["decode_seconds"] is None
