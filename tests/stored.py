@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from voxtral_dist.data.stored.index_files import INDEX_FILE, SHARD_TABLE_FILE
 from voxtral_dist.data.stored.shard_set import Records
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance, utterance_of
+from voxtral_dist.shards.packing import PackProgress
 from voxtral_dist.shards.tars.scan import MemberGroup, parse_span
 from voxtral_dist.text.json_text import json_checksum
 
@@ -68,3 +70,17 @@ def write_table(folder: Path, table: dict[str, Any]) -> None:
 def contents_of(folder: Path) -> dict[str, Any]:
     """The bytes of all files in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class StoppedError(Exception):
+    """Packing was stopped by `stop_at`."""
+
+
+def stop_at(num_lines: int) -> Callable[[PackProgress], None]:
+    """A display of progress that stops packing after some lines, as a killed process would."""
+
+    def stop(at: PackProgress) -> None:
+        if at.num_lines == num_lines:
+            raise StoppedError
+
+    return stop

@@ -30,7 +30,7 @@ from voxtral_dist.shards.skipped import read_skipped
 from voxtral_dist.shards.summary import SetSummary
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_lines, write_speech_manifest
-from stored import contents_of, decoded_in, member_groups, utterances_in
+from stored import StoppedError, contents_of, decoded_in, member_groups, stop_at, utterances_in
 
 ALL = 10**9
 RATE = 16_000
@@ -413,24 +413,15 @@ def test_damaged_lines_of_the_list_of_skipped_ones_are_counted(tmp_path):
     assert read_skipped(tmp_path / "skipped.jsonl").causes == {"silent": 1, "damaged line": 4}
 
 
-class StoppedError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stops", [[5], [1, 40], [30, 31, 79], [80]])
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path, mixed_manifest, uninterrupted, stops):
     for stop in stops:
-
-        def end(at: PackProgress, stop: int = stop) -> None:
-            if at.num_lines == stop:
-                raise StoppedError
-
         with pytest.raises(StoppedError):
             pack(
                 open_corpus(str(mixed_manifest), CorpusOptions()),
                 tmp_path / "set",
                 PackOptions(100_000, skip_bad=True),
-                end,
+                stop_at(stop),
             )
         assert not (tmp_path / "set" / "index.npy").exists()
     summary = pack_from(mixed_manifest, tmp_path / "set", shard_bytes=100_000, skip_bad=True)

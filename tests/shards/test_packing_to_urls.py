@@ -23,7 +23,7 @@ from voxtral_dist.shards.remote_set import RemoteSet
 from voxtral_dist.shards.summary import SetSummary
 
 from corpora import write_lines, write_speech_manifest
-from stored import contents_of
+from stored import StoppedError, contents_of, stop_at
 
 SHARD_BYTES = 100_000
 
@@ -74,18 +74,6 @@ def local(tmp_path_factory, manifest) -> Path:
     folder = tmp_path_factory.mktemp("local") / "set"
     pack_to(manifest, folder)
     return folder
-
-
-class StoppedError(Exception):
-    pass
-
-
-def stop_at(num_lines: int) -> Callable[[PackProgress], None]:
-    def stop(at: PackProgress) -> None:
-        if at.num_lines == num_lines:
-            raise StoppedError
-
-    return stop
 
 
 def test_a_url_gets_the_bytes_of_a_folder(url, manifest, local):

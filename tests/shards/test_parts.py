@@ -29,7 +29,7 @@ from voxtral_dist.shards.summary import SetSummary
 from voxtral_dist.shards.workers import ordered_map
 
 from corpora import write_lines, write_speech_manifest
-from stored import contents_of, decoded_in, read_table
+from stored import StoppedError, contents_of, decoded_in, read_table, stop_at
 
 SHARD_BYTES = 100_000
 NUM_PARTS = 8
@@ -147,18 +147,6 @@ def test_a_corpus_of_unknown_length_is_counted(tmp_path, manifest, merged):
     pack_parts(array, tmp_path / "set")
     merge(tmp_path / "set")
     assert decoded_in(tmp_path / "set") == decoded_in(merged)
-
-
-class StoppedError(Exception):
-    pass
-
-
-def stop_at(num_lines: int) -> Callable[[PackProgress], None]:
-    def stop(at: PackProgress) -> None:
-        if at.num_lines == num_lines:
-            raise StoppedError
-
-    return stop
 
 
 @pytest.mark.parametrize("stop", [1, 12, 20])
