@@ -70,6 +70,18 @@ def decoded_with(engine: Engine) -> Weights:
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+def logits_in_decoding(world: World, config: RunConfig) -> tuple[Tensor, Tensor]:
+    """Logits of the copy for decoding, which has no hooks, and of the sharded model."""
+    from voxtral_dist.engine.build import build_engine
+
+    engine = build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
+    ids = torch.arange(300, 320)[None]
+    with torch.no_grad(), engine.full_weights() as whole:
+        found = whole(input_ids=ids).logits
+    with torch.no_grad(), engine.sharded_weights() as sharded:
+        return found, sharded(input_ids=ids).logits
+
+
 def train_plainly(
     config: RunConfig, model: VoxtralForConditionalGeneration | None = None, skipped: Collection[int] = ()
 ) -> tuple[Curve, Weights]:

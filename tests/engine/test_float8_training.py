@@ -12,15 +12,13 @@ from torch import Tensor
 from voxtral_dist.checkpoints.loading import checkpoint_weights, load_checkpoint
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.build import build_engine
 from voxtral_dist.model import float8
-from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.weights import load_voxtral
 
 import test_checkpoint
 from ranks import run_ranks
 from runs import run_config
-from test_equations import CHECKPOINTED, NUM_STEPS, Curve, Weights, train_plainly, train_sharded
+from test_equations import CHECKPOINTED, NUM_STEPS, Curve, Weights, logits_in_decoding, train_plainly, train_sharded
 
 pytest.importorskip("torchao")
 # Number of ranks, and settings of section `engine` and of section `model`. Under ZeRO, three ranks multiply gradients
@@ -81,18 +79,8 @@ def test_any_number_of_ranks_rounds_like_one_process(
         assert all(one.dtype == torch.float32 for one in weights.values())
 
 
-def decoded(world: World, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Logits of the copy for decoding, and of the sharded model."""
-    engine = build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
-    ids = torch.arange(300, 320)[None]
-    with torch.no_grad(), engine.full_weights() as whole:
-        found = whole(input_ids=ids).logits
-    with torch.no_grad(), engine.sharded_weights() as sharded:
-        return found, sharded(input_ids=ids).logits
-
-
 def train_and_decode(world: World, config: RunConfig, last_step: int) -> tuple[Weights, tuple[Tensor, Tensor]]:
-    return test_checkpoint.train_to(world, config, last_step)[1], decoded(world, config)
+    return test_checkpoint.train_to(world, config, last_step)[1], logits_in_decoding(world, config)
 
 
 def test_checkpoints_hold_float32_weights_and_nothing_else_needs_torchao(

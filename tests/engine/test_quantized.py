@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from voxtral_dist.checkpoints.loading import checkpoint_weights
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.build import build_engine, check_engine
+from voxtral_dist.engine.build import check_engine
 from voxtral_dist.errors import UserError
 from voxtral_dist.model import nf4
-from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.quantized_linear import QuantizedLinear
 from voxtral_dist.model.trainable import count_parameters
 from voxtral_dist.model.voxtral import trained_meta_model
@@ -25,7 +23,16 @@ from voxtral_dist.model.weights import InitialWeights, load_voxtral
 import test_checkpoint
 from ranks import run_ranks
 from runs import run_config
-from test_equations import CHECKPOINTED, NUM_STEPS, Curve, Weights, assert_same, train_plainly, train_sharded
+from test_equations import (
+    CHECKPOINTED,
+    NUM_STEPS,
+    Curve,
+    Weights,
+    assert_same,
+    logits_in_decoding,
+    train_plainly,
+    train_sharded,
+)
 
 pytest.importorskip("bitsandbytes")
 LORA = {"rank": 4, "targets": {"language_model": ["q_proj", "down_proj"], "encoder": ["fc1"]}}
@@ -115,19 +122,9 @@ def test_quantized_training_equals_that_beside_rounded_weights_and_without_round
             assert_same(without, exact)
 
 
-def decoded_alike(world: World, config: RunConfig) -> tuple[Tensor, Tensor]:
-    """Logits of the copy for decoding, which has no hooks, and of the sharded model."""
-    engine = build_engine(config, LogMel.from_pretrained(config.model.path, world.device), world)
-    ids = torch.arange(300, 320)[None]
-    with torch.no_grad(), engine.full_weights() as whole:
-        found = whole(input_ids=ids).logits
-    with torch.no_grad(), engine.sharded_weights() as sharded:
-        return found, sharded(input_ids=ids).logits
-
-
 def test_decoding_takes_the_quantized_weights(config: RunConfig) -> None:
     run = quantized(config, {"fsdp2": {}}, {})
-    for found, expected in run_ranks(2, decoded_alike, run):
+    for found, expected in run_ranks(2, logits_in_decoding, run):
         torch.testing.assert_close(found, expected)
 
 
