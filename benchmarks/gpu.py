@@ -65,6 +65,8 @@ from typing import Any
 STARTED = time.monotonic()
 # torch then asks NVIDIA's management library whether there is a GPU: asking CUDA would spoil every fork.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# So would torchao, which transformers imports where it is installed: it asks CUDA what Triton can do.
+sys.modules["torchao"] = None  # type: ignore[assignment]
 
 import torch
 
@@ -77,6 +79,7 @@ from workloads.gpu_inputs import CLIP_SECONDS, prepare
 from workloads.gpu_results import Results
 from workloads.speech import ClipFile
 
+del sys.modules["torchao"]
 # Each at its first use takes seconds: the parent does it once, for all forks.
 IMPORTED = ("deepspeed", "peft", "voxtral_dist.engine.fsdp2.engine", "voxtral_dist.engine.zero.engine")
 SHARED_MEMORY, ROOM_BYTES = Path("/dev/shm"), 12 * 10**9

@@ -57,6 +57,8 @@ def _build(library: Path, torch_folder: Path) -> None:
 
 # Where it is installed, peft imports it, and its library for CPUs lacks what it looks up on a CUDA device.
 sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+# transformers imports it, and it asks the driver what Triton can do.
+sys.modules["torchao"] = None  # type: ignore[assignment]
 install_guard = load_device()
 
 import torch  # noqa: E402
@@ -70,6 +72,8 @@ CUDA = torch.device("cuda", 0)
 install_guard()
 torch.cuda._lazy_init = lambda: None
 torch.cuda.is_available = lambda: True
+# It records no graphs, whatever torch was built for.
+torch.version.cuda = None
 torch.cuda.device_count = lambda: 1
 torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 # `torch.tensor(..., device="cuda")` makes a tensor on the CPU and moves it: the move has to be seen.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 
 from voxtral_dist.errors import UserError
 
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 # Longer than any extension takes to build on two slow cores.
 _LONGEST_BUILD_SECONDS = 20 * 60
+# Before torch 2.14 the file itself is the lock. Since then the kernel holds it and frees it with its process: the file,
+# which stays, keeps nobody out.
+_FILES_ARE_LOCKS = hasattr(cpp_extension, "FileBaton")
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,6 @@ def refuse_without_nvme_support() -> None:
         UserError: CUDA's toolkit, or libaio's header or library is missing.
     """
     from deepspeed.accelerator import get_accelerator
-    from torch.utils import cpp_extension
 
     if all(extension.is_prebuilt for extension in _NVME):
         return
@@ -90,7 +92,9 @@ def refuse_without_nvme_support() -> None:
 
 
 def extension_locks() -> list[Path]:
-    """Lock files of builds of DeepSpeed's extensions, running or killed."""
+    """Files that keep others from building or loading DeepSpeed's extensions, of builds that run or were killed."""
+    if not _FILES_ARE_LOCKS:
+        return []
     names = [extension.name for extension in (_SHARED_MEMORY, _CPU_ADAM, *_NVME)]
     return sorted(lock for name in names for lock in _build_root().glob(f"**/{name}/lock"))
 
@@ -129,4 +133,4 @@ def _ages() -> Iterator[tuple[Path, float]]:
 
 
 def _build_root() -> Path:
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
