@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from runs import run_config
 from states import files_limited_to
 
 NUM_STEPS = 4
+
+
+def wait_until_complete(checkpoint: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def train_with_fault(world: World, config: RunConfig, phase: str, fault: str) -> tuple[int, str]:
@@ -39,6 +46,8 @@ def train_with_fault(world: World, config: RunConfig, phase: str, fault: str) ->
 
     def faulty(*arguments: Any, **options: Any) -> Any:
         if is_now(*arguments):
+            # A disk without room has none for a checkpoint that is under way either.
+            wait_until_complete(config.run_dir / "checkpoints" / "step-0000002")
             shutil.rmtree(config.run_dir) if fault == "gone" else limit.__enter__()
         return function(*arguments, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -12,13 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step
+from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step, newest_intact_step
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.checkpoints.save_under_way import SaveUnderWay
+from voxtral_dist.checkpoints.uploads import UploadEvent
 from voxtral_dist.config import CheckpointConfig, RunConfig
+from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World, alone
 from voxtral_dist.engine.engine import ParameterState
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import UserError, WriteError
 from voxtral_dist.training import saver as saver_module
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.metrics_log import MetricsLog
@@ -68,27 +71,34 @@ def config(tiny_model: Path, shard_folder: Path, tmp_path: Path) -> RunConfig:
     return run_config(tmp_path, tiny_model, shard_folder, num_steps=9)
 
 
-def saved_while_training(world: World, config: RunConfig, layout: str) -> tuple[bool, int | None, int | None, Any]:
-    """Whether the thread had ended before weights changed, what could be resumed before and after, and its weights."""
+@contextmanager
+def writing_late() -> Iterator[threading.Event]:
+    """Let threads that start in the block write no earlier than the event is set."""
     may_write = threading.Event()
     write = SaveUnderWay._write
 
-    def write_late(self: SaveUnderWay) -> None:
+    def write_late(self: SaveUnderWay, *arguments: Any) -> None:
         may_write.wait()
-        write(self)
+        write(self, *arguments)
 
     SaveUnderWay._write = write_late  # type: ignore[method-assign]
     try:
-        engine = LAYOUTS[layout](world)
-        engine.train(3.0)
-        directory = CheckpointDirectory(config, "", world)
-        directory.start(engine, TrainProgress(step=3), in_background=True)
-        engine.train(4.0)
-        before = directory.is_written, latest_step(config.run_dir, world)
-        may_write.set()
-        directory.finish()
+        yield may_write
     finally:
         SaveUnderWay._write = write  # type: ignore[method-assign]
+
+
+def saved_while_training(world: World, config: RunConfig, layout: str) -> tuple[bool, int | None, int | None, Any]:
+    """Whether the thread had ended before weights changed, what could be resumed before and after, and its weights."""
+    engine = LAYOUTS[layout](world)
+    engine.train(3.0)
+    directory = CheckpointDirectory(config, "", world)
+    with writing_late() as may_write:
+        directory.start(engine, TrainProgress(step=3), in_background=True)
+    engine.train(4.0)
+    before = directory.is_written, latest_step(config.run_dir, world)
+    may_write.set()
+    directory.finish()
     step = latest_step(config.run_dir, world)
     directory.load(engine, step)
     return *before, step, engine.loaded
@@ -119,6 +129,33 @@ def test_a_thread_that_cannot_write_ends_all_ranks(config: RunConfig, layout: st
     assert list((config.run_dir / "checkpoints").iterdir()) == []
 
 
+def left_by_rank_0(world: World, config: RunConfig, layout: str, error: Exception) -> tuple[int | None, int | None]:
+    """Rank 0 leaves alone while a checkpoint is under way, and rank 1 waits for it in a collective."""
+    directory = CheckpointDirectory(config, "", world)
+    with writing_late() as may_write:
+        directory.start(LAYOUTS[layout](world), TrainProgress(step=3), in_background=True)
+    threading.Timer(0.3, may_write.set).start()
+    found = None
+    if world.is_first:
+        with MetricsLog(config.run_dir, 9, 0, alone("cpu")) as log:
+            arguments = config.checkpoint, directory, LAYOUTS[layout](world), log, TimeLimit(None), world
+            Saver(*arguments).outlast(type(error), error, None)
+        found = newest_intact_step(config.run_dir)
+    wait_for_all(world)
+    directory.finish()
+    return found, newest_intact_step(config.run_dir)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_that_fails_alone_waits_for_the_checkpoint_under_way(config: RunConfig, layout: str) -> None:
+    failure = WriteError("The metrics cannot be written.")
+    assert run_ranks(2, left_by_rank_0, config, layout, failure) == [(3, 3), (None, 3)]
+
+
+def test_a_rank_whose_collective_fails_waits_for_no_other(config: RunConfig) -> None:
+    assert run_ranks(2, left_by_rank_0, config, "whole", RuntimeError("Connection closed by peer"))[0] == (None, 3)
+
+
 class Clock:
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -138,8 +175,9 @@ def taking(clock: Clock, seconds: float, function: Callable[..., Any]) -> Callab
 class Run:
     """A saver by a clock: a copy takes 2 s, completing 1 s, and a save that is waited for 30 s."""
 
-    def __init__(self, config: RunConfig, metrics_log: MetricsLog, **settings: Any) -> None:
+    def __init__(self, config: RunConfig, metrics_log: MetricsLog, uploads: Any = None, **settings: Any) -> None:
         self.clock = Clock()
+        self.time_limit = TimeLimit(None, self.clock)
         self.directory = CheckpointDirectory(config, "", CPU)
         start, finish = self.directory.start, self.directory.finish
         self.directory.save = taking(self.clock, 30, self.directory.save)  # type: ignore[method-assign]
@@ -150,9 +188,10 @@ class Run:
             self.directory,
             WholeStates(CPU),
             metrics_log,
-            TimeLimit(None, self.clock),
+            self.time_limit,
             CPU,
             self.clock,
+            uploads,
         )
 
     def _start(self, start: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,3 +270,31 @@ def test_without_memory_for_a_copy_a_save_is_waited_for(
     run.step(2)
     assert not run.directory.is_under_way
     assert run.directory.intact_steps() == [1, 2]
+
+
+class FinishedUploads:
+    """Uploads of which each has ended before the next step."""
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+
+    def steps_in_use(self) -> list[int]:
+        return self._steps
+
+    def offer(self, step: int, folder: Path, kept_step: int | None) -> None:
+        self._steps.append(step)
+
+    def events(self) -> list[UploadEvent]:
+        steps, self._steps = self._steps, []
+        return [UploadEvent(step, {"event": "uploaded", "path": "", "seconds": 50.0 * step}, None) for step in steps]
+
+
+def test_the_time_of_an_upload_is_kept_for_the_limit_of_the_run(config: RunConfig, metrics_log: MetricsLog) -> None:
+    run = Run(config, metrics_log, FinishedUploads(), every_steps=100, asynchronous=True)
+    assert run.saver.owed_uploads() == ("upload",)
+    run.step(1, is_awaited=True)
+    assert run.saver.owed_uploads() == ("upload", "upload"), "a stop waits for the one under way, too"
+    run.step(2)
+    assert run.saver.owed_uploads() == ("upload",)
+    assert run.time_limit.last("upload") == 50
+    assert Run(config, metrics_log).saver.owed_uploads() == ()

@@ -75,8 +75,17 @@ def test_a_resumed_run_knows_how_long_its_parts_took() -> None:
     checkpoints: list[dict[str, Any]] = [{"step": 3}, {"step": 6, "seconds": 100.0}, {"step": 9, "seconds": 80.0}]
     # Two test sets, and rows of an older version.
     evaluations: list[dict[str, Any]] = [{"step": 0}, {"step": 6, "seconds": 200.0}, {"step": 6, "seconds": 120.0}]
-    limit.remember(checkpoints, evaluations)
-    clock.now += 3600 - 1.25 * 100
+    uploads: list[dict[str, Any]] = [
+        {"event": "uploaded", "step": 3, "seconds": 300.0},
+        {"event": "upload_failed", "step": 6},
+        {"event": "uploaded", "step": 9, "seconds": 240.0},
+    ]
+    limit.remember(checkpoints, evaluations, uploads)
+    assert limit.last("upload") == 240
+    clock.now += 3600 - 1.25 * (100 + 300)
+    assert not limit.is_too_short_for("save", "upload")
+    assert limit.is_too_short_for("save", "upload", "upload")
+    clock.now += 1.25 * 300
     assert not limit.is_too_short_for("save")
     clock.now -= 1.25 * 320
     assert not limit.is_too_short_for("evaluation", "save")

@@ -201,7 +201,8 @@ class CheckpointDirectory:
         held = hold_states(engine, temporary, self._world, copies=in_background)
         self._save = SaveUnderWay(final, temporary, held, progress, engine.parameter_shapes(), engine.scalars())
         if in_background:
-            self._save.write_in_background()
+            save = self._save
+            save.write_in_background(self._world, lambda parts: self._completed(save, parts))
 
     @property
     def is_under_way(self) -> bool:
@@ -210,7 +211,7 @@ class CheckpointDirectory:
 
     @property
     def is_written(self) -> bool:
-        """Whether this rank has written its part of the checkpoint under way."""
+        """Whether this rank has written its part of the checkpoint under way, and rank 0 has completed it."""
         return self._save is not None and self._save.is_written
 
     def finish(self) -> Path:
@@ -221,15 +222,26 @@ class CheckpointDirectory:
         """
         assert self._save is not None, "a checkpoint was begun"
         save, self._save = self._save, None
-        arrive = PatientSum(self._world)
-        part = save.part()
         # Disks of different nodes take different times.
-        arrive(0)
-        parts = gather_on_first(part, self._world)
-        failure = part.failure and f"{part.failure} (rank {self._world.rank})"
-        self._refuse_if(first_over_ranks(failure, self._world), save.final)
-        self._on_first(save.final, lambda: self._finish(save, parts))
+        arrive = PatientSum(self._world)
+        if save.is_in_background:
+            failure = save.wait()
+            arrive(0)
+            self._refuse_if(from_first_rank(failure, self._world), save.final)
+        else:
+            part = save.held.write()
+            arrive(0)
+            parts = gather_on_first(part, self._world)
+            self._refuse_if(computed_on_first(lambda: self._completed(save, parts), self._world), save.final)
         return save.final
+
+    def outlasted(self, limit_seconds: float) -> str | None:
+        """The name of the checkpoint under way, if it is complete within a time; None if not, or if there is none.
+
+        One rank alone may call it, because threads complete the checkpoint, whatever the other ranks wait for.
+        """
+        is_complete = self._save is not None and self._save.is_complete_within(limit_seconds)
+        return self._save.final.name if self._save is not None and is_complete else None
 
     def _refuse_not_finite(self, engine: Engine, step: int) -> None:
         found = first_over_ranks(next(iter(engine.not_finite()), None), self._world)
@@ -278,6 +290,17 @@ class CheckpointDirectory:
         """Size of the newest checkpoint, as large as the next one will be; 0 if there is none."""
         intact = self._intact()
         return read_complete(intact[-1]).num_bytes if intact else 0
+
+    def _completed(self, save: SaveUnderWay, parts: Sequence[WrittenPart]) -> str | None:
+        """Complete a checkpoint on rank 0; why that is impossible, None if it is complete."""
+        for rank, part in enumerate(parts):
+            if part.failure is not None:
+                return f"{part.failure} (rank {rank})"
+        try:
+            self._finish(save, parts)
+        except OSError as error:
+            return write_reason(error)
+        return None
 
     def _finish(self, save: SaveUnderWay, parts: Sequence[WrittenPart]) -> None:
         config = save.temporary / "config.yaml"

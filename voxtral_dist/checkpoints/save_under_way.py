@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
 
 from voxtral_dist.checkpoints.files import HeldStates, WrittenPart
 from voxtral_dist.checkpoints.progress import TrainProgress
+from voxtral_dist.checkpoints.written_parts import WrittenParts
+from voxtral_dist.distributed.world import World
 
 
 class SaveUnderWay:
@@ -37,33 +40,51 @@ class SaveUnderWay:
         self.shapes = shapes
         self.scalars = scalars
         self._thread: Thread | None = None
-        self._outcome: WrittenPart | BaseException | None = None
+        self._parts: WrittenParts | None = None
+        self._is_written = False
+        self._failure: str | None = None
+        self._error: BaseException | None = None
 
-    def write_in_background(self) -> None:
-        """Start the thread. It is a daemon: an error elsewhere must not wait for the disk."""
-        self._thread = Thread(target=self._write, name="checkpoint", daemon=True)
+    def write_in_background(self, world: World, complete: Callable[[Sequence[WrittenPart]], str | None]) -> None:
+        """Start the thread, on all ranks together. It is a daemon: an error elsewhere must not wait for the disk.
+
+        Args:
+            world: all ranks.
+            complete: completes the checkpoint from the parts of all ranks, in the thread of rank 0; why it cannot.
+        """
+        self._parts = WrittenParts(world)
+        self._thread = Thread(target=self._write, args=(world, complete), name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
+    def is_in_background(self) -> bool:
+        """Whether a thread writes it."""
+        return self._thread is not None
+
+    @property
     def is_written(self) -> bool:
-        """Whether the thread has ended."""
-        return self._outcome is not None
+        """Whether the thread has ended: this rank's part is written, and on rank 0 the checkpoint complete."""
+        return self._is_written
 
-    def part(self) -> WrittenPart:
-        """What this rank wrote, as soon as it has; without a thread it is written now."""
-        if self._thread is None:
-            return self.held.write()
+    def wait(self) -> str | None:
+        """Wait for the thread. On rank 0: why the checkpoint cannot be completed; None if it is complete."""
+        assert self._thread is not None, "it is written in the background"
         self._thread.join()
-        match self._outcome:
-            case WrittenPart() as part:
-                return part
-            case BaseException() as error:
-                raise error
-            case None:
-                raise AssertionError("the thread has ended")
+        if self._error is not None:
+            raise self._error
+        return self._failure
 
-    def _write(self) -> None:
+    def is_complete_within(self, seconds: float) -> bool:
+        """Whether the checkpoint is complete within a time, whatever the other ranks' main threads do."""
+        return self._parts is not None and self._parts.are_complete(seconds)
+
+    def _write(self, world: World, complete: Callable[[Sequence[WrittenPart]], str | None]) -> None:
+        assert self._parts is not None
         try:
-            self._outcome = self.held.write()
+            self._parts.tell(self.held.write())
+            if world.is_first:
+                self._failure = complete(self._parts.gather())
+                self._parts.end(self._failure)
         except BaseException as error:
-            self._outcome = error
+            self._error = error
+        self._is_written = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,15 @@ from voxtral_dist.distributed.devices import free_memory_bytes
 from voxtral_dist.distributed.standing import advance, stand
 from voxtral_dist.distributed.world import World, ranks_on_node
 from voxtral_dist.engine.engine import Engine
+from voxtral_dist.errors import LostPeerError
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.requests import Requests
-from voxtral_dist.training.time_limit import TimeLimit
+from voxtral_dist.training.time_limit import Part, TimeLimit
 
 # Part of a rank's free host memory that a copy of its state may take.
 _MAX_FRACTION = 0.5
+
+log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -128,6 +132,12 @@ class Saver:
         self._time_limit.record("save", ended - self._began)
         self._record(saved, ended - self._began, self._stalled_seconds + ended - started)
 
+    def owed_uploads(self) -> tuple[Part, ...]:
+        """What a stop would wait for after its save: its upload, and one that is under way; rank 0 alone knows."""
+        if self._uploads is None:
+            return ()
+        return ("upload", "upload") if self._uploads.steps_in_use() else ("upload",)
+
     def finish_uploads(self) -> None:
         """Wait until the newest checkpoint is uploaded, or one more attempt has failed."""
         if self._settings.upload is None:
@@ -140,6 +150,22 @@ class Saver:
         """The name of the newest checkpoint, after the one under way was completed; None if there is none."""
         self.complete()
         return self._checkpoints.newest()
+
+    def outlast(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        """Wait for the checkpoint under way, at the end of a context that an error of this rank alone may end.
+
+        Not after errors of collectives: a rank that is gone would be waited for.
+        """
+        is_of_others = isinstance(error, LostPeerError) or (
+            isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+        )
+        if not isinstance(error, Exception) or is_of_others or not self._checkpoints.is_under_way:
+            return
+        stand("save", self._step)
+        # The other ranks wait in a collective.
+        saved = self._checkpoints.outlasted(self._world.timeout.total_seconds() / 2)
+        if saved is not None:
+            log.warning("The checkpoint %s, which was under way, is complete.", saved)
 
     def _has_memory(self) -> bool:
         """Whether all ranks have the memory for a copy, or the configuration says that they have."""
@@ -158,5 +184,7 @@ class Saver:
     def _record_uploads(self) -> None:
         for event in [] if self._uploads is None else self._uploads.events():
             self._metrics_log.write("event", event.step, event.values)
+            if event.values["event"] == "uploaded":
+                self._time_limit.record("upload", event.values["seconds"])
             if event.sentence is not None:
                 self._metrics_log.say(event.sentence)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-Part = Literal["step", "save", "evaluation"]
+Part = Literal["step", "save", "upload", "evaluation"]
 
 # Expected durations are the longest of the last ones, and this much longer.
 _NUM_REMEMBERED = 20
@@ -43,11 +43,19 @@ class TimeLimit:
         """How long a part took the last time."""
         return self._durations[part][-1]
 
-    def remember(self, checkpoints: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> None:
+    def remember(
+        self,
+        checkpoints: Sequence[dict[str, Any]],
+        evaluations: Sequence[dict[str, Any]],
+        events: Sequence[dict[str, Any]] = (),
+    ) -> None:
         """Take the durations from rows of `metrics.jsonl` that earlier processes of the run wrote."""
         for row in checkpoints:
             if "seconds" in row:
                 self.record("save", row["seconds"])
+        for row in events:
+            if row.get("event") == "uploaded":
+                self.record("upload", row["seconds"])
         steps: dict[int, float] = {}
         for row in evaluations:
             steps[row["step"]] = steps.get(row["step"], 0.0) + row.get("seconds", 0.0)
