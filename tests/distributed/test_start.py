@@ -105,6 +105,14 @@ def test_a_killed_rank_ends_others_whatever_they_wait_for(end, waits_in: str, li
     assert "error" not in ended[1].output, "rank 0 on the same host says it"
 
 
+def test_a_killed_rank_is_seen_by_another_one_of_its_host_long_before_it_is_missed(end) -> None:
+    ended = end(killed=1, waits_in="kernel that never ends", limit=3000.0)
+    assert [one.code for one in ended] == [LOST, -signal.SIGKILL, LOST]
+    for one in (ended[0], ended[2]):
+        assert "Nothing is heard of 1 of 3 ranks (1 on host-a since " in one.output
+        assert one.output.count("voxtral-dist: error: ") == 1
+
+
 @pytest.mark.parametrize("waits_in", ["collective", "kernel that never ends"])
 def test_the_loss_of_the_rank_that_hosts_the_store_ends_others(end, waits_in: str) -> None:
     ended = end(killed=0, waits_in=waits_in)

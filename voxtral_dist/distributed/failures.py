@@ -88,7 +88,9 @@ class Failure:
 
 
 @contextmanager
-def shared_failures(store: Store, rank: int, size: int, limit_seconds: float = math.inf) -> Iterator[None]:
+def shared_failures(
+    store: Store, rank: int, size: int, limit_seconds: float = math.inf, neighbour: int | None = None
+) -> Iterator[None]:
     """Tell all ranks if this one fails in the context; end this process there if another rank fails or is gone.
 
     Args:
@@ -96,13 +98,14 @@ def shared_failures(store: Store, rank: int, size: int, limit_seconds: float = m
         rank: of this process.
         size: number of ranks.
         limit_seconds: how long a rank may give no sign of life.
+        neighbour: a rank of the same node, whose process this one looks at; None for none.
     """
     if size == 1:
         yield
         return
     global _newest_end, _newest_watch
     _newest_end = end = CommonEnd(store, rank, size)
-    _newest_watch = watch = FailureWatch(store, rank, size, end, limit_seconds)
+    _newest_watch = watch = FailureWatch(store, rank, size, end, limit_seconds, neighbour)
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -201,13 +204,22 @@ class FailureWatch:
     """A thread that polls the ranks' store once a second, and ends this process if another rank has failed.
 
     It ends the process whatever the main thread waits for: a kernel of NCCL, a collective, a store, a data worker. A
-    rank that is killed writes nothing: rank 0 misses its signs of life, and the others miss rank 0's store.
+    rank that is killed writes nothing: a rank of its node sees that its process is gone, rank 0 misses its signs of
+    life, and the others miss rank 0's store.
 
     Attributes:
         heard_at: when the store last answered, by `time.monotonic`.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, end: CommonEnd, limit_seconds: float = math.inf) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        end: CommonEnd,
+        limit_seconds: float = math.inf,
+        neighbour: int | None = None,
+    ) -> None:
         """Start watching.
 
         Args:
@@ -216,6 +228,7 @@ class FailureWatch:
             size: number of ranks.
             end: of all ranks.
             limit_seconds: how long a rank may give no sign of life.
+            neighbour: a rank of the same node, whose process this one looks at; None for none.
         """
         self._limit_seconds = limit_seconds
         # Before NCCL's own watchdog ends the process without a sentence.
@@ -233,7 +246,7 @@ class FailureWatch:
         self._wake = threading.Event()
         self._done = threading.Event()
         self._ending = threading.Lock()
-        self._beats = Heartbeats(self._store, rank, size)
+        self._beats = Heartbeats(self._store, rank, size, neighbour)
         if rank != 0:
             threading.Thread(target=self._watch_store, name="store-watch", daemon=True).start()
         threading.Thread(target=self._watch, name="failure-watch", daemon=True).start()
@@ -278,6 +291,8 @@ class FailureWatch:
         self.heard_at = time.monotonic()
         # The store may go with it, while this rank still has its own work to do.
         self._has_first_left = self._beats.has_left(0)
+        if self._beats.is_neighbour_gone():
+            self._share(self._loss(self._beats.loss_of_neighbour()))
         self._refuse_silent()
         self._refuse_failed_collective()
         found = None if self.look is None else self.look(self._store)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]  # public all the same
 
@@ -27,18 +28,28 @@ _RESUME = "Rerun the same command on all hosts to resume."
 
 
 class Heartbeats:
-    """The last sign of life of each rank: its time by the rank's clock, and its host."""
+    """The last sign of life of each rank: its time by the rank's clock, its host and its process."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        """`store` is used by the calling thread alone."""
+    def __init__(self, store: Store, rank: int, size: int, neighbour: int | None = None) -> None:
+        """Take signs from a store.
+
+        Args:
+            store: used by the calling thread alone.
+            rank: of this process.
+            size: number of ranks.
+            neighbour: the rank whose process this one looks at, if it is one of the same system; None for none.
+        """
         self._store = PrefixStore("beats", store)
         self._rank = rank
         self._size = size
+        self._neighbour = None if neighbour == rank else neighbour
+        self._system = _system()
         self._seen: dict[int, tuple[bytes, float]] = {}
 
     def beat(self) -> None:
         """Give a sign of life."""
-        self._store.set(str(self._rank), json.dumps([time.time(), socket.gethostname()]))
+        sign = [time.time(), socket.gethostname(), self._system, os.getpid()]
+        self._store.set(str(self._rank), json.dumps(sign))
 
     def leave(self) -> None:
         """Say that this rank gives no more signs of life, because it has finished."""
@@ -63,6 +74,25 @@ class Heartbeats:
         silent = self.silent_seconds()
         return [rank for rank in silent if silent[rank] >= seconds and self._seen[rank][0]]
 
+    def is_neighbour_gone(self) -> bool:
+        """Whether the neighbour's process has ended before the rank has finished."""
+        return self._neighbour is not None and self._is_gone(self._neighbour)
+
+    def loss_of_neighbour(self) -> LostPeerError:
+        """What is known of a neighbour whose process is gone."""
+        assert self._neighbour is not None
+        self._seen[self._neighbour] = (self._value(self._neighbour), time.monotonic())
+        return self.loss([self._neighbour])
+
+    def _is_gone(self, rank: int) -> bool:
+        value = self._value(rank)
+        if not value:
+            return False
+        _, host, system, process = json.loads(value)
+        is_here = system and [host, system] == [socket.gethostname(), self._system]
+        # A rank that has finished says so before its process ends.
+        return bool(is_here) and _has_ended(process) and bool(self._value(rank))
+
     def _value(self, rank: int) -> bytes:
         found: bytes = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
         return found
@@ -73,7 +103,7 @@ class Heartbeats:
         for rank in lost[:8]:
             value = self._seen[rank][0]
             if value:
-                at, host = json.loads(value)
+                at, host, *_ = json.loads(value)
                 parts.append(f"{rank} on {host} since {time.strftime('%H:%M:%S', time.localtime(at))}")
             else:
                 parts.append(str(rank))
@@ -82,6 +112,24 @@ class Heartbeats:
             f"network are gone. {_RESUME}",
             lost,
         )
+
+
+def _system() -> str:
+    """What processes have in common that see each other's numbers; empty where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    # Its parent may not have looked yet.
+    return state in ("Z", "X")
 
 
 def loss_of_store(seconds: float) -> LostPeerError:

@@ -84,7 +84,7 @@ def _joined(timeout: timedelta, start_timeout: timedelta) -> Iterator[World]:
     watch_launcher()
     store = meet(os.environ["MASTER_ADDR"], port, rank, size, start_timeout) if size > 1 else HashStore()
     with (
-        shared_failures(store, rank, size, timeout.total_seconds()),
+        shared_failures(store, rank, size, timeout.total_seconds(), _next_on_node(rank, local_rank, size)),
         _out_of_memory_as_message(rank),
         _full_disk_as_message(rank),
         lost_peers_as_message(PrefixStore("failures", store), rank, size, timeout),
@@ -230,6 +230,11 @@ _PLACE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": 29500}
 def ranks_on_node(world_size: int) -> int:
     """Number of ranks on this node; DeepSpeed's launcher and torchrun set it by different variables."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+
+
+def _next_on_node(rank: int, local_rank: int, size: int) -> int:
+    """The rank after this one among those of its node; after the last one the first."""
+    return min(size - 1, rank - local_rank + (local_rank + 1) % ranks_on_node(size))
 
 
 def _integer(name: str, default: int) -> int:
