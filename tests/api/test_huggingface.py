@@ -150,7 +150,7 @@ def test_a_language_is_taken_as_corpora_write_it(collator):
         ({"audio": tone(0.5), "text": None}, "The column `text` must hold texts, but holds None"),
         ({"audio": tone(0.5), "text": "nuqneH", "language": "klingon"}, "text 'nuqneH' has the language 'klingon'"),
         ({"audio": np.zeros((2, 8)), "text": "one"}, r"must be an array of the shape \(num_samples,\)"),
-        ({"audio": np.full(8, np.nan), "text": "one"}, "holds samples that are not finite numbers"),
+        ({"audio": np.full(8, np.nan), "text": "one"}, "contains samples that are not finite"),
         ({"audio": b"no audio", "text": "one"}, "the text 'one' does not decode"),
         ({"audio": np.zeros(16_000 * 400), "text": "one"}, "A row of 400 s .* but the model has 4096"),
     ],

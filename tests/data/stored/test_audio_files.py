@@ -220,6 +220,20 @@ def test_integers_stored_as_floats_are_refused_and_loud_mixes_are_clipped():
     assert decode_pcm(encoded(loud / np.abs(loud).max() * 1.5, format="WAV", subtype="FLOAT"), RATE).max() == 32767
 
 
+def test_a_part_with_samples_that_are_not_finite_says_so():
+    """libsndfile writes fewer samples of FLAC then, which is an `AssertionError` of soundfile."""
+    samples = np.where(np.arange(RATE) == 2_000, np.nan, 0.1)
+    with pytest.raises(AudioError, match="contains samples that are not finite"):
+        AudioLocation("a.wav", encoded(samples, format="WAV", subtype="FLOAT"), 0.1, 0.1).read()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_file_without_its_end_prints_no_traceback():
+    """libsndfile seeks before its start; cffi prints an error of Python in its callback, which cannot be caught."""
+    with pytest.raises(AudioError, match="does not decode"):
+        decode_pcm(encoded(tone(0.1), format="AIFF")[:39], RATE)
+
+
 @pytest.mark.parametrize("level", [-0.4, 0.0, 0.25])
 def test_a_constant_is_silence(level):
     direct = np.full(RATE, level, dtype=np.float32)

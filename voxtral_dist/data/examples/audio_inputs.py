@@ -16,7 +16,7 @@ from voxtral_dist.data.stored.audio import (
     Pcm,
     Waveform,
     decode_pcm,
-    refuse_beyond_full_scale,
+    refuse_unusable_floats,
     resample,
     to_pcm,
 )
@@ -68,7 +68,5 @@ def _waveform(array: NDArray[Any]) -> Waveform:
         return array.astype(np.float32) / 32768.0
     if array.dtype.kind != "f":
         raise AudioError(f"must be an array of floats in [-1, 1] or of int16, but is one of {array.dtype} instead")
-    if not np.isfinite(array).all():
-        raise AudioError("holds samples that are not finite numbers")
-    refuse_beyond_full_scale(array)
+    refuse_unusable_floats(array)
     return array.astype(np.float32, copy=False)

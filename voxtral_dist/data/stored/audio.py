@@ -104,8 +104,7 @@ class _Mix:
         if self._file.sampling_rate != sampling_rate:
             stream = soxr.ResampleStream(self._file.sampling_rate, sampling_rate, 1, dtype="float32", quality="HQ")
         for block in _bounded(self._file, "float32"):
-            _refuse_not_finite(block)
-            refuse_beyond_full_scale(block)
+            refuse_unusable_floats(block)
             mono = block if block.ndim == 1 else self._mixed(block)
             yield mono if stream is None else stream.resample_chunk(mono)
         if stream is not None:
@@ -126,17 +125,14 @@ class _Mix:
         return int(self._powers.argmax())
 
 
-def _refuse_not_finite(block: NDArray[np.float32]) -> None:
-    if not np.isfinite(block).all():
-        raise AudioError("contains samples that are not finite", Cause.NOT_FINITE)
-
-
-def refuse_beyond_full_scale(samples: NDArray[Any]) -> None:
-    """Refuse float samples far beyond full scale, which is 1: clipped, they would be noise.
+def refuse_unusable_floats(samples: NDArray[Any]) -> None:
+    """Refuse float samples that are not finite, or far beyond full scale, which is 1: clipped, they would be noise.
 
     Raises:
         AudioError: a sample is.
     """
+    if not np.isfinite(samples).all():
+        raise AudioError("contains samples that are not finite", Cause.NOT_FINITE)
     largest = max(float(samples.max(initial=0)), -float(samples.min(initial=0)))
     if largest > _LARGEST_SAMPLE:
         raise AudioError(

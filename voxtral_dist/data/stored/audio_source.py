@@ -131,12 +131,32 @@ def opened_audio(source: BinaryIO) -> Iterator[AudioSource]:
         raise AudioError(f"does not decode ({_reason(error)})") from error
 
 
+class _QuietSeeks:
+    """A file that stays where it is when libsndfile, reading a damaged one, seeks before its start.
+
+    Errors of Python inside a callback of C are printed with their traceback, and nobody can catch them.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Seek, if there is such a place; the position."""
+        try:
+            return self._file.seek(offset, whence)
+        except (ValueError, OSError):
+            return self._file.tell()
+
+
 @contextmanager
 def _opened(source: BinaryIO) -> Iterator[AudioSource]:
     head = source.read(_HEAD_BYTES)
     source, cut_off = _with_sizes(source, head)
     try:
-        file = soundfile.SoundFile(source)
+        file = soundfile.SoundFile(_QuietSeeks(source))
     except soundfile.SoundFileError as error:
         with _opened_otherwise(source, head, error) as audio:
             yield audio

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from voxtral_dist.data.stored.audio import refuse_beyond_full_scale
+from voxtral_dist.data.stored.audio import refuse_unusable_floats
 from voxtral_dist.data.stored.audio_kinds import AUDIO_SUFFIXES, MEDIA_SUFFIXES
 from voxtral_dist.data.stored.audio_source import AudioSource, opened_audio
 from voxtral_dist.data.stored.checks import Cause, UnusableError
@@ -173,7 +173,7 @@ def _encode(blocks: Iterable[NDArray[Any]], rate: int, num_channels: int, subtyp
     with soundfile.SoundFile(encoded, "w", rate, num_channels, subtype, format="FLAC") as file:
         for block in blocks:
             if block.dtype.kind == "f":
-                refuse_beyond_full_scale(block)
+                refuse_unusable_floats(block)
             file.write(block)
     return encoded.getvalue()
 
