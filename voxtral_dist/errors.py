@@ -73,6 +73,15 @@ class WriteError(RankError):
     exit_code = 74
 
 
+class ReadError(UserError):
+    """Stored data that cannot be read because its storage fails, and not because of one utterance in it.
+
+    All ranks meet it, so one per node prints it. The same command resumes once the storage works again.
+    """
+
+    exit_code = 74
+
+
 class SharedWriteError(SharedError):
     """A `WriteError` that was shared with all ranks: all exit with it, and one per node prints it."""
 

@@ -17,9 +17,9 @@ from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.checkpoints.remote import fetch_newest
 from voxtral_dist.checkpoints.uploads import build_uploads
 from voxtral_dist.config import ModelConfig, RunConfig, dump_config
-from voxtral_dist.data.loader import TrainLoader, build_train_loader
+from voxtral_dist.data.loader import StepBatches, TrainLoader, build_train_loader
 from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.distributed.collectives import max_over_ranks
+from voxtral_dist.distributed.collectives import first_over_ranks, max_over_ranks
 from voxtral_dist.distributed.devices import device_name, peak_flops
 from voxtral_dist.distributed.process_settings import set_compile_cache
 from voxtral_dist.distributed.standing import data_waits, stand
@@ -29,7 +29,7 @@ from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.compilation import with_chosen_compilation
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import ReadError, UserError
 from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, with_chosen_checkpointing
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
@@ -111,6 +111,7 @@ def train(config: RunConfig, world: World, allow_changed: Sequence[str] = ()) ->
 
     Raises:
         UserError: the configuration, the model, the data and this machine do not fit together.
+        ReadError: on all ranks; shards cannot be read because their storage fails. The state was saved.
     """
     port, limit_seconds = config.metrics.prometheus_port, config.distributed.timeout_seconds
     with stop_signals() as stop, rank_log_closed(), served_metrics(port, limit_seconds, world) as endpoint:
@@ -172,13 +173,15 @@ def _train(
         saver = Saver(
             config.checkpoint, checkpoints, engine, metrics_log, time_limit, world, uploads=build_uploads(config)
         )
+        stack.push(saver.outlast)
         bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world, saver.newest)
         stragglers = Stragglers(metrics_log, world, socket.gethostname())
         guards = Guards(config.optimizer, progress.guards)
         limits = MemoryLimits.read(config, world)
         _announce_limits(limits, progress, metrics_log)
         step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel, guards, limits)
-        time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"))
+        uploads = metrics_log.rows("event") if config.checkpoint.upload else ()
+        time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"), uploads)
         if evaluator.is_owed(progress.step):
             with time_limit.measuring("evaluation"):
                 is_complete = evaluator.evaluate(progress.step, lambda: stop.requested)
@@ -186,7 +189,7 @@ def _train(
                 return _stopped(config, progress, metrics_log, by_signal=True)
         verdict = selector.select(progress.step)
         for batches in () if verdict.must_stop else data_waits(steps, progress.step):
-            result = step.run(batches, _requests(stop, time_limit, evaluator, saver, progress.step + 1))
+            result = step.run(batches, _requests(stop, time_limit, evaluator, saver, progress.step + 1, batches))
             progress = result.advance(progress)
             time_limit.record("step", result.metrics.step_seconds)
             metrics_log.train_step(progress.step, result.metrics)
@@ -194,12 +197,14 @@ def _train(
             bad_utterances.check(progress, batches.micro_batches, result)
             is_last = progress.step == loader.num_steps
             is_evaluated = evaluator.is_due(progress.step)
-            must_stop = result.agreed.stop_in_time or (result.agreed.stop and not is_last)
+            agreed = result.agreed
+            must_stop = agreed.stop_in_time or agreed.cannot_read or (agreed.stop and not is_last)
             stragglers.after_step(progress.step, batches.waiting_seconds)
-            saver.after_step(progress, result.agreed, is_awaited=is_last or is_evaluated or must_stop)
+            saver.after_step(progress, agreed, is_awaited=is_last or is_evaluated or must_stop)
             if must_stop:
                 saver.finish_uploads()
-                return _stopped(config, progress, metrics_log, by_signal=result.agreed.stop)
+                _refuse_unread(batches, agreed, progress, world)
+                return _stopped(config, progress, metrics_log, by_signal=agreed.stop)
             if is_evaluated:
                 with time_limit.measuring("evaluation"):
                     is_complete = evaluator.evaluate(progress.step, lambda: stop.requested)
@@ -210,7 +215,7 @@ def _train(
                 if verdict.must_stop:
                     break
                 # The state is saved already: one more step would have to be saved again.
-                is_short = time_limit.is_too_short_for("step", "save")
+                is_short = time_limit.is_too_short_for("step", "save", *saver.owed_uploads())
                 by_signal, in_time = max_over_ranks([int(stop.requested), int(is_short)], world)
                 if not is_last and (by_signal or in_time):
                     saver.finish_uploads()
@@ -382,7 +387,7 @@ def _announce_limits(limits: MemoryLimits, progress: TrainProgress, metrics_log:
 
 
 def _requests(
-    stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, saver: Saver, step: int
+    stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, saver: Saver, step: int, batches: StepBatches
 ) -> Callable[[], Requests]:
     """What this rank asks for after its next update, which will be the run's number `step`.
 
@@ -394,11 +399,24 @@ def _requests(
         # An export takes about as long as a save.
         following = ("evaluation", "save")
     by_clock = Requests(
-        stop_in_time=time_limit.is_too_short_for("step", "save", *following),
+        stop_in_time=time_limit.is_too_short_for("step", "save", *following, *saver.owed_uploads()),
         save=time_limit.needs_a_save(),
         save_in_background=saver.is_time(),
+        cannot_read=batches.upcoming is not None and batches.upcoming.read_error is not None,
     )
     return lambda: replace(by_clock, stop=stop.requested, is_written=saver.is_written())
+
+
+def _refuse_unread(batches: StepBatches, agreed: Requests, progress: TrainProgress, world: World) -> None:
+    """End the run on all ranks, after its state was saved, where this is why it stops.
+
+    Raises:
+        ReadError: a rank cannot read its next step, because the storage of the shards fails.
+    """
+    if not agreed.cannot_read or agreed.stop or agreed.stop_in_time:
+        return
+    reason = first_over_ranks(None if batches.upcoming is None else batches.upcoming.read_error, world)
+    raise ReadError(f"Stopped at step {progress.step}, which is saved: {reason}")
 
 
 def _changes(

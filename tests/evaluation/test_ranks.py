@@ -11,6 +11,7 @@ import pytest
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
 from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import ReadError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.batch_decoder import DecodedExamples
 from voxtral_dist.evaluation.decoding import EvaluationStoppedError, decode_batches
@@ -120,3 +121,26 @@ def test_all_ranks_stop_an_evaluation_before_the_next_batch(in_lockstep: bool) -
     assert second == (2, True)
     assert first[1]
     assert first[0] == 2 if in_lockstep else first[0] < 500
+
+
+def refusal_of_rank_1(world: World, in_lockstep: bool) -> tuple[str, int, str]:
+    """What this rank raises because the storage fails at rank 1's third batch."""
+    decoder = Counting(in_lockstep)
+
+    def read(_: tuple[int, ...]) -> list[Example]:
+        if world.rank == 1 and decoder.num_batches == 2:
+            raise ReadError("x.tar cannot be read: no answer within 30 s (6 attempts).")
+        return []
+
+    batches = [(number,) for number in range(1000)]
+    with pytest.raises(UserError) as raised:
+        decode_batches("speech", batches, read, decoder, False, world)  # type: ignore[arg-type]
+    return type(raised.value).__name__, raised.value.exit_code, str(raised.value)
+
+
+@pytest.mark.parametrize("in_lockstep", [False, True])
+def test_a_storage_that_fails_ends_an_evaluation_on_all_ranks_and_is_no_unusable_utterance(in_lockstep: bool) -> None:
+    first, second = run_ranks(2, refusal_of_rank_1, in_lockstep)
+    assert first == second
+    sentence = "The evaluation of `speech` ended on rank 1: x.tar cannot be read: no answer within 30 s (6 attempts)."
+    assert first == ("ReadError", 74, sentence)

@@ -1,6 +1,8 @@
 """Corpora and tars behind URLs are packed, indexed and verified as those in folders."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +11,13 @@ import fsspec
 import numpy as np
 import pytest
 
+from voxtral_dist.config import StorageConfig
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
-from voxtral_dist.errors import UserError
+from voxtral_dist.data.stored.storage import Storage
+from voxtral_dist.errors import ReadError, UserError
+from voxtral_dist.shards.corpus import audio_location
 from voxtral_dist.shards.corpus.corpus import open_corpus
 from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.indexing import index_tars
@@ -119,3 +124,28 @@ def test_remote_tars_that_cannot_be_indexed_are_one_sentence(s3, tmp_path, patte
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_fails_ends_a_packing_that_skips_bad_utterances(speech_manifest, tmp_path, monkeypatch):
+    """Else all utterances would be listed as broken, and the set of the others would be complete."""
+    monkeypatch.setattr(audio_location, "_storage", lambda: Storage(StorageConfig(num_attempts=1)))
+    clip = next((speech_manifest.parent / "audio").iterdir())
+    with file_server() as running:
+        running.files[clip.name] = clip.read_bytes()
+        rows = [{"audio": f"{running.url}/{clip.name}", "text": text} for text in ("", "a", "b")]
+        source = str(write_lines(tmp_path / "m.jsonl", rows))
+        running.lasting_fault = "503"
+        with pytest.raises(ReadError, match=rf"{clip.name} cannot be read: .*status 503.* none is skipped"):
+            pack(open_corpus(source, CorpusOptions()), tmp_path / "out", PackOptions(skip_bad=True))
+        running.lasting_fault = None
+        summary = pack(open_corpus(source, CorpusOptions()), tmp_path / "out", PackOptions(skip_bad=True))
+    assert (summary.num_utterances, summary.skipped.causes) == (2, {"empty text": 1})
+
+
+def test_a_disk_that_fails_ends_a_verification_without_calling_utterances_broken(shard_folder, monkeypatch):
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ReadError, match=r"Input/output error\. Its storage fails"):
+        list(verify(str(shard_folder), 1))

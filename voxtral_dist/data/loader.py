@@ -28,6 +28,7 @@ from voxtral_dist.data.plan.slot_examples import SlotExamples
 from voxtral_dist.data.plan.train_plan import rank_slots, refuse_idle_ranks
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import TrainingSet, build_training_set, training_reader
+from voxtral_dist.errors import ReadError
 from voxtral_dist.model.prompts import VoxtralPrompts
 
 _NOTHING = SlotExamples((), (), ())
@@ -49,12 +50,17 @@ class StepBatches:
     waiting_seconds: float = 0.0
     upcoming: StepBatches | None = None
 
+    @property
+    def read_error(self) -> str | None:
+        """Why they could not be read, where the storage of the shards fails; None if they were."""
+        return next((batch.read_error for batch in self.micro_batches if batch.read_error is not None), None)
+
 
 class StepIterator(Iterator[StepBatches]):
     """The micro-batches of one rank, step by step; a context that ends its data workers.
 
     The workers start, and begin to read, when it is made. It takes a step from them when the one before it is asked
-    for.
+    for. Where the storage of the shards fails, `upcoming` says so, and the step itself raises `ReadError`.
     """
 
     def __init__(self, batches: Iterator[MicroBatch], steps: range, num_micro_batches: Callable[[int], int]) -> None:
@@ -68,6 +74,8 @@ class StepIterator(Iterator[StepBatches]):
         current = self._upcoming or self._take()
         if current is None:
             raise StopIteration
+        if current.read_error is not None:
+            raise ReadError(current.read_error)
         self._upcoming = self._take()
         return replace(current, waiting_seconds=time.monotonic() - asked, upcoming=self._upcoming)
 
@@ -75,7 +83,14 @@ class StepIterator(Iterator[StepBatches]):
         step = next(self._steps, None)
         if step is None:
             return None
-        return StepBatches(step, list(islice(self._batches, self._num_micro_batches(step))))
+        count, batches = self._num_micro_batches(step), []
+        for batch in islice(self._batches, count):
+            batches.append(batch)
+            if batch.read_error is not None:
+                # The others would fail too, each after all attempts.
+                batches += [batch] * (count - len(batches))
+                break
+        return StepBatches(step, batches)
 
     def __enter__(self) -> Self:
         return self
@@ -227,7 +242,11 @@ class _SlotDataset(Dataset[MicroBatch]):
 
     def __getitem__(self, request: _Request) -> MicroBatch:
         bad: list[BadUtterance] = []
-        examples = list(self._examples(request, bad))
+        try:
+            examples = list(self._examples(request, bad))
+        except ReadError as error:
+            # A value, because torch raises errors of workers with their traceback in the message.
+            return replace(weightless_micro_batch(self._prompts), read_error=str(error))
         if not examples:
             return weightless_micro_batch(self._prompts, bad)
         return collate(examples, self._prompts, bad)

@@ -26,7 +26,7 @@ from voxtral_dist.distributed.collectives import (
 from voxtral_dist.distributed.standing import advance
 from voxtral_dist.distributed.task_queue import TaskQueue
 from voxtral_dist.distributed.world import World, out_of_memory_reason
-from voxtral_dist.errors import RankError, SharedError, UserError
+from voxtral_dist.errors import RankError, ReadError, SharedError, UserError
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, DecodedExamples, Hypothesis, groups_of
 from voxtral_dist.evaluation.test_set import Batch
 
@@ -76,6 +76,7 @@ def decode_batches(
     Raises:
         EvaluationStoppedError: on all ranks, if one of them was asked to stop.
         SharedError: on all ranks, if a rank could not read a batch, or could not decode one outside of lockstep.
+        ReadError: on all ranks, if a rank could not read a batch because the storage of its shards fails.
         RankError: on a rank that could not decode a batch in lockstep.
     """
     part = _RankDecoder(name, batches, read, decoder, with_loss, world, must_stop)
@@ -235,11 +236,11 @@ def _refuse_if_any_failed(name: str, failure: Exception | None, world: World) ->
     """Raise on all ranks the first error of any rank."""
     if failure is not None:
         _log_unless_plain(failure, world)
-    reasons = gather_on_first(None if failure is None else _reason(failure), world)
-    failures = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
-    first = from_first_rank(failures[:1], world)
-    for rank, reason in first:
-        raise SharedError(f"The evaluation of `{name}` ended on rank {rank}: {reason}") from failure
+    told = gather_on_first(None if failure is None else (_reason(failure), isinstance(failure, ReadError)), world)
+    failures = [(rank, *theirs) for rank, theirs in enumerate(told) if theirs is not None]
+    for rank, reason, is_of_storage in from_first_rank(failures[:1], world):
+        error_type = ReadError if is_of_storage else SharedError
+        raise error_type(f"The evaluation of `{name}` ended on rank {rank}: {reason}") from failure
 
 
 def _log_unless_plain(error: Exception, world: World) -> None:

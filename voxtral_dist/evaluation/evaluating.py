@@ -36,6 +36,7 @@ def evaluate_test_set(
     Raises:
         EvaluationStoppedError: `must_stop` was true on a rank before one of its batches; nothing is written.
         SharedError: an utterance of the test set is unusable, or a rank could not decode it.
+        ReadError: the storage of its shards fails.
         RankError: on rank 0, if utterances are missing.
         WriteError: on rank 0, if the results cannot be written.
     """

@@ -55,6 +55,7 @@ class TestSet:
 
         Raises:
             RankError: an utterance is unusable. Skipping it would change the test set.
+            ReadError: the storage of the shards fails.
         """
         try:
             return [self.reader.example(utterance_id) for utterance_id in batch]

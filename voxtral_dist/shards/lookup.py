@@ -52,11 +52,12 @@ def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> tu
     """The key of an utterance as stored in its tar, and the utterance.
 
     Raises:
-        UserError: its bytes cannot be read, or are damaged.
+        UserError: its bytes are damaged.
+        ReadError: the shard cannot be read, or its storage fails.
     """
     span = index.span(utterance_id)
     try:
-        group = parse_span(storage.read(span))
+        group = parse_span(storage.read_indexed(span))
         return group.key, tar_utterance(group, span.location, index.layout(utterance_id))
     except (UnusableError, OSError) as error:
         raise UserError(
@@ -122,7 +123,7 @@ def _keys(index: ShardIndex, storage: Storage) -> Iterator[tuple[int, str]]:
         storage.prefetch(heads.values())
         for utterance_id, head in heads.items():
             try:
-                contents = storage.read(head)
+                contents = storage.read_indexed(head)
             except OSError as error:
                 raise UserError(f"The keys of the set cannot be read: {first_line(error)}.") from error
             yield utterance_id, _key(contents, utterance_id)

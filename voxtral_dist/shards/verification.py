@@ -49,6 +49,7 @@ def verify(folder: str, num_workers: int) -> Iterator[CheckedRun]:
 
     Raises:
         UserError: the folder holds no readable set, or its index is damaged.
+        ReadError: a whole shard cannot be read, or the storage fails.
     """
     starts = range(0, len(ShardIndex(read_sets([folder], Storage(), anew=True))), _RUN_LENGTH)
     return ordered_map(partial(check_run, folder=folder), starts, num_workers, batch_size=1)
@@ -73,7 +74,7 @@ def _check(utterance_id: int, index: ShardIndex, storage: Storage) -> BrokenUtte
     span, key = index.span(utterance_id), f"#{utterance_id}"
     try:
         with unusable_on_failure():
-            contents = storage.read(span)
+            contents = storage.read_indexed(span)
             group = parse_span(contents)
             key = group.key
             utterance = tar_utterance(group, span.location, index.layout(utterance_id))

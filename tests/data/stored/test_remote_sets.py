@@ -12,7 +12,7 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.loader import build_train_loader
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import ReadError, UserError
 
 from servers import FileServer, file_server
 
@@ -71,6 +71,33 @@ def test_a_web_server_with_faults_gives_the_batches_of_the_folder(web_server, sh
     web_server.faults.extend(["503", "short", "cut", "stall", "close", "503"])
     assert micro_batches(f"{web_server.url}/speech", prompts, storage_in(tmp_path)) == local
     assert not web_server.faults, "every fault was used"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_step_before_one_that_cannot_be_read_says_so(web_server, prompts, num_workers):
+    config = TrainDataConfig(
+        shards=(f"{web_server.url}/speech",), slots_per_step=3, max_examples=5, num_workers=num_workers
+    )
+    storage = Storage(StorageConfig(num_attempts=1, prefetch_megabytes=0))
+    web_server.seconds_per_request = 0.02
+    with build_train_loader(config, prompts, 0, 40, 0, 1, storage).starting_at(0) as steps:
+        first = next(steps)
+        assert first.read_error is None
+        web_server.lasting_fault = "503"
+        last = next(step for step in steps if step.upcoming is None or step.upcoming.read_error is not None)
+        assert last.step < 39
+        assert last.upcoming is not None
+        assert len(last.upcoming.micro_batches) == 3, "as many as on the ranks that can read theirs"
+        assert not any(batch.num_utterances for batch in last.upcoming.micro_batches)
+        with pytest.raises(ReadError, match=r"speech-\d+\.tar cannot be read at byte \d+: .*status 503"):
+            next(steps)
+
+
+def test_an_index_that_no_server_gives_may_come_later(web_server, tmp_path):
+    web_server.lasting_fault = "503"
+    with pytest.raises(ReadError, match="status 503") as refused:
+        read_index([f"{web_server.url}/speech"], storage_in(tmp_path, num_attempts=1))
+    assert refused.value.exit_code == 74
 
 
 def test_a_second_epoch_over_a_cached_set_asks_the_server_for_no_bytes(web_server, prompts, tmp_path):

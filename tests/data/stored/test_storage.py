@@ -26,10 +26,11 @@ from voxtral_dist.data.stored.storage import (
     Span,
     Storage,
     StorageError,
+    UnreachableError,
     is_remote,
     join,
 )
-from voxtral_dist.errors import UserError
+from voxtral_dist.errors import ReadError, UserError
 
 from servers import FileServer, file_server
 
@@ -213,22 +214,53 @@ def test_temporary_faults_change_no_byte(server, faults, is_cached, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "sentence", "num_requests"),
+    ("fault", "sentence", "num_requests", "error_type"),
     [
-        ("503", "status 503", 4),
-        ("429", "status 429", 4),
-        ("403", "status 403", 2),
-        ("404", "no such file", 2),
-        ("cut", "", 4),
-        ("short", "read 50 bytes instead of 100", 3),
-        ("whole", "whole file", 2),
+        ("503", "status 503", 4, UnreachableError),
+        ("429", "status 429", 4, UnreachableError),
+        ("403", "status 403", 2, StorageError),
+        ("404", "no such file", 2, MissingFileError),
+        ("cut", "", 4, UnreachableError),
+        ("short", "read 50 bytes instead of 100", 3, ShortReadError),
+        ("whole", "whole file", 2, StorageError),
     ],
 )
-def test_faults_that_stay_are_errors_after_a_limited_number_of_attempts(server, fault, sentence, num_requests):
+def test_faults_that_stay_are_errors_after_a_limited_number_of_attempts(
+    server, fault, sentence, num_requests, error_type
+):
     server.lasting_fault = fault
-    with pytest.raises(StorageError, match=rf"x-000000\.tar cannot be read at byte 7: .*{sentence}.*attempts"):
+    with pytest.raises(
+        StorageError, match=rf"x-000000\.tar cannot be read at byte 7: .*{sentence}.*attempts"
+    ) as raised:
         quick(num_attempts=4).read(Span(f"{server.url}/{SHARD}", 7, 100))
+    assert type(raised.value) is error_type
     assert server.ranges().total() == num_requests
+
+
+@pytest.mark.parametrize("fault", ["503", "403", "404", "whole"])
+def test_a_shard_that_cannot_be_read_is_no_error_of_an_utterance(server, fault):
+    server.lasting_fault = fault
+    with pytest.raises(
+        ReadError, match=r"x-000000\.tar cannot be read at byte 7: .* rerun the same command to resume\."
+    ):
+        quick(num_attempts=1).read_indexed(Span(f"{server.url}/{SHARD}", 7, 100))
+
+
+def test_a_shard_that_ends_early_is_an_error_of_the_utterances_behind_its_end(server):
+    with pytest.raises(ShortReadError, match="status 416"):
+        quick().read_indexed(Span(f"{server.url}/{SHARD}", len(CONTENTS) + 100, 100))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_errors_of_a_disk_are_those_of_no_utterance(number, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    path = tmp_path / "x.tar"
+    path.write_bytes(CONTENTS)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ReadError, match=rf"x\.tar cannot be read: {os.strerror(number)}\. Its storage fails"):
+        quick().read_indexed(Span(str(path), 7, 100))
 
 
 @pytest.mark.parametrize("is_cached", [False, True])

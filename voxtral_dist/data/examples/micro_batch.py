@@ -51,6 +51,7 @@ class MicroBatch:
     num_encoder_chunks: number of chunks in which the encoder takes the windows; ranks with sharded weights agree on it.
     num_mlp_chunks: the same for the MLPs of the language model; None without a limit of their positions.
     features: float32 `(C, M, F)`, masked log-mel features of `pcm`; None where the loss computes them.
+    read_error: why its utterances could not be read, where their storage fails: then it has none, and ends the run.
 
     Example:
         >>> from voxtral_dist import UtteranceReader, VoxtralPrompts, collate, read_index
@@ -79,6 +80,7 @@ class MicroBatch:
     num_encoder_chunks: int = 1
     num_mlp_chunks: int | None = None
     features: Tensor | None = None
+    read_error: str | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

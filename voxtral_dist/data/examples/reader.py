@@ -100,6 +100,7 @@ class UtteranceReader:
 
         Raises:
             UtteranceError: the utterance is unusable; its reason says why.
+            ReadError: its shard cannot be read at all, or the storage fails.
         """
         stored = self.read(utterance_id)
         try:

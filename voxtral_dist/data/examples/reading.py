@@ -16,10 +16,11 @@ def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> St
     Raises:
         UtteranceError: the bytes cannot be read, differ from the indexed ones, or are not the tar members of one
             utterance with audio and text.
+        ReadError: the whole shard cannot be read, or its storage fails.
     """
     span, contents = index.span(utterance_id), b""
     try:
-        contents = storage.read(span)
+        contents = storage.read_indexed(span)
         return index.parse(utterance_id, contents)
     except UserError:
         raise

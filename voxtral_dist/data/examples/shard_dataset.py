@@ -32,7 +32,7 @@ class ShardDataset:
     """The utterances of shard sets by number, with decoded audio: a map-style dataset, as torch calls it.
 
     Audio is read and decoded per item, so that opening a set of any size takes no time. An item that cannot be read
-    raises `UtteranceError`.
+    raises `UtteranceError`, and one whose storage fails `ReadError`.
 
     Example:
         >>> from voxtral_dist import ShardDataset

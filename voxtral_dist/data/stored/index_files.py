@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, RECORD, Records, Shard, ShardSet
-from voxtral_dist.data.stored.storage import Storage, is_remote, join
-from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.data.stored.storage import Storage, is_remote, is_unreachable, join
+from voxtral_dist.errors import ReadError, UserError, first_line
 from voxtral_dist.files import write_atomically
 from voxtral_dist.output.masking import masked
 from voxtral_dist.text.json_text import json_checksum
@@ -102,7 +102,7 @@ def _expanded(pattern: str, storage: Storage) -> list[str]:
     try:
         return storage.expand(pattern)
     except OSError as error:
-        raise UserError(f"The shards {pattern} cannot be listed: {first_line(error)}.") from error
+        raise _refusal(f"The shards {pattern} cannot be listed: {first_line(error)}.", error) from error
 
 
 def _select(shard_set: ShardSet, names: set[str], folder: str) -> ShardSet:
@@ -221,7 +221,14 @@ def _check_records(shard_set: ShardSet, folder: str, storage: Storage, anew: boo
 def _unreadable(folder: str, error: OSError) -> UserError:
     if isinstance(error, FileNotFoundError):
         return _no_index(folder)
-    return UserError(f"The index of {folder} cannot be read: {error.strerror or first_line(error)}.")
+    return _refusal(f"The index of {folder} cannot be read: {error.strerror or first_line(error)}.", error)
+
+
+def _refusal(message: str, error: OSError) -> UserError:
+    """An error of the input, or of a storage that may work again when the same command is rerun."""
+    if is_unreachable(error):
+        return ReadError(f"{message} Its storage fails: fix that, and rerun the same command.")
+    return UserError(message)
 
 
 def _no_index(folder: str, problem: str = f"has no complete index ({SHARD_TABLE_FILE} and {INDEX_FILE})") -> UserError:
@@ -241,7 +248,7 @@ def _sizes(folder: str, storage: Storage) -> dict[str, int] | None:
             "correct the path in the configuration."
         ) from error
     except OSError as error:
-        raise UserError(f"The shard folder {folder} cannot be listed: {first_line(error)}.") from error
+        raise _refusal(f"The shard folder {folder} cannot be listed: {first_line(error)}.", error) from error
     if not sizes and is_remote(folder):
         return None
     if not {SHARD_TABLE_FILE, INDEX_FILE} <= sizes.keys():

@@ -19,8 +19,16 @@ from voxtral_dist.data.stored.audio import refuse_unusable_floats
 from voxtral_dist.data.stored.audio_kinds import AUDIO_SUFFIXES, MEDIA_SUFFIXES
 from voxtral_dist.data.stored.audio_source import AudioSource, opened_audio
 from voxtral_dist.data.stored.checks import Cause, UnusableError
-from voxtral_dist.data.stored.storage import LARGEST_FILE_BYTES, Storage, is_remote, open_regular, read_regular
-from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.data.stored.storage import (
+    LARGEST_FILE_BYTES,
+    Storage,
+    is_remote,
+    is_unreachable,
+    open_regular,
+    read_regular,
+)
+from voxtral_dist.errors import ReadError, UserError, first_line
+from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.corpus.audio_places import existing_place
 from voxtral_dist.shards.corpus.perturbation import Perturbation
 
@@ -51,6 +59,7 @@ class AudioLocation:
 
         Raises:
             UnusableError: there is none, or it cannot be read.
+            ReadError: its storage fails.
         """
         audio = self
         if self.contents is None:
@@ -78,6 +87,7 @@ class AudioLocation:
 
         Raises:
             UnusableError: the file cannot be read, or has no such part.
+            ReadError: its storage fails.
         """
         return _cut(self) if self.is_part else _read(self)
 
@@ -95,7 +105,7 @@ def _read(audio: AudioLocation) -> bytes:
             return _storage().read_all(audio.location, LARGEST_FILE_BYTES)
         return read_regular(Path(audio.location), LARGEST_FILE_BYTES)
     except (OSError, ValueError, UserError) as error:
-        raise _unreadable(error) from error
+        raise _unreadable(audio, error) from error
 
 
 def _cut(audio: AudioLocation) -> bytes:
@@ -161,7 +171,7 @@ def _open_file(audio: AudioLocation) -> Iterator[AudioSource]:
         with _opened(audio) as source, opened_audio(source) as file:
             yield file
     except (OSError, ValueError, UserError) as error:
-        raise _unreadable(error) from error
+        raise _unreadable(audio, error) from error
 
 
 def _tolerance(seconds: float) -> float:
@@ -184,7 +194,12 @@ def _storage() -> Storage:
     return Storage()
 
 
-def _unreadable(error: OSError | ValueError | UserError) -> UnusableError:
+def _unreadable(audio: AudioLocation, error: OSError | ValueError | UserError) -> UnusableError | ReadError:
     # A ValueError means that no file can have such a name.
     why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    if is_unreachable(error):
+        return ReadError(
+            f"The audio {masked(audio.location)} cannot be read: {why}. Its storage fails, and not one utterance, so "
+            "none is skipped: fix that, and rerun the same command to resume."
+        )
     return UnusableError(Cause.UNREADABLE, f"cannot be read: {why}")

@@ -1,7 +1,15 @@
 """Bytes of local files and of URLs."""
 
 from voxtral_dist.data.stored.storage.local import LARGEST_FILE_BYTES, open_regular, read_regular
-from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, Span, StorageError
+from voxtral_dist.data.stored.storage.spans import (
+    MissingFileError,
+    ShortReadError,
+    Span,
+    StorageError,
+    UnreachableError,
+    is_unreachable,
+    read_error,
+)
 from voxtral_dist.data.stored.storage.storage import Storage, is_remote, join
 
 __all__ = [
@@ -11,8 +19,11 @@ __all__ = [
     "Span",
     "Storage",
     "StorageError",
+    "UnreachableError",
     "is_remote",
+    "is_unreachable",
     "join",
     "open_regular",
+    "read_error",
     "read_regular",
 ]

@@ -12,7 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
-from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, Span, StorageError
+from voxtral_dist.data.stored.storage.spans import (
+    MissingFileError,
+    ShortReadError,
+    Span,
+    StorageError,
+    UnreachableError,
+    is_unreachable,
+)
 
 # Of a file that is one recording, which is read as a whole: the limit of WAV's own format.
 LARGEST_FILE_BYTES = 2**32
@@ -86,7 +93,9 @@ def advise(span: Span) -> None:
 
 def local_error(location: str, error: OSError) -> StorageError:
     """A `StorageError` that names the location."""
-    error_type = MissingFileError if isinstance(error, FileNotFoundError) else StorageError
+    error_type = UnreachableError if is_unreachable(error) else StorageError
+    if isinstance(error, FileNotFoundError):
+        error_type = MissingFileError
     return error_type(f"{location} cannot be read: {error.strerror or error}")
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from voxtral_dist.data.stored.storage.spans import Span
+from voxtral_dist.data.stored.storage.spans import Span, is_unreachable
 
 # Adjacent spans are read by one request of up to this size.
 _MAX_JOINED_BYTES = 8 << 20
@@ -100,8 +100,9 @@ class Prefetch:
             contents = piece.future.result()
         except CancelledError:
             return None
-        except OSError:
-            if piece.is_joined:  # An adjacent span may have caused it.
+        except OSError as error:
+            # An adjacent span may have caused it, unless all attempts to reach the storage failed.
+            if piece.is_joined and not is_unreachable(error):
                 return None
             raise
         return contents[piece.start : piece.start + span.num_bytes] if piece.is_joined else contents

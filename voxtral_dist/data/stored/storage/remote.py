@@ -25,7 +25,13 @@ from fsspec.callbacks import Callback
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from voxtral_dist.config import StorageConfig
-from voxtral_dist.data.stored.storage.spans import MissingFileError, ShortReadError, StorageError, redacted
+from voxtral_dist.data.stored.storage.spans import (
+    MissingFileError,
+    ShortReadError,
+    StorageError,
+    UnreachableError,
+    redacted,
+)
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.output.masking import MASK, masked
 
@@ -249,13 +255,12 @@ class Remote:
             time.sleep(_jitter.uniform(0.0, longest))
 
     def _storage_error(self, complaint: str, cause: Exception, num_attempts: int) -> StorageError:
-        error_type = MissingFileError if _is_missing(cause) else StorageError
         if isinstance(cause, TimeoutError):
             reason = f"no answer within {self._config.timeout_seconds:g} s"
         else:
             reason = _reason(cause)
         attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
-        return error_type(f"{complaint}: {reason} ({attempts})")
+        return _error_type(cause)(f"{complaint}: {reason} ({attempts})")
 
 
 @cache
@@ -290,6 +295,22 @@ def _options(protocol: str, num_connections: int) -> dict[str, Any]:
         case "s3" | "s3a":
             return {"config_kwargs": {"max_pool_connections": num_connections, **configured.get("config_kwargs", {})}}
     return {}
+
+
+def _error_type(cause: Exception) -> type[StorageError]:
+    if _is_missing(cause):
+        return MissingFileError
+    if isinstance(cause, ShortReadError) or _is_beyond_end(cause):
+        return ShortReadError
+    return StorageError if _is_permanent(cause) else UnreachableError
+
+
+def _is_beyond_end(cause: Exception) -> bool:
+    """Whether an object ends before the range that was asked for."""
+    # s3fs hides the status in the cause of an `OSError`.
+    response = getattr(cause.__cause__, "response", None)
+    of_s3 = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return _status(cause) == 416 or of_s3 in ("416", "InvalidRange")
 
 
 def _most_attempts(cause: Exception) -> float:

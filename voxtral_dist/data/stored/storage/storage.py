@@ -26,7 +26,7 @@ from voxtral_dist.data.stored.storage.digests import NodeDigests
 from voxtral_dist.data.stored.storage.local import advise, local_error, local_path, read_local, read_regular
 from voxtral_dist.data.stored.storage.prefetch import Prefetch, pool_of_process
 from voxtral_dist.data.stored.storage.remote import RANGE_BYTES, Remote, RemoteFile
-from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, StorageError, redacted
+from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, StorageError, read_error, redacted
 from voxtral_dist.errors import UserError
 
 _MEBIBYTE = 1 << 20
@@ -64,6 +64,21 @@ class Storage:
             UserError: the protocol is unknown, or its package is not installed.
         """
         return self._here.read(span) if is_remote(span.location) else read_local(span)
+
+    def read_indexed(self, span: Span) -> bytes:
+        """The bytes of an utterance that the index of a shard set lists.
+
+        Raises:
+            ShortReadError: the shard ends before; utterances before its end can be read.
+            ReadError: the shard cannot be read at all, or its storage fails: no utterance is at fault.
+            UserError: as of `read`.
+        """
+        try:
+            return self.read(span)
+        except ShortReadError:
+            raise
+        except StorageError as error:
+            raise read_error(error) from error
 
     def prefetch(self, spans: Iterable[Span]) -> None:
         """Start to read the spans needed next; drop those of earlier calls that are not among them."""
