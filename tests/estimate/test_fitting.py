@@ -10,7 +10,7 @@ from voxtral_dist.config import load_config, recipes
 from voxtral_dist.estimate import fitting
 from voxtral_dist.estimate.estimate import estimate_run
 from voxtral_dist.estimate.estimator import Machine
-from voxtral_dist.estimate.fitting import Fit, fitting_recipes, lines_of_fits
+from voxtral_dist.estimate.fitting import Fit, _RecipeFitter, fitting_recipes, lines_of_fits
 from voxtral_dist.estimate.gpus import GPUS
 
 GB = 10**9
@@ -32,10 +32,27 @@ def one_recipe(monkeypatch, tmp_path):
     monkeypatch.setattr(fitting, "recipes", lambda: {"voxtral_mini_lora": recipes()["voxtral_mini_lora"]})
 
 
+@pytest.fixture
+def estimated(monkeypatch) -> list[tuple[str, tuple[str, ...]]]:
+    """The recipes that were estimated, with their overrides."""
+    found = []
+    estimate = _RecipeFitter._estimated
+
+    def recorded(fitter, windows, decoded):
+        found.append((fitter._name, fitter._with(windows, decoded)))
+        return estimate(fitter, windows, decoded)
+
+    monkeypatch.setattr(_RecipeFitter, "_estimated", recorded)
+    return found
+
+
 @pytest.mark.parametrize(("gigabytes", "overrides"), [(24, ()), (22, ("evaluation.batch_size=32",))])
-def test_batches_are_halved_until_a_recipe_fits(one_recipe, gigabytes, overrides):
+def test_batches_are_halved_until_a_recipe_fits(one_recipe, estimated, gigabytes, overrides):
     machine = Machine(gpu_memory=gigabytes * GB)
     fits = {fit.overrides[:1] == ("engine.deepspeed=zero3_offload",): fit for fit in fitting_recipes(machine)}
+    assert len(estimated) == len(set(estimated)), "an estimate takes seconds"
+    if not overrides:
+        assert estimated == [(fit.recipe, fit.overrides) for fit in (fits[False], fits[True])]
     assert fits[False].overrides == overrides
     assert fits[False].clips_per_second is None, "the GPU has no name"
     assert_is_what_plan_says(fits[False], machine)

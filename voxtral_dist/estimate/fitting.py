@@ -157,22 +157,24 @@ class _RecipeFitter:
         self._name, self._overrides, self._estimator = name, overrides, estimator
         self._config = load_config(recipes()[name], overrides)
         self._sharding = configured_sharding(self._config.engine, estimator.machine.num_gpus)
+        self._variants: dict[tuple[int, int], tuple[Estimator, ShardingRow]] = {}
 
     def best(self) -> Fit:
         """The recipe with its own batches or the largest smaller ones that fit; with the smallest if none fit."""
-        most, decoded = self._config.train_data.max_windows, self._config.evaluation.batch_size
-        assert most is not None, "all recipes of published models limit windows"
-        windows = self._largest_that_fits(most, lambda size: self._variant(size, 1))
-        decoded = self._largest_that_fits(decoded, lambda size: self._variant(windows, size))
+        windows, decoded = self._config.train_data.max_windows, self._config.evaluation.batch_size
+        assert windows is not None, "all recipes of published models limit windows"
+        if self._variant(windows, decoded)[1].fits is False:
+            windows = self._largest_that_fits(windows, lambda size: (size, 1))
+            decoded = self._largest_that_fits(decoded, lambda size: (windows, size))
         variant, row = self._variant(windows, decoded)
         gpu, speed = self._estimator.machine.gpu, None
         if row.fits and gpu and not self._sharding.uses_host:
             speed = configured_step_time(variant, self._sharding, gpu).clips_per_second
         return Fit(self._name, self._with(windows, decoded), variant.config, row, speed)
 
-    def _largest_that_fits(self, most: int, variant: Callable[[int], tuple[Estimator, ShardingRow]]) -> int:
+    def _largest_that_fits(self, most: int, sizes: Callable[[int], tuple[int, int]]) -> int:
         """The first of `most` and its halves that fits; 1 if none does."""
-        while most > 1 and variant(most)[1].fits is False:
+        while most > 1 and self._variant(*sizes(most))[1].fits is False:
             most //= 2
         return most
 
@@ -190,6 +192,12 @@ class _RecipeFitter:
         return (*self._overrides, *sizes)
 
     def _variant(self, windows: int, decoded: int) -> tuple[Estimator, ShardingRow]:
+        """The recipe with these sizes and its memory; estimated once, because that takes seconds."""
+        if (windows, decoded) not in self._variants:
+            self._variants[windows, decoded] = self._estimated(windows, decoded)
+        return self._variants[windows, decoded]
+
+    def _estimated(self, windows: int, decoded: int) -> tuple[Estimator, ShardingRow]:
         config = load_config(recipes()[self._name], self._with(windows, decoded))
         variant = self._estimator.with_workload(config, _largest(config, self._estimator.window_sizes))
         memory = self._estimator.machine.gpu_memory
