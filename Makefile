@@ -22,8 +22,9 @@ install: .venv/.installed ## Make .venv with the pinned versions and build DeepS
 	$(CPU_ENV) $(BIN)/voxtral-dist doctor
 	touch $@
 
+# No shell between make and the demo, which ends where make is killed.
 demo: install ## Train a tiny Voxtral from nothing with ZeRO-3 on 2 processes (5 minutes)
-	$(CPU_ENV) $(BIN)/python launch/demo/demo.py
+	exec env $(CPU_ENV) $(BIN)/python launch/demo/demo.py
 
 digits: install ## Train a tiny Voxtral on real spoken digits with ZeRO-2 (needs the data in ../shared/data)
 	rm -rf shards/fsdd-train shards/fsdd-test runs/digits

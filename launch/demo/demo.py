@@ -18,6 +18,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot
 
+from leash import end_with_make, run_leashed
+
 BUILD = Path("build/demo")
 RUN = Path("runs/demo")
 RECIPE = Path("launch/recipes/demo.yaml")
@@ -29,6 +31,7 @@ NUM_RANKS = 2
 def main() -> None:
     """Run all steps and end with one line that reports the word error rate."""
     started = time.monotonic()
+    end_with_make()
     make_corpus()
     run("deepspeed", "--num_accelerators", NUM_RANKS, "launch/train.py", "--config", RECIPE)
     transcribe_held_out_clips()
@@ -62,7 +65,9 @@ def transcribe_held_out_clips() -> None:
     for row in rows:
         clip = BUILD / "corpus" / row["audio_filepath"]
         command = ["voxtral-dist", "transcribe", RUN / "export", clip, "--language", row["lang"]]
-        printed = subprocess.run(commandline(command), check=True, text=True, stdout=subprocess.PIPE).stdout
+        code, printed = run_leashed(commandline(command), stdout=subprocess.PIPE)
+        if code:
+            sys.exit(code)
         hypothesis = printed.strip().partition("\t")[2]
         print(f"{clip.name:<28}{row['text']:<32}{hypothesis}", flush=True)
     print()
@@ -95,9 +100,9 @@ def rows_of_kind(metrics: Path, kind: str) -> Iterator[dict[str, Any]]:
 def run(*command: object) -> None:
     """Print a command and run it; exit with its code if it fails."""
     print("$", *command, flush=True)
-    completed = subprocess.run(commandline(list(command)), check=False)
-    if completed.returncode:
-        sys.exit(completed.returncode)
+    code, _ = run_leashed(commandline(list(command)))
+    if code:
+        sys.exit(code)
 
 
 def commandline(command: list[Any]) -> list[str]:
