@@ -23,6 +23,7 @@ from voxtral_dist.diagnosis.folders import Speed, folder_speed, shard_speed
 from voxtral_dist.diagnosis.links import measure_links
 from voxtral_dist.diagnosis.report import report_lines
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first, wait_for_all
+from voxtral_dist.distributed.devices import refuse_unsupported_gpu
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.compilation import has_python_header, missing_for_compilation
 from voxtral_dist.engine.zero.extensions import (
@@ -33,6 +34,7 @@ from voxtral_dist.engine.zero.extensions import (
     refuse_without_nvme_support,
 )
 from voxtral_dist.errors import SharedError, UserError
+from voxtral_dist.model.precision import refuse_without_bfloat16
 from voxtral_dist.output.console import say
 from voxtral_dist.training.run_checks import refuse_unshared
 from voxtral_dist.training.same_run import find_differences
@@ -58,6 +60,8 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
     for package in _PACKAGES:
         say(f"{package} {importlib.metadata.version(package)}")
     say(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
+    if not _can_compute():
+        return 2
     _report_triton()
     extensions = needed_extensions(with_offload, with_nvme)
     compiled = [one for one in extensions if not one.is_prebuilt]
@@ -140,6 +144,22 @@ def _unshared(config: RunConfig, world: World) -> Iterator[Problem]:
         refuse_unshared(config.run_dir, world)
     except SharedError as error:
         yield Problem(None, str(error))
+
+
+def _can_compute() -> bool:
+    """Say what the GPUs lack; false if torch cannot compute on one at all."""
+    float16 = "set `model.precision: float16`, and decode with `--precision float16`"
+    for device in (torch.device("cuda", number) for number in range(torch.cuda.device_count())):
+        try:
+            refuse_unsupported_gpu(device)
+        except UserError as error:
+            say(error)
+            return False
+        try:
+            refuse_without_bfloat16("bfloat16", device, float16)
+        except UserError as error:
+            say(error)
+    return True
 
 
 def _report_triton() -> None:

@@ -51,8 +51,28 @@ def test_commands_of_one_process_say_their_mistakes(run, tmp_path, monkeypatch):
     assert "nowhere does not exist" in run("shards", "inspect", tmp_path / "nowhere").refusal()
 
 
+@pytest.mark.parametrize(
+    ("system", "arguments", "sentence"),
+    [
+        ("win32", ["recipes"], "voxtral-dist runs on Linux: on Windows, install and start it in WSL 2."),
+        ("darwin", ["train", "--config", "demo"], "`train` computes with the model, on Linux only"),
+        ("darwin", ["transcribe", "m", "a.wav"], "docs/serving.md says what serves a trained model on a Mac"),
+    ],
+)
+def test_other_systems_are_refused(run, monkeypatch, system, arguments, sentence):
+    monkeypatch.setattr(sys, "platform", system)
+    assert sentence in run(*arguments).refusal()
+
+
+def test_a_mac_does_what_needs_no_model(run, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert run("recipes").code == 0
+    assert "has no shards" in run("evaluate", "m", "nowhere", "--server", "http://localhost:1").err
+
+
 def test_help_starts_without_the_libraries_that_cost_seconds():
-    heavy = ("torch", "transformers", "deepspeed", "mistral_common", "webdataset", "soundfile", "fsspec")
+    # Windows has no fcntl, and gets a sentence instead.
+    heavy = ("torch", "transformers", "deepspeed", "mistral_common", "webdataset", "soundfile", "fsspec", "fcntl")
     script = (
         "import sys\n"
         "from voxtral_dist.cli.main import main\n"

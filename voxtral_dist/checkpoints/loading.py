@@ -14,6 +14,7 @@ from voxtral_dist.checkpoints.identity import model_identity
 from voxtral_dist.checkpoints.verifying import verified
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.precision import refuse_without_bfloat16
 from voxtral_dist.model.voxtral import DTYPES, TrainedVoxtral, trained_meta_model
 from voxtral_dist.model.weights import InitialWeights, load_voxtral
 
@@ -48,14 +49,15 @@ def load_checkpoint(path: str, device: torch.device, precision: str, ema: bool |
         ema: see `EvaluationConfig`.
 
     Raises:
-        UserError: the checkpoint is damaged, the initial weights of its run have changed, or averages are asked for
-            that it has not.
+        UserError: the checkpoint is damaged, the initial weights of its run have changed, averages are asked for
+            that it has not, or the device has no bfloat16.
     """
     folder = Path(path)
     config, contents = _checked(folder)
     chosen = config.model.without_float8
     if precision != "auto":
         chosen = chosen.model_copy(update={"precision": precision})
+    refuse_without_bfloat16(chosen.precision, device)
     model = load_voxtral(chosen, config.trainable, config.seed)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

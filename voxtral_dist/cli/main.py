@@ -81,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     error: UserError | None = None
     try:
+        _refuse_other_systems(parsed)
         code = parsed.run(parsed)
     except UserError as mistake:
         code, error = mistake.exit_code, mistake
@@ -95,6 +96,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Twice is better than never.
             _print_error(error)
     sys.exit(code)
+
+
+def _refuse_other_systems(parsed: argparse.Namespace) -> None:
+    """Refuse what cannot work on Windows and macOS, before an import fails; docs/gpus.md says what can."""
+    if sys.platform == "win32":
+        raise UserError("voxtral-dist runs on Linux: on Windows, install and start it in WSL 2.")
+    if sys.platform != "linux" and parsed.command in _COMMANDS_OF_RANKS and getattr(parsed, "server", None) is None:
+        raise UserError(
+            f"`{parsed.command}` computes with the model, on Linux only: take a Linux machine with a GPU, or one with "
+            "CPUs to try things out. docs/serving.md says what serves a trained model on a Mac."
+        )
 
 
 def _print_error(error: UserError) -> None:

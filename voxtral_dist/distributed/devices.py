@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from voxtral_dist.errors import UserError
+
 # Dense 10^12 operations per second from NVIDIA's data sheets: for bfloat16 and float16 with accumulation in float32,
 # and for float32 without tensor cores, which torch does not use by default. A device takes the first row whose words
 # are all in its name.
@@ -52,6 +54,34 @@ _OTHER_DEVICES = {"MIG", "LAPTOP", "MAX", "TI", "D"}
 def device_name(device: torch.device) -> str:
     """The name of a GPU, or `CPU`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def refuse_unsupported_gpu(device: torch.device) -> None:
+    """Refuse a GPU for which torch was built without kernels: its first operation would end with "no kernel image".
+
+    Raises:
+        UserError: with what torch was built for.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return
+    built_for = torch.cuda.get_arch_list()
+    major, minor = torch.cuda.get_device_capability(device)
+    if built_for and not any(_runs_on(10 * major + minor, code) for code in built_for):
+        raise UserError(
+            f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute capability "
+            f"{major}.{minor}), but for {', '.join(built_for)}: install a torch that was built for a CUDA which "
+            "supports this GPU, such as 12.6 for a V100, or take a newer GPU."
+        )
+
+
+def _runs_on(capability: int, code: str) -> bool:
+    """Whether code such as `sm_86` runs on a GPU: machine code within one generation, PTX (`compute_90`) on later ones.
+
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compatibility
+    """
+    kind, _, number = code.partition("_")
+    built_for = int(re.sub(r"\D", "", number))
+    return built_for <= capability and (kind == "compute" or built_for // 10 == capability // 10)
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # public classes all the same
 
+from voxtral_dist.distributed.devices import refuse_unsupported_gpu
 from voxtral_dist.distributed.failures import newest_end, shared_failures
 from voxtral_dist.distributed.heartbeats import lost_peers_as_message
 from voxtral_dist.distributed.launchers import adopt_launched_place, watch_launcher
@@ -92,6 +93,7 @@ def _joined(timeout: timedelta, start_timeout: timedelta) -> Iterator[World]:
         device = _device_of(local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            refuse_unsupported_gpu(device)
             set_watchdog_limits(timeout)
         if size > 1:
             wait_for_ranks(store, rank, size, start_timeout)

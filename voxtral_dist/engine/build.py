@@ -11,6 +11,7 @@ from voxtral_dist.engine.engine import Engine
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.float8 import refuse_without_hardware, refuse_without_torchao
 from voxtral_dist.model.nf4 import refuse_without_bitsandbytes
+from voxtral_dist.model.precision import refuse_without_bfloat16
 
 
 def build_engine(config: RunConfig, log_mel: LogMel, world: World, most_windows: int | None = None) -> Engine:
@@ -57,9 +58,11 @@ def check_engine(config: RunConfig, world_size: int | None = None, device: torch
         device: of this rank; None if it is not known yet.
 
     Raises:
-        UserError: DeepSpeed's file is invalid, or an option does not work with the engine, or without a package or a
-            compiler.
+        UserError: DeepSpeed's file is invalid, or an option does not work with the engine, on the device, or
+            without a package or a compiler.
     """
+    if device is not None:
+        refuse_without_bfloat16(config.model.precision, device, "set `model.precision: float16`")
     if config.trainable.lora is not None and config.trainable.lora.quantized:
         refuse_without_bitsandbytes()
     if config.model.float8 is not None:

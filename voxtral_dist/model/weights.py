@@ -23,6 +23,7 @@ from voxtral_dist.config import ModelConfig, TrainableConfig
 from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model import nf4
 from voxtral_dist.model.native import NATIVE_INDEX, NATIVE_WEIGHTS, POSITIONS, NativeLayout, native_folder
+from voxtral_dist.model.precision import refuse_without_bfloat16
 from voxtral_dist.model.quantized_linear import quantized_layers
 from voxtral_dist.model.trainable import is_adapter
 from voxtral_dist.model.voxtral import (
@@ -236,7 +237,7 @@ def load_for_inference(path: str, device: torch.device, precision: str) -> Train
     """The whole model on a device, in evaluation mode; the precision `auto` is the stored one.
 
     Raises:
-        UserError: the path is not a Voxtral checkpoint.
+        UserError: the path is not a Voxtral checkpoint, or the device has no bfloat16.
 
     Example:
         >>> import torch
@@ -247,6 +248,7 @@ def load_for_inference(path: str, device: torch.device, precision: str) -> Train
     """
     stored = str(read_voxtral_config(path).dtype).removeprefix("torch.")
     served = ModelConfig.model_validate({"path": path, "precision": stored if precision == "auto" else precision})
+    refuse_without_bfloat16(served.precision, device)
     model = load_voxtral(served)
     model.to(device)
     model.eval()
