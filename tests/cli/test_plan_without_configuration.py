@@ -25,7 +25,8 @@ def test_the_recipes_of_a_card_are_listed(run, monkeypatch):
     [
         ([], "No configuration was given"),
         (["--gpu-memory", "24GB", "--set", "num_steps=1"], "`--set` needs `--config`"),
-        (["--gpu", "V100"], "`--gpu` must be one of A100"),
+        (["--gpu", "V100"], "'V100' instead. It has no bfloat16, in which the recipes compute: see docs/gpus.md. For"),
+        (["--gpu", "GTX 970"], "'GTX 970' instead. For another GPU, give --gpu-memory"),
     ],
 )
 def test_what_cannot_be_listed_is_refused(run, options, message):

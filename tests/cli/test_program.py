@@ -67,7 +67,8 @@ def test_other_systems_are_refused(run, monkeypatch, system, arguments, sentence
 def test_a_mac_does_what_needs_no_model(run, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert run("recipes").code == 0
-    assert "has no shards" in run("evaluate", "m", "nowhere", "--server", "http://localhost:1").err
+    refused = run("evaluate", "m", "nowhere", "--server", "http://localhost:1")
+    assert "The shard folder nowhere does not exist" in refused.refusal()
 
 
 def test_help_starts_without_the_libraries_that_cost_seconds():

@@ -83,7 +83,7 @@ def test_ranks_on_such_a_gpu_end_before_they_meet(gpu: SimpleNamespace, monkeypa
 def test_bfloat16_is_refused_on_a_gpu_without_it(
     gpu: SimpleNamespace, tiny_model: Path, shard_folder: Path, tmp_path: Path
 ) -> None:
-    config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=1)
+    config = run_config(tmp_path / "run", tiny_model, shard_folder, num_steps=3)
 
     def training_in(precision: str) -> RunConfig:
         return config.model_copy(update={"model": config.model.model_copy(update={"precision": precision})})

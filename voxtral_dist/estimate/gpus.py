@@ -82,8 +82,10 @@ def named_gpu(name: str) -> Gpu:
     """
     found = {_plain(known): gpu for known, gpu in GPUS.items()}.get(_plain(name))
     if found is None:
+        has_other_precision = known_peak_flops(name, "float16") and known_peak_flops(name, "bfloat16") is None
+        reason = " It has no bfloat16, in which the recipes compute: see docs/gpus.md." if has_other_precision else ""
         raise UserError(
-            f"`--gpu` must be one of {', '.join(GPUS)}, but is {name!r} instead. For another GPU, give "
+            f"`--gpu` must be one of {', '.join(GPUS)}, but is {name!r} instead.{reason} For another GPU, give "
             "--gpu-memory, and --mfu and --peak-tflops for an estimate of the time."
         )
     return found
