@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from voxtral_dist.config import load_config, recipes
 from voxtral_dist.engine.zero import extensions
 
-DOCKERFILE = Path(__file__).resolve().parent.parent / "docker" / "Dockerfile"
+ROOT = Path(__file__).resolve().parent.parent
+DOCKERFILE = ROOT / "docker" / "Dockerfile"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,22 @@ def test_the_build_installs_deepspeed_with_every_extension_that_gpu_runs_load() 
     builders = {builder.NAME: builder for builder in (AsyncIOBuilder, PinMemoryBuilder, CPUAdamBuilder)}
     needed = (extensions._CPU_ADAM, *extensions._NVME)
     assert variables == {builders[extension.name].BUILD_VAR: "1" for extension in needed}
+
+
+def test_the_image_has_the_packages_that_recipes_and_their_metrics_need() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    build, _ = stages()
+    installed = next(word for words in build.commands() for word in words if word.startswith("/opt/voxtral-dist["))
+    packages = {package for extra in installed.split("[")[1].strip("]").split(",") for package in extras[extra]}
+    runs = [load_config(path) for path in recipes().values()]
+    needed = {"tensorboard" for run in runs if run.metrics.tensorboard}
+    needed |= {tracker for run in runs for tracker in run.metrics.trackers}
+    for lora in (run.trainable.lora for run in runs if run.trainable.lora):
+        needed |= {"lora", *(["qlora"] if lora.quantized else [])}
+    needed |= {"float8" for run in runs if run.model.float8}
+    assert {"lora", "qlora", "tensorboard"} <= needed
+    assert {package for extra in needed for package in extras[extra]} <= packages
 
 
 def test_the_last_stage_has_what_the_extensions_were_linked_to() -> None:
