@@ -59,6 +59,11 @@ def _init(parsed: argparse.Namespace) -> int:
     if not parsed.file.parent.is_dir():
         raise UserError(f"The folder {parsed.file.parent} does not exist: make it first.")
     _ask_for_missing(parsed)
+    if parsed.gpus > parsed.gpus_per_node and parsed.gpus % parsed.gpus_per_node:
+        raise UserError(
+            f"`--gpus` must be those of whole nodes of {parsed.gpus_per_node}, but is {parsed.gpus} instead: say by "
+            "--gpus-per-node how many a node has."
+        )
     try:
         language = language_code(parsed.language)
     except ValueError as error:
