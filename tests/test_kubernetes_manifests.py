@@ -2,20 +2,14 @@
 
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
+from scripts import script
+
 FOLDER = Path(__file__).resolve().parent.parent / "launch" / "kubernetes"
-
-
-spec = spec_from_file_location("validate", FOLDER / "validate.py")
-assert spec is not None
-assert spec.loader is not None
-module = module_from_spec(spec)
-spec.loader.exec_module(module)
-mistakes_in_file = module.mistakes_in_file
+mistakes_in_file = script("launch/kubernetes/validate.py").mistakes_in_file
 
 
 def validate(*files: Path) -> subprocess.CompletedProcess[str]:

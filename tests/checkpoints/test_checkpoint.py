@@ -23,6 +23,7 @@ from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.distributed.collectives import from_first_rank, gather_on_first
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
+from voxtral_dist.launching.run_facts import planned_save_seconds
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import build_tiny_voxtral
@@ -301,6 +302,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     newer.with_name(f"damaged-{newer.name}").rename(newer)
     shutil.rmtree(whole)
     assert "No other checkpoint is left" in refused_sentence(moved, tiny_model, fingerprint)
+
+
+def test_a_checkpoint_is_as_large_as_planned(config: RunConfig, saved: Path) -> None:
+    """Headers of files are not planned."""
+    (folder,) = (saved / "checkpoints").glob("step-*")
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert planned_save_seconds(config) == pytest.approx(stored / 1e9, rel=0.03)
 
 
 def test_a_folder_without_complete_json_does_not_exist(config: RunConfig, saved: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The README's pictures: small, complete in themselves, and drawn from what a terminal really shows."""
 
-import importlib.util
 import io
 import re
 from pathlib import Path
@@ -11,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from scripts import script
+
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs" / "pictures"
 MAX_BYTES = 150_000
@@ -18,12 +19,7 @@ MAX_BYTES = 150_000
 
 @pytest.fixture(scope="module")
 def make() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_pictures", PICTURES / "make.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/pictures/make.py")
 
 
 def shown(screen) -> list[str]:

@@ -1,7 +1,6 @@
 """The documentation builds without a warning, and what it says of the code is what the code says."""
 
 import argparse
-import importlib.util
 import os
 import re
 import subprocess
@@ -15,6 +14,8 @@ import pytest
 
 from voxtral_dist.cli.main import build_parser
 from voxtral_dist.config import RunConfig
+
+from scripts import script
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,12 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "hooks" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("docs/hooks/reference.py")
 
 
 class _Links(HTMLParser):

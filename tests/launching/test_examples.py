@@ -1,24 +1,13 @@
 """The examples of launch/kubernetes and launch/slurm are what `voxtral-dist launch` prints."""
 
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+from scripts import REPOSITORY, script
+
+LAUNCH = REPOSITORY / "launch"
 
 
-def examples() -> Any:
-    spec = spec_from_file_location("examples", LAUNCH / "examples.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULE = examples()
+MODULE = script("launch/examples.py")
 
 
 @pytest.mark.parametrize("name", MODULE.EXAMPLES)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
+
+# Cut from SkyPilot's own schema, which its comment names.
+PUBLISHED = Draft202012Validator(json.loads(Path(__file__).with_name("skypilot-task.json").read_text(encoding="utf-8")))
 
 
 def test_a_hostfile_is_what_deepspeed_reads(launch, recipe):
@@ -34,7 +40,9 @@ def task(launch, recipe):
         arguments = ["--config", recipe, "--nodes", nodes, "--gpus", 8, "--gpu", "H100"]
         result = launch("skypilot", *arguments, *options)
         assert (result.code, result.err) == (0, "")
-        return yaml.safe_load(result.out)
+        tree = yaml.safe_load(result.out)
+        assert list(PUBLISHED.iter_errors(tree)) == []
+        return tree
 
     return make
 
@@ -62,3 +70,14 @@ def test_a_task_of_skypilot_in_an_image(task, recipe):
     assert tree["volumes"] == {"/runs": "shared"}
     assert tree["run"] == "cd /opt/voxtral-dist\nvoxtral-entrypoint --config /config/config.yaml\n"
     assert not {"workdir", "setup"} & tree.keys()
+
+
+def test_a_task_of_skypilot_has_one_number_of_nodes(launch, recipe):
+    arguments = ["--config", recipe, "--nodes", "2:4", "--gpus", 8, "--gpu", "H100"]
+    assert "`--nodes` must be one number with skypilot" in launch("skypilot", *arguments).refusal()
+
+
+def test_the_published_schema_refuses_what_skypilot_does(task):
+    tree = task()
+    for key, value in (("infra", "mars/x"), ("job_recovery", {"recover_on_exit_codes": [300]}), ("gpus", 8)):
+        assert list(PUBLISHED.iter_errors(tree | {"resources": tree["resources"] | {key: value}}))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from scripts import script
+
 KINDS = ("jobset", "trainjob", "pytorchjob", "indexed-job")
-FOLDER = Path(__file__).resolve().parents[2] / "launch" / "kubernetes"
 ALL_OPTIONS = shlex.split(
     "--name run-7 --namespace speech --cpus 180 --memory 1800Gi --shared-memory 200Gi --ephemeral-storage 500Gi "
     "--hub-size 50Gi --data-claim lake --runs-claim checkpoints --service-account trainer --secret s3-keys "
@@ -32,16 +31,7 @@ VARIANTS = {
 }
 
 
-def validator() -> Any:
-    spec = spec_from_file_location("validate", FOLDER / "validate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-VALIDATE = validator()
+VALIDATE = script("launch/kubernetes/validate.py")
 
 
 @pytest.fixture
@@ -198,9 +188,45 @@ def test_an_indexed_job_makes_pods_anew_without_counting_saved_ones(manifests):
     assert spec["backoffLimit"] == 20 * 4
 
 
+def test_an_indexed_job_goes_on_with_the_nodes_that_are_left(manifests):
+    (job,) = (one for one in manifests("--max-restarts", "5", kind="indexed-job", nodes="2:4") if one["kind"] == "Job")
+    spec, variables = job["spec"], environment(pod_of([job]))
+    assert (spec["parallelism"], spec["completions"], spec["backoffLimit"]) == (4, 4, 5 * 4)
+    assert (variables["NUM_NODES"], variables["MASTER_ADDR"], variables["MAX_RESTARTS"]) == (
+        "2:4",
+        "voxtral-0.voxtral",
+        "5",
+    )
+    fields = {one["name"]: one.get("valueFrom") for one in pod_of([job])["spec"]["containers"][0]["env"]}
+    assert fields["LOCAL_ADDR"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert "job-completion-index" in fields["NODE_RANK"]["fieldRef"]["fieldPath"]
+    # A pod without a node would keep the Job from its end.
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    assert list(VALIDATE.mistakes_in_manifests("job.yaml", [job])) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probes_follow_the_port_of_the_metrics(manifests, kind):
+    def probes(*options):
+        container = pod_of(manifests(*options, kind=kind))["spec"]["containers"][0]
+        return {name: probe for name, probe in container.items() if name.endswith("Probe")}
+
+    assert probes() == {}
+    found = probes("--set", "metrics.prometheus_port=9400")
+    assert {tuple(probe["httpGet"].items()) for probe in found.values()} == {(("path", "/alive"), ("port", 9400))}
+    if kind == "pytorchjob":
+        # Its pods have no names before they are ready, and need these to become so.
+        assert set(found) == {"livenessProbe"}
+        assert found["livenessProbe"]["initialDelaySeconds"] == 1800
+    else:
+        assert set(found) == {"startupProbe", "livenessProbe", "readinessProbe"}
+        assert found["startupProbe"]["periodSeconds"] * found["startupProbe"]["failureThreshold"] == 1800
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        (["--nodes", "2:4"], "`--nodes MIN:MAX` is possible with `--kind indexed-job` alone"),
         (["--set", "run_dir=/scratch/run"], "`run_dir` must be below /runs or runs, but is /scratch/run instead"),
         (["--set", "run_dir=/runs/../etc"], "`run_dir` must be below /runs"),
         (["--set", "train_data.shards=[/lake/train]"], "`shards` must be below /data or shards"),

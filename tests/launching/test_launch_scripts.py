@@ -110,6 +110,14 @@ def test_options_become_those_of_sbatch(slurm, recipe):
     ]
 
 
+def test_a_job_may_begin_with_fewer_nodes(launch, recipe):
+    result = launch("slurm", "--config", recipe, "--nodes", "2:4", "--gpus", 8, "--save-seconds", 65)
+    assert "#SBATCH --nodes=2-4\n" in result.out
+    wrong = launch("slurm", "--config", recipe, "--nodes", "4:2", "--gpus", 8)
+    assert wrong.code == 2
+    assert "must be MIN:MAX with MIN no larger than MAX, but is 4:2 instead" in wrong.err
+
+
 @pytest.mark.parametrize("container", ["pyxis", "enroot", "apptainer"])
 def test_a_container_sees_the_configuration_and_is_told_the_first_node(slurm, recipe, container):
     script = slurm("--container", container, "--image", "image.sqsh", "--mounts", "/lustre/runs:/runs")

@@ -20,6 +20,15 @@ def positive(text: str) -> int:
     return value
 
 
+def node_range(text: str) -> tuple[int, int]:
+    """Parse a number of nodes, or the least and the most, such as `2:4`."""
+    least, colon, most = text.partition(":")
+    found = (positive(least), positive(most if colon else least))
+    if found[0] > found[1]:
+        raise argparse.ArgumentTypeError(f"must be MIN:MAX with MIN no larger than MAX, but is {text} instead")
+    return found
+
+
 def count(text: str) -> int:
     """Parse a whole number from 0."""
     value = int(text)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from voxtral_dist.cli.arguments import Commands, add_run_config, count, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, add_run_config, count, node_range, positive, positive_number
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.config.builtin import recipe_or_file
 from voxtral_dist.errors import UserError
@@ -37,7 +37,13 @@ def add_launch(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     add_run_config(parser, "run_dir=/runs/first")
     parser.add_argument("--name", default="voxtral", help="name of the job (default: %(default)s)")
-    parser.add_argument("--nodes", type=positive, required=True, metavar="N", help="nodes of the run")
+    parser.add_argument(
+        "--nodes",
+        type=node_range,
+        required=True,
+        metavar="N",
+        help="nodes of the run; MIN:MAX, such as 2:4, where it may have fewer (kubernetes --kind indexed-job, slurm)",
+    )
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs of a node, each with a rank")
 
 
@@ -47,7 +53,7 @@ def _add_save_seconds(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         metavar="SECONDS",
         help="time of a save, which decides how long a stopped run may take (default: as measured in the metrics.jsonl "
-        "of the run, if it can be read here; else 14 bytes for each trained parameter at 1 GB/s)",
+        "of the run, if it can be read here; else that of its checkpoint at 1 GB/s)",
     )
 
 
@@ -64,6 +70,12 @@ def _grace_seconds(parsed: argparse.Namespace, config: RunConfig) -> int:
 def _given(parsed: argparse.Namespace, settings: type[BaseModel]) -> dict[str, Any]:
     """The options that were given, by the fields of their settings."""
     return {name: value for name in settings.model_fields if (value := getattr(parsed, name, None)) is not None}
+
+
+def _nodes(parsed: argparse.Namespace) -> dict[str, int | None]:
+    """The numbers of nodes, by the fields of settings."""
+    least, most = parsed.nodes
+    return {"nodes": most} | ({} if least == most else {"min_nodes": least})
 
 
 def _sentence(error: ValidationError) -> str:
@@ -141,7 +153,7 @@ def _kubernetes(parsed: argparse.Namespace) -> int:
     from voxtral_dist.launching.run_facts import RunFacts, own_deepspeed_file
 
     config = load_config(parsed.config, parsed.set)
-    given = _given(parsed, KubernetesSettings)
+    given = _given(parsed, KubernetesSettings) | _nodes(parsed)
     # A mistake in an option is said before the model is sized.
     try:
         KubernetesSettings.model_validate(given | {"grace_seconds": 1})
@@ -206,7 +218,8 @@ def _slurm(parsed: argparse.Namespace) -> int:
     from voxtral_dist.launching.slurm import SlurmSettings, batch_script
 
     config = load_config(parsed.config, parsed.set)
-    given = _given(parsed, SlurmSettings) | {"config": str(parsed.config), "overrides": tuple(parsed.set)}
+    given = _given(parsed, SlurmSettings) | _nodes(parsed)
+    given |= {"config": str(parsed.config), "overrides": tuple(parsed.set)}
     if parsed.container is not None and parsed.config.exists():
         folder = parsed.config.resolve().parent
         given |= {"config": f"/config/{parsed.config.name}", "mounts": (*(parsed.mounts or ()), f"{folder}:/config")}
@@ -246,7 +259,12 @@ def _skypilot(parsed: argparse.Namespace) -> int:
     from voxtral_dist.launching.skypilot import SkySettings, sky_task
 
     load_config(parsed.config, parsed.set)
-    given = _given(parsed, SkySettings) | {"config": str(parsed.config), "overrides": tuple(parsed.set)}
+    least, most = parsed.nodes
+    if least != most:
+        raise UserError(f"`--nodes` must be one number with skypilot, which starts no fewer, but is {least}:{most}.")
+    given = (
+        _given(parsed, SkySettings) | {"nodes": most} | {"config": str(parsed.config), "overrides": tuple(parsed.set)}
+    )
     given["is_file"] = parsed.config.exists()
     try:
         settings = SkySettings.model_validate(given)
@@ -350,7 +368,8 @@ def _heading(parsed: argparse.Namespace) -> str:
         "pytorchjob": "Needs Kubeflow Training Operator 1.9 in the cluster.",
         "indexed-job": "Needs Kubernetes 1.31 or newer.",
     }[parsed.kind]
+    nodes = " to ".join(dict.fromkeys(map(str, parsed.nodes)))
     return (
-        f"A run on {parsed.nodes} nodes of {parsed.gpus} GPUs, written by `voxtral-dist launch kubernetes`.\n"
+        f"A run on {nodes} nodes of {parsed.gpus} GPUs, written by `voxtral-dist launch kubernetes`.\n"
         f"{needs} Rerun that command to change it."
     )

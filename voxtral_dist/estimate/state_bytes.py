@@ -50,3 +50,10 @@ def _without_average(model: TrainedVoxtral, optimizer: OptimizerConfig, sharding
 
     weight = mean(in_bfloat16, _BFLOAT16_BYTES, _FLOAT32_BYTES)
     return StateBytes(weight, weight, mean(quantized, _QUANTIZED_BYTES, 2 * _FLOAT32_BYTES))
+
+
+def checkpoint_bytes(model: TrainedVoxtral, optimizer: OptimizerConfig, sharding: Sharding) -> float:
+    """Bytes of a checkpoint: weights and moments of the trained parameters, and their averages, as they are kept."""
+    trained: int = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    states = state_bytes(model, optimizer, sharding)
+    return trained * (states.weight + states.moments)

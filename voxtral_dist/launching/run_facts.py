@@ -11,8 +11,6 @@ from voxtral_dist.config import RunConfig, deepspeed_file, deepspeed_files
 from voxtral_dist.data.stored.storage.storage import is_remote
 from voxtral_dist.errors import UserError
 
-# A weight in bfloat16, and three values in float32: the optimizer's weight and its two moments.
-_BYTES_OF_TRAINED_PARAMETER = 14
 # A shared file system that is slower makes runs wait in other places too.
 _BYTES_PER_SECOND = 1e9
 _SECONDS_BEFORE_A_SAVE = 60
@@ -73,17 +71,20 @@ def measured_save_seconds(run_dir: Path) -> float | None:
 
 
 def planned_save_seconds(config: RunConfig) -> float:
-    """The time to write a checkpoint at 1 GB/s: 14 bytes for each trained parameter.
+    """The time to write a checkpoint at 1 GB/s.
 
     Raises:
         UserError: the shape of the model is not known here.
     """
     # Imports torch and transformers.
     from voxtral_dist.estimate.estimator import meta_model_of
-    from voxtral_dist.model.trainable import count_parameters
+    from voxtral_dist.estimate.sharding import Fsdp2Sharding, Sharding, ZeroSharding
+    from voxtral_dist.estimate.state_bytes import checkpoint_bytes
 
-    counts = count_parameters(meta_model_of(config.model, config.trainable)).values()
-    return _BYTES_OF_TRAINED_PARAMETER * sum(count.trained + count.adapters for count in counts) / _BYTES_PER_SECOND
+    # Which bytes a value has depends on the engine alone.
+    sharding: Sharding = ZeroSharding(1) if config.engine.fsdp2 is None else Fsdp2Sharding()
+    model = meta_model_of(config.model, config.trainable)
+    return checkpoint_bytes(model, config.optimizer, sharding) / _BYTES_PER_SECOND
 
 
 def save_seconds(config: RunConfig) -> tuple[float, str]:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from voxtral_dist.launching.exit_codes import SAVED, WOULD_FAIL_AGAIN
+from voxtral_dist.launching.texts import matching
 
 Container = Literal["pyxis", "enroot", "apptainer"]
 IMAGE_ENTRYPOINT = "/usr/local/bin/voxtral-entrypoint"
 _SHORTEST_NOTICE = 120
 
 
-def _one_word(text: str) -> str:
-    if not re.fullmatch(r"[\w./:@%+,=#-]+", text):
-        raise ValueError("must be one word of letters, digits and ._/:@%+,=#-")
-    return text
-
-
-def _time_limit(text: str) -> str:
-    if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", text):
-        raise ValueError("must be a time of Slurm, such as 24:00:00 or 2-00:00:00")
-    return text
-
-
-def _mount(text: str) -> str:
-    if not re.fullmatch(r"/[\w./+-]*(:/[\w./+-]*(:ro)?)?", text):
-        raise ValueError("must be a folder, or FOLDER:FOLDER_IN_CONTAINER, both with whole paths")
-    return text
-
-
-Word = Annotated[str, AfterValidator(_one_word)]
-Mount = Annotated[str, AfterValidator(_mount)]
+Word = Annotated[str, matching(r"[\w./:@%+,=#-]+", "must be one word of letters, digits and ._/:@%+,=#-")]
+Time = Annotated[str, matching(r"(\d+-)?\d+(:\d\d){0,2}", "must be a time of Slurm, such as 24:00:00 or 2-00:00:00")]
+Mount = Annotated[
+    str,
+    matching(
+        r"/[\w./+-]*(:/[\w./+-]*(:ro)?)?", "must be a folder, or FOLDER:FOLDER_IN_CONTAINER, both with whole paths"
+    ),
+]
 
 
 class SlurmSettings(BaseModel):
@@ -47,11 +35,12 @@ class SlurmSettings(BaseModel):
     overrides: tuple[str, ...] = ()
     name: Word = "voxtral"
     nodes: Annotated[int, Field(gt=0)]
+    min_nodes: Annotated[int, Field(gt=0)] | None = None
     gpus: Annotated[int, Field(gt=0)]
     partition: Word | None = None
     account: Word | None = None
     qos: Word | None = None
-    time: Annotated[str, AfterValidator(_time_limit)] | None = None
+    time: Time | None = None
     cpus: Annotated[int, Field(gt=0)] | None = None
     socket_interface: Word | None = None
     folder: str = "."
@@ -98,7 +87,7 @@ def _options(settings: SlurmSettings) -> list[str]:
         "account": settings.account,
         "qos": settings.qos,
         "time": settings.time,
-        "nodes": str(settings.nodes),
+        "nodes": str(settings.nodes) if settings.min_nodes is None else f"{settings.min_nodes}-{settings.nodes}",
         "ntasks-per-node": "1",
         "gpus-per-node": str(settings.gpus),
         "cpus-per-task": None if settings.cpus is None else str(settings.cpus),

@@ -43,9 +43,11 @@ from voxtral_dist.launching.kubernetes.objects import (
     PodFailureRule,
     Service,
     ServiceSpec,
+    SuccessPolicy,
+    SuccessRule,
     VolumeResources,
 )
-from voxtral_dist.launching.kubernetes.pods import CONTAINERS, PodBuilder, from_label
+from voxtral_dist.launching.kubernetes.pods import CONTAINERS, PodBuilder, from_field, from_label
 from voxtral_dist.launching.kubernetes.settings import ClaimSettings, KubernetesSettings
 from voxtral_dist.launching.run_facts import RunFacts
 
@@ -242,13 +244,25 @@ def _pytorch_job(settings: KubernetesSettings, pods: PodBuilder) -> PyTorchJob:
 
 
 def _indexed_job(settings: KubernetesSettings, pods: PodBuilder) -> list[Model]:
-    """Each pod that ends is made anew, and all end when one does: a failure of a run counts once for every node."""
+    """Each pod that ends is made anew, and all end when one does: a failure of a run counts once for every node.
+
+    With a minimum of nodes, the others go on when a pod is lost, and a new one joins them. The first pod, where they
+    meet, decides the success, because others may not have got a node.
+    """
     service = Service(metadata=_meta(settings), spec=ServiceSpec(selector=settings.labels))
-    env = (
-        EnvVar(name="NUM_NODES", value=str(settings.nodes)),
+    is_elastic = settings.min_nodes is not None
+    nodes = f"{settings.min_nodes}:{settings.nodes}" if is_elastic else str(settings.nodes)
+    env: tuple[EnvVar, ...] = (
+        EnvVar(name="NUM_NODES", value=nodes),
         # NODE_RANK is JOB_COMPLETION_INDEX, which Kubernetes sets.
         EnvVar(name="MASTER_ADDR", value=f"{settings.name}-0.{settings.name}"),
     )
+    if is_elastic:
+        env += (
+            from_label("NODE_RANK", "batch.kubernetes.io/job-completion-index"),
+            from_field("LOCAL_ADDR", "status.podIP"),
+            EnvVar(name="MAX_RESTARTS", value=str(settings.max_restarts)),
+        )
     spec = JobSpec(
         completions=settings.nodes,
         parallelism=settings.nodes,
@@ -256,6 +270,7 @@ def _indexed_job(settings: KubernetesSettings, pods: PodBuilder) -> list[Model]:
         active_deadline_seconds=settings.deadline_seconds,
         ttl_seconds_after_finished=settings.ttl_seconds,
         pod_failure_policy=_pod_failure_policy(settings, "Ignore"),
+        success_policy=SuccessPolicy(rules=(SuccessRule(succeeded_indexes="0"),)) if is_elastic else None,
         template=pods.template(env, subdomain=settings.name),
     )
     return [service, Job(metadata=_meta(settings, queued=True), spec=spec)]

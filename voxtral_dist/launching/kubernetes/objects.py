@@ -159,6 +159,7 @@ class Probe(Model):
     """A check of a container by the node."""
 
     http_get: HttpGet
+    initial_delay_seconds: int | None = None
     period_seconds: int
     timeout_seconds: int | None = None
     failure_threshold: int
@@ -184,6 +185,7 @@ class Container(Model):
     resources: Resources
     startup_probe: Probe | None = None
     liveness_probe: Probe | None = None
+    readiness_probe: Probe | None = None
     security_context: SecurityContext
     volume_mounts: tuple[VolumeMount, ...]
 
@@ -339,6 +341,18 @@ class PodFailurePolicy(Model):
     rules: tuple[PodFailureRule, ...]
 
 
+class SuccessRule(Model):
+    """Pods that decide the success of a Job, by their indices."""
+
+    succeeded_indexes: str
+
+
+class SuccessPolicy(Model):
+    """When a Job has succeeded although not all of its pods have."""
+
+    rules: tuple[SuccessRule, ...]
+
+
 class JobSpec(Model):
     """A Job whose pods are the nodes of a run, in order."""
 
@@ -349,6 +363,7 @@ class JobSpec(Model):
     active_deadline_seconds: int | None = None
     ttl_seconds_after_finished: int | None = None
     pod_failure_policy: PodFailurePolicy
+    success_policy: SuccessPolicy | None = None
     template: PodTemplate
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from voxtral_dist.launching.kubernetes.objects import (
     Affinity,
@@ -35,7 +36,7 @@ from voxtral_dist.launching.kubernetes.objects import (
     VolumeMount,
     WeightedPodAffinityTerm,
 )
-from voxtral_dist.launching.kubernetes.settings import KubernetesSettings
+from voxtral_dist.launching.kubernetes.settings import Kind, KubernetesSettings
 from voxtral_dist.launching.run_facts import RunFacts, refuse_outside
 
 # The image links `shards/` and `runs/` of its working directory to the volumes.
@@ -45,6 +46,8 @@ _RUNS = ("/runs", "runs")
 CONTAINERS = {"jobset": "train", "trainjob": "node", "pytorchjob": "pytorch", "indexed-job": "train"}
 # An operator of Kubeflow starts a pod again whose code is 128 or more; 138 is the one that it leaves to users.
 _RESUMABLE_EXIT_CODE = "138"
+# Within half an hour images are pulled and ranks have met, or ended.
+_MEETING_PERIOD_SECONDS, _MEETING_PERIODS = 10, 180
 # Of the p5 instances of AWS; others have fewer.
 _EFA_DEVICES = 32
 
@@ -103,7 +106,7 @@ class PodBuilder:
         args = ["--config", "/config/config.yaml"]
         for override in self._overrides:
             args += ["--set", override]
-        start, alive = _probes(port) if port else (None, None)
+        probes = _Probes() if port is None else _probes(port, settings.kind)
         return Container(
             name=CONTAINERS[settings.kind],
             image=settings.image,
@@ -112,8 +115,9 @@ class PodBuilder:
             env=(*env, *self._env()),
             env_from=None if settings.secret is None else (EnvFrom(secret_ref=SecretRef(name=settings.secret)),),
             resources=Resources(limits=dict(self._limits())),
-            startup_probe=start,
-            liveness_probe=alive,
+            startup_probe=probes.start,
+            liveness_probe=probes.alive,
+            readiness_probe=probes.ready,
             security_context=SecurityContext(
                 capabilities=Capabilities(add=None if settings.network == "tcp" else ("IPC_LOCK",))
             ),
@@ -207,15 +211,36 @@ class PodBuilder:
         )
 
 
-def _probes(port: int) -> tuple[Probe, Probe]:
-    """Probes of the start, which waits until all ranks have met, and of life after it."""
+@dataclass(frozen=True)
+class _Probes:
+    start: Probe | None = None
+    alive: Probe | None = None
+    ready: Probe | None = None
+
+
+def _probes(port: int, kind: Kind) -> _Probes:
+    """Probes of the start, which waits until all ranks have met, and of life and readiness after it.
+
+    A PyTorchJob's pods have names only while they are ready (Training Operator 1.9 makes services without
+    `publishNotReadyAddresses`), and ranks meet by these names. So it must not wait for the meeting to be ready.
+    """
     request = HttpGet(path="/alive", port=port)
-    return (
-        Probe(http_get=request, period_seconds=10, failure_threshold=180),
-        Probe(http_get=request, period_seconds=30, timeout_seconds=10, failure_threshold=10),
+    alive = Probe(http_get=request, period_seconds=30, timeout_seconds=10, failure_threshold=10)
+    if kind == "pytorchjob":
+        delay = _MEETING_PERIOD_SECONDS * _MEETING_PERIODS
+        return _Probes(alive=alive.model_copy(update={"initial_delay_seconds": delay}))
+    return _Probes(
+        start=Probe(http_get=request, period_seconds=_MEETING_PERIOD_SECONDS, failure_threshold=_MEETING_PERIODS),
+        alive=alive,
+        ready=Probe(http_get=request, period_seconds=10, timeout_seconds=10, failure_threshold=3),
     )
 
 
 def from_label(variable: str, label: str) -> EnvVar:
     """A variable with the value of a label of the pod."""
-    return EnvVar(name=variable, value_from=EnvVarSource(field_ref=FieldRef(field_path=f"metadata.labels['{label}']")))
+    return from_field(variable, f"metadata.labels['{label}']")
+
+
+def from_field(variable: str, path: str) -> EnvVar:
+    """A variable with the value of a field of the pod."""
+    return EnvVar(name=variable, value_from=EnvVarSource(field_ref=FieldRef(field_path=path)))

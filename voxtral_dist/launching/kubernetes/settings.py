@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from voxtral_dist.launching.texts import matching
 
 Kind = Literal["jobset", "trainjob", "pytorchjob", "indexed-job"]
 Network = Literal["rdma", "efa", "tcp"]
 
 
-def _label(text: str) -> str:
-    # The names of pods and their hosts are this one and some characters more, 63 in all.
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", text):
-        raise ValueError("must be up to 40 lower-case letters, digits and hyphens, beginning with a letter")
-    return text
-
-
-def _quantity(text: str) -> str:
-    if not re.fullmatch(r"[1-9][0-9]*(m|k|M|G|T|Ki|Mi|Gi|Ti)?", text):
-        raise ValueError("must be a quantity of Kubernetes, such as 96 or 960Gi")
-    return text
-
-
-def _object_name(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", text):
-        raise ValueError("must be the name of an object: lower-case letters, digits, hyphens and dots")
-    return text
-
-
-Label = Annotated[str, AfterValidator(_label)]
-Quantity = Annotated[str, AfterValidator(_quantity)]
-ObjectName = Annotated[str, AfterValidator(_object_name)]
+# The names of pods and their hosts are this one and some characters more, 63 in all.
+Label = Annotated[
+    str,
+    matching(
+        r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?",
+        "must be up to 40 lower-case letters, digits and hyphens, beginning with a letter",
+    ),
+]
+Quantity = Annotated[
+    str, matching(r"[1-9][0-9]*(m|k|M|G|T|Ki|Mi|Gi|Ti)?", "must be a quantity of Kubernetes, such as 96 or 960Gi")
+]
+ObjectName = Annotated[
+    str,
+    matching(
+        r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?",
+        "must be the name of an object: lower-case letters, digits, hyphens and dots",
+    ),
+]
 Seconds = Annotated[int, Field(gt=0)]
 
 
@@ -55,6 +52,7 @@ class KubernetesSettings(BaseModel):
 
     image: Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
     nodes: Annotated[int, Field(gt=0)]
+    min_nodes: Annotated[int, Field(gt=0)] | None = None
     gpus: Annotated[int, Field(gt=0)]
     kind: Kind = "jobset"
     name: Label = "voxtral"
@@ -88,6 +86,11 @@ class KubernetesSettings(BaseModel):
     def _is_possible(self) -> KubernetesSettings:
         if self.kind == "trainjob" and self.ttl_seconds is not None:
             raise ValueError("`--ttl-seconds` is not possible with a TrainJob, which has no such field: remove it")
+        if self.min_nodes is not None and self.kind != "indexed-job":
+            raise ValueError(
+                "`--nodes MIN:MAX` is possible with `--kind indexed-job` alone: the others start all pods again when "
+                "one is lost"
+            )
         if self.topology_required and self.topology is None:
             raise ValueError("`--topology-required` needs `--topology`, the label of nodes that names their domain")
         return self
