@@ -18,8 +18,9 @@ DOCKERFILE = ROOT / "docker" / "Dockerfile"
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the image: its base, and its instructions in order, each with its arguments."""
+    """A stage of the image: its name and base, and its instructions in order, each with its arguments."""
 
+    name: str
     base: str
     instructions: list[tuple[str, str]]
 
@@ -45,16 +46,41 @@ class Stage:
         raise AssertionError(f"no command {command} on deepspeed")
 
 
-def stages() -> list[Stage]:
+def stages() -> dict[str, Stage]:
+    """All stages by name; the last one has none."""
     lines = [line for line in DOCKERFILE.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     instructions = "\n".join(lines).replace("\\\n", " ").splitlines()
     found: list[Stage] = []
     for instruction, _, arguments in (line.strip().partition(" ") for line in instructions if line.strip()):
         if instruction == "FROM":
-            found.append(Stage(arguments, []))
+            base, _, name = arguments.partition(" AS ")
+            found.append(Stage(name, base, []))
         elif found:
             found[-1].instructions.append((instruction, arguments.strip()))
-    return found
+    return {stage.name: stage for stage in found}
+
+
+def test_every_variant_of_the_image_has_its_stages() -> None:
+    found = stages()
+    assert found["build"].base == "build-${DEVICE}"
+    assert found[""].base == "network-${NETWORK}"
+    assert {found[f"network-{network}"].base for network in ("none", "efa")} == {"run-${DEVICE}"}
+    images = {name: stage.base for name, stage in found.items() if stage.base.startswith("docker.io/")}
+    assert set(images) == {"build-cuda", "build-cpu", "run-cuda", "run-cpu"}
+    # The environment's Python is the one whose header is installed: all bases have the same release.
+    assert all(
+        base.endswith("ubuntu${UBUNTU_VERSION}") or base.endswith("ubuntu:${UBUNTU_VERSION}")
+        for base in images.values()
+    )
+    assert [name for name, base in images.items() if "-devel-" in base] == ["build-cuda"]
+
+
+def test_extensions_are_compiled_for_any_machine_of_an_architecture() -> None:
+    (line,) = (arguments for instruction, arguments in stages()["build"].instructions if "-march=native" in arguments)
+    assert {"amd64) march=x86-64-v3", "arm64) march=armv8.2-a"} <= {
+        part.strip() for part in re.split(r" in | ;;", line)
+    }
+    assert "*) exit 1" in line
 
 
 def test_the_build_installs_deepspeed_with_every_extension_that_gpu_runs_load() -> None:
@@ -62,9 +88,10 @@ def test_the_build_installs_deepspeed_with_every_extension_that_gpu_runs_load() 
     from deepspeed.ops.op_builder.cpu.cpu_adam import CPUAdamBuilder
     from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 
-    build, _ = stages()
-    variables = build.variables_of("pip", "install")
-    assert variables.pop("DS_ACCELERATOR") == "cuda"
+    variables = stages()["build"].variables_of("pip", "install")
+    assert variables.pop("DS_ACCELERATOR") == "${DEVICE}"
+    # Ranks on CPUs load it.
+    assert variables.pop("DS_BUILD_SHM_COMM") == "${shared_memory}"
     builders = {builder.NAME: builder for builder in (AsyncIOBuilder, PinMemoryBuilder, CPUAdamBuilder)}
     needed = (extensions._CPU_ADAM, *extensions._NVME)
     assert variables == {builders[extension.name].BUILD_VAR: "1" for extension in needed}
@@ -87,15 +114,12 @@ def test_the_image_has_the_packages_that_recipes_and_their_metrics_need() -> Non
 
 
 def test_the_last_stage_has_what_the_extensions_were_linked_to() -> None:
-    build, last = stages()
+    build, last = stages()["build"], stages()[""]
     assert "libaio-dev" in build.packages()
     assert "libaio1t64" in last.packages()
     assert ("COPY", "--from=build /opt/venv /opt/venv") in last.instructions
 
 
 def test_the_last_stage_has_the_compilers_and_headers_of_triton_and_torch_compile() -> None:
-    build, last = stages()
-    assert "-devel-" not in last.base
+    last = stages()[""]
     assert {"gcc", "g++", "libc6-dev", "python3-dev"} <= last.packages()
-    # The environment's Python is the one whose header is installed: both bases have the same release.
-    assert build.base.split("-ubuntu")[1].split()[0] == last.base.split("-ubuntu")[1].split()[0]
