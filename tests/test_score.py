@@ -73,7 +73,7 @@ def test_hypotheses_are_scored_and_written_again(score, hypotheses, tmp_path):
     lines = [line.split() for line in result.out.splitlines()]
     assert ["basic-3", "57.14", "%"] in [line[:3] for line in lines]
     assert ["domain", "shop", "66.67", "%"] in [line[:4] for line in lines]
-    assert "1 empty hypotheses, 0 empty references, 1 ended by the token limit, 0 repetition loops" in result.out
+    assert "1 empty hypothesis, 0 empty references, 1 ended by the token limit, 0 repetition loops" in result.out
 
 
 def test_what_was_written_scores_the_same_again(score, hypotheses, tmp_path):
@@ -155,7 +155,7 @@ def test_utterances_without_keys_are_compared_line_by_line(score, refusal, tmp_p
     first = write_rows(tmp_path / "a.jsonl", rows)
     better = write_rows(tmp_path / "b.jsonl", [rows[0], rows[1] | {"hypothesis": "b"}])
     assert "Second against first: WER -50.00 points [-100.00, +0.00]" in score(first, better).out
-    assert "(2 against 1 utterances without keys)" in refusal(first, write_rows(tmp_path / "c.jsonl", rows[:1]))
+    assert "(2 against 1 utterance without keys)" in refusal(first, write_rows(tmp_path / "c.jsonl", rows[:1]))
     assert "(the references of utterance 1 differ)" in refusal(first, write_rows(tmp_path / "d.jsonl", rows[::-1]))
 
 
@@ -164,7 +164,7 @@ def test_runs_on_other_utterances_are_refused(refusal, tmp_path):
     lines = second.read_text().splitlines(keepends=True)
     second.write_text("".join(lines[1:]))
     sentence = refusal(first, second, "--out", tmp_path / "out")
-    assert "do not hold the same utterances (1 keys are in only one of them, such as 'k0')" in sentence
+    assert "do not hold the same utterances (1 key in only one of them, such as 'k0')" in sentence
     second.write_text("".join([lines[0].replace('"a 0"', '"A 0"'), *lines[1:]]))
     assert "(the references of 'k0' differ)" in refusal(first, second)
     assert not (tmp_path / "out").exists()
@@ -244,7 +244,7 @@ def test_languages_without_spaces_are_scored_by_characters(score, tmp_path):
     result = score(write_rows(tmp_path / "a.jsonl", rows), "--out", tmp_path / "out")
     written = read(tmp_path / "out" / "a.json")
     assert (written["cer"], written["orthographic"]["cer"], written["num_without_spaces"]) == (0, 0, 2)
-    assert "2 of 2 references are in languages without spaces between words: their WER is all or nothing" in result.out
+    assert "2 of 2 references in languages without spaces between words: WER is all or nothing" in result.out
     assert "all or nothing" not in score(write_rows(tmp_path / "b.jsonl", ROWS)).out
 
 

@@ -214,7 +214,7 @@ def test_more_ranks_than_slots_are_refused_before_a_model_is_loaded(unbroken: Ru
     ended = train_as_users_do(config, 2, "train_data.slots_per_step=1")
     assert ended.code == 2
     assert ended.output.count("voxtral-dist: error:") == 1
-    assert "1 ranks" in ended.output
+    assert "1 rank," in ended.output
     assert "Traceback" not in ended.output
 
 

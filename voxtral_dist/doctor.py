@@ -36,6 +36,7 @@ from voxtral_dist.engine.zero.extensions import (
 from voxtral_dist.errors import SharedError, UserError
 from voxtral_dist.model.precision import refuse_without_bfloat16
 from voxtral_dist.output.console import say
+from voxtral_dist.output.counting import counted
 from voxtral_dist.training.run_checks import refuse_unshared
 from voxtral_dist.training.same_run import find_differences
 
@@ -59,7 +60,8 @@ def examine(build_timeout: int, with_offload: bool, with_nvme: bool) -> int:
     """
     for package in _PACKAGES:
         say(f"{package} {importlib.metadata.version(package)}")
-    say(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {torch.cuda.device_count()} GPUs")
+    devices = f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.cuda.device_count(), 'GPU')}"
+    say(f"Python {sys.version.split()[0]}, {devices}")
     if not _can_compute():
         return 2
     _report_triton()
@@ -185,7 +187,7 @@ def _report_extensions(extensions: Sequence[Extension], compiled: Sequence[Exten
 def _load(timeout: int, with_offload: bool, with_nvme: bool) -> int:
     """Load or build in a separate process group, so that a timeout ends the compilers too."""
     for lock, age in old_locks():
-        say(f"Removed the lock {lock}, {age / 60:.0f} minutes old, which a killed build left behind.")
+        say(f"Removed the lock {lock}, {counted(age / 60, 'minute', '.0f')} old, which a killed build left behind.")
         lock.unlink(missing_ok=True)
     say(f"Loading DeepSpeed's extensions (limit for builds: {timeout} s; cached afterwards) ...")
     command = [sys.executable, "-c", _LOAD.format(with_offload, with_nvme)]

@@ -52,6 +52,7 @@ from voxtral_dist.hub.trained_run import TrainedRun
 from voxtral_dist.model.adapters import is_trained, merge_adapters, save_adapters
 from voxtral_dist.model.voxtral import DTYPES, meta_model, read_voxtral_config
 from voxtral_dist.model.weights import InitialWeights
+from voxtral_dist.output.counting import counted
 from voxtral_dist.training.selection import selected_step
 from voxtral_dist.training.summary import exported_step
 
@@ -178,8 +179,9 @@ def serving_notes(config: RunConfig) -> list[str]:
     limit = int(read_voxtral_config(config.model.path).text_config.max_position_embeddings)
     if config.model.max_positions is not None and config.model.max_positions > limit:
         notes.append(
-            f"`model.max_positions` is {config.model.max_positions}, but the model was trained for {limit} positions: "
-            "compare error rates of long audio with those before training, and note that vLLM serves no more."
+            f"`model.max_positions` is {config.model.max_positions}, but the model was trained for "
+            f"{counted(limit, 'position')}: compare error rates of long audio with those before training, and note "
+            "that vLLM serves no more."
         )
     return notes
 

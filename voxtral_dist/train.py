@@ -43,6 +43,7 @@ from voxtral_dist.model.flops import TrainingFlops, training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.voxtral import read_voxtral_config
 from voxtral_dist.output.console import say
+from voxtral_dist.output.counting import counted
 from voxtral_dist.output.rank_log import open_rank_log, rank_log_closed
 from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.reporting.writing import write_report
@@ -372,8 +373,8 @@ def _announce(
         metrics_log.say(line)
     start = f"from step {progress.step} " if progress.step else ""
     metrics_log.say(
-        f"Training {start}for {loader.num_steps} steps ({num_epochs:.4g} epochs) on "
-        f"{training_set.streams.num_utterances} utterances, {world.size} ranks, "
+        f"Training {start}for {counted(loader.num_steps, 'step')} ({counted(num_epochs, 'epoch', '.4g')}) on "
+        f"{counted(training_set.streams.num_utterances, 'utterance')}, {counted(world.size, 'rank')}, "
         f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}, "
         f"{chosen_attention(model)} attention{', compiled blocks' if model.compile_blocks else ''}"
     )
@@ -430,7 +431,7 @@ def _changes(
     if saved_step > num_steps:
         raise UserError(
             f"The run ends at step {num_steps} (`num_steps` or `num_epochs`), but its newest checkpoint is of step "
-            f"{saved_step}: set at least {saved_step} steps, or choose another `run_dir`."
+            f"{saved_step}: set at least {counted(saved_step, 'step')}, or choose another `run_dir`."
         )
     folder = checkpoint_folder(config.run_dir, saved_step)
     changes = changes_since(folder, config, test_sets)

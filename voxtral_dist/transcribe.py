@@ -13,6 +13,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.batch_decoder import load_prompts
 from voxtral_dist.files import encodable
 from voxtral_dist.output.console import one_line, say
+from voxtral_dist.output.counting import counted
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import Recording, RecordingError, find_recordings
 from voxtral_dist.transcription.segmenter import Segmenter
@@ -83,7 +84,8 @@ def transcribe(model_path: str, paths: Sequence[Path], options: TranscribeOption
         raise failures[0]
     if num_failed:
         raise UserError(
-            f"{num_failed} of {len(recordings)} recordings could not be transcribed; the messages above say why."
+            f"{num_failed} of {counted(len(recordings), 'recording')} could not be transcribed; the messages above "
+            "say why."
         )
 
 

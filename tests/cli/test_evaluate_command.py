@@ -103,7 +103,7 @@ def test_a_test_set_with_an_utterance_beyond_the_models_positions_is_refused(run
     rows = [{"audio_filepath": "long.flac", "text": "one two", "lang": "en"}]
     assert run("shards", "pack", write_lines(tmp_path / "m.jsonl", rows), tmp_path / "set").code == 0
     refused = run("evaluate", tiny_model, tmp_path / "set", "--out", tmp_path / "out").refusal()
-    assert "1 utterances need more than the model's 4096 positions; the longest (#0, 330 s) needs 41" in refused
+    assert "1 utterance with more than the model's 4096 positions; the longest (#0, 330 s) needs 41" in refused
 
 
 def test_evaluate_measures_each_folder_or_refuses(run, tiny_model, clip, tmp_path):

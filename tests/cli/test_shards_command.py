@@ -77,7 +77,7 @@ def test_shards_index_makes_an_index_of_foreign_tars(run, clip, tmp_path):
     options = ["--text-member", "said", "--audio-member", "WAV", "--language", "german", "--workers", 1]
     result = run("shards", "index", tmp_path / "t.tar", tmp_path / "index", *options)
     assert (result.code, result.err) == (0, "")
-    assert "1 utterances" in result.out
+    assert "1 utterance" in result.out
     assert "languages: de 1" in result.out
     assert "text       hello\nlanguage   de\n" in run("shards", "show", tmp_path / "index", "clip").out
     assert run("shards", "verify", tmp_path / "index", "--workers", 1).code == 0
@@ -104,12 +104,12 @@ def test_shards_verify_names_what_is_broken_and_ends_with_1(run, shard_folder, t
     assert (result.code, result.err) == (1, "")
     first, last = result.out.splitlines()
     assert first.startswith(f"{folder}: {tar.name}: #0: damaged tar: ")
-    assert last == "52 utterances were read and decoded, 1 are broken: 1 damaged tar"
+    assert last == "52 utterances read and decoded, 1 broken: 1 damaged tar"
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["num_utterances"], report["num_broken"], report["causes"]) == (52, 1, {"damaged tar": 1})
     assert report["broken"][0]["key"] == "#0"
     whole = run("shards", "verify", shard_folder, "--workers", 1)
-    assert (whole.code, whole.out) == (0, "26 utterances were read and decoded, 0 are broken\n")
+    assert (whole.code, whole.out) == (0, "26 utterances read and decoded, 0 broken\n")
 
 
 def test_shards_show_writes_the_clip_as_it_is_stored_or_as_wav(run, shard_folder, speech_manifest, tmp_path):

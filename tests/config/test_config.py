@@ -283,7 +283,7 @@ def test_epochs_are_rounded_up_to_whole_steps(smallest, num_epochs, num_steps):
 def test_the_warmup_must_end_before_the_last_epoch_does(smallest):
     config = load_config(smallest, ["num_steps=null", "num_epochs=2"])
     assert config.total_steps(steps_per_epoch=51) == 102
-    with pytest.raises(UserError, match=r"but is 100, and 2 epochs \(`num_epochs`\) of 50 steps are 100 instead"):
+    with pytest.raises(UserError, match=r"but is 100, and 2 epochs \(`num_epochs`\) of 50 steps have 100 instead"):
         config.total_steps(steps_per_epoch=50)
 
 

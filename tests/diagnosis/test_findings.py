@@ -44,7 +44,7 @@ def test_hosts_that_are_alike_have_no_problem() -> None:
         (_with_rank(HOSTS[2], gpu="NVIDIA A100, 80 GiB"), "GPUs: NVIDIA A100, 80 GiB, but NVIDIA H200, 140 GiB on"),
         (_with_rank(HOSTS[2], versions=VERSIONS | {"torch": "2.12.0"}), "torch 2.12.0, but 2.13.0 on most hosts"),
         (_with_rank(HOSTS[2], problems=("GPU 1 has 40.0 GiB in use",)), "GPU 1 has 40.0 GiB in use"),
-        (replace(HOSTS[2], ranks=HOSTS[2].ranks[:1]), "1 ranks, but 2 on alpha"),
+        (replace(HOSTS[2], ranks=HOSTS[2].ranks[:1]), "1 rank, but 2 on alpha"),
         (replace(HOSTS[2], seconds_ahead=-3.2), "its clock is 3.2 s behind alpha's"),
         (replace(HOSTS[2], speeds=HOSTS[2].speeds | {"`run_dir`": Speed(5e8, 3e9)}), "`run_dir` writes 500 MB/s, the"),
         (

@@ -88,10 +88,10 @@ def test_a_whole_test_set_comes_back_in_the_order_of_the_index(held_out):
 @pytest.mark.parametrize(
     ("utterance_ids", "sentence"),
     [
-        ([0, 1, 2, 3, 4, 5], r"lost 1 utterances \(first: \[6\]\)"),
+        ([0, 1, 2, 3, 4, 5], r"lost 1 utterance \(first: \[6\]\)"),
         ([], "lost 7 utterances"),
         ([0, 1, 2, 3, 4, 5, 6, 6], r"decoded 1 twice \(first: \[6\]\)"),
-        ([0, 1, 2, 3, 4, 5, 5], r"lost 1 utterances"),
+        ([0, 1, 2, 3, 4, 5, 5], r"lost 1 utterance"),
         ([0, 1, 2, 3, 4, 5, 6, 7], "held_out"),
         ([-1, 0, 1, 2, 3, 4, 5, 6], "held_out"),
     ],

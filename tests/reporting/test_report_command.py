@@ -220,7 +220,7 @@ def test_mistakes_are_one_sentence(refusal, run, tmp_path):
 
 def test_a_baseline_that_does_not_fit_is_refused(refusal, run, tmp_path):
     other = [utterance(number, "a b", "a b", key=f"other-{number}") for number in range(3)]
-    assert "do not hold the same utterances (29 keys are in only one of them" in refusal(
+    assert "do not hold the same utterances (29 keys in only one of them" in refusal(
         run, "--baseline", write_set(tmp_path / "other", "speech", other), "--out", tmp_path / "out"
     )
     assert "has no test set of" in refusal(run, "--baseline", write_set(tmp_path / "named", "else", other))
@@ -264,7 +264,7 @@ def test_lines_and_figures_must_belong_together(refusal, tmp_path):
     lines = (folder / "speech.jsonl").read_text().splitlines(keepends=True)
     (folder / "speech.jsonl").write_text(lines[0])
     sentence = refusal(folder)
-    assert "speech.jsonl and speech.json do not belong together: 1 utterances with 0 word errors against 2 with 1" in (
+    assert "speech.jsonl and speech.json do not belong together: 1 utterance with 0 word errors against 2 with 1" in (
         sentence
     )
     (folder / "speech.jsonl").write_text(lines[0] * 2)

@@ -120,7 +120,7 @@ def test_a_refused_request_ends_the_evaluation_and_the_same_command_resumes(run,
     partial = tmp_path / "parts" / "speech.partial.jsonl"
     assert "password" not in partial.read_text()
     kept = len(partial.read_text().splitlines()) - 1
-    assert f"{kept} of 26 transcripts are kept in {partial}: run the same command again to resume" in refused
+    assert f"Kept in {partial}: {kept} of 26 transcripts. Run the same command again to resume" in refused
     assert 8 <= kept <= 11
     # A line that was cut off when the process was killed.
     with partial.open("a") as file:
@@ -158,7 +158,7 @@ def test_an_outage_ends_with_one_message(fault, run, endpoint, shard_folder, tmp
     refused = run("evaluate", "served", shard_folder, *options).refusal(75)
     assert "and answered nothing else for too long" in refused
     assert (f"answered HTTP 503: injected {fault}" if fault == "503" else "cannot be reached (") in refused
-    assert "0 of 26 transcripts are kept" in refused
+    assert ": 0 of 26 transcripts. Run the same command again" in refused
     assert len(endpoint.requests) > NUM_UTTERANCES
 
 

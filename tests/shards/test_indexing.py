@@ -170,7 +170,7 @@ def zeros(contents: bytearray, offset: int) -> None:
     [
         (garble_first_header, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.NO_AUDIO: 1}, "header is garbled"),
         (garble_second_header, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.EMPTY_TEXT: 1}, "header is garbled"),
-        (cut_off, "s0 s1", {Cause.DAMAGED_TAR: 1}, "but only 100 follow; 612 bytes are lost"),
+        (cut_off, "s0 s1", {Cause.DAMAGED_TAR: 1}, "but only 100 follow; 612 bytes lost"),
         (cut_between, "s0 s1", {Cause.DAMAGED_TAR: 1}, "has no end mark"),
         (zeros, "s0 s1 s3 s4 s5", {Cause.DAMAGED_TAR: 1, Cause.NO_AUDIO: 1}, "continues after its end mark"),
     ],

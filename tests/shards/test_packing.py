@@ -136,7 +136,7 @@ def test_the_summary_counts_what_was_packed(clips):
     assert {name: of.num_utterances for name, of in summary.languages.items()} == {"en": 1, "unknown": 1}
     assert summary.skipped.count == 0
     text = list(summary.lines())
-    assert text[0].startswith("2 utterances, 0.00 h, 1 shards")
+    assert text[0].startswith("2 utterances, 0.00 h, 1 shard")
     assert text[-1].split() == ["0.5", "to", "1", "█" * 40, "2"]
 
 

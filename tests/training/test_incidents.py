@@ -77,7 +77,7 @@ def test_all_ranks_name_samples_weights_and_the_last_finite_checkpoint(
             assert named == {key for keys in first + last for key in keys}
         case "weights":
             assert named == set()
-            assert "2 parameters, such as `weight.0`, were not finite before this step" in sentence
+            assert "2 parameters, such as `weight.0`, had values that were not finite before this step" in sentence
 
 
 class Recovering(Broken):

@@ -263,7 +263,7 @@ def test_damaged_lines_are_set_aside_and_said_once(tmp_path: Path, capsys: pytes
     with MetricsLog(tmp_path, 9, 3, alone("cpu")) as resumed:
         assert [row["step"] for row in resumed.rows("train")] == [1, 2, 3]
     said = capsys.readouterr().out
-    assert said.startswith(f"{len(GARBLED)} damaged lines of {path} were moved to {DAMAGED_FILE}")
+    assert said.startswith(f"Moved {len(GARBLED)} damaged lines of {path} to {DAMAGED_FILE}")
     assert path.read_bytes().splitlines(keepends=True) == whole
     assert (tmp_path / DAMAGED_FILE).read_bytes() == b"".join(line + b"\n" for line in GARBLED)
     with MetricsLog(tmp_path, 9, 3, alone("cpu")):

@@ -140,7 +140,7 @@ def test_more_differences_than_fit_are_counted(start) -> None:
     )
     refusal, _ = run_ranks(2, _refusals, [[start(), other]])[0][0]
     assert refusal.count(" on rank 0 ") == 4
-    assert "; and 2 differences more. Start the same command" in refusal
+    assert "; and 2 more differences. Start the same command" in refusal
 
 
 def _checked(world: World, config: RunConfig) -> str:

@@ -61,7 +61,7 @@ def test_the_best_by_cer_is_named_with_its_rate(tmp_path) -> None:
     patient = judge(selection(metric="cer", patience=1), found, SAVED)
     assert patient.must_stop
     assert patient.messages == (
-        "the CER of `dev` has not improved in 1 evaluations (`evaluation.selection.patience`): the run stops",
+        "the CER of `dev` has not improved in 1 evaluation (`evaluation.selection.patience`): the run stops",
     )
 
 
@@ -78,7 +78,7 @@ def test_a_guard_by_cer_limits_the_selection() -> None:
 def test_selection_by_wer_warns_once_of_a_language_without_spaces() -> None:
     found = [row | {"num_without_spaces": 9, "num_utterances": 10, "cer": 0.5} for row in rows(dev=[1.0, 1.0])]
     (message,) = judge(selection(), found[:1], SAVED).messages
-    assert message.startswith("9 of 10 utterances of `dev` are in languages without spaces between words")
+    assert message.startswith("`dev` has 9 of 10 utterances in languages without spaces between words")
     assert message.endswith("set `evaluation.selection.metric: cer`")
     assert judge(selection(), found, SAVED).messages == ()
     assert judge(selection(metric="cer"), found[:1], SAVED).messages == ()

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.output.counting import counted
 from voxtral_dist.text.json_text import json_checksum
 
 COMPLETE = "complete.json"
@@ -64,7 +65,9 @@ class StoredFile(_Part):
     def damage(self, path: Path) -> str | None:
         """Why a file is not this one by its size; None if it is."""
         found = path.stat().st_size if path.is_file() else 0
-        return None if found == self.num_bytes else f"{path.name} has {found} bytes instead of {self.num_bytes}"
+        return (
+            None if found == self.num_bytes else f"{path.name} has {counted(found, 'byte')} instead of {self.num_bytes}"
+        )
 
     def damage_inside(self, path: Path) -> str | None:
         """Why a file is not this one by its contents, which are read; None if it is, or if no checksum is known."""

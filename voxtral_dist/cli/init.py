@@ -13,6 +13,7 @@ from voxtral_dist.config import edited_recipe, load_config, recipes
 from voxtral_dist.config.yaml_text import parse_yaml
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
+from voxtral_dist.output.counting import counted
 from voxtral_dist.text.languages import language_code
 from voxtral_dist.text.scripts import has_spaces_between_words
 
@@ -133,7 +134,7 @@ def _for_gpus(parsed: argparse.Namespace, values: dict[str, Any]) -> tuple[str, 
     for override in fit.overrides:
         key, _, value = override.partition("=")
         values[key] = parse_yaml(value)
-    from voxtral_dist.estimate.quantities import counted, gigabytes
+    from voxtral_dist.estimate.quantities import gigabytes
 
     assert machine.gpu_memory is not None
     label = parsed.gpu or "GPU"

@@ -11,6 +11,7 @@ from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.config.builtin import recipe_or_file
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
+from voxtral_dist.output.counting import counted
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
@@ -368,8 +369,9 @@ def _heading(parsed: argparse.Namespace) -> str:
         "pytorchjob": "Needs Kubeflow Training Operator 1.9 in the cluster.",
         "indexed-job": "Needs Kubernetes 1.31 or newer.",
     }[parsed.kind]
-    nodes = " to ".join(dict.fromkeys(map(str, parsed.nodes)))
+    least, most = parsed.nodes
+    nodes = counted(most, "node") if least == most else f"{least} to {counted(most, 'node')}"
     return (
-        f"A run on {nodes} nodes of {parsed.gpus} GPUs, written by `voxtral-dist launch kubernetes`.\n"
+        f"A run on {nodes} of {counted(parsed.gpus, 'GPU')}, written by `voxtral-dist launch kubernetes`.\n"
         f"{needs} Rerun that command to change it."
     )

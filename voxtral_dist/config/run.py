@@ -14,6 +14,7 @@ from voxtral_dist.config.evaluation import EvaluationConfig
 from voxtral_dist.config.model import ModelConfig, TrainableConfig
 from voxtral_dist.config.section import HubName, Section, sorted_set
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 
 TrackerKind = Literal["mlflow", "trackio", "wandb"]
 
@@ -157,15 +158,18 @@ class RunConfig(Section):
         if self.optimizer.warmup_steps >= num_steps:
             raise UserError(
                 f"`optimizer.warmup_steps` must be smaller than the number of steps, but is "
-                f"{self.optimizer.warmup_steps}, and {self.num_epochs:g} epochs (`num_epochs`) of {steps_per_epoch} "
-                f"steps are {num_steps} instead."
+                f"{self.optimizer.warmup_steps}, and {counted(self.num_epochs, 'epoch', 'g')} (`num_epochs`) of "
+                f"{counted(steps_per_epoch, 'step')} have {num_steps} instead."
             )
         return num_steps
 
     @property
     def length(self) -> str:
         """The length of the run as it is configured, such as `2000 steps` or `3 epochs`."""
-        return f"{self.num_steps} steps" if self.num_epochs is None else f"{self.num_epochs:g} epochs"
+        if self.num_epochs is not None:
+            return counted(self.num_epochs, "epoch", "g")
+        assert self.num_steps is not None, "one of them is given"
+        return counted(self.num_steps, "step")
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:

@@ -18,6 +18,7 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.training_set import training_reader
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.output.counting import counted
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,10 @@ class TokenView:
     def _summary(self, example: Example, num_target_tokens: int) -> Iterator[str]:
         num_positions = len(example.prompt) + len(example.completion) - 1
         yield (
-            f"{num_positions} positions of {self.prompts.max_positions}: {example.num_windows} windows of audio with "
-            f"{example.num_windows * self.prompts.audio_tokens_per_window} tokens, and {num_target_tokens} targets"
+            f"{counted(num_positions, 'position')} of {self.prompts.max_positions}: "
+            f"{counted(example.num_windows, 'window')} of audio with "
+            f"{counted(example.num_windows * self.prompts.audio_tokens_per_window, 'token')}, and "
+            f"{counted(num_target_tokens, 'target')}"
         )
         if self.train_data is not None and self.train_data.packing and example.is_transcription:
             yield "The run may pack this utterance with others into one example; here it is alone."

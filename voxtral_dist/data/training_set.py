@@ -22,6 +22,7 @@ from voxtral_dist.data.stored.index_files import check_train_shards, read_sets
 from voxtral_dist.data.stored.shard_set import ShardSet
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.output.counting import counted
 from voxtral_dist.text.word_list import WordList
 
 
@@ -48,19 +49,19 @@ class TrainingSet:
         """A summary for the start of a run: skipped utterances, the mixture, and the fill of micro-batches."""
         if self.streams.skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.streams.skipped.items())
-            yield f"skipped {sum(self.streams.skipped.values())} of {len(self.index)} utterances: {reasons}"
+            yield f"skipped {sum(self.streams.skipped.values())} of {counted(len(self.index), 'utterance')}: {reasons}"
         if len(self.streams.streams) > 1:
             drawn_seconds = sum(stream.drawn_seconds for stream in self.streams.streams)
             for stream in self.streams.streams:
                 yield (
-                    f"{stream.name}: {stream.num_utterances} utterances, each drawn "
+                    f"{stream.name}: {counted(stream.num_utterances, 'utterance')}, each drawn "
                     f"{stream.num_draws / stream.num_utterances:.2f} times per epoch: "
                     f"{100 * stream.drawn_seconds / drawn_seconds:.1f} % of the audio"
                 )
         statistics = self.plan.statistics
         yield (
-            f"an epoch has {self.plan.steps_per_epoch} steps; a micro-batch has about {statistics.num_examples:.1f} "
-            f"examples of {statistics.num_utterances:.1f} utterances; audio fills "
+            f"an epoch has {counted(self.plan.steps_per_epoch, 'step')}; a micro-batch has about "
+            f"{statistics.num_examples:.1f} examples of {statistics.num_utterances:.1f} utterances; audio fills "
             f"{100 * statistics.window_fill:.0f} % of windows, tokens {100 * statistics.token_fill:.0f} % of positions"
         )
 

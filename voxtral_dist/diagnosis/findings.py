@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from voxtral_dist.diagnosis.facts import RankFacts
 from voxtral_dist.diagnosis.folders import Speed
 from voxtral_dist.diagnosis.links import Link
+from voxtral_dist.output.counting import counted
 
 # Times in logs and in messages about lost hosts are each host's own, and certificates of buckets have times too.
 _MOST_SECONDS_AHEAD = 1.0
@@ -59,7 +60,7 @@ def _of_host(host: HostFindings, hosts: Sequence[HostFindings]) -> Iterator[Prob
     for sentence in dict.fromkeys(sentence for rank in host.ranks for sentence in rank.problems):
         yield Problem(host.name, sentence)
     if len(host.ranks) != len(hosts[0].ranks):
-        yield Problem(host.name, f"{len(host.ranks)} ranks, but {len(hosts[0].ranks)} on {hosts[0].name}")
+        yield Problem(host.name, f"{counted(len(host.ranks), 'rank')}, but {len(hosts[0].ranks)} on {hosts[0].name}")
     yield from (Problem(host.name, sentence) for sentence in _unlike_most(host, hosts))
     if abs(host.seconds_ahead) > _MOST_SECONDS_AHEAD:
         yield Problem(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from voxtral_dist.diagnosis.findings import HostFindings, Problem, rate
 from voxtral_dist.diagnosis.folders import Speed
 from voxtral_dist.diagnosis.links import Link
+from voxtral_dist.output.counting import counted
 
 # The slowest ones; a table of all pairs of 64 hosts has 2,016 rows.
 _MOST_PAIRS = 16
@@ -67,7 +68,7 @@ def _link_rows(hosts: Sequence[HostFindings], links: Sequence[Link]) -> Iterator
         named = "all hosts" if is_all else ", ".join(hosts[position].name for position in link.hosts)
         yield [named, f"{link.latency_seconds * 1e6:.0f}", rate(link.bandwidth)]
     if len(pairs) > _MOST_PAIRS:
-        yield [f"... {len(pairs) - _MOST_PAIRS} faster pairs", "", ""]
+        yield [f"... {counted(len(pairs) - _MOST_PAIRS, 'faster pair')}", "", ""]
 
 
 def _table(headings: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.distributed import DistError, PrefixStore, Store  # type: ignore[attr-defined]  # public all the same
 
 from voxtral_dist.errors import LostPeerError, first_line
+from voxtral_dist.output.counting import counted
 
 # Of a rank that is gone no sign comes in this time; others give one each second.
 SILENT_SECONDS = 5.0
@@ -108,8 +109,8 @@ class Heartbeats:
             else:
                 parts.append(str(rank))
         return LostPeerError(
-            f"Nothing is heard of {len(lost)} of {self._size} ranks ({'; '.join(parts)}): their processes, hosts or "
-            f"network are gone. {_RESUME}",
+            f"Nothing is heard of {len(lost)} of {counted(self._size, 'rank')} ({'; '.join(parts)}): their processes, "
+            f"hosts or network are gone. {_RESUME}",
             lost,
         )
 

@@ -33,6 +33,7 @@ from voxtral_dist.distributed.standing import Standing, here
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import HangError
 from voxtral_dist.output.console import one_line, say
+from voxtral_dist.output.counting import counted
 
 _TICK_SECONDS = 1.0
 # A thread that sleeps this much longer than it should was stopped with its process.
@@ -356,7 +357,7 @@ def _sentence(found: Sequence[Report], silent: Sequence[Report], floor: float, f
     parts += [
         f"{_ranks(ranks)} ({place}) {_DOING[doing].format(function)}" for (doing, function, place), ranks in ordered
     ]
-    more = [f"and {len(parts) - _NUM_NAMED} groups of ranks more"] if len(parts) > _NUM_NAMED else []
+    more = [f"and {counted(len(parts) - _NUM_NAMED, 'more group')} of ranks"] if len(parts) > _NUM_NAMED else []
     return (
         f"No rank has made progress for {seconds:.0f} s (`distributed.watchdog_seconds`), so the run ends: "
         f"{'; '.join([*parts[:_NUM_NAMED], *more])}. Stacks of all threads are in {folder}. Rerun the same command to "
@@ -369,7 +370,7 @@ def _ranks(reports: Sequence[Report]) -> str:
         return f"rank {reports[0].rank} on {reports[0].host}"
     numbers = [report.rank for report in reports]
     shown = ", ".join(map(str, numbers[:_NUM_NAMED])) + (", ..." if len(numbers) > _NUM_NAMED else "")
-    return f"{len(numbers)} ranks ({shown})"
+    return f"{counted(len(numbers), 'rank')} ({shown})"
 
 
 def _folder_name(report: Report, suffix: str) -> str:

@@ -23,6 +23,7 @@ from voxtral_dist.distributed.process_settings import limit_threads, set_allocat
 from voxtral_dist.distributed.store import meet, wait_for_ranks
 from voxtral_dist.errors import LostPeerError, RankError, UserError, WriteError, first_line, write_reason
 from voxtral_dist.files import DISK_ERRORS
+from voxtral_dist.output.counting import counted
 
 # Of all process groups, unless `distributed.timeout_seconds` says otherwise.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -251,8 +252,8 @@ def _device_of(local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"This node has {torch.cuda.device_count()} GPUs, but a process with local rank {local_rank} was started: "
-            "start at most one process per GPU (`deepspeed --num_gpus`)."
+            f"This node has {counted(torch.cuda.device_count(), 'GPU')}, but a process with local rank {local_rank} "
+            "was started: start at most one process per GPU (`deepspeed --num_gpus`)."
         )
     set_allocator_defaults()
     return torch.device("cuda", local_rank)

@@ -13,11 +13,12 @@ from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
 from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, checkpointing_for
 from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
-from voxtral_dist.estimate.quantities import counted, duration, gigabytes, table_lines
+from voxtral_dist.estimate.quantities import duration, gigabytes, table_lines
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.estimate.times import Times, estimate_times
 from voxtral_dist.estimate.workload import Workload
 from voxtral_dist.model.trainable import count_parameters, parameter_table
+from voxtral_dist.output.counting import counted
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ class Estimate:
             f"{gigabytes(self.configured.device_bytes)}{limit} per {label}{verdict}"
         )
         yield (
-            f"  for a micro-batch of {shape.num_examples} examples and {shape.num_windows} windows, padded to "
-            f"{shape.num_positions} positions: {self.workload.source}"
+            f"  for a micro-batch of {counted(shape.num_examples, 'example')} and "
+            f"{counted(shape.num_windows, 'window')}, padded to {counted(shape.num_positions, 'position')}: "
+            f"{self.workload.source}"
         )
         yield f"  peak, in the {self.configured.peak_at}:"
         for kind, num_bytes in self.by_kind["device"].items():
@@ -162,14 +164,15 @@ class Estimate:
             yield f"{unknown} are unknown: {self.workload.missing}"
         else:
             yield (
-                f"{data.num_utterances} utterances, {data.hours_per_epoch:.1f} hours, {data.steps_per_epoch} steps per "
-                f"epoch; {costs.num_steps} steps are {data.num_epochs:.2f} epochs with {data.target_tokens:.0f} target "
-                f"tokens per step; audio fills {100 * data.window_fill:.0f} % of the windows, "
-                f"{100 * data.padding:.0f} % of the positions are padding"
+                f"{counted(data.num_utterances, 'utterance')}, {data.hours_per_epoch:.1f} hours, "
+                f"{counted(data.steps_per_epoch, 'step')} per epoch; {counted(costs.num_steps, 'step')}: "
+                f"{data.num_epochs:.2f} epochs with {counted(data.target_tokens, 'target token', '.0f')} per step; "
+                f"audio fills {100 * data.window_fill:.0f} % of the windows, {100 * data.padding:.0f} % of the "
+                "positions are padding"
             )
-        steps = f"{costs.num_steps} steps" if costs.num_steps else "one step"
+        steps = counted(costs.num_steps, "step") if costs.num_steps else "one step"
         yield (
-            f"{steps} of {costs.micro_batches_per_rank} micro-batches per rank: "
+            f"{steps} of {counted(costs.micro_batches_per_rank, 'micro-batch', plural='micro-batches')} per rank: "
             f"{costs.model_flops:.3g} model FLOPs, {costs.hardware_flops:.3g} hardware FLOPs; {self._duration}"
         )
         if costs.idle:

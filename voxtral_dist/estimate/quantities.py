@@ -45,11 +45,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{seconds:.1f} s"
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things, such as `1 GPU` or `8 GPUs`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of a table: the first column is aligned on the left, all others on the right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from voxtral_dist.config import EngineConfig, Fsdp2Config
 from voxtral_dist.engine.fsdp2.sharding import refuse_partial_replicas
 from voxtral_dist.engine.zero.settings import read_deepspeed_file
+from voxtral_dist.output.counting import counted
 
 Place = Literal["device", "host", "nvme"]
 
@@ -84,7 +85,7 @@ class Fsdp2Sharding:
         """A name such as `FSDP2, weights kept until the backward pass`."""
         parts = ["FSDP2"]
         parts += [] if self.reshards else ["weights kept until the backward pass"]
-        parts += [f"{self.ranks_per_replica} ranks per replica"] if self.ranks_per_replica else []
+        parts += [f"{counted(self.ranks_per_replica, 'rank')} per replica"] if self.ranks_per_replica else []
         parts += ["all in host memory"] if self.is_offloaded else []
         return ", ".join(parts)
 

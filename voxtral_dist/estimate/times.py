@@ -19,6 +19,7 @@ from voxtral_dist.estimate.trace import StepTracer
 from voxtral_dist.estimate.workload import clips
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.flops import BatchShape
+from voxtral_dist.output.counting import counted
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 _NONE, _ALL = ActivationCheckpointingConfig(), ActivationCheckpointingConfig(encoder=1, language_model=1)
@@ -86,9 +87,9 @@ class Times:
         phases = ", ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in time.by_phase.items())
         bounds = sorted(time.by_bound.items(), key=lambda one: -one[1])
         yield (
-            f"  a micro-batch of {now.shape.num_examples} examples and {now.shape.num_windows} windows in "
-            f"{now.shape.num_positions} positions: {_milliseconds(time.seconds)} in {time.num_kernels} kernels "
-            f"({phases})"
+            f"  a micro-batch of {counted(now.shape.num_examples, 'example')} and "
+            f"{counted(now.shape.num_windows, 'window')} in {counted(now.shape.num_positions, 'position')}: "
+            f"{_milliseconds(time.seconds)} in {counted(time.num_kernels, 'kernel')} ({phases})"
         )
         parts = ", ".join(f"{name} {100 * seconds / time.seconds:.0f} %" for name, seconds in bounds)
         yield f"  bound by {parts}"

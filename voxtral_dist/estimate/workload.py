@@ -20,6 +20,7 @@ from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.model.flops import BatchShape
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.published import prompts_for_estimates
+from voxtral_dist.output.counting import counted
 
 # Tokens of a prompt besides its audio, without a tokenizer to count them: markers and the language tag.
 _PROMPT_TOKENS = 10
@@ -111,7 +112,9 @@ def largest_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> Evaluat
     answer = MIN_NEW_TOKENS + math.ceil(settings.max_tokens_per_second * sizes.seconds)
     prompt = sizes.audio_tokens + _PROMPT_TOKENS
     shape = DecodingShape(settings.batch_size, settings.batch_size, prompt, answer, answer)
-    return EvaluationBatches((shape,), f"assumed batches of {settings.batch_size} clips of {sizes.seconds:g} s")
+    return EvaluationBatches(
+        (shape,), f"assumed batches of {counted(settings.batch_size, 'clip')} of {sizes.seconds:g} s"
+    )
 
 
 def _training_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
@@ -203,7 +206,9 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
         padding=1 - real / max(1, sum(shape.num_examples * shape.num_positions for shape in shapes)),
         window_fill=plan_statistics.window_fill,
     )
-    source = f"the largest of the first {len(shapes)} micro-batches of the training data"
+    source = (
+        f"the largest of the first {counted(len(shapes), 'micro-batch', plural='micro-batches')} of the training data"
+    )
     return Workload(tuple(largest), _mean(shapes), needed, computed, len(shapes), source, statistics)
 
 

@@ -22,6 +22,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.evaluation.test_set import Batch, TestSet
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.output.counting import counted
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.text.word_list import WordList
 
@@ -158,8 +159,9 @@ class _Lists:
         needed = sum(self.entry_tokens[:size])
         if self.words is not None and needed > room:
             raise UserError(
-                f"`evaluation.test_sets.{name}.context.num_distractors`: {size} words may take {needed} positions, but "
-                f"the longest utterance leaves {room} of the model's {prompts.max_positions}: lower it."
+                f"`evaluation.test_sets.{name}.context.num_distractors`: {counted(size, 'word')} may take "
+                f"{counted(needed, 'position')}, but the longest utterance leaves {room} of the model's "
+                f"{prompts.max_positions}: lower it."
             )
 
 
@@ -203,9 +205,9 @@ def _refuse_too_long(name: str, index: ShardIndex, positions: Ids, prompts: Voxt
     if len(too_long):
         longest = int(too_long[needed[too_long].argmax()])
         raise UserError(
-            f"`evaluation.test_sets.{name}`: {len(too_long)} utterances need more than the model's "
-            f"{prompts.max_positions} positions; the longest (#{longest}, {index.duration_seconds[longest]:.0f} s) "
-            f"needs {needed[longest]}: split their recordings."
+            f"`evaluation.test_sets.{name}`: {counted(len(too_long), 'utterance')} with more than the model's "
+            f"{counted(prompts.max_positions, 'position')}; the longest (#{longest}, "
+            f"{index.duration_seconds[longest]:.0f} s) needs {needed[longest]}: split their recordings."
         )
 
 

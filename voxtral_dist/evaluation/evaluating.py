@@ -16,6 +16,7 @@ from voxtral_dist.evaluation.batch_decoder import BatchDecoder, Hypothesis
 from voxtral_dist.evaluation.decoding import Decoded, decode_batches
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.files import write_errors_named
+from voxtral_dist.output.counting import counted
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.result_files import write_results
 from voxtral_dist.scoring.results import Measurements, TestSetResult, score_test_set
@@ -73,8 +74,8 @@ def check_complete(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> 
     repeated = [utterance_id for utterance_id, count in counts.items() if count > 1]
     if missing or repeated or unknown:
         raise RankError(
-            f"The evaluation of `{test_set.name}` lost {len(missing)} utterances (first: {missing[:3]}), decoded "
-            f"{len(repeated)} twice (first: {repeated[:3]}) and {len(unknown)} that it does not have (first: "
+            f"The evaluation of `{test_set.name}` lost {counted(len(missing), 'utterance')} (first: {missing[:3]}), "
+            f"decoded {len(repeated)} twice (first: {repeated[:3]}) and {len(unknown)} that it does not have (first: "
             f"{unknown[:3]}): no result is written, because its word error rate would be wrong."
         )
     return sorted(utterances, key=lambda utterance: utterance.decoded.utterance_id)

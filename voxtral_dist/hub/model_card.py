@@ -20,6 +20,7 @@ from voxtral_dist.hub.base_model import hub_name
 from voxtral_dist.hub.public_settings import public_settings
 from voxtral_dist.hub.result_tables import results_table, slice_sections
 from voxtral_dist.hub.trained_run import Measured, TrainedRun
+from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.markdown import plain
 from voxtral_dist.scoring.error_rates import ErrorRates
 from voxtral_dist.scoring.tables import format_audio
@@ -194,7 +195,7 @@ class _RunText:
         evaluation, measured = self._config.evaluation, self._run.measured
         normalizers = ", ".join(dict.fromkeys(f"`{one.after.normalizer}`" for one in measured))
         units = " or ".join(dict.fromkeys(f"{one.after.normalized.resampled}s" for one in measured))
-        search = "greedy decoding" if evaluation.num_beams == 1 else f"{evaluation.num_beams} beams"
+        search = "greedy decoding" if evaluation.num_beams == 1 else f"{counted(evaluation.num_beams, 'beam')}"
         said = [
             f"Measured by the run at its step {self._run.step:,} with {search}, on weights in "
             f"{self._config.model.precision}.",
@@ -210,7 +211,9 @@ class _RunText:
             said.append(f"The exported weights have another precision: {self._subject.precision}.")
         for name, one in evaluation.test_sets.items():
             if one.max_utterances is not None:
-                said.append(f"`{name}`: the first {one.max_utterances:,} utterances of the set, at most.")
+                said.append(
+                    f"`{name}`: at most {counted(one.max_utterances, 'utterance', ',')}, the first ones of the set."
+                )
             if one.detect_language:
                 said.append(f"`{name}`: the language was not given in the prompt.")
         return said
@@ -224,7 +227,9 @@ class _RunText:
             skipped: dict[str, int] = start.get("skipped", {})
             languages = ", ".join(f"{language} {format_audio(one)}" for language, one in seconds.items())
             num_trained = start["num_utterances"] - sum(skipped.values())
-            facts.append(f"Audio: {format_audio(sum(seconds.values()))} in {num_trained:,} utterances: {languages}")
+            facts.append(
+                f"Audio: {format_audio(sum(seconds.values()))} in {counted(num_trained, 'utterance', ',')}: {languages}"
+            )
             if skipped:
                 reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
                 facts.append(f"Skipped utterances, not counted above: {reasons}")

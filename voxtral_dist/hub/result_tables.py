@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from voxtral_dist.hub.trained_run import Measured
+from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.markdown import plain, table
 from voxtral_dist.reporting.statistics import MIN_UTTERANCES, SliceTable, points, slice_tables
 from voxtral_dist.scoring.comparison import PairedComparison
@@ -73,7 +74,7 @@ def _slice_table(measured: Measured, slices: SliceTable) -> Iterator[str]:
     if slices.has_uncertain:
         yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too few to be certain.")
     if slices.num_skipped:
-        yield from ("", f"{slices.num_skipped} smaller slices are not shown.")
+        yield from ("", f"Not shown: {counted(slices.num_skipped, 'smaller slice')}.")
 
 
 def _wer(rates: ErrorRates) -> str:

@@ -18,6 +18,7 @@ from voxtral_dist.data.stored.audio import AudioError
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.output.counting import counted
 from voxtral_dist.text.languages import language_code
 
 
@@ -137,8 +138,9 @@ class TranscriptionCollator:
         num_tokens = len(example.prompt) + len(example.completion)
         if num_tokens > self.prompts.max_positions:
             raise UserError(
-                f"A row of {example.duration_seconds:.0f} s with the text {_beginning(text)} takes {num_tokens} "
-                f"positions, but the model has {self.prompts.max_positions}: cut its audio, or filter such rows."
+                f"A row of {example.duration_seconds:.0f} s with the text {_beginning(text)} takes "
+                f"{counted(num_tokens, 'position')}, but the model has {self.prompts.max_positions}: cut its audio, "
+                "or filter such rows."
             )
         return example
 

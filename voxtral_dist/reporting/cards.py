@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TypeVar
 
+from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.embedded_audio import EmbeddedAudio, MissingAudio
 from voxtral_dist.scoring.alignment import AlignedWord, align_words
 from voxtral_dist.scoring.comparison import Pair
@@ -82,7 +83,7 @@ def shortened(text: str, num_characters: int = MAX_CHARACTERS) -> str:
     """The text, or its beginning and the number of the other characters."""
     if len(text) <= num_characters:
         return text
-    return f"{text[:num_characters]}… ({len(text) - num_characters} more characters)"
+    return f"{text[:num_characters]}… ({counted(len(text) - num_characters, 'more character')})"
 
 
 def with_most_errors(utterances: Sequence[ScoredUtterance], num_shown: int) -> list[Numbered]:

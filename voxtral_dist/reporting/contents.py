@@ -9,6 +9,7 @@ from typing import Any
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.charts import Chart, draw
 from voxtral_dist.reporting.curves import Results, curves_of
 from voxtral_dist.reporting.results_folder import ReportOptions, ResultsFolder, read_results, read_results_folder
@@ -88,7 +89,7 @@ def _notes(folder: ResultsFolder, baseline: ResultsFolder | None, shared: Sequen
 def _facts(folder: ResultsFolder) -> dict[str, str]:
     facts = {} if folder.config is None else _facts_of_config(folder.config)
     if folder.step is not None:
-        others = f", of {len(folder.steps)} evaluated steps" if len(folder.steps) > 1 else ""
+        others = f", of {counted(len(folder.steps), 'evaluated step')}" if len(folder.steps) > 1 else ""
         facts["Step"] = f"{folder.step:,}{others}"
     return facts | _facts_of_summary(folder.path / "summary.json")
 

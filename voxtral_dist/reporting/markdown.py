@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
+from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.cards import Card
 from voxtral_dist.reporting.contents import ReportContents
 from voxtral_dist.reporting.curves import Results
@@ -96,7 +97,9 @@ def _comparison(compared: Comparison) -> str:
     paired = compared.paired
     baseline = percent(compared.baseline.normalized.wer)
     difference = f"Against the baseline (WER {baseline}): {points(paired.difference)}"
-    changes = f"{compared.num_better} of {paired.num_utterances} utterances better, {compared.num_worse} worse"
+    changes = (
+        f"{compared.num_better} of {counted(paired.num_utterances, 'utterance')} better, {compared.num_worse} worse"
+    )
     return f"{with_certainty(difference, paired)}; {changes}."
 
 
@@ -116,7 +119,7 @@ def _slices(slices: SliceTable) -> Iterator[str]:
     if slices.has_uncertain:
         yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too few to be certain.")
     if slices.num_skipped:
-        yield from ("", f"{slices.num_skipped} smaller slices are not shown.")
+        yield from ("", f"Not shown: {counted(slices.num_skipped, 'smaller slice')}.")
 
 
 def _confusions(test_set: TestSetSection) -> Iterator[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.cards import Card, CardMaker, ChosenUtterances, more_errors
 from voxtral_dist.reporting.embedded_audio import AudioLimits, EmbeddedAudio, MissingAudio, StoredAudio, read_audio
 from voxtral_dist.reporting.results_folder import ReportOptions, ResultsFolder, configured_name
@@ -170,8 +171,8 @@ def _refuse_other_utterances(path: Path, result: TestSetResult, utterances: Sequ
     found = len(utterances), sum((one.words for one in utterances), ErrorCounts())
     if found != (result.normalized.num_utterances, result.normalized.words):
         raise UserError(
-            f"{path} and {path.with_suffix('.json').name} do not belong together: {found[0]} utterances with "
-            f"{found[1].errors} word errors against {result.normalized.num_utterances} with "
+            f"{path} and {path.with_suffix('.json').name} do not belong together: {counted(found[0], 'utterance')} "
+            f"with {counted(found[1].errors, 'word error')} against {result.normalized.num_utterances} with "
             f"{result.normalized.words.errors}: write both again with `voxtral-dist score --out`."
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from voxtral_dist.config import ErrorRate
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.intervals import (
     Interval,
@@ -70,11 +71,11 @@ def pair_utterances(
     if _by_key(first) is None or by_key is None:
         others = second
         if len(others) != len(first):
-            raise _different(paths, f"{len(first)} against {len(others)} utterances without keys")
+            raise _different(paths, f"{len(first)} against {counted(len(others), 'utterance')} without keys")
     else:
         alone = {one.decoded.key for one in first} ^ by_key.keys()
         if alone:
-            raise _different(paths, f"{len(alone)} keys are in only one of them, such as {min(alone)!r}")
+            raise _different(paths, f"{counted(len(alone), 'key')} in only one of them, such as {min(alone)!r}")
         others = tuple(by_key[one.decoded.key] for one in first)
     pairs = list(zip(first, others, strict=True))
     for number, (one, other) in enumerate(pairs, 1):

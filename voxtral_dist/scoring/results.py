@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from voxtral_dist.output.counting import counted
 from voxtral_dist.scoring.error_rates import ErrorRates, normalized_rates, orthographic_rates
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer
@@ -155,7 +156,9 @@ class TestSetResult:
             said.append(f"B-WER {percent(self.biased.biased_wer)}, U-WER {percent(self.biased.unbiased_wer)}")
         if self.language_identification is not None:
             said.append(f"language accuracy {percent(self.language_identification.accuracy)}")
-        return ", ".join([*said, f"{self.normalized.num_utterances} utterances, normalizer {self.normalizer}"])
+        return ", ".join(
+            [*said, f"{counted(self.normalized.num_utterances, 'utterance')}, normalizer {self.normalizer}"]
+        )
 
 
 def score_test_set(

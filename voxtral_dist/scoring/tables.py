@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from voxtral_dist.output.counting import counted
 from voxtral_dist.scoring.comparison import PairedComparison
 from voxtral_dist.scoring.error_rates import ErrorRates
 from voxtral_dist.scoring.results import TestSetResult, percent
@@ -19,30 +20,32 @@ def result_lines(result: TestSetResult) -> Iterator[str]:
     yield from _aligned([_HEADER, *whole, *_slice_rows(result.slices)])
     for name, parts in result.slices.items():
         if len(parts) > _MAX_SLICES:
-            yield f"{name}: the {_MAX_SLICES} largest of {len(parts)} slices"
+            yield f"{name}: the {_MAX_SLICES} largest of {counted(len(parts), 'slice')}"
     yield (
-        f"{result.num_empty_hypotheses} empty hypotheses, {result.num_empty_references} empty references, "
-        f"{result.num_limit_hits} ended by the token limit, {result.num_repetition_loops} repetition loops; "
+        f"{counted(result.num_empty_hypotheses, 'empty hypothesis', plural='empty hypotheses')}, "
+        f"{counted(result.num_empty_references, 'empty reference')}, "
+        f"{result.num_limit_hits} ended by the token limit, {counted(result.num_repetition_loops, 'repetition loop')}; "
         f"intervals resample {result.normalized.resampled}s"
     )
     yield from _other_rates(result)
     if result.is_word_rate_meaningless:
         yield (
-            f"{result.num_without_spaces} of {result.normalized.num_utterances} references are in languages without "
-            "spaces between words: their WER is all or nothing, and their CER leaves out spaces; compare by CER"
+            f"{result.num_without_spaces} of {counted(result.normalized.num_utterances, 'reference')} in languages "
+            "without spaces between words: WER is all or nothing there, and CER leaves out spaces; compare by CER"
         )
     if result.biased is not None:
         yield f"B-WER {percent(result.biased.biased_wer)}, U-WER {percent(result.biased.unbiased_wer)}"
     if result.language_identification is not None:
         found = result.language_identification
-        yield f"language accuracy {percent(found.accuracy)} of {found.num_utterances} utterances"
+        yield f"language accuracy {percent(found.accuracy)} of {counted(found.num_utterances, 'utterance')}"
 
 
 def _other_rates(result: TestSetResult) -> Iterator[str]:
     words, marks = result.normalized.words, result.punctuation
     said = [f"MER {percent(words.match_error_rate)}, WIL {percent(words.information_lost)}"]
     if marks is not None and marks.match_error_rate is not None:
-        counts = f"{marks.substitutions} S, {marks.deletions} D, {marks.insertions} I of {marks.reference_length} marks"
+        of = counted(marks.reference_length, "mark")
+        counts = f"{marks.substitutions} S, {marks.deletions} D, {marks.insertions} I of {of}"
         said.append(f"punctuation error rate {percent(marks.match_error_rate)} ({counts})")
     yield ", ".join(said)
 
@@ -52,7 +55,7 @@ def comparison_line(comparison: PairedComparison) -> str:
     if comparison.difference is None:
         return "The references are empty: there is nothing to compare."
     difference = f"Second against first: {comparison.metric.upper()} {100 * comparison.difference:+.2f} points"
-    return f"{with_certainty(difference, comparison)}, {comparison.num_utterances} utterances"
+    return f"{with_certainty(difference, comparison)}, {counted(comparison.num_utterances, 'utterance')}"
 
 
 def with_certainty(difference: str, comparison: PairedComparison) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.text.languages import language_code
 
 Row = dict[str, Any]
@@ -113,8 +114,8 @@ def paired_rows(references: Path, hypotheses: Path, contents: bytes) -> Iterator
             return
     if len(wanted) != len(guessed):
         raise UserError(
-            f"{references} has {len(wanted)} lines, but {hypotheses} has {len(guessed)}: both need one line for each "
-            "utterance, in the same order, or the names of utterances (Kaldi, trn)."
+            f"{references} has {counted(len(wanted), 'line')}, but {hypotheses} has {len(guessed)}: both need one "
+            "line for each utterance, in the same order, or the names of utterances (Kaldi, trn)."
         )
     for number, (reference, hypothesis) in enumerate(zip(wanted, guessed, strict=True), 1):
         yield number, {"reference": reference, "hypothesis": hypothesis}

@@ -26,6 +26,7 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.files import refuse_unwritable, write_errors_named
+from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import masked
 from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.scoring.grouping import Grouping
@@ -265,8 +266,8 @@ async def _transcribe(
             if not isinstance(error, _RequestError):
                 raise error from None
             message = (
-                f"{error}. {len(kept.texts)} of {len(test_set.index)} transcripts are kept in {kept.path}: run the "
-                "same command again to resume, or remove the file to begin again."
+                f"{error}. Kept in {kept.path}: {len(kept.texts)} of {counted(len(test_set.index), 'transcript')}. "
+                "Run the same command again to resume, or remove the file to begin again."
             )
             raise (OutageError if error.is_outage else UserError)(message) from error
     return sorted(work.decoded, key=lambda utterance: utterance.utterance_id)

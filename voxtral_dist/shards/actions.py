@@ -17,6 +17,7 @@ from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.storage import Storage, join
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import one_line, say
+from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import masked
 from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.shards.corpus.corpus import Corpus, open_corpus
@@ -92,7 +93,7 @@ def _pack_part(corpus: Corpus, out: Path | str, options: PackOptions, overwrite:
             summary = pack(corpus, out, options, lambda at: display.show(at.num_lines, f"{at.num_skipped} skipped"))
     except KeyboardInterrupt as error:
         finished = (
-            f"{count_finished_shards(out, options.part)} shards are finished in {out}"
+            f"{counted(count_finished_shards(out, options.part), 'finished shard')} in {out}"
             if isinstance(out, Path)
             else f"the shards finished so far are in {masked(out)}"
         )
@@ -151,7 +152,7 @@ def verify_shards(folders: Sequence[str], num_workers: int, json_file: Path | No
     broken = {folder: found for folder, (_, found) in runs.items()}
     num_utterances = sum(count for count, _ in runs.values())
     everything = [found for of_folder in broken.values() for found in of_folder]
-    say(f"{num_utterances} utterances were read and decoded, {len(everything)} are broken{_by_cause(everything)}")
+    say(f"{counted(num_utterances, 'utterance')} read and decoded, {len(everything)} broken{_by_cause(everything)}")
     if json_file is not None:
         _write_broken(json_file, num_utterances, broken)
     return 1 if everything else 0

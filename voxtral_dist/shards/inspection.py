@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from voxtral_dist.output.console import one_line, printable, say
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.summary import DURATION_EDGES_SECONDS, RATE_EDGES, SetSummary, histogram_lines, hours
 
 
@@ -20,7 +21,7 @@ def print_summaries(summaries: Mapping[str, SetSummary]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(_sets_table(summaries))
     for folder, summary in summaries.items():
-        say(f"{folder}: {summary.num_utterances} utterances, {hours(summary.duration_seconds)}")
+        say(f"{folder}: {counted(summary.num_utterances, 'utterance')}, {hours(summary.duration_seconds)}")
         console.print(_languages_table(summary))
         say("\n".join(_histograms(summary)))
 

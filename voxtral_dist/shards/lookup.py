@@ -16,6 +16,7 @@ from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.storage import Span, Storage
 from voxtral_dist.data.stored.tar_members import split_name
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.corpus.tar_utterances import tar_utterance
 from voxtral_dist.shards.corpus.utterances import Utterance
 from voxtral_dist.shards.tars.scan import parse_span
@@ -45,7 +46,7 @@ def find_utterance(index: ShardIndex, key: str, storage: Storage) -> int:
             seen.append(found)
     near = difflib.get_close_matches(key, seen, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the first is {seen[0]}."
-    raise UserError(f"None of the {len(index)} utterances has the key {key!r}: {hint}")
+    raise UserError(f"None of {counted(len(index), 'utterance')} has the key {key!r}: {hint}")
 
 
 def read_utterance(index: ShardIndex, utterance_id: int, storage: Storage) -> tuple[str, Utterance]:

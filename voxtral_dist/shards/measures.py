@@ -13,6 +13,7 @@ from voxtral_dist.data.stored.audio import Pcm
 from voxtral_dist.data.stored.checks import Cause, UnusableError, is_silent, is_too_much_text
 from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, UNKNOWN_LANGUAGE
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.corpus.utterances import Utterance
 
 # Durations are measured at the sampling rate of the models.
@@ -56,7 +57,7 @@ def measure(utterance: Utterance, pcm: Pcm, max_chars_per_second: float) -> Meas
     num_chars = len(utterance.text)
     if utterance.instruction is None and is_too_much_text(num_chars, seconds, max_chars_per_second):
         raise UnusableError(
-            Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {num_chars} characters"
+            Cause.TEXT_TOO_LONG, f"lasts {seconds:.2f} s, too short for a text of {counted(num_chars, 'character')}"
         )
     # Rounded up: audio that is longer than a window by one sample needs another window.
     return Measures(

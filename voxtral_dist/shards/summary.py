@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from voxtral_dist.data.stored.index import RecordChunk, ShardIndex
 from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE, Shard
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.skipped import Skipped
 
 DURATION_EDGES_SECONDS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 25.0, 30.0, 60.0, 120.0, float("inf"))
@@ -53,8 +54,9 @@ class SetSummary:
     def lines(self) -> Iterator[str]:
         """The summary as lines of text."""
         shares = ", ".join(f"{name} {of.num_utterances} ({hours(of.duration_seconds)})" for name, of in self.by_size())
-        total = f"{self.num_utterances} utterances, {hours(self.duration_seconds)}"
-        yield f"{total}, {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB, {self.num_text_tokens} text tokens"
+        total = f"{counted(self.num_utterances, 'utterance')}, {hours(self.duration_seconds)}"
+        tokens = counted(self.num_text_tokens, "text token")
+        yield f"{total}, {counted(self.num_shards, 'shard')}, {self.num_bytes / 1e6:.1f} MB, {tokens}"
         yield f"languages: {shares}"
         yield "duration in seconds:"
         yield from histogram_lines(DURATION_EDGES_SECONDS, self.duration_counts)

@@ -11,6 +11,7 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.collectives import gather_on_first
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.training.metrics_log import MetricsLog
 from voxtral_dist.training.step import StepResult
 
@@ -74,8 +75,8 @@ class BadUtteranceLimits:
         if not num_too_long or self._config.too_long != "refuse":
             return None
         return (
-            f"`train_data.too_long` is `refuse`, and {num_too_long} utterances of step {step} are too long: "
-            "metrics.jsonl names each. Raise `max_target_tokens`, cut the recordings, or set `too_long: skip`."
+            f"`train_data.too_long` is `refuse`, but step {step} has {counted(num_too_long, 'utterance')} too long "
+            "for it: metrics.jsonl names each. Raise `max_target_tokens`, cut the recordings, or set `too_long: skip`."
         )
 
     def _fraction(self, progress: TrainProgress) -> str | None:
@@ -85,7 +86,7 @@ class BadUtteranceLimits:
         if num_seen < _MIN_UTTERANCES_FOR_FRACTION or num_broken / num_seen <= self._config.max_bad_fraction:
             return None
         return (
-            f"{num_broken} of {num_seen} utterances were unusable, more than `train_data.max_bad_fraction` "
+            f"{num_broken} of {counted(num_seen, 'utterance')} were unusable, more than `train_data.max_bad_fraction` "
             f"({self._config.max_bad_fraction}) allows: metrics.jsonl names each."
         )
 
@@ -93,6 +94,6 @@ class BadUtteranceLimits:
         if self._num_in_a_row <= self._config.max_bad_in_a_row:
             return None
         return (
-            f"The last {self._num_in_a_row} utterances were unusable, more than `train_data.max_bad_in_a_row` "
+            f"{counted(self._num_in_a_row, 'unusable utterance')} in a row, more than `train_data.max_bad_in_a_row` "
             f"({self._config.max_bad_in_a_row}) allows: metrics.jsonl names each."
         )

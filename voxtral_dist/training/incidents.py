@@ -14,6 +14,7 @@ from voxtral_dist.distributed.collectives import from_first_rank, gather_on_firs
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.training.guards import Judgement
 
 # Samples in a sentence and in an event.
@@ -63,7 +64,7 @@ class Incident:
             num_in_a_row: updates that were skipped, this one included.
             newest_checkpoint: its name; only of finite weights are there any.
         """
-        before = f" after {num_in_a_row - 1} skipped updates in a row" if num_in_a_row > 1 else ""
+        before = f" after {counted(num_in_a_row - 1, 'skipped update')} in a row" if num_in_a_row > 1 else ""
         return UserError(
             f"{self._what[0].upper()}{self._what[1:]} at step {self.step + 1}{before}, so the run ends. "
             f"{self._explanation} {_checkpoint(newest_checkpoint)}"
@@ -83,8 +84,8 @@ class Incident:
     def _explanation(self) -> str:
         if self.weights:
             return (
-                f"{len(self.weights)} parameters, such as `{self.weights[0]}`, were not finite before this step, so no "
-                f"sample is the cause: lower {_LESS}"
+                f"{counted(len(self.weights), 'parameter')}, such as `{self.weights[0]}`, had values that were not "
+                f"finite before this step, so no sample is the cause: lower {_LESS}"
             )
         if self.judgement.reason == "gradient":
             return (

@@ -25,6 +25,7 @@ from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World, out_of_memory_reason
 from voxtral_dist.errors import RetryError
 from voxtral_dist.files import write_errors_named
+from voxtral_dist.output.counting import counted
 
 # In `run_dir`, a line for each time that memory ran out.
 LIMITS_FILE = "out_of_memory.jsonl"
@@ -94,16 +95,17 @@ class MemoryLimits:
             file.write(json.dumps(asdict(exceeded)) + "\n")
         raise RetryError(
             f"Rank {self._world.rank} ran out of GPU memory in step {step + 1} ({out_of_memory_reason(error)}), with "
-            f"{num_examples} examples of {num_positions} positions. From the next start on, micro-batches of this size "
-            "are divided in two on all ranks: rerun the same command to resume. Smaller ones with more "
-            "`train_data.slots_per_step` would take no restart; `voxtral-dist plan` estimates what fits."
+            f"{counted(num_examples, 'example')} of {counted(num_positions, 'position')}. From the next start on, "
+            "micro-batches of this size are divided in two on all ranks: rerun the same command to resume. Smaller "
+            "ones with more `train_data.slots_per_step` would take no restart; `voxtral-dist plan` estimates what "
+            "fits."
         ) from error
 
     def __str__(self) -> str:
         last = self.exceeded[-1]
         return (
-            f"Micro-batches of {math.ceil(self._fitting)} positions or more are divided, because rank {last.rank} ran "
-            f"out of memory at step {last.at_step}: remove {self._path} to try them whole again."
+            f"Micro-batches of {counted(math.ceil(self._fitting), 'position')} or more are divided, because rank "
+            f"{last.rank} ran out of memory at step {last.at_step}: remove {self._path} to try them whole again."
         )
 
 

@@ -14,6 +14,7 @@ from voxtral_dist.checkpoints.directory import checkpoint_folder
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
 from voxtral_dist.files import write_errors_named
+from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import masked
 from voxtral_dist.training.display import TrainDisplay
 from voxtral_dist.training.incidents import Incident
@@ -74,8 +75,8 @@ class MetricsLog:
             self._display.start()
             if num_damaged:
                 self.say(
-                    f"{num_damaged} damaged lines of {self._path} were moved to {DAMAGED_FILE} beside it: they are "
-                    "missing in curves and reports."
+                    f"Moved {counted(num_damaged, 'damaged line')} of {self._path} to {DAMAGED_FILE} beside it, so "
+                    "curves and reports lack them."
                 )
             if self._with_tensorboard:
                 self._open_tensorboard()

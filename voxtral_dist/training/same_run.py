@@ -17,6 +17,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.published import stored_folder
 from voxtral_dist.model.weights import fingerprint
+from voxtral_dist.output.counting import counted
 from voxtral_dist.training.versions import package_versions
 
 # Folders of a host: `run_dir` is checked by a file in it, and of DeepSpeed's file the contents are compared.
@@ -148,7 +149,7 @@ def _sentence(found: Sequence[Difference], first_host: str, size: int) -> str:
             f"{size}; {', '.join(hosts[:8])})"
         )
     if len(groups) > _MOST_SHOWN:
-        parts.append(f"and {len(groups) - _MOST_SHOWN} differences more")
+        parts.append(f"and {counted(len(groups) - _MOST_SHOWN, 'more difference')}")
     return (
         f"All ranks must start the same run, but {'; '.join(parts)}. Start the same command with the same files and "
         "packages on every host."

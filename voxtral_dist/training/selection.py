@@ -11,6 +11,7 @@ from typing import Any
 from voxtral_dist.config import ErrorRate, GuardConfig, SelectionConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import write_atomically
+from voxtral_dist.output.counting import counted
 from voxtral_dist.text.json_text import parse_json
 
 _BEST_FILE = "best.json"
@@ -56,8 +57,8 @@ def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps
     if settings.patience is not None and waited >= settings.patience:
         must_stop = True
         messages.append(
-            f"the {settings.metric.upper()} of `{settings.test_set}` has not improved in {waited} evaluations "
-            f"(`evaluation.selection.patience`): the run stops"
+            f"the {settings.metric.upper()} of `{settings.test_set}` has not improved in "
+            f"{counted(waited, 'evaluation')} (`evaluation.selection.patience`): the run stops"
         )
     best_rate = None if best_step is None else candidates[best_step]
     return Verdict(best_step, best_rate, tuple(messages), must_stop, settings.metric)
@@ -113,8 +114,9 @@ def _words_without_spaces(settings: SelectionConfig, rows: Sequence[dict[str, An
     if settings.metric != "wer" or not is_first or 2 * num_without <= first.get("num_utterances", 0):
         return []
     return [
-        f"{num_without} of {first['num_utterances']} utterances of `{settings.test_set}` are in languages without "
-        "spaces between words, where a transcript is right or wrong as a whole: set `evaluation.selection.metric: cer`"
+        f"`{settings.test_set}` has {num_without} of {counted(first['num_utterances'], 'utterance')} in languages "
+        "without spaces between words, where a transcript is right or wrong as a whole: set "
+        "`evaluation.selection.metric: cer`"
     ]
 
 

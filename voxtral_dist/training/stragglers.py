@@ -16,6 +16,7 @@ import torch
 
 from voxtral_dist.distributed.collectives import first_over_ranks, max_over_ranks
 from voxtral_dist.distributed.world import World
+from voxtral_dist.output.counting import counted
 from voxtral_dist.training.metrics_log import MetricsLog
 
 _EVERY_STEPS = 50
@@ -109,7 +110,7 @@ class Stragglers:
             return row, None
         times = f"{slowest / median:.1f} times" if median > 0 else "much more than"
         sentence = (
-            f"Rank {rank} on {{}} is slow: {measure.what} for {times} the median of all {len(values)} ranks "
+            f"Rank {rank} on {{}} is slow: {measure.what} for {times} the median of all {counted(len(values), 'rank')} "
             f"({slowest:.4g} s against {median:.4g} s), and all others wait for it."
         )
         return row, (rank, sentence)

@@ -18,6 +18,7 @@ from voxtral_dist.data.stored.checks import UnusableError, is_silent, unusable_o
 from voxtral_dist.errors import UserError
 from voxtral_dist.evaluation.batch_decoder import Hypothesis
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.output.counting import counted
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import RecordingError
 from voxtral_dist.transcription.transcripts import Segment
@@ -144,9 +145,10 @@ class Segmenter:
         num_windows = int((prompts.max_positions - other_positions) / positions_per_window)
         if num_windows < 1:
             raise UserError(
-                f"The prompt takes {other_positions} of the model's {prompts.max_positions} positions, which leaves no "
-                f"room for {prompts.window_seconds:g} s of audio with {tokens_per_second:g} tokens a second: shorten "
-                "the context or the instruction, or lower `--max-tokens-per-second`."
+                f"The prompt takes {other_positions} of the model's {counted(prompts.max_positions, 'position')}, "
+                f"which leaves no room for {prompts.window_seconds:g} s of audio with "
+                f"{counted(tokens_per_second, 'token', 'g')} a second: shorten the context or the instruction, or "
+                "lower `--max-tokens-per-second`."
             )
         return num_windows * prompts.window_seconds
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import encodable, option_named_in_errors, refuse_unwritable, write_atomically
+from voxtral_dist.output.counting import counted
 from voxtral_dist.transcription.recordings import Recording, is_audio
 from voxtral_dist.transcription.transcripts import RecordingTranscript, TranscriptFormat
 
@@ -71,7 +72,8 @@ class TranscriptFiles:
             for path in (_with_format(stem, name) for name in self._formats):
                 if len(os.fsencode(path.name)) > max_bytes:
                     raise UserError(
-                        f"`--out`: the name {path.name} is longer than {max_bytes} bytes: rename the recording."
+                        f"`--out`: the name {path.name} is longer than {counted(max_bytes, 'byte')}: rename the "
+                        "recording."
                     )
                 is_beside = path.exists() and path.parent.samefile(recording.path.parent)
                 if is_beside or (path.exists() and stem.name in audio_stems[stem.parent]):

@@ -19,6 +19,7 @@ from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.output.counting import counted
 from voxtral_dist.text.steps import apply_steps
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ class UtteranceReader:
     def _check_targets(self, example: Example) -> None:
         if self._max_target_tokens is not None and len(example.completion) > self._max_target_tokens:
             raise _TooLongError(
-                f"has {len(example.completion)} target tokens, more than the limit of {self._max_target_tokens}"
+                f"has {counted(len(example.completion), 'target token')}, more than the limit of "
+                f"{self._max_target_tokens}"
             )
 
     def _check_positions(self, example: Example) -> None:
@@ -188,7 +190,8 @@ class UtteranceReader:
         num_positions = len(example.prompt) + len(example.completion) - 1
         if num_positions > self._prompts.max_positions:
             raise _TooLongError(
-                f"takes {num_positions} positions of the language model, which has {self._prompts.max_positions}"
+                f"takes {counted(num_positions, 'position')} of the language model, which has "
+                f"{self._prompts.max_positions}"
             )
 
     def _pcm(self, utterance_id: int, stored: StoredUtterance, key: tuple[int, ...], is_packed: bool) -> Pcm:
@@ -214,7 +217,7 @@ class UtteranceReader:
         if is_silent(audio):
             raise AudioError("is silent: it never reaches -60 dB of full scale")
         if stored.instruction is None and is_too_much_text(len(stored.text), seconds, self._max_chars_per_second):
-            raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {len(stored.text)} characters")
+            raise AudioError(f"lasts {seconds:.2f} s, too short for a text of {counted(len(stored.text), 'character')}")
 
     def _unusable(self, utterance_id: int, key: str, error: Exception) -> UtteranceError:
         return UtteranceError(

@@ -21,6 +21,7 @@ from voxtral_dist.data.plan.stream_table import SKIPPED, StreamTable
 from voxtral_dist.data.stored.index import RecordChunk, ShardIndex
 from voxtral_dist.data.stored.shard_set import UNKNOWN_LANGUAGE, Ids
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 
 # What to do about utterances that `too_long: refuse` refuses, by the reason.
 _REMEDIES = {
@@ -216,8 +217,8 @@ def _refuse_too_long(config: TrainDataConfig, scan: _Scan) -> None:
         for reason, remedy in _REMEDIES.items():
             if skipped[reason]:
                 raise UserError(
-                    f"`train_data.too_long` is `refuse`, but {_set_in_words(set_name)} has {skipped[reason]} "
-                    f"utterances {reason}: {remedy}, or set `too_long: skip`."
+                    f"`train_data.too_long` is `refuse`, but {_set_in_words(set_name)} has "
+                    f"{counted(skipped[reason], 'utterance')} {reason}: {remedy}, or set `too_long: skip`."
                 )
 
 

@@ -33,6 +33,7 @@ from voxtral_dist.data.plan.streams import Streams
 from voxtral_dist.data.stored.index import ShardIndex
 from voxtral_dist.data.stored.shard_set import Ids
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 
 # Incremented when equal utterances and configurations get another order.
 PLAN_VERSION = 2
@@ -205,9 +206,9 @@ def refuse_idle_ranks(slots_per_step: int, world_size: int) -> None:
     """
     if world_size > slots_per_step:
         raise UserError(
-            f"`train_data.slots_per_step` is {slots_per_step}, but {world_size} ranks were started and each needs at "
-            f"least one slot: start at most {slots_per_step} ranks, or set it to {world_size} or more (this changes "
-            "the global batch)."
+            f"`train_data.slots_per_step` is {slots_per_step}, but there are {counted(world_size, 'rank')}, and each "
+            f"needs at least one slot: start at most {counted(slots_per_step, 'rank')}, or set it to {world_size} or "
+            "more (this changes the global batch)."
         )
 
 

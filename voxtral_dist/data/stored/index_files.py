@@ -23,6 +23,7 @@ from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, RECORD, Records, S
 from voxtral_dist.data.stored.storage import Storage, is_remote, is_unreachable, join
 from voxtral_dist.errors import ReadError, UserError, first_line
 from voxtral_dist.files import write_atomically
+from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import masked
 from voxtral_dist.text.json_text import json_checksum
 
@@ -267,8 +268,8 @@ def _check_size(shard: Shard, folder: str, sizes: dict[str, int] | None) -> None
         )
     if num_bytes != shard.num_bytes:
         raise UserError(
-            f"The shard {shard.location} has {num_bytes} bytes, but had {shard.num_bytes} when it was indexed. Copy it "
-            "again, or pack or index the folder again."
+            f"The shard {shard.location} has {counted(num_bytes, 'byte')}, but had {shard.num_bytes} when it was "
+            "indexed. Copy it again, or pack or index the folder again."
         )
 
 

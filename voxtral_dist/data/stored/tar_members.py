@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import tarfile
 
+from voxtral_dist.output.counting import counted
+
 TAR_BLOCK_BYTES = 512
 
 
@@ -39,7 +41,7 @@ def _plain_members(contents: bytes) -> tuple[str, dict[str, bytes]] | None:
             return None
         size = int(header[124:136].rstrip(b"\0 "), 8)
         if size < 0:
-            raise ValueError(f"a tar header claims {size} bytes")
+            raise ValueError(f"a tar header claims {counted(size, 'byte')}")
         prefix, name = header[345:500].rstrip(b"\0"), header[:100].rstrip(b"\0")
         key, suffix = split_name((prefix + b"/" + name if prefix else name).decode("utf-8"))
         members[suffix] = contents[offset : offset + size]
@@ -54,7 +56,7 @@ def _any_members(contents: bytes) -> tuple[str, dict[str, bytes]]:
         for member in tar:
             # A sparse member may claim any size; behind a negative one, tarfile begins anew.
             if not 0 <= member.size <= len(contents):
-                raise ValueError(f"a tar header claims {member.size} bytes")
+                raise ValueError(f"a tar header claims {counted(member.size, 'byte')}")
             extracted = tar.extractfile(member)
             if extracted is not None:
                 key, suffix = split_name(member.name)

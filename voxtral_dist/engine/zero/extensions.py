@@ -16,6 +16,7 @@ import torch
 from torch.utils import cpp_extension
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,9 @@ def refuse_old_locks() -> None:
     for lock, age in _ages():
         if age > _LONGEST_BUILD_SECONDS:
             raise UserError(
-                f"The lock {lock} is {age / 60:.0f} minutes old: a build of DeepSpeed's extensions was killed, and "
-                "every run would wait for it forever. Run `voxtral-dist doctor`, which removes the lock and builds."
+                f"The lock {lock} is {counted(age / 60, 'minute', '.0f')} old: a build of DeepSpeed's extensions was "
+                "killed, and every run would wait for it forever. Run `voxtral-dist doctor`, which removes the lock "
+                "and builds."
             )
         log.warning(
             "Another process has been building DeepSpeed's extensions for %.0f s, says the lock %s, and this run may "

@@ -28,6 +28,7 @@ from voxtral_dist.data.stored.storage import (
     read_regular,
 )
 from voxtral_dist.errors import ReadError, UserError, first_line
+from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import masked
 from voxtral_dist.shards.corpus.audio_places import existing_place
 from voxtral_dist.shards.corpus.perturbation import Perturbation
@@ -126,7 +127,9 @@ def _cut_open(file: AudioSource, audio: AudioLocation) -> bytes:
     if file.num_frames is not None and start >= file.num_frames:
         raise _begins_behind_end(audio, file.num_frames / rate)
     if audio.channel is not None and audio.channel not in range(file.num_channels):
-        raise UnusableError(Cause.NO_AUDIO, f"has {file.num_channels} channels, but not the channel {audio.channel}")
+        raise UnusableError(
+            Cause.NO_AUDIO, f"has {counted(file.num_channels, 'channel')}, but not the channel {audio.channel}"
+        )
     num_frames = None if audio.duration_seconds is None else round(audio.duration_seconds * rate)
     is_float = file.subtype in ("FLOAT", "DOUBLE")
     fine = is_float or file.subtype in ("PCM_24", "PCM_32")

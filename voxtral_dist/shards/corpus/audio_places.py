@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.storage import is_remote
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.corpus.suffixes import AUDIO_FILE_SUFFIXES
 
 _FILE_URL = "file://"
@@ -61,7 +62,7 @@ def existing_place(places: Sequence[str]) -> str:
         if (found := _nearly(place)) is not None:
             return found
     others = len(places) - _NUM_NAMED
-    named = ", ".join(places[:_NUM_NAMED]) + (f" and {others} other places" if others > 0 else "")
+    named = ", ".join(places[:_NUM_NAMED]) + (f" and {counted(others, 'other place')}" if others > 0 else "")
     raise UnusableError(
         Cause.UNREADABLE, f"cannot be read: No such file or directory (looked for {named}); --audio-from names a folder"
     )

@@ -169,7 +169,7 @@ def _refuse_tables(files: FolderFiles) -> None:
     )
     if tables:
         others = len(tables) - _NUM_NAMED
-        named = ", ".join(tables[:_NUM_NAMED]) + (f" and {others} others" if others > 0 else "")
+        named = ", ".join(tables[:_NUM_NAMED]) + (f" and {others} more" if others > 0 else "")
         raise UserError(
             f"The folder {files.folder} has no texts beside its audio. If {named} names audio and texts, pack that "
             "file instead of the folder."

@@ -9,6 +9,7 @@ from hashlib import blake2b
 from typing import Literal
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.corpus.corpus import Corpus
 from voxtral_dist.shards.corpus.utterances import Line, Utterance
 
@@ -64,7 +65,7 @@ def divide(corpus: Corpus, held_out: HeldOut) -> Division:
     def is_dev(line: Line) -> bool:
         return isinstance(line, Utterance) and _digest(group_of(line, held_out)) in chosen
 
-    sentence = f"dev: {sum(counts[group] for group in chosen)} of {counts.total()} utterances"
+    sentence = f"dev: {sum(counts[group] for group in chosen)} of {counted(counts.total(), 'utterance')}"
     if group_of is not _utterance:
         sentence += f", {len(chosen)} of {len(counts)} {_NAMES[group_of]}"
     train = _part(corpus, "train", held_out, lambda line: not is_dev(line))

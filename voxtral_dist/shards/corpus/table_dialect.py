@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.corpus.fields import FieldNames
 from voxtral_dist.shards.corpus.manifest_lines import LineTooLongError, ManifestLines
 
@@ -106,8 +107,8 @@ def _without_header(
             if len(cells) == len(columns):
                 return TableDialect(separator, columns, separator in ",;", False, num_lines_before)
     raise UserError(
-        f"`--columns` names {len(columns)} columns, but the first row of the table {path} has another number of cells: "
-        f"{line.strip()[:200]}"
+        f"`--columns` names {counted(len(columns), 'column')}, but the first row of the table {path} has another "
+        f"number of cells: {line.strip()[:200]}"
     )
 
 
@@ -131,7 +132,9 @@ def _has_quoted_header(line: str, separator: str) -> bool:
 def _refuse_repeated(header: tuple[str, ...], names: FieldNames, path: Path) -> None:
     for name in (*names.audio, *names.text, *names.language):
         if header.count(name) > 1:
-            raise UserError(f"The table {path} has {header.count(name)} columns named {name}: rename all but one.")
+            raise UserError(
+                f"The table {path} has {counted(header.count(name), 'column')} named {name}: rename all but one."
+            )
 
 
 def _missing_column(path: Path, header: Sequence[str], wanted: dict[str, tuple[str, ...]]) -> UserError:

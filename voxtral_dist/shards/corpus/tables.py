@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.data.stored.checks import Cause
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.corpus.fields import FieldNames, first_of
 from voxtral_dist.shards.corpus.formats import CorpusFormat
 from voxtral_dist.shards.corpus.importer import CorpusContents, Importer, digest_file, local_manifest, suffix_of
@@ -64,7 +65,7 @@ def _row(cells: list[str], dialect: TableDialect, names: FieldNames, places: Pla
     row: dict[str, Any] = dict(zip(dialect.columns, cells, strict=False))
     key = key_of(str(first_of(row, names.audio) or "clip"))
     if len(cells) != len(dialect.columns):
-        counts = f"{len(cells)} cells, but the table has {len(dialect.columns)} columns"
+        counts = f"{counted(len(cells), 'cell')}, but the table has {counted(len(dialect.columns), 'column')}"
         return Refusal(place, key, Cause.MALFORMED, f"the row has {counts}")
     if any(_holds_rows(cell, dialect, names) for cell in cells):
         message = "the row has a cell that holds further rows: a quote in it has no end"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES, split_name
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.tars.writing import padding
 
 _ZEROS = bytes(TAR_BLOCK_BYTES)
@@ -45,7 +46,7 @@ class TarDamage:
     message: str
 
     def __str__(self) -> str:
-        lost = f"{self.num_bytes} bytes are lost" if self.num_bytes else "no bytes are lost"
+        lost = f"{counted(self.num_bytes, 'byte')} lost" if self.num_bytes else "no bytes lost"
         return f"at byte {self.offset} {self.message}; {lost}"
 
 
@@ -162,13 +163,13 @@ def _read_contents(reader: TarReader, name: str, size: int, limit_bytes: int) ->
     padded = size + padding(size)
     left = reader.left
     if size < 0 or padded > left:
-        raise _DamagedError(f"the member {name} claims {size} bytes, but only {left} follow")
+        raise _DamagedError(f"the member {name} claims {counted(size, 'byte')}, but only {left} follow")
     if padded > limit_bytes:
         reader.skip(padded)
         raise _UnusableMemberError(f"the member {name} has {size >> 20} MiB, more than {max(limit_bytes, 0) >> 20}")
     contents = reader.read(padded)
     if len(contents) < padded:
-        raise _DamagedError(f"the member {name} claims {size} bytes, but only {len(contents)} follow")
+        raise _DamagedError(f"the member {name} claims {counted(size, 'byte')}, but only {len(contents)} follow")
     return contents
 
 

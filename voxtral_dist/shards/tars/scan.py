@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from voxtral_dist.data.stored.checks import Cause, UnusableError
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.tar_members import split_name
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.tars.files import open_tar
 from voxtral_dist.shards.tars.members import Member, TarDamage, TarReader, read_members
 from voxtral_dist.shards.tars.writing import tar_end
@@ -87,7 +88,7 @@ def _groups(reader: TarReader, location: str) -> Iterator[MemberGroup | TarDamag
             group.append(found)
             num_bytes = sum(len(member.raw) for member in group)
             if num_bytes > reader.largest_bytes or len(group) > _MOST_MEMBERS:
-                what = f"{len(group)} members with {num_bytes >> 20} MiB"
+                what = f"{counted(len(group), 'member')} with {num_bytes >> 20} MiB"
                 limits = f"more than {_MOST_MEMBERS} or {reader.largest_bytes >> 20} MiB"
                 yield TarDamage(location, group[0].offset, num_bytes, f"an utterance has {what}, {limits}")
                 group = []

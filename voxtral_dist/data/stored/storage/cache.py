@@ -34,6 +34,7 @@ from voxtral_dist.data.stored.storage.cache_files import (
 from voxtral_dist.data.stored.storage.remote import RemoteFile
 from voxtral_dist.data.stored.storage.spans import StorageError, redacted
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 
 # A cleanup frees more than needed, so that not every new chunk needs another.
 _CLEAN_TO = 0.9
@@ -216,7 +217,9 @@ class NodeCache:
                 used = self._scan(clean_to=self._limit_bytes - num_bytes)
                 write_number(usage, used)
             if used + num_bytes > self._limit_bytes:
-                raise OSError(errno.ENOSPC, f"no room for {num_bytes} bytes within `storage.cache_gigabytes`")
+                raise OSError(
+                    errno.ENOSPC, f"no room for {counted(num_bytes, 'byte')} within `storage.cache_gigabytes`"
+                )
             write_number(usage, used + num_bytes)  # First, so that a kill here only overestimates.
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             os.ftruncate(descriptor, num_bytes)

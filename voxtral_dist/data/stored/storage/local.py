@@ -20,6 +20,7 @@ from voxtral_dist.data.stored.storage.spans import (
     UnreachableError,
     is_unreachable,
 )
+from voxtral_dist.output.counting import counted
 
 # Of a file that is one recording, which is read as a whole: the limit of WAV's own format.
 LARGEST_FILE_BYTES = 2**32
@@ -57,7 +58,7 @@ def _read_once(span: Span) -> bytes:
     contents = os.pread(file.fileno(), span.num_bytes, span.offset)
     if len(contents) != span.num_bytes:
         raise ShortReadError(
-            f"{span.location} cannot be read at byte {span.offset}: read {len(contents)} bytes instead of "
+            f"{span.location} cannot be read at byte {span.offset}: read {counted(len(contents), 'byte')} instead of "
             f"{span.num_bytes}"
         )
     return contents

@@ -33,6 +33,7 @@ from voxtral_dist.data.stored.storage.spans import (
     redacted,
 )
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import MASK, masked
 
 # Whole objects are fetched in ranges of this size, so that one timeout per attempt fits objects of any size.
@@ -120,7 +121,7 @@ class Remote:
             if len(contents) > num_bytes:
                 raise NotImplementedError("the server ignores the range of the request and sends the whole file")
             if len(contents) < num_bytes:
-                raise ShortReadError(f"read {len(contents)} bytes instead of {num_bytes}")
+                raise ShortReadError(f"read {counted(len(contents), 'byte')} instead of {num_bytes}")
             return contents
 
         return self._retry(attempt, f"{redacted(location)} cannot be read at byte {offset}")
@@ -259,8 +260,7 @@ class Remote:
             reason = f"no answer within {self._config.timeout_seconds:g} s"
         else:
             reason = _reason(cause)
-        attempts = "1 attempt" if num_attempts == 1 else f"{num_attempts} attempts"
-        return _error_type(cause)(f"{complaint}: {reason} ({attempts})")
+        return _error_type(cause)(f"{complaint}: {reason} ({counted(num_attempts, 'attempt')})")
 
 
 @cache

@@ -28,6 +28,7 @@ from voxtral_dist.data.stored.storage.prefetch import Prefetch, pool_of_process
 from voxtral_dist.data.stored.storage.remote import RANGE_BYTES, Remote, RemoteFile
 from voxtral_dist.data.stored.storage.spans import ShortReadError, Span, StorageError, read_error, redacted
 from voxtral_dist.errors import UserError
+from voxtral_dist.output.counting import counted
 
 _MEBIBYTE = 1 << 20
 _GIGABYTE = 10**9
@@ -229,8 +230,8 @@ class _Process:
             return self.remote.read(span.location, span.offset, span.num_bytes)
         if span.offset + span.num_bytes > file.num_bytes:
             raise ShortReadError(
-                f"{redacted(span.location)} cannot be read at byte {span.offset}: it has {file.num_bytes} bytes, fewer "
-                f"than the {span.offset + span.num_bytes} that its index says"
+                f"{redacted(span.location)} cannot be read at byte {span.offset}: it has "
+                f"{counted(file.num_bytes, 'byte')}, fewer than the {span.offset + span.num_bytes} that its index says"
             )
         return self._cache.read(file, span.offset, span.num_bytes, partial(self.remote.read, span.location))
 
