@@ -151,6 +151,37 @@ def test_an_override_that_is_no_yaml_is_refused(smallest):
     assert "not valid YAML" in refusal(smallest, "run_dir=[")
 
 
+def test_a_mistake_is_blamed_on_the_override_or_on_the_file_that_it_is_in(smallest):
+    assert refusal(smallest, "seed=1", "num_steps=-1").startswith("`--set num_steps=-1`: `num_steps`: input should be")
+    contradiction = refusal(smallest, "model.precision=float16", "seed=1", "model.float8=rowwise")
+    assert contradiction.startswith("`--set model.precision=float16` and `--set model.float8=rowwise`: `model.float8: ")
+    assert refusal(smallest, "optimizer.warmup_steps=500").startswith("`--set optimizer.warmup_steps=500`: `optimizer.")
+    # The later one of a key is the one that is used.
+    assert refusal(smallest, "seed=x", "seed=y").startswith("`--set seed=y`: `seed`: ")
+    smallest.write_text(SMALLEST.replace("num_steps: 200", "num_steps: many"))
+    both = refusal(smallest, "seed=x")
+    assert both.startswith(f"{smallest}: `num_steps`: ")
+    assert "; `--set seed=x`: `seed`: " in both
+    assert refusal(smallest, "num_steps=0").startswith("`--set num_steps=0`: ")
+
+
+def test_one_text_is_a_list_of_one_and_other_values_are_explained(smallest):
+    smallest.write_text(SMALLEST.replace("[shards/a, shards/b]", "shards/a"))
+    config = load_config(smallest, ["train_data.languages=de", "metrics.trackers=wandb"])
+    assert config.train_data.shards == ("shards/a",)
+    assert config.train_data.languages == ("de",)
+    assert config.metrics.trackers == ("wandb",)
+    assert "`train_data.shards` must be a list, such as [3], but is 3 instead" in refusal(
+        smallest, "train_data.shards=3"
+    )
+    assert "`train_data.augmentation` must be a list, but is {" in refusal(
+        smallest, "train_data.augmentation={name: Gain}"
+    )
+    inner = refusal(smallest, "trainable.lora.targets={encoder: fc1}")
+    assert "`trainable.lora.targets.encoder` must be a list, such as [fc1], but is 'fc1' instead" in inner
+    assert "`model` must be a mapping of keys to values, but is 'abc' instead" in refusal(smallest, "model=abc")
+
+
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(smallest):
     config = load_config(
         smallest,

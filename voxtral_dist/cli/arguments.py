@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from voxtral_dist.config import NORMALIZERS, EvaluationConfig, ModelConfig, TextStep, check_normalizer, is_hub_name
 
 Commands = argparse._SubParsersAction  # the type has no public name
 
+_Number = TypeVar("_Number", int, float)
+
 _PRECISIONS = ("auto", *get_args(ModelConfig.model_fields["precision"].annotation))
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's `--help`: a command for each line, which a test parses."""
+    return "\n  ".join(["examples:" if len(commands) > 1 else "example:", *commands])
 
 
 def positive(text: str) -> int:
     """Parse a whole number from 1."""
-    if (value := count(text)) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, but is {text} instead")
+    value = number(int, text)
+    if value is None or value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, but is {text!r} instead")
     return value
 
 
@@ -31,33 +40,42 @@ def node_range(text: str) -> tuple[int, int]:
 
 def count(text: str) -> int:
     """Parse a whole number from 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number that is not negative, but is {text} instead")
+    value = number(int, text)
+    if value is None or value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number that is not negative, but is {text!r} instead")
     return value
 
 
 def positive_number(text: str) -> float:
     """Parse a number above 0 and below 1e9, so that products of it stay finite."""
-    value = float(text)
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"must be a positive number below 1e9, but is {text} instead")
+    value = number(float, text)
+    if value is None or not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be a positive number below 1e9, but is {text!r} instead")
     return value
+
+
+def number(kind: Callable[[str], _Number], text: str) -> _Number | None:
+    """A number from a text; None where it is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def fraction(text: str) -> float:
     """Parse a number above 0 and up to 1."""
     value = positive_number(text)
     if value > 1:
-        raise argparse.ArgumentTypeError(f"must be a fraction up to 1, such as 0.4, but is {text} instead")
+        raise argparse.ArgumentTypeError(f"must be a fraction up to 1, such as 0.4, but is {text!r} instead")
     return value
 
 
 def share(text: str) -> float:
     """Parse a share below one half: `5%` or `0.05`."""
-    value = float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
-    if not 0 < value < 0.5:
-        raise argparse.ArgumentTypeError(f"must be a share below one half, such as 5%, but is {text} instead")
+    value = number(float, text.removesuffix("%"))
+    value = value / 100 if value is not None and text.endswith("%") else value
+    if value is None or not 0 < value < 0.5:
+        raise argparse.ArgumentTypeError(f"must be a share below one half, such as 5%, but is {text!r} instead")
     return value
 
 
@@ -79,17 +97,13 @@ def hub_name(text: str) -> str:
 def add_run_config(parser: argparse.ArgumentParser, example: str) -> None:
     """Add `--config` and `--set`, which name and override the configuration of a run."""
     parser.add_argument("--config", type=Path, help="YAML file of the run, or the name of a recipe")
-    add_overrides(parser, example)
-
-
-def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
-    """Add `--set`, which overrides one value and may be repeated."""
     parser.add_argument(
         "--set",
-        action="append",
+        action="extend",
+        nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help=f"override a value, such as {example}; may be repeated",
+        help=f"override values, such as {example}; may be repeated",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from datetime import timedelta
 
-from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, positive
+from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, examples, positive
 from voxtral_dist.config import load_config
 from voxtral_dist.errors import UserError
 
@@ -13,7 +13,12 @@ from voxtral_dist.errors import UserError
 def add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
     parser = commands.add_parser(
-        "doctor", help="check this machine and build DeepSpeed's extensions, or check all hosts of a run"
+        "doctor",
+        help="check this machine and build DeepSpeed's extensions, or check all hosts of a run",
+        epilog=examples(
+            "voxtral-dist doctor --with-offload",
+            "torchrun --nproc_per_node 8 --no_python voxtral-dist doctor --distributed --config run.yaml",
+        ),
     )
     parser.add_argument(
         "--build-timeout",

@@ -14,6 +14,7 @@ from voxtral_dist.cli.arguments import (
     add_scoring,
     count,
     decoding_settings,
+    examples,
     positive,
     positive_number,
 )
@@ -42,7 +43,15 @@ _SERVER_OPTIONS = dict.fromkeys(("concurrency", "retry_seconds", "no_token_limit
 
 def add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("evaluate", help="measure the word error rate of a model on shard folders")
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure the word error rate of a model on shard folders",
+        epilog=examples(
+            "voxtral-dist evaluate runs/first/export shards/test --out evaluation/first",
+            "voxtral-dist evaluate mistralai/Voxtral-Mini-3B-2507 shards/de shards/fr --normalizer basic",
+            "voxtral-dist evaluate runs/first shards/test --server http://localhost:8000",
+        ),
+    )
     add_decoding(parser, served="; with --server, its name there")
     parser.add_argument("shards", nargs="+", help="folders of shards with an index")
     parser.add_argument(

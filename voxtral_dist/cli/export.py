@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from voxtral_dist.cli.arguments import Commands, add_ema, hub_name
+from voxtral_dist.cli.arguments import Commands, add_ema, examples, hub_name
 from voxtral_dist.config import CardConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
@@ -13,7 +13,14 @@ from voxtral_dist.output.console import say
 
 def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("export", help="write a trained model or its adapters for another software")
+    parser = commands.add_parser(
+        "export",
+        help="write a trained model or its adapters for another software",
+        epilog=examples(
+            "voxtral-dist export runs/first models/first --layout mistral",
+            "voxtral-dist export runs/first models/first --push USER/voxtral-first --license apache-2.0",
+        ),
+    )
     parser.add_argument(
         "source",
         help="folder of a run (its selected checkpoint, or else the newest), checkpoint, or model folder or hub name",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from voxtral_dist.cli.arguments import Commands, positive
+from voxtral_dist.cli.arguments import Commands, examples, positive
 from voxtral_dist.config import edited_recipe, load_config, recipes
 from voxtral_dist.config.yaml_text import parse_yaml
 from voxtral_dist.errors import UserError
@@ -32,7 +32,7 @@ def add_init(commands: Commands[argparse.ArgumentParser]) -> None:
         help="write the configuration of a run that fits this data and machine, and print the commands to run",
         description="Write the configuration of a run: a recipe of the package that fits the machine, as estimated by "
         "`voxtral-dist plan`. At a terminal, what is not given is asked for.",
-        epilog='example: voxtral-dist init run.yaml --audio train.jsonl --language French --gpu "RTX 4090"',
+        epilog=examples("voxtral-dist init run.yaml --audio train.jsonl --language French --gpu 'RTX 4090'"),
     )
     parser.add_argument("file", type=Path, help="configuration to write, such as run.yaml")
     parser.add_argument(

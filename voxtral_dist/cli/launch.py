@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from voxtral_dist.cli.arguments import Commands, add_run_config, count, node_range, positive, positive_number
+from voxtral_dist.cli.arguments import (
+    Commands,
+    add_run_config,
+    count,
+    examples,
+    node_range,
+    positive,
+    positive_number,
+)
 from voxtral_dist.config import RunConfig, load_config
 from voxtral_dist.config.builtin import recipe_or_file
 from voxtral_dist.errors import UserError
@@ -25,6 +33,10 @@ def add_launch(commands: Commands[argparse.ArgumentParser]) -> None:
         "launch",
         help="print what starts a run on many machines: Kubernetes manifests, a batch script, and their like",
         description="Print what starts a run on many machines. Nothing is started.",
+        epilog=examples(
+            "voxtral-dist launch local --config run.yaml --gpus 8 > run.sh",
+            "voxtral-dist launch slurm --config run.yaml --nodes 4 --gpus 8 > run.sbatch",
+        ),
     )
     targets = parser.add_subparsers(required=True, metavar="TARGET", dest="target")
     _add_kubernetes(targets)
@@ -96,7 +108,7 @@ def _add_kubernetes(targets: Commands[argparse.ArgumentParser]) -> None:
         "kubernetes",
         help="manifests of a JobSet, TrainJob, PyTorchJob or Indexed Job",
         description=f"Print manifests for `kubectl apply --filename -`. {_DOCUMENTED}",
-        epilog="example: voxtral-dist launch kubernetes --config run.yaml --nodes 4 --gpus 8 --image IMAGE > job.yaml",
+        epilog=examples("voxtral-dist launch kubernetes --config run.yaml --nodes 4 --gpus 8 --image IMAGE > job.yaml"),
     )
     _add_run(parser)
     _add_save_seconds(parser)
@@ -186,7 +198,7 @@ def _add_slurm(targets: Commands[argparse.ArgumentParser]) -> None:
         "slurm",
         help="batch script for sbatch",
         description=f"Print a script for `sbatch`, to be started where all nodes have the same files. {_DOCUMENTED}",
-        epilog="example: voxtral-dist launch slurm --config run.yaml --nodes 4 --gpus 8 --venv .venv > run.sbatch",
+        epilog=examples("voxtral-dist launch slurm --config run.yaml --nodes 4 --gpus 8 --venv .venv > run.sbatch"),
     )
     _add_run(parser)
     _add_save_seconds(parser)
@@ -238,7 +250,7 @@ def _add_skypilot(targets: Commands[argparse.ArgumentParser]) -> None:
         "skypilot",
         help="task for sky jobs launch",
         description=f"Print a task for `sky jobs launch`. {_DOCUMENTED}",
-        epilog="example: voxtral-dist launch skypilot --config run.yaml --nodes 2 --gpus 8 --gpu H100 > run.yaml",
+        epilog=examples("voxtral-dist launch skypilot --config run.yaml --nodes 2 --gpus 8 --gpu H100 > run.yaml"),
     )
     _add_run(parser)
     for option, metavar, meaning in (
@@ -281,6 +293,7 @@ def _add_hostfile(targets: Commands[argparse.ArgumentParser]) -> None:
         help="hosts of deepspeed --hostfile",
         description="Print a file of hosts for `deepspeed --hostfile`, with the command that starts the run from its "
         "first host by ssh.",
+        epilog=examples("voxtral-dist launch hostfile --config run.yaml --hosts alpha beta --gpus 8 > hosts"),
     )
     add_run_config(parser, "run_dir=/shared/runs/first")
     parser.add_argument(
@@ -304,6 +317,7 @@ def _add_local(targets: Commands[argparse.ArgumentParser]) -> None:
         help="script that runs on this machine and resumes",
         description="Print a script that runs on this machine, and starts the run again after exit codes on which it "
         "resumes.",
+        epilog=examples("voxtral-dist launch local --config run.yaml --gpus 8 > run.sh"),
     )
     add_run_config(parser, "run_dir=runs/first")
     parser.add_argument("--gpus", type=positive, required=True, metavar="N", help="GPUs, each with a rank")
@@ -332,6 +346,7 @@ def _add_claims(targets: Commands[argparse.ArgumentParser]) -> None:
         help="claims of the volumes that `launch kubernetes` mounts",
         description="Print claims of volumes that all nodes mount at once, for `kubectl apply --filename -`. The "
         "storage class must offer ReadWriteMany: NFS, Lustre, CephFS or a cloud's file store; block volumes don't.",
+        epilog=examples("voxtral-dist launch claims --runs-size 2Ti --storage-class shared > claims.yaml"),
     )
     for option, metavar, meaning in (
         ("--name", "NAME", "prefix of the claims' names (default: voxtral)"),

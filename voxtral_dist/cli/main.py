@@ -13,8 +13,10 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from voxtral_dist.cli.arguments import examples
+from voxtral_dist.cli.completion import add_completion
 from voxtral_dist.cli.config import add_config
 from voxtral_dist.cli.doctor import add_doctor
 from voxtral_dist.cli.evaluate import add_evaluate
@@ -76,9 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Where there is a CUDA toolkit and no GPU, torch says so before any message of ours.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # transformers imports torchao where it is installed, which names kernels that it cannot load and nobody needs here.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # torchao, which transformers imports where it is installed, registers types in torch's trees twice.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     error: UserError | None = None
     try:
         _refuse_other_systems(parsed)
@@ -126,16 +127,37 @@ def _end_with_all_ranks(error: UserError | None) -> bool:
     return end_with_all_ranks(error)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Keeps the lines of examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser whose messages are printable: arguments may be names of files that others made."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**({"formatter_class": _HelpFormatter} | options))
+
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        is_override = message.startswith("unrecognized arguments:") and "=" in message
+        hint = " (each KEY=VALUE follows a --set of its own)" if is_override else ""
+        super().error(printable(message) + hint)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. It imports no heavy library: commands do so when they run."""
-    parser: argparse.ArgumentParser = _Parser(prog="voxtral-dist", description="Fine-tune Voxtral on transcription.")
+    parser: argparse.ArgumentParser = _Parser(
+        prog="voxtral-dist",
+        description="Fine-tune Voxtral on transcription.",
+        epilog=examples(
+            "voxtral-dist init run.yaml --audio train.jsonl --language French --gpu 'RTX 4090'",
+            "voxtral-dist shards pack train.jsonl shards/data --encode flac --dev 5% --language fr",
+            "voxtral-dist train --config run.yaml",
+            "voxtral-dist evaluate runs/run/export shards/data/dev",
+        ),
+    )
     parser.add_argument("--version", action="version", version=f"voxtral-dist {version('voxtral-dist')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_train(commands)
@@ -152,4 +174,5 @@ def build_parser() -> argparse.ArgumentParser:
     add_launch(commands)
     add_tiny(commands)
     add_doctor(commands)
+    add_completion(commands, parser)
     return parser

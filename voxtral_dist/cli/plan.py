@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.arguments import Commands, add_run_config, fraction, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, add_run_config, examples, fraction, positive, positive_number
 from voxtral_dist.config import load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
@@ -23,6 +23,10 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
         help="estimate the memory and time of a run, and whether it fits, without a GPU",
         description="Estimate the memory and time of a run, and whether it fits, without a GPU. With --gpu or "
         "--gpu-memory but without --config: which recipes of the package fit, and how fast they are.",
+        epilog=examples(
+            "voxtral-dist plan --config run.yaml --gpu H100 --gpus 8",
+            "voxtral-dist plan --gpu 'RTX 4090' --host-memory 64GB",
+        ),
     )
     add_run_config(parser, "train_data.max_windows=4")
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from voxtral_dist.cli.arguments import Commands
+from voxtral_dist.cli.arguments import Commands, examples
 from voxtral_dist.config import recipes, summary
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
@@ -17,6 +17,7 @@ def add_recipes(commands: Commands[argparse.ArgumentParser]) -> None:
         help="list the configurations that come with the package, or print one",
         description="List the configurations that come with the package, or print one to edit it. `--config` takes "
         "their names too.",
+        epilog=examples("voxtral-dist recipes", "voxtral-dist recipes voxtral_mini_lora > run.yaml"),
     )
     parser.add_argument("name", nargs="?", help="print this one")
     parser.set_defaults(run=_recipes)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.arguments import Commands, count, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, count, examples, positive, positive_number
 from voxtral_dist.output.console import say
 
 if TYPE_CHECKING:
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("report", help="write report.html and report.md about a run or saved results")
+    parser = commands.add_parser(
+        "report",
+        help="write report.html and report.md about a run or saved results",
+        epilog=examples("voxtral-dist report runs/first --baseline runs/zero --step best"),
+    )
     parser.add_argument(
         "folder", type=Path, help="folder of a run, or folder written by `evaluate --out` or `score --out`"
     )

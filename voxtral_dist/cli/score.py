@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from voxtral_dist.cli.arguments import Commands, add_scoring
+from voxtral_dist.cli.arguments import Commands, add_scoring, examples
 from voxtral_dist.config import ErrorRate
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
@@ -14,7 +14,14 @@ from voxtral_dist.output.console import say
 
 def add_score(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("score", help="measure error rates of saved hypotheses, and compare two runs")
+    parser = commands.add_parser(
+        "score",
+        help="measure error rates of saved hypotheses, and compare two runs",
+        epilog=examples(
+            "voxtral-dist score evaluation/before/dev.jsonl evaluation/after/dev.jsonl",
+            "voxtral-dist score hypotheses.txt --references references.txt --language de",
+        ),
+    )
     parser.add_argument(
         "first",
         type=Path,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.arguments import Commands, count, positive, positive_number, share
+from voxtral_dist.cli.arguments import Commands, count, examples, positive, positive_number, share
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
 from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.formats import FORMATS
@@ -24,7 +24,14 @@ _DEFAULT_SHARD_MEGABYTES = 512
 
 def add_shards(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command and its actions."""
-    shards = commands.add_parser("shards", help="make, index and check WebDataset shards")
+    shards = commands.add_parser(
+        "shards",
+        help="make, index and check WebDataset shards",
+        epilog=examples(
+            "voxtral-dist shards pack train.jsonl shards/data --encode flac --dev 5%",
+            "voxtral-dist shards inspect shards/data/train shards/data/dev",
+        ),
+    )
     actions = shards.add_subparsers(required=True, metavar="ACTION")
     _add_pack(actions)
     _add_merge(actions)
@@ -35,7 +42,15 @@ def add_shards(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
-    pack = actions.add_parser("pack", help="pack a corpus into tars with an index")
+    pack = actions.add_parser(
+        "pack",
+        help="pack a corpus into tars with an index",
+        epilog=examples(
+            "voxtral-dist shards pack train.jsonl shards/data --encode flac --dev 5%",
+            "voxtral-dist shards pack metadata.csv shards/anna --language fr --audio-from wavs",
+            "voxtral-dist shards pack hf:google/fleurs shards/fleurs --config de_de --split train --language de",
+        ),
+    )
     pack.add_argument(
         "corpus",
         help="a manifest of JSON or a table, a folder of audio with texts, a set of Kaldi, Lhotse, NeMo, LJSpeech, "
@@ -86,13 +101,23 @@ def _add_pack(actions: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_merge(actions: Commands[argparse.ArgumentParser]) -> None:
-    merge = actions.add_parser("merge", help="make one set of the parts that several machines packed")
+    merge = actions.add_parser(
+        "merge",
+        help="make one set of the parts that several machines packed",
+        epilog=examples("voxtral-dist shards merge shards/data"),
+    )
     merge.add_argument("out", type=_out, help="folder or URL into which `shards pack --part` packed")
     merge.set_defaults(run=_merge)
 
 
 def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
-    index = actions.add_parser("index", help="write the index of tars made by other tools")
+    index = actions.add_parser(
+        "index",
+        help="write the index of tars made by other tools",
+        epilog=examples(
+            "voxtral-dist shards index 's3://bucket/speech-{000000..000127}.tar' shards/speech --language de"
+        ),
+    )
     index.add_argument("pattern", help="folder, glob, brace range or URL of tars")
     index.add_argument("out", type=Path, nargs="?", help="folder for the index (default: that of the tars)")
     _add_text_limit(index)
@@ -102,13 +127,21 @@ def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_inspect(actions: Commands[argparse.ArgumentParser]) -> None:
-    inspect = actions.add_parser("inspect", help="print sizes, languages and histograms of shard sets")
+    inspect = actions.add_parser(
+        "inspect",
+        help="print sizes, languages and histograms of shard sets",
+        epilog=examples("voxtral-dist shards inspect shards/data/train shards/data/dev"),
+    )
     inspect.add_argument("folders", nargs="+", help="shard sets with an index")
     inspect.set_defaults(run=_inspect)
 
 
 def _add_verify(actions: Commands[argparse.ArgumentParser]) -> None:
-    verify = actions.add_parser("verify", help="read and decode every utterance, and list the broken ones")
+    verify = actions.add_parser(
+        "verify",
+        help="read and decode every utterance, and list the broken ones",
+        epilog=examples("voxtral-dist shards verify shards/data/train --json broken.json"),
+    )
     verify.add_argument("folders", nargs="+", help="shard sets with an index")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write the broken utterances to this file")
     _add_workers(verify)
@@ -116,7 +149,14 @@ def _add_verify(actions: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _add_show(actions: Commands[argparse.ArgumentParser]) -> None:
-    show = actions.add_parser("show", help="print one utterance, or write its audio to a file")
+    show = actions.add_parser(
+        "show",
+        help="print one utterance, or write its audio to a file",
+        epilog=examples(
+            "voxtral-dist shards show shards/data/dev '#0' --out clip.wav",
+            "voxtral-dist shards show shards/data/train '#0' --tokens --config run.yaml",
+        ),
+    )
     show.add_argument("folder", help="shard set with an index")
     show.add_argument("key", help="key of the utterance, or #NUMBER")
     show.add_argument(

@@ -5,16 +5,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from voxtral_dist.cli.arguments import Commands, add_overrides
+from voxtral_dist.cli.arguments import Commands, examples
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
 
 
 def add_tiny(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("tiny", help="make a tiny Voxtral with random weights as a Hugging Face folder")
+    parser = commands.add_parser(
+        "tiny",
+        help="make a tiny Voxtral with random weights as a Hugging Face folder",
+        epilog=examples("voxtral-dist tiny models/tiny --set encoder_width=128 --set text_layers=4"),
+    )
     parser.add_argument("out", type=Path, help="folder to make")
-    add_overrides(parser, "encoder_width=128")
+    # With one value each, because a folder may follow.
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a size, such as encoder_width=128; may be repeated",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     parser.set_defaults(run=_tiny)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config
+from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, examples
 from voxtral_dist.config import dump_config, load_config
 from voxtral_dist.output.console import say
 from voxtral_dist.training.signals import stop_signals
@@ -12,7 +12,14 @@ from voxtral_dist.training.signals import stop_signals
 
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("train", help="start or resume the run of a configuration")
+    parser = commands.add_parser(
+        "train",
+        help="start or resume the run of a configuration",
+        epilog=examples(
+            "voxtral-dist train --config run.yaml --set num_steps=2000 optimizer.learning_rate=1e-5",
+            "torchrun --nproc_per_node 8 --no_python voxtral-dist train --config run.yaml",
+        ),
+    )
     add_run_config(parser, "model.precision=float32")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument(

@@ -6,14 +6,21 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from voxtral_dist.cli.arguments import Commands, add_decoding, decoding_settings
+from voxtral_dist.cli.arguments import Commands, add_decoding, decoding_settings, examples, number
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.transcription.transcripts import SUBTITLE_SECONDS, TranscriptFormat
 
 
 def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add the command."""
-    parser = commands.add_parser("transcribe", help="transcribe audio files and folders of any length")
+    parser = commands.add_parser(
+        "transcribe",
+        help="transcribe audio files and folders of any length",
+        epilog=examples(
+            "voxtral-dist transcribe runs/first/export interview.mp3 --language French",
+            "voxtral-dist transcribe mistralai/Voxtral-Mini-3B-2507 recordings --out texts --format txt srt",
+        ),
+    )
     add_decoding(parser)
     parser.add_argument("recordings", type=Path, nargs="+", help="audio files, and folders of them")
     parser.add_argument(
@@ -42,9 +49,9 @@ def add_transcribe(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 1.0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be at least 1 second, but is {text} instead")
+    seconds = number(float, text)
+    if seconds is None or not 1.0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be at least 1 second, but is {text!r} instead")
     return seconds
 
 

@@ -45,7 +45,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_sentences(error))) from error
+        raise UserError(_blamed(error, path, overrides)) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -107,21 +107,62 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"`--set {override}`: the value is not valid YAML ({error}).") from error
 
 
-def _sentences(error: ValidationError) -> Iterator[str]:
+def _blamed(error: ValidationError, path: Path, overrides: Sequence[str]) -> str:
+    """What is wrong, after the override that is to blame, or the file."""
+    in_file = _mistakes(read_yaml(path)) if overrides else []
+    sentences: dict[str, list[str]] = {}
+    for detail in _details(error):
+        is_in_file = not overrides or _identity(detail) in in_file
+        place = str(path) if is_in_file else " and ".join(f"`--set {one}`" for one in _culprits(detail, overrides))
+        sentences.setdefault(place, []).append(_sentence(detail))
+    return "; ".join(f"{place}: {'; '.join(found)}" for place, found in sentences.items())
+
+
+def _mistakes(tree: dict[str, Any]) -> list[Any]:
+    try:
+        RunConfig.model_validate(tree)
+    except ValidationError as error:
+        return [_identity(detail) for detail in error.errors()]
+    return []
+
+
+def _identity(detail: ErrorDetails) -> tuple[Any, ...]:
+    return detail["loc"], detail["type"], detail["msg"]
+
+
+def _culprits(detail: ErrorDetails, overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides of the place of a mistake; of several in one section, those that its message names."""
+    place = _keys(detail["loc"])
+    keys = {override: override.partition("=")[0].split(".") for override in overrides}
+    near = [one for one, path in keys.items() if all(a == b for a, b in zip(place, path, strict=False))]
+    exact = [one for one in near if len(keys[one]) <= len(place)]
+    named = [one for one in near if keys[one][-1] in detail["msg"]]
+    # A later override of a key wins.
+    return exact[-1:] or named or near or overrides
+
+
+def _details(error: ValidationError) -> Iterator[ErrorDetails]:
     for detail in error.errors():
         # A value that is neither `auto` nor valid is wrong as what it looks like.
-        if str(detail["loc"][-1:]).startswith('("literal['):
-            continue
-        location = ".".join(_keys(detail["loc"]))
-        match detail["type"]:
-            case "extra_forbidden":
-                yield _unknown_key(detail)
-            case "missing":
-                yield f"`{location}` is missing"
-            case "value_error":
-                yield detail["msg"].removeprefix("Value error, ")
-            case _:
-                yield f"`{location}`: {lower_first(detail['msg'])}, but is {reprlib.repr(detail['input'])} instead"
+        if not str(detail["loc"][-1:]).startswith('("literal['):
+            yield detail
+
+
+def _sentence(detail: ErrorDetails) -> str:
+    location, found = ".".join(_keys(detail["loc"])), reprlib.repr(detail["input"])
+    match detail["type"]:
+        case "extra_forbidden":
+            return _unknown_key(detail)
+        case "missing":
+            return f"`{location}` is missing"
+        case "value_error":
+            return detail["msg"].removeprefix("Value error, ")
+        case "tuple_type" | "list_type":
+            such = f", such as [{detail['input']}]" if isinstance(detail["input"], str | float | int) else ""
+            return f"`{location}` must be a list{such}, but is {found} instead"
+        case "dict_type" | "model_type":
+            return f"`{location}` must be a mapping of keys to values, but is {found} instead"
+    return f"`{location}`: {lower_first(detail['msg'])}, but is {found} instead"
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:

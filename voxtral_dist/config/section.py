@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
     """A part of the configuration: immutable, strict about unknown keys, and documented field by field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _takes_one_text_for_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str) and info.field_name and _is_list(cls.model_fields[info.field_name].annotation):
+            return (value,)
+        return value
+
+
+def _is_list(annotation: Any) -> bool:
+    """Whether a type is a list of any length, or none at all."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _is_list(arguments[0])
+    if origin in (Union, UnionType):
+        return all(one is NoneType or _is_list(one) for one in arguments)
+    return origin is tuple and arguments[-1:] == (...,)
 
 
 Argument = float | int | str | bool

@@ -12,3 +12,7 @@
 
 Nothing here uses process groups.
 """
+
+from voxtral_dist.model.missing_kernels import ignore_missing_kernels
+
+ignore_missing_kernels()
