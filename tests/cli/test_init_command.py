@@ -80,6 +80,42 @@ def test_the_first_answers_at_a_terminal_make_a_run_on_cpus_that_is_planned_and_
     assert json.loads(planned.out)["configured"]["fits"]
 
 
+def test_an_answer_that_cannot_be_used_is_asked_for_again(run, folder, monkeypatch):
+    answers = iter(["", "audio", "Klingon", "ja", "GTX 970", "", "two", "0", "2"])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    written = run("init", "run.yaml")
+    assert (written.code, written.err) == (0, "")
+    assert next(answers, None) is None
+    assert "The answer has the language 'Klingon', which is not an ISO 639-1 code" in written.out
+    assert "`--gpu` must be one of" in written.out
+    assert "The answer must be a positive whole number, but is 'two' instead." in written.out
+    assert "The answer must be a positive whole number, but is '0' instead." in written.out
+    assert "--nproc_per_node 2" in written.out
+
+
+def test_amounts_of_memory_are_asked_for_again(run, folder, only, monkeypatch):
+    only("voxtral_mini_lora")
+    answers = iter(["64", "64 apples", "64GB"])
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    options = ["--audio", "a.csv", "--language", "fr", "--gpu", "RTX 4090", "--gpus", "1"]
+    written = run("init", "run.yaml", *options)
+    assert written.code == 0
+    assert written.out.count("`--host-memory` must be a positive amount of memory with a unit") == 2
+
+
+def test_an_input_that_ends_is_a_sentence(run, folder, monkeypatch):
+    def ended(question):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert "The input ended before all was answered" in run("init", "run.yaml").refusal()
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "Give --audio, and the machine" in run("init", "run.yaml").refusal()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from voxtral_dist.cli.arguments import Commands, examples
-from voxtral_dist.config import config_schema, load_config
+from voxtral_dist.config import config_schema, load_config, refuse_missing_deepspeed_file
 from voxtral_dist.output.console import say
 
 
@@ -39,10 +39,13 @@ def _schema(_: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
+    configs = {path: load_config(path) for path in parsed.configs}
+    for config in configs.values():
+        if config.engine.deepspeed is not None:
+            refuse_missing_deepspeed_file(config.engine.deepspeed)
     from voxtral_dist.engine.build import check_engine, engine_name
 
-    for path in parsed.configs:
-        config = load_config(path)
+    for path, config in configs.items():
         check_engine(config)
         say(f"{path}: {config.length} of {config.model.path}, {engine_name(config.engine)}")
     return 0

@@ -20,6 +20,7 @@ from voxtral_dist.cli.arguments import (
 )
 from voxtral_dist.config import EvaluationConfig, TestContextConfig
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.folders import refuse_wrong_model
 from voxtral_dist.output.console import say
 
 if TYPE_CHECKING:
@@ -110,10 +111,18 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    from voxtral_dist.data.stored.index_files import refuse_missing_sets
+    from voxtral_dist.text.word_list import WordList
+
     unusable = _SERVER_OPTIONS if parsed.server is None else _LOCAL_OPTIONS
     for name, reason in unusable.items():
         if getattr(parsed, name) != parser.get_default(name):
             raise UserError(f"`--{name.replace('_', '-')}` {reason}")
+    if parsed.server is None:
+        refuse_wrong_model(parsed.model, "MODEL", takes_checkpoints=True)
+    if parsed.words is not None:
+        WordList.read(parsed.words, "--words")
+    refuse_missing_sets(parsed.shards)
     return _evaluate(parsed) if parsed.server is None else _evaluate_server(parsed)
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from voxtral_dist.cli.arguments import Commands, add_ema, examples, hub_name
+from voxtral_dist.cli.paths import refuse_missing_source
 from voxtral_dist.config import CardConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import say
@@ -54,11 +55,12 @@ def add_export(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _export(parsed: argparse.Namespace) -> int:
+    if parsed.public and parsed.push is None:
+        raise UserError("`--public` says who may see the repository of `--push`: add `--push USER/NAME`.")
+    refuse_missing_source(parsed.source)
     from voxtral_dist.export import export
     from voxtral_dist.hub.repository import Destination
 
-    if parsed.public and parsed.push is None:
-        raise UserError("`--public` says who may see the repository of `--push`: add `--push USER/NAME`.")
     card = CardConfig(
         license=parsed.license or None, data_license=parsed.data_license or None, base_model=parsed.base_model
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,29 +95,74 @@ def _init(parsed: argparse.Namespace) -> int:
 def _ask_for_missing(parsed: argparse.Namespace) -> None:
     """Ask for what was not given, at a terminal; anywhere else, a corpus and a machine must be given."""
     has_machine = parsed.cpu or parsed.gpu or parsed.gpu_memory
-    if not sys.stdin.isatty():
+    # Where it is closed, there is none.
+    if sys.stdin is None or not sys.stdin.isatty():
         if not (parsed.audio and has_machine):
             raise UserError(
                 "Give --audio, and the machine by --gpu, --gpu-memory or --cpu; at a terminal they are asked for."
             )
     else:
         parsed.audio = parsed.audio or _asked("Audio and texts (a manifest, table, folder or hf:NAME)", None)
-        parsed.language = parsed.language or _asked("Language (empty: several, or said by the corpus)", "")
+        of_all = "Language (empty: several, or said by the corpus)"
+        parsed.language = parsed.language or _asked(of_all, "", _check_language)
         if not has_machine:
-            parsed.gpu = _asked("GPU, such as RTX 4090 (empty: none)", "")
+            parsed.gpu = _asked("GPU, such as RTX 4090 (empty: none)", "", _check_gpu)
             parsed.cpu = not parsed.gpu
         if parsed.gpus is None:
-            parsed.gpus = positive(_asked("CPU processes" if parsed.cpu else "GPUs of all nodes together", "1"))
+            what = "CPU processes" if parsed.cpu else "GPUs of all nodes together"
+            parsed.gpus = positive(_asked(what, "1", _check_number))
         if parsed.host_memory is None and not parsed.cpu:
-            parsed.host_memory = _asked("Host memory of a node, such as 64GB (empty: no offloading)", "") or None
+            question = "Host memory of a node, such as 64GB (empty: no offloading)"
+            parsed.host_memory = _asked(question, "", _check_memory) or None
     parsed.gpus = parsed.gpus or 1
 
 
-def _asked(question: str, default: str | None) -> str:
+def _asked(question: str, default: str | None, check: Callable[[str], None] = lambda _: None) -> str:
+    """The answer to a question, which is asked again while `check` refuses it.
+
+    Raises:
+        UserError: the input has ended.
+    """
     while True:
-        answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip()
-        if answer or default is not None:
-            return answer or default or ""
+        try:
+            answer = input(f"{question}{f' [{default}]' if default else ''}: ").strip()
+        except EOFError as error:
+            raise UserError("The input ended before all was answered: nothing is written.") from error
+        if not answer and default is not None:
+            return default
+        try:
+            check(answer)
+        except UserError as error:
+            say(f"  {error}")
+            continue
+        if answer:
+            return answer
+
+
+def _check_language(name: str) -> None:
+    try:
+        language_code(name)
+    except ValueError as error:
+        raise UserError(f"The answer {error}.") from error
+
+
+def _check_number(text: str) -> None:
+    try:
+        positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"The answer {error}.") from error
+
+
+def _check_gpu(name: str) -> None:
+    from voxtral_dist.estimate.gpus import named_gpu
+
+    named_gpu(name)
+
+
+def _check_memory(amount: str) -> None:
+    from voxtral_dist.estimate.quantities import parse_bytes
+
+    parse_bytes(amount, "--host-memory")
 
 
 def _for_cpus(parsed: argparse.Namespace, values: dict[str, Any]) -> tuple[str, list[str], list[str]]:

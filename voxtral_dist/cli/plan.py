@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from voxtral_dist.cli.arguments import Commands, add_run_config, examples, fraction, positive, positive_number
 from voxtral_dist.config import load_config
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.folders import refuse_wrong_model
 from voxtral_dist.output.console import say
 
 if TYPE_CHECKING:
@@ -70,13 +71,16 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
+    if parsed.gpu is not None and parsed.device == "cpu":
+        raise UserError("`--gpu` must not be given with `--device cpu`: remove one of them.")
+    if parsed.config is not None:
+        refuse_wrong_model(load_config(parsed.config, parsed.set).model.path)
+    # These import torch.
     from voxtral_dist.estimate.estimate import estimate_run
     from voxtral_dist.estimate.estimator import Machine
     from voxtral_dist.estimate.gpus import named_gpu
     from voxtral_dist.estimate.quantities import parse_bytes
 
-    if parsed.gpu is not None and parsed.device == "cpu":
-        raise UserError("`--gpu` must not be given with `--device cpu`: remove one of them.")
     gpu = None if parsed.gpu is None else named_gpu(parsed.gpu)
     gpu_memory = None if gpu is None else gpu.memory_bytes
     if parsed.gpu_memory is not None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from voxtral_dist.cli.arguments import Commands, count, examples, positive, positive_number, share
+from voxtral_dist.config import load_config
 from voxtral_dist.data.stored.checks import MAX_CHARS_PER_SECOND
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.folders import refuse_wrong_model
 from voxtral_dist.shards.corpus.formats import FORMATS
 
 if TYPE_CHECKING:
     from voxtral_dist.data.stored.layout import UtteranceLayout
+    from voxtral_dist.data.token_view import TokenView
     from voxtral_dist.shards.corpus.held_out import HeldOut
     from voxtral_dist.shards.corpus.options import CorpusOptions, Instruction
     from voxtral_dist.shards.corpus.parts import CorpusPart
@@ -332,13 +335,24 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _show(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.data.token_view import TokenView
+    from voxtral_dist.data.stored.index_files import refuse_missing_sets
     from voxtral_dist.shards.actions import show_utterance
 
     if not parsed.tokens and (parsed.model or parsed.config):
         raise UserError("`--model` and `--config` only change what `--tokens` prints: add `--tokens`, or omit them.")
-    view = TokenView.of(parsed.model, parsed.config, parsed.epoch) if parsed.tokens else None
-    return show_utterance(parsed.folder, parsed.key, parsed.out, view)
+    refuse_missing_sets([parsed.folder])
+    return show_utterance(parsed.folder, parsed.key, parsed.out, _token_view(parsed) if parsed.tokens else None)
+
+
+def _token_view(parsed: argparse.Namespace) -> TokenView:
+    if parsed.model is not None:
+        refuse_wrong_model(parsed.model, "--model")
+    if parsed.config is not None:
+        refuse_wrong_model(load_config(parsed.config).model.path)
+    # Imports torch.
+    from voxtral_dist.data.token_view import TokenView
+
+    return TokenView.of(parsed.model, parsed.config, parsed.epoch)
 
 
 def _instruction(parsed: argparse.Namespace) -> Instruction | None:

@@ -31,10 +31,10 @@ def add_tiny(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _tiny(parsed: argparse.Namespace) -> int:
-    from voxtral_dist.model.tiny import build_tiny_voxtral, tiny_shape
-
     if parsed.out.exists() and not parsed.out.is_dir():
         raise UserError(f"{parsed.out} is a file: give the name of a folder to make.")
+    from voxtral_dist.model.tiny import build_tiny_voxtral, tiny_shape
+
     build_tiny_voxtral(parsed.out, tiny_shape(parsed.set), parsed.seed)
     say(f"{parsed.out}: a tiny Voxtral with random weights")
     return 0

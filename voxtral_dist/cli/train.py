@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, examples
+from voxtral_dist.cli.paths import refuse_missing_paths
 from voxtral_dist.config import dump_config, load_config
 from voxtral_dist.output.console import say
 from voxtral_dist.training.signals import stop_signals
@@ -44,6 +45,7 @@ def _train_or_print(parsed: argparse.Namespace) -> int:
     if parsed.print_config:
         say(dump_config(config), end="")
         return 0
+    refuse_missing_paths(config)
     from voxtral_dist.train import train_model
 
     return train_model(config, parsed.allow_changed)

@@ -4,7 +4,7 @@ Unknown keys are errors that name the nearest known key. The resolved tree is st
 `voxtral-dist config schema` prints its JSON schema for editors.
 """
 
-from voxtral_dist.config.builtin import deepspeed_file, deepspeed_files, recipes, summary
+from voxtral_dist.config.builtin import deepspeed_file, deepspeed_files, recipes, refuse_missing_deepspeed_file, summary
 from voxtral_dist.config.data import (
     AugmentationStep,
     ContextConfig,
@@ -75,5 +75,6 @@ __all__ = [
     "load_config",
     "read_yaml",
     "recipes",
+    "refuse_missing_deepspeed_file",
     "summary",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from voxtral_dist.errors import UserError
+
 _PACKAGE = Path(__file__).parent.parent
 _CHECKOUT = _PACKAGE.parent
 
@@ -28,6 +30,16 @@ def deepspeed_file(path: Path) -> Path:
     if path.exists() or path.parent not in (Path(), Path("ds_configs")) or path.suffix not in ("", ".json"):
         return path
     return deepspeed_files().get(path.stem, path)
+
+
+def refuse_missing_deepspeed_file(path: Path) -> None:
+    """Refuse a DeepSpeed file that neither a path nor a name of the package leads to.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not deepspeed_file(path).exists():
+        raise UserError(f"`engine.deepspeed`: {path} does not exist; the package has {', '.join(deepspeed_files())}.")
 
 
 def summary(recipe: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from voxtral_dist.config import RunConfig, deepspeed_file, deepspeed_files
 from voxtral_dist.data.stored.storage.storage import is_remote
 from voxtral_dist.errors import UserError
+from voxtral_dist.model.folders import refuse_wrong_model
 
 # A shared file system that is slower makes runs wait in other places too.
 _BYTES_PER_SECOND = 1e9
@@ -76,6 +77,7 @@ def planned_save_seconds(config: RunConfig) -> float:
     Raises:
         UserError: the shape of the model is not known here.
     """
+    refuse_wrong_model(config.model.path)
     # Imports torch and transformers.
     from voxtral_dist.estimate.estimator import meta_model_of
     from voxtral_dist.estimate.sharding import Fsdp2Sharding, Sharding, ZeroSharding

@@ -32,6 +32,7 @@ from pydantic import ValidationError
 from transformers import MistralCommonBackend, VoxtralConfig
 
 from voxtral_dist.errors import UserError, first_line
+from voxtral_dist.model.folders import refuse_wrong_model
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.text.languages import LANGUAGE_CODES, split_language_tag
 
@@ -284,9 +285,8 @@ def _max_positions(path: str) -> int:
 
 def _check_folder(path: str) -> None:
     """Refuse a path that is neither a hub name nor a Voxtral folder."""
+    refuse_wrong_model(path)
     folder = Path(path)
-    if not folder.is_dir() and (folder.is_absolute() or path.startswith((".", "~")) or path.count("/") != 1):
-        raise UserError(f"`model.path`: the folder {path} does not exist: give a Voxtral folder or a hub name.")
     for name in ("tekken.json", "config.json") if native_folder(path) is None else ("tekken.json",):
         if folder.is_dir() and not (folder / name).is_file():
             raise UserError(f"The model folder {path} has no {name}: `model.path` must lead to a Voxtral checkpoint.")

@@ -17,6 +17,7 @@ from voxtral_dist.errors import UserError, first_line
 from voxtral_dist.model.attention import causal_mask, chosen_attention, length_mask
 from voxtral_dist.model.blocks import blocks_of, wrap_blocks
 from voxtral_dist.model.float8 import train_in_float8
+from voxtral_dist.model.folders import refuse_wrong_model
 from voxtral_dist.model.mlp_chunks import MlpChunks
 from voxtral_dist.model.native import config_of_native, context_limit, native_folder
 from voxtral_dist.model.quantized_linear import quantize_linear_layers
@@ -206,6 +207,7 @@ def read_voxtral_config(path: str) -> VoxtralConfig:
     Raises:
         UserError: the path is not a Voxtral checkpoint.
     """
+    refuse_wrong_model(path)
     try:
         native = native_folder(path)
         if native is not None:

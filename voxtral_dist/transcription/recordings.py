@@ -46,6 +46,15 @@ def find_recordings(paths: Sequence[Path]) -> list[Recording]:
     return [recording for path in paths for recording in (_inside(path) if _is_folder(path) else [_file(path)])]
 
 
+def refuse_missing_recording(path: Path) -> None:
+    """Refuse a path that leads nowhere.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    _is_folder(path)
+
+
 def is_audio(path: Path) -> bool:
     """Whether a file has the suffix of audio or video. A dangling link counts, a folder or a pipe does not.
 

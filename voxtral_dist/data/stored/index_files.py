@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from voxtral_dist.data.stored.layout import UtteranceLayout
 from voxtral_dist.data.stored.shard_set import LARGEST_COUNT, RECORD, Records, Shard, ShardSet
-from voxtral_dist.data.stored.storage import Storage, is_remote, is_unreachable, join
+from voxtral_dist.data.stored.storage import Storage, is_remote, is_unreachable, join, local_path
 from voxtral_dist.errors import ReadError, UserError, first_line
 from voxtral_dist.files import write_atomically
 from voxtral_dist.output.counting import counted
@@ -68,6 +68,22 @@ def read_sets(patterns: Sequence[str], storage: Storage, *, anew: bool = False) 
     `anew` compares the records with their checksum even where this node did so since they changed.
     """
     return [shard_set for pattern in patterns for shard_set in _sets_of(str(pattern), storage, anew)]
+
+
+def refuse_missing_sets(patterns: Sequence[str]) -> None:
+    """Refuse local patterns that lead to no shard set, without reading an index.
+
+    Raises:
+        UserError: a folder does not exist, or has no index.
+    """
+    storage = Storage()
+    for pattern in (str(pattern) for pattern in patterns if not is_remote(str(pattern))):
+        found = _expanded(pattern, storage)
+        of_tars = pattern.endswith(".tar")
+        for folder in dict.fromkeys((one.rpartition("/")[0] or ".") if of_tars else one.rstrip("/") for one in found):
+            if not all((local_path(folder) / name).is_file() for name in (SHARD_TABLE_FILE, INDEX_FILE)):
+                # It says what is missing.
+                _sizes(folder, storage)
 
 
 def check_train_shards(name: str, shard_sets: Sequence[ShardSet]) -> None:

@@ -8,7 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from voxtral_dist.config import EngineConfig, ModelConfig, OptimizerConfig, deepspeed_file, deepspeed_files
+from voxtral_dist.config import (
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    deepspeed_file,
+    refuse_missing_deepspeed_file,
+)
 from voxtral_dist.errors import UserError
 from voxtral_dist.text.json_text import parse_json
 
@@ -43,13 +49,10 @@ def read_deepspeed_file(path: Path | None) -> dict[str, Any]:
             offload device.
     """
     assert path is not None, "`engine` names one of its engines"
+    refuse_missing_deepspeed_file(path)
     path = deepspeed_file(path)
     try:
         settings = parse_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(
-            f"`engine.deepspeed`: {path} does not exist; the package has {', '.join(deepspeed_files())}."
-        ) from error
     except OSError as error:
         raise UserError(f"`engine.deepspeed`: {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Bytes of local files and of URLs."""
 
-from voxtral_dist.data.stored.storage.local import LARGEST_FILE_BYTES, open_regular, read_regular
+from voxtral_dist.data.stored.storage.local import LARGEST_FILE_BYTES, local_path, open_regular, read_regular
 from voxtral_dist.data.stored.storage.spans import (
     MissingFileError,
     ShortReadError,
@@ -23,6 +23,7 @@ __all__ = [
     "is_remote",
     "is_unreachable",
     "join",
+    "local_path",
     "open_regular",
     "read_error",
     "read_regular",

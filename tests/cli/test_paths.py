@@ -1,0 +1,118 @@
+"""A wrong path is refused before torch is imported: within a second, by what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from voxtral_dist.errors import UserError
+from voxtral_dist.model.folders import refuse_wrong_model
+
+# Commands with a path that leads nowhere or to something else, and what the message says.
+WRONG = {
+    "train --config nowhere.yaml": "nowhere.yaml cannot be read",
+    "train --config run.yaml": "the folder models/tinny does not exist; models holds tiny: did you mean models/tiny?",
+    "train --config run.yaml --set model.path=models/tiny": "The shard folder shards/nowhere does not exist",
+    "train --config other.yaml --set model.path=models/tiny": "`engine.deepspeed`: zero9 does not exist",
+    "evaluate models/a/b shards": "`MODEL`: the folder models/a/b does not exist",
+    "evaluate models/tiny nowhere": "The shard folder nowhere does not exist",
+    "evaluate models/tiny shards --words nowhere.txt": "`--words`: nowhere.txt cannot be read",
+    "transcribe ./tiny clip.wav": "`MODEL`: the folder ./tiny does not exist",
+    "transcribe models/tiny nowhere.wav": "The recording nowhere.wav cannot be read",
+    "transcribe runs/x clip.wav": "`MODEL`: runs/x is a run, not a model: give runs/x/export",
+    "evaluate runs/y shards": "exported no model yet: give its newest checkpoint, runs/y/checkpoints/step-0000020",
+    "transcribe runs/y/checkpoints clip.wav": "holds the checkpoints of a run: it has exported no model yet: give its",
+    "evaluate runs/x/adapter shards": "holds adapters without their model: give runs/x/export",
+    "transcribe clip.wav clip.wav": "`MODEL`: clip.wav is a file",
+    "train --config run.yaml --set model.path=runs/y": "write one by `voxtral-dist export runs/y FOLDER`",
+    "train --config run.yaml --set model.path=runs/y/checkpoints/step-0000020": "is a checkpoint, not a model",
+    "export nowhere/a/b out": "`SOURCE`: the folder nowhere/a/b does not exist",
+    "report nowhere": "nowhere holds no results",
+    "score nowhere.jsonl": "The hypotheses nowhere.jsonl cannot be read",
+    "shards pack nowhere.jsonl out": "The manifest nowhere.jsonl does not exist",
+    "shards index nowhere": "The tars nowhere cannot be listed",
+    "shards inspect nowhere": "The shard folder nowhere does not exist",
+    "shards verify nowhere": "The shard folder nowhere does not exist",
+    "shards show nowhere key": "The shard folder nowhere does not exist",
+    "shards merge nowhere": "The folder nowhere holds no parts",
+    "plan --config run.yaml": "did you mean models/tiny?",
+    "config check nowhere.yaml": "nowhere.yaml cannot be read",
+    "config check other.yaml": "`engine.deepspeed`: zero9 does not exist",
+    "launch slurm --config run.yaml --nodes 1 --gpus 1": "did you mean models/tiny?",
+    "init nowhere/run.yaml --audio a --cpu": "The folder nowhere does not exist",
+    "tiny clip.wav": "clip.wav is a file",
+}
+CALLER = """
+import contextlib, io, json, shlex, sys
+from voxtral_dist.cli.main import main
+said = {}
+for command in json.loads(sys.stdin.read()):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            main(shlex.split(command))
+        except SystemExit as end:
+            said[command] = [end.code, errors.getvalue(), "torch" in sys.modules]
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    for name in ("models/tiny", "runs/x/export", "runs/x/adapter", "runs/y/checkpoints/step-0000020"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("runs/x", "runs/y"):
+        (tmp_path / name / "config.yaml").touch()
+        (tmp_path / name / "metrics.jsonl").touch()
+    (tmp_path / "runs/y/checkpoints/step-0000020/complete.json").touch()
+    (tmp_path / "runs/x/adapter/adapter_config.json").touch()
+    (tmp_path / "models/tiny/config.json").touch()
+    (tmp_path / "clip.wav").touch()
+    tree = {
+        "run_dir": "runs/z",
+        "num_steps": 2,
+        "model": {"path": "models/tinny"},
+        "train_data": {"shards": "shards/nowhere", "max_examples": 4},
+        "optimizer": {"learning_rate": 1e-4, "warmup_steps": 0},
+        "engine": {"deepspeed": "zero1"},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(tree | {"engine": {"deepspeed": "zero9"}}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_refuses_a_wrong_path_before_torch_is_imported(folder):
+    ended = subprocess.run(
+        [sys.executable, "-c", CALLER],
+        input=json.dumps(list(WRONG)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    said = json.loads(ended.stdout.splitlines()[-1])
+    for command, sentence in WRONG.items():
+        code, message, has_torch = said[command]
+        assert (code, message.count("\n")) == (2, 1), (command, message)
+        assert sentence in message, command
+        assert not has_torch, command
+
+
+def test_a_name_on_the_hub_is_left_to_the_hub(folder):
+    for name in ("mistralai/Voxtral-Mini-3B-2507", "somebody/model", "models/tiny"):
+        refuse_wrong_model(name)
+    # The owner's name may be that of a folder here, where somebody downloaded another model of his.
+    (folder / "mistralai").mkdir()
+    refuse_wrong_model("mistralai/Voxtral-Small-24B-2507")
+    with pytest.raises(UserError, match="hf download models/other"):
+        refuse_wrong_model("models/other")
+
+
+def test_a_checkpoint_is_taken_where_one_may_be_given(folder):
+    refuse_wrong_model("runs/y/checkpoints/step-0000020", takes_checkpoints=True)

@@ -1,0 +1,113 @@
+"""Whether a path can lead to a model, asked before anything is imported that takes seconds, and without the network."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from voxtral_dist.config import is_hub_name
+from voxtral_dist.errors import UserError
+
+_CONFIGS = ("config.json", "params.json")
+_CHECKPOINT = "complete.json"
+# Owners of repositories on the hub that folders here may be named after.
+_OWNERS = ("mistralai",)
+_MOST_NAMED = 3
+
+
+def refuse_wrong_model(path: str, option: str = "model.path", *, takes_checkpoints: bool = False) -> None:
+    """Refuse a path that is neither a model's folder nor a possible name on the hub, and name what was meant.
+
+    Args:
+        path: folder or hub name.
+        option: what it was given as, for the message.
+        takes_checkpoints: whether it may also be a checkpoint of a run.
+
+    Raises:
+        UserError: there is no such folder, or it is a run, its checkpoints, or adapters alone.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"`{option}`: {path} is a file: give the folder that holds the model.")
+        _refuse_missing(path, option)
+        return
+    if any((folder / name).is_file() for name in _CONFIGS) or (takes_checkpoints and (folder / _CHECKPOINT).is_file()):
+        return
+    found = _instead(folder, takes_checkpoints)
+    if found is not None:
+        raise UserError(f"`{option}`: {path} {found}.")
+
+
+def _refuse_missing(path: str, option: str) -> None:
+    parent = _nearest_parent(path)
+    near = _near(path, parent)
+    if not is_hub_name(path):
+        instead = f"did you mean {near}?" if near else "give the folder of a model or its name on the hub (USER/NAME)."
+        raise UserError(f"`{option}`: the folder {path} does not exist: {instead}")
+    owner = Path(path).parent
+    if owner.is_dir() and str(owner) not in _OWNERS and not _is_cached(path):
+        raise UserError(
+            f"`{option}`: the folder {path} does not exist; {owner} holds {_names(owner)}"
+            f"{f': did you mean {near}?' if near else '.'} A repository of this name on the hub must be fetched first: "
+            f"`hf download {path}`."
+        )
+
+
+def _instead(folder: Path, takes_checkpoints: bool) -> str | None:
+    """What a folder without a model is, and what to give in its place; None if it is nothing known."""
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if (folder / _CHECKPOINT).is_file():
+        return "is a checkpoint, not a model: write its model by `voxtral-dist export`, or give the run's export/"
+    if (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file():
+        what = "is a run, not a model" if run == folder else "holds the checkpoints of a run"
+        return f"{what}: {_models_of(run, takes_checkpoints)}"
+    if (folder / "adapter_config.json").is_file():
+        export = folder.parent / "export"
+        whole = f"give {export}" if export.is_dir() else "give the full model that the run exported beside it"
+        return f"holds adapters without their model: {whole}"
+    return None
+
+
+def _models_of(run: Path, takes_checkpoints: bool) -> str:
+    if (run / "export").is_dir():
+        return f"give {run / 'export'}"
+    checkpoints = sorted(path for path in run.glob("checkpoints/step-*") if (path / _CHECKPOINT).is_file())
+    if takes_checkpoints and checkpoints:
+        return f"it has exported no model yet: give its newest checkpoint, {checkpoints[-1]}"
+    if checkpoints:
+        return f"it has exported no model yet: write one by `voxtral-dist export {run} FOLDER`"
+    return "it has neither exported a model nor saved a checkpoint"
+
+
+def _nearest_parent(path: str) -> Path:
+    return next(parent for parent in [*Path(path).parents, Path("/")] if parent.is_dir())
+
+
+def _near(path: str, parent: Path) -> str | None:
+    """A folder beside the missing one with nearly its name, and with the rest of its path."""
+    first, *rest = Path(path).relative_to(parent).parts
+    for name in difflib.get_close_matches(first, _folders(parent), n=_MOST_NAMED, cutoff=0.6):
+        if (parent / name).joinpath(*rest).is_dir():
+            return str((parent / name).joinpath(*rest))
+    return None
+
+
+def _folders(parent: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+    except OSError:
+        return []
+
+
+def _names(parent: Path) -> str:
+    names = _folders(parent)
+    more = ", ..." if len(names) > _MOST_NAMED else ""
+    return f"{', '.join(names[:_MOST_NAMED])}{more}" if names else "no folders"
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(name, file), str) for file in _CONFIGS)
