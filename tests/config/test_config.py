@@ -115,7 +115,10 @@ def test_a_value_out_of_its_range_is_named(smallest, override, key):
         ("trainable.lora={trained_whole: [language_model]}", "`language_model` must be in `targets` or"),
         ("trainable.lora={targets: {decoder: [q_proj]}}", "`trainable.lora.targets.decoder"),
         ("optimizer.component_learning_rates={encoder: 0}", "`optimizer.component_learning_rates.encoder`"),
-        ("model.activation_checkpointing=true", "`model.activation_checkpointing`: input should be a valid dictionary"),
+        (
+            "model.activation_checkpointing=true",
+            "`model.activation_checkpointing` must be a mapping of keys to values, but is True",
+        ),
         ("model.activation_checkpointing={encoder: -1}", "`model.activation_checkpointing.encoder`: input should be"),
         ("model.compile_blocks=sometimes", "`model.compile_blocks`: input should be a valid boolean"),
         ("model.activation_offloading=true", "`model.activation_checkpointing.language_model` is 0 instead: set it to"),

@@ -165,7 +165,7 @@ class Estimate:
         else:
             yield (
                 f"{counted(data.num_utterances, 'utterance')}, {data.hours_per_epoch:.1f} hours, "
-                f"{counted(data.steps_per_epoch, 'step')} per epoch; {counted(costs.num_steps, 'step')}: "
+                f"{counted(data.steps_per_epoch, 'step')} per epoch; {counted(data.num_steps, 'step')}: "
                 f"{data.num_epochs:.2f} epochs with {counted(data.target_tokens, 'target token', '.0f')} per step; "
                 f"audio fills {100 * data.window_fill:.0f} % of the windows, {100 * data.padding:.0f} % of the "
                 "positions are padding"
