@@ -311,7 +311,7 @@ def test_damaged_results_are_refused_by_file(refusal, tmp_path):
     [
         (("--step", "last"), "argument --step: must be a number of steps, newest or best, but is 'last' instead"),
         (("--shards", "speech"), "argument --shards: must be NAME=FOLDER, but is 'speech' instead"),
-        (("--max-audio-megabytes", "1e308"), "must be a positive number below 1e9, but is 1e308 instead"),
+        (("--max-audio-megabytes", "1e308"), "must be a positive number below 1e9, but is '1e308' instead"),
         (("--num-clips", "-1"), "argument --num-clips: must be a whole number that is not negative"),
     ],
 )

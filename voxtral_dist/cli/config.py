@@ -39,13 +39,13 @@ def _schema(_: argparse.Namespace) -> int:
 
 
 def _check(parsed: argparse.Namespace) -> int:
-    configs = {path: load_config(path) for path in parsed.configs}
-    for config in configs.values():
+    configs = [load_config(path) for path in parsed.configs]
+    for config in configs:
         if config.engine.deepspeed is not None:
             refuse_missing_deepspeed_file(config.engine.deepspeed)
     from voxtral_dist.engine.build import check_engine, engine_name
 
-    for path, config in configs.items():
+    for path, config in zip(parsed.configs, configs, strict=True):
         check_engine(config)
         say(f"{path}: {config.length} of {config.model.path}, {engine_name(config.engine)}")
     return 0
