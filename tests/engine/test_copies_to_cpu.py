@@ -55,7 +55,7 @@ def copied_bytes(world: World, config: RunConfig) -> dict[str, int]:
     folder = config.run_dir / "states"
     folder.mkdir(parents=True, exist_ok=True)
     with CopiesToCpu() as to_save:
-        assert hold_states(engine, folder, world, copies=False).write().failure is None
+        assert hold_states(engine, folder, world, None).write().failure is None
     with CopiesToCpu() as to_export:
         export_trained(engine, config, world, step=1)
     written = 0

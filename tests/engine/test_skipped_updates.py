@@ -61,7 +61,7 @@ class Spoiled:
     def states(self) -> dict[str, Tensor]:
         """Weights, moments and averages of the parameters that this rank writes."""
         return {
-            f"{one.name} {key}": value
+            f"{one.name} {key}": value.clone()
             for one in self.engine.parameter_states()
             for key, value in ({"weight": one.weight, "average": one.average} | one.moments).items()
             if value is not None

@@ -139,8 +139,10 @@ def test_names_of_tensors_that_are_not_finite() -> None:
     tensors = {
         "nan": torch.tensor([1.0, math.nan]),
         "infinity": torch.tensor([-math.inf, 1.0], dtype=torch.bfloat16),
+        "both": torch.tensor([math.inf, -math.inf], dtype=torch.float16),
         "finite": torch.tensor([-1.0]),
+        "large": torch.full((4,), torch.finfo(torch.float32).max),
         "codes": torch.tensor([255], dtype=torch.uint8),
         "empty": torch.zeros(0),
     }
-    assert names_not_finite(tensors.items()) == ["nan", "infinity"]
+    assert names_not_finite(tensors.items()) == ["nan", "infinity", "both"]

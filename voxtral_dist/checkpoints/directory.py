@@ -35,6 +35,7 @@ from voxtral_dist.distributed.collectives import (
 )
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.engine import Engine
+from voxtral_dist.engine.host_buffers import HostBuffers
 from voxtral_dist.errors import SharedWriteError, UserError, write_reason
 
 _FOLDER = "checkpoints"
@@ -138,6 +139,7 @@ class CheckpointDirectory:
         self._data_identity = data_identity(config, data_fingerprint)
         self._model_identity = from_first_rank(model_identity(config) if world.is_first else {}, world)
         self._save: SaveUnderWay | None = None
+        self._buffers = HostBuffers()
         # Step of the checkpoint that rotation never removes.
         self.kept_step: int | None = None
         # Steps of checkpoints that somebody still reads.
@@ -198,7 +200,7 @@ class CheckpointDirectory:
         final = self._folder / _name(progress.step)
         temporary = final.with_name(f".{final.name}.tmp")
         self._on_first(final, lambda: self._begin(temporary))
-        held = hold_states(engine, temporary, self._world, copies=in_background)
+        held = hold_states(engine, temporary, self._world, self._buffers if in_background else None)
         self._save = SaveUnderWay(final, temporary, held, progress, engine.parameter_shapes(), engine.scalars())
         if in_background:
             save = self._save
@@ -213,6 +215,11 @@ class CheckpointDirectory:
     def is_written(self) -> bool:
         """Whether this rank has written its part of the checkpoint under way, and rank 0 has completed it."""
         return self._save is not None and self._save.is_written
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Host memory in bytes that this rank keeps for copies of the state."""
+        return self._buffers.num_bytes
 
     def finish(self) -> Path:
         """Complete the checkpoint under way, after all ranks have written their parts.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +32,7 @@ from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.ema import average_name
 from voxtral_dist.engine.engine import DistributedCheckpointing, Engine, ParameterState
 from voxtral_dist.engine.fsdp2.dcp_files import read_full, stored_moments
+from voxtral_dist.engine.host_buffers import HostBuffers
 from voxtral_dist.errors import write_reason
 
 _PARTITIONS = "dcp"
@@ -69,15 +69,15 @@ class HeldStates(Protocol):
         """Write what all parts together need, on rank 0; its files by name."""
 
 
-def hold_states(engine: Engine, folder: Path, world: World, *, copies: bool) -> HeldStates:
+def hold_states(engine: Engine, folder: Path, world: World, buffers: HostBuffers | None) -> HeldStates:
     """Prepare the writing of an engine's state into a folder; all ranks call it together.
 
-    With `copies`, the state is copied to host memory, and each rank may write its part whenever it likes, in any
-    thread. Without, all ranks must write together, before the engine's state changes.
+    With buffers, the state is copied to them, and each rank may write its part whenever it likes, in any thread.
+    Without, all ranks must write together, before the engine's state changes.
     """
     if isinstance(engine, DistributedCheckpointing):
-        return _HeldPartitions(engine.partitions(), folder, world, copies=copies)
-    return _HeldParameters(engine.parameter_states(), folder, world, copies=copies)
+        return _HeldPartitions(engine.partitions(), folder, world, buffers)
+    return _HeldParameters(engine.parameter_states(), folder, world, buffers)
 
 
 def held_bytes(engine: Engine, world: World) -> int:
@@ -94,9 +94,13 @@ def held_bytes(engine: Engine, world: World) -> int:
 class _HeldParameters:
     layout: Literal["whole"] = "whole"
 
-    def __init__(self, states: Iterator[ParameterState], folder: Path, world: World, *, copies: bool) -> None:
-        # Tensors of `ParameterState` are copies already.
-        self._states = _forgetting(deque(states)) if copies else states
+    def __init__(
+        self, states: Iterator[ParameterState], folder: Path, world: World, buffers: HostBuffers | None
+    ) -> None:
+        self._states = states
+        if buffers is not None:
+            self._states = iter([_copied(state, buffers) for state in states])
+            buffers.wait()
         self._writer = _StateWriter(folder, world.rank)
         self._folder = folder
 
@@ -111,10 +115,10 @@ class _HeldParameters:
 class _HeldPartitions:
     layout: Literal["dcp"] = "dcp"
 
-    def __init__(self, partitions: dict[str, Tensor], folder: Path, world: World, *, copies: bool) -> None:
+    def __init__(self, partitions: dict[str, Tensor], folder: Path, world: World, buffers: HostBuffers | None) -> None:
         from voxtral_dist.engine.fsdp2.dcp_writing import PlannedPartitions
 
-        self._planned = PlannedPartitions(partitions, folder, world, copies=copies)
+        self._planned = PlannedPartitions(partitions, folder, world, buffers)
         self._folder = folder
         self._rank = world.rank
 
@@ -134,10 +138,14 @@ class _HeldPartitions:
         return {METADATA: _on_disk(self._folder / METADATA)}
 
 
-def _forgetting(states: deque[ParameterState]) -> Iterator[ParameterState]:
-    """Each state once; what is written is freed."""
-    while states:
-        yield states.popleft()
+def _copied(state: ParameterState, buffers: HostBuffers) -> ParameterState:
+    copies = {name: buffers.copy(name, tensor) for name, tensor in _tensors_of(state).items()}
+    return ParameterState(
+        state.name,
+        copies[state.name],
+        {key: copies[_moment_name(state.name, key)] for key in state.moments},
+        copies.get(average_name(state.name)),
+    )
 
 
 def _part(folder: Path, names: set[str], failure: str | None, **written: Any) -> WrittenPart:
@@ -186,7 +194,9 @@ def read_states(
         assert name in file_of_tensor, f"complete.json lists the shape of {name}, but no file holds it"
         has_average = with_averages and average_name(name) in file_of_tensor
         average = read(average_name(name)) if has_average else None
-        yield ParameterState(name, read(name), {moment: read(f"{name}//{moment}") for moment in moments}, average)
+        yield ParameterState(
+            name, read(name), {moment: read(_moment_name(name, moment)) for moment in moments}, average
+        )
 
 
 def write_complete(folder: Path, contents: CompleteCheckpoint) -> None:
@@ -211,7 +221,7 @@ class _StateWriter:
     def write(self, states: Iterator[ParameterState]) -> dict[str, str]:
         """Names of the tensors that this rank wrote, each with the name of its file."""
         for state in states:
-            self._pending.update(_tensors_of(state))
+            self._pending.update({name: one.cpu().contiguous() for name, one in _tensors_of(state).items()})
             if sum(tensor.nbytes for tensor in self._pending.values()) >= FILE_BYTES:
                 self._write_pending()
         self._write_pending()
@@ -234,9 +244,14 @@ class _StateWriter:
 
 
 def _tensors_of(state: ParameterState) -> dict[str, Tensor]:
-    moments = {f"{state.name}//{key}": moment.contiguous() for key, moment in state.moments.items()}
-    average = {} if state.average is None else {average_name(state.name): state.average.contiguous()}
-    return {state.name: state.weight.contiguous()} | moments | average
+    """The tensors of a parameter by their names on disk."""
+    moments = {_moment_name(state.name, key): moment for key, moment in state.moments.items()}
+    average = {} if state.average is None else {average_name(state.name): state.average}
+    return {state.name: state.weight} | moments | average
+
+
+def _moment_name(parameter: str, moment: str) -> str:
+    return f"{parameter}//{moment}"
 
 
 def flush_to_disk(path: Path) -> None:

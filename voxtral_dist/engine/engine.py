@@ -29,7 +29,7 @@ class StepUpdate:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """One parameter with its optimizer state: full float32 tensors on the CPU.
+    """One parameter with its optimizer state: full float32 tensors, on any device.
 
     moments: the optimizer's running means by their names in torch, such as AdamW's `exp_avg` and `exp_avg_sq`. average:
     the weight's moving average; None where the run has none.
@@ -93,7 +93,8 @@ class Engine(Protocol):
     def parameter_states(self) -> Iterator[ParameterState]:
         """The trained parameters that this rank writes into a checkpoint: every W-th of W ranks.
 
-        All ranks must iterate together and to the end. Only the rank that writes a parameter copies it to its CPU.
+        All ranks must iterate together and to the end. Only the rank that writes a parameter has it in full, until the
+        next one; tensors may share memory with the engine's own.
         """
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:

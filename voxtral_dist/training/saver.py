@@ -172,7 +172,8 @@ class Saver:
         if self._settings.asynchronous is not None:
             return self._settings.asynchronous
         free = free_memory_bytes(torch.device("cpu"), ranks_on_node(self._world.size))
-        is_short = held_bytes(self._engine, self._world) > _MAX_FRACTION * free
+        needed = held_bytes(self._engine, self._world) - self._checkpoints.buffer_bytes
+        is_short = needed > _MAX_FRACTION * free
         return not max_over_ranks([int(is_short)], self._world)[0]
 
     def _record(self, saved: Path, seconds: float, stalled_seconds: float) -> None:

@@ -7,11 +7,10 @@ its thread, by whose addresses the nodes reach each other on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from voxtral_dist.distributed.collectives import gather_on_first, scatter_from_first
 from voxtral_dist.distributed.world import World
+from voxtral_dist.engine.host_buffers import HostBuffers
 
 # From a GPU, while earlier tensors are written; torch's default.
 _COPY_AHEAD_BYTES = 10_000_000
@@ -28,17 +28,17 @@ _COPY_AHEAD_BYTES = 10_000_000
 class PlannedPartitions:
     """This rank's part of sharded tensors."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], folder: Path, world: World, *, copies: bool) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path, world: World, buffers: HostBuffers | None) -> None:
         """Decide with all ranks who writes what.
 
         Args:
             tensors: sharded or equal on all ranks, by name.
             folder: an existing folder that all ranks share.
             world: all ranks.
-            copies: copy this rank's part to host memory, so that the tensors may change before they are written.
+            buffers: copy this rank's part to them, so that the tensors may change before they are written.
         """
         # Copying ahead would use a stream, and so a GPU's context, in the thread that writes.
-        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0 if copies else _COPY_AHEAD_BYTES)
+        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=_COPY_AHEAD_BYTES if buffers is None else 0)
         self._planner = _HoldingPlanner()
         self._planner.set_up_planner(dict(tensors), self._writer.storage_meta(), world.is_first)
         self._writer.set_up_storage_writer(world.is_first)
@@ -50,8 +50,8 @@ class PlannedPartitions:
             plans, self._metadata = self._planner.create_global_plan(list(plans))
             plans = self._writer.prepare_global_plan(plans)
         self._plan = self._planner.finish_plan(scatter_from_first(plans, world))
-        if copies:
-            self._planner.hold(item.index for item in self._plan.items)
+        if buffers is not None:
+            self._planner.hold([item.index for item in self._plan.items], buffers)
 
     def write(self) -> list[WriteResult]:
         """Write this rank's file; alone, in any thread.
@@ -80,22 +80,13 @@ class _HoldingPlanner(DefaultSavePlanner):
         super().__init__()
         self._held: dict[MetadataIndex, Tensor] = {}
 
-    @torch.no_grad()
-    def hold(self, indices: Any) -> None:
+    def hold(self, indices: Iterable[MetadataIndex], buffers: HostBuffers) -> None:
         """Copy tensors of this rank to host memory."""
-        values = {index: super(_HoldingPlanner, self).lookup_object(index) for index in indices}
-        self._held = {index: _on_host(value) for index, value in values.items()}
-        if any(value.is_cuda for value in values.values()):
-            torch.cuda.synchronize()
+        self._held = {
+            index: buffers.copy(index, super(_HoldingPlanner, self).lookup_object(index)) for index in indices
+        }
+        buffers.wait()
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """See `DefaultSavePlanner`."""
         return self._held[index] if index in self._held else super().lookup_object(index)
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory; of a GPU's tensor, in pinned memory and under way."""
-    if not tensor.is_cuda:
-        return tensor.detach().clone()
-    copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    return copy.copy_(tensor.detach(), non_blocking=True)

@@ -209,7 +209,8 @@ class ZeroEngine:
         """See `Engine`."""
         for name, parameter in self._module.named_parameters():
             if parameter.requires_grad:
-                weight = self._states.weight(parameter, reader=0)
+                full = self._states.weight(parameter, reader=0)
+                weight = None if full is None else full.to("cpu", copy=True)
             elif not parameter.is_floating_point():
                 weight = self._initial.unquantized(name) if self._world.is_first else None
             else:

@@ -32,8 +32,8 @@ class Fragment:
 class MasterStates:
     """Reads and writes full float32 weights and moments of trained parameters from and to the ranks' partitions.
 
-    All ranks must go through the parameters together. A full tensor is read by one rank, on whose CPU it ends; the
-    others get None, and copy nothing to their CPU.
+    All ranks must go through the parameters together. A full tensor is read by one rank, on its device; the others get
+    None.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MasterStates:
             self.averages = WeightAverages(ema_decay, lambda: [partition for partition, _ in self._partitions()])
 
     def weight(self, parameter: nn.Parameter, reader: int) -> Tensor | None:
-        """The full weight on the rank `reader`."""
+        """The full weight on the rank `reader`; it may share memory with DeepSpeed's."""
         return self._full(parameter, self._weight_fragment(parameter), reader)
 
     def whole_weight(self, parameter: nn.Parameter) -> Tensor:
@@ -104,9 +104,11 @@ class MasterStates:
     def _full(self, parameter: nn.Parameter, fragment: Fragment | None, reader: int) -> Tensor | None:
         # A reduction, although gathering would send less: it takes the ring that training uses, whose buffers exist.
         # NCCL would allocate those of new pairs of ranks beside torch, which may hold all memory of the GPU.
+        if self._world.size == 1 and fragment is not None:
+            return fragment.values.detach().view(full_shape(parameter))
         full = self._filled(parameter, fragment)
         sum_tensor_on_rank(full, reader, self._world)
-        return full.cpu() if self._world.rank == reader else None
+        return full if self._world.rank == reader else None
 
     def _filled(self, parameter: nn.Parameter, fragment: Fragment | None) -> Tensor:
         """The full tensor with this rank's values, and zeros for those of others."""
@@ -141,8 +143,8 @@ class ReplicatedStates(MasterStates):
         if self._world.rank != reader:
             return None
         if fragment is None:
-            return torch.zeros(full_shape(parameter))
-        return fragment.values.detach().to("cpu", copy=True).view(full_shape(parameter))
+            return torch.zeros(full_shape(parameter), device=self._world.device)
+        return fragment.values.detach().view(full_shape(parameter))
 
     def _partitions(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((parameter, group) for group in self._optimizer.param_groups for parameter in group["params"])
