@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +361,7 @@ def _announce(
         "engine": engine_name(config.engine),
         "device": device_name(world.device),
         "versions": package_versions(),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if world.is_first:
         event["audio_seconds"] = training_set.streams.seconds_by_language(training_set.index)

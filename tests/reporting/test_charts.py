@@ -87,27 +87,47 @@ def test_long_runs_are_thinned_and_keep_their_spikes():
     ("low", "high", "ticks"),
     [
         (0.0, 4.0, (0, 1, 2, 3, 4)),
-        (0.21, 0.9, (0, 0.2, 0.4, 0.6, 0.8, 1.0)),
-        (2.05, 2.3, (2.05, 2.1, 2.15, 2.2, 2.25, 2.3)),
+        (0.21, 0.9, (0, 0.2, 0.4, 0.6, 0.8)),
+        (2.06, 2.3, (2.1, 2.15, 2.2, 2.25, 2.3)),
         (0.0, 0.0, (0, 0.2, 0.4, 0.6, 0.8, 1.0)),
         (3.0, 3.0, (0, 1, 2, 3)),
         (-1.0, 1.0, (-1, -0.5, 0, 0.5, 1)),
         (1e-5, 2e-5, (1e-5, 1.2e-5, 1.4e-5, 1.6e-5, 1.8e-5, 2e-5)),
     ],
 )
-def test_linear_axes_end_at_ticks(low, high, ticks):
+def test_linear_axes_end_where_the_data_end(low, high, ticks):
     axis = linear_axis(low, high, 100, 0)
     assert axis.ticks == pytest.approx(ticks)
-    assert (axis.place(axis.ticks[0]), axis.place(axis.ticks[-1])) == (100, 0)
+    assert axis.high == (high or 1.0)
+    assert axis.low in (low, 0.0)
+    assert (axis.place(axis.low), axis.place(axis.high)) == (100, 0)
     assert axis.place((axis.low + axis.high) / 2) == 50
+
+
+@pytest.mark.parametrize(
+    ("last", "labels"),
+    [
+        (8, ["0", "2", "4", "6", "8"]),
+        (8437, ["0", "2,500", "5,000", "8,437"]),
+        (1000, ["0", "250", "500", "750", "1,000"]),
+        (3, ["0", "1", "2", "3"]),
+        (10_100, ["0", "5,000", "10,100"]),
+    ],
+)
+def test_the_axis_of_steps_ends_at_the_last_step_and_says_which(last, labels):
+    points = tuple(Point(step, 1.0) for step in (0, last))
+    chart = draw(Curve("Loss", "", (Series("Loss", points),)))
+    assert [tick.label for tick in chart.x_ticks] == labels
+    assert chart.x_ticks[-1].place == chart.right
+    assert places_of(chart.lines[0].path)[-1][0] == chart.right
 
 
 @pytest.mark.parametrize(
     ("low", "high", "ends", "ticks"),
     [
-        (3.0, 1200.0, (2, 2000), (10, 100, 1000)),
+        (3.0, 1200.0, (3, 1200), (10, 100, 1000)),
         (1.0, 100.0, (1, 100), (1, 2, 5, 10, 20, 50, 100)),
-        (0.0007, 0.8, (0.0005, 1), (0.001, 0.01, 0.1, 1)),
+        (0.0007, 0.8, (0.0007, 0.8), (0.001, 0.01, 0.1)),
     ],
 )
 def test_logarithmic_axes_have_equal_ratios_at_equal_distances(low, high, ends, ticks):

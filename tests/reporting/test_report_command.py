@@ -140,11 +140,13 @@ def test_a_run_is_compared_with_its_baseline(report, run, baseline, tmp_path):
     )
     difference = 100 * (after["wer"] - before["wer"])
     assert difference < 0
-    section = (tmp_path / "report.md").read_text().partition("## Test set speech")[2]
-    assert f"Against the baseline (WER {percent(before['wer'])}): {difference:+.2f} points [" in section
+    verdict = (tmp_path / "report.md").read_text().partition("## ")[0]
+    rates = f"- speech: WER {percent(before['wer'])} → {percent(after['wer'])}"
+    line = next(line for line in verdict.splitlines() if line.startswith(rates) and "baseline" in line)
+    assert f"against the baseline {difference:+.2f} points [" in line
     # Of each five utterances, the third to fifth had more words wrong before; below 30 there is no p-value.
-    assert "15 of 26 utterances better, 0 worse" in section
-    assert "p =" not in section
+    assert "15 of 26 utterances better, 0 worse" in line
+    assert "p =" not in line
     page = parse(tmp_path / "report.html")
     better = [card for card in page.all("li") if card.all("div", "versions")]
     assert len(better) == 2 * 15

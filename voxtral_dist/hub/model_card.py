@@ -5,7 +5,7 @@ Its numbers come from the stored results of the run. It names no file or folder 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from voxtral_dist.hub.result_tables import results_table, slice_sections
 from voxtral_dist.hub.trained_run import Measured, TrainedRun
 from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.markdown import plain
+from voxtral_dist.reporting.run_facts import listed, trained_parameters
 from voxtral_dist.scoring.error_rates import ErrorRates
 from voxtral_dist.scoring.tables import format_audio
 from voxtral_dist.training.versions import package_versions
@@ -204,7 +205,7 @@ class _RunText:
         lora = self._config.trainable.lora
         if lora is not None and lora.quantized:
             said.append(
-                f"The frozen matrices of {_listed(lora.quantized)} had four bits (NF4) while they were measured, as in "
+                f"The frozen matrices of {listed(lora.quantized)} had four bits (NF4) while they were measured, as in "
                 "training; the exported adapters are applied to the unquantized weights."
             )
         if not self._subject.is_adapter and self._subject.precision != self._config.model.precision:
@@ -246,7 +247,7 @@ class _RunText:
         """Facts of the training itself."""
         config, start, optimizer = self._config, self._run.start, self._config.optimizer
         steps = f"{self._run.step:,}" + (f" of {start['num_steps']:,}" if "num_steps" in start else "")
-        facts = [f"Optimizer updates: {steps}", f"Trained parameters: {_trained_parameters(config)}"]
+        facts = [f"Optimizer updates: {steps}", f"Trained parameters: {trained_parameters(config)}"]
         if self._run.averages and optimizer.ema_decay is not None:
             facts.append(f"Moving averages of the weights: decay {optimizer.ema_decay:g}")
         facts.append(f"Optimizer: {optimizer.algorithm}, peak learning rate {optimizer.learning_rate:g}")
@@ -267,16 +268,3 @@ class _RunText:
         """The smallest value of vLLM's `--max-lora-rank` that fits the adapters."""
         lora = self._config.trainable.lora
         return None if lora is None else next((rank for rank in _VLLM_RANKS if rank >= lora.rank), lora.rank)
-
-
-def _trained_parameters(config: RunConfig) -> str:
-    lora, frozen = config.trainable.lora, config.trainable.frozen
-    if lora is None:
-        return f"all but {', '.join(f'`{one}`' for one in frozen)}" if frozen else "all"
-    kind = "DoRA" if lora.use_dora else "LoRA"
-    whole = f", and the whole {_listed(lora.trained_whole)}" if lora.trained_whole else ""
-    return f"{kind} adapters of rank {lora.rank} in {_listed(list(lora.targets))}{whole}"
-
-
-def _listed(components: Sequence[str]) -> str:
-    return " and ".join(one.replace("_", " ") for one in components)

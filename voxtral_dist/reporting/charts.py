@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from voxtral_dist.reporting.curves import Curve, Point, Series
 
@@ -37,16 +37,16 @@ class Axis:
 
 
 def linear_axis(low: float, high: float, start: float, end: float, num_ticks: int = 5) -> Axis:
-    """An axis whose ends are ticks; it begins at 0 if less than half of it is empty then."""
+    """An axis that ends where its values end; it begins at 0 if less than half of it is empty then."""
     if 0 < low < high / 2 or low == high > 0:
         low = 0.0
     # Values that differ only by rounding are the same.
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):
         high = low + 1.0
     distance = tick_distance(high - low, num_ticks)
-    first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
+    first, last = math.ceil(low / distance - 1e-9), math.floor(high / distance + 1e-9)
     ticks = tuple(round(number * distance, 12) for number in range(first, last + 1))
-    return Axis(ticks[0], ticks[-1], start, end, ticks)
+    return Axis(low, high, start, end, ticks)
 
 
 def tick_distance(span: float, num_ticks: int) -> float:
@@ -56,14 +56,12 @@ def tick_distance(span: float, num_ticks: int) -> float:
 
 
 def logarithmic_axis(low: float, high: float, start: float, end: float) -> Axis:
-    """An axis between 1, 2 or 5 times powers of ten; ticks at powers of ten, at the others too if these are few."""
+    """A logarithmic axis that ends where its values end; ticks at powers of ten, and between them if these are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    first = max(step for step in steps if step <= low * (1 + 1e-9))
-    last = min(step for step in steps if step >= high * (1 - 1e-9))
     factors = (1, 2, 5) if len(powers) <= _FEW_POWERS else (1,)
-    ticks = [factor * 10.0**power for power in powers for factor in factors if first <= factor * 10.0**power <= last]
-    return Axis(first, last, start, end, tuple(ticks), is_logarithmic=True)
+    steps = [factor * 10.0**power for power in powers for factor in factors]
+    ticks = tuple(step for step in steps if low * (1 - 1e-9) <= step <= high * (1 + 1e-9))
+    return Axis(low, high, start, end, ticks, is_logarithmic=True)
 
 
 def spans_decades(low: float, high: float) -> bool:
@@ -158,7 +156,7 @@ class Chart:
 def draw(curve: Curve) -> Chart:
     """Draw a curve that has points."""
     points = [point for series in curve.series for point in series.points]
-    x_axis = linear_axis(min(point.step for point in points), max(point.step for point in points), _LEFT, _RIGHT, 4)
+    x_axis = _step_axis(min(point.step for point in points), max(point.step for point in points))
     y_axis = _y_axis(curve, points)
     shown = [Series(series.name, thinned(series.points)) for series in curve.series]
     return Chart(
@@ -185,6 +183,14 @@ def _extremes(groups: Sequence[Sequence[Point]]) -> Iterator[Point]:
     for group in groups:
         ends = {min(group, key=lambda point: point.value), max(group, key=lambda point: point.value)}
         yield from sorted(ends)
+
+
+def _step_axis(first: int, last: int) -> Axis:
+    """The axis of steps; its last tick is the last step, in place of a regular one that is too close to it."""
+    axis = linear_axis(first, last, _LEFT, _RIGHT, 4)
+    room = (axis.high - axis.low) / 8
+    whole = (tick for tick in axis.ticks if tick == int(tick) and tick <= axis.high - room)
+    return replace(axis, ticks=(*whole, axis.high))
 
 
 def _y_axis(curve: Curve, points: Sequence[Point]) -> Axis:

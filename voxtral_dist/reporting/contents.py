@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from voxtral_dist.config import RunConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.charts import Chart, draw
 from voxtral_dist.reporting.curves import Results, curves_of
+from voxtral_dist.reporting.flags import flags_of_run
+from voxtral_dist.reporting.outcomes import summary_of
 from voxtral_dist.reporting.results_folder import ReportOptions, ResultsFolder, read_results, read_results_folder
+from voxtral_dist.reporting.run_facts import read_summary, run_facts
 from voxtral_dist.reporting.test_set_section import SectionReader, TestSetSection
-from voxtral_dist.text.json_text import parse_json
 
 
 @dataclass(frozen=True)
 class ReportContents:
     """The contents of a report.
 
-    facts: of the run, by name. results: of all evaluated steps. baseline: its path. notes: what is not shown, and why.
+    verdicts: sentences about all test sets. flags: what is wrong with the run as a whole. facts: of the run, by name.
+    results: of all evaluated steps. baseline: its path. notes: what is not shown, and why.
     """
 
     title: str
+    verdicts: tuple[str, ...]
+    flags: tuple[str, ...]
     facts: Mapping[str, str]
     charts: tuple[Chart, ...]
     results: Results
@@ -45,12 +47,16 @@ def read_contents(path: Path, options: ReportOptions) -> ReportContents:
     shared = _shared_sets(folder, baseline)
     results = read_results(folder)
     reader = SectionReader(folder, options, baseline, shared)
+    test_sets = tuple(reader.read(name) for name in folder.test_sets)
+    summary = read_summary(folder.path / "summary.json")
     return ReportContents(
         title=folder.name,
-        facts=_facts(folder),
+        verdicts=tuple(_verdicts(test_sets)),
+        flags=tuple(flags_of_run(summary, folder.step, results)),
+        facts=run_facts(folder, summary),
         charts=tuple(draw(curve) for curve in curves_of(folder.rows, results)),
         results=results,
-        test_sets=tuple(reader.read(name) for name in folder.test_sets),
+        test_sets=test_sets,
         baseline=str(options.baseline) if options.baseline else None,
         notes=tuple(_notes(folder, baseline, shared)),
     )
@@ -86,31 +92,8 @@ def _notes(folder: ResultsFolder, baseline: ResultsFolder | None, shared: Sequen
     return notes
 
 
-def _facts(folder: ResultsFolder) -> dict[str, str]:
-    facts = {} if folder.config is None else _facts_of_config(folder.config)
-    if folder.step is not None:
-        others = f", of {counted(len(folder.steps), 'evaluated step')}" if len(folder.steps) > 1 else ""
-        facts["Step"] = f"{folder.step:,}{others}"
-    return facts | _facts_of_summary(folder.path / "summary.json")
-
-
-def _facts_of_config(config: RunConfig) -> dict[str, str]:
-    return {
-        "Model": config.model.path,
-        "Precision": config.model.precision,
-        "Length of the run": config.length,
-    }
-
-
-def _facts_of_summary(path: Path) -> dict[str, str]:
-    """Facts that only a finished run has."""
-    summary: Any = None
-    if path.is_file():
-        try:
-            summary = parse_json(path.read_bytes())
-        except ValueError:
-            return {}
-    if not isinstance(summary, dict):
-        return {}
-    shown = {"engine": "Engine", "world_size": "Ranks", "train_seconds": "Seconds of training"}
-    return {name: str(summary[key]) for key, name in shown.items() if key in summary}
+def _verdicts(test_sets: Sequence[TestSetSection]) -> Iterator[str]:
+    """A sentence for each earlier result that test sets were compared with."""
+    outcomes = [outcome for one in test_sets for outcome in one.outcomes]
+    for against in dict.fromkeys(outcome.against for outcome in outcomes):
+        yield summary_of([outcome for outcome in outcomes if outcome.against == against])

@@ -9,8 +9,9 @@ from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.cards import Card
 from voxtral_dist.reporting.contents import ReportContents
 from voxtral_dist.reporting.curves import Results
+from voxtral_dist.reporting.outcomes import Outcome, main_rate
 from voxtral_dist.reporting.statistics import MIN_UTTERANCES, SliceTable, other_columns, points
-from voxtral_dist.reporting.test_set_section import Comparison, TestSetSection
+from voxtral_dist.reporting.test_set_section import TestSetSection
 from voxtral_dist.scoring.alignment import AlignedWord, EditKind
 from voxtral_dist.scoring.results import percent
 from voxtral_dist.scoring.tables import format_audio, format_interval, with_certainty
@@ -32,6 +33,7 @@ def plain(text: str) -> str:
 
 def _lines(report: ReportContents) -> Iterator[str]:
     yield from (f"# Evaluation of {plain(report.title)}", "")
+    yield from _verdict(report)
     facts = dict(report.facts) | ({"Baseline": report.baseline} if report.baseline else {})
     yield from (f"- {name}: {plain(value)}" for name, value in facts.items())
     yield from ("", *(f"> {plain(note)}\n" for note in report.notes))
@@ -81,8 +83,6 @@ def _steps(results: Results) -> Iterator[str]:
 
 def _test_set(test_set: TestSetSection) -> Iterator[str]:
     yield from (f"## Test set {plain(test_set.name)}", "")
-    if test_set.comparison is not None:
-        yield from (_comparison(test_set.comparison), "")
     for slices in test_set.slices:
         yield from (*_slices(slices), "")
     yield from _confusions(test_set)
@@ -93,14 +93,28 @@ def _test_set(test_set: TestSetSection) -> Iterator[str]:
         yield ""
 
 
-def _comparison(compared: Comparison) -> str:
-    paired = compared.paired
-    baseline = percent(compared.baseline.normalized.wer)
-    difference = f"Against the baseline (WER {baseline}): {points(paired.difference)}"
-    changes = (
-        f"{compared.num_better} of {counted(paired.num_utterances, 'utterance')} better, {compared.num_worse} worse"
-    )
-    return f"{with_certainty(difference, paired)}; {changes}."
+def _verdict(report: ReportContents) -> Iterator[str]:
+    """What the report is about, before everything else: each test set before and after, and red flags."""
+    yield from (f"**{plain(sentence)}**\n" for sentence in report.verdicts)
+    for test_set in report.test_sets:
+        for outcome in test_set.outcomes:
+            yield f"- {plain(test_set.name)}: {_outcome(outcome)}"
+        if not test_set.outcomes:
+            rate = main_rate(test_set.result)
+            value = getattr(test_set.result.normalized, rate)
+            yield f"- {plain(test_set.name)}: {rate.upper()} {percent(value)}, not compared with anything"
+        yield from (f"- ⚠ {plain(test_set.name)}: {plain(flag)}" for flag in test_set.flags)
+    yield from (f"- ⚠ {plain(flag)}" for flag in report.flags)
+    yield ""
+
+
+def _outcome(outcome: Outcome) -> str:
+    paired = outcome.paired
+    rates = f"{outcome.metric.upper()} {percent(outcome.before)} → {percent(outcome.after)}"
+    difference = f"{rates}, against {outcome.against} {points(paired.difference)}"
+    total = counted(paired.num_utterances, "utterance")
+    changes = f"{outcome.num_better} of {total} better, {outcome.num_worse} worse"
+    return f"{with_certainty(difference, paired)}: **{outcome.said}**; {changes}."
 
 
 def _slices(slices: SliceTable) -> Iterator[str]:

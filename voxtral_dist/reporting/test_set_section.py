@@ -10,12 +10,14 @@ from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.counting import counted
-from voxtral_dist.reporting.cards import Card, CardMaker, ChosenUtterances, more_errors
+from voxtral_dist.reporting.cards import Card, CardMaker, ChosenUtterances
 from voxtral_dist.reporting.embedded_audio import AudioLimits, EmbeddedAudio, MissingAudio, StoredAudio, read_audio
+from voxtral_dist.reporting.flags import flags_of_set
+from voxtral_dist.reporting.outcomes import Outcome, outcome_of
 from voxtral_dist.reporting.results_folder import ReportOptions, ResultsFolder, configured_name
 from voxtral_dist.reporting.statistics import SliceTable, slice_tables
 from voxtral_dist.scoring.alignment import Confusion, EditKind, align_words, most_frequent_confusions
-from voxtral_dist.scoring.comparison import Pair, PairedComparison, compare_pairs, pair_utterances
+from voxtral_dist.scoring.comparison import Pair, pair_utterances
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.hypotheses import read_scored
 from voxtral_dist.scoring.normalizer import Normalizer, normalizer_of_label
@@ -30,16 +32,9 @@ _MEGABYTE = 10**6
 
 @dataclass(frozen=True)
 class Comparison:
-    """A test set compared with the same test set of a baseline; negative differences are improvements.
+    """A test set compared with the same test set of a baseline, and cards of the utterances that changed most."""
 
-    baseline: its result. num_better, num_worse: utterances with fewer and with more word errors. better, worse: cards
-    of those that changed most.
-    """
-
-    baseline: TestSetResult
-    paired: PairedComparison
-    num_better: int
-    num_worse: int
+    outcome: Outcome
     better: tuple[Card, ...]
     worse: tuple[Card, ...]
 
@@ -48,14 +43,17 @@ class Comparison:
 class TestSetSection:
     """What the section shows.
 
-    is_same_normalizer: whether the words are aligned by the same version of the normalizer that scored them. num_clips:
-    utterances with audio. audio_note: why no utterance has audio; else None.
+    outcomes: the comparisons with the start of the run and with the baseline, where they were measured. flags: what is
+    wrong with the hypotheses. is_same_normalizer: whether the words are aligned by the same version of the normalizer
+    that scored them. num_clips: utterances with audio. audio_note: why no utterance has audio; else None.
     """
 
     __test__ = False  # keeps pytest from collecting it
 
     name: str
     result: TestSetResult
+    outcomes: tuple[Outcome, ...]
+    flags: tuple[str, ...]
     is_same_normalizer: bool
     slices: tuple[SliceTable, ...]
     confusions: Mapping[EditKind, list[Confusion]]
@@ -91,15 +89,24 @@ class SectionReader:
         audio, audio_note = self._audio(name, shown)
         grouping = Grouping(speaker_field=self.options.speaker_field or result.speaker_field)
         cards = CardMaker(normalizer, grouping, audio)
+        most_errors, highest_rates = cards.plain(shown.most_errors), cards.plain(shown.highest_rates)
+        start = self._against_start(name, result, utterances, grouping)
+        against_baseline = self._against_baseline(name, result, pairs, grouping) if pairs else None
+        comparison = None
+        if against_baseline is not None:
+            comparison = Comparison(against_baseline, cards.changed(shown.better), cards.changed(shown.worse))
+        outcomes = tuple(one for one in (start, against_baseline) if one is not None)
         return TestSetSection(
             name=name,
             result=result,
+            outcomes=outcomes,
+            flags=tuple(flags_of_set(result, outcomes)),
             is_same_normalizer=normalizer.label == result.normalizer,
             slices=slice_tables(result),
             confusions=_confusions(utterances, normalizer),
-            most_errors=cards.plain(shown.most_errors),
-            highest_rates=cards.plain(shown.highest_rates),
-            comparison=self._comparison(name, pairs, shown, cards, grouping) if pairs else None,
+            most_errors=most_errors,
+            highest_rates=highest_rates,
+            comparison=comparison,
             num_clips=sum(isinstance(clip, EmbeddedAudio) for clip in audio.values()),
             audio_note=audio_note,
         )
@@ -117,6 +124,29 @@ class SectionReader:
             )
         paired = pair_utterances(utterances, read_scored(theirs), (mine, theirs))
         return [(before, after) for after, before in paired]
+
+    def _against_start(
+        self, name: str, result: TestSetResult, utterances: Sequence[ScoredUtterance], grouping: Grouping
+    ) -> Outcome | None:
+        """The comparison with the start of the run; None where it was not measured alike."""
+        start = self.folder.steps.get(0)
+        if start is None or not self.folder.step or not (start / f"{name}.jsonl").is_file():
+            return None
+        initial = read_result(start / f"{name}.json")
+        if initial.normalizer != result.normalizer:
+            return None
+        paths = _shown(self.folder) / f"{name}.jsonl", start / f"{name}.jsonl"
+        try:
+            pairs = [(before, after) for after, before in pair_utterances(utterances, read_scored(paths[1]), paths)]
+        except UserError:
+            # A resumed run may have been given another test set; nobody asked for this comparison.
+            return None
+        return outcome_of("the start", (initial, result), pairs, grouping)
+
+    def _against_baseline(self, name: str, result: TestSetResult, pairs: Sequence[Pair], grouping: Grouping) -> Outcome:
+        assert self.baseline is not None, "pairs come from it"
+        earlier = read_result(_shown(self.baseline) / f"{name}.json")
+        return outcome_of("the baseline", (earlier, result), pairs, grouping)
 
     def _audio(self, name: str, shown: ChosenUtterances) -> tuple[dict[int, EmbeddedAudio | MissingAudio], str | None]:
         stored = self._stored(name)
@@ -145,20 +175,6 @@ class SectionReader:
             return StoredAudio(read_index([configured[set_name].shards], storage), storage)
         except (UserError, OSError) as error:
             return MissingAudio(f"its shards cannot be read ({str(error).rstrip('.')}): add `--shards {name}=FOLDER`")
-
-    def _comparison(
-        self, name: str, pairs: Sequence[Pair], shown: ChosenUtterances, cards: CardMaker, grouping: Grouping
-    ) -> Comparison:
-        assert self.baseline is not None, "pairs come from it"
-        changes = [more_errors(pair) for pair in pairs]
-        return Comparison(
-            baseline=read_result(_shown(self.baseline) / f"{name}.json"),
-            paired=compare_pairs(pairs, grouping),
-            num_better=sum(change < 0 for change in changes),
-            num_worse=sum(change > 0 for change in changes),
-            better=cards.changed(shown.better),
-            worse=cards.changed(shown.worse),
-        )
 
 
 def _confusions(utterances: Sequence[ScoredUtterance], normalizer: Normalizer) -> dict[EditKind, list[Confusion]]:

@@ -72,5 +72,20 @@ function sortable(table) {
   }
 }
 
+// Say above a table that is wider than the page that it scrolls, and let the keyboard reach it.
+function scrollable(box) {
+  const sign = document.createElement("p");
+  sign.className = "caption scroll-sign";
+  sign.textContent = "More columns: scroll sideways →";
+  sign.hidden = true;
+  box.before(sign);
+  new ResizeObserver(() => {
+    sign.hidden = box.scrollWidth <= box.clientWidth + 1;
+    if (sign.hidden) box.removeAttribute("tabindex");
+    else box.tabIndex = 0;
+  }).observe(box);
+}
+
+document.querySelectorAll(".wide").forEach(scrollable);
 document.querySelectorAll(".chart > svg").forEach(readable);
 document.querySelectorAll("table.sortable").forEach(sortable);
