@@ -1,12 +1,20 @@
 """Files are written atomically, or refused before."""
 
 import errno
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import refuse_unwritable, write_atomically
+from voxtral_dist.model.saving import save_tensors
+from voxtral_dist.model.tiny import build_tiny_voxtral
+
+from corpora import TINY_SHAPE
+from modes import unusual_modes
 
 
 def test_a_writer_that_fails_halfway_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +54,22 @@ def test_what_could_not_be_written_later_is_refused_at_the_start(tmp_path: Path,
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
     write_atomically(tmp_path / (250 * "a" + ".json"), "{}")
     assert [one.name for one in tmp_path.iterdir()] == [250 * "a" + ".json"]
+
+
+def test_shards_models_and_tensors_have_the_permissions_of_new_files(
+    tmp_path: Path, shard_folder: Path, tiny_model: Path
+) -> None:
+    assert unusual_modes(shard_folder) == unusual_modes(tiny_model) == {}
+    before = os.umask(0o027)
+    try:
+        folder = tmp_path / "group"
+        folder.mkdir()
+        save_tensors({"weight": torch.zeros(2)}, folder / "model.safetensors")
+        write_atomically(folder / "report.html", "<html>")
+        build_tiny_voxtral(folder / "tiny", TINY_SHAPE)
+        assert unusual_modes(folder) == {}
+        with pytest.raises(OSError, match="No such file"):
+            save_tensors({"weight": torch.zeros(2)}, folder / "nowhere" / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / "tiny" / "model.safetensors").stat().st_mode) == 0o640

@@ -25,6 +25,7 @@ from voxtral_dist.training.metrics_file import read_metrics
 from voxtral_dist.training.run_checks import refuse_different_data
 
 from corpora import pack_manifest, write_speech_manifest
+from modes import unusual_modes
 from ranks import run_ranks
 from runs import (
     TIMEOUT_SECONDS,
@@ -104,6 +105,8 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
     decoded = read_scored(folder / "evaluations" / "step-0000020" / "same.jsonl")
     assert page.count("<audio") == sum(one.words.errors > 0 for one in decoded) > 0
     assert (folder / "export" / "model.safetensors").is_file()
+    # Servers, colleagues and other tasks may run as other users.
+    assert unusual_modes(folder) == {}
 
 
 def test_a_report_that_fails_fails_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

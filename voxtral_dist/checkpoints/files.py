@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from voxtral_dist.checkpoints.complete import COMPLETE, METADATA, CompleteCheckpoint, StoredFile
@@ -34,6 +33,7 @@ from voxtral_dist.engine.engine import DistributedCheckpointing, Engine, Paramet
 from voxtral_dist.engine.fsdp2.dcp_files import read_full, stored_moments
 from voxtral_dist.engine.host_buffers import HostBuffers
 from voxtral_dist.errors import write_reason
+from voxtral_dist.model.saving import save_tensors
 
 _PARTITIONS = "dcp"
 
@@ -235,8 +235,8 @@ class _StateWriter:
         if self.failure is not None:
             return
         try:
-            save_file(pending, self._folder / file)
-        except (OSError, SafetensorError) as error:
+            save_tensors(pending, self._folder / file)
+        except OSError as error:
             self.failure = write_reason(error)
             return
         self._file_of_tensor.update(dict.fromkeys(pending, file))

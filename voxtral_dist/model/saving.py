@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,17 +15,30 @@ from torch import Tensor
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one file with the permissions of the umask; safetensors would let only its owner read it.
+    """Write one file with the permissions of any other new file.
 
     Raises:
         OSError: the file cannot be written.
     """
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        with usual_permissions(path):
+            save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
-    # The only way to read the umask is to set it.
-    mask = os.umask(0o022)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def usual_permissions(path: Path) -> Iterator[None]:
+    """Give the file that the block writes the permissions of any other new file; safetensors lets only its owner read.
+
+    An empty file tells them: reading the umask would mean setting it, for all threads.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    path.chmod(mode)

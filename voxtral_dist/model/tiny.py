@@ -21,6 +21,7 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.native import feature_extractor
+from voxtral_dist.model.saving import usual_permissions
 from voxtral_dist.model.tekken import (
     AUDIO_TOKENS_PER_SECOND,
     MAX_VOCAB_SIZE,
@@ -130,7 +131,9 @@ def build_tiny_voxtral(out_dir: Path, shape: TinyShape = TinyShape(), seed: int 
     tekken_path.write_text(json.dumps(tekken, ensure_ascii=False), encoding="utf-8")
     tokenizer = Tekkenizer.from_file(tekken_path)
     feature_extractor(tekken["audio"]).save_pretrained(out_dir)
-    build_random_voxtral(_model_config(tokenizer, shape), shape.initializer_gain, seed).save_pretrained(out_dir)
+    model = build_random_voxtral(_model_config(tokenizer, shape), shape.initializer_gain, seed)
+    with usual_permissions(out_dir / "model.safetensors"):
+        model.save_pretrained(out_dir)
     _generation_config(tokenizer).save_pretrained(out_dir)
 
 
