@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from voxtral_dist import progress
-from voxtral_dist.progress import ProgressDisplay
+from voxtral_dist.progress import ProgressDisplay, progress_of_command
 
 
 def test_without_a_terminal_the_first_and_the_last_item_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +23,29 @@ def test_without_its_ends_a_short_command_prints_nothing(capsys: pytest.CaptureF
         for number in range(1, 6):
             display.show(number)
     assert capsys.readouterr().out == ""
+
+
+def test_a_command_whose_results_tell_its_progress_prints_no_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    for prints_lines in (True, False):
+        with progress_of_command("transcribe", 2, prints_lines=prints_lines) as display:
+            display.show(1)
+        printed = capsys.readouterr()
+        assert (printed.out, printed.err) == ("", "transcribe 1/2\n" if prints_lines else "")
+
+
+def test_results_that_are_piped_to_a_file_do_not_go_to_the_terminal_of_the_bar(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with ProgressDisplay("verify", 2, console=console, redirects_output=True) as display:
+        print("broken: #1")
+        display.show(2)
+    assert capsys.readouterr().out == "broken: #1\n"
+    assert "broken" not in console.file.getvalue()
+    assert "verify" in console.file.getvalue()
 
 
 def test_between_them_a_line_is_printed_now_and_then(

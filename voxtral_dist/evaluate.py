@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.evaluation.batch_decoder import load_decoder, load_prompts
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.evaluating import evaluate_test_set
+from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.files import refuse_unwritable
+from voxtral_dist.progress import progress_of_command
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.scoring.result_files import refuse_to_replace_others, result_files
 from voxtral_dist.scoring.results import TestSetResult
@@ -93,4 +96,16 @@ def evaluate(
     used = normalizer(named.normalizer, options.target_text)
     decoder = load_decoder(model_path, prompts, named, precision, world)
     for test_set in built:
-        yield test_set.name, evaluate_test_set(test_set, decoder, named, used, out_dir, world)
+        with _progress(test_set, world) as on_progress:
+            result = evaluate_test_set(test_set, decoder, named, used, out_dir, world, on_progress=on_progress)
+        yield test_set.name, result
+
+
+@contextmanager
+def _progress(test_set: TestSet, world: World) -> Iterator[Callable[[int], None]]:
+    """What shows how many utterances are decoded, on the first rank."""
+    if not world.is_first:
+        yield lambda _: None
+        return
+    with progress_of_command(f"evaluate {test_set.name}", len(test_set.index)) as display:
+        yield display.show

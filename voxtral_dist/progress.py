@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -22,7 +23,7 @@ class ProgressDisplay:
     """Shows how many items of a long command are done.
 
     Without a terminal it prints the first item, one line every 15 seconds, and the last item; with `prints_ends=False`,
-    only one line every 15 seconds.
+    only one line every 15 seconds, and with `prints_lines=False` nothing.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ProgressDisplay:
         transient: bool = False,
         redirects_output: bool = False,
         prints_ends: bool = True,
+        prints_lines: bool = True,
     ) -> None:
         """Describe what is counted; nothing is shown before the display is entered.
 
@@ -46,10 +48,12 @@ class ProgressDisplay:
             note: shown beside the bar before the first update.
             console: where to print; standard output by default.
             transient: whether the bar disappears at the end.
-            redirects_output: whether what is printed to `sys.stdout` and `sys.stderr` appears above the bar. Not for
-                processes that fork: their children would inherit the redirection, and the lock inside it.
+            redirects_output: whether what is printed to `sys.stdout` and `sys.stderr` appears above the bar, if it goes
+                to a terminal too. Not for processes that fork: their children would inherit the redirection, and the
+                lock inside it.
             prints_ends: whether the first and the last item are printed without a terminal. Without them, a command
                 that takes less than 15 seconds prints nothing.
+            prints_lines: whether anything is printed without a terminal.
         """
         what, note = _shown(what), _shown(note)
         self._what = what
@@ -67,11 +71,13 @@ class ProgressDisplay:
             console=self._console,
             transient=transient,
             disable=not self._is_live,
-            redirect_stdout=redirects_output,
-            redirect_stderr=redirects_output,
+            # What is piped to a file belongs there, not above a bar.
+            redirect_stdout=redirects_output and sys.stdout.isatty(),
+            redirect_stderr=redirects_output and sys.stderr.isatty(),
         )
         self._task = self._bar.add_task(what, total=total, completed=completed, note=note)
         self._prints_ends = prints_ends
+        self._prints_lines = prints_lines
         self._printed_at = None if prints_ends else time.monotonic()
 
     def __enter__(self) -> Self:
@@ -103,7 +109,7 @@ class ProgressDisplay:
         self._total = self._total if total is None else total
         note = _shown(note)
         self._bar.update(self._task, completed=num_done, total=self._total, note=note)
-        if not self._is_live and self._is_line_due(num_done):
+        if not self._is_live and self._prints_lines and self._is_line_due(num_done):
             self._printed_at = time.monotonic()
             self.say(self._line(num_done, note, seconds_left))
 
@@ -116,3 +122,22 @@ class ProgressDisplay:
         count = f"{num_done}" if self._total is None else f"{num_done}/{self._total}"
         left = "" if seconds_left is None else f"left {seconds_left / 60:.1f} min"
         return "  ".join(part for part in (f"{self._what} {count}", note, left) if part)
+
+
+def progress_of_command(what: str, total: int | None, *, prints_lines: bool = True) -> ProgressDisplay:
+    """A display on the error stream that disappears at the end: standard output is for results.
+
+    Args:
+        what: see `ProgressDisplay`.
+        total: see `ProgressDisplay`.
+        prints_lines: whether a line is printed every 15 seconds where there is no terminal.
+    """
+    return ProgressDisplay(
+        what,
+        total,
+        console=Console(stderr=True),
+        transient=True,
+        redirects_output=True,
+        prints_ends=False,
+        prints_lines=prints_lines,
+    )

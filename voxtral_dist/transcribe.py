@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from voxtral_dist.evaluation.batch_decoder import load_prompts
 from voxtral_dist.files import encodable
 from voxtral_dist.output.console import one_line, say
 from voxtral_dist.output.counting import counted
+from voxtral_dist.progress import progress_of_command
 from voxtral_dist.transcription.question import Question
 from voxtral_dist.transcription.recordings import Recording, RecordingError, find_recordings
 from voxtral_dist.transcription.segmenter import Segmenter
@@ -103,13 +105,18 @@ def _transcribe_every_nth(
     transcriber = Transcriber.load(model_path, prompts, settings, options.precision, world)
     own = recordings[world.rank :: world.size]
     failures: list[UserError] = []
-    for recording, transcript in zip(own, transcriber.decode([one.path for one in own], segmenter), strict=True):
-        try:
-            _deliver(recording, transcript, files, options.prints_json)
-        except UserError as error:
-            failures.append(error)
-            if len(recordings) > 1:
-                say(f"voxtral-dist: {one_line(str(error))}", to_errors=True)
+    decoded = zip(own, transcriber.decode([one.path for one in own], segmenter), strict=True)
+    display = progress_of_command("transcribe", len(own), prints_lines=False)
+    # The first rank's recordings stand for those of the others.
+    with display if world.is_first else nullcontext():
+        for number, (recording, transcript) in enumerate(decoded, 1):
+            try:
+                _deliver(recording, transcript, files, options.prints_json)
+            except UserError as error:
+                failures.append(error)
+                if len(recordings) > 1:
+                    say(f"voxtral-dist: {one_line(str(error))}", to_errors=True)
+            display.show(number)
     return failures
 
 

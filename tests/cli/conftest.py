@@ -1,5 +1,6 @@
 """A command run in this process, and the files that commands take."""
 
+import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 import pytest
 import soundfile
 import yaml
+from rich.console import Console
+
+from voxtral_dist import progress
 
 from commands import Result, run_command
 from corpora import tone
@@ -46,3 +50,11 @@ def recipe(tmp_path, tiny_model, shard_folder) -> Path:
 def clip(tmp_path) -> Path:
     soundfile.write(tmp_path / "clip.wav", tone(0.5), 16_000)
     return tmp_path / "clip.wav"
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> io.StringIO:
+    """What a terminal shows of the progress of commands; without this fixture there is no terminal."""
+    shown = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=shown, force_terminal=True, width=100))
+    return shown

@@ -12,12 +12,14 @@ import soundfile
 from corpora import tone, write_lines
 
 
-def test_evaluate_detects_languages_and_takes_lists_of_words(run, tiny_model, shard_folder, tmp_path):
+def test_evaluate_detects_languages_and_takes_lists_of_words(run, tiny_model, shard_folder, tmp_path, terminal):
     (tmp_path / "words.txt").write_text("bottles\nGenève\nXiaomi\nSiobhan\n", encoding="utf-8")
     options = ["--words", tmp_path / "words.txt", "--distractors", "0", "2", "--detect-language"]
     steps = ["--target-text", "lower_case", "--normalizer", "none"]
     result = run("evaluate", tiny_model, shard_folder, "--out", tmp_path / "out", *options, *steps)
     assert (result.code, len(result.out.splitlines())) == (0, 3)
+    assert "evaluate speech-distractors-2 " in terminal.getvalue()
+    assert "/26" in terminal.getvalue()
     for name, size in (("speech", None), ("speech-distractors-0", 0), ("speech-distractors-2", 2)):
         score = json.loads((tmp_path / "out" / f"{name}.json").read_text())
         rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]

@@ -10,13 +10,14 @@ from voxtral_dist.config import recipes
 from voxtral_dist.estimate import fitting
 
 
-def test_the_recipes_of_a_card_are_listed(run, monkeypatch):
+def test_the_recipes_of_a_card_are_listed(run, monkeypatch, terminal):
     monkeypatch.setattr(fitting, "recipes", lambda: {"voxtral_mini_qlora": recipes()["voxtral_mini_qlora"]})
     listed = run("plan", "--gpu-memory", "12GB", "--json")
     (found,) = json.loads(listed.out)
     assert found["recipe"] == "voxtral_mini_qlora"
     assert (found["trains"], found["max_windows"], found["overrides"]) == ("LoRA beside 4 bits", 4, [])
     assert found["memory"]["fits"]
+    assert "plan: recipe 0/1" in terminal.getvalue()
     assert f"{found['memory']['device_bytes'] / 1e9:.1f} GB" in run("plan", "--gpu-memory", "12GB").out
 
 

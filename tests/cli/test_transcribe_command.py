@@ -26,12 +26,15 @@ from commands import PROGRAM
 from corpora import TINY_SHAPE, tone
 
 
-def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip):
+def test_transcribe_prints_each_clip_with_its_transcript(run, tiny_model, clip, terminal):
     result = run("transcribe", tiny_model, clip, clip, "--language", "en")
     assert result.code == 0
     # A model with random weights may say anything, but of one recording twice the same.
     first, second = result.out.split(f"{clip}\t")[1:]
     assert first == second
+    # The bar is for the terminal, and transcripts for standard output, which may be a file.
+    assert "transcribe 2/2" in terminal.getvalue()
+    assert str(clip) not in terminal.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from voxtral_dist.config import load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.folders import refuse_wrong_model
 from voxtral_dist.output.console import say
+from voxtral_dist.progress import progress_of_command
 
 if TYPE_CHECKING:
     from voxtral_dist.estimate.estimator import Machine
@@ -76,7 +77,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.config is not None:
         refuse_wrong_model(load_config(parsed.config, parsed.set).model.path)
     # These import torch.
-    from voxtral_dist.estimate.estimate import estimate_run
+    from voxtral_dist.estimate.estimate import STAGES, estimate_run
     from voxtral_dist.estimate.estimator import Machine
     from voxtral_dist.estimate.gpus import named_gpu
     from voxtral_dist.estimate.quantities import parse_bytes
@@ -101,7 +102,8 @@ def _plan(parsed: argparse.Namespace) -> int:
         return _print_fitting_recipes(machine, as_json=parsed.json)
     config = load_config(parsed.config, parsed.set)
     machine = replace(machine, peak_tflops=parsed.peak_tflops or config.metrics.peak_tflops)
-    estimate = estimate_run(config, machine)
+    with progress_of_command("plan", len(STAGES), prints_lines=False) as display:
+        estimate = estimate_run(config, machine, lambda place: display.show(place, STAGES[place]))
     if parsed.json:
         say(json.dumps(estimate.to_json(), indent=1))
     else:
@@ -112,7 +114,8 @@ def _plan(parsed: argparse.Namespace) -> int:
 def _print_fitting_recipes(machine: Machine, *, as_json: bool) -> int:
     from voxtral_dist.estimate.fitting import fitting_recipes, lines_of_fits
 
-    fits = fitting_recipes(machine)
+    with progress_of_command("plan: recipe", None, prints_lines=False) as display:
+        fits = fitting_recipes(machine, lambda done, total: display.show(done, total=total))
     if as_json:
         say(json.dumps([fit.to_json() for fit in fits], indent=1))
     else:

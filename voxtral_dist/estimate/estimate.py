@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -193,8 +193,17 @@ class Estimate:
         )
 
 
-def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
+# The parts of an estimate, in the order of their computation.
+STAGES = ("model and data", "memory", "time", "other shardings", "what to change")
+
+
+def estimate_run(config: RunConfig, machine: Machine, on_stage: Callable[[int], None] = lambda _: None) -> Estimate:
     """Estimate a run on a machine, within seconds and without the model's weights.
+
+    Args:
+        config: of the run.
+        machine: that the run is to start on.
+        on_stage: called with the place in `STAGES` of each part before it is computed.
 
     Raises:
         UserError: the model's config.json is missing, or the configuration is not usable.
@@ -206,14 +215,20 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
             "it, or name another --gpu."
         )
     sharding = configured_sharding(config.engine, machine.num_gpus)
+    on_stage(0)
     config, checkpointing = checkpointing_for(config, machine)
     estimator = Estimator(config, machine)
+    on_stage(1)
     largest = estimator.largest_shape(sharding)
     configured = estimator.estimate(sharding, largest)
     row = estimator.row(configured)
     ranks = machine.ranks_of_node
     counts = count_parameters(estimator.model)
+    on_stage(2)
     times = None if machine.gpu is None else estimate_times(estimator, sharding, machine.gpu)
+    on_stage(3)
+    table = [estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()]
+    on_stage(4)
     return Estimate(
         parameters={name: asdict(count) for name, count in counts.items()},
         parameter_lines=parameter_table(estimator.model),
@@ -226,7 +241,7 @@ def estimate_run(config: RunConfig, machine: Machine) -> Estimate:
         phases={phase.name: phase.device_bytes for phase in configured.phases},
         host_phases={phase.name: phase.host_bytes_of_node(ranks) for phase in configured.phases},
         decoding=_decoding(estimator, configured.gathers_weights),
-        table=[estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()],
+        table=table,
         changes=advise(estimator, sharding) if row.fits is False else [],
         times=times,
         costs=estimator.costs(None if times is None else times.configured.mfu),

@@ -77,15 +77,15 @@ class Fit:
         }
 
 
-def fitting_recipes(machine: Machine) -> list[Fit]:
+def fitting_recipes(machine: Machine, on_progress: Callable[[int, int], None] = lambda *_: None) -> list[Fit]:
     """Recipes of the published models on a machine: first those that fit, the fastest first.
 
     Where a recipe does not fit as it is, its micro-batches and decoded batches are halved until it does. The batch of a
     step stays that of the recipe, as long as every GPU has a micro-batch. Larger micro-batches than the recipe's are
     not tried: by the roofline they gain 1 to 2 %. Shards are not looked for: batches are the largest that the settings
-    allow.
+    allow. `on_progress` is called with the number of recipes looked at, and of all.
     """
-    found = list(_fits(machine))
+    found = list(_fits(machine, on_progress))
 
     def order(fit: Fit) -> tuple[bool, bool, float, float]:
         return not fit.row.fits, fit.clips_per_second is None, -(fit.clips_per_second or 0), fit.row.device_bytes
@@ -140,8 +140,9 @@ def _cells(fit: Fit) -> tuple[str, ...]:
     )
 
 
-def _fits(machine: Machine) -> Iterator[Fit]:
-    for name, path in recipes().items():
+def _fits(machine: Machine, on_progress: Callable[[int, int], None]) -> Iterator[Fit]:
+    for number, (name, path) in enumerate(recipes().items()):
+        on_progress(number, len(recipes()))
         config = load_config(path)
         if config.model.path not in PUBLISHED_MODELS:
             continue

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -33,6 +34,7 @@ from voxtral_dist.evaluation.test_set import Batch
 log = logging.getLogger(__name__)
 
 ReadBatch = Callable[[Batch], list[Example]]
+OnProgress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ def _never() -> bool:
     return False
 
 
+def _unseen(num_utterances: int) -> None:
+    """Do nothing: nobody looks at the progress."""
+
+
 def decode_batches(
     name: str,
     batches: Sequence[Batch],
@@ -61,6 +67,7 @@ def decode_batches(
     with_loss: bool,
     world: World,
     must_stop: Callable[[], bool] = _never,
+    on_progress: OnProgress = _unseen,
 ) -> Decoded:
     """Decode this rank's part of all batches; each batch is decoded by one rank. All ranks call it together.
 
@@ -72,6 +79,7 @@ def decode_batches(
         with_loss: whether to measure the loss of targets.
         world: all ranks.
         must_stop: whether this rank is asked to stop; it is asked before each batch.
+        on_progress: called with the number of utterances that all ranks have taken, whenever this rank takes some.
 
     Raises:
         EvaluationStoppedError: on all ranks, if one of them was asked to stop.
@@ -79,7 +87,7 @@ def decode_batches(
         ReadError: on all ranks, if a rank could not read a batch because the storage of its shards fails.
         RankError: on a rank that could not decode a batch in lockstep.
     """
-    part = _RankDecoder(name, batches, read, decoder, with_loss, world, must_stop)
+    part = _RankDecoder(name, batches, read, decoder, with_loss, world, must_stop, on_progress)
     # The time of decoding excludes waiting for ranks that still load.
     wait_for_all(world)
     arrive = PatientSum(world)
@@ -118,10 +126,12 @@ class _RankDecoder:
         with_loss: bool,
         world: World,
         must_stop: Callable[[], bool],
+        on_progress: OnProgress,
     ) -> None:
         # Whether this rank was asked to stop before all batches were taken.
         self.is_stopped = False
         self._must_stop = must_stop
+        self._on_progress = on_progress
         self.pairs: list[tuple[Example, Hypothesis]] = []
         self.loss_sum = 0.0
         self.num_target_tokens = 0
@@ -152,7 +162,8 @@ class _RankDecoder:
         is_continuous = self._decoder.is_continuous
         tasks = [group for batch in self._batches for group in groups_of(batch)] if is_continuous else self._batches
         queue = TaskQueue(len(tasks), self._world)
-        taken = (tasks[number] for number in self._until_stopped(queue))
+        num_before = _numbers_before(tasks)
+        taken = (self._taken(tasks[number], num_before[number]) for number in self._until_stopped(queue))
         try:
             if is_continuous:
                 for decoded in self._decoder.stream(self._read_ahead(taken), with_loss=self._with_loss):
@@ -165,6 +176,10 @@ class _RankDecoder:
         except Exception:
             queue.stop()
             raise
+
+    def _taken(self, task: Batch, num_before: int) -> Batch:
+        self._on_progress(num_before)
+        return task
 
     def _until_stopped(self, queue: TaskQueue) -> Iterator[int]:
         """The numbers of the queue; once this rank is asked to stop, no rank gets another one."""
@@ -188,7 +203,9 @@ class _RankDecoder:
 
     def _decode_in_lockstep(self) -> None:
         """Decode in rounds of one batch per rank; a rank without a batch decodes silence."""
+        num_before = _numbers_before(self._batches)
         for first in range(0, len(self._batches), self._world.size):
+            self._on_progress(num_before[first])
             examples, most_windows = self._read_together(self._batches[first : first + self._world.size])
             batch = examples or [self._decoder.silence]
             advance([example.key for example in examples])
@@ -230,6 +247,11 @@ class _RankDecoder:
         self.pairs += decoded.pairs
         self.loss_sum += decoded.loss_sum
         self.num_target_tokens += decoded.num_target_tokens
+
+
+def _numbers_before(batches: Sequence[Batch]) -> list[int]:
+    """Number of utterances before each batch, and of all."""
+    return [0, *accumulate(map(len, batches))]
 
 
 def _refuse_if_any_failed(name: str, failure: Exception | None, world: World) -> None:

@@ -31,8 +31,11 @@ def evaluate_test_set(
     out_dir: Path,
     world: World,
     must_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> TestSetResult:
     """Decode every utterance once over all ranks and write the results; every rank gets the result.
+
+    `must_stop` and `on_progress` are those of `decode_batches`.
 
     Raises:
         EvaluationStoppedError: `must_stop` was true on a rank before one of its batches; nothing is written.
@@ -45,7 +48,7 @@ def evaluate_test_set(
         # The steps of target text apply to transcripts only.
         normalizer = replace(normalizer, target_text=())
     decoded = decode_batches(
-        test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world, must_stop
+        test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world, must_stop, on_progress
     )
     measured = _over_ranks(decoded, world)
     mine = [score_utterance(_utterance(test_set, *pair), normalizer, test_set.words) for pair in decoded.pairs]

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import soundfile
-from rich.console import Console
 
 from voxtral_dist.config import MIN_NEW_TOKENS, EvaluationConfig, TextStep
 from voxtral_dist.data.examples.bad_utterance import UtteranceError
@@ -28,7 +27,7 @@ from voxtral_dist.errors import RankError, UserError
 from voxtral_dist.files import refuse_unwritable, write_errors_named
 from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import masked
-from voxtral_dist.progress import ProgressDisplay
+from voxtral_dist.progress import progress_of_command
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer, normalizer
 from voxtral_dist.scoring.result_files import refuse_to_replace_others, result_files, write_results
@@ -162,9 +161,7 @@ class _Transcription:
         self._options = options
         durations = test_set.index.duration_seconds
         self._waiting = iter((-durations).argsort(kind="stable").tolist())
-        self._progress = ProgressDisplay(
-            f"evaluate {test_set.name}", len(test_set.index), console=Console(stderr=True), prints_ends=False
-        )
+        self._progress = progress_of_command(f"evaluate {test_set.name}", len(test_set.index))
 
     async def run(self, kept: KeptTranscripts) -> None:
         with self._progress:
