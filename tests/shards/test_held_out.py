@@ -144,3 +144,13 @@ def test_tars_that_are_packed_stay(tmp_path):
     with pytest.raises(UserError, match="is to be packed"):
         remove_set(tmp_path, [f"{tmp_path}/a-000000.tar"])
     assert (tmp_path / "a-000000.tar").exists()
+
+
+def test_another_seed_draws_others_and_is_another_division(tmp_path):
+    rows = [{"speaker": f"s{n % 40}"} for n in range(400)]
+    default, same, other = (divided(tmp_path, rows, 0.1, "speaker", None, *seed) for seed in ((), (0,), (7,)))
+    drawn = [{line.extra["speaker"] for line in utterances(one.dev)} for one in (default, same, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == len(drawn[2]) == 4
+    assert default.dev.identity == same.dev.identity != other.dev.identity
+    assert build_parser().parse_args(["shards", "pack", "a", "b", "--dev", "5%", "--dev-seed", "7"]).dev_seed == 7

@@ -3,7 +3,8 @@
 import pytest
 
 from voxtral_dist import Question, UserError
-from voxtral_dist.text.languages import LANGUAGE_CODES, language_code
+from voxtral_dist.shards.corpus.fields import checked_language
+from voxtral_dist.text.languages import LANGUAGE_CODES, _warn_once, language_code
 
 # The names of FLEURS and of Whisper's tokenizer for languages that have a code of two letters.
 NAMES = {
@@ -28,6 +29,17 @@ LOCALES = {
 def test_a_language_is_known_by_name_and_locale(written, code):
     assert language_code(written) == code
     assert Question(written).language == code
+
+
+def test_a_language_that_shares_a_code_is_said_once(caplog):
+    _warn_once.cache_clear()
+    for written in ("yue", "Cantonese", "yue_hant_hk", "zh", "cmn", "Mandarin Chinese", None):
+        assert checked_language(written) == (written and "zh")
+    assert Question("Cantonese").language == "zh"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("Cantonese is labelled `zh`: prompts name a language by two letters")
+    assert checked_language("wuu") == "zh"
+    assert caplog.records[-1].getMessage().startswith("Wu Chinese is labelled `zh`")
 
 
 def test_every_code_is_its_own():

@@ -132,10 +132,22 @@ def _add_index(actions: Commands[argparse.ArgumentParser]) -> None:
 def _add_inspect(actions: Commands[argparse.ArgumentParser]) -> None:
     inspect = actions.add_parser(
         "inspect",
-        help="print sizes, languages and histograms of shard sets",
-        epilog=examples("voxtral-dist shards inspect shards/data/train shards/data/dev"),
+        help="print sizes, languages, histograms, vocabulary, speaking rates and duplicates of shard sets",
+        description="Print what the indexes of shard sets tell, at once. Then read all their texts and audio: print "
+        "words, characters and speaking rates, the utterances that are far from the others, those with the same text "
+        "or the same audio, and the audio that several sets share.",
+        epilog=examples(
+            "voxtral-dist shards inspect shards/data/train shards/data/dev",
+            "voxtral-dist shards inspect 's3://bucket/speech' --no-contents",
+        ),
     )
     inspect.add_argument("folders", nargs="+", help="shard sets with an index")
+    inspect.add_argument(
+        "--contents",
+        action=argparse.BooleanOptionalAction,
+        help="read texts and audio, or only the index (default: read those of local sets)",
+    )
+    _add_workers(inspect)
     inspect.set_defaults(run=_inspect)
 
 
@@ -200,6 +212,9 @@ def _add_held_out(parser: argparse.ArgumentParser) -> None:
         help="what is held out as a whole (default: speakers where all utterances have one, else recordings)",
     )
     parser.add_argument("--speaker-field", metavar="NAME", help="for --dev: column with the speaker")
+    parser.add_argument(
+        "--dev-seed", type=count, metavar="N", help="for --dev: draw others with another seed (default: 0)"
+    )
 
 
 def _add_text_limit(parser: argparse.ArgumentParser) -> None:
@@ -283,12 +298,19 @@ def _held_out(parsed: argparse.Namespace) -> HeldOut | None:
     from voxtral_dist.shards.corpus.held_out import HeldOut
 
     if parsed.dev is None:
-        if parsed.dev_by is not None or parsed.speaker_field is not None:
-            raise UserError("`--dev-by` and `--speaker-field` say how --dev divides a corpus: pass it, or omit them.")
+        if any(value is not None for value in (parsed.dev_by, parsed.speaker_field, parsed.dev_seed)):
+            raise UserError(
+                "`--dev-by`, `--speaker-field` and `--dev-seed` say how --dev divides a corpus: pass it, or omit them."
+            )
         return None
     if parsed.dev_by == "utterance" and parsed.speaker_field is not None:
         raise UserError("`--dev-by utterance` and `--speaker-field` exclude each other: pass one of them.")
-    return HeldOut(parsed.dev, "speaker" if parsed.speaker_field is not None else parsed.dev_by, parsed.speaker_field)
+    return HeldOut(
+        parsed.dev,
+        "speaker" if parsed.speaker_field is not None else parsed.dev_by,
+        parsed.speaker_field,
+        parsed.dev_seed or 0,
+    )
 
 
 def _corpus_options(parsed: argparse.Namespace) -> CorpusOptions:
@@ -325,7 +347,7 @@ def _index(parsed: argparse.Namespace) -> int:
 def _inspect(parsed: argparse.Namespace) -> int:
     from voxtral_dist.shards.actions import inspect_shards
 
-    return inspect_shards(parsed.folders)
+    return inspect_shards(parsed.folders, parsed.workers, parsed.contents)
 
 
 def _verify(parsed: argparse.Namespace) -> int:

@@ -10,16 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.layout import UtteranceLayout
-from voxtral_dist.data.stored.storage import Storage, join
+from voxtral_dist.data.stored.storage import Storage, is_remote, join
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import one_line, say
 from voxtral_dist.output.counting import counted
 from voxtral_dist.output.masking import masked
-from voxtral_dist.progress import ProgressDisplay
+from voxtral_dist.progress import progress_of_command
+from voxtral_dist.shards.content_tables import print_contents
+from voxtral_dist.shards.contents import SetContents, read_contents
 from voxtral_dist.shards.corpus.corpus import Corpus, open_corpus
 from voxtral_dist.shards.corpus.held_out import HeldOut, divide
 from voxtral_dist.shards.corpus.options import CorpusOptions
@@ -89,7 +89,7 @@ def _pack_part(corpus: Corpus, out: Path | str, options: PackOptions, overwrite:
         remove_set(out, corpus.identity.get("tars", ()), options.part)
     part = "" if options.part is None else f" part {options.part}"
     try:
-        with _progress(f"pack {masked(str(out))}{part}", corpus.num_lines) as display:
+        with progress_of_command(f"pack {masked(str(out))}{part}", corpus.num_lines) as display:
             summary = pack(corpus, out, options, lambda at: display.show(at.num_lines, f"{at.num_skipped} skipped"))
     except KeyboardInterrupt as error:
         finished = (
@@ -106,6 +106,7 @@ def merge_shards(out: Path | str) -> int:
     """`shards merge`: make one set of the parts in a folder; print what it holds and what was skipped."""
     for folder, summary in merge(out).items():
         say("\n".join(map(one_line, [f"{folder}:", *summary.lines()])))
+        _warn_of_unknown_languages(summary)
     return 0
 
 
@@ -113,7 +114,7 @@ def index_shards(
     pattern: str, out_dir: Path | None, layout: UtteranceLayout, max_chars_per_second: float, num_workers: int
 ) -> int:
     """`shards index`: write the index of tars made by other tools; print what they hold and what was skipped."""
-    with _progress(f"index {pattern}: shard", None) as display:
+    with progress_of_command(f"index {pattern}: shard", None) as display:
         summary = index_tars(
             pattern,
             out_dir,
@@ -138,9 +139,23 @@ def _warn_of_unknown_languages(summary: SetSummary) -> None:
         )
 
 
-def inspect_shards(folders: Sequence[str]) -> int:
-    """`shards inspect`: print sizes, languages, and histograms of durations and of characters per second."""
+def inspect_shards(folders: Sequence[str], num_workers: int, reads_contents: bool | None) -> int:
+    """`shards inspect`: print what indexes tell, then statistics of texts and audio, and duplicates.
+
+    Args:
+        folders: shard sets.
+        num_workers: processes that read texts and audio.
+        reads_contents: whether to read them; None reads those of local sets.
+    """
     print_summaries({folder: summarize(read_index([folder])) for folder in folders})
+    chosen = [folder for folder in folders if reads_contents or (reads_contents is None and not is_remote(folder))]
+    if reads_contents is None and len(chosen) < len(folders):
+        say("Texts and audio of remote sets are not read without `--contents`.")
+    contents: dict[str, SetContents] = {}
+    for folder in chosen:
+        with progress_of_command(f"inspect {folder}", len(read_index([folder]))) as display:
+            contents[folder] = read_contents(folder, num_workers, display.show)
+    print_contents(contents)
     return 0
 
 
@@ -175,7 +190,7 @@ def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenUtteranc
     """The number of utterances of a set, and the broken ones, each printed when it is found."""
     num_utterances = len(read_index([folder]))
     broken: list[BrokenUtterance] = []
-    with _progress(f"verify {folder}", num_utterances) as display:
+    with progress_of_command(f"verify {folder}", num_utterances) as display:
         for run in verify(folder, num_workers):
             for found in run.broken:
                 say(one_line(f"{folder}: {found.shard}: {found.key}: {found.cause}: {found.reason}"))
@@ -187,13 +202,6 @@ def _verify_one(folder: str, num_workers: int) -> tuple[int, list[BrokenUtteranc
 def _by_cause(broken: Sequence[BrokenUtterance]) -> str:
     counts = Counter(str(found.cause) for found in broken).most_common()
     return f": {', '.join(f'{count} {cause}' for cause, count in counts)}" if counts else ""
-
-
-def _progress(what: str, total: int | None) -> ProgressDisplay:
-    """A display on the error stream: standard output is for results."""
-    return ProgressDisplay(
-        what, total, console=Console(stderr=True), transient=True, redirects_output=True, prints_ends=False
-    )
 
 
 def _write_broken(path: Path, num_utterances: int, broken: dict[str, list[BrokenUtterance]]) -> None:

@@ -1,4 +1,4 @@
-"""Tables of what shard sets hold."""
+"""Tables of what shard sets hold, by their indexes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from voxtral_dist.shards.summary import DURATION_EDGES_SECONDS, RATE_EDGES, SetS
 
 def print_summaries(summaries: Mapping[str, SetSummary]) -> None:
     """Print a table of all sets, then languages and histograms of each."""
-    # Without a terminal, wide enough that no name is cut.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = table_console()
     console.print(_sets_table(summaries))
     for folder, summary in summaries.items():
         say(f"{folder}: {counted(summary.num_utterances, 'utterance')}, {hours(summary.duration_seconds)}")
@@ -57,3 +56,9 @@ def _histograms(summary: SetSummary) -> Iterator[str]:
     yield from histogram_lines(DURATION_EDGES_SECONDS, summary.duration_counts)
     yield "characters per second:"
     yield from histogram_lines(RATE_EDGES, summary.rate_counts)
+
+
+def table_console() -> Console:
+    """A console for tables on standard output."""
+    # Without a terminal, wide enough that no name is cut.
+    return Console() if sys.stdout.isatty() else Console(width=200)

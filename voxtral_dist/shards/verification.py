@@ -21,7 +21,8 @@ from voxtral_dist.shards.measures import SAMPLING_RATE, UtteranceSpan, index_rec
 from voxtral_dist.shards.tars.scan import parse_span
 from voxtral_dist.shards.workers import ordered_map
 
-_RUN_LENGTH = 64
+# Neighbouring utterances that a worker takes together.
+RUN_LENGTH = 64
 # The limit was chosen when the set was packed.
 _MAX_CHARS_PER_SECOND = math.inf
 
@@ -51,21 +52,22 @@ def verify(folder: str, num_workers: int) -> Iterator[CheckedRun]:
         UserError: the folder holds no readable set, or its index is damaged.
         ReadError: a whole shard cannot be read, or the storage fails.
     """
-    starts = range(0, len(ShardIndex(read_sets([folder], Storage(), anew=True))), _RUN_LENGTH)
+    starts = range(0, len(ShardIndex(read_sets([folder], Storage(), anew=True))), RUN_LENGTH)
     return ordered_map(partial(check_run, folder=folder), starts, num_workers, batch_size=1)
 
 
 def check_run(first_id: int, folder: str) -> CheckedRun:
     """Check some neighbouring utterances, from `first_id` on."""
-    index, storage = _opened(folder)
-    ids = range(first_id, min(first_id + _RUN_LENGTH, len(index)))
+    index, storage = opened(folder)
+    ids = range(first_id, min(first_id + RUN_LENGTH, len(index)))
     storage.prefetch(index.span(utterance_id) for utterance_id in ids)
     broken = [found for utterance_id in ids if (found := _check(utterance_id, index, storage)) is not None]
     return CheckedRun(ids[-1], tuple(broken))
 
 
 @lru_cache(maxsize=4)
-def _opened(folder: str) -> tuple[ShardIndex, Storage]:
+def opened(folder: str) -> tuple[ShardIndex, Storage]:
+    """The index of a set and what reads it, which a worker opens once."""
     storage = Storage()
     return read_index([folder], storage), storage
 

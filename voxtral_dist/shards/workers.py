@@ -28,6 +28,7 @@ _PRELOADED = [
     "voxtral_dist.shards.packed_utterance",
     "voxtral_dist.shards.indexing",
     "voxtral_dist.shards.verification",
+    "voxtral_dist.shards.contents",
 ]
 
 

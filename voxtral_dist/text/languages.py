@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import unicodedata
 from functools import cache, lru_cache
@@ -11,6 +12,8 @@ from typing import Any
 import pycountry
 from pydantic import TypeAdapter, ValidationError
 from pydantic_extra_types.language_code import LanguageAlpha2
+
+log = logging.getLogger(__name__)
 
 _LOCALE = re.compile(r"([A-Za-z]{2,3})(?:[-_.@][A-Za-z0-9].*)?$")
 _PARENTHESES = re.compile(r"\s*\([^)]*\)\s*")
@@ -73,6 +76,13 @@ _OTHER_NAMES = {
     "yi": "ji, ydd",
     "zh": "mandarin, mandarin chinese, cantonese, cantonese chinese, cmn, yue, wuu, nan, hak, cn",
 }
+# Languages that are not understood by speakers of the one whose code they get, by codes of three letters and names.
+_OTHER_LANGUAGES = {
+    **dict.fromkeys(("yue", "cantonese", "cantonese chinese"), "Cantonese"),
+    "wuu": "Wu Chinese",
+    "nan": "Min Nan Chinese",
+    "hak": "Hakka Chinese",
+}
 # Words before the name of a language that say where or how it is spoken or written.
 _QUALIFIERS = frozenset(
     {
@@ -119,6 +129,30 @@ def language_code(value: Any) -> str | None:
     if code is None:
         raise ValueError(f"has the language {value!r}, which is not an ISO 639-1 code such as 'en'{_suggestion(value)}")
     return code
+
+
+def warn_of_shared_code(value: Any) -> None:
+    """Warn, once, of a language that gets the code of another one, which its speakers do not understand."""
+    if isinstance(value, str) and (name := _language_without_code(value)) is not None:
+        _warn_once(name, language_code(value) or "")
+
+
+@lru_cache(maxsize=4096)
+def _language_without_code(text: str) -> str | None:
+    first = _LOCALE.match(text.strip())
+    return _OTHER_LANGUAGES.get(_plain(text)) or (_OTHER_LANGUAGES.get(first[1].lower()) if first else None)
+
+
+@cache
+def _warn_once(name: str, code: str) -> None:
+    log.warning(
+        "%s is labelled `%s`: prompts name a language by two letters, and %s has none of its own, so the model is told "
+        "the same as for other languages of this code. If both are in the data, keep them in sets of their own: each "
+        "then has results of its own.",
+        name,
+        code,
+        name,
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from voxtral_dist.data.examples.prompting import context_text
 from voxtral_dist.errors import UserError
-from voxtral_dist.text.languages import language_code
+from voxtral_dist.text.languages import language_code, warn_of_shared_code
 from voxtral_dist.text.word_list import WordList
 
 
@@ -35,6 +35,7 @@ class Question:
     instruction: str | None = None
 
     def __post_init__(self) -> None:
+        warn_of_shared_code(self.language)
         try:
             object.__setattr__(self, "language", language_code(self.language))
         except ValueError as error:

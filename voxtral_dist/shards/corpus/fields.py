@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from voxtral_dist.data.stored.checks import Cause, UnusableError
-from voxtral_dist.text.languages import language_code
+from voxtral_dist.text.languages import language_code, warn_of_shared_code
 
 # Three years: products with a sampling rate stay exact.
 _MAX_SECONDS = 1e8
@@ -84,6 +84,7 @@ def checked_language(value: Any) -> str | None:
         UnusableError: the language is unknown.
     """
     try:
+        warn_of_shared_code(value)
         return language_code(value)
     except ValueError as error:
         raise UnusableError(Cause.UNKNOWN_LANGUAGE, str(error)) from error

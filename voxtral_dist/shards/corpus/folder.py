@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +18,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 from voxtral_dist.shards.corpus.importer import CorpusContents, Importer, suffix_of
 from voxtral_dist.shards.corpus.options import CorpusOptions
+from voxtral_dist.shards.corpus.other_files import ABOUT, conversion, kinds_of, namesake, other_files
 from voxtral_dist.shards.corpus.suffixes import AUDIO_FILE_SUFFIXES
 from voxtral_dist.shards.corpus.utterances import Line, Refusal, Utterance, key_of
 
@@ -28,9 +31,9 @@ _CHAPTER_SUFFIX = ".trans.txt"
 _TIMIT_TIMES = re.compile(r"\d+\s+\d+\s+")
 _TIMIT_SUFFIXES = (".phn", ".wrd")
 _TABLES = (".tsv", ".csv", ".jsonl", ".json")
-# Texts that describe a corpus.
-_ABOUT = re.compile(r"(read.?me|licen[cs]e|copying|changelog|notice|version|requirements)", re.IGNORECASE)
 _NUM_NAMED = 5
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class FolderFiles:
         """Whether a text is one of several of an audio file, or about the corpus."""
         stem = lower.removesuffix(".txt").removesuffix(".original").removesuffix(".normalized")
         has_audio = any(f"{stem}{suffix}" in self.names[folder] for suffix in AUDIO_FILE_SUFFIXES)
-        return has_audio or lower.endswith(_CHAPTER_SUFFIX) or _ABOUT.match(lower) is not None
+        return has_audio or lower.endswith(_CHAPTER_SUFFIX) or ABOUT.match(lower) is not None
 
     def _text_of(self, path: Path) -> Path | None:
         names = self.names[path.parent]
@@ -85,15 +88,51 @@ def folder_files(folder: Path) -> FolderFiles:
         raise UserError(f"The folder {folder} does not exist: give a folder with audio files and their texts.")
     audio: list[Path] = []
     names: dict[Path, Mapping[str, str]] = {}
-    for root, folders, files in os.walk(folder):
+    entered = {os.path.realpath(folder)}
+    for root, folders, files in os.walk(folder, onerror=_refuse_unreadable, followlinks=True):
         # A Mac leaves `._NAME` beside each file that it copies, and `__MACOSX` in archives.
-        folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
+        inside = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        # A link may lead to a folder above it.
+        folders[:] = [name for name in inside if _enter(Path(root) / name, entered)]
         shown = [name for name in files if not name.startswith(".")]
         names[Path(root)] = {name.lower(): name for name in shown}
         audio += [path for name in shown if _is_audio(path := Path(root) / name)]
     if not audio:
-        raise UserError(f"The folder {folder} holds no audio files, no tars and no dataset: correct the path.")
+        raise UserError(_without_audio(folder, other_files(names)))
     return FolderFiles(folder, sorted(audio, key=lambda path: path.as_posix()), names)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """Refuse a folder inside that cannot be read: its utterances would be missing without a word."""
+    raise UserError(f"The folder {error.filename} cannot be read: {error.strerror}.") from error
+
+
+def _enter(folder: Path, entered: set[str]) -> bool:
+    """Whether a folder is not in `entered` yet; it is then."""
+    real = os.path.realpath(folder)
+    is_new = real not in entered
+    entered.add(real)
+    return is_new
+
+
+def _without_audio(folder: Path, others: Sequence[Path]) -> str:
+    what = f"The folder {folder} holds no audio files, no tars and no dataset"
+    if not others:
+        return f"{what}: correct the path."
+    return f"{what}, only {kinds_of(others)}, such as {others[0]}. {conversion(others[0].name)}"
+
+
+def _warn_of_other_files(files: FolderFiles) -> None:
+    others = other_files(files.names)
+    if others:
+        log.warning(
+            "%d files in %s are not read, because they have no suffix of audio or texts: %s, such as %s. %s",
+            len(others),
+            files.folder,
+            kinds_of(others),
+            others[0].relative_to(files.folder),
+            conversion(others[0].name),
+        )
 
 
 def read_folder(files: FolderFiles) -> Iterator[Line]:
@@ -110,11 +149,15 @@ def read_folder(files: FolderFiles) -> Iterator[Line]:
             yield _read_audio_file(path, key, files)
     for path in files.lonely_texts():
         key = key_of(path.relative_to(files.folder).as_posix())
-        yield Refusal(str(path), key, Cause.NO_AUDIO, "there is no audio beside this text")
+        reason = "there is no audio beside this text"
+        if (other := namesake(path, files.names[path.parent].values())) is not None:
+            reason += f", only {other}. {conversion(other)}".rstrip(".")
+        yield Refusal(str(path), key, Cause.NO_AUDIO, reason)
 
 
 def _is_audio(path: Path) -> bool:
-    return path.suffix.lower() in AUDIO_FILE_SUFFIXES and path.is_file()
+    """Whether a file has a suffix of audio; a dangling link counts, so that it is refused by name."""
+    return path.suffix.lower() in AUDIO_FILE_SUFFIXES
 
 
 def _chapter_texts(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
@@ -147,6 +190,7 @@ def _read_audio_file(path: Path, key: str, files: FolderFiles) -> Line:
 
 def _open(source: str, options: CorpusOptions) -> CorpusContents:
     files = folder_files(Path(source).expanduser())
+    _warn_of_other_files(files)
     has_chapters = any(lower.endswith(_CHAPTER_SUFFIX) for names in files.names.values() for lower in names)
     if not files.texts and not has_chapters:
         _refuse_tables(files)
@@ -155,8 +199,15 @@ def _open(source: str, options: CorpusOptions) -> CorpusContents:
 
 
 def _digest(paths: Iterable[Path], folder: Path) -> str:
-    listing = "\n".join(f"{path.relative_to(folder).as_posix()}\t{path.stat().st_size}" for path in paths)
+    listing = "\n".join(f"{path.relative_to(folder).as_posix()}\t{_size(path)}" for path in paths)
     return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    """The size of a file; None for a dangling link."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_size
+    return None
 
 
 def _refuse_tables(files: FolderFiles) -> None:

@@ -22,12 +22,19 @@ class HeldOut:
     """What is held out.
 
     fraction: of the utterances. by: None takes speakers where all utterances have one, else recordings.
-    speaker_field: column of the speaker; None tries the usual ones.
+    speaker_field: column of the speaker; None tries the usual ones. seed: another one draws other groups.
     """
 
     fraction: float
     by: HeldOutBy | None = None
     speaker_field: str | None = None
+    seed: int = 0
+
+    def digest(self, group: str) -> int:
+        """What decides whether a group is drawn: those with the smallest digests are."""
+        # Without a key, the digests of the default seed are those of earlier versions, whose packings resume.
+        key = str(self.seed).encode()[:64] if self.seed else b""
+        return int.from_bytes(blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest(), "big")
 
     @property
     def speaker_fields(self) -> tuple[str, ...]:
@@ -63,7 +70,7 @@ def divide(corpus: Corpus, held_out: HeldOut) -> Division:
         )
 
     def is_dev(line: Line) -> bool:
-        return isinstance(line, Utterance) and _digest(group_of(line, held_out)) in chosen
+        return isinstance(line, Utterance) and held_out.digest(group_of(line, held_out)) in chosen
 
     sentence = f"dev: {sum(counts[group] for group in chosen)} of {counted(counts.total(), 'utterance')}"
     if group_of is not _utterance:
@@ -73,7 +80,14 @@ def divide(corpus: Corpus, held_out: HeldOut) -> Division:
 
 
 def _part(corpus: Corpus, name: str, held_out: HeldOut, keeps: Callable[[Line], bool]) -> Corpus:
-    part = {"part": name, "fraction": held_out.fraction, "by": held_out.by, "fields": list(held_out.speaker_fields)}
+    part: dict[str, object] = {
+        "part": name,
+        "fraction": held_out.fraction,
+        "by": held_out.by,
+        "fields": list(held_out.speaker_fields),
+    }
+    if held_out.seed:
+        part["seed"] = held_out.seed
     return replace(corpus, identity=corpus.identity | part, keeps=keeps)
 
 
@@ -88,7 +102,7 @@ def _counted(corpus: Corpus, held_out: HeldOut) -> tuple[_Grouping, Counter[int]
         if _speaker in groupings and not _speaker(line, held_out):
             without_speaker = without_speaker or line
         for grouping in groupings:
-            counts[grouping][_digest(grouping(line, held_out))] += 1
+            counts[grouping][held_out.digest(grouping(line, held_out))] += 1
     if held_out.by == "speaker" and without_speaker is not None:
         raise UserError(
             f"{without_speaker.place}: the utterance {without_speaker.key} has no speaker: it needs one of the fields "
@@ -125,7 +139,3 @@ def _utterance(line: Utterance, held_out: HeldOut) -> str:
 
 _Grouping = Callable[[Utterance, HeldOut], str]
 _NAMES: dict[_Grouping, str] = {_speaker: "speakers", _recording: "recordings", _utterance: "utterances"}
-
-
-def _digest(group: str) -> int:
-    return int.from_bytes(blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
