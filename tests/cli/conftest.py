@@ -56,5 +56,7 @@ def clip(tmp_path) -> Path:
 def terminal(monkeypatch) -> io.StringIO:
     """What a terminal shows of the progress of commands; without this fixture there is no terminal."""
     shown = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=shown, force_terminal=True, width=100))
+    monkeypatch.setattr(
+        progress, "Console", lambda **_: Console(file=shown, force_terminal=True, color_system=None, width=100)
+    )
     return shown
