@@ -103,16 +103,16 @@ def test_the_command_prints_all_of_it(folder, capsys, tmp_path):
     result = run_command(capsys, "shards", "inspect", folder, other, "--workers", 1)
     assert (result.code, result.err) == (0, "")
     for line in (
-        "1 utterances are spoken much faster or slower than others of their language:",
+        "much faster or slower than others of their language: 1 utterance\n",
         "same text: 4 utterances share 2",
         "  2 times: say Word12, now!",
-        "same audio: 2 utterances share 1; 1 of these clips have different texts",
+        "same audio: 2 utterances share 1, 1 of them with different texts\n",
         "  #7 7 = #9 7-2",
         "most frequent words (en): say 22, now 22, ",
     ):
         assert result.out.count(line) == 2, line
     assert "  #5 5  40.0 characters/s (median 14.0)  So fast that nobody could ever follow it" in result.out
-    assert f"27 utterances of {other} have audio that is in {folder} too: #0 = #0, " in result.out
+    assert f"27 utterances of {other} with audio of {folder}: #0 = #0, " in result.out
     assert "and 17 more" in result.out
 
 
@@ -127,5 +127,5 @@ def test_without_contents_only_the_index_is_read(folder, capsys, tmp_path):
     assert "same audio" not in result.out
     read = run_command(capsys, "shards", "inspect", broken, "--workers", 1)
     assert read.code == 0
-    assert "1 utterances are not counted above; `shards verify` lists them. The first:\n  #0 " in read.out
+    assert "not counted above: 1 unreadable utterance; `shards verify` lists all\n  #0 has other bytes" in read.out
     assert build_parser().parse_args(["shards", "inspect", "a"]).contents is None

@@ -11,6 +11,7 @@ from rich.text import Text
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.console import one_line, printable, say
+from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.content_statistics import LanguageStatistics, Quantiles, language_statistics, outliers
 from voxtral_dist.shards.contents import SetContents
 from voxtral_dist.shards.duplicates import Duplicates, duplicates, num_with_other_texts, shared_audio
@@ -40,9 +41,7 @@ def print_contents(sets: Mapping[str, SetContents]) -> None:
     for shared in shared_audio(sets, _NUM_NAMED):
         named = ", ".join(f"#{one} = #{other}" for one, other in shared.pairs)
         more = shared.num_utterances - len(shared.pairs)
-        said = (
-            f"{shared.num_utterances} utterances of {shared.second} have audio that is in {shared.first} too: {named}"
-        )
+        said = f"{counted(shared.num_utterances, 'utterance')} of {shared.second} with audio of {shared.first}: {named}"
         say(one_line(f"{said} and {more} more" if more else said))
 
 
@@ -99,7 +98,7 @@ def _visible(text: str) -> str:
 def _outlier_lines(contents: SetContents) -> Iterator[str]:
     found = outliers(contents)
     if found:
-        yield f"{len(found)} utterances are spoken much faster or slower than others of their language:"
+        yield f"much faster or slower than others of their language: {counted(len(found), 'utterance')}"
     for one in found[:_NUM_NAMED]:
         rate = f"{one.rate:.1f} characters/s (median {one.median:.1f})"
         yield f"  {_named(contents, one.utterance_id)}  {rate}  {_text(contents, one.utterance_id)}"
@@ -113,7 +112,7 @@ def _duplicate_lines(contents: SetContents) -> Iterator[str]:
     yield from (f"  {len(ids)} times: {_text(contents, ids[0])}" for ids in texts.largest)
     audio = duplicates(contents.audio_digests, _NUM_NAMED)
     others = num_with_other_texts(contents) if audio.num_contents else 0
-    yield f"same audio: {_extent(audio)}" + (f"; {others} of these clips have different texts" if others else "")
+    yield f"same audio: {_extent(audio)}" + (f", {others} of them with different texts" if others else "")
     for ids in audio.largest:
         named = " = ".join(_named(contents, one) for one in ids[:_NUM_NAMED])
         more = len(ids) - _NUM_NAMED
@@ -123,13 +122,13 @@ def _duplicate_lines(contents: SetContents) -> Iterator[str]:
 def _extent(found: Duplicates) -> str:
     if not found.num_contents:
         return "none"
-    return f"{found.num_utterances} utterances share {found.num_contents}"
+    return f"{counted(found.num_utterances, 'utterance')} share {found.num_contents}"
 
 
 def _unreadable_lines(contents: SetContents) -> Iterator[str]:
     unreadable = contents.unreadable
     if unreadable:
-        yield f"{len(unreadable)} utterances are not counted above; `shards verify` lists them. The first:"
+        yield f"not counted above: {counted(len(unreadable), 'unreadable utterance')}; `shards verify` lists all"
         yield from (f"  #{number} {reason}" for number, reason in list(unreadable.items())[:_NUM_NAMED])
 
 
