@@ -33,7 +33,7 @@ from voxtral_dist.engine.zero.extensions import (
     old_locks,
     refuse_without_nvme_support,
 )
-from voxtral_dist.errors import SharedError, UserError
+from voxtral_dist.errors import UserError
 from voxtral_dist.model.precision import refuse_without_bfloat16
 from voxtral_dist.output.console import say
 from voxtral_dist.output.counting import counted
@@ -144,7 +144,7 @@ def _speeds(config: RunConfig, num_bytes: int) -> Iterator[tuple[str, Speed]]:
 def _unshared(config: RunConfig, world: World) -> Iterator[Problem]:
     try:
         refuse_unshared(config.run_dir, world)
-    except SharedError as error:
+    except UserError as error:
         yield Problem(None, str(error))
 
 

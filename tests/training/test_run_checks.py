@@ -31,7 +31,7 @@ def test_ranks_with_a_folder_of_their_own_are_named_on_all_ranks(tmp_path: Path)
     refusals = run_ranks(3, refusal, folders)
     for sentence, exit_code in refusals:
         assert "the ranks [1] (1 of 3) do not see what rank 0 writes" in sentence
-        assert exit_code == 3
+        assert exit_code == 2
     assert list(folders[0].iterdir()) == []
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from voxtral_dist.distributed.collectives import first_over_ranks, from_first_rank, gather_on_first, ranks_unlike_first
 from voxtral_dist.distributed.world import World
-from voxtral_dist.errors import SharedError, SharedWriteError, UserError, write_reason
+from voxtral_dist.errors import SharedWriteError, UserError, write_reason
 from voxtral_dist.files import write_errors_named
 
 # Data workers of a killed rank take some seconds to notice it and end.
@@ -53,7 +53,7 @@ def refuse_unshared(run_dir: Path, world: World) -> None:
     All ranks call it together: they look for a file that rank 0 writes.
 
     Raises:
-        SharedError: a rank does not see it, on all ranks.
+        UserError: a rank does not see it, on all ranks.
         SharedWriteError: rank 0 cannot write it, on all ranks.
     """
     if world.size == 1:
@@ -73,7 +73,7 @@ def refuse_unshared(run_dir: Path, world: World) -> None:
     if world.is_first:
         file.unlink(missing_ok=True)
     if blind:
-        raise SharedError(
+        raise UserError(
             f"`run_dir`: the ranks {blind[:8]} ({len(blind)} of {world.size}) do not see what rank 0 writes to "
             f"{run_dir}: it must be one folder on storage that all nodes share, because every rank writes a part of "
             "each checkpoint."
