@@ -7,7 +7,7 @@ SPEECH := ../shared/data
 CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits an4 test test-slow test-faults lint diagram pictures docs bench rivals clean
+.PHONY: help install demo digits an4 test test-slow test-faults test-hosts lint diagram pictures docs bench rivals clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -54,6 +54,11 @@ test-faults: install ## Let real runs meet every fault, and write the table of d
 	rm -f build/faults.json
 	$(CPU_ENV) $(BIN)/pytest -m faults -n 2 --dist loadgroup tests/faults
 	$(BIN)/python tests/faults/fault_table.py build/faults.json docs/reliability.md
+
+test-hosts: install ## Let real runs cross three network namespaces, and write the table of docs/reliability.md (20 minutes on 2 cores; root)
+	rm -f build/hosts.json
+	$(CPU_ENV) $(BIN)/pytest tests/hosts
+	PYTHONPATH=tests/faults $(BIN)/python tests/hosts/host_table.py build/hosts.json docs/reliability.md
 
 lint: install ## Check style, types, layers, recipes, the image and the manifests
 	$(BIN)/ruff check .

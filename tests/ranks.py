@@ -142,12 +142,24 @@ def run_job(
         return EndedJob(code, output, first_end, last_end)
 
 
+def start_program(folder: Path, function: Callable[..., Any], *arguments: Any) -> int:
+    """Run `function(0, *arguments)` as a program of its own that prints to `folder/output-0`; return its process id."""
+    process_id: int = _fork(_run_program, _remember, 1, str(folder), function, arguments)
+    return process_id
+
+
+def end_of_program(process_id: int) -> int | None:
+    """The exit code of a program that was started, which is negative after a signal; None while it runs."""
+    code: int | None = _fork(_run_program, partial(_code_of, process_id), 0, "", None, ())
+    return code
+
+
 def _fork(
     run: Callable[[int, int, Path, bytes], None],
     watch: Callable[[Sequence[Any], Path], Any],
     world_size: int,
     folder: str,
-    function: Callable[..., Any],
+    function: Callable[..., Any] | None,
     arguments: Any,
 ) -> Any:
     connection = _connection()
@@ -250,6 +262,21 @@ def _launch(
         process.kill()
         process.join()
     return code if has_ended else None, first_end or last_end, last_end
+
+
+# Programs that nobody waits for, in the process that forks.
+_programs: dict[int, Any] = {}
+
+
+def _remember(processes: Sequence[Any], _folder: Path) -> int:
+    (process,) = processes
+    _programs[process.pid] = process
+    return int(process.pid)
+
+
+def _code_of(process_id: int, _processes: Sequence[Any], _folder: Path) -> int | None:
+    code: int | None = _programs[process_id].exitcode
+    return code
 
 
 def _keep_outputs(folder: Path) -> None:

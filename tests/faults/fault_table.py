@@ -11,7 +11,6 @@ from typing import Any
 
 ENGINES = {"2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
 PHASES = ("stepping", "saving", "evaluating", "exporting")
-_BEGIN, _END = "<!-- faults -->\n", "<!-- end of faults -->\n"
 _HEAD = """\
 | fault | while | detected, ended after (s) | steps lost | curve equal | what the user saw | exit code |
 |---|---|---|---|---|---|---|
@@ -100,13 +99,19 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+def put_into_page(page: Path, name: str, table: str) -> None:
+    """Put a table between the marks of its name on a page."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+
+
 def main(rows: Path, page: Path) -> None:
-    """Print the table, and put it between the marks of the page."""
+    """Print the table, and put it into the page."""
     table = render(read(rows))
     print(table)
-    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    page.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{after}", encoding="utf-8")
+    put_into_page(page, "faults", table)
 
 
 if __name__ == "__main__":
