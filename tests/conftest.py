@@ -1,7 +1,7 @@
 """Model folders and shards that many tests read; made once per session, never written to."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,23 @@ def s3_environment() -> Iterator[dict[str, str]]:
     """
     with s3_server() as environment:
         yield environment
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Write a module into the working directory, under a name that no other test uses."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    count = 0
+
+    def write(source: str) -> str:
+        nonlocal count
+        count += 1
+        name = f"own_{tmp_path.name.replace('-', '_')}_{count}"
+        (tmp_path / f"{name}.py").write_text(source)
+        return name
+
+    return write
 
 
 @pytest.fixture

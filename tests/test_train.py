@@ -18,6 +18,7 @@ from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import UserError
+from voxtral_dist.reporting.results_folder import ReportOptions
 from voxtral_dist.scoring.hypotheses import read_scored
 from voxtral_dist.scoring.results import percent
 from voxtral_dist.train import EXIT_STOPPED, try_to_report
@@ -111,7 +112,7 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
 
 def test_a_report_that_fails_fails_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").write_text("no json\n")
-    try_to_report(tmp_path, "basic")
+    try_to_report(tmp_path, ReportOptions(normalizer="basic"))
     assert "The report could not be written (UserError: The metrics " in caplog.text
     assert f"`voxtral-dist report {tmp_path}`" in caplog.text
 

@@ -240,11 +240,11 @@ def check_before_loading(config: RunConfig, world: World) -> None:
     """Refuse, within a second and before a model is loaded, what would fail hours later.
 
     Raises:
-        UserError: DeepSpeed's file or the normalizer is unusable, a killed build left its lock, or `run_dir` cannot be
-            written, is in use by another process, or is another folder on some ranks.
+        UserError: DeepSpeed's file, the normalizer or a text step is unusable, a killed build left its lock, or
+            `run_dir` cannot be written, is in use by another process, or is another folder on some ranks.
     """
     check_engine(config, world.size, world.device)
-    normalizer(config.evaluation.normalizer)
+    normalizer(config.evaluation.normalizer, config.train_data.target_text)
     refuse_missing_trackers(config.metrics.trackers)
     if config.engine.deepspeed is not None:
         refuse_old_locks()
@@ -489,13 +489,14 @@ def _conclude(config: RunConfig, progress: TrainProgress, verdict: Verdict, worl
             world_size=world.size,
             engine=engine_name(config.engine),
         )
-    try_to_report(config.run_dir, config.evaluation.normalizer)
+    trusted = ReportOptions(normalizer=config.evaluation.normalizer, target_text=config.train_data.target_text)
+    try_to_report(config.run_dir, trusted)
 
 
-def try_to_report(run_dir: Path, normalizer_name: str) -> None:
+def try_to_report(run_dir: Path, options: ReportOptions) -> None:
     """Write `report.html` and `report.md`, or log why not: the model is trained either way."""
     try:
-        write_report(run_dir, ReportOptions(normalizer=normalizer_name))
+        write_report(run_dir, options)
     except Exception as error:
         logger.warning(
             "The report could not be written (%s: %s): fix that, then run `voxtral-dist report %s`.",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from voxtral_dist.checkpoints.identity import data_identity, refuse_other_data
 from voxtral_dist.config import (
     EngineConfig,
     Fsdp2Config,
@@ -28,6 +32,7 @@ from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tiny import build_tiny_voxtral
 from voxtral_dist.model.weights import load_voxtral
+from voxtral_dist.text import steps
 
 from corpora import TINY_SHAPE
 from ranks import run_ranks
@@ -268,6 +273,23 @@ def test_a_checkpoint_of_other_batches_or_data_is_refused(
     assert "`fingerprint of the shards, their index and the context word list` = " in refused_sentence(
         config, tiny_model, "of other shards"
     )
+
+
+def test_a_checkpoint_of_another_version_of_a_text_step_is_refused(
+    tmp_path: Path, own: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = own("def f(text):\n    return text\n")
+    plain = run_config(tmp_path, tmp_path, tmp_path, num_steps=9)
+    train_data = plain.train_data.model_copy(update={"target_text": ("lower_case", f"{module}:f")})
+    config = plain.model_copy(update={"train_data": train_data})
+    before = json.loads(json.dumps(data_identity(config, "")))
+    refuse_other_data(Path("step-1"), before, data_identity(config, ""))
+    # As a new process would find it.
+    Path(f"{module}.py").write_text("def f(text):\n    return text.lower() + '!'\n")
+    monkeypatch.delitem(sys.modules, module)
+    steps._own_step.cache_clear()
+    with pytest.raises(UserError, match=rf"`train_data.target_text` = \['lower_case', '{module}:f-\w{{12}}'\], but it"):
+        refuse_other_data(Path("step-1"), before, data_identity(config, ""))
 
 
 def test_a_checkpoint_of_another_training_is_refused(

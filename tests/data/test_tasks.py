@@ -260,6 +260,18 @@ def test_targets_are_made_by_the_configured_steps(shard_folder, prompts):
     assert "l'été dernier à genève 2" in targets
 
 
+def test_a_function_of_the_user_makes_targets_and_where_it_fails_the_utterance_is_bad(own, shard_folder, prompts):
+    step = own("def f(text):\n    assert 'Zug' not in text\n    return text.upper()") + ":f"
+    prompting = Prompting(target_text=(step,))
+    reader = UtteranceReader(read_index([str(shard_folder)]), prompts, 448, prompting=prompting)
+    text, other = (reader.read(utterance_id).text for utterance_id in (0, 1))
+    assert prompts.transcript(reader.example(0).completion).text == text.upper()
+    assert "Zug" in other
+    message = rf"has a text that fails: The text step `{step}` failed on the text '{other}': AssertionError"
+    with pytest.raises(UtteranceError, match=message):
+        reader.example(1)
+
+
 def test_packed_clips_have_the_targets_of_all_and_keep_their_texts(shard_folder, prompts):
     prompting = Prompting(target_text=("lower_case", "no_punctuation"))
     reader = UtteranceReader(read_index([str(shard_folder)]), prompts, 448, prompting=prompting)

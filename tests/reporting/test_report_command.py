@@ -281,6 +281,11 @@ def test_a_function_that_results_name_is_not_run(report, refusal, tmp_path):
     assert not (tmp_path / "ran").exists()
     assert report(folder, "--normalizer", "subprocess:getoutput").code == 0
     assert (tmp_path / "ran").exists()
+    (tmp_path / "ran").unlink()
+    (folder / "speech.json").write_text(text.replace('"subprocess', '"subprocess:getoutput-1+subprocess'))
+    named = ("--normalizer", "subprocess:getoutput")
+    assert "add `--target-text subprocess:getoutput` if you trust it" in refusal(folder, *named)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_names_that_are_no_utf8_are_shown(report, tmp_path):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -196,23 +195,6 @@ def test_whispers_labels_name_the_version_of_transformers():
 # Functions of the user.
 
 
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Write a module into the working directory, under a name that no other test uses."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    count = 0
-
-    def write(source: str) -> str:
-        nonlocal count
-        count += 1
-        name = f"own_{tmp_path.name.replace('-', '_')}_{count}"
-        (tmp_path / f"{name}.py").write_text(source)
-        return name
-
-    return write
-
-
 def test_a_function_of_the_user_is_applied_and_its_label_tells_its_source(own):
     module = own("class Own:\n    @staticmethod\n    def shout(text):\n        return '  ' + text.upper()\n")
     shout = normalizer(f"{module}:Own.shout", ("no_punctuation",))
@@ -273,6 +255,23 @@ def test_a_function_that_a_file_names_runs_only_if_the_user_names_it_too(own):
             normalizer_of_label(f"lower_case+{place}-123456789abc", trusted)
     assert not Path("ran").exists()
     assert normalizer_of_label(f"{place}-123456789abc", place).apply("so") == "SO"
+
+
+def test_a_step_that_a_file_names_runs_only_if_the_user_names_it_too(own):
+    place = own("from pathlib import Path\nPath('ran').touch()\ndef f(text):\n    return text.upper()\n") + ":f"
+    label = f"{place}-123456789abc+basic-3"
+    for trusted in ((None, ()), (place, ()), (None, (place.replace(":f", ":g"),))):
+        with pytest.raises(UserError, match=f"add `--target-text {place}` if you trust it"):
+            normalizer_of_label(label, *trusted)
+    assert not Path("ran").exists()
+    found = normalizer_of_label(label, None, [place])
+    assert found.label == normalizer("basic", [place]).label != label
+    assert found.orthographic.apply("so") == "SO"
+
+
+def test_a_step_that_cannot_be_used_is_refused_with_its_normalizer(own):
+    with pytest.raises(UserError, match=r"^The text step `own_\w+:f` must return a string, but returned None for"):
+        normalizer("basic", ["lower_case", own("def f(text): return None") + ":f"])
 
 
 def test_a_function_that_fails_on_one_text_names_it(own):

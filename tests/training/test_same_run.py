@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,31 @@ def test_each_kind_of_difference_is_refused_on_all_ranks(start, tmp_path: Path, 
         assert refusal.startswith(f"All ranks must start the same run, but {sentence}")
         assert " on the ranks [2] (1 of 3; host-2)" in refusal
         assert refusal.count(" on rank 0 ") == 1, "nothing else differs"
+
+
+def _refusals_by_folder(world: World, config: RunConfig, folders: list[Path]) -> str | None:
+    sys.path.insert(0, str(folders[world.rank]))
+    try:
+        refuse_different_runs(config, [], world)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_another_version_of_a_text_step_on_a_host_is_refused_and_so_is_one_that_is_missing_there(
+    start, tmp_path: Path
+) -> None:
+    config = start(train_data__target_text=["host_steps:f"])[0]
+    folders = [tmp_path / name for name in ("first", "other", "without")]
+    for place, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "host_steps.py").write_text(f"def f(text):\n    return text[{place}:]\n")
+    (folders[2] / "host_steps.py").unlink()
+    refusals = run_ranks(3, _refusals_by_folder, config, folders)
+    assert refusals[0] == refusals[1] == refusals[2]
+    assert "with versions of your functions, is host_steps:f-" in refusals[0]
+    assert "on the ranks [1] (1 of 3" in refusals[0]
+    assert "but The text step `host_steps:f`: module host_steps cannot be imported" in refusals[0]
 
 
 def _refusals_by_model(world: World, configs: list[RunConfig], folders: list[Path]) -> str | None:

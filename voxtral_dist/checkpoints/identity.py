@@ -9,6 +9,7 @@ from typing import Any
 from voxtral_dist.config import RunConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.weights import fingerprint
+from voxtral_dist.text.steps import step_labels
 
 # Keys of `train_data` that change neither the utterances drawn nor their order. Shards may move: the fingerprint
 # identifies them.
@@ -16,8 +17,14 @@ _WITHOUT_EFFECT_ON_ORDER = {"shards", "sets", "num_workers", "max_bad_fraction",
 
 
 def data_identity(config: RunConfig, data_fingerprint: str) -> dict[str, Any]:
-    """Everything that determines the training data and its order, in types that JSON returns unchanged."""
+    """Everything that determines the training data and its order, in types that JSON returns unchanged.
+
+    Raises:
+        UserError: a text step of the user cannot be used.
+    """
     train_data = config.train_data.model_dump(mode="json", exclude=_WITHOUT_EFFECT_ON_ORDER)
+    # The user's functions have their versions here.
+    train_data["target_text"] = step_labels(config.train_data.target_text)
     if train_data["context"]:
         # This file may move too; the fingerprint covers its contents.
         del train_data["context"]["words"]

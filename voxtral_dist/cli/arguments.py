@@ -7,7 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from voxtral_dist.config import NORMALIZERS, EvaluationConfig, ModelConfig, TextStep, check_normalizer, is_hub_name
+from voxtral_dist.config import (
+    NORMALIZERS,
+    TEXT_STEPS,
+    EvaluationConfig,
+    ModelConfig,
+    check_normalizer,
+    check_text_step,
+    is_hub_name,
+)
 
 Commands = argparse._SubParsersAction  # the type has no public name
 
@@ -85,6 +93,14 @@ def normalizer_name(text: str) -> str:
         return check_normalizer(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def text_step(text: str) -> str:
+    """Parse a text step."""
+    try:
+        return check_text_step(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, but is {text!r} instead") from error
 
 
 def hub_name(text: str) -> str:
@@ -177,11 +193,12 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--target-text",
-        choices=get_args(TextStep),
+        type=text_step,
         nargs="+",
         default=[],
         metavar="STEP",
-        help=f"text steps of the run's `target_text`, applied before the normalizer: {', '.join(get_args(TextStep))}",
+        help=f"text steps of the run's `target_text`, applied before the normalizer: {', '.join(TEXT_STEPS)}, or your "
+        "own function as module:function",
     )
     parser.add_argument(
         "--slices",

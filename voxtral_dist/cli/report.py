@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from voxtral_dist.cli.arguments import Commands, count, examples, positive, positive_number
+from voxtral_dist.cli.arguments import Commands, count, examples, positive, positive_number, text_step
 from voxtral_dist.output.console import say
 
 if TYPE_CHECKING:
@@ -70,6 +70,14 @@ def add_report(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="module:function",
         help="your own normalizer, if results were made with it; a function named only in the results is never run",
     )
+    parser.add_argument(
+        "--target-text",
+        type=text_step,
+        nargs="+",
+        default=[],
+        metavar="module:function",
+        help="your own text steps, if results were made with them; likewise",
+    )
     parser.set_defaults(run=_report)
 
 
@@ -102,6 +110,7 @@ def _report(parsed: argparse.Namespace) -> int:
         max_audio_megabytes=parsed.max_audio_megabytes,
         speaker_field=parsed.speaker_field,
         normalizer=parsed.normalizer,
+        target_text=tuple(parsed.target_text),
     )
     for path in write_report(parsed.folder, options, parsed.out):
         say(path)

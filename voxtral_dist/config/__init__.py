@@ -29,11 +29,22 @@ from voxtral_dist.config.loading import config_schema, dump_config, load_config,
 from voxtral_dist.config.model import ActivationCheckpointingConfig, LoraConfig, ModelConfig, TrainableConfig
 from voxtral_dist.config.recipe_text import edited_recipe
 from voxtral_dist.config.run import CardConfig, DistributedConfig, ExportConfig, MetricsConfig, RunConfig, TrackerKind
-from voxtral_dist.config.section import Argument, Component, HubName, Section, TextStep, is_hub_name
+from voxtral_dist.config.section import (
+    TEXT_STEPS,
+    Argument,
+    Component,
+    HubName,
+    Section,
+    TextStep,
+    check_text_step,
+    is_function_name,
+    is_hub_name,
+)
 
 __all__ = [
     "MIN_NEW_TOKENS",
     "NORMALIZERS",
+    "TEXT_STEPS",
     "ActivationCheckpointingConfig",
     "Argument",
     "AugmentationStep",
@@ -66,11 +77,13 @@ __all__ = [
     "TrainDataConfig",
     "TrainableConfig",
     "check_normalizer",
+    "check_text_step",
     "config_schema",
     "deepspeed_file",
     "deepspeed_files",
     "dump_config",
     "edited_recipe",
+    "is_function_name",
     "is_hub_name",
     "load_config",
     "read_yaml",

@@ -19,7 +19,8 @@ class AugmentationStep(Section):
     `LengthAwareTimeStretch` of this package."""
 
     arguments: dict[str, Argument | list[Argument]] = Field(default_factory=dict)
-    """Keyword arguments of the class; `p` is the probability that the transform is applied to an utterance."""
+    """Keyword arguments of the class; `p` is the probability that the transform is applied to an utterance.
+    `max_duration_seconds` of `LengthAwareTimeStretch` is the longest audio that it makes, in seconds."""
 
 
 class ShardSetConfig(Section):
@@ -207,8 +208,9 @@ class TrainDataConfig(Section):
 
     target_text: tuple[TextStep, ...] = ()
     """Steps that turn transcripts into training targets, in this order. Empty: transcripts are the targets.
-    `no_punctuation` keeps symbols, and apostrophes and hyphens inside words. Evaluations use the same steps, in the
-    loss and on references and hypotheses before scoring. Answers to instructions are never changed."""
+    `lower_case` and `no_punctuation`, which keeps symbols, and apostrophes and hyphens inside words; or a function from
+    text to text as `module:function`; see docs/data.md. Evaluations use the same steps, in the loss and on references
+    and hypotheses before scoring. Answers to instructions are never changed."""
 
     max_target_tokens: int = Field(default=448, gt=0)
     """Maximum target tokens of an utterance, `</s>` included. Longer targets are never cut: see `too_long`."""

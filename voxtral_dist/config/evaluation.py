@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from voxtral_dist.config.section import FileName, Section, sorted_set
+from voxtral_dist.config.section import FileName, Section, is_function_name, sorted_set
 
 # The token limit of a hypothesis is this plus `max_tokens_per_second` times its duration.
 MIN_NEW_TOKENS = 16
@@ -22,10 +22,7 @@ def check_normalizer(name: str) -> str:
     Raises:
         ValueError: it is neither; the message continues a sentence that begins with the name of the setting.
     """
-    module, _, function = name.partition(":")
-    if name in NORMALIZERS or _PINNED.fullmatch(name):
-        return name
-    if all(part.isidentifier() for part in (*module.split("."), *function.split("."))):
+    if name in NORMALIZERS or _PINNED.fullmatch(name) or is_function_name(name):
         return name
     raise ValueError(f"must be {', '.join(NORMALIZERS)}, or a function as `module:function`, but is {name!r} instead")
 

@@ -6,7 +6,16 @@ import re
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    StringConstraints,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
@@ -32,8 +41,32 @@ def _is_list(annotation: Any) -> bool:
     return origin is tuple and arguments[-1:] == (...,)
 
 
+TEXT_STEPS = ("lower_case", "no_punctuation")
+_FUNCTION = r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*$"
+
+
+def is_function_name(text: str) -> bool:
+    """Whether a text has the form `module:function`, where both may have dots."""
+    return re.fullmatch(_FUNCTION, text) is not None
+
+
+def check_text_step(name: str) -> str:
+    """The name of a text step, if it is one of `TEXT_STEPS`, or has the form `module:function`.
+
+    Raises:
+        PydanticCustomError: it is neither; a `ValueError` whose message continues the name of the setting.
+    """
+    if name in TEXT_STEPS or is_function_name(name):
+        return name
+    raise PydanticCustomError("text_step", f"must be {', '.join(TEXT_STEPS)}, or a function as `module:function`")
+
+
 Argument = float | int | str | bool
-TextStep = Literal["lower_case", "no_punctuation"]
+TextStep = Annotated[
+    str,
+    AfterValidator(check_text_step),
+    WithJsonSchema({"anyOf": [{"enum": list(TEXT_STEPS)}, {"pattern": _FUNCTION, "type": "string"}]}),
+]
 Component = Literal["encoder", "projector", "language_model"]
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
 

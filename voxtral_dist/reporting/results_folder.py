@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from voxtral_dist.config import RunConfig, load_config
+from voxtral_dist.config import RunConfig, TextStep, load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.curves import read_rows
 from voxtral_dist.scoring.result_files import read_result
@@ -24,8 +24,8 @@ class ReportOptions:
     step: an evaluated step of a run, by number, the newest or the best. baseline: a run, of which the newest step is
     taken, or a folder of results. shards: folders by test set; they override the run's configuration. num_utterances:
     maximum per list. num_clips: maximum per test set. max_audio_megabytes: size of all clips together before base64.
-    speaker_field: None for that of the results. normalizer: `module:function` of the user, which may be run if results
-    were normalized by it.
+    speaker_field: None for that of the results. normalizer, target_text: functions of the user, which may be run if
+    results were normalized by them.
     """
 
     step: Step = "newest"
@@ -36,6 +36,7 @@ class ReportOptions:
     max_audio_megabytes: float = 20.0
     speaker_field: str | None = None
     normalizer: str | None = None
+    target_text: tuple[TextStep, ...] = ()
 
 
 @dataclass(frozen=True)

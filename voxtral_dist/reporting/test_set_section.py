@@ -83,7 +83,7 @@ class SectionReader:
         result = read_result(path.with_suffix(".json"))
         utterances = read_scored(path)
         _refuse_other_utterances(path, result, utterances)
-        normalizer = normalizer_of_label(result.normalizer, self.options.normalizer)
+        normalizer = normalizer_of_label(result.normalizer, self.options.normalizer, self.options.target_text)
         pairs = self._pairs(name, result, utterances)
         shown = ChosenUtterances.of(utterances, pairs, self.options.num_utterances)
         audio, audio_note = self._audio(name, shown)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from types import ModuleType
 
 from pydantic import TypeAdapter, ValidationError
 
-from voxtral_dist.config import TextStep, check_normalizer
-from voxtral_dist.errors import RankError, UserError, first_line
+from voxtral_dist.config import TextStep, check_normalizer, is_function_name
+from voxtral_dist.errors import UserError
 from voxtral_dist.scoring.open_asr import open_asr_english
-from voxtral_dist.text.steps import apply_steps, collapse_spaces, fold
+from voxtral_dist.text.own_functions import own_function
+from voxtral_dist.text.steps import apply_steps, collapse_spaces, fold, step_labels
 
 _ENGLISH_SPELLING = Path(__file__).with_name("english_spelling.json")
-_TRIAL_TEXT = "Hello, World: 1 2 3."
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ class Normalizer:
 
         Normalizers with equal labels give equal texts.
         """
-        return "+".join([*self.target_text, f"{self.name}-{self.version}"])
+        return "+".join([*step_labels(self.target_text), f"{self.name}-{self.version}"])
 
     @property
     def orthographic(self) -> Normalizer:
@@ -78,7 +72,7 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
         target_text: steps applied to the targets in training, which run first.
 
     Raises:
-        UserError: the name is unknown, or your function cannot be used.
+        UserError: the name is unknown, or your function or your text step cannot be used.
 
     Example:
         >>> from voxtral_dist import normalizer
@@ -88,31 +82,39 @@ def normalizer(name: str, target_text: Sequence[TextStep] = ()) -> Normalizer:
         'it is 21 mister smith'
     """
     version, function = _named(name)
+    # Steps that cannot be used are refused here, not at the first text.
+    step_labels(target_text)
     return Normalizer(name.partition("@")[0], version, function, tuple(target_text), takes_language=name == "basic")
 
 
-def normalizer_of_label(label: str, trusted: str | None = None) -> Normalizer:
+def normalizer_of_label(label: str, trusted: str | None = None, trusted_steps: Collection[str] = ()) -> Normalizer:
     """Make the normalizer that a result names; its label differs if this machine has another version.
 
     Args:
         label: as stored in a result, which may be from an untrusted source.
-        trusted: name of your own function. A function that only a file names is never imported.
+        trusted: name of your own normalizer. A function that only a file names is never imported.
+        trusted_steps: names of your own text steps.
 
     Raises:
-        UserError: the name or a step is unknown, or the label names a function other than `trusted`.
+        UserError: the name or a step is unknown, or the label names a function that is not trusted.
     """
-    *steps, named = label.split("+")
+    *steps, name = (part.partition("-")[0] for part in label.split("+"))
     try:
         known = TypeAdapter(list[TextStep]).validate_python(steps)
     except ValidationError as error:
         raise UserError(f"The normalizer {label!r} has an unknown step: score again.") from error
-    name = named.partition("-")[0]
-    if ":" in name and name != trusted:
+    for step in steps:
+        _refuse_untrusted(step, trusted_steps, "--target-text")
+    _refuse_untrusted(name, () if trusted is None else (trusted,), "--normalizer")
+    return normalizer(name, known)
+
+
+def _refuse_untrusted(name: str, trusted: Collection[str], option: str) -> None:
+    if is_function_name(name) and name not in trusted:
         raise UserError(
             f"The results were normalized by the function {name!r}, which is not run unless you name it: add "
-            f"`--normalizer {name}` if you trust it."
+            f"`{option} {name}` if you trust it."
         )
-    return normalizer(name, known)
 
 
 def _named(name: str) -> tuple[str, Callable[..., str]]:
@@ -144,60 +146,7 @@ def _whisper(name: str) -> tuple[str, Callable[[str], str]]:
 def _own(place: str) -> tuple[str, Callable[[str], str]]:
     """The user's own function; its version is a hash of its module's source."""
     try:
-        module_name, _, path = check_normalizer(place).partition(":")
+        function = own_function(check_normalizer(place), "normalizer")
     except ValueError as error:
         raise UserError(f"The normalizer {error}.") from error
-    module = _imported(module_name, place)
-    try:
-        function = reduce(getattr, path.split("."), module)
-    except AttributeError as error:
-        raise UserError(f"The normalizer `{place}`: module {module_name} has no attribute `{path}`.") from error
-    if not callable(function):
-        raise UserError(f"The normalizer `{place}` must be a function, but is {function!r} instead.")
-    checked = _checked(function, place)
-    try:
-        checked(_TRIAL_TEXT)
-    except RankError as error:
-        # All ranks try the same text, so that all of them fail.
-        raise UserError(str(error)) from error
-    return _fingerprint(module, place), checked
-
-
-def _imported(name: str, place: str) -> ModuleType:
-    # As `python -m` does, but last, so that a file there does not shadow an installed package.
-    if os.getcwd() not in sys.path:  # noqa: PTH109
-        sys.path.append(os.getcwd())  # noqa: PTH109
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise UserError(
-            f"The normalizer `{place}`: module {name} cannot be imported ({type(error).__name__}: "
-            f"{first_line(error)}); it must be in the working directory or installed."
-        ) from error
-
-
-def _checked(function: Callable[[str], object], place: str) -> Callable[[str], str]:
-    def applied(text: str) -> str:
-        try:
-            normalized = function(text)
-        except Exception as error:
-            raise RankError(
-                f"The normalizer `{place}` failed on the text {text!r}: {type(error).__name__}: {first_line(error)}."
-            ) from error
-        if not isinstance(normalized, str):
-            raise RankError(
-                f"The normalizer `{place}` must return a string, but returned {normalized!r} for {text!r} instead."
-            )
-        return normalized
-
-    return applied
-
-
-def _fingerprint(module: ModuleType, place: str) -> str:
-    """The first 12 hexadecimal digits of the SHA-256 of the module's file."""
-    if module.__spec__ is None or not module.__spec__.has_location or module.__file__ is None:
-        raise UserError(
-            f"The normalizer `{place}`: module {module.__name__} has no source file that gives results a version: wrap "
-            "the function in a module of your own."
-        )
-    return hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest()[:12]
+    return function.version, function.apply

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import cache
 
-from voxtral_dist.config import TextStep
+from voxtral_dist.config import TextStep, is_function_name
+from voxtral_dist.text.own_functions import OwnFunction, own_function
 
 # Punctuation in Unicode, but read aloud.
 _SPOKEN_MARKS = "%‰&@#§"
@@ -34,10 +36,29 @@ _DECIMAL_MARKS = ".,"
 
 
 def apply_steps(steps: Sequence[TextStep], text: str) -> str:
-    """Apply steps to a text in their order; without steps it is returned unchanged."""
+    """Apply steps to a text in their order; without steps it is returned unchanged.
+
+    Raises:
+        UserError: a function of the user cannot be used.
+        OwnFunctionError: it fails on this text.
+    """
     for step in steps:
-        text = _STEPS[step](text)
+        text = _own_step(step).apply(text) if is_function_name(step) else _STEPS[step](text)
     return text
+
+
+def step_labels(steps: Sequence[TextStep]) -> list[str]:
+    """The names of steps, those of the user's functions with their versions. Equal labels give equal texts.
+
+    Raises:
+        UserError: a function of the user cannot be used.
+    """
+    return [_own_step(step).label if is_function_name(step) else step for step in steps]
+
+
+@cache
+def _own_step(place: str) -> OwnFunction:
+    return own_function(place, "text step")
 
 
 def collapse_spaces(text: str) -> str:

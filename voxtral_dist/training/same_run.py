@@ -18,6 +18,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.model.published import stored_folder
 from voxtral_dist.model.weights import fingerprint
 from voxtral_dist.output.counting import counted
+from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.training.versions import package_versions
 
 # Folders of a host: `run_dir` is checked by a file in it, and of DeepSpeed's file the contents are compared.
@@ -82,6 +83,7 @@ def _facts(config: RunConfig, allow_changed: Sequence[str]) -> Iterator[tuple[st
     model = _model_fingerprint(config.model.path)
     if model is not None:
         yield "the fingerprint of the files of `model.path`", model
+    yield "the normalizer behind `train_data.target_text`, with versions of your functions,", _normalizer_label(config)
     for package, version in package_versions().items():
         yield f"the version of {package}", version
     yield "the version of Python", platform.python_version()
@@ -112,6 +114,14 @@ def _model_fingerprint(path: str) -> str | None:
         # What loads the model next says what is wrong.
         return None
     return digest.hexdigest()
+
+
+def _normalizer_label(config: RunConfig) -> str:
+    try:
+        return normalizer(config.evaluation.normalizer, config.train_data.target_text).label
+    except UserError as error:
+        # What is missing on all ranks is refused when it is used.
+        return str(error)
 
 
 def _source_fingerprint() -> str:

@@ -151,6 +151,8 @@ def test_a_transform_that_fails_on_one_clip_names_itself(tmp_path):
         ("PeakingFilter", {"min_q": 10, "max_q": 2}, "`min_q` of `PeakingFilter` must not be greater than its `max_q`"),
         ("LengthAwareTimeStretch", {"min_rate": 0.4}, "min_rate must be >= 0.5"),
         ("LengthAwareTimeStretch", {"max_rate": 11}, "max_rate must be <= 10"),
+        ("LengthAwareTimeStretch", {"max_duration_seconds": 0}, "max_duration_seconds must be > 0"),
+        ("LengthAwareTimeStretch", {"max_duration_seconds": "long"}, "`max_duration_seconds` .* but is 'long' instead"),
         ("AdjustDuration", {}, "`AdjustDuration` does not accept these arguments: .* must hold"),
         (
             "Resample",
@@ -258,6 +260,21 @@ def test_a_clip_that_fills_its_windows_is_only_played_faster():
     assert lengths[0.9] == [WINDOW] * 20
     assert max(lengths[1.25]) <= WINDOW
     assert len(set(lengths[1.25])) == 20
+
+
+@pytest.mark.parametrize("limit_seconds", [0.4, 0.9, 1.2, 5.0])
+def test_a_stretched_clip_stays_within_the_duration_that_the_configuration_sets(limit_seconds):
+    """A clip that is longer already is only played faster, and stays as it is where no rate is fast enough."""
+    stretch = chain(always("LengthAwareTimeStretch", min_rate=0.8, max_rate=1.25, max_duration_seconds=limit_seconds))
+    lengths = [len(stretch(clip(), RATE, (0, 0, number), WINDOW)) for number in range(20)]
+    longest = min(limit_seconds * RATE, RATE / 0.8 + 1)
+    if limit_seconds < 1 / 1.25:
+        assert lengths == [RATE] * 20
+    else:
+        assert RATE / 1.25 - 1 <= min(lengths) < max(lengths) <= longest
+        assert len(set(lengths)) == 20
+    # The windows hold where they are shorter than the limit.
+    assert max(len(stretch(clip(), RATE, (0, 0, number), RATE)) for number in range(20)) <= RATE
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.77, 1.0, 1.3, 2.0])

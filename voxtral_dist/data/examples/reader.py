@@ -20,6 +20,7 @@ from voxtral_dist.data.stored.utterance import StoredUtterance
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.output.counting import counted
+from voxtral_dist.text.own_functions import OwnFunctionError
 from voxtral_dist.text.steps import apply_steps
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ class UtteranceReader:
             target = apply_steps(steps, stored.text)
             if not target and not self._takes_all:
                 raise ValueError("has no text after the steps of `target_text`")
+        except OwnFunctionError as error:
+            raise self._unusable(utterance_id, stored.key, ValueError(f"has a text that fails: {error}")) from error
         except UserError:
             raise
         except Exception as error:

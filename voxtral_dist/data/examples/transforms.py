@@ -38,8 +38,9 @@ _MIN_REPRODUCIBLE_RATE = 0.5
 class LengthAwareTimeStretch(audiomentations.TimeStretch):  # type: ignore[misc]  # it ships no types
     """Time stretching, slower (rate < 1) or faster at the same pitch, that adds no encoder window.
 
-    The rate is uniform over the part of [min_rate, max_rate] that gives at most `max_samples` samples; without such a
-    rate, the audio stays as it is. `Augmentation` sets `max_samples` before each call; None sets no limit.
+    The rate is uniform over the part of [min_rate, max_rate] that gives at most `max_samples` samples and
+    `max_duration_seconds`; without such a rate, the audio stays as it is. `Augmentation` sets `max_samples` before each
+    call; None sets no limit.
 
     Example:
         >>> import numpy as np
@@ -51,20 +52,44 @@ class LengthAwareTimeStretch(audiomentations.TimeStretch):  # type: ignore[misc]
         True
     """
 
-    def __init__(self, min_rate: float = 0.8, max_rate: float = 1.25, p: float = 0.5) -> None:
+    def __init__(
+        self, min_rate: float = 0.8, max_rate: float = 1.25, p: float = 0.5, max_duration_seconds: float | None = None
+    ) -> None:
+        """A transform with a limit of its own beside that of the windows.
+
+        Args:
+            min_rate: slowest rate, from 0.5.
+            max_rate: fastest rate, up to 10.
+            p: probability that a clip is stretched.
+            max_duration_seconds: longest audio that stretching makes, in seconds; longer clips are only played faster.
+                None: windows are the only limit.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
         if min_rate < _MIN_REPRODUCIBLE_RATE:
             raise ValueError(f"min_rate must be >= {_MIN_REPRODUCIBLE_RATE}")
+        if max_duration_seconds is not None and max_duration_seconds <= 0:
+            raise ValueError("max_duration_seconds must be > 0")
         super().__init__(min_rate, max_rate, leave_length_unchanged=False, p=p)
         self.max_samples: int | None = None
+        self.max_duration_seconds = max_duration_seconds
 
     def randomize_parameters(self, samples: Waveform, sample_rate: int) -> None:
         """Draw whether to stretch, and the rate."""
         super().randomize_parameters(samples, sample_rate)
-        if self.max_samples is None or not self.parameters["should_apply"]:
+        max_samples = self._max_samples(sample_rate)
+        if max_samples is None or not self.parameters["should_apply"]:
             return
-        min_rate = max(self.min_rate, len(samples) / self.max_samples)
+        min_rate = max(self.min_rate, len(samples) / max_samples)
         self.parameters["should_apply"] = min_rate <= self.max_rate
         self.parameters["rate"] = random.uniform(min_rate, self.max_rate)
+
+    def _max_samples(self, sample_rate: int) -> int | None:
+        if self.max_duration_seconds is None:
+            return self.max_samples
+        limit = max(1, int(self.max_duration_seconds * sample_rate))
+        return limit if self.max_samples is None else min(limit, self.max_samples)
 
 
 def build_transform(step: AugmentationStep) -> Any:
