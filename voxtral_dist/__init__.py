@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from voxtral_dist.errors import UserError
     from voxtral_dist.evaluate import evaluate_model
     from voxtral_dist.huggingface.collator import TranscriptionCollator
+    from voxtral_dist.huggingface.evaluation_mixin import TranscriptionEvaluationMixin
     from voxtral_dist.huggingface.metrics import WordErrorMetrics
     from voxtral_dist.huggingface.trainer import TranscriptionTrainer
     from voxtral_dist.model.features import LogMel
@@ -49,6 +50,7 @@ _MODULES = {
     "errors": ("UserError",),
     "evaluate": ("evaluate_model",),
     "huggingface.collator": ("TranscriptionCollator",),
+    "huggingface.evaluation_mixin": ("TranscriptionEvaluationMixin",),
     "huggingface.metrics": ("WordErrorMetrics",),
     "huggingface.trainer": ("TranscriptionTrainer",),
     "model.features": ("LogMel",),
@@ -82,6 +84,7 @@ __all__ = [
     "TinyShape",
     "Transcriber",
     "TranscriptionCollator",
+    "TranscriptionEvaluationMixin",
     "TranscriptionTrainer",
     "UserError",
     "UtteranceReader",

@@ -22,16 +22,19 @@ from voxtral_dist import (
     ShardDataset,
     Transcriber,
     TranscriptionCollator,
+    TranscriptionEvaluationMixin,
     TranscriptionTrainer,
     UserError,
     UtteranceReader,
     VoxtralPrompts,
     WordErrorMetrics,
     collate,
+    evaluate_model,
     load_voxtral,
     word_errors,
 )
-from voxtral_dist.config import ModelConfig
+from voxtral_dist.config import EvaluationConfig, ModelConfig
+from voxtral_dist.evaluate import EvaluationOptions
 
 from corpora import tone
 
@@ -236,7 +239,42 @@ def test_metrics_of_nothing_are_not_a_number_and_logits_are_refused(collator):
         metrics(EvalPrediction(np.zeros((1, 2, 3)), empty))
 
 
-def test_another_collator_is_refused(rows, tmp_path):
+class OwnTrainer(TranscriptionEvaluationMixin, Seq2SeqTrainer):
+    """A trainer of a user, with a collator that is a plain function."""
+
+
+def padded_on_the_right(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of another collator: the padding is moved to the other side."""
+    moved = batch | {name: batch[name].clone() for name in ("input_ids", "attention_mask", "labels")}
+    for row, mask in enumerate(batch["attention_mask"] == 1):
+        for name in ("input_ids", "attention_mask", "labels"):
+            moved[name][row] = torch.cat([batch[name][row, mask], batch[name][row, ~mask]])
+    return moved
+
+
+def test_a_trainer_of_ones_own_has_the_word_errors_of_our_evaluator(collator, rows, tmp_path):
+    settings = EvaluationConfig(max_tokens_per_second=0.001)
+    options = EvaluationOptions(settings)
+    result = evaluate_model("models/tiny", "shards/speech", out_dir=tmp_path / "own", options=options)["speech"]
+    OwnTrainer.prompts = collator.prompts
+    trainer = OwnTrainer(
+        model=VoxtralForConditionalGeneration.from_pretrained("models/tiny", dtype=torch.float32),
+        args=generation_arguments(tmp_path / "trainer"),
+        eval_dataset=list(rows),
+        data_collator=lambda some: padded_on_the_right(collator(some)),
+        compute_metrics=WordErrorMetrics(collator.prompts),
+    )
+    # The limit of the evaluator for every utterance: 16 and the 0.001 tokens of a second, rounded up.
+    metrics = trainer.evaluate(max_new_tokens=17)
+    assert metrics["eval_wer"] == result.normalized.wer
+    assert metrics["eval_num_word_errors"] == result.normalized.words.errors
+    assert metrics["eval_num_reference_words"] == result.normalized.words.reference_length > 0
+
+
+def test_prompts_are_needed_and_labels_on_them_refused(collator, rows, tmp_path):
     model = VoxtralForConditionalGeneration.from_pretrained("models/tiny")
-    with pytest.raises(UserError, match="must be a TranscriptionCollator"):
+    with pytest.raises(UserError, match="TranscriptionTrainer needs the attribute `prompts`"):
         TranscriptionTrainer(model=model, args=generation_arguments(tmp_path), data_collator=list)
+    batch = collator([rows[0]])
+    with pytest.raises(UserError, match="has labels on its prompts, so that there is nothing to generate from"):
+        collator.prompts_of(batch | {"labels": batch["input_ids"]})

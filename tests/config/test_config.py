@@ -122,7 +122,7 @@ def test_a_value_out_of_its_range_is_named(smallest, override, key):
         ("model.activation_checkpointing={encoder: -1}", "`model.activation_checkpointing.encoder`: input should be"),
         (
             "train_data.target_text=[lower_case, upper]",
-            "`train_data.target_text.1`: must be lower_case, no_punctuation, or a function as `module:function`, but is 'up",
+            "`train_data.target_text.1`: must be lower_case, no_punctuation, or a function as `module:function`, but",
         ),
         ("model.compile_blocks=sometimes", "`model.compile_blocks`: input should be a valid boolean"),
         ("model.activation_offloading=true", "`model.activation_checkpointing.language_model` is 0 instead: set it to"),

@@ -16,6 +16,7 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, pad_left, windows_of
 from voxtral_dist.data.stored.audio import AudioError
 from voxtral_dist.errors import UserError
+from voxtral_dist.huggingface.prompt_batches import prompts_of
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.output.counting import counted
@@ -112,15 +113,7 @@ class TranscriptionCollator:
 
     def prompts_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A batch without completions, padded on the left: what `generate` continues."""
-        is_prompt = (batch["attention_mask"] == 1) & (batch["labels"] == IGNORED_LABEL)
-        rows = zip(batch["input_ids"], is_prompt, strict=True)
-        input_ids, attention_mask = pad_left([row[mask].tolist() for row, mask in rows], self.prompts.pad_id)
-        device = batch["input_ids"].device
-        return {
-            "input_ids": input_ids.to(device),
-            "attention_mask": attention_mask.to(device),
-            "input_features": batch["input_features"],
-        }
+        return prompts_of(batch, self.prompts.pad_id)
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         pcm, text = self._pcm(row), self._text(row)

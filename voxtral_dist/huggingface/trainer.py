@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Seq2SeqTrainer
 from transformers.trainer_pt_utils import LabelSmoother
 
-from voxtral_dist.config import MIN_NEW_TOKENS, EvaluationConfig
-from voxtral_dist.errors import UserError
-from voxtral_dist.huggingface.collator import TranscriptionCollator
-
-_MAX_TOKENS_PER_SECOND: float = EvaluationConfig.model_fields["max_tokens_per_second"].default
+from voxtral_dist.huggingface.evaluation_mixin import TranscriptionEvaluationMixin
 
 
 class _CausalSmoother(LabelSmoother):  # type: ignore[misc]  # of a package without types
@@ -28,12 +23,10 @@ class _CausalSmoother(LabelSmoother):  # type: ignore[misc]  # of a package with
         return loss
 
 
-class TranscriptionTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # of a package without types
+class TranscriptionTrainer(TranscriptionEvaluationMixin, Seq2SeqTrainer):  # type: ignore[misc]  # of a package without types
     """A `Seq2SeqTrainer` with a `TranscriptionCollator`, whose evaluation generates from prompts alone.
 
-    The published class is made for encoder-decoder models: it lets `generate` continue the whole input, which in a
-    decoder-only model holds the transcript. `generation_max_length` and `max_new_tokens` count new tokens here; without
-    them, a transcript may have as many for each second of audio as `EvaluationConfig.max_tokens_per_second` says.
+    See `TranscriptionEvaluationMixin`, which does the same for a trainer and a data collator of your own.
     `label_smoothing_factor` works here; `Trainer` and `Seq2SeqTrainer` do not shift Voxtral's labels with it.
 
     Example:
@@ -67,46 +60,8 @@ class TranscriptionTrainer(Seq2SeqTrainer):  # type: ignore[misc]  # of a packag
         """A trainer; see `Seq2SeqTrainer`.
 
         Raises:
-            UserError: the data collator is not a `TranscriptionCollator`.
+            UserError: the data collator has no `prompts`.
         """
         super().__init__(*arguments, **named)
-        if not isinstance(self.data_collator, TranscriptionCollator):
-            raise UserError(
-                f"`data_collator` must be a TranscriptionCollator, but is {type(self.data_collator).__name__} instead."
-            )
-        self._collator = self.data_collator
         if self.args.label_smoothing_factor:
             self.label_smoother = _CausalSmoother(epsilon=self.args.label_smoothing_factor)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The loss of a batch, its generated ids `(B, L)` without prompts, and its labels `(B, T)`."""
-        if not self.args.predict_with_generate or prediction_loss_only:
-            step: tuple[Tensor | None, Tensor | None, Tensor | None] = super().prediction_step(
-                model, inputs, prediction_loss_only, ignore_keys
-            )
-            return step
-        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
-        prompts = self._collator.prompts_of(inputs)
-        asked = self._generation(prompts, gen_kwargs or getattr(self, "_gen_kwargs", {}))
-        _, generated, _ = super().prediction_step(model, prompts, False, ignore_keys, **asked)
-        return loss, generated[:, prompts["input_ids"].shape[1] :], self._prepare_inputs(inputs)["labels"]
-
-    def _generation(self, prompts: dict[str, Tensor], asked: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of `generate` whose limit counts new tokens."""
-        max_length = asked.get("max_length")
-        limit = asked.get("max_new_tokens") or max_length or self._max_new_tokens(prompts["input_ids"].shape[1])
-        own = {"pad_token_id": self._collator.prompts.pad_id, "eos_token_id": self._collator.prompts.eos_id}
-        return own | asked | {"max_length": None, "max_new_tokens": limit}
-
-    def _max_new_tokens(self, num_prompt_tokens: int) -> int:
-        prompts = self._collator.prompts
-        tokens_per_second = prompts.audio_tokens_per_window / prompts.window_seconds
-        limit = MIN_NEW_TOKENS + math.ceil(_MAX_TOKENS_PER_SECOND * num_prompt_tokens / tokens_per_second)
-        return min(limit, prompts.max_positions - num_prompt_tokens)
