@@ -1,8 +1,9 @@
 """Transcribe audio files by a served Voxtral: `python launch/transcribe_served.py --model NAME --language en FILES...`.
 
-A client to copy from: it needs `requests`, `soundfile` and `soxr`, and nothing of this repository. The server gets what
-training and evaluation give to the model: mono audio at 16 kHz in 16 bits, resampled by soxr; the language as an ISO
-639-1 code, or none to let the model detect it; and greedy decoding. From these, vLLM makes the prompt of training by
+A client to copy from: it needs `requests`, `soundfile` and `soxr`, and nothing of this repository. Where voxtral-dist
+is installed, its reader is used, so that whatever can be packed for training can be sent. The server gets what training
+and evaluation give to the model: mono audio at 16 kHz in 16 bits, resampled by soxr; the language as an ISO 639-1 code,
+or none to let the model detect it; and greedy decoding. From these, vLLM makes the prompt of training by
 mistral-common: `<s>[INST][BEGIN_AUDIO][AUDIO]...[/INST]lang:en[TRANSCRIBE]`.
 """
 
@@ -39,7 +40,7 @@ def main() -> None:
         for path in parsed.files:
             try:
                 text = transcribe(session, parsed.server, parsed.model, read_pcm(path), parsed.language)
-            except (requests.RequestException, soundfile.SoundFileError) as error:
+            except (OSError, ValueError, soundfile.SoundFileError) as error:
                 raise SystemExit(f"{path}: {error}") from error
             detected, transcript = split_language(text)
             print(f"{path}\t{detected}\t{transcript}" if detected else f"{path}\t{transcript}")
@@ -57,8 +58,27 @@ def patient_session(api_key: str | None = None) -> requests.Session:
 
 
 def read_pcm(path: Path) -> np.ndarray:
-    """The samples of a file as mono int16 at 16 kHz, as training reads them."""
-    waveform, sampling_rate = soundfile.read(path, dtype="float32", always_2d=True)
+    """The samples of a file as mono int16 at 16 kHz, as training reads them.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: voxtral-dist cannot decode it.
+        soundfile.SoundFileError: libsndfile cannot decode it, and voxtral-dist is not installed.
+    """
+    contents = path.read_bytes()
+    try:
+        from voxtral_dist.data.stored.audio import AudioError, decode_pcm
+    except ImportError:
+        return read_pcm_by_soundfile(contents)
+    try:
+        return decode_pcm(contents, SAMPLING_RATE)
+    except AudioError as error:
+        raise ValueError(f"the file {error}") from error
+
+
+def read_pcm_by_soundfile(contents: bytes) -> np.ndarray:
+    """Decode to the same samples by soundfile alone, which knows WAV, FLAC, MP3, Ogg and Opus, if they are intact."""
+    waveform, sampling_rate = soundfile.read(io.BytesIO(contents), dtype="float32", always_2d=True)
     mono = waveform.mean(axis=1)
     if sampling_rate != SAMPLING_RATE:
         mono = soxr.resample(mono, sampling_rate, SAMPLING_RATE, quality="HQ")

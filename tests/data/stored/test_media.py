@@ -1,8 +1,6 @@
 """Audio that libsndfile does not decode is decoded by FFmpeg through PyAV, within the same limits."""
 
 import io
-from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +12,7 @@ from voxtral_dist.data.stored.utterance import utterance_of
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 
 from corpora import tone
+from media_files import encoded
 
 av = pytest.importorskip("av", reason="the extra `media` is not installed")
 
@@ -29,24 +28,6 @@ FORMATS = [
     ("mpegts", "aac", 48_000, 2),
     ("amr", "libopencore_amrnb", 8_000, 1),
 ]
-
-
-def encoded(
-    container: str, codec: str, rate: int, num_channels: int = 1, seconds: float = 1.0, path: Path | None = None
-) -> bytes:
-    """The file of a tone; written to a path, its table of contents lies in front."""
-    contents, layout = io.BytesIO(), "stereo" if num_channels == 2 else "mono"
-    samples = np.stack([tone(seconds, rate) / np.float32(32768)] * num_channels)
-    options = {"movflags": "faststart"} if path else {}
-    with av.open(str(path or "") or contents, "w", format=container, options=options) as file:
-        stream = file.add_stream(codec, rate=rate, layout=layout)
-        for start in range(0, samples.shape[1], 1024):
-            part = np.ascontiguousarray(samples[:, start : start + 1024])
-            frame = av.AudioFrame.from_ndarray(part, format="fltp", layout=layout)
-            frame.rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
-            file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
-    return path.read_bytes() if path else contents.getvalue()
 
 
 @pytest.mark.parametrize(("container", "codec", "rate", "num_channels"), FORMATS)
