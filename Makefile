@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SPEECH := ../shared/data
+# Where Common Voice's archive of one language was unpacked.
+CORPUS ?= cv-corpus-24.0-2025-12-05/de
 
 # Ranks on CPUs: one thread each, because two spinning thread pools on two cores cost more than ten times.
 CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo digits an4 test test-slow test-faults test-hosts lint diagram pictures docs bench rivals clean
+.PHONY: help install demo digits an4 multimed librispeech fleurs voxpopuli commonvoice test test-slow test-faults test-hosts lint diagram pictures docs bench rivals clean
 
 help: ## Show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1\t\2/' | expand -t 12
@@ -42,6 +44,40 @@ an4: install ## Train a tiny Voxtral on AN4's words, then on sentences (needs th
 	$(CPU_ENV) $(BIN)/voxtral-dist tiny build/an4/model --set window_seconds=1.6 --set vocab_size=512
 	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/an4_words.yaml
 	$(CPU_ENV) $(BIN)/deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/an4.yaml
+
+# $(call pack,CORPUS,FOLDER,OPTIONS): a set that is complete stays.
+pack = test -f $(2)/shards.json || $(BIN)/voxtral-dist shards pack $(1) $(2) $(3)
+train = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed launch/train.py --config launch/recipes/$(1).yaml
+
+multimed: install ## Fine-tune Voxtral-Mini on MultiMed German (needs a GPU of 24 GB and the hub, as the next ones do)
+	$(call pack,hf:leduckhai/MultiMed,shards/multimed-german/train,--config German --split train --language de --encode flac --skip-bad)
+	$(call pack,hf:leduckhai/MultiMed,shards/multimed-german/dev,--config German --split eval --language de --encode flac --skip-bad)
+	$(call pack,hf:leduckhai/MultiMed,shards/multimed-german/test,--config German --split test --language de --encode flac --skip-bad)
+	$(call train,multimed_german)
+
+librispeech: install ## Fine-tune Voxtral-Mini on 100 hours of LibriSpeech
+	$(call pack,hf:openslr/librispeech_asr,shards/librispeech/train,--config clean --split train.100 --language en)
+	$(call pack,hf:openslr/librispeech_asr,shards/librispeech/dev,--config clean --split validation --language en)
+	$(call pack,hf:openslr/librispeech_asr,shards/librispeech/test,--config clean --split test --language en)
+	$(call train,librispeech_100h)
+
+fleurs: install ## Fine-tune Voxtral-Mini on FLEURS German
+	$(call pack,hf:google/fleurs,shards/fleurs-german/train,--config de_de --split train --text-field raw_transcription --encode flac --skip-bad)
+	$(call pack,hf:google/fleurs,shards/fleurs-german/dev,--config de_de --split validation --text-field raw_transcription --encode flac --skip-bad)
+	$(call pack,hf:google/fleurs,shards/fleurs-german/test,--config de_de --split test --text-field raw_transcription --encode flac --skip-bad)
+	$(call train,fleurs_german)
+
+voxpopuli: install ## Fine-tune Voxtral-Mini on VoxPopuli German
+	$(call pack,hf:facebook/voxpopuli,shards/voxpopuli-german/train,--config de --split train --text-field raw_text --encode flac --skip-bad)
+	$(call pack,hf:facebook/voxpopuli,shards/voxpopuli-german/dev,--config de --split validation --text-field raw_text --encode flac --skip-bad)
+	$(call pack,hf:facebook/voxpopuli,shards/voxpopuli-german/test,--config de --split test --text-field raw_text --encode flac --skip-bad)
+	$(call train,voxpopuli_german)
+
+commonvoice: install ## Fine-tune Voxtral-Mini on Common Voice German (CORPUS=FOLDER, downloaded from Mozilla Data Collective)
+	$(call pack,$(CORPUS)/train.tsv,shards/common-voice-german/train,--encode flac --skip-bad)
+	$(call pack,$(CORPUS)/dev.tsv,shards/common-voice-german/dev,--encode flac --skip-bad)
+	$(call pack,$(CORPUS)/test.tsv,shards/common-voice-german/test,--encode flac --skip-bad)
+	$(call train,common_voice_german)
 
 # xdist would start files with few tests last, one of which takes minutes.
 test: install ## Run the tests that prove the contracts (less than 15 minutes on 2 cores)

@@ -1,4 +1,7 @@
-"""A server on localhost that answers like the Hugging Face hub to what uploads a model, with injected refusals."""
+"""A server on localhost that answers like the Hugging Face hub to what uploads a model, with injected refusals.
+
+To what streams a dataset it answers, too.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 
 TOKEN, READ_TOKEN = "hf_write_0123456789", "hf_read_0123456789"
 USER = "someone"
+COMMIT = "0" * 40
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "other")
 
 
@@ -32,12 +37,13 @@ class Repository:
 class HubServer:
     """Repositories by name and large files by SHA-256.
 
-    max_put_bytes: larger uploads are refused with status 507 until it is None. puts: SHA-256 of all uploads. tokens:
-    access tokens that were sent.
+    datasets: files of public datasets by name and path. max_put_bytes: larger uploads are refused with status 507 until
+    it is None. puts: SHA-256 of all uploads. tokens: access tokens that were sent.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.datasets: dict[str, dict[str, bytes]] = {}
         self.objects: dict[str, bytes] = {}
         self.max_put_bytes: int | None = None
         self.puts: list[str] = []
@@ -78,6 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer(b"")
 
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
     def do_POST(self) -> None:
         self._answer(self._body())
 
@@ -90,14 +99,26 @@ class _Handler(BaseHTTPRequestHandler):
         except _RefusalError as refusal:
             status, answer = refusal.status, refusal.body or {"error": refusal.message}
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
-        contents = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        if isinstance(answer, bytes):
+            status, answer, headers = self._span(answer)
+        contents = answer if isinstance(answer, bytes) else _encoded(answer)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(contents)))
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(contents)
+        if self.command != "HEAD":
+            self.wfile.write(contents)
+
+    def _span(self, contents: bytes) -> tuple[int, bytes, dict[str, str]]:
+        """A file of a repository, or the part of it that is asked for."""
+        headers = {"ETag": f'"{_blob_id(contents)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None:
+            return 200, contents, headers
+        start, end = int(wanted[1]), min(int(wanted[2]), len(contents) - 1)
+        return 206, contents[start : end + 1], headers | {"Content-Range": f"bytes {start}-{end}/{len(contents)}"}
 
     def _respond(self, path: str, body: bytes) -> Any:
         """Find the route of a request."""
@@ -105,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._validated(json.loads(body)["content"])
         if (match := re.fullmatch(r"/lfs/(\w+)", path)) and self.command == "PUT":
             return self._put(match[1], body)
+        if path.startswith(("/datasets/", "/api/datasets/")):
+            return self._of_dataset(unquote(path))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         self.hub.tokens |= {token} - {""}
         if token not in (TOKEN, READ_TOKEN):
@@ -124,16 +147,30 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories[name]
         match action:
             case None | "revision":
-                return {"id": name, "private": repository.is_private, "sha": "0" * 40}
+                return {"id": name, "private": repository.is_private, "sha": COMMIT}
             case "tree":
                 sizes = {path: len(contents) for path, contents in repository.files.items()}
-                return [{"type": "file", "path": path, "size": size, "oid": "0" * 40} for path, size in sizes.items()]
+                return [{"type": "file", "path": path, "size": size, "oid": COMMIT} for path, size in sizes.items()]
             case "preupload":
                 return {"files": [self._mode(repository, one["path"]) for one in json.loads(body)["files"]]}
             case "info":
                 return {"transfer": "basic", "objects": [self._upload_of(one) for one in json.loads(body)["objects"]]}
             case _:
                 return self._committed(name, repository, [json.loads(line) for line in body.splitlines()])
+
+    def _of_dataset(self, path: str) -> Any:
+        match = re.fullmatch(r"(?:/api)?/datasets/([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
+        if match is None or match[1] not in self.hub.datasets:
+            raise _RefusalError(404, "RepoNotFound", "Repository not found")
+        name, action, _, inside = match.groups()
+        files = self.hub.datasets[name]
+        if action == "tree":
+            return _children(files, f"{inside}/" if inside else "")
+        if action != "resolve":
+            return {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+        if inside not in files:
+            raise _RefusalError(404, "EntryNotFound", "Entry not found")
+        return files[inside]
 
     def _created(self, wanted: dict[str, Any]) -> Any:
         if wanted["organization"] != USER:
@@ -206,6 +243,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def _encoded(answer: Any) -> bytes:
+    return (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+
+
+def _children(files: dict[str, bytes], folder: str) -> list[dict[str, Any]]:
+    """The files and folders right inside of a folder, as the hub lists them."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, contents in files.items():
+        name, _, rest = path.removeprefix(folder).partition("/")
+        if path.startswith(folder):
+            kind = {"type": "directory", "oid": COMMIT}
+            one = kind if rest else {"type": "file", "size": len(contents), "oid": _blob_id(contents)}
+            found[name] = one | {"path": folder + name}
+    return list(found.values())
 
 
 def _blob_id(contents: bytes) -> str:
