@@ -309,15 +309,18 @@ def test_packings_of_other_divisions_do_not_share_a_folder(tmp_path, manifest):
         pack_part(manifest, tmp_path / "one", CorpusPart(1, 4))
 
 
-def test_a_held_out_set_is_that_of_one_machine(tmp_path, manifest, capsys):
+def test_a_held_out_set_is_that_of_one_machine(tmp_path, manifest, capsys, caplog):
     held_out = HeldOut(0.2)
     pack_shards(str(manifest), tmp_path / "one", CorpusOptions(), PackOptions(skip_bad=True), held_out)
     for number in range(1, 6):
         options = PackOptions(skip_bad=True, part=CorpusPart(number, 5))
         pack_shards(str(manifest), tmp_path / "many", CorpusOptions(), options, held_out)
     capsys.readouterr()
+    caplog.clear()
     merge_shards(tmp_path / "many")
     printed = capsys.readouterr().out
+    # What the parts warned of holds for the whole.
+    assert ["have no language" in record.getMessage() for record in caplog.records] == [True, True]
     for side in ("train", "dev"):
         assert utterance_bytes(tmp_path / "many" / side) == utterance_bytes(tmp_path / "one" / side)
         assert f"{tmp_path / 'many' / side}:\n" in printed

@@ -30,7 +30,7 @@ def lock_run_dir(run_dir: Path) -> None:
         WriteError: the file of the lock cannot be made.
     """
     with write_errors_named("`run_dir`: a file", run_dir):
-        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     deadline = time.monotonic() + _SECONDS_TO_WAIT
     while True:
         try:
