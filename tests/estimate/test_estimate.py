@@ -105,10 +105,16 @@ def test_an_older_torch_rounds_pinned_memory_up(capsys, monkeypatch):
 def test_averages_take_four_bytes_of_each_trained_parameter(capsys, engine):
     def optimizer_bytes(*more: str) -> float:
         options = [part for one in (engine, "trainable.frozen=[encoder]", *more) for part in ("--set", one)]
-        return plan(capsys, *options, "--gpus", "4")["by_kind"]["device"]["optimizer"] * 4
+        estimate = plan(capsys, *options, "--gpus", "4")
+        copies.append(estimate["checkpoint_copy_bytes"])
+        return estimate["by_kind"]["device"]["optimizer"] * 4
 
-    added = optimizer_bytes("optimizer.ema_decay=0.999") - optimizer_bytes()
+    copies: list[float] = []
+    without = optimizer_bytes()
+    added = optimizer_bytes("optimizer.ema_decay=0.999") - without
     assert added / 4_039_000_000 == pytest.approx(4, rel=0.01)
+    # A checkpoint in the background copies weights, two moments and the average of all ranks of the node.
+    assert [one / 4_039_000_000 for one in copies] == pytest.approx([12, 16], rel=0.01)
 
 
 @pytest.mark.usefixtures("in_repository")

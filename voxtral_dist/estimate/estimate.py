@@ -14,7 +14,8 @@ from voxtral_dist.estimate.advice import Change, advise
 from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, checkpointing_for
 from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
 from voxtral_dist.estimate.quantities import duration, gigabytes, table_lines
-from voxtral_dist.estimate.sharding import configured_sharding
+from voxtral_dist.estimate.sharding import Sharding, configured_sharding
+from voxtral_dist.estimate.state_bytes import checkpoint_bytes
 from voxtral_dist.estimate.times import Times, estimate_times
 from voxtral_dist.estimate.workload import Workload
 from voxtral_dist.model.trainable import count_parameters, parameter_table
@@ -48,10 +49,11 @@ class Estimate:
 
     parameters, parameter_lines: of each component. shape: the micro-batch with the highest peak. configured: the
     configured sharding. by_kind: its bytes by kind, on a rank's device and in a node's host memory, each at its own
-    peak. phases, host_phases: its bytes on a rank's device, and in a node's host memory, in each phase. decoding: None
-    without test sets. table: the standard shardings. changes: what to change if it does not fit, the cheapest first.
-    times: None unless the GPU is named. checkpointing: what `activation_checkpointing: auto` has become; None where it
-    was not asked for.
+    peak. phases, host_phases: its bytes on a rank's device, and in a node's host memory, in each phase.
+    checkpoint_copy_bytes: of a node's host memory, which a checkpoint in the background takes beside those of phases; 0
+    if none is made. decoding: None without test sets. table: the standard shardings. changes: what to change if it does
+    not fit, the cheapest first. times: None unless the GPU is named. checkpointing: what `activation_checkpointing:
+    auto` has become; None where it was not asked for.
     """
 
     parameters: dict[str, dict[str, int]]
@@ -64,6 +66,7 @@ class Estimate:
     by_kind: dict[str, dict[str, float]]
     phases: dict[str, float]
     host_phases: dict[str, float]
+    checkpoint_copy_bytes: float
     decoding: Decoding | None
     table: list[ShardingRow]
     changes: list[Change]
@@ -129,6 +132,11 @@ class Estimate:
             yield f"  {self.decoding.line}"
         if self.configured.host_bytes_of_node:
             yield from self._host_lines()
+        if self.checkpoint_copy_bytes:
+            yield (
+                f"  a checkpoint in the background: {gigabytes(self.checkpoint_copy_bytes)} more of host memory per "
+                "node, from the first one on (`checkpoint.asynchronous`)"
+            )
         if machine.device == "gpu":
             yield "  These numbers follow from formulas (docs/planning.md) and are not yet measured on a GPU."
 
@@ -240,12 +248,20 @@ def estimate_run(config: RunConfig, machine: Machine, on_stage: Callable[[int], 
         by_kind={"device": dict(configured.peak.device), "host": configured.host_peak(ranks).host_kinds_of_node(ranks)},
         phases={phase.name: phase.device_bytes for phase in configured.phases},
         host_phases={phase.name: phase.host_bytes_of_node(ranks) for phase in configured.phases},
+        checkpoint_copy_bytes=_checkpoint_copy_bytes(config, estimator, sharding),
         decoding=_decoding(estimator, configured.gathers_weights),
         table=table,
         changes=advise(estimator, sharding) if row.fits is False else [],
         times=times,
         costs=estimator.costs(None if times is None else times.configured.mfu),
     )
+
+
+def _checkpoint_copy_bytes(config: RunConfig, estimator: Estimator, sharding: Sharding) -> float:
+    if config.checkpoint.asynchronous is False:
+        return 0.0
+    whole = checkpoint_bytes(estimator.model, config.optimizer, sharding)
+    return whole * estimator.machine.ranks_of_node / estimator.machine.num_gpus
 
 
 def _decoding(estimator: Estimator, gathers_weights: bool | None) -> Decoding | None:
