@@ -52,9 +52,9 @@ def run_config(
 def train_as_users_do(config: RunConfig, world_size: int, *overrides: str) -> Ended:
     """Run `launch/train.py`'s program on ranks that are forked, which is much faster than by a launcher.
 
-    No launcher ends the others where one of them fails.
+    No launcher ends the others where one of them fails. Options may be among the overrides.
     """
-    words = [word for override in overrides for word in ("--set", override)]
+    words = [word for one in overrides for word in ((one,) if one.startswith("--") else ("--set", one))]
     arguments = ["train", f"--config={write_config(config)}", *words]
     ended = run_programs(world_size, _run_command, arguments, free_port(), limit_seconds=TIMEOUT_SECONDS)
     return Ended(max(one.code for one in ended), "".join(one.output for one in ended))

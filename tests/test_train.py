@@ -72,6 +72,10 @@ def unbroken(tiny_model: Path, shard_folder: Path, tmp_path_factory: pytest.Temp
     )
     ended = train_as_users_do(config, 2)
     assert ended.code == 0, ended.output
+    assert "in a micro-batch x 2 accumulated x 2 ranks (`train_data.slots_per_step: 4`)" in ended.output
+    assert ended.output.count("\n  reference   ") == ended.output.count("\n  hypothesis  ") == 2, "before and after"
+    assert ended.output.count(f"Result of step {NUM_STEPS}: same WER ") == 1
+    assert f", report {config.run_dir / 'report.html'}" in ended.output
     return config
 
 

@@ -45,6 +45,19 @@ def refuse_unwritable(option: str, folder: Path, names: Sequence[str] = ()) -> N
             _temporary(path).unlink(missing_ok=True)
 
 
+def refuse_uncreatable(option: str, folder: Path) -> None:
+    """Refuse a folder that could neither be made nor written, without making it.
+
+    Raises:
+        UserError: it is a file, or this process may not write there.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(
+            f"`{option}`: {folder} cannot be created or written: change the owner of {there}, or choose another."
+        )
+
+
 def refuse_to_replace(option: str, path: Path, is_result: Callable[[Path], bool]) -> None:
     """Refuse to overwrite a file that is not a result, such as a manifest of the same name.
 

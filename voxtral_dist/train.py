@@ -6,38 +6,36 @@ import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from voxtral_dist.checkpoints.changes import Change, changes_since, refuse_incomparable, refuse_unknown_keys
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, checkpoint_folder, latest_step
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.checkpoints.remote import fetch_newest
 from voxtral_dist.checkpoints.uploads import build_uploads
-from voxtral_dist.config import ModelConfig, RunConfig, dump_config
-from voxtral_dist.data.loader import StepBatches, TrainLoader, build_train_loader
+from voxtral_dist.config import RunConfig
+from voxtral_dist.data.loader import TrainLoader, build_train_loader
 from voxtral_dist.data.stored.storage import Storage
-from voxtral_dist.distributed.collectives import first_over_ranks, max_over_ranks
-from voxtral_dist.distributed.devices import device_name, peak_flops
+from voxtral_dist.distributed.collectives import max_over_ranks
+from voxtral_dist.distributed.devices import peak_flops
 from voxtral_dist.distributed.process_settings import set_compile_cache
-from voxtral_dist.distributed.standing import data_waits, stand
+from voxtral_dist.distributed.standing import stand
 from voxtral_dist.distributed.watchdog import Watchdog
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.build import build_engine, check_engine, engine_name
 from voxtral_dist.engine.compilation import with_chosen_compilation
 from voxtral_dist.engine.engine import Engine
 from voxtral_dist.engine.zero.extensions import refuse_old_locks
-from voxtral_dist.errors import ReadError, UserError
-from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, with_chosen_checkpointing
+from voxtral_dist.errors import UserError
+from voxtral_dist.estimate.checkpointing import with_chosen_checkpointing
 from voxtral_dist.evaluation.building import build_test_sets, refuse_different_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
 from voxtral_dist.evaluation.decoding_weights import shown_weights
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.export import export_trained, serving_notes
-from voxtral_dist.files import refuse_unwritable, write_atomically, write_errors_named
-from voxtral_dist.model.attention import chosen_attention
+from voxtral_dist.files import refuse_unwritable, write_errors_named
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.flops import TrainingFlops, training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
@@ -50,6 +48,7 @@ from voxtral_dist.reporting.writing import write_report
 from voxtral_dist.scoring.normalizer import normalizer
 from voxtral_dist.trackers.processes import followed_by_trackers, refuse_missing_trackers
 from voxtral_dist.training.ahead import MicroBatchesAhead
+from voxtral_dist.training.announcement import announce, announce_limits, training_line
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
 from voxtral_dist.training.checkpoint_selector import CheckpointSelector
 from voxtral_dist.training.evaluator import Evaluator
@@ -57,7 +56,7 @@ from voxtral_dist.training.guards import Guards
 from voxtral_dist.training.memory_limits import MemoryLimits
 from voxtral_dist.training.metrics_endpoint import MetricsEndpoint, served_metrics
 from voxtral_dist.training.metrics_log import MetricsLog
-from voxtral_dist.training.requests import Requests
+from voxtral_dist.training.outcome import outcome_lines
 from voxtral_dist.training.run_checks import lock_run_dir, refuse_different_data, refuse_unshared
 from voxtral_dist.training.same_run import refuse_different_runs
 from voxtral_dist.training.saver import Saver
@@ -66,8 +65,8 @@ from voxtral_dist.training.signals import StopRequest, stop_signals
 from voxtral_dist.training.step import TrainStep
 from voxtral_dist.training.stragglers import Stragglers
 from voxtral_dist.training.summary import write_summary
-from voxtral_dist.training.time_limit import Part, TimeLimit
-from voxtral_dist.training.versions import package_versions
+from voxtral_dist.training.time_limit import TimeLimit
+from voxtral_dist.training.training_loop import StopReason, TrainingLoop
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +130,131 @@ def _train(
     check_before_loading(config, world)
     fetch_newest(config, world)
     open_rank_log(config.run_dir / "logs", world.rank, world.size)
+    data = prepare(config, world)
+    saved_step = latest_step(config.run_dir, world)
+    changes = changes_of(config, saved_step, data.num_steps, data.test_set_fingerprints, allow_changed)
+    _end_if_asked(stop, world)
+    with ExitStack() as stack:
+        # Workers are forked before the engine exists: else each page of weights and moments in host memory would be
+        # shared with them, and copied by the system at the first update.
+        steps = stack.enter_context(data.loader.starting_at(saved_step or 0))
+        stack.enter_context(Watchdog(config.run_dir, config.distributed.watchdog_seconds, world))
+        engine = data.build_engine(world)
+        checkpoints = CheckpointDirectory(config, data.fingerprint, world, data.test_set_fingerprints)
+        progress = checkpoints.load(engine, saved_step)
+        _end_if_asked(stop, world)
+        metrics_log = stack.enter_context(_open_metrics_log(config, data.num_steps, progress, world, endpoint))
+        notes = [*engine.parameter_table(), *data.notes, *serving_notes(config)]
+        announce(config, data.loader, progress, changes, notes, world, metrics_log)
+        metrics_log.say(training_line(data.chosen, data.loader, progress.step, world))
+        stack.enter_context(followed_by_trackers(config.run_dir, config.metrics.trackers, world, metrics_log.say))
+        saver = Saver(
+            config.checkpoint, checkpoints, engine, metrics_log, time_limit, world, uploads=build_uploads(config)
+        )
+        stack.push(saver.outlast)
+        limits = MemoryLimits.read(config, world)
+        announce_limits(limits, progress, metrics_log)
+        uploads = metrics_log.rows("event") if config.checkpoint.upload else ()
+        time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"), uploads)
+        loop = TrainingLoop(
+            step=data.build_step(engine, world, saver.newest, Guards(config.optimizer, progress.guards), limits),
+            evaluator=_build_evaluator(
+                config, data.num_steps, engine, data.prompts, data.log_mel, data.test_sets, metrics_log, world
+            ),
+            selector=CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world),
+            saver=saver,
+            bad_utterances=BadUtteranceLimits(config.train_data, metrics_log, world, saver.newest),
+            stragglers=Stragglers(metrics_log, world, socket.gethostname()),
+            metrics_log=metrics_log,
+            time_limit=time_limit,
+            stop=stop,
+            world=world,
+            progress=progress,
+        )
+        reason = loop.run(steps)
+        if reason is not None:
+            return _stopped(config, loop.progress, metrics_log, reason)
+        steps.close()
+        _finish(config, engine, loop, checkpoints, world)
+    return 0
+
+
+def _finish(
+    config: RunConfig, engine: Engine, loop: TrainingLoop, checkpoints: CheckpointDirectory, world: World
+) -> None:
+    """Export the selected or the last weights, write summary and report, and say the result."""
+    progress, metrics_log = loop.progress, loop.metrics_log
+    stand("end", progress.step)
+    verdict = _load_selected(engine, progress, loop.verdict, loop.selector, checkpoints)
+    step = verdict.best_step or progress.step
+    with shown_weights(engine, config.evaluation):
+        export_trained(engine, config, world, step)
+    metrics_log.refuse_if_gone()
+    if world.is_first:
+        _conclude(config, progress, verdict, world)
+    loop.saver.finish_uploads()
+    for line in outcome_lines(metrics_log.rows("evaluation"), verdict, step, config.run_dir):
+        metrics_log.say(line)
+    metrics_log.say(
+        f"Done: the exported model is in {config.run_dir}, the summary in {config.run_dir / 'summary.json'}."
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run knows before its engine is built, the same on all ranks but for the loader.
+
+    config: of the run. chosen: the same with values in the place of `auto`. notes: lines about these choices.
+    """
+
+    config: RunConfig
+    chosen: RunConfig
+    notes: Sequence[str]
+    prompts: VoxtralPrompts
+    loader: TrainLoader
+    test_sets: Sequence[TestSet]
+    log_mel: LogMel
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return self.loader.num_steps
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the training set and its order."""
+        return self.loader.training_set.fingerprint
+
+    @property
+    def test_set_fingerprints(self) -> dict[str, str]:
+        """Fingerprints of the test sets by name."""
+        return {test_set.name: test_set.fingerprint for test_set in self.test_sets}
+
+    def build_engine(self, world: World) -> Engine:
+        """Load the model and shard it."""
+        return build_engine(self.chosen, self.log_mel, world, self.loader.training_set.max_windows_per_micro_batch)
+
+    def build_step(
+        self,
+        engine: Engine,
+        world: World,
+        newest_checkpoint: Callable[[], str | None] = lambda: None,
+        guards: Guards | None = None,
+        limits: MemoryLimits | None = None,
+    ) -> TrainStep:
+        """The update of the run."""
+        flops = training_flops(self.chosen.model, self.config.trainable)
+        return build_train_step(
+            self.config, engine, world, flops, self.num_steps, newest_checkpoint, self.log_mel, guards, limits
+        )
+
+
+def prepare(config: RunConfig, world: World) -> Prepared:
+    """Choose what is `auto`, and read the indices of all data, before a model is loaded. All ranks call it together.
+
+    Raises:
+        UserError: shards are missing, or ranks see different ones; or the configuration does not fit the data.
+    """
     set_compile_cache(config.storage.cache_dir)
     chosen, checkpointing = with_chosen_checkpointing(with_chosen_compilation(config, world), world)
     prompts = VoxtralPrompts.from_pretrained(config.model.path, config.model.max_positions)
@@ -149,105 +273,31 @@ def _train(
     test_sets = build_test_sets(config.evaluation, prompts, config.train_data.target_text, storage)
     refuse_different_test_sets(test_sets, world)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)
-    fingerprints = {test_set.name: test_set.fingerprint for test_set in test_sets}
-    saved_step = latest_step(config.run_dir, world)
-    changes = [] if saved_step is None else _changes(config, saved_step, loader.num_steps, fingerprints, allow_changed)
-    _end_if_asked(stop, world)
-
-    with ExitStack() as stack:
-        # Workers are forked before the engine exists: else each page of weights and moments in host memory would be
-        # shared with them, and copied by the system at the first update.
-        steps = stack.enter_context(loader.starting_at(saved_step or 0))
-        stack.enter_context(Watchdog(config.run_dir, config.distributed.watchdog_seconds, world))
-        engine = build_engine(chosen, log_mel, world, loader.training_set.max_windows_per_micro_batch)
-        flops = training_flops(chosen.model, config.trainable)
-        checkpoints = CheckpointDirectory(config, loader.training_set.fingerprint, world, fingerprints)
-        progress = checkpoints.load(engine, saved_step)
-        _end_if_asked(stop, world)
-        metrics_log = stack.enter_context(_open_metrics_log(config, loader.num_steps, progress, world, endpoint))
-        _announce(
-            config, chosen.model, checkpointing, progress, loader, engine.parameter_table(), world, metrics_log, changes
-        )
-        stack.enter_context(followed_by_trackers(config.run_dir, config.metrics.trackers, world, metrics_log.say))
-        evaluator = _build_evaluator(config, loader.num_steps, engine, prompts, log_mel, test_sets, metrics_log, world)
-        selector = CheckpointSelector(config.evaluation.selection, config.run_dir, checkpoints, metrics_log, world)
-        saver = Saver(
-            config.checkpoint, checkpoints, engine, metrics_log, time_limit, world, uploads=build_uploads(config)
-        )
-        stack.push(saver.outlast)
-        bad_utterances = BadUtteranceLimits(config.train_data, metrics_log, world, saver.newest)
-        stragglers = Stragglers(metrics_log, world, socket.gethostname())
-        guards = Guards(config.optimizer, progress.guards)
-        limits = MemoryLimits.read(config, world)
-        _announce_limits(limits, progress, metrics_log)
-        step = build_train_step(config, engine, world, flops, loader.num_steps, saver.newest, log_mel, guards, limits)
-        uploads = metrics_log.rows("event") if config.checkpoint.upload else ()
-        time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"), uploads)
-        if evaluator.is_owed(progress.step):
-            with time_limit.measuring("evaluation"):
-                is_complete = evaluator.evaluate(progress.step, lambda: stop.requested)
-            if not is_complete:
-                return _stopped(config, progress, metrics_log, by_signal=True)
-        verdict = selector.select(progress.step)
-        for batches in () if verdict.must_stop else data_waits(steps, progress.step):
-            result = step.run(batches, _requests(stop, time_limit, evaluator, saver, progress.step + 1, batches))
-            progress = result.advance(progress)
-            time_limit.record("step", result.metrics.step_seconds)
-            metrics_log.train_step(progress.step, result.metrics)
-            metrics_log.incident(progress.step, result.incident)
-            bad_utterances.check(progress, batches.micro_batches, result)
-            is_last = progress.step == loader.num_steps
-            is_evaluated = evaluator.is_due(progress.step)
-            agreed = result.agreed
-            must_stop = agreed.stop_in_time or agreed.cannot_read or (agreed.stop and not is_last)
-            stragglers.after_step(progress.step, batches.waiting_seconds)
-            saver.after_step(progress, agreed, is_awaited=is_last or is_evaluated or must_stop)
-            if must_stop:
-                saver.finish_uploads()
-                _refuse_unread(batches, agreed, progress, world)
-                return _stopped(config, progress, metrics_log, by_signal=agreed.stop)
-            if is_evaluated:
-                with time_limit.measuring("evaluation"):
-                    is_complete = evaluator.evaluate(progress.step, lambda: stop.requested)
-                if not is_complete:
-                    saver.finish_uploads()
-                    return _stopped(config, progress, metrics_log, by_signal=True)
-                verdict = selector.select(progress.step)
-                if verdict.must_stop:
-                    break
-                # The state is saved already: one more step would have to be saved again.
-                is_short = time_limit.is_too_short_for("step", "save", *saver.owed_uploads())
-                by_signal, in_time = max_over_ranks([int(stop.requested), int(is_short)], world)
-                if not is_last and (by_signal or in_time):
-                    saver.finish_uploads()
-                    return _stopped(config, progress, metrics_log, by_signal=bool(by_signal))
-        steps.close()
-        stand("end", progress.step)
-        verdict = _load_selected(engine, progress, verdict, selector, checkpoints)
-        with shown_weights(engine, config.evaluation):
-            export_trained(engine, config, world, verdict.best_step or progress.step)
-        metrics_log.refuse_if_gone()
-        if world.is_first:
-            _conclude(config, progress, verdict, world)
-        saver.finish_uploads()
-        metrics_log.say(
-            f"Done: the exported model is in {config.run_dir}, the summary in {config.run_dir / 'summary.json'}."
-        )
-    return 0
+    notes = [checkpointing.line] if checkpointing else []
+    return Prepared(config, chosen, notes, prompts, loader, test_sets, log_mel)
 
 
-def check_before_loading(config: RunConfig, world: World) -> None:
-    """Refuse, within a second and before a model is loaded, what would fail hours later.
+def check_settings(config: RunConfig, world: World) -> None:
+    """Refuse, within a second and before a model is loaded, settings that would fail hours later.
 
     Raises:
-        UserError: DeepSpeed's file, the normalizer or a text step is unusable, a killed build left its lock, or
-            `run_dir` cannot be written, is in use by another process, or is another folder on some ranks.
+        UserError: DeepSpeed's file, the normalizer or a text step is unusable, a package is missing, or a killed build
+            left a lock.
     """
     check_engine(config, world.size, world.device)
     normalizer(config.evaluation.normalizer, config.train_data.target_text)
     refuse_missing_trackers(config.metrics.trackers)
     if config.engine.deepspeed is not None:
         refuse_old_locks()
+
+
+def check_before_loading(config: RunConfig, world: World) -> None:
+    """Refuse what `check_settings` refuses, and a folder in which the run cannot write.
+
+    Raises:
+        UserError: also if `run_dir` cannot be written, is in use, or is another folder on some ranks.
+    """
+    check_settings(config, world)
     refuse_unwritable("run_dir", config.run_dir)
     if world.is_first:
         lock_run_dir(config.run_dir)
@@ -331,104 +381,20 @@ def _build_evaluator(
     )
 
 
-def _announce(
+def changes_of(
     config: RunConfig,
-    model: ModelConfig,
-    checkpointing: ChosenCheckpointing | None,
-    progress: TrainProgress,
-    loader: TrainLoader,
-    parameter_table: Sequence[str],
-    world: World,
-    metrics_log: MetricsLog,
-    changes: Sequence[Change],
-) -> None:
-    """Store the configuration, and print what has changed, and what is about to be trained on what.
-
-    `model` and `checkpointing` say what `auto` has become.
-    """
-    if world.is_first:
-        with write_errors_named("The configuration", config.run_dir):
-            write_atomically(config.run_dir / "config.yaml", dump_config(config))
-    training_set = loader.training_set
-    num_epochs = loader.num_steps / training_set.plan.steps_per_epoch
-    event: dict[str, Any] = {
-        "event": "resumed" if progress.step else "started",
-        "world_size": world.size,
-        "num_steps": loader.num_steps,
-        "num_epochs": round(num_epochs, 4),
-        "num_utterances": len(training_set.index),
-        "skipped": training_set.streams.skipped,
-        "engine": engine_name(config.engine),
-        "device": device_name(world.device),
-        "versions": package_versions(),
-        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if world.is_first:
-        event["audio_seconds"] = training_set.streams.seconds_by_language(training_set.index)
-    metrics_log.write("event", progress.step, event)
-    for change in changes:
-        metrics_log.say(f"Changed since step {progress.step}: {change}")
-        metrics_log.write("event", progress.step, {"event": "changed", **asdict(change)})
-    chosen = [checkpointing.line] if checkpointing else []
-    for line in [*training_set.lines(), *parameter_table, *chosen, *serving_notes(config)]:
-        metrics_log.say(line)
-    start = f"from step {progress.step} " if progress.step else ""
-    metrics_log.say(
-        f"Training {start}for {counted(loader.num_steps, 'step')} ({counted(num_epochs, 'epoch', '.4g')}) on "
-        f"{counted(training_set.streams.num_utterances, 'utterance')}, {counted(world.size, 'rank')}, "
-        f"{engine_name(config.engine)}, {world.device.type}, {config.model.precision}, "
-        f"{chosen_attention(model)} attention{', compiled blocks' if model.compile_blocks else ''}"
-    )
-
-
-def _announce_limits(limits: MemoryLimits, progress: TrainProgress, metrics_log: MetricsLog) -> None:
-    """Say and record, once, that micro-batches are divided, where memory has run out before."""
-    if limits.exceeded:
-        metrics_log.say(str(limits))
-        metrics_log.write("event", progress.step, {"event": "divided", **asdict(limits.exceeded[-1])})
-
-
-def _requests(
-    stop: StopRequest, time_limit: TimeLimit, evaluator: Evaluator, saver: Saver, step: int, batches: StepBatches
-) -> Callable[[], Requests]:
-    """What this rank asks for after its next update, which will be the run's number `step`.
-
-    Time is looked at before the update; signals, and what a thread has written, when the ranks tell each other.
-    """
-    # A run that stops before an evaluation begins with it when it resumes.
-    following: tuple[Part, ...] = ("evaluation",) if evaluator.is_due(step) else ("step",)
-    if step == evaluator.num_steps:
-        # An export takes about as long as a save.
-        following = ("evaluation", "save")
-    by_clock = Requests(
-        stop_in_time=time_limit.is_too_short_for("step", "save", *following, *saver.owed_uploads()),
-        save=time_limit.needs_a_save(),
-        save_in_background=saver.is_time(),
-        cannot_read=batches.upcoming is not None and batches.upcoming.read_error is not None,
-    )
-    return lambda: replace(by_clock, stop=stop.requested, is_written=saver.is_written())
-
-
-def _refuse_unread(batches: StepBatches, agreed: Requests, progress: TrainProgress, world: World) -> None:
-    """End the run on all ranks, after its state was saved, where this is why it stops.
-
-    Raises:
-        ReadError: a rank cannot read its next step, because the storage of the shards fails.
-    """
-    if not agreed.cannot_read or agreed.stop or agreed.stop_in_time:
-        return
-    reason = first_over_ranks(None if batches.upcoming is None else batches.upcoming.read_error, world)
-    raise ReadError(f"Stopped at step {progress.step}, which is saved: {reason}")
-
-
-def _changes(
-    config: RunConfig, saved_step: int, num_steps: int, test_sets: Mapping[str, str], allow_changed: Sequence[str]
+    saved_step: int | None,
+    num_steps: int,
+    test_sets: Mapping[str, str],
+    allow_changed: Sequence[str],
 ) -> list[Change]:
-    """What has changed since the checkpoint from which the run resumes.
+    """What has changed since the checkpoint from which the run resumes; nothing without a checkpoint.
 
     Raises:
         UserError: the run is past its last step, or results could not be compared.
     """
+    if saved_step is None:
+        return []
     if saved_step > num_steps:
         raise UserError(
             f"The run ends at step {num_steps} (`num_steps` or `num_epochs`), but its newest checkpoint is of step "
@@ -472,8 +438,8 @@ def _end_if_asked(stop: StopRequest, world: World) -> None:
         raise _StoppedEarlyError
 
 
-def _stopped(config: RunConfig, progress: TrainProgress, metrics_log: MetricsLog, *, by_signal: bool) -> int:
-    why = "by a signal" if by_signal else f"before the end of `max_run_hours` ({config.max_run_hours:g})"
+def _stopped(config: RunConfig, progress: TrainProgress, metrics_log: MetricsLog, reason: StopReason) -> int:
+    why = "by a signal" if reason == "signal" else f"before the end of `max_run_hours` ({config.max_run_hours:g})"
     metrics_log.say(f"Stopped at step {progress.step} {why}: rerun the same command to resume.")
     return EXIT_STOPPED
 

@@ -14,7 +14,7 @@ from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import alone
 from voxtral_dist.errors import UserError
-from voxtral_dist.train import _changes
+from voxtral_dist.train import changes_of
 
 from runs import run_config
 from states import WholeStates
@@ -86,9 +86,9 @@ def test_a_change_that_breaks_comparisons_is_refused_unless_it_is_allowed(
 ) -> None:
     changed = with_changes(config, **changes)
     with pytest.raises(UserError, match=f"add --allow-changed {key}"):
-        _changes(changed, 3, 9, FINGERPRINTS, [])
-    assert [change.key for change in _changes(changed, 3, 9, FINGERPRINTS, [key])] == [key]
-    assert len(_changes(changed, 3, 9, FINGERPRINTS, [key.rpartition(".")[0]])) == 1
+        changes_of(changed, 3, 9, FINGERPRINTS, [])
+    assert [change.key for change in changes_of(changed, 3, 9, FINGERPRINTS, [key])] == [key]
+    assert len(changes_of(changed, 3, 9, FINGERPRINTS, [key.rpartition(".")[0]])) == 1
 
 
 def test_other_utterances_under_the_same_name_are_refused(config: RunConfig) -> None:
@@ -112,7 +112,7 @@ def test_a_configuration_of_another_version_is_compared_by_the_keys_that_it_has(
 
 def test_a_run_past_its_last_step_says_so(config: RunConfig) -> None:
     with pytest.raises(UserError, match=r"ends at step 2 .* newest checkpoint is of step 3: set at least 3 steps"):
-        _changes(config, 3, 2, FINGERPRINTS, [])
+        changes_of(config, 3, 2, FINGERPRINTS, [])
 
 
 def test_a_misspelt_key_is_refused(config: RunConfig) -> None:

@@ -152,14 +152,17 @@ def test_lines_of_a_run_skip_the_first_step_and_show_long_waits(
         log.train_step(2, STEP)
         log.train_step(3, replace(STEP, waiting_seconds=0.9))
     first, last = capsys.readouterr().out.splitlines()
-    assert "step 1/3  loss 2.000  0 audio s/s  MFU 0.3 %  31.2 GB  left 6.7 min" in first
-    assert "step 3/3  loss 2.000  15 audio s/s  MFU 30.0 %  31.2 GB  waiting for data 25 %  left 0.0 min" in last
+    assert "step 1/3  loss 2.000  lr 1.0e-04  0 audio s/s  MFU 0.3 %  31.2 GB  left 6.7 min" in first
+    assert (
+        "step 3/3  loss 2.000  lr 1.0e-04  15 audio s/s  MFU 30.0 %  31.2 GB  waiting for data 25 %  left 0.0 min"
+        in last
+    )
 
 
 def test_what_is_not_known_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with MetricsLog(tmp_path, 1, 0, alone("cpu")) as log:
         log.train_step(1, STEP)
-    assert capsys.readouterr().out == "step 1/1  loss 2.000  15 audio s/s  31.2 GB  left 0.0 min\n"
+    assert capsys.readouterr().out == "step 1/1  loss 2.000  lr 1.0e-04  15 audio s/s  31.2 GB  left 0.0 min\n"
 
 
 def test_tensorboard_has_the_rows_once_after_a_resume(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, examples
+from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, examples, positive
 from voxtral_dist.cli.paths import refuse_missing_paths
 from voxtral_dist.config import dump_config, load_config
 from voxtral_dist.output.console import say
 from voxtral_dist.training.signals import stop_signals
+
+_OVERFIT_STEPS = 100
 
 
 def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -18,6 +20,7 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         help="start or resume the run of a configuration",
         epilog=examples(
             "voxtral-dist train --config run.yaml --set num_steps=2000 optimizer.learning_rate=1e-5",
+            "voxtral-dist train --config run.yaml --dry-run",
             "torchrun --nproc_per_node 8 --no_python voxtral-dist train --config run.yaml",
         ),
     )
@@ -30,6 +33,22 @@ def add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="KEY",
         help="let a resumed run change this key or section, although its results before and after cannot be compared "
         "(model.precision, evaluation.normalizer, evaluation.test_sets.NAME, ...); may be repeated",
+    )
+    rehearsal = parser.add_mutually_exclusive_group()
+    rehearsal.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="do all up to the first step, on all ranks: print data, labels of three examples and memory, load the "
+        "model, and write nothing to run_dir",
+    )
+    rehearsal.add_argument(
+        "--overfit-batch",
+        type=positive,
+        nargs="?",
+        const=_OVERFIT_STEPS,
+        metavar="N",
+        help="train on one batch until its loss has fallen to a tenth, for at most N updates (default: %(const)s); "
+        "exit code 1 where it was not learned; nothing is written to run_dir",
     )
     add_local_rank(parser)
     parser.set_defaults(run=_train)
@@ -46,6 +65,10 @@ def _train_or_print(parsed: argparse.Namespace) -> int:
         say(dump_config(config), end="")
         return 0
     refuse_missing_paths(config)
+    if parsed.dry_run or parsed.overfit_batch is not None:
+        from voxtral_dist.rehearse import dry_run, overfit_batch
+
+        return dry_run(config, parsed.allow_changed) if parsed.dry_run else overfit_batch(config, parsed.overfit_batch)
     from voxtral_dist.train import train_model
 
     return train_model(config, parsed.allow_changed)

@@ -92,7 +92,7 @@ class Estimate:
         """The estimate as text for a terminal."""
         yield from self.parameter_lines
         yield ""
-        yield from self._memory_lines()
+        yield from self.memory_lines()
         yield ""
         yield from self._table_lines()
         if self.changes:
@@ -107,7 +107,8 @@ class Estimate:
             yield ""
         yield from self._cost_lines()
 
-    def _memory_lines(self) -> Iterator[str]:
+    def memory_lines(self) -> Iterator[str]:
+        """The memory of the configured sharding as text, and whether it fits."""
         shape, machine = self.shape, self.machine
         limit = "" if machine.gpu_memory is None else f" of {gigabytes(machine.gpu_memory)}"
         verdict = {True: ": it fits", False: ": IT DOES NOT FIT", None: ""}[self.configured.fits]

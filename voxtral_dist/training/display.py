@@ -1,14 +1,19 @@
-"""The live display of a training run: loss, throughput and memory beside the number of steps."""
+"""The live display of a training run: loss, learning rate, error rates, throughput and memory of the last steps."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from voxtral_dist.progress import ProgressDisplay
+from voxtral_dist.training.outcome import telling_rate
 from voxtral_dist.training.step_metrics import StepMetrics
 
 # Waiting for data is shown above this fraction of the time.
 _MIN_SHOWN_WAITING = 0.05
+# The first test sets, whose last error rates are shown.
+_NUM_SHOWN_SETS = 2
 # Weight of the earlier steps in each new average.
 _DECAY = 0.9
 
@@ -23,6 +28,7 @@ class TrainDisplay:
         self._first_step = first_step
         self._peak_flops = peak_flops
         self._recent = _RecentSteps()
+        self._rates: dict[str, str] = {}
 
     def start(self) -> None:
         """Show the bar."""
@@ -36,6 +42,12 @@ class TrainDisplay:
         """Print a line above the bar."""
         self._progress.say(line)
 
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        """Remember the error rate of a row of kind `evaluation`, which the steps after it show."""
+        metric = telling_rate(row)
+        rate = row.get(metric)
+        self._rates[row["name"]] = "-" if rate is None else f"{metric.upper()} {100 * rate:.1f} %"
+
     def show(self, step: int, metrics: StepMetrics) -> None:
         """Show that `step` updates were made."""
         if step == self._first_step + 2:
@@ -43,7 +55,9 @@ class TrainDisplay:
             self._recent = _RecentSteps()
         self._recent = self._recent.after(metrics)
         loss = "-" if metrics.loss is None else f"{metrics.loss:.3f}"
-        note = f"loss {loss}  {self._recent.rates(metrics.memory_gigabytes, self._peak_flops)}"
+        rates = [f"{name} {rate}" for name, rate in list(self._rates.items())[:_NUM_SHOWN_SETS]]
+        parts = [f"loss {loss}", f"lr {metrics.learning_rate:.1e}", *rates]
+        note = "  ".join([*parts, self._recent.rates(metrics.memory_gigabytes, self._peak_flops)])
         self._progress.show(step, note, seconds_left=(self._num_steps - step) * self._recent.seconds_per_step)
 
 

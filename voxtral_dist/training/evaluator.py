@@ -18,8 +18,13 @@ from voxtral_dist.evaluation.evaluating import evaluate_test_set
 from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
+from voxtral_dist.output.console import one_line
 from voxtral_dist.scoring.normalizer import Normalizer
+from voxtral_dist.scoring.result_files import result_files
+from voxtral_dist.text.json_text import parse_json
 from voxtral_dist.training.metrics_log import MetricsLog
+
+_SAMPLE_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,22 @@ class Evaluator:
                 seconds = {"seconds": round(time.monotonic() - started, 3)}
                 self.metrics_log.write("evaluation", step, {"name": test_set.name} | result.metrics() | seconds)
                 self.metrics_log.say(f"step {step}: {test_set.name}: {result}")
+                if self.world.is_first and test_set is self.test_sets[0]:
+                    self._say_sample(out_dir / result_files(test_set.name)[0])
+
+    def _say_sample(self, hypotheses: Path) -> None:
+        """Print what was decoded of the first utterance with a text, of the same one each time."""
+        with hypotheses.open("rb") as lines:
+            row = next((row for row in map(parse_json, lines) if row["reference"].strip()), None)
+        if row is not None:
+            for what in ("reference", "hypothesis"):
+                self.metrics_log.say(f"  {what:<12}{_beginning(row[what])}")
 
     def _not_measured(self, step: int) -> list[TestSet]:
         measured = {row["name"] for row in self.metrics_log.rows("evaluation") if row["step"] == step}
         return [test_set for test_set in self.test_sets if test_set.name not in measured]
+
+
+def _beginning(text: str) -> str:
+    shown = one_line(text)
+    return shown if len(shown) <= _SAMPLE_CHARACTERS else f"{shown[:_SAMPLE_CHARACTERS]}…"

@@ -72,6 +72,9 @@ class MetricsLog:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 num_damaged = drop_rows_after(self._path, self._first_step)
                 self._file = self._path.open("a", encoding="utf-8")
+            for row in read_metrics(self._path):
+                if row["kind"] == "evaluation":
+                    self._display.evaluated(row)
             self._display.start()
             if num_damaged:
                 self.say(
@@ -110,6 +113,8 @@ class MetricsLog:
             self._file.flush()
             if self._tensorboard is not None:
                 write_scalars(self._tensorboard, kind, step, values)
+        if self._display is not None and kind == "evaluation":
+            self._display.evaluated(values)
 
     def refuse_if_gone(self) -> None:
         """Refuse to go on without the file: rows that are written to a removed one are lost without an error.

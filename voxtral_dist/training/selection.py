@@ -29,6 +29,7 @@ class Verdict:
     best_rate: its error rate, by `metric`.
     messages: for the log.
     must_stop: whether the configuration ends the run here.
+    test_set: by which it was selected.
     """
 
     best_step: int | None = None
@@ -36,6 +37,7 @@ class Verdict:
     messages: tuple[str, ...] = ()
     must_stop: bool = False
     metric: ErrorRate = "wer"
+    test_set: str | None = None
 
 
 def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps: Collection[int]) -> Verdict:
@@ -61,7 +63,7 @@ def judge(settings: SelectionConfig, rows: Sequence[dict[str, Any]], saved_steps
             f"{counted(waited, 'evaluation')} (`evaluation.selection.patience`): the run stops"
         )
     best_rate = None if best_step is None else candidates[best_step]
-    return Verdict(best_step, best_rate, tuple(messages), must_stop, settings.metric)
+    return Verdict(best_step, best_rate, tuple(messages), must_stop, settings.metric, settings.test_set)
 
 
 def refuse_guard_without_start(guard: GuardConfig, rows: Sequence[dict[str, Any]]) -> None:

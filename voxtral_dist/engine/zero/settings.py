@@ -64,6 +64,13 @@ def read_deepspeed_file(path: Path | None) -> dict[str, Any]:
     return settings
 
 
+def nvme_folder(config: EngineConfig, run_dir: Path) -> Path | None:
+    """The folder of a run in `nvme_dir`; None without one."""
+    if config.nvme_dir is None:
+        return None
+    return config.nvme_dir / f"voxtral-dist-{zlib.crc32(str(run_dir.resolve()).encode()):08x}"
+
+
 def read_settings(config: EngineConfig, run_dir: Path) -> dict[str, Any]:
     """DeepSpeed's file, with a folder of this run in `nvme_dir` for each NVMe offload that names no `nvme_path`.
 
@@ -72,8 +79,8 @@ def read_settings(config: EngineConfig, run_dir: Path) -> dict[str, Any]:
     """
     settings = read_deepspeed_file(config.deepspeed)
     zero = dict(settings["zero_optimization"])
-    if config.nvme_dir is not None:
-        folder = config.nvme_dir / f"voxtral-dist-{zlib.crc32(str(run_dir.resolve()).encode()):08x}"
+    folder = nvme_folder(config, run_dir)
+    if folder is not None:
         for key in OFFLOADS:
             if offload_device(settings, key) == "nvme":
                 zero[key] = {"nvme_path": str(folder)} | zero[key]
