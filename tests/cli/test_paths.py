@@ -22,6 +22,7 @@ WRONG = {
     "evaluate models/a/b shards": "`MODEL`: the folder models/a/b does not exist",
     "evaluate models/tiny nowhere": "The shard folder nowhere does not exist",
     "evaluate models/tiny shards --words nowhere.txt": "`--words`: nowhere.txt cannot be read",
+    f"transcribe {300 * 'a'}/x/y clip.wav": "aaa/x/y does not exist",
     "transcribe ./tiny clip.wav": "`MODEL`: the folder ./tiny does not exist",
     "transcribe models/tiny nowhere.wav": "The recording nowhere.wav cannot be read",
     "transcribe runs/x clip.wav": "`MODEL`: runs/x is a run, not a model: give runs/x/export",
