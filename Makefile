@@ -88,7 +88,7 @@ test-slow: install ## Run the proofs that take minutes each
 
 test-faults: install ## Let real runs meet every fault, and write the table of docs/reliability.md (20 minutes on 2 cores)
 	rm -f build/faults.json
-	$(CPU_ENV) $(BIN)/pytest -m faults -n 2 --dist loadgroup tests/faults
+	$(CPU_ENV) $(BIN)/pytest -m faults -n 2 --dist worksteal tests/faults/test_fault_table.py
 	$(BIN)/python tests/faults/fault_table.py build/faults.json docs/reliability.md
 
 test-hosts: install ## Let real runs cross three network namespaces, and write the table of docs/reliability.md (20 minutes on 2 cores; root)

@@ -87,10 +87,20 @@ def run_programs(world_size: int, function: Callable[..., Any], *arguments: Any,
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL some seconds after the start; `rank` None: of all ranks at once, like a node that loses power."""
+    """SIGKILL of a rank at some moment.
+
+    Attributes:
+        seconds: after the start, or after a file has appeared.
+        rank: None: all ranks at once, like a node that loses power.
+        after: this file.
+    """
 
     seconds: float
     rank: int | None = None
+    after: Path | None = None
+
+    def has_begun(self) -> bool:
+        return self.after is None or self.after.exists()
 
 
 @dataclass(frozen=True)
@@ -240,23 +250,29 @@ def _launch(
     """Wait for ranks as launchers do; return what `EndedJob` has."""
     started = time.monotonic()
     watched = [process for rank, process in enumerate(ranks) if rank != lost_rank]
-    code, first_end, killing = 0, 0.0, started + limit_seconds
-    to_kill = [] if kill is None else [process for rank, process in enumerate(ranks) if kill.rank in (rank, None)]
-    while any(process.is_alive() for process in watched) and time.monotonic() < killing:
-        pause = 0.1 if not to_kill or kill is None else max(0.0, started + kill.seconds - time.monotonic())
-        wait([process.sentinel for process in watched if process.is_alive()], timeout=pause)
-        if to_kill and kill is not None and time.monotonic() >= started + kill.seconds:
-            for process in to_kill:
-                process.kill()
-            to_kill = []
+    code, first_end, ending = 0, 0.0, started + limit_seconds
+    counting: float | None = None
+    while True:
+        # Before exit codes are read, so that none is missed.
+        alive = [process for process in watched if process.is_alive()]
         # Where several have ended meanwhile, one that a signal killed was the first.
         failed = sorted(process.exitcode for process in watched if process.exitcode)
         if failed and not first_end:
             code, first_end = failed[0] % 256, time.time()
-            killing = min(killing, time.monotonic() + grace_seconds)
+            ending = min(ending, time.monotonic() + grace_seconds)
             for process in watched:
                 process.terminate()
-    has_ended = first_end or not any(process.is_alive() for process in watched)
+        if not alive or time.monotonic() >= ending:
+            break
+        wait([process.sentinel for process in alive], timeout=0.1 if kill is None else 0.02)
+        if kill is not None and counting is None and kill.has_begun():
+            counting = time.monotonic()
+        if kill is not None and counting is not None and time.monotonic() >= counting + kill.seconds:
+            for rank, process in enumerate(ranks):
+                if kill.rank in (rank, None):
+                    process.kill()
+            kill = None
+    has_ended = first_end or not alive
     last_end = time.time()
     for process in ranks:
         process.kill()

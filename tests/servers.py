@@ -1,10 +1,11 @@
 """Real servers on localhost: an S3 object store, and a web server with injected faults."""
 
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
@@ -136,3 +137,61 @@ def s3_server() -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+class Gate:
+    """A port that leads to another one of this machine, and lets nothing through while it is closed.
+
+    num_held: how many pieces of requests and answers had to wait.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.num_held = 0
+        self._leads_to = port
+        self._open = threading.Event()
+        self._open.set()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def open(self) -> None:
+        self._open.set()
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def remove(self) -> None:
+        self.open()
+        # Wakes the thread that accepts.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._leads_to))
+                for ends in ((client, server), (server, client)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while piece := source.recv(1 << 16):
+                self.num_held += not self._open.is_set()
+                self._open.wait()
+                target.sendall(piece)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def gate_before(url: str) -> Iterator[Gate]:
+    """An open gate before a server of this machine, until the block ends."""
+    gate = Gate(int(url.rsplit(":", 1)[1]))
+    try:
+        yield gate
+    finally:
+        gate.remove()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from voxtral_dist.errors import UserError
-from voxtral_dist.files import refuse_unwritable, write_atomically
+from voxtral_dist.errors import UserError, WriteError
+from voxtral_dist.files import DISK_ERRORS, refuse_unwritable, write_atomically, write_errors_named
 from voxtral_dist.model.saving import save_tensors
 from voxtral_dist.model.tiny import build_tiny_voxtral
 
@@ -73,3 +73,18 @@ def test_shards_models_and_tensors_have_the_permissions_of_new_files(
     finally:
         os.umask(before)
     assert stat.S_IMODE((folder / "tiny" / "model.safetensors").stat().st_mode) == 0o640
+
+
+def test_a_folder_that_was_removed_is_an_error_of_writing(tmp_path: Path) -> None:
+    out, base = tmp_path / "run" / "export", tmp_path / "base" / "config.json"
+
+    def saves(path: Path) -> None:
+        with write_errors_named("The exported model", out.parent, DISK_ERRORS):
+            save_tensors({"weight": torch.zeros(2)}, path)
+
+    with pytest.raises(
+        WriteError, match=r"^The exported model cannot be written to .*/run: no such file or directory\."
+    ):
+        saves(out / "model.safetensors")
+    with pytest.raises(FileNotFoundError):
+        saves(base)

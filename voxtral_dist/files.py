@@ -93,7 +93,8 @@ def write_errors_named(what: str, path: Path, numbers: Collection[int] | None = 
     Args:
         what: the beginning of the sentence, such as "The metrics".
         path: the file or folder.
-        numbers: errors that are meant; None: all. `DISK_ERRORS` are for blocks that read other files too.
+        numbers: errors that are meant wherever they come from; None: all. `DISK_ERRORS` are for blocks that read other
+            files too. That `path`, or what was written below it, has been removed is always meant.
 
     Raises:
         WriteError: in place of an `OSError`.
@@ -101,11 +102,17 @@ def write_errors_named(what: str, path: Path, numbers: Collection[int] | None = 
     try:
         yield
     except OSError as error:
-        if numbers is not None and error.errno not in numbers:
+        if numbers is not None and error.errno not in numbers and not _was_removed(error, path):
             raise
         raise WriteError(
             f"{what} cannot be written to {path}: {write_reason(error)}. Fix that, and rerun the same command."
         ) from error
+
+
+def _was_removed(error: OSError, path: Path) -> bool:
+    """Whether an error says that there is no such file at or below a path."""
+    name = error.filename if isinstance(error, FileNotFoundError) else None
+    return isinstance(name, str | os.PathLike) and Path(name).is_relative_to(path)
 
 
 def encodable(text: str) -> str:

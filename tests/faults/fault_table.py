@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from injection import FAULTS
+
 ENGINES = {"2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
 PHASES = ("stepping", "saving", "evaluating", "exporting")
+DAMAGED = "newest checkpoint damaged: "
+_ALL_PHASES = ", ".join(PHASES)
+# Phases that a fault has no part in, and why.
+IMPOSSIBLE = {
+    ("object store stalls", "exporting"): "an export writes to `run_dir` only",
+    (f"{DAMAGED}any", _ALL_PHASES): "a checkpoint is read by the next start, and a selected one before the export",
+    ("error of a GPU", _ALL_PHASES): "needs a GPU",
+    ("kernel that does not end", _ALL_PHASES): "needs a GPU",
+}
 _HEAD = """\
 | fault | while | detected, ended after (s) | steps lost | curve equal | what the user saw | exit code |
 |---|---|---|---|---|---|---|
@@ -38,11 +52,18 @@ class Row:
     code: int
 
 
-def store(path: Path, key: tuple[str, ...], value: Any) -> None:
-    """Add a value to a file of rows, which several processes may do at the same time."""
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def store(path: Path, key: tuple[str, ...], value: Any) -> None:
+    """Add a value to a file of rows, which several processes may do at the same time."""
+    with locked(path):
         rows = read(path) | {json.dumps(key): value}
         path.with_suffix(".tmp").write_text(json.dumps(rows, indent=1))
         path.with_suffix(".tmp").rename(path)
@@ -62,20 +83,29 @@ def read(path: Path) -> dict[str, Any]:
 def render(rows: dict[str, Any]) -> str:
     """The table in Markdown: one line for each fault and phase, with what engines have in common said once."""
     cells: dict[tuple[str, str], dict[str, Row]] = {}
-    figures = []
     for key, value in rows.items():
-        match json.loads(key):
-            case [fault, phase, engine]:
-                cells.setdefault((fault, phase), {})[engine] = Row(**value)
-            case [_]:
-                figures.append(f"\n{value}\n")
-    lines = [
-        _line(fault, phase, [of[engine] for engine in ENGINES if engine in of]) for (fault, phase), of in cells.items()
-    ]
-    return _HEAD + "".join(lines) + "".join(figures)
+        fault, phase, engine = json.loads(key)
+        cells.setdefault((fault, phase), {})[engine] = Row(**value)
+    lines = {(fault, phase): _line(fault, phase, of) for (fault, phase), of in cells.items()}
+    lines |= {
+        (fault, phase): f"| {fault} | {phase} | - | - | - | - ({why}) | - |\n"
+        for (fault, phase), why in IMPOSSIBLE.items()
+    }
+    return _HEAD + "".join(lines[key] for key in sorted(lines, key=_place))
 
 
-def _line(fault: str, phase: str, rows: list[Row]) -> str:
+def _place(key: tuple[str, str]) -> tuple[int, int, str]:
+    """The place of a line: faults and phases in the order in which they are listed."""
+    fault, phase = key
+    return (
+        FAULTS.index(fault) if fault in FAULTS else len(FAULTS),
+        PHASES.index(phase) if phase in PHASES else -1,
+        fault,
+    )
+
+
+def _line(fault: str, phase: str, of: dict[str, Row]) -> str:
+    rows = [of[engine] for engine in ENGINES if engine in of]
     columns = [
         _common([_seconds(row) for row in rows]),
         _common([str(row.steps_lost) for row in rows]),
@@ -83,7 +113,8 @@ def _line(fault: str, phase: str, rows: list[Row]) -> str:
         _common([_escaped(row.said) or "nothing" for row in rows]),
         _common([str(row.code) for row in rows]),
     ]
-    return f"| {fault} | {phase} | {' | '.join(columns)} |\n"
+    which = "" if len(of) == len(ENGINES) else f" ({', '.join(ENGINES[engine] for engine in ENGINES if engine in of)})"
+    return f"| {fault} | {phase}{which} | {' | '.join(columns)} |\n"
 
 
 def _common(values: list[str]) -> str:
@@ -107,10 +138,23 @@ def put_into_page(page: Path, name: str, table: str) -> None:
     page.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
-def main(rows: Path, page: Path) -> None:
-    """Print the table, and put it into the page."""
-    table = render(read(rows))
+def missing(rows: dict[str, Any]) -> list[str]:
+    """What has not been run."""
+    expected = itertools.product(FAULTS, PHASES, ENGINES)
+    return [
+        f"{fault}, {phase}, {ENGINES[engine]}"
+        for fault, phase, engine in expected
+        if (fault, phase) not in IMPOSSIBLE and json.dumps([fault, phase, engine]) not in rows
+    ]
+
+
+def main(path: Path, page: Path) -> None:
+    """Print the table, and put it into the page if it is whole."""
+    rows = read(path)
+    table = render(rows)
     print(table)
+    if missing(rows):
+        sys.exit(f"{page} is as it was, because these have not been run: {'; '.join(missing(rows))}")
     put_into_page(page, "faults", table)
 
 

@@ -151,10 +151,10 @@ def _saving(fire: Callable[[], None]) -> None:
 def _evaluating(fire: Callable[[], None]) -> None:
     from voxtral_dist.evaluation import decoding
 
-    def faulty(decode: Callable[[Any], None]) -> Callable[[Any], None]:
-        def decode_faultily(self: Any) -> None:
+    def faulty(decode: Callable[..., None]) -> Callable[..., None]:
+        def decode_faultily(self: Any, *arguments: Any) -> None:
             fire()
-            decode(self)
+            decode(self, *arguments)
 
         return decode_faultily
 
@@ -265,5 +265,7 @@ _FAULTS: dict[str, _Fault] = {
     "disk full": _Fault(_fill, rank=0),
     "read-only disk": _Fault(_make_read_only, rank=0),
     "`run_dir` removed": _Fault(_remove, rank=0),
+    # The servers do it.
     "object store stalls": _Fault(lambda _: None, rank=0),
 }
+FAULTS = tuple(_FAULTS)

@@ -144,11 +144,14 @@ class _RankDecoder:
 
     def decode(self) -> Exception | None:
         """Decode until no batch is left. Returns an error of this rank that all ranks must learn of."""
+        tasks = self._tasks()
+        # All ranks make it together: where one of them kept an error before that to itself, the others would wait.
+        queue = None if self._decoder.in_lockstep else TaskQueue(len(tasks), self._world)
         try:
-            if self._decoder.in_lockstep:
+            if queue is None:
                 self._decode_in_lockstep()
             else:
-                self._decode_from_queue()
+                self._decode_from_queue(tasks, queue)
         except (_OtherRankFailedError, _StoppedInLockstepError):
             return None
         except _OthersWaitError:
@@ -157,15 +160,18 @@ class _RankDecoder:
             return error
         return None
 
-    def _decode_from_queue(self) -> None:
-        """Take the next batch, or the next group of utterances, of the shared queue until it is empty."""
-        is_continuous = self._decoder.is_continuous
-        tasks = [group for batch in self._batches for group in groups_of(batch)] if is_continuous else self._batches
-        queue = TaskQueue(len(tasks), self._world)
+    def _tasks(self) -> Sequence[Batch]:
+        """What the shared queue distributes: batches, or groups of utterances."""
+        if not self._decoder.is_continuous:
+            return self._batches
+        return [group for batch in self._batches for group in groups_of(batch)]
+
+    def _decode_from_queue(self, tasks: Sequence[Batch], queue: TaskQueue) -> None:
+        """Take the next task of the shared queue until it is empty."""
         num_before = _numbers_before(tasks)
         taken = (self._taken(tasks[number], num_before[number]) for number in self._until_stopped(queue))
         try:
-            if is_continuous:
+            if self._decoder.is_continuous:
                 for decoded in self._decoder.stream(self._read_ahead(taken), with_loss=self._with_loss):
                     self._add(decoded)
             else:
