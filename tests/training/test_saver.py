@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from voxtral_dist.checkpoints.directory import CheckpointDirectory, latest_step, newest_intact_step
+from voxtral_dist.checkpoints.files import WrittenPart
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.checkpoints.save_under_way import SaveUnderWay
 from voxtral_dist.checkpoints.uploads import UploadEvent
@@ -154,6 +155,22 @@ def test_a_rank_that_fails_alone_waits_for_the_checkpoint_under_way(config: RunC
 
 def test_a_rank_whose_collective_fails_waits_for_no_other(config: RunConfig) -> None:
     assert run_ranks(2, left_by_rank_0, config, "whole", RuntimeError("Connection closed by peer"))[0] == (None, 3)
+
+
+@pytest.mark.parametrize("fails", ["writing", "completing"])
+def test_a_thread_that_ends_by_an_error_keeps_nobody_waiting(config: RunConfig, fails: str) -> None:
+    class Held:
+        def write(self) -> WrittenPart:
+            return {}["gone"] if fails == "writing" else WrittenPart()  # type: ignore[no-any-return, index]
+
+    def complete(parts: Sequence[WrittenPart]) -> str | None:
+        return parts[0].failure if fails == "writing" else {}["gone"]
+
+    save = SaveUnderWay(config.run_dir, config.run_dir, Held(), TrainProgress(), {}, {})  # type: ignore[arg-type]
+    save.write_in_background(CPU, complete)
+    assert not save.is_complete_within(1000.0)
+    with pytest.raises(KeyError, match="gone"):
+        save.wait()
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -10,6 +11,7 @@ from voxtral_dist.checkpoints.files import HeldStates, WrittenPart
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.checkpoints.written_parts import WrittenParts
 from voxtral_dist.distributed.world import World
+from voxtral_dist.errors import first_line
 
 
 class SaveUnderWay:
@@ -81,10 +83,25 @@ class SaveUnderWay:
     def _write(self, world: World, complete: Callable[[Sequence[WrittenPart]], str | None]) -> None:
         assert self._parts is not None
         try:
-            self._parts.tell(self.held.write())
+            self._parts.tell(self._written())
             if world.is_first:
                 self._failure = complete(self._parts.gather())
                 self._parts.end(self._failure)
         except BaseException as error:
             self._error = error
+            # The store may be gone too.
+            with suppress(RuntimeError):
+                self._parts.end(_described(error))
         self._is_written = True
+
+    def _written(self) -> WrittenPart:
+        """This rank's part; with its failure where an error ends the writing, so that nobody waits for it."""
+        try:
+            return self.held.write()
+        except BaseException as error:
+            self._error = error
+            return WrittenPart(failure=_described(error))
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
