@@ -67,6 +67,27 @@ def add_plan(commands: Commands[argparse.ArgumentParser]) -> None:
         default="gpu",
         help="cpu: estimate a run whose ranks are processes on CPUs (default: %(default)s)",
     )
+    parser.add_argument(
+        "--scale",
+        nargs="+",
+        type=positive,
+        metavar="N",
+        help="instead of all else, the time of a step and of the run on so many GPUs each, with communication, slow "
+        "ranks, saves and evaluations; needs --config and --gpu",
+    )
+    parser.add_argument(
+        "--network",
+        default="ib-ndr",
+        help="with --scale: between nodes: ib-hdr, ib-ndr, efa-p4d, efa-p5, tcp-100, tcp-25, or the bandwidth of a "
+        "node such as 1600Gbps (default: %(default)s, 8 cards of 400 Gb/s)",
+    )
+    parser.add_argument(
+        "--storage-bandwidth",
+        default="1GB",
+        metavar="1GB",
+        help="with --scale: of the storage of shards and checkpoints, for all nodes together, in a second "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON, sizes in bytes")
     parser.set_defaults(run=_plan)
 
@@ -96,6 +117,8 @@ def _plan(parsed: argparse.Namespace) -> int:
         mfu=parsed.mfu,
         peak_tflops=parsed.peak_tflops,
     )
+    if parsed.scale is not None:
+        return _print_scaling(parsed, machine)
     if parsed.config is None and gpu_memory is not None and parsed.device == "gpu":
         if parsed.set:
             raise UserError("`--set` needs `--config`: without it, the recipes of the package are estimated.")
@@ -108,6 +131,20 @@ def _plan(parsed: argparse.Namespace) -> int:
         say(json.dumps(estimate.to_json(), indent=1))
     else:
         say("\n".join(estimate.lines()))
+    return 0
+
+
+def _print_scaling(parsed: argparse.Namespace, machine: Machine) -> int:
+    from voxtral_dist.estimate.interconnect import named_network
+    from voxtral_dist.estimate.quantities import parse_bytes
+    from voxtral_dist.estimate.scaling import estimate_scaling
+
+    if parsed.config is None:
+        raise UserError("`--scale` needs `--config`, the configuration of the run.")
+    network = named_network(parsed.network)
+    storage = parse_bytes(parsed.storage_bandwidth, "--storage-bandwidth")
+    scaling = estimate_scaling(load_config(parsed.config, parsed.set), machine, parsed.scale, network, storage)
+    say(json.dumps(scaling.to_json(), indent=1) if parsed.json else "\n".join(scaling.lines()))
     return 0
 
 

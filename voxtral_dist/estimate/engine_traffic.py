@@ -90,7 +90,7 @@ def _fsdp2_gathering(
 ) -> float:
     values, trained = sizes.all, sizes.trained
     if sharding.reshards:
-        again, trained_again = _values_of_backward_pass(model)
+        again, trained_again = values_of_backward_pass(model)
         values, trained = values + again, trained + trained_again
     # Offloaded weights are cast on the host, and copied from there.
     cast = 0 if sharding.is_offloaded else weight_bytes + size
@@ -108,10 +108,10 @@ def _fsdp2_gradient(sharding: Fsdp2Sharding, size: int, ranks: int) -> float:
 def _zero3_gathering(model: TrainedVoxtral, sharding: ZeroSharding, sizes: ModelSizes, size: int, ranks: int) -> float:
     if sharding.stage < 3 or (ranks == 1 and sharding.weights_place == "device"):
         return 0.0
-    return (sizes.all + _values_of_backward_pass(model)[0]) * (2 * size / ranks + 2 * size)
+    return (sizes.all + values_of_backward_pass(model)[0]) * (2 * size / ranks + 2 * size)
 
 
-def _values_of_backward_pass(model: TrainedVoxtral) -> tuple[int, int]:
+def values_of_backward_pass(model: TrainedVoxtral) -> tuple[int, int]:
     """Values of the weights that the backward pass gathers, all and trained ones: of layers that a gradient reaches.
 
     An embedding's gradient needs no weights, and the last layer stays gathered.

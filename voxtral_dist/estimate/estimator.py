@@ -150,6 +150,12 @@ class Estimator:
         other._activations = Activations(self.model, config.model)
         return other
 
+    def with_machine(self, machine: Machine) -> Estimator:
+        """Estimates of the same run on another machine."""
+        other = copy(self)
+        other.machine = machine
+        return other
+
     def with_workload(self, config: RunConfig, workload: Workload) -> Estimator:
         """Estimates of the same model, with other sizes of micro-batches and decoded batches."""
         other = self.with_config(config)

@@ -13,6 +13,9 @@ measured by this project, for products as large as Voxtral's (thousands of rows)
                  code for Blackwell, so a B200 is taken as fast as an H200
                  Of cards with little power, such as A10 and L4, less is expected
     bandwidth    large copies reach about 0.8 of HBM's data sheet, and 0.85 to 0.9 of GDDR6's
+
+Links between the GPUs of a node, of data sheets too and in one direction: NVLink of the SXM boards of A100 (300 GB/s),
+H100 and H200 (450) and B200 (900); 16 lanes of PCIe 4 (32 GB/s) or 5 (63) of the others.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ from dataclasses import dataclass
 from voxtral_dist.distributed.devices import known_peak_flops
 from voxtral_dist.errors import UserError
 
+# Bytes a second in one direction.
+_PCIE_4, _PCIE_5 = 32e9, 63e9
+_NVLINK_3, _NVLINK_4, _NVLINK_5 = 300e9, 450e9, 900e9
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -29,7 +36,8 @@ class Gpu:
 
     memory_bytes, bandwidth: of the data sheet; bytes, and bytes a second. products, attention, attention_backward:
     fractions of the dense peak that kernels of this kind sustain. sustained_bandwidth: fraction of `bandwidth`.
-    launch_seconds: the least time of a kernel, however small.
+    launch_seconds: the least time of a kernel, however small. link_bandwidth: to other GPUs of its node, in one
+    direction.
     """
 
     name: str
@@ -40,12 +48,18 @@ class Gpu:
     attention_backward: float
     sustained_bandwidth: float = 0.81
     launch_seconds: float = 2.5e-6
+    link_bandwidth: float = _PCIE_4
 
     def peak_flops(self, precision: str) -> float:
         """Dense operations per second of the data sheet."""
         peak = known_peak_flops(self.name, precision)
         assert peak is not None, "every GPU of this table is in the table of devices"
         return peak
+
+    @property
+    def has_nvlink(self) -> bool:
+        """Whether GPUs of a node are linked by NVLink."""
+        return self.link_bandwidth > _PCIE_5
 
     @property
     def float8_peak_flops(self) -> float | None:
@@ -56,11 +70,33 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("A100", 80 * 10**9, 2.039e12, products=0.75, attention=0.6, attention_backward=0.5),
-        Gpu("A100 40GB", 40 * 10**9, 1.555e12, products=0.75, attention=0.6, attention_backward=0.5),
-        Gpu("H100", 80 * 10**9, 3.35e12, products=0.66, attention=0.4, attention_backward=0.3),
-        Gpu("H200", 141 * 10**9, 4.8e12, products=0.66, attention=0.4, attention_backward=0.3),
-        Gpu("B200", 180 * 10**9, 8.0e12, products=0.66, attention=0.18, attention_backward=0.13),
+        Gpu(
+            "A100", 80 * 10**9, 2.039e12, products=0.75, attention=0.6, attention_backward=0.5, link_bandwidth=_NVLINK_3
+        ),
+        Gpu(
+            "A100 40GB",
+            40 * 10**9,
+            1.555e12,
+            products=0.75,
+            attention=0.6,
+            attention_backward=0.5,
+            link_bandwidth=_NVLINK_3,
+        ),
+        Gpu(
+            "H100", 80 * 10**9, 3.35e12, products=0.66, attention=0.4, attention_backward=0.3, link_bandwidth=_NVLINK_4
+        ),
+        Gpu(
+            "H200", 141 * 10**9, 4.8e12, products=0.66, attention=0.4, attention_backward=0.3, link_bandwidth=_NVLINK_4
+        ),
+        Gpu(
+            "B200",
+            180 * 10**9,
+            8.0e12,
+            products=0.66,
+            attention=0.18,
+            attention_backward=0.13,
+            link_bandwidth=_NVLINK_5,
+        ),
         Gpu("A10", 24 * 10**9, 0.6e12, 0.6, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
         Gpu("A40", 48 * 10**9, 0.696e12, 0.7, attention=0.55, attention_backward=0.45, sustained_bandwidth=0.87),
         Gpu("L4", 24 * 10**9, 0.3e12, 0.5, attention=0.4, attention_backward=0.35, sustained_bandwidth=0.87),
@@ -69,7 +105,16 @@ GPUS = {
         Gpu("RTX 6000 Ada", 48 * 10**9, 0.96e12, 0.65, attention=0.5, attention_backward=0.4, sustained_bandwidth=0.87),
         Gpu("RTX 3090", 24 * 10**9, 0.936e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
         Gpu("RTX 4090", 24 * 10**9, 1.008e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
-        Gpu("RTX 5090", 32 * 10**9, 1.792e12, 0.9, attention=0.65, attention_backward=0.55, sustained_bandwidth=0.9),
+        Gpu(
+            "RTX 5090",
+            32 * 10**9,
+            1.792e12,
+            0.9,
+            attention=0.65,
+            attention_backward=0.55,
+            sustained_bandwidth=0.9,
+            link_bandwidth=_PCIE_5,
+        ),
     )
 }
 

@@ -45,6 +45,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{seconds:.1f} s"
 
 
+def milliseconds(seconds: float) -> str:
+    """Milliseconds, such as `245 ms` or `3.1 ms`."""
+    amount = 1e3 * seconds
+    return f"{amount:.0f} ms" if amount >= 10 else f"{amount:.1f} ms"
+
+
 def table_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of a table: the first column is aligned on the left, all others on the right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]

@@ -25,7 +25,8 @@ class ZeroSharding:
     reduce_bucket: gradients that are reduced together. prefetch_bucket, max_live, max_reuse, persistent_size: of stage
     3, see DeepSpeed's keys `stage3_*`. sub_group: values that stage 3 updates together. num_swap_buffers,
     num_weight_buffers: through which optimizer and weights pass from and to NVMe. pins_optimizer, pins_weights: whether
-    what is offloaded is in pinned memory, from which a GPU copies faster.
+    what is offloaded is in pinned memory, from which a GPU copies faster. all_reduces: whether stages 1 and 2 sum
+    gradients by all-reduces, as DeepSpeed does by default, instead of one reduction to each rank.
     """
 
     stage: int
@@ -42,6 +43,7 @@ class ZeroSharding:
     num_weight_buffers: int = 5
     pins_optimizer: bool = True
     pins_weights: bool = True
+    all_reduces: bool = True
 
     @property
     def uses_host(self) -> bool:
@@ -136,6 +138,7 @@ def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
         num_weight_buffers=int(weights.get("buffer_count", plain.num_weight_buffers)),
         pins_optimizer=bool(optimizer.get("pin_memory", plain.pins_optimizer)),
         pins_weights=bool(weights.get("pin_memory", plain.pins_weights)),
+        all_reduces=bool(zero.get("use_multi_rank_bucket_allreduce", plain.all_reduces)),
     )
 
 

@@ -12,7 +12,7 @@ from voxtral_dist.estimate.engine_traffic import engine_traffic
 from voxtral_dist.estimate.estimator import Estimator
 from voxtral_dist.estimate.gpus import Gpu
 from voxtral_dist.estimate.kernels import Kernel, compiled
-from voxtral_dist.estimate.quantities import gigabytes, table_lines
+from voxtral_dist.estimate.quantities import gigabytes, milliseconds, table_lines
 from voxtral_dist.estimate.roofline import KernelTime, Roofline
 from voxtral_dist.estimate.sharding import Sharding, ZeroSharding
 from voxtral_dist.estimate.trace import StepTracer
@@ -84,19 +84,19 @@ class Times:
             f"Time of kernels on {self.gpu.name} by a roofline, without communication, transfers to host memory and "
             "gaps between kernels:"
         )
-        phases = ", ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in time.by_phase.items())
+        phases = ", ".join(f"{name} {milliseconds(seconds)}" for name, seconds in time.by_phase.items())
         bounds = sorted(time.by_bound.items(), key=lambda one: -one[1])
         yield (
             f"  a micro-batch of {counted(now.shape.num_examples, 'example')} and "
             f"{counted(now.shape.num_windows, 'window')} in {counted(now.shape.num_positions, 'position')}: "
-            f"{_milliseconds(time.seconds)} in {counted(time.num_kernels, 'kernel')} ({phases})"
+            f"{milliseconds(time.seconds)} in {counted(time.num_kernels, 'kernel')} ({phases})"
         )
         parts = ", ".join(f"{name} {100 * seconds / time.seconds:.0f} %" for name, seconds in bounds)
         yield f"  bound by {parts}"
         yield (
-            f"  a step with {self.num_micro_batches} per GPU: {_milliseconds(now.step_seconds)}, of which casts and "
-            f"copies of {self.engine} {_milliseconds(now.engine_seconds)} and the update "
-            f"{_milliseconds(now.update_seconds)}; "
+            f"  a step with {self.num_micro_batches} per GPU: {milliseconds(now.step_seconds)}, of which casts and "
+            f"copies of {self.engine} {milliseconds(now.engine_seconds)} and the update "
+            f"{milliseconds(now.update_seconds)}; "
             f"{now.clips_per_second:.1f} clips/s, MFU {now.mfu:.2f}"
         )
         yield ""
@@ -177,7 +177,7 @@ def estimate_times(estimator: Estimator, sharding: Sharding, gpu: Gpu) -> Times:
     Blocks are never compiled under ZeRO-3, which refuses it.
     """
     times, model = TimeEstimator(estimator, sharding, gpu), estimator.config.model
-    typical, is_compiled = estimator.workload.typical, _is_compiled(estimator.config)
+    typical, is_compiled = estimator.workload.typical, compiles_blocks(estimator.config)
     configured = times.step(typical, model.checkpointing, is_compiled=is_compiled)
     can_compile = not (isinstance(sharding, ZeroSharding) and sharding.stage == 3)
     choices = dict.fromkeys([_NONE, _ALL, model.checkpointing])
@@ -206,10 +206,10 @@ def configured_step_time(estimator: Estimator, sharding: Sharding, gpu: Gpu) -> 
     """The time of the configured run's steps on a GPU, for its mean micro-batch."""
     config = estimator.config
     times = TimeEstimator(estimator, sharding, gpu)
-    return times.step(estimator.workload.typical, config.model.checkpointing, is_compiled=_is_compiled(config))
+    return times.step(estimator.workload.typical, config.model.checkpointing, is_compiled=compiles_blocks(config))
 
 
-def _is_compiled(config: RunConfig) -> bool:
+def compiles_blocks(config: RunConfig) -> bool:
     """Whether blocks are compiled on a GPU of a machine with a compiler."""
     chosen = config.model.compile_blocks
     return gains_by_compilation(config) if chosen == "auto" else chosen
@@ -226,15 +226,10 @@ _HEADS = ("kernels", "micro-batch", "step", "clips/s", "MFU", "per GPU", "fits")
 def _cells(one: StepTime) -> tuple[str, ...]:
     return (
         str(one.micro_batch.num_kernels),
-        _milliseconds(one.micro_batch.seconds),
-        _milliseconds(one.step_seconds),
+        milliseconds(one.micro_batch.seconds),
+        milliseconds(one.step_seconds),
         f"{one.clips_per_second:.1f}",
         f"{one.mfu:.2f}",
         gigabytes(one.device_bytes),
         {True: "yes", False: "no", None: "-"}[one.fits],
     )
-
-
-def _milliseconds(seconds: float) -> str:
-    milliseconds = 1e3 * seconds
-    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"

@@ -17,6 +17,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.evaluation.building import build_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
+from voxtral_dist.evaluation.test_set import TestSet
 from voxtral_dist.model.flops import BatchShape
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.published import prompts_for_estimates
@@ -60,10 +61,14 @@ class DataStatistics:
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """The sizes of the batches that evaluations decode; none without test sets. source: how they were found."""
+    """The sizes of the batches that evaluations decode; none without test sets.
+
+    source: how they were found. audio_seconds: of all sets, each once for each of its lists of words; None if unknown.
+    """
 
     shapes: tuple[DecodingShape, ...] = ()
     source: str = ""
+    audio_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class Workload:
 
     candidates: the micro-batch that needs most memory is among them. typical: the mean micro-batch. needed,
     computed: sums over `num_averaged` micro-batches, for FLOPs. source: how they were found. data: None where shards or
-    tokenizer are missing; then `missing` says which.
+    tokenizer are missing; then `missing` says which. probed: the micro-batches that were looked at; none without
+    shards.
     """
 
     candidates: tuple[MicroBatchShape, ...]
@@ -84,6 +90,7 @@ class Workload:
     data: DataStatistics | None = None
     missing: str = ""
     evaluation: EvaluationBatches = field(default_factory=EvaluationBatches)
+    probed: tuple[MicroBatchShape, ...] = ()
 
 
 def find_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
@@ -103,7 +110,13 @@ def find_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> Evaluation
     except UserError:
         return largest_evaluation_batches(config, sizes)
     shapes = dict.fromkeys(shape for test_set in test_sets for shape in test_set.decoding_shapes)
-    return EvaluationBatches(tuple(shapes), "the largest batch of the test sets")
+    seconds = sum(_audio_seconds(test_set) for test_set in test_sets)
+    return EvaluationBatches(tuple(shapes), "the largest batch of the test sets", seconds)
+
+
+def _audio_seconds(test_set: TestSet) -> float:
+    ids = np.array([utterance for batch in test_set.batches for utterance in batch], dtype=np.int64)
+    return float(test_set.index.gather(ids)["duration_ms"].astype(np.int64).sum()) / 1000
 
 
 def largest_evaluation_batches(config: RunConfig, sizes: WindowSizes) -> EvaluationBatches:
@@ -186,7 +199,7 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
     shapes = [shape for shape, _ in found]
     per_chunk = config.model.encoder_windows_per_chunk
     needed = sum((positions for _, positions in found), BatchShape())
-    computed = sum((_computed(shape, per_chunk) for shape in shapes), BatchShape())
+    computed = sum((computed_shape(shape, per_chunk) for shape in shapes), BatchShape())
     largest = {
         max(shapes, key=lambda shape: shape.num_windows),
         max(shapes, key=lambda shape: shape.num_examples * shape.num_positions),
@@ -209,7 +222,8 @@ def _by_plan(config: RunConfig, training_set: TrainingSet, prompts: VoxtralPromp
     source = (
         f"the largest of the first {counted(len(shapes), 'micro-batch', plural='micro-batches')} of the training data"
     )
-    return Workload(tuple(largest), _mean(shapes), needed, computed, len(shapes), source, statistics)
+    mean = _mean(shapes)
+    return Workload(tuple(largest), mean, needed, computed, len(shapes), source, statistics, probed=tuple(shapes))
 
 
 def _mean(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
@@ -224,7 +238,8 @@ def _mean(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
     )
 
 
-def _computed(shape: MicroBatchShape, windows_per_chunk: int) -> BatchShape:
+def computed_shape(shape: MicroBatchShape, windows_per_chunk: int) -> BatchShape:
+    """The shape of a micro-batch for hardware FLOPs, with its chunks of the encoder."""
     num_chunks = max(1, -(-shape.num_windows // windows_per_chunk))
     return BatchShape.computed(
         shape.num_windows, shape.num_examples, shape.num_positions, shape.num_target_tokens, num_chunks
