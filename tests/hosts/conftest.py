@@ -17,13 +17,11 @@ ROWS = ROOT / "build" / "hosts.json"
 
 
 @pytest.fixture(scope="session")
-def _network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+def _network() -> Iterator[Network]:
     try:
         network = Network()
     except NoNamespacesError as error:
         pytest.skip(str(error))
-    # The process that forks ranks imports libraries first, which is no part of any time.
-    network.fork(0, os.getpid, folder=tmp_path_factory.mktemp("first") / "log")
     yield network
     network.clear()
     network.close()
@@ -36,8 +34,16 @@ def network(_network: Network) -> Iterator[Network]:
     _network.clear()
 
 
+@pytest.fixture(scope="session")
+def _forks(_network: Network, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The process that forks ranks has imported libraries, which is no part of any time."""
+    _network.fork(0, os.getpid, folder=tmp_path_factory.mktemp("first") / "log")
+
+
 @pytest.fixture
-def new_run(network: Network, tmp_path: Path, tiny_model: Path, shard_folder: Path) -> Callable[..., TrainingRun]:
+def new_run(
+    network: Network, _forks: None, tmp_path: Path, tiny_model: Path, shard_folder: Path
+) -> Callable[..., TrainingRun]:
     def build(**sections: object) -> TrainingRun:
         return TrainingRun(network, tmp_path, tiny_model, shard_folder, **sections)
 
@@ -46,7 +52,7 @@ def new_run(network: Network, tmp_path: Path, tiny_model: Path, shard_folder: Pa
 
 @pytest.fixture(scope="session")
 def reference(
-    _network: Network, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, shard_folder: Path
+    _network: Network, _forks: None, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, shard_folder: Path
 ) -> Callable[[str], Reference]:
     """The unbroken run of an engine: three ranks on one host."""
     made: dict[str, Reference] = {}
