@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES, split_name
+from voxtral_dist.data.stored.tar_members import TAR_BLOCK_BYTES, refuse_long_numbers, split_name
 from voxtral_dist.output.counting import counted
 from voxtral_dist.shards.tars.writing import padding
 
@@ -145,6 +145,10 @@ def _read_member(reader: TarReader, block: bytes, offset: int) -> Member:
         if not is_extension:
             name = _name(header, extension + block if extension else b"")
             return Member(name, offset, b"".join((extension, block, contents)), contents[:size])
+        try:
+            refuse_long_numbers(contents)
+        except ValueError as error:
+            raise _UnusableMemberError(str(error)) from error
         extension += block + contents
         block = reader.read(TAR_BLOCK_BYTES)
 
