@@ -158,7 +158,7 @@ def gpus() -> list[str]:
     return [head.strip() for head in heads.split("|")[3:]]
 
 
-def test_the_memory_and_the_steps_on_the_page_are_those_of_the_recipes(public):
+def test_the_steps_on_the_page_are_those_of_the_recipes_and_one_estimate_holds_for_all(public):
     configs = {recipe: load_config(Path(recipe)) for recipe in MAKE.values()}
     assert {recipe: int(cells[2]) for recipe, cells in table().items()} == {
         recipe: config.num_steps for recipe, config in configs.items()
@@ -167,6 +167,10 @@ def test_the_memory_and_the_steps_on_the_page_are_those_of_the_recipes(public):
     sizes = [(one.train_data.slots_per_step, one.train_data.max_windows) for one in configs.values()]
     assert alike == alike[:1] * len(alike), "one estimate holds for all"
     assert sizes == [(8, 4)] * len(sizes), "steps of 32 clips"
+
+
+@pytest.mark.slow
+def test_the_memory_on_the_page_is_that_of_plan(public):
     run = estimator("multimed_german", "RTX 4090")
     (shape,) = run.workload.candidates
     row = run.row(run.estimate(configured_sharding(run.config.engine, 1), shape))
