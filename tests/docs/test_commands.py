@@ -143,7 +143,8 @@ def _targets(page: Path) -> Iterator[str]:
     for line in [*block_lines(page), *inline_commands(page)]:
         words = words_of(line)
         if words[:1] == ["make"]:
-            yield from words[1:]
+            # `NAME=VALUE` sets a variable.
+            yield from (word for word in words[1:] if "=" not in word)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
