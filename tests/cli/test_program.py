@@ -19,6 +19,11 @@ def test_a_run_whose_shards_are_missing_ends_with_one_sentence(recipe, tmp_path)
     assert f"The shard folder {tmp_path / 'nowhere'} does not exist" in sentence
 
 
+def test_a_rank_is_told_its_number_before_the_command_where_a_launcher_starts_the_program_itself(recipe):
+    printed = run_program("--local_rank=1", "train", "--config", recipe, "--print-config")
+    assert (printed.code, printed.err) == (0, "")
+
+
 def test_a_bad_utterance_after_a_good_one_is_one_sentence(clip, tmp_path):
     good = {"audio_filepath": clip.name, "text": "good", "lang": "en"}
     manifest = write_lines(tmp_path / "m.jsonl", [good, good | {"audio_filepath": "nowhere.wav"}])

@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from voxtral_dist.cli.arguments import examples
+from voxtral_dist.cli.arguments import add_local_rank, examples
 from voxtral_dist.cli.completion import add_completion
 from voxtral_dist.cli.config import add_config
 from voxtral_dist.cli.doctor import add_doctor
@@ -159,6 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument("--version", action="version", version=f"voxtral-dist {version('voxtral-dist')}")
+    # `deepspeed --no_python voxtral-dist train` gives it before the command.
+    add_local_rank(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     add_train(commands)
     add_evaluate(commands)
