@@ -100,7 +100,7 @@ def test_the_build_installs_deepspeed_with_every_extension_that_gpu_runs_load() 
 def test_the_image_has_the_packages_that_recipes_and_their_metrics_need() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
-    build, _ = stages()
+    build = stages()["build"]
     installed = next(word for words in build.commands() for word in words if word.startswith("/opt/voxtral-dist["))
     packages = {package for extra in installed.split("[")[1].strip("]").split(",") for package in extras[extra]}
     runs = [load_config(path) for path in recipes().values()]

@@ -337,7 +337,7 @@ def test_a_language_that_no_utterance_has_is_refused(uneven_folders, prompts):
 
 def test_more_ranks_than_slots_are_refused_before_anything_is_read(prompts):
     config = TrainDataConfig(shards=("nowhere",), slots_per_step=5, max_examples=1)
-    with pytest.raises(UserError, match=r"slots_per_step` is 5, but 6 ranks"):
+    with pytest.raises(UserError, match=r"slots_per_step` is 5, but there are 6 ranks"):
         build_train_loader(config, prompts, seed=0, num_steps=1, rank=0, world_size=6)
 
 

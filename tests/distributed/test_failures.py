@@ -126,6 +126,13 @@ def _program(
     console(command)
 
 
+def config_of(folder: Path) -> Path:
+    """A configuration whose paths exist, which is all that the command line looks for."""
+    for name in ("shards.json", "index.npy"):
+        (folder / name).touch()
+    return write_config(run_config(folder / "run", folder, folder, num_steps=3))
+
+
 @pytest.fixture
 def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Ended]]:
     """Runs a command on three ranks until all have ended."""
@@ -134,11 +141,11 @@ def end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[E
     monkeypatch.setenv("WORKERS", str(tmp_path / "workers"))
     (tmp_path / "workers").mkdir()
     (tmp_path / "clip.wav").touch()
-    config = write_config(run_config(tmp_path / "run", tmp_path, tmp_path, num_steps=3))
+    config = config_of(tmp_path)
     commands = {
         "train": ["train", "--config", str(config)],
-        "evaluate": ["evaluate", "model", "shards"],
-        "transcribe": ["transcribe", "model", *2 * [str(tmp_path / "clip.wav")]],
+        "evaluate": ["evaluate", *2 * [str(tmp_path)]],
+        "transcribe": ["transcribe", str(tmp_path), *2 * [str(tmp_path / "clip.wav")]],
         "refused": ["train", "--config", str(tmp_path / "nowhere.yaml")],
     }
 
@@ -274,7 +281,7 @@ RANKS = str(Path(__file__).with_name("failing_ranks.py"))
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    return write_config(run_config(tmp_path / "run", tmp_path, tmp_path, num_steps=3))
+    return config_of(tmp_path)
 
 
 # Without a watch, DeepSpeed's launcher waits 30 s for each rank before it kills it, and another node for 30 minutes.

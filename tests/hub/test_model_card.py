@@ -184,7 +184,7 @@ def test_conditions_of_a_measurement_that_differ_from_the_export_are_said(traine
     run = replace(trained, config=RunConfig.model_validate(tree))
     text = card_of(run, "vllm-lora")
     assert "frozen matrices of language model had four bits" in text
-    assert "`speech`: the first 26 utterances" in text
+    assert "`speech`: at most 26 utterances, the first ones of the set" in text
     assert "`speech`: the language was not given" in text
     assert "--max-lora-rank 64" in text
     assert "LoRA adapters of rank 40 in language model" in text

@@ -174,7 +174,7 @@ def test_a_run_that_refuses_what_is_too_long_ends_on_all_ranks_when_reading_find
     config = run_config(tmp_path / "run", tiny_model, whole, num_steps=1000)
     ended = train_as_users_do(config, 2, "num_steps=5", "train_data.max_target_tokens=6", "train_data.too_long=refuse")
     assert ended.code == 2, ended.output
-    assert ended.output.count("`train_data.too_long` is `refuse`, and") == 1
+    assert ended.output.count("`train_data.too_long` is `refuse`, but step 1 has 8 utterances") == 1
     assert "too long for it: metrics.jsonl names each" in ended.output
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert any("more than the limit of 6" in row["reason"] for row in rows if row.get("event") == "bad_utterance")

@@ -185,7 +185,7 @@ def test_the_slots_of_all_ranks_are_the_slots_of_the_step(world_size):
 
 
 def test_more_ranks_than_slots_are_refused():
-    with pytest.raises(UserError, match=r"slots_per_step` is 4, but 5 ranks"):
+    with pytest.raises(UserError, match=r"slots_per_step` is 4, but there are 5 ranks"):
         refuse_idle_ranks(4, 5)
 
 
