@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from voxtral_dist.cli.main import build_parser
+from voxtral_dist.distributed.launchers import is_on_several_hosts
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.folders import refuse_wrong_model
 
@@ -117,3 +119,40 @@ def test_a_name_on_the_hub_is_left_to_the_hub(folder):
 
 def test_a_checkpoint_is_taken_where_one_may_be_given(folder):
     refuse_wrong_model("runs/y/checkpoints/step-0000020", takes_checkpoints=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, False),
+        ({"WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, True),
+        ({"WORLD_SIZE": "4"}, False),
+    ],
+)
+def test_ranks_on_several_hosts_are_known_by_the_launchers_variables(variables, expected, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert is_on_several_hosts() is expected
+
+
+@pytest.mark.parametrize(
+    ("command", "work"),
+    [
+        ("train --config run.yaml", "voxtral_dist.train.train_model"),
+        ("evaluate models/tinny nowhere --words nowhere.txt", "voxtral_dist.cli.evaluate._evaluate"),
+        ("transcribe models/tinny nowhere.wav", "voxtral_dist.transcribe.transcribe"),
+    ],
+)
+def test_ranks_on_several_hosts_meet_before_one_may_refuse_a_path(command, work, folder, monkeypatch):
+    """One that ended alone would leave the others waiting for it."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    done = []
+    monkeypatch.setattr(work, lambda *_, **__: done.append(work) or 0)
+    parsed = build_parser().parse_args(command.split())
+    assert parsed.run(parsed) == 0
+    assert done == [work]

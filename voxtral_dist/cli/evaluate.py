@@ -19,6 +19,7 @@ from voxtral_dist.cli.arguments import (
     positive_number,
 )
 from voxtral_dist.config import EvaluationConfig, TestContextConfig
+from voxtral_dist.distributed.launchers import is_on_several_hosts
 from voxtral_dist.errors import UserError
 from voxtral_dist.model.folders import refuse_wrong_model
 from voxtral_dist.output.console import say
@@ -118,11 +119,12 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     for name, reason in unusable.items():
         if getattr(parsed, name) != parser.get_default(name):
             raise UserError(f"`--{name.replace('_', '-')}` {reason}")
-    if parsed.server is None:
-        refuse_wrong_model(parsed.model, "MODEL", takes_checkpoints=True)
-    if parsed.words is not None:
-        WordList.read(parsed.words, "--words")
-    refuse_missing_sets(parsed.shards)
+    if not is_on_several_hosts():
+        if parsed.server is None:
+            refuse_wrong_model(parsed.model, "MODEL", takes_checkpoints=True)
+        if parsed.words is not None:
+            WordList.read(parsed.words, "--words")
+        refuse_missing_sets(parsed.shards)
     return _evaluate(parsed) if parsed.server is None else _evaluate_server(parsed)
 
 

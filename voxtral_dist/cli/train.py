@@ -7,6 +7,7 @@ import argparse
 from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, examples, positive
 from voxtral_dist.cli.paths import refuse_missing_paths
 from voxtral_dist.config import dump_config, load_config
+from voxtral_dist.distributed.launchers import is_on_several_hosts
 from voxtral_dist.output.console import say
 from voxtral_dist.training.signals import stop_signals
 
@@ -64,7 +65,8 @@ def _train_or_print(parsed: argparse.Namespace) -> int:
     if parsed.print_config:
         say(dump_config(config), end="")
         return 0
-    refuse_missing_paths(config)
+    if not is_on_several_hosts():
+        refuse_missing_paths(config)
     if parsed.dry_run or parsed.overfit_batch is not None:
         from voxtral_dist.rehearse import dry_run, overfit_batch
 

@@ -48,6 +48,17 @@ def adopt_launched_place() -> None:
             )
 
 
+def is_on_several_hosts() -> bool:
+    """Whether other hosts have ranks too, as far as the launcher says.
+
+    A mistake that one host meets alone is then left to checks after the ranks have met, which end all of them: without
+    this rank, the others would wait for it until `distributed.start_timeout_seconds`.
+    """
+    size = os.environ.get("WORLD_SIZE") or os.environ.get(_OPEN_MPI["WORLD_SIZE"])
+    on_this_host = (os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", _OPEN_MPI["LOCAL_WORLD_SIZE"]))
+    return next(filter(None, on_this_host), size) != size
+
+
 def _is_several(name: str) -> bool:
     return os.environ.get(name, "1").lstrip("0") not in ("", "1")
 
