@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import RunConfig, dump_config
+from voxtral_dist.training.metrics_file import read_metrics
 
 from ranks import Ended, run_programs
 
@@ -115,19 +116,28 @@ def scalars_of(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 def _start(
     command: list[str], config: RunConfig, overrides: tuple[str, ...], variables: dict[str, str]
 ) -> subprocess.Popen[str]:
+    words = [word for override in overrides for word in ("--set", override)]
+    return start_program([*command, f"--config={write_config(config)}", *words], variables)
+
+
+def start_program(command: list[str], variables: dict[str, str], **options: Any) -> subprocess.Popen[str]:
+    """Start a command in the repository and in a session of its own, with all its output in one pipe."""
     return subprocess.Popen(
-        [
-            *command,
-            f"--config={write_config(config)}",
-            *(word for override in overrides for word in ("--set", override)),
-        ],
+        command,
         cwd=ROOT,
         env=os.environ | variables,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        **options,
     )
+
+
+def rows(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    """The metrics of one kind that a run has written so far."""
+    path = run_dir / "metrics.jsonl"
+    return [row for row in read_metrics(path) if row["kind"] == kind] if path.exists() else []
 
 
 def write_config(config: RunConfig) -> Path:

@@ -11,18 +11,12 @@ import psutil
 import pytest
 
 from voxtral_dist.config import RunConfig
-from voxtral_dist.training.metrics_file import read_metrics
 
-from runs import ROOT, free_port, kill_all, run_config, train_as_users_do, write_config
+from runs import ROOT, free_port, kill_all, rows, run_config, train_as_users_do, write_config
 from test_entrypoint import ENTRYPOINT, environment
 
 LIMIT_SECONDS = 400
 NUM_STEPS = 40
-
-
-def rows(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
-    return [row for row in read_metrics(path) if row["kind"] == kind] if path.exists() else []
 
 
 def start(config: Path, rank: int, port: int, output: Path) -> subprocess.Popen[str]:

@@ -30,7 +30,7 @@ from voxtral_dist.train import EXIT_STOPPED
 from voxtral_dist.training.signals import stop_signals
 
 from ranks import Ended, run_programs
-from runs import ROOT, finish, free_port, kill_all, run_config, write_config
+from runs import ROOT, finish, free_port, kill_all, run_config, start_program, write_config
 
 # Ranks that wait forever would be killed then, and fail the test by their exit codes.
 LIMIT_SECONDS = 60
@@ -260,14 +260,8 @@ def test_ranks_print_what_the_first_one_cannot_print_in_time(end):
 
 
 def _start(command: list[str], config: Path, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*command, "--config", str(config)],
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | variables,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return start_program([*command, "--config", str(config)], {"PATH": path, **variables})
 
 
 def _seconds_since_failure(output: str) -> float:

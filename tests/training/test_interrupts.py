@@ -9,14 +9,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from voxtral_dist.config import RunConfig
-from voxtral_dist.training.metrics_file import read_metrics
-
-from runs import ROOT, finish, free_port, kill_all, run_config, write_config
+from runs import finish, free_port, kill_all, rows, run_config, start_program, write_config
 
 LIMIT_SECONDS = 300
 NUM_STEPS = 1000
@@ -44,21 +40,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
     """As a terminal's foreground job: a process group of its own, in which nothing ignores Ctrl-C."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     variables = {"PROCS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "PATH": path}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | variables,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def rows(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    path = config.run_dir / "metrics.jsonl"
-    return [row for row in read_metrics(path) if row["kind"] == kind] if path.exists() else []
+    return start_program(command, variables, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 # Exit codes as docs/exit_codes.md has them.
@@ -81,7 +63,7 @@ def test_an_interrupt_loses_no_step_under_any_launcher(
     process = start(launcher(write_config(config)))
     try:
         deadline = time.monotonic() + LIMIT_SECONDS
-        while len(rows(config, "train")) < 3:
+        while len(rows(config.run_dir, "train")) < 3:
             assert time.monotonic() < deadline
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.1)
@@ -89,10 +71,10 @@ def test_an_interrupt_loses_no_step_under_any_launcher(
         output = finish(process, LIMIT_SECONDS)
     finally:
         kill_all(process)
-    last = rows(config, "train")[-1]["step"]
+    last = rows(config.run_dir, "train")[-1]["step"]
     assert last < NUM_STEPS
     assert output.count("Stopping: the state is saved after this step. Ctrl-C again leaves without that.") == 1, output
     assert f"Stopped at step {last} by a signal: rerun the same command to resume." in output
-    assert [row["step"] for row in rows(config, "checkpoint")] == [last]
+    assert [row["step"] for row in rows(config.run_dir, "checkpoint")] == [last]
     assert (config.run_dir / "checkpoints" / f"step-{last:07d}" / "complete.json").is_file()
     assert process.returncode == code, output
