@@ -16,7 +16,7 @@ from voxtral_dist.checkpoints.directory import CheckpointDirectory
 from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.config import RunConfig
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.engine import ParameterState
+from voxtral_dist.engine.engine import CopyTensor, ParameterState, on_cpu
 
 SHAPES = {"a": (64, 8), "b": (200, 200), "c": (16, 16)}
 
@@ -32,10 +32,11 @@ class WholeStates:
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         return SHAPES
 
-    def parameter_states(self) -> Iterator[ParameterState]:
+    def parameter_states(self, copy: CopyTensor = on_cpu) -> Iterator[ParameterState]:
         for number, (name, shape) in enumerate(SHAPES.items()):
             if number % self._world.size == self._world.rank:
-                yield ParameterState(name, torch.full(shape, self.value), {"exp_avg": torch.zeros(shape)})
+                moments = {"exp_avg": copy((name, "exp_avg"), torch.zeros(shape))}
+                yield ParameterState(name, copy((name, "weight"), torch.full(shape, self.value)), moments)
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
         self.loaded = {state.name: float(state.weight.mean()) for state in states}

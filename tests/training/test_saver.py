@@ -21,7 +21,6 @@ from voxtral_dist.checkpoints.uploads import UploadEvent
 from voxtral_dist.config import CheckpointConfig, RunConfig
 from voxtral_dist.distributed.collectives import wait_for_all
 from voxtral_dist.distributed.world import World, alone
-from voxtral_dist.engine.engine import ParameterState
 from voxtral_dist.errors import UserError, WriteError
 from voxtral_dist.training import saver as saver_module
 from voxtral_dist.training.bad_utterances import BadUtteranceLimits
@@ -58,10 +57,6 @@ class TrainedWhole(WholeStates):
 
     def train(self, value: float) -> None:
         self.value = value
-
-    def parameter_states(self) -> Iterator[ParameterState]:
-        # Engines yield copies.
-        yield from super().parameter_states()
 
 
 LAYOUTS: dict[str, Any] = {"whole": TrainedWhole, "dcp": TrainedPartitions}

@@ -77,7 +77,7 @@ def hold_states(engine: Engine, folder: Path, world: World, buffers: HostBuffers
     """
     if isinstance(engine, DistributedCheckpointing):
         return _HeldPartitions(engine.partitions(), folder, world, buffers)
-    return _HeldParameters(engine.parameter_states(), folder, world, buffers)
+    return _HeldParameters(engine, folder, world, buffers)
 
 
 def held_bytes(engine: Engine, world: World) -> int:
@@ -94,12 +94,11 @@ def held_bytes(engine: Engine, world: World) -> int:
 class _HeldParameters:
     layout: Literal["whole"] = "whole"
 
-    def __init__(
-        self, states: Iterator[ParameterState], folder: Path, world: World, buffers: HostBuffers | None
-    ) -> None:
-        self._states = states
-        if buffers is not None:
-            self._states = iter([_copied(state, buffers) for state in states])
+    def __init__(self, engine: Engine, folder: Path, world: World, buffers: HostBuffers | None) -> None:
+        if buffers is None:
+            self._states = engine.parameter_states()
+        else:
+            self._states = iter(list(engine.parameter_states(buffers.copy)))
             buffers.wait()
         self._writer = _StateWriter(folder, world.rank)
         self._folder = folder
@@ -136,16 +135,6 @@ class _HeldPartitions:
     def finish(self, parts: Sequence[WrittenPart]) -> dict[str, StoredFile]:
         self._planned.finish([part.results for part in parts])
         return {METADATA: _on_disk(self._folder / METADATA)}
-
-
-def _copied(state: ParameterState, buffers: HostBuffers) -> ParameterState:
-    copies = {name: buffers.copy(name, tensor) for name, tensor in _tensors_of(state).items()}
-    return ParameterState(
-        state.name,
-        copies[state.name],
-        {key: copies[_moment_name(state.name, key)] for key in state.moments},
-        copies.get(average_name(state.name)),
-    )
 
 
 def _part(folder: Path, names: set[str], failure: str | None, **written: Any) -> WrittenPart:
@@ -194,9 +183,7 @@ def read_states(
         assert name in file_of_tensor, f"complete.json lists the shape of {name}, but no file holds it"
         has_average = with_averages and average_name(name) in file_of_tensor
         average = read(average_name(name)) if has_average else None
-        yield ParameterState(
-            name, read(name), {moment: read(_moment_name(name, moment)) for moment in moments}, average
-        )
+        yield ParameterState(name, read(name), {moment: read(f"{name}//{moment}") for moment in moments}, average)
 
 
 def write_complete(folder: Path, contents: CompleteCheckpoint) -> None:
@@ -221,7 +208,7 @@ class _StateWriter:
     def write(self, states: Iterator[ParameterState]) -> dict[str, str]:
         """Names of the tensors that this rank wrote, each with the name of its file."""
         for state in states:
-            self._pending.update({name: one.cpu().contiguous() for name, one in _tensors_of(state).items()})
+            self._pending.update(_tensors_of(state))
             if sum(tensor.nbytes for tensor in self._pending.values()) >= FILE_BYTES:
                 self._write_pending()
         self._write_pending()
@@ -244,14 +231,9 @@ class _StateWriter:
 
 
 def _tensors_of(state: ParameterState) -> dict[str, Tensor]:
-    """The tensors of a parameter by their names on disk."""
-    moments = {_moment_name(state.name, key): moment for key, moment in state.moments.items()}
-    average = {} if state.average is None else {average_name(state.name): state.average}
-    return {state.name: state.weight} | moments | average
-
-
-def _moment_name(parameter: str, moment: str) -> str:
-    return f"{parameter}//{moment}"
+    moments = {f"{state.name}//{key}": moment.contiguous() for key, moment in state.moments.items()}
+    average = {} if state.average is None else {average_name(state.name): state.average.contiguous()}
+    return {state.name: state.weight.contiguous()} | moments | average
 
 
 def flush_to_disk(path: Path) -> None:

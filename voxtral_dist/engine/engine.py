@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ class StepUpdate:
 
 @dataclass(frozen=True)
 class ParameterState:
-    """One parameter with its optimizer state: full float32 tensors, on any device.
+    """One parameter with its optimizer state: full float32 tensors on the CPU.
 
     moments: the optimizer's running means by their names in torch, such as AdamW's `exp_avg` and `exp_avg_sq`. average:
     the weight's moving average; None where the run has none.
@@ -39,6 +39,15 @@ class ParameterState:
     weight: Tensor
     moments: dict[str, Tensor]
     average: Tensor | None = None
+
+
+# A key of the tensor, and the full tensor on the device of the engine.
+CopyTensor = Callable[[Hashable, Tensor], Tensor]
+
+
+def on_cpu(_key: Hashable, tensor: Tensor) -> Tensor:
+    """The tensor itself if it is on the CPU, otherwise a copy."""
+    return tensor.cpu()
 
 
 def always(_grad_norm: float) -> bool:
@@ -90,11 +99,15 @@ class Engine(Protocol):
         Does nothing without `optimizer.ema_decay`.
         """
 
-    def parameter_states(self) -> Iterator[ParameterState]:
+    def parameter_states(self, copy: CopyTensor = on_cpu) -> Iterator[ParameterState]:
         """The trained parameters that this rank writes into a checkpoint: every W-th of W ranks.
 
         All ranks must iterate together and to the end. Only the rank that writes a parameter has it in full, until the
-        next one; tensors may share memory with the engine's own.
+        next one. So that a device holds one full tensor at a time, each is passed to `copy` as soon as it is complete.
+
+        Args:
+            copy: returns a tensor's copy on the CPU, given a key of its own, too. The default copies nothing that is on
+                the CPU already, and may share memory with the engine's own.
         """
 
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:

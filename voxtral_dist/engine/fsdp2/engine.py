@@ -16,7 +16,7 @@ from voxtral_dist.config import Fsdp2Config, ModelConfig, OptimizerConfig, Train
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.ema import WeightAverages, average_name
-from voxtral_dist.engine.engine import ParameterState, StepUpdate, always
+from voxtral_dist.engine.engine import CopyTensor, ParameterState, StepUpdate, always, on_cpu
 from voxtral_dist.engine.finite import names_not_finite
 from voxtral_dist.engine.fsdp2.block_states import dequantize
 from voxtral_dist.engine.fsdp2.dcp_files import read_partitions, stored_names
@@ -205,7 +205,7 @@ class Fsdp2Engine:
         with self._averages.in_place_of_weights() if self._averages else nullcontext():
             yield
 
-    def parameter_states(self) -> Iterator[ParameterState]:
+    def parameter_states(self, copy: CopyTensor = on_cpu) -> Iterator[ParameterState]:
         """See `Engine`."""
         averages = self._sharded_averages()
         for number, (name, parameter) in enumerate(self._trained.items()):
@@ -214,8 +214,13 @@ class Fsdp2Engine:
             weight = self._full(parameter, reader)
             moments = {key: self._full(one, reader, one.dtype) for key, one in self._moments.of(parameter).items()}
             if weight is not None:
-                whole = {key: one for key, one in moments.items() if one is not None}
-                yield ParameterState(name, weight, dequantize(whole), average)
+                whole = dequantize({key: one for key, one in moments.items() if one is not None})
+                yield ParameterState(
+                    name,
+                    copy((name, "weight"), weight),
+                    {key: copy((name, key), one) for key, one in whole.items()},
+                    None if average is None else copy((name, "average"), average),
+                )
 
     @torch.no_grad()
     def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:

@@ -16,7 +16,7 @@ from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.distributed.devices import return_freed_memory, return_unused_pinned_memory
 from voxtral_dist.distributed.process_settings import pin_large_tensors_exactly
 from voxtral_dist.distributed.world import World
-from voxtral_dist.engine.engine import ParameterState, StepUpdate, always
+from voxtral_dist.engine.engine import CopyTensor, ParameterState, StepUpdate, always, on_cpu
 from voxtral_dist.engine.finite import names_not_finite
 from voxtral_dist.engine.loss import LossOfMicroBatch
 from voxtral_dist.engine.loss_scale import NUM_GOOD, NUM_SKIPPED, SCALE
@@ -185,10 +185,10 @@ class ZeroEngine:
             for _, parameter in self._trained():
                 self._load_weight(parameter, self._states.whole_weight(parameter))
 
-    def parameter_states(self) -> Iterator[ParameterState]:
+    def parameter_states(self, copy: CopyTensor = on_cpu) -> Iterator[ParameterState]:
         """See `Engine`."""
         for number, (name, parameter) in enumerate(self._trained()):
-            state = self._states.state(name, parameter, reader=number % self._world.size)
+            state = self._states.state(name, parameter, number % self._world.size, copy)
             if state is not None:
                 yield state
 

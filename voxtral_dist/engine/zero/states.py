@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from voxtral_dist.distributed.collectives import sum_tensor_on_rank, sum_tensor_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.engine.ema import WeightAverages
-from voxtral_dist.engine.engine import ParameterState
+from voxtral_dist.engine.engine import CopyTensor, ParameterState
 
 _ADAM = ("exp_avg", "exp_avg_sq")
 _MUON = ("momentum_buffer",)
@@ -57,14 +57,19 @@ class MasterStates:
         sum_tensor_over_ranks(full, self._world)
         return full
 
-    def state(self, name: str, parameter: nn.Parameter, reader: int) -> ParameterState | None:
-        """The full weight and moments on the rank `reader`; moments are zeros before the first update."""
-        weight, moments = self.weight(parameter, reader), {}
+    def state(self, name: str, parameter: nn.Parameter, reader: int, copy: CopyTensor) -> ParameterState | None:
+        """Copies of the full weight and moments, on the rank `reader`; moments are zeros before the first update."""
+
+        def copied(kind: str, fragment: Fragment | None) -> Tensor | None:
+            full = self._full(parameter, fragment, reader)
+            return None if full is None else copy((name, kind), full)
+
+        weight, moments = copied("weight", self._weight_fragment(parameter)), {}
         for key in _moments_of(getattr(parameter, "use_muon", False)):
-            moment = self._full(parameter, self._moment_fragment(parameter, key), reader)
+            moment = copied(key, self._moment_fragment(parameter, key))
             if moment is not None:
                 moments[key] = moment
-        average = self._full(parameter, self._average_fragment(parameter), reader) if self.averages else None
+        average = copied("average", self._average_fragment(parameter)) if self.averages else None
         return None if weight is None else ParameterState(name, weight, moments, average)
 
     @torch.no_grad()
