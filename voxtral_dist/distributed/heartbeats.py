@@ -45,6 +45,8 @@ class Heartbeats:
         self._size = size
         self._neighbour = None if neighbour == rank else neighbour
         self._system = _system()
+        # The neighbour's process, as soon as it is known.
+        self._neighbour_process: int | None = None
         self._seen: dict[int, tuple[bytes, float]] = {}
 
     def beat(self) -> None:
@@ -76,23 +78,30 @@ class Heartbeats:
         return [rank for rank in silent if silent[rank] >= seconds and self._seen[rank][0]]
 
     def is_neighbour_gone(self) -> bool:
-        """Whether the neighbour's process has ended before the rank has finished."""
-        return self._neighbour is not None and self._is_gone(self._neighbour)
+        """Whether the neighbour's process has ended before the rank has finished.
+
+        The store is asked once for the process, and again when that has ended.
+        """
+        if self._neighbour is None:
+            return False
+        if self._neighbour_process is not None and not _has_ended(self._neighbour_process):
+            return False
+        value = self._value(self._neighbour)
+        if not value:
+            # It has not come yet, or it has finished, which it says before its process ends.
+            return False
+        known = self._neighbour_process
+        _, host, system, self._neighbour_process = json.loads(value)
+        if not system or [host, system] != [socket.gethostname(), self._system]:
+            self._neighbour = None
+            return False
+        return self._neighbour_process == known
 
     def loss_of_neighbour(self) -> LostPeerError:
         """What is known of a neighbour whose process is gone."""
         assert self._neighbour is not None
         self._seen[self._neighbour] = (self._value(self._neighbour), time.monotonic())
         return self.loss([self._neighbour])
-
-    def _is_gone(self, rank: int) -> bool:
-        value = self._value(rank)
-        if not value:
-            return False
-        _, host, system, process = json.loads(value)
-        is_here = system and [host, system] == [socket.gethostname(), self._system]
-        # A rank that has finished says so before its process ends.
-        return bool(is_here) and _has_ended(process) and bool(self._value(rank))
 
     def _value(self, rank: int) -> bytes:
         found: bytes = self._store.get(str(rank)) if self._store.check([str(rank)]) else b""
