@@ -75,6 +75,7 @@ torch.cuda.is_available = lambda: True
 # It records no graphs, whatever torch was built for.
 torch.version.cuda = None
 torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
 torch.cuda.is_bf16_supported = lambda including_emulation=True: True
 # `torch.tensor(..., device="cuda")` makes a tensor on the CPU and moves it: the move has to be seen.
 torch._C._set_only_lift_cpu_tensors(True)

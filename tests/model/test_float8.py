@@ -152,7 +152,6 @@ def run_with(engine: dict[str, Any], **model: Any) -> RunConfig:
 def test_devices_without_float8_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (8, 6)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A6000")
     config, fsdp2 = {"float8": "rowwise"}, {"fsdp2": {}}
     with pytest.raises(UserError, match="but this is a CPU: remove it, or choose rowwise_emulated"):

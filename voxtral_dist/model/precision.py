@@ -6,6 +6,8 @@ import torch
 
 from voxtral_dist.errors import UserError
 
+# GPUs from this compute capability on compute in bfloat16: Ampere and its successors.
+_CAPABILITY = (8, 0)
 _OF_DECODING = "choose float16 (`--precision float16`)"
 
 
@@ -20,7 +22,9 @@ def refuse_without_bfloat16(precision: str, device: torch.device, remedy: str = 
     Raises:
         UserError: the GPU is older than the Ampere generation.
     """
-    if precision != "bfloat16" or device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+    if precision != "bfloat16" or device.type != "cuda" or torch.version.hip is not None:
+        return
+    if torch.cuda.get_device_capability(device) >= _CAPABILITY:
         return
     raise UserError(
         "bfloat16 needs a GPU of the Ampere generation or newer (compute capability 8.0), but this is a "
