@@ -8,22 +8,19 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-
-import torch
 
 from voxtral_dist.checkpoints.directory import newest_intact_step
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.examples.micro_batch import MicroBatch
 from voxtral_dist.data.label_view import label_lines
 from voxtral_dist.data.loader import StepBatches
-from voxtral_dist.distributed.collectives import computed_on_first, from_first_rank, max_over_ranks
-from voxtral_dist.distributed.world import World, joined_world, ranks_on_node
+from voxtral_dist.distributed.collectives import computed_on_first, from_first_rank, max_over_ranks, wait_for_all
+from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.zero.settings import nvme_folder
 from voxtral_dist.errors import RankError, RetryError, UserError
+from voxtral_dist.estimate.checkpointing import machine_of
 from voxtral_dist.estimate.estimate import estimate_run
-from voxtral_dist.estimate.estimator import Machine
 from voxtral_dist.files import refuse_uncreatable
 from voxtral_dist.output.console import say
 from voxtral_dist.output.counting import counted
@@ -118,9 +115,7 @@ def overfit_batch(config: RunConfig, most_steps: int = 100) -> int:
 
 @contextmanager
 def _joined(config: RunConfig) -> Iterator[tuple[StopRequest, World]]:
-    limits = config.distributed
-    timeout, start_timeout = timedelta(seconds=limits.timeout_seconds), timedelta(seconds=limits.start_timeout_seconds)
-    with stop_signals() as stop, joined_world(timeout, start_timeout) as world:
+    with stop_signals() as stop, joined_world(*config.distributed.timeouts) as world:
         refuse_different_runs(config, (), world)
         check_settings(config, world)
         refuse_uncreatable("run_dir", config.run_dir)
@@ -134,7 +129,7 @@ def _without_traces(config: RunConfig, world: World) -> Iterator[RunConfig]:
     try:
         yield config.model_copy(update={"run_dir": folder})
         # Other ranks may still use what is in it.
-        max_over_ranks([0], world)
+        wait_for_all(world)
     finally:
         for path in filter(None, (folder, nvme_folder(config.engine, folder))):
             shutil.rmtree(path, ignore_errors=True)
@@ -153,15 +148,7 @@ def _first_step(steps: Iterator[StepBatches], num_steps: int) -> StepBatches:
 
 def _memory_lines(config: RunConfig, world: World) -> list[str]:
     """The estimate of `plan` for the machine that this is."""
-    memory = None
-    if world.device.type == "cuda":
-        memory = -max_over_ranks([-torch.cuda.get_device_properties(world.device).total_memory], world)[0]
-    machine = Machine(
-        num_gpus=world.size,
-        gpus_per_node=ranks_on_node(world.size),
-        device="gpu" if world.device.type == "cuda" else "cpu",
-        gpu_memory=memory,
-    )
+    machine = machine_of(world)
     return computed_on_first(lambda: list(estimate_run(config, machine).memory_lines()), world)
 
 

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from voxtral_dist.checkpoints.changes import Change, changes_since, refuse_incomparable, refuse_unknown_keys
@@ -90,9 +89,7 @@ def train_model(config: RunConfig, allow_changed: Sequence[str] = ()) -> int:
         >>> exit_code
         0
     """
-    limits = config.distributed
-    timeout, start_timeout = timedelta(seconds=limits.timeout_seconds), timedelta(seconds=limits.start_timeout_seconds)
-    with stop_signals(), joined_world(timeout, start_timeout) as world:
+    with stop_signals(), joined_world(*config.distributed.timeouts) as world:
         return train(config, world, allow_changed)
 
 

@@ -247,8 +247,8 @@ class CheckpointDirectory:
 
         One rank alone may call it, because threads complete the checkpoint, whatever the other ranks wait for.
         """
-        is_complete = self._save is not None and self._save.is_complete_within(limit_seconds)
-        return self._save.final.name if self._save is not None and is_complete else None
+        save = self._save
+        return save.final.name if save is not None and save.is_complete_within(limit_seconds) else None
 
     def _refuse_not_finite(self, engine: Engine, step: int) -> None:
         found = first_over_ranks(next(iter(engine.not_finite()), None), self._world)

@@ -43,7 +43,6 @@ class SaveUnderWay:
         self.scalars = scalars
         self._thread: Thread | None = None
         self._parts: WrittenParts | None = None
-        self._is_written = False
         self._failure: str | None = None
         self._error: BaseException | None = None
 
@@ -66,7 +65,7 @@ class SaveUnderWay:
     @property
     def is_written(self) -> bool:
         """Whether the thread has ended: this rank's part is written, and on rank 0 the checkpoint complete."""
-        return self._is_written
+        return self._thread is not None and not self._thread.is_alive()
 
     def wait(self) -> str | None:
         """Wait for the thread. On rank 0: why the checkpoint cannot be completed; None if it is complete."""
@@ -92,7 +91,6 @@ class SaveUnderWay:
             # The store may be gone too.
             with suppress(RuntimeError):
                 self._parts.end(_described(error))
-        self._is_written = True
 
     def _written(self) -> WrittenPart:
         """This rank's part; with its failure where an error ends the writing, so that nobody waits for it."""

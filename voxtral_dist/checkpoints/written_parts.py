@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import pickle
 import time
-import uuid
-
-from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public classes all the same
-from torch.distributed.distributed_c10d import _get_default_store
 
 from voxtral_dist.checkpoints.files import WrittenPart
-from voxtral_dist.distributed.collectives import from_first_rank
+from voxtral_dist.distributed.collectives import fresh_store
 from voxtral_dist.distributed.world import World
 
 _OUTCOME = "outcome"
@@ -25,9 +21,7 @@ class WrittenParts:
     def __init__(self, world: World) -> None:
         """All ranks construct it together."""
         self._world = world
-        # A unique name, because the store lives as long as the run.
-        name = from_first_rank(uuid.uuid4().hex, world)
-        self._store = PrefixStore(name, _get_default_store() if world.size > 1 else HashStore())
+        self._store = fresh_store(world)
 
     def tell(self, part: WrittenPart) -> None:
         """Tell rank 0 what this rank has written."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
 
 from voxtral_dist.cli.arguments import Commands, add_local_rank, add_run_config, examples, positive
 from voxtral_dist.config import load_config
@@ -64,7 +63,5 @@ def _examine_hosts(parsed: argparse.Namespace) -> int:
     from voxtral_dist.distributed.world import joined_world
     from voxtral_dist.doctor import examine_hosts
 
-    limits = config.distributed
-    timeout, start_timeout = timedelta(seconds=limits.timeout_seconds), timedelta(seconds=limits.start_timeout_seconds)
-    with joined_world(timeout, start_timeout) as world:
+    with joined_world(*config.distributed.timeouts) as world:
         return examine_hosts(config, parsed.megabytes, world)

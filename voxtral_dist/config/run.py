@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -58,6 +59,11 @@ class DistributedConfig(Section):
     ranks are written to `run_dir/hangs/`. Steps, waits for data, saves, evaluations and exports may take five times as
     long as the longest one so far, if that is more; until some were measured, six times this value. Less than
     `timeout_seconds`, or collectives end the run before. Debuggers need null. None: no watchdog."""
+
+    @property
+    def timeouts(self) -> tuple[timedelta, timedelta]:
+        """The limits of a collective operation and of the start, as `joined_world` takes them."""
+        return timedelta(seconds=self.timeout_seconds), timedelta(seconds=self.start_timeout_seconds)
 
 
 class CardConfig(Section):

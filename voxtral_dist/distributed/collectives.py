@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # a public class all the same
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # public all the same
 from torch.distributed.distributed_c10d import _get_default_store
 
 from voxtral_dist.distributed.devices import on_device
@@ -72,6 +72,15 @@ class RankRows:
         return rows
 
 
+def fresh_store(world: World) -> Store:
+    """A part of the store through which the ranks met that nobody has used; all ranks call it together.
+
+    The name is unique, because the store lives as long as the run. A world of one process has no shared store.
+    """
+    name = from_first_rank(uuid.uuid4().hex, world)
+    return PrefixStore(name, _get_default_store() if world.size > 1 else HashStore())
+
+
 class PatientSum:
     """A sum over ranks that may arrive hours apart, after unequal work. All ranks construct it together.
 
@@ -85,8 +94,7 @@ class PatientSum:
         self._world = world
         self._arrived = threading.Event()
         if world.size > 1:
-            # A unique name, because the store lives as long as the run.
-            self._store = PrefixStore(from_first_rank(uuid.uuid4().hex, world), _get_default_store())
+            self._store = fresh_store(world)
             self._beat_seconds = min(_LONGEST_BEAT_SECONDS, world.timeout.total_seconds() / 4)
             threading.Thread(target=self._beat, name="patient-sum", daemon=True).start()
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterator
 
-from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]  # public classes all the same
-from torch.distributed.distributed_c10d import _get_default_store
-
-from voxtral_dist.distributed.collectives import from_first_rank
+from voxtral_dist.distributed.collectives import fresh_store
 from voxtral_dist.distributed.world import World
 
 _STOPPED = "stopped"
@@ -24,11 +20,7 @@ class TaskQueue:
 
     def __init__(self, num_tasks: int, world: World) -> None:
         self._num_tasks = num_tasks
-        # A unique name, because the store lives as long as the run.
-        name = from_first_rank(uuid.uuid4().hex, world)
-        # A world of size 1 has no shared store.
-        shared = _get_default_store() if world.size > 1 else HashStore()
-        self._store = PrefixStore(name, shared)
+        self._store = fresh_store(world)
 
     def __iter__(self) -> Iterator[int]:
         """Yield numbers that no other rank has, until none is left or a rank has called `stop`."""

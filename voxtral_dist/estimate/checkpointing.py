@@ -62,12 +62,21 @@ def with_chosen_checkpointing(config: RunConfig, world: World) -> tuple[RunConfi
     """
     if config.model.activation_checkpointing != "auto":
         return config, None
+    return checkpointing_for(config, machine_of(world))
+
+
+def machine_of(world: World) -> Machine:
+    """The machine of these ranks, with the memory of the smallest GPU; all ranks call it together and agree."""
     memory = None
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory
         memory = -max_over_ranks([-total], world)[0]
-    machine = Machine(num_gpus=world.size, gpus_per_node=ranks_on_node(world.size), gpu_memory=memory)
-    return checkpointing_for(config, machine)
+    return Machine(
+        num_gpus=world.size,
+        gpus_per_node=ranks_on_node(world.size),
+        device="gpu" if world.device.type == "cuda" else "cpu",
+        gpu_memory=memory,
+    )
 
 
 def checkpointing_for(config: RunConfig, machine: Machine) -> tuple[RunConfig, ChosenCheckpointing | None]:

@@ -28,8 +28,8 @@ def refuse_wrong_model(path: str, option: str = "model.path", *, takes_checkpoin
         UserError: there is no such folder, or it is a run, its checkpoints, or adapters alone.
     """
     folder = Path(path)
-    if not _is_folder(folder):
-        if _is_file(folder):
+    if not os.path.isdir(folder):  # noqa: PTH112  # `Path.is_dir` raises for a name that is too long
+        if os.path.isfile(folder):  # noqa: PTH113
             raise UserError(f"`{option}`: {path} is a file: give the folder that holds the model.")
         _refuse_missing(path, option)
         return
@@ -38,21 +38,6 @@ def refuse_wrong_model(path: str, option: str = "model.path", *, takes_checkpoin
     found = _instead(folder, takes_checkpoints)
     if found is not None:
         raise UserError(f"`{option}`: {path} {found}.")
-
-
-def _is_folder(path: Path) -> bool:
-    """Whether a path leads to a folder; false for a name that is too long for the file system."""
-    try:
-        return path.is_dir()
-    except OSError:
-        return False
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _refuse_missing(path: str, option: str) -> None:
@@ -97,14 +82,14 @@ def _models_of(run: Path, takes_checkpoints: bool) -> str:
 
 
 def _nearest_parent(path: str) -> Path:
-    return next(parent for parent in [*Path(path).parents, Path("/")] if _is_folder(parent))
+    return next(parent for parent in [*Path(path).parents, Path("/")] if os.path.isdir(parent))  # noqa: PTH112
 
 
 def _near(path: str, parent: Path) -> str | None:
     """A folder beside the missing one with nearly its name, and with the rest of its path."""
     first, *rest = Path(path).relative_to(parent).parts
     for name in difflib.get_close_matches(first, _folders(parent), n=_MOST_NAMED, cutoff=0.6):
-        if _is_folder((parent / name).joinpath(*rest)):
+        if os.path.isdir((parent / name).joinpath(*rest)):  # noqa: PTH112
             return str((parent / name).joinpath(*rest))
     return None
 
