@@ -10,6 +10,8 @@ import pytest
 import soundfile
 
 from voxtral_dist.cli.main import build_parser
+from voxtral_dist.data.stored.storage import Storage, UnreachableError
+from voxtral_dist.errors import ReadError
 from voxtral_dist.shards.content_statistics import language_statistics, outliers
 from voxtral_dist.shards.contents import SetContents, read_contents
 from voxtral_dist.shards.duplicates import duplicates, num_with_other_texts, shared_audio
@@ -129,3 +131,12 @@ def test_without_contents_only_the_index_is_read(folder, capsys, tmp_path):
     assert read.code == 0
     assert "not counted above: 1 unreadable utterance; `shards verify` lists all\n  #0 has other bytes" in read.out
     assert build_parser().parse_args(["shards", "inspect", "a"]).contents is None
+
+
+def test_a_storage_that_fails_ends_the_reading_and_makes_no_utterance_unreadable(folder, monkeypatch):
+    def fail(_storage, span):
+        raise UnreachableError(f"{span.location} cannot be read: no answer")
+
+    monkeypatch.setattr(Storage, "read", fail)
+    with pytest.raises(ReadError, match="no answer"):
+        read_contents(str(folder), 1)

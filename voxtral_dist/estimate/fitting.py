@@ -142,11 +142,10 @@ def _cells(fit: Fit) -> tuple[str, ...]:
 
 
 def _fits(machine: Machine, on_progress: Callable[[int, int], None]) -> Iterator[Fit]:
-    for number, (name, path) in enumerate(recipes().items()):
-        on_progress(number, len(recipes()))
-        # Others train a tiny model, or are one of these for a public corpus.
-        if not name.startswith(_GENERAL):
-            continue
+    # Others train a tiny model, or are one of these for a public corpus.
+    general = {name: path for name, path in recipes().items() if name.startswith(_GENERAL)}
+    for number, (name, path) in enumerate(general.items()):
+        on_progress(number, len(general))
         estimator = Estimator(load_config(path), machine, _largest)
         for engine in (None, *_OTHER_ENGINES.get(name, ())):
             overrides = () if engine is None else (f"engine.deepspeed={engine}",)

@@ -39,10 +39,9 @@ def slowest_rank(costs: Sequence[float], num_slots: int, num_ranks: int, *, meet
     if not costs:
         return float(rounds)
     relative = np.asarray(costs, dtype=np.float64) / np.mean(costs)
-    if meets_in_micro_batches:
-        last = num_slots - (rounds - 1) * num_ranks
-        return (rounds - 1) * expected_maximum(relative, num_ranks) + expected_maximum(relative, last)
-    # The others have a micro-batch less.
+    # Ranks with a micro-batch in the last round.
     full = num_slots - (rounds - 1) * num_ranks
+    if meets_in_micro_batches:
+        return (rounds - 1) * expected_maximum(relative, num_ranks) + expected_maximum(relative, full)
     sums = np.random.default_rng(0).choice(relative, (_NUM_SUMS, rounds)).sum(axis=1) if rounds > 1 else relative
     return expected_maximum(sums, full)

@@ -147,13 +147,14 @@ def inspect_shards(folders: Sequence[str], num_workers: int, reads_contents: boo
         num_workers: processes that read texts and audio.
         reads_contents: whether to read them; None reads those of local sets.
     """
-    print_summaries({folder: summarize(read_index([folder])) for folder in folders})
+    indexes = {folder: read_index([folder]) for folder in folders}
+    print_summaries({folder: summarize(index) for folder, index in indexes.items()})
     chosen = [folder for folder in folders if reads_contents or (reads_contents is None and not is_remote(folder))]
     if reads_contents is None and len(chosen) < len(folders):
         say("Texts and audio of remote sets are not read without `--contents`.")
     contents: dict[str, SetContents] = {}
     for folder in chosen:
-        with progress_of_command(f"inspect {folder}", len(read_index([folder]))) as display:
+        with progress_of_command(f"inspect {folder}", len(indexes[folder])) as display:
             contents[folder] = read_contents(folder, num_workers, display.show)
     print_contents(contents)
     return 0

@@ -58,9 +58,10 @@ def language_statistics(contents: SetContents) -> Iterator[LanguageStatistics]:
     records = contents.index.records
     seconds = np.maximum(records["duration_ms"] / 1000.0, 0.001)
     characters = records["num_chars"].astype(np.float64)
+    are_spoken = ~_are_answers(contents)
     for language, ids in _by_language(contents):
         words = contents.words.get(language)
-        is_spoken = ~_are_answers(contents)[ids]
+        is_spoken = are_spoken[ids]
         counts = contents.num_words[ids]
         yield LanguageStatistics(
             language=language,
@@ -71,7 +72,7 @@ def language_statistics(contents: SetContents) -> Iterator[LanguageStatistics]:
             words=None if words is None else _quantiles(counts),
             characters=_quantiles(characters[ids]),
             words_per_second=_quantiles((counts / seconds[ids])[is_spoken]) if words and is_spoken.any() else None,
-            characters_per_second=_quantiles((characters / seconds)[ids][is_spoken]) if is_spoken.any() else None,
+            characters_per_second=_quantiles((characters[ids] / seconds[ids])[is_spoken]) if is_spoken.any() else None,
         )
 
 

@@ -101,7 +101,8 @@ def _outlier_lines(contents: SetContents) -> Iterator[str]:
         yield f"much faster or slower than others of their language: {counted(len(found), 'utterance')}"
     for one in found[:_NUM_NAMED]:
         rate = f"{one.rate:.1f} characters/s (median {one.median:.1f})"
-        yield f"  {_named(contents, one.utterance_id)}  {rate}  {_text(contents, one.utterance_id)}"
+        key, text = _read(contents, one.utterance_id)
+        yield f"  {_named(one.utterance_id, key)}  {rate}  {_shortened(text)}"
     if len(found) > _NUM_NAMED:
         yield f"  and {len(found) - _NUM_NAMED} more"
 
@@ -109,12 +110,12 @@ def _outlier_lines(contents: SetContents) -> Iterator[str]:
 def _duplicate_lines(contents: SetContents) -> Iterator[str]:
     texts = duplicates(contents.text_digests, _NUM_NAMED)
     yield f"same text: {_extent(texts)}"
-    yield from (f"  {len(ids)} times: {_text(contents, ids[0])}" for ids in texts.largest)
+    yield from (f"  {len(ids)} times: {_shortened(_read(contents, ids[0])[1])}" for ids in texts.largest)
     audio = duplicates(contents.audio_digests, _NUM_NAMED)
     others = num_with_other_texts(contents) if audio.num_contents else 0
     yield f"same audio: {_extent(audio)}" + (f", {others} of them with different texts" if others else "")
     for ids in audio.largest:
-        named = " = ".join(_named(contents, one) for one in ids[:_NUM_NAMED])
+        named = " = ".join(_named(one, _read(contents, one)[0]) for one in ids[:_NUM_NAMED])
         more = len(ids) - _NUM_NAMED
         yield f"  {named} and {more} more" if more > 0 else f"  {named}"
 
@@ -132,12 +133,11 @@ def _unreadable_lines(contents: SetContents) -> Iterator[str]:
         yield from (f"  #{number} {reason}" for number, reason in list(unreadable.items())[:_NUM_NAMED])
 
 
-def _named(contents: SetContents, utterance_id: int) -> str:
-    return f"#{utterance_id} {_read(contents, utterance_id)[0]}".rstrip()
+def _named(utterance_id: int, key: str) -> str:
+    return f"#{utterance_id} {key}".rstrip()
 
 
-def _text(contents: SetContents, utterance_id: int) -> str:
-    text = _read(contents, utterance_id)[1]
+def _shortened(text: str) -> str:
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
 
 

@@ -74,6 +74,7 @@ def read_contents(folder: str, num_workers: int, on_progress: Callable[[int], No
 
     Raises:
         UserError: the folder holds no readable set.
+        ReadError: a shard cannot be read at all, or the storage fails.
     """
     index = read_index([folder])
     contents = SetContents(
@@ -105,7 +106,7 @@ def _read_run(first_id: int, folder: str) -> _Run:
         span = index.span(utterance_id)
         try:
             with unusable_on_failure():
-                contents = storage.read(span)
+                contents = storage.read_indexed(span)
                 if zlib.crc32(contents) != int(index.record(utterance_id)["crc32"]):
                     raise UnusableError(Cause.WRONG_INDEX, "has other bytes than when it was indexed")
                 utterance = tar_utterance(parse_span(contents), span.location, index.layout(utterance_id))

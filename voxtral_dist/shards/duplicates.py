@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from voxtral_dist.shards.contents import Digests, SetContents
 
@@ -42,7 +41,7 @@ def duplicates(digests: Digests, num_named: int) -> Duplicates:
         num_named: how many groups are listed.
     """
     order = np.argsort(digests, kind="stable")
-    starts, counts = _groups(digests[order])
+    _, starts, counts = np.unique(digests[order], return_index=True, return_counts=True)
     is_group = (counts > 1) & (digests[order][starts] != 0)
     starts, counts = starts[is_group], counts[is_group]
     by_size = np.lexsort((order[starts], -counts))[:num_named]
@@ -54,7 +53,7 @@ def num_with_other_texts(contents: SetContents) -> int:
     """Number of different audio contents that several utterances have with different texts."""
     is_read = contents.audio_digests != 0
     pairs = np.unique(np.stack([contents.audio_digests, contents.text_digests], axis=1)[is_read], axis=0)
-    _, counts = _groups(pairs[:, 0])
+    _, counts = np.unique(pairs[:, 0], return_counts=True)
     return int((counts > 1).sum())
 
 
@@ -70,11 +69,3 @@ def shared_audio(sets: Mapping[str, SetContents], num_named: int) -> list[Shared
                 pairs = [(int(np.flatnonzero(one == other[number])[0]), int(number)) for number in theirs[:num_named]]
                 found.append(SharedAudio(first, second, len(theirs), tuple(pairs)))
     return found
-
-
-def _groups(ordered: Digests) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First places and lengths of the runs of equal values."""
-    if not len(ordered):
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    return starts, np.diff(np.concatenate((starts, [len(ordered)])))

@@ -18,7 +18,7 @@ from voxtral_dist.errors import UserError
 from voxtral_dist.shards.corpus.audio_location import AudioLocation
 from voxtral_dist.shards.corpus.importer import CorpusContents, Importer, suffix_of
 from voxtral_dist.shards.corpus.options import CorpusOptions
-from voxtral_dist.shards.corpus.other_files import ABOUT, conversion, kinds_of, namesake, other_files
+from voxtral_dist.shards.corpus.other_files import ABOUT, by_stem, conversion, kinds_of, other_files, stem_of
 from voxtral_dist.shards.corpus.suffixes import AUDIO_FILE_SUFFIXES
 from voxtral_dist.shards.corpus.utterances import Line, Refusal, Utterance, key_of
 
@@ -147,10 +147,11 @@ def read_folder(files: FolderFiles) -> Iterator[Line]:
             yield Utterance(key, AudioLocation(str(path)), chapters[path.stem], None, str(path))
         else:
             yield _read_audio_file(path, key, files)
+    others = by_stem(other_files(files.names))
     for path in files.lonely_texts():
         key = key_of(path.relative_to(files.folder).as_posix())
         reason = "there is no audio beside this text"
-        if (other := namesake(path, files.names[path.parent].values())) is not None:
+        if (other := others.get(stem_of(path))) is not None:
             reason += f", only {other}. {conversion(other)}".rstrip(".")
         yield Refusal(str(path), key, Cause.NO_AUDIO, reason)
 

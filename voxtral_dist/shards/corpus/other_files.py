@@ -19,13 +19,13 @@ _KNOWN_SUFFIXES = frozenset(
         *(".cfg", ".ini", ".toml", ".md5", ".sha256", ".npy", ".npz", ".pt"),
     }
 )
+_NOT_OTHER = AUDIO_FILE_SUFFIXES | _KNOWN_SUFFIXES
 _NUM_NAMED = 5
 
 
 def is_other(name: str) -> bool:
     """Whether a file is neither audio nor text by its name, nor of a kind that corpora have beside them."""
-    suffix = Path(name).suffix.lower()
-    return suffix not in AUDIO_FILE_SUFFIXES | _KNOWN_SUFFIXES and not ABOUT.match(name)
+    return Path(name).suffix.lower() not in _NOT_OTHER and not ABOUT.match(name)
 
 
 def other_files(names: Mapping[Path, Mapping[str, str]]) -> list[Path]:
@@ -40,10 +40,17 @@ def kinds_of(paths: Sequence[Path]) -> str:
     return f"{named} and {len(counts) - _NUM_NAMED} other kinds" if len(counts) > _NUM_NAMED else named
 
 
-def namesake(text: Path, names: Iterable[str]) -> str | None:
-    """The first other file among the names whose name is that of a text but for the suffix."""
-    same = (name for name in sorted(names) if Path(name).stem.lower() == text.stem.lower())
-    return next((name for name in same if is_other(name)), None)
+def by_stem(others: Iterable[Path]) -> dict[Path, str]:
+    """Names of other files by their paths without suffix, in lower case; of several with one stem the first."""
+    found: dict[Path, str] = {}
+    for path in others:
+        found.setdefault(stem_of(path), path.name)
+    return found
+
+
+def stem_of(path: Path) -> Path:
+    """A path without its suffix, whose name is in lower case."""
+    return path.with_name(path.stem.lower())
 
 
 def conversion(name: str) -> str:
