@@ -198,6 +198,8 @@ class Watchdog:
         folder = self._folder / _folder_name(report, name)
         with suppress(Exception):
             self._write(folder, report)
+        # Also where stacks cannot be written.
+        with suppress(Exception):
             say(f"voxtral-dist: error: {one_line(why + _sentence([report], [], self._floor, folder))}", to_errors=True)
             sys.stdout.flush()
             for child in multiprocessing.active_children():
