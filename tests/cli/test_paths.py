@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from voxtral_dist.cli.main import build_parser
 from voxtral_dist.distributed.launchers import is_on_several_hosts
 from voxtral_dist.errors import UserError
-from voxtral_dist.model.folders import refuse_wrong_model
+from voxtral_dist.model.folders import refuse_unknown_name, refuse_wrong_model
+
+from hub_server import Repository
+from runs import free_port
 
 # Commands with a path that leads nowhere or to something else, and what the message says.
 WRONG = {
@@ -115,6 +119,41 @@ def test_a_name_on_the_hub_is_left_to_the_hub(folder):
     refuse_wrong_model("mistralai/Voxtral-Small-24B-2507")
     with pytest.raises(UserError, match="hf download models/other"):
         refuse_wrong_model("models/other")
+
+
+NAMED = {
+    "export somebody/model out": "`SOURCE`: there is no folder somebody/model, and the hub",
+    "evaluate somebody/model shards": "`MODEL`: there is no folder somebody/model, and the hub",
+    "transcribe somebody/model clip.wav": "`MODEL`: there is no folder somebody/model, and the hub",
+    "train --config hub.yaml": "`model.path`: there is no folder somebody/model, and the hub",
+}
+
+
+@pytest.mark.parametrize("command", NAMED)
+def test_a_name_that_is_no_folder_is_refused_where_the_hub_has_none_or_cannot_be_reached(
+    command, folder, run, hub, shard_folder, monkeypatch
+):
+    (folder / "shards").symlink_to(shard_folder)
+    tree = yaml.safe_load((folder / "run.yaml").read_text())
+    tree["model"]["path"], tree["train_data"]["shards"] = "somebody/model", "shards"
+    (folder / "hub.yaml").write_text(yaml.safe_dump(tree))
+    refused = run(*command.split()).refusal()
+    assert f"{NAMED[command]} has no model of this name" in refused
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    refused = run(*command.split()).refusal()
+    assert f"{NAMED[command]}, which may have a model of this name, cannot be reached: " in refused
+
+
+def test_a_name_that_the_hub_has_passes(folder, hub, monkeypatch):
+    hub.repositories["somebody/model"] = Repository(is_private=True)
+    refuse_unknown_name("somebody/model")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match="cannot be reached"):
+        refuse_unknown_name("somebody/model")
+    with pytest.raises(UserError, match="allows no such name"):
+        refuse_unknown_name("somebody/a..b")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refuse_unknown_name("somebody/model")
 
 
 def test_a_checkpoint_is_taken_where_one_may_be_given(folder):

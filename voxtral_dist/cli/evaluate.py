@@ -21,7 +21,7 @@ from voxtral_dist.cli.arguments import (
 from voxtral_dist.config import EvaluationConfig, TestContextConfig
 from voxtral_dist.distributed.launchers import is_on_several_hosts
 from voxtral_dist.errors import UserError
-from voxtral_dist.model.folders import refuse_wrong_model
+from voxtral_dist.model.folders import refuse_unknown_name, refuse_wrong_model
 from voxtral_dist.output.console import say
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def _run(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
         if parsed.words is not None:
             WordList.read(parsed.words, "--words")
         refuse_missing_sets(parsed.shards)
+        if parsed.server is None:
+            refuse_unknown_name(parsed.model, "MODEL")
     return _evaluate(parsed) if parsed.server is None else _evaluate_server(parsed)
 
 

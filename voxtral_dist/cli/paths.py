@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from voxtral_dist.config import RunConfig, refuse_missing_deepspeed_file
-from voxtral_dist.model.folders import refuse_wrong_model
+from voxtral_dist.model.folders import refuse_unknown_name, refuse_wrong_model
 
 
 def refuse_missing_paths(config: RunConfig) -> None:
     """Refuse a run whose model, DeepSpeed file, shard sets or word lists are missing on this machine.
 
     Raises:
-        UserError: one of them is; URLs and names on the hub are not looked up.
+        UserError: one of them is; URLs are not looked up.
     """
     from voxtral_dist.data.stored.index_files import refuse_missing_sets
     from voxtral_dist.text.word_list import WordList
@@ -28,13 +28,16 @@ def refuse_missing_paths(config: RunConfig) -> None:
         refuse_missing_sets([test_set.shards])
         if test_set.context is not None:
             WordList.read(test_set.context.words, f"evaluation.test_sets.{name}.context.words")
+    # Last, because it needs the network.
+    refuse_unknown_name(config.model.path)
 
 
 def refuse_missing_source(source: str) -> None:
     """Refuse what is neither a run, nor a checkpoint, nor a model's folder or name.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, and no such name on the hub.
     """
     if not (Path(source) / "config.yaml").is_file():
         refuse_wrong_model(source, "SOURCE", takes_checkpoints=True)
+        refuse_unknown_name(source, "SOURCE")

@@ -9,7 +9,7 @@ from typing import get_args
 from voxtral_dist.cli.arguments import Commands, add_decoding, decoding_settings, examples, number
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.distributed.launchers import is_on_several_hosts
-from voxtral_dist.model.folders import refuse_wrong_model
+from voxtral_dist.model.folders import refuse_unknown_name, refuse_wrong_model
 from voxtral_dist.transcription.recordings import refuse_missing_recording
 from voxtral_dist.transcription.transcripts import SUBTITLE_SECONDS, TranscriptFormat
 
@@ -63,6 +63,7 @@ def _transcribe(parsed: argparse.Namespace) -> int:
         refuse_wrong_model(parsed.model, "MODEL", takes_checkpoints=True)
         for path in parsed.recordings:
             refuse_missing_recording(path)
+        refuse_unknown_name(parsed.model, "MODEL")
     # Imports torch.
     from voxtral_dist.transcribe import TranscribeOptions, transcribe
     from voxtral_dist.transcription.question import Question

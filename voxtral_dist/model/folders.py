@@ -1,4 +1,7 @@
-"""Whether a path can lead to a model, asked before anything is imported that takes seconds, and without the network."""
+"""Whether a path can lead to a model, asked before anything is imported that takes seconds.
+
+Only `refuse_unknown_name` uses the network.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ _CHECKPOINT = "complete.json"
 # Owners of repositories on the hub that folders here may be named after.
 _OWNERS = ("mistralai",)
 _MOST_NAMED = 3
+_HUB_TIMEOUT_SECONDS = 10.0
 
 
 def refuse_wrong_model(path: str, option: str = "model.path", *, takes_checkpoints: bool = False) -> None:
@@ -38,6 +42,45 @@ def refuse_wrong_model(path: str, option: str = "model.path", *, takes_checkpoin
     found = _instead(folder, takes_checkpoints)
     if found is not None:
         raise UserError(f"`{option}`: {path} {found}.")
+
+
+def refuse_unknown_name(path: str, option: str = "model.path") -> None:
+    """Refuse a name that is neither a folder here nor a model on the hub, which is asked once.
+
+    The libraries that read models try each of their files for half a minute where the hub cannot be reached.
+
+    Args:
+        path: folder or hub name; only names that are not in the hub's cache are asked for.
+        option: what it was given as, for the message.
+
+    Raises:
+        UserError: the hub has no such model that may be seen, or cannot be reached.
+    """
+    if os.path.isdir(path) or not is_hub_name(path):  # noqa: PTH112
+        return
+    import httpx2
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    found_none = f"`{option}`: there is no folder {path}, and the hub"
+    try:
+        # Offline, the libraries say so at once.
+        if not constants.HF_HUB_OFFLINE and not _is_cached(path):
+            HfApi().model_info(path, timeout=_HUB_TIMEOUT_SECONDS)
+    except HFValidationError as error:
+        raise UserError(f"{found_none} allows no such name.") from error
+    except httpx2.TransportError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{found_none}, which may have a model of this name, cannot be reached: {reason}.") from error
+    except GatedRepoError:
+        return
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{found_none} has no model of this name that you may see: correct it, or log in by `hf auth login`."
+        ) from error
+    except HfHubHTTPError:
+        # It may be well again when it is asked for files, which is tried several times.
+        return
 
 
 def _refuse_missing(path: str, option: str) -> None:
