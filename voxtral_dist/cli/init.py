@@ -211,9 +211,9 @@ def _chosen(machine: Machine, trained: str) -> Fit:
     from voxtral_dist.estimate.fitting import fitting_recipes, preferred_fit
 
     say("Estimating which recipes fit ...", to_errors=True)
-    fits = fitting_recipes(machine)
-    chosen = preferred_fit([fit for fit in fits if not _TRAINED[trained] or fit.trains in _TRAINED[trained]], machine)
+    chosen = preferred_fit(machine, _TRAINED[trained])
     if chosen is None:
+        fits = [fit for fit in fitting_recipes(machine) if not _TRAINED[trained] or fit.trains in _TRAINED[trained]]
         least = min(fit.row.device_bytes for fit in fits) / 1e9
         raise UserError(
             f"No recipe fits. The smallest needs {least:.1f} GB on each GPU; `voxtral-dist plan --gpu-memory` "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -51,20 +51,12 @@ class Fit:
     @property
     def trains(self) -> str:
         """What is trained, in a word."""
-        lora = self.config.trainable.lora
-        if lora is None:
-            return "all weights"
-        return "LoRA beside 4 bits" if lora.quantized else "LoRA"
+        return _trains(self.config)
 
     @property
     def engine_override(self) -> str | None:
         """The DeepSpeed file in place of the recipe's, if it is another one."""
         return next((one.partition("=")[2] for one in self.overrides if one.startswith("engine.deepspeed")), None)
-
-    @property
-    def uses_host(self) -> bool:
-        """Whether weights or states pass through host memory in every step."""
-        return configured_sharding(self.config.engine, 1).uses_host
 
     def to_json(self) -> dict[str, Any]:
         """The recipe in plain types; sizes in bytes."""
@@ -94,16 +86,29 @@ def fitting_recipes(machine: Machine, on_progress: Callable[[int, int], None] = 
     return sorted(found, key=order)
 
 
-def preferred_fit(fits: Sequence[Fit], machine: Machine) -> Fit | None:
+def preferred_fit(machine: Machine, trains: Collection[str] = ()) -> Fit | None:
     """The recipe of Voxtral-Mini that a newcomer should take: all weights before adapters, the GPU before host memory.
 
-    Recipes that move weights or states through host memory are for machines with a known one.
+    Each takes seconds, so they are estimated in this order until one fits. Recipes that move weights or states through
+    host memory are for machines with a known one.
+
+    Args:
+        machine: that the run is to start on.
+        trains: what may be trained, in words of `Fit.trains`; anything if there are none.
     """
+    paths = recipes()
+    estimators: dict[str, Estimator] = {}
     for name, engine in _PREFERRED:
-        for fit in fits:
-            is_same = fit.recipe == name and (fit.engine_override == engine)
-            if is_same and fit.row.fits and (machine.host_memory is not None or not fit.uses_host):
-                return fit
+        if name not in paths:
+            continue
+        config = load_config(paths[name], _overrides(engine))
+        if (trains and _trains(config) not in trains) or (machine.host_memory is None and _uses_host(config)):
+            continue
+        if name not in estimators:
+            estimators[name] = Estimator(load_config(paths[name]), machine, _largest)
+        fit = _RecipeFitter(name, _overrides(engine), estimators[name]).best()
+        if fit.row.fits:
+            return fit
     return None
 
 
@@ -148,8 +153,23 @@ def _fits(machine: Machine, on_progress: Callable[[int, int], None]) -> Iterator
         on_progress(number, len(general))
         estimator = Estimator(load_config(path), machine, _largest)
         for engine in (None, *_OTHER_ENGINES.get(name, ())):
-            overrides = () if engine is None else (f"engine.deepspeed={engine}",)
-            yield _RecipeFitter(name, overrides, estimator).best()
+            yield _RecipeFitter(name, _overrides(engine), estimator).best()
+
+
+def _overrides(engine: str | None) -> tuple[str, ...]:
+    return () if engine is None else (f"engine.deepspeed={engine}",)
+
+
+def _trains(config: RunConfig) -> str:
+    lora = config.trainable.lora
+    if lora is None:
+        return "all weights"
+    return "LoRA beside 4 bits" if lora.quantized else "LoRA"
+
+
+def _uses_host(config: RunConfig) -> bool:
+    """Whether weights or states pass through host memory in every step."""
+    return configured_sharding(config.engine, 1).uses_host
 
 
 class _RecipeFitter:
