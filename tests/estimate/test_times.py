@@ -61,6 +61,7 @@ def test_times_of_the_published_model_on_one_gpu(capsys: pytest.CaptureFixture[s
     assert costs["is_roofline"]
     assert costs["mfu"] == configured["mfu"]
     assert costs["seconds"] == pytest.approx(costs["model_flops"] / (989e12 * costs["mfu"]))
+    assert costs["seconds"] == pytest.approx(costs["num_steps"] * configured["step_seconds"])
     batches = times["batches"]
     assert tuple(one["shape"]["num_examples"] for one in batches) == BATCH_SIZES
     assert batches[BATCH_SIZES.index(8)] == configured
@@ -82,6 +83,7 @@ def test_the_text_shows_times_variants_and_batch_sizes(tiny_run: RunConfig) -> N
         "a step with 2 per GPU",
         "casts and copies of ZeRO-3",
         "clips/s",
+        "FLOPs and time are those of full windows with 3 target tokens each",
     ):
         assert words in text
     assert "(by the roofline)" in text

@@ -171,6 +171,9 @@ class Estimate:
         if data is None:
             unknown = "Hours, epochs and padding" if costs.num_steps else "Steps, hours and padding"
             yield f"{unknown} are unknown: {self.workload.missing}"
+            typical = self.workload.typical
+            targets = typical.num_target_tokens / typical.num_windows
+            yield f"FLOPs and time are those of full windows with {counted(targets, 'target token', '.0f')} each"
         else:
             yield (
                 f"{counted(data.num_utterances, 'utterance')}, {data.hours_per_epoch:.1f} hours, "

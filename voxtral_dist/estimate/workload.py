@@ -145,20 +145,19 @@ def largest_workload(config: RunConfig, sizes: WindowSizes) -> Workload:
 
 
 def _by_budgets(config: RunConfig, sizes: WindowSizes, missing: str) -> Workload:
+    """The largest micro-batch for memory; for time and FLOPs as many clips with transcripts of usual length."""
     largest = largest_within(config.train_data, sizes)
-    shape = BatchShape.computed(
-        largest.num_windows,
-        largest.num_examples,
-        largest.num_positions,
-        largest.num_target_tokens,
-        -(-largest.num_windows // config.model.encoder_windows_per_chunk),
-    )
-    needed = BatchShape.needed(
-        largest.num_windows, [largest.num_positions] * largest.num_examples, largest.num_target_tokens
-    )
     typical = clips(largest.num_examples, sizes, -(-largest.num_windows // largest.num_examples))
     return Workload(
-        (largest,), typical, needed, shape, 1, "the largest that the budgets of `train_data` allow", missing=missing
+        candidates=(largest,),
+        typical=typical,
+        needed=BatchShape.needed(
+            typical.num_windows, [typical.num_positions] * typical.num_examples, typical.num_target_tokens
+        ),
+        computed=computed_shape(typical, config.model.encoder_windows_per_chunk),
+        num_averaged=1,
+        source="the largest that the budgets of `train_data` allow",
+        missing=missing,
     )
 
 
