@@ -10,7 +10,7 @@ import pytest
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
-from voxtral_dist.distributed.world import World
+from voxtral_dist.distributed.world import World, alone
 from voxtral_dist.errors import ReadError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.batch_decoder import DecodedExamples
@@ -144,3 +144,20 @@ def test_a_storage_that_fails_ends_an_evaluation_on_all_ranks_and_is_no_unusable
     assert first == second
     sentence = "The evaluation of `speech` ended on rank 1: x.tar cannot be read: no answer within 30 s (6 attempts)."
     assert first == ("ReadError", 74, sentence)
+
+
+def test_an_error_that_ranks_in_lockstep_cannot_learn_of_is_raised_where_it_comes() -> None:
+    def fail_later(num_before: int) -> None:
+        if num_before == 2:
+            raise ValueError("a defect")
+
+    with pytest.raises(ValueError, match="a defect"):
+        decode_batches(
+            "speech",
+            [(0,), (1,), (2,)],
+            lambda _: [],
+            Counting(in_lockstep=True),  # type: ignore[arg-type]
+            False,
+            alone("cpu"),
+            on_progress=fail_later,
+        )

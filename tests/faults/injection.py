@@ -151,10 +151,10 @@ def _saving(fire: Callable[[], None]) -> None:
 def _evaluating(fire: Callable[[], None]) -> None:
     from voxtral_dist.evaluation import decoding
 
-    def faulty(decode: Callable[..., None]) -> Callable[..., None]:
-        def decode_faultily(self: Any, *arguments: Any) -> None:
+    def faulty(decode: Callable[..., Any]) -> Callable[..., Any]:
+        def decode_faultily(self: Any, *arguments: Any) -> Any:
             fire()
-            decode(self, *arguments)
+            return decode(self, *arguments)
 
         return decode_faultily
 

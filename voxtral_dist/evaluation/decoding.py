@@ -102,16 +102,22 @@ def decode_batches(
     return Decoded(part.pairs, part.loss_sum, part.num_target_tokens, seconds)
 
 
-class _OtherRankFailedError(Exception):
-    """Ends this rank's part; the rank that failed gives the reason."""
-
-
-class _StoppedInLockstepError(Exception):
-    """Ends this rank's part: all ranks agreed to stop."""
-
-
 class _OthersWaitError(RankError):
     """An error in lockstep, where the other ranks wait and cannot learn of it."""
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What one rank decodes in a round of lockstep.
+
+    examples: none if no batch is left for it. most_windows: of a batch, maximum over ranks. is_over: whether all ranks
+    have agreed to end. failure: why, if this rank is the cause.
+    """
+
+    examples: list[Example]
+    most_windows: int
+    is_over: bool
+    failure: Exception | None
 
 
 class _RankDecoder:
@@ -143,19 +149,14 @@ class _RankDecoder:
         self._world = world
 
     def decode(self) -> Exception | None:
-        """Decode until no batch is left. Returns an error of this rank that all ranks must learn of."""
+        """Decode until no batch is left. Returns an error of this rank that does not keep the others from ending."""
+        if self._decoder.in_lockstep:
+            return self._decode_in_lockstep()
         tasks = self._tasks()
         # All ranks make it together: where one of them kept an error before that to itself, the others would wait.
-        queue = None if self._decoder.in_lockstep else TaskQueue(len(tasks), self._world)
+        queue = TaskQueue(len(tasks), self._world)
         try:
-            if queue is None:
-                self._decode_in_lockstep()
-            else:
-                self._decode_from_queue(tasks, queue)
-        except (_OtherRankFailedError, _StoppedInLockstepError):
-            return None
-        except _OthersWaitError:
-            raise
+            self._decode_from_queue(tasks, queue)
         except Exception as error:
             return error
         return None
@@ -207,26 +208,32 @@ class _RankDecoder:
             if coming is not None:
                 yield coming.result()
 
-    def _decode_in_lockstep(self) -> None:
-        """Decode in rounds of one batch per rank; a rank without a batch decodes silence."""
+    def _decode_in_lockstep(self) -> Exception | None:
+        """Decode in rounds of one batch per rank; a rank without a batch decodes silence.
+
+        Returns an error of this rank if all others know that there is one, and raises any other.
+        """
         num_before = _numbers_before(self._batches)
         for first in range(0, len(self._batches), self._world.size):
             self._on_progress(num_before[first])
-            examples, most_windows = self._read_together(self._batches[first : first + self._world.size])
-            batch = examples or [self._decoder.silence]
-            advance([example.key for example in examples])
+            now = self._read_together(self._batches[first : first + self._world.size])
+            if now.is_over:
+                return now.failure
+            batch = now.examples or [self._decoder.silence]
+            advance([example.key for example in now.examples])
             try:
-                decoded = self._decoder.decode(batch, with_loss=self._with_loss, most_windows=most_windows)
+                decoded = self._decoder.decode(batch, with_loss=self._with_loss, most_windows=now.most_windows)
             except Exception as error:
                 _log_unless_plain(error, self._world)
                 raise _OthersWaitError(
                     f"The evaluation of `{self._name}` ended on rank {self._world.rank}: {_reason(error)}"
                 ) from error
-            if examples:
+            if now.examples:
                 self._add(decoded)
+        return None
 
-    def _read_together(self, batches: Sequence[Batch]) -> tuple[list[Example], int]:
-        """Read this rank's batch of a round, which may be empty. Returns it with its windows' maximum over ranks."""
+    def _read_together(self, batches: Sequence[Batch]) -> _Round:
+        """Read this rank's batch of a round, which may be empty, and tell the others how that went."""
         examples: list[Example] = []
         failure = None
         try:
@@ -235,18 +242,11 @@ class _RankDecoder:
         except Exception as error:
             failure = error
         num_windows = sum(example.num_windows for example in examples)
-        asks = self._must_stop()
         most_windows, any_failed, any_asks = max_over_ranks(
-            [num_windows, int(failure is not None), int(asks)], self._world
+            [num_windows, int(failure is not None), int(self._must_stop())], self._world
         )
-        if failure is not None:
-            raise failure
-        if any_failed:
-            raise _OtherRankFailedError
-        if any_asks:
-            self.is_stopped = True
-            raise _StoppedInLockstepError
-        return examples, most_windows
+        self.is_stopped = bool(any_asks and not any_failed)
+        return _Round(examples, most_windows, bool(any_failed or any_asks), failure)
 
     def _add(self, decoded: DecodedExamples) -> None:
         advance()
