@@ -151,8 +151,9 @@ def _train(
         stack.push(saver.outlast)
         limits = MemoryLimits.read(config, world)
         announce_limits(limits, progress, metrics_log)
-        uploads = metrics_log.rows("event") if config.checkpoint.upload else ()
-        time_limit.remember(metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"), uploads)
+        time_limit.remember(
+            metrics_log.rows("checkpoint"), metrics_log.rows("evaluation"), metrics_log.rows("uploaded")
+        )
         loop = TrainingLoop(
             step=data.build_step(engine, world, saver.newest, Guards(config.optimizer, progress.guards), limits),
             evaluator=_build_evaluator(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from voxtral_dist.engine.engine import StepUpdate
 from voxtral_dist.errors import WriteError
 from voxtral_dist.model.flops import training_flops
 from voxtral_dist.model.prompts import VoxtralPrompts
-from voxtral_dist.training.metrics_file import DAMAGED_FILE, read_metrics
-from voxtral_dist.training.metrics_log import MetricsLog
+from voxtral_dist.training import metrics_file
+from voxtral_dist.training.metrics_file import DAMAGED_FILE, Metrics, read_metrics, split_metrics
+from voxtral_dist.training.metrics_log import LookedUp, MetricsLog
 from voxtral_dist.training.step_metrics import StepMetrics
 
 from ranks import run_ranks
@@ -263,8 +265,8 @@ def test_damaged_lines_are_set_aside_and_said_once(tmp_path: Path, capsys: pytes
     # Killed inside of a character of the last line.
     path.write_bytes(b"".join(mixed) + '{"kind": "event", "é'.encode()[:-1])
     capsys.readouterr()
-    with MetricsLog(tmp_path, 9, 3, alone("cpu")) as resumed:
-        assert [row["step"] for row in resumed.rows("train")] == [1, 2, 3]
+    with MetricsLog(tmp_path, 9, 3, alone("cpu")):
+        assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
     said = capsys.readouterr().out
     assert said.startswith(f"Moved {len(GARBLED)} damaged lines of {path} to {DAMAGED_FILE}")
     assert path.read_bytes().splitlines(keepends=True) == whole
@@ -272,3 +274,34 @@ def test_damaged_lines_are_set_aside_and_said_once(tmp_path: Path, capsys: pytes
     with MetricsLog(tmp_path, 9, 3, alone("cpu")):
         pass
     assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_reads_its_rows_once_and_drops_those_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    selected = {"event": "selection", "sentence": "better"}
+    with MetricsLog(tmp_path, 9, 0, alone("cpu")) as log:
+        for step in range(1, 6):
+            log.train_step(step, STEP)
+        for step in (2, 4):
+            log.write("checkpoint", step, {"seconds": float(step)})
+            log.write("evaluation", step, {"name": "dev", "wer": 0.25})
+            log.write("event", step, selected)
+            log.write("event", step, {"event": "bad_utterance", "key": "x"})
+        written = {name: log.rows(name) for name in get_args(LookedUp)}
+    assert [row["step"] for row in written["selection"]] == [2, 4]
+    read: list[Path] = []
+
+    def counted_split(path: Path) -> Metrics:
+        read.append(path)
+        return split_metrics(path)
+
+    monkeypatch.setattr(metrics_file, "split_metrics", counted_split)
+    with MetricsLog(tmp_path, 9, 3, alone("cpu")) as resumed:
+        kept = {name: resumed.rows(name) for name in get_args(LookedUp)}
+        resumed.train_step(4, STEP)
+    assert kept == {name: [row for row in rows if row["step"] == 2] for name, rows in written.items()}
+    assert kept["evaluation"] == [{"kind": "evaluation", "step": 2, "name": "dev", "wer": 0.25}]
+    assert kept["selection"] == [{"kind": "event", "step": 2, **selected}]
+    assert read == [tmp_path / "metrics.jsonl"]
+    assert "dev WER 25.0 %" in capsys.readouterr().out.splitlines()[-1]

@@ -51,11 +51,11 @@ class CheckpointSelector:
         if settings.guard is not None:
             refuse_guard_without_start(settings.guard, evaluations)
         verdict = judge(settings, evaluations, self._checkpoints.intact_steps())
-        events = self._metrics_log.rows("event")
+        recorded = self._metrics_log.rows("selection")
         for message in verdict.messages:
             self._metrics_log.say(f"step {step}: {message}")
             event = {"event": "selection", "sentence": message}
             # A resumed run has recorded it before.
-            if {"kind": "event", "step": step, **event} not in events:
+            if {"kind": "event", "step": step, **event} not in recorded:
                 self._metrics_log.write("event", step, event)
         return verdict

@@ -52,22 +52,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return split_metrics(path).rows
 
 
-def drop_rows_after(path: Path, step: int) -> int:
+def drop_rows_after(path: Path, step: int) -> Metrics:
     """Drop the rows after the checkpoint that a run resumes from, so that each step has one row.
 
     At step 0, without a checkpoint, all rows are dropped: they may belong to another model or to other test sets.
     Otherwise damaged lines are appended to `DAMAGED_FILE`.
 
     Returns:
-        The number of damaged lines.
+        The rows that are left, and the damaged lines that were set aside.
     """
     metrics = split_metrics(path) if step else Metrics()
     if metrics.damaged:
         with path.with_name(DAMAGED_FILE).open("ab") as file:
             file.writelines(line + b"\n" for line in metrics.damaged.values())
-    rows = [row for row in metrics.rows if row["step"] <= step]
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return len(metrics.damaged)
+    kept = Metrics([row for row in metrics.rows if row["step"] <= step], metrics.damaged)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept.rows))
+    return kept
 
 
 def scalars_of(row: dict[str, Any]) -> dict[str, float]:

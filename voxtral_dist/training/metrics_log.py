@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from voxtral_dist.checkpoints.directory import checkpoint_folder
 from voxtral_dist.distributed.collectives import from_first_rank
@@ -19,7 +19,7 @@ from voxtral_dist.output.masking import masked
 from voxtral_dist.training.display import TrainDisplay
 from voxtral_dist.training.incidents import Incident
 from voxtral_dist.training.metrics_endpoint import MetricsEndpoint
-from voxtral_dist.training.metrics_file import DAMAGED_FILE, drop_rows_after, read_metrics
+from voxtral_dist.training.metrics_file import DAMAGED_FILE, drop_rows_after, parse_row
 from voxtral_dist.training.step_metrics import StepMetrics
 from voxtral_dist.training.tensorboard import open_writer, write_scalars
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["train", "evaluation", "checkpoint", "event"]
+# Rows of a kind, and events of a name, that a run looks up again. All others may be many, and are only written.
+LookedUp = Literal["evaluation", "checkpoint", "selection", "uploaded"]
 
 
 class MetricsLog:
@@ -62,19 +64,16 @@ class MetricsLog:
         self._display = TrainDisplay(num_steps, first_step, peak_flops) if world.is_first else None
         self._with_tensorboard = with_tensorboard
         self._tensorboard: SummaryWriter | None = None
+        self._looked_up: dict[str, list[dict[str, Any]]] = {name: [] for name in get_args(LookedUp)}
         self._endpoint = endpoint
         if endpoint is not None:
             endpoint.begin(num_steps, first_step, _saved_at(run_dir, first_step))
 
     def __enter__(self) -> Self:
         if self._display is not None:
-            with write_errors_named("The metrics", self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                num_damaged = drop_rows_after(self._path, self._first_step)
-                self._file = self._path.open("a", encoding="utf-8")
-            for row in read_metrics(self._path):
-                if row["kind"] == "evaluation":
-                    self._display.evaluated(row)
+            num_damaged = self._open()
+            for row in self._looked_up["evaluation"]:
+                self._display.evaluated(row)
             self._display.start()
             if num_damaged:
                 self.say(
@@ -108,11 +107,15 @@ class MetricsLog:
         if not self._world.is_first:
             return
         self.refuse_if_gone()
+        line = masked(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False))
         with write_errors_named("The metrics", self._path):
-            self._file.write(masked(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False)) + "\n")
+            self._file.write(line + "\n")
             self._file.flush()
             if self._tensorboard is not None:
                 write_scalars(self._tensorboard, kind, step, values)
+        # What a resumed run would read.
+        if kind != "train" and (row := parse_row(line.encode())) is not None:
+            self._remember(row)
         if self._display is not None and kind == "evaluation":
             self._display.evaluated(values)
 
@@ -147,10 +150,24 @@ class MetricsLog:
         if self._display is not None:
             self._display.say(line)
 
-    def rows(self, kind: Kind) -> list[dict[str, Any]]:
-        """The rows of a kind so far, as rank 0 reads them. All ranks call it together and get the same."""
-        recorded = read_metrics(self._path) if self._world.is_first else []
-        return from_first_rank([row for row in recorded if row["kind"] == kind], self._world)
+    def rows(self, name: LookedUp) -> list[dict[str, Any]]:
+        """The rows of a kind, or the events of a name, so far. All ranks call it together and get rank 0's."""
+        return from_first_rank(list(self._looked_up[name]), self._world)
+
+    def _open(self) -> int:
+        """Open the file for more rows, and remember those of earlier processes; returns the number of damaged lines."""
+        with write_errors_named("The metrics", self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            earlier = drop_rows_after(self._path, self._first_step)
+            self._file = self._path.open("a", encoding="utf-8")
+        for row in earlier.rows:
+            self._remember(row)
+        return len(earlier.damaged)
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        name = row.get("event") if row["kind"] == "event" else row["kind"]
+        if name in self._looked_up:
+            self._looked_up[name].append(row)
 
     def _open_tensorboard(self) -> None:
         self._tensorboard = open_writer(self._run_dir, self._first_step)

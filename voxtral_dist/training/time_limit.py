@@ -47,15 +47,14 @@ class TimeLimit:
         self,
         checkpoints: Sequence[dict[str, Any]],
         evaluations: Sequence[dict[str, Any]],
-        events: Sequence[dict[str, Any]] = (),
+        uploads: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Take the durations from rows of `metrics.jsonl` that earlier processes of the run wrote."""
         for row in checkpoints:
             if "seconds" in row:
                 self.record("save", row["seconds"])
-        for row in events:
-            if row.get("event") == "uploaded":
-                self.record("upload", row["seconds"])
+        for row in uploads:
+            self.record("upload", row["seconds"])
         steps: dict[int, float] = {}
         for row in evaluations:
             steps[row["step"]] = steps.get(row["step"], 0.0) + row.get("seconds", 0.0)
