@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from voxtral_dist.config import CardConfig, RunConfig, dump_config, load_config
+from voxtral_dist.config import CardConfig, ErrorRate, RunConfig, dump_config, load_config
 from voxtral_dist.exports.layouts import ExportLayout
 from voxtral_dist.hub.base_model import hub_name
 from voxtral_dist.hub.model_card import CardSubject, model_card
@@ -21,7 +22,7 @@ from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.hypotheses import read_scored
 
 from hub_server import HubServer
-from saved_results import NUM_STEPS, score_of, write_run
+from saved_results import NUM_STEPS, score_of, select_by_cer, write_run
 
 MINI = "mistralai/Voxtral-Mini-3B-2507"
 START = {
@@ -73,9 +74,9 @@ def folders(run_dir: Path) -> tuple[Path, Path]:
 
 
 def expected_rates(score: dict[str, Any]) -> Iterator[tuple[str, float, list[float] | None]]:
-    interval = [round(100 * one, 2) for one in score["wer_interval"]]
-    yield "wer", round(100 * score["wer"], 2), interval
-    yield "cer", round(100 * score["cer"], 2), None
+    for metric in ("wer", "cer"):
+        interval = [round(100 * one, 2) for one in score[f"{metric}_interval"]]
+        yield metric, round(100 * score[metric], 2), interval
 
 
 def test_the_metadata_is_what_the_run_measured(trained: TrainedRun, run_dir: Path, hub: HubServer) -> None:
@@ -107,21 +108,27 @@ def test_the_metadata_is_what_the_run_measured(trained: TrainedRun, run_dir: Pat
         assert {one.metric_args["normalizer"] for one in results} == {"basic-3", score["orthographic"]["normalizer"]}
 
 
-def test_the_tables_compare_before_and_after(trained: TrainedRun, run_dir: Path) -> None:
-    text = card_of(trained)
+@pytest.mark.parametrize("metric", ["wer", "cer"])
+def test_the_tables_compare_before_and_after(run_dir: Path, tmp_path: Path, metric: ErrorRate) -> None:
+    run_dir = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    if metric == "cer":
+        select_by_cer(run_dir)
+    text = card_of(TrainedRun.read(load_config(run_dir / "config.yaml"), run_dir, NUM_STEPS))
     before, after = (score_of(folder, "speech") for folder in folders(run_dir))
     paths = tuple(folder / "speech.jsonl" for folder in folders(run_dir))
     pairs = pair_utterances(*(read_scored(path) for path in paths), paths)  # type: ignore[arg-type]
-    compared = compare_pairs(pairs, Grouping())
+    compared = compare_pairs(pairs, Grouping(), metric)
     assert compared.difference is not None
     assert compared.difference_interval is not None
 
     def rate(score: dict[str, Any]) -> str:
-        return "{:.2f} % [{:.2f}, {:.2f}]".format(*(100 * one for one in (score["wer"], *score["wer_interval"])))
+        return "{:.2f} % [{:.2f}, {:.2f}]".format(*(100 * one for one in (score[metric], *score[f"{metric}_interval"])))
 
     low, high = (100 * one for one in compared.difference_interval)
     change = f"{100 * compared.difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
-    assert f"| speech | {rate(before)} | {rate(after)} | {change} |" in text
+    other = "CER" if metric == "wer" else "WER"
+    last = f"{other} {100 * after[other.lower()]:.2f} %"
+    assert f"| speech | {metric.upper()} | {rate(before)} | {rate(after)} | {change} | {last} |" in text
     assert "### speech by language" in text
     for label, part in after["slices"]["language"].items():
         assert f"| {label} † | {rate(before['slices']['language'][label])} | {rate(part)} |" in text

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.config import dump_config
+from voxtral_dist.config import RunConfig, dump_config, load_config
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.data.stored.utterance import StoredUtterance
@@ -85,6 +85,14 @@ def write_run(run_dir: Path, shards: Path, wrong_words: Sequence[int] = (3, 2, 1
     (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return run_dir
+
+
+def select_by_cer(run_dir: Path) -> None:
+    """Let the configuration of a run select checkpoints by the CER of its first test set."""
+    path = run_dir / "config.yaml"
+    tree = load_config(path).model_dump()
+    tree["evaluation"]["selection"] = {"test_set": "speech", "metric": "cer"}
+    path.write_text(dump_config(RunConfig.model_validate(tree)), encoding="utf-8")
 
 
 def score_of(folder: Path, name: str) -> dict[str, Any]:

@@ -30,20 +30,34 @@ ROWS = [
 
 
 def test_the_worst_come_first_and_none_is_without_an_error():
-    assert [number for number, _ in with_most_errors(ROWS, 20)] == [4, 1, 5, 2, 6]
-    assert [number for number, _ in with_most_errors(ROWS, 2)] == [4, 1]
-    assert [number for number, _ in with_highest_rates(ROWS, 20)] == [2, 5, 6, 1]
+    assert [number for number, _ in with_most_errors(ROWS, 20, "wer")] == [4, 1, 5, 2, 6]
+    assert [number for number, _ in with_most_errors(ROWS, 2, "wer")] == [4, 1]
+    assert [number for number, _ in with_highest_rates(ROWS, 20, "wer")] == [2, 5, 6, 1]
 
 
 def test_changes_are_those_of_the_second_run():
     better = [utterance(one.decoded.utterance_id, one.decoded.reference, one.decoded.reference) for one in ROWS[:3]]
     worse = [utterance(one.decoded.utterance_id, one.decoded.reference, "") for one in ROWS[3:]]
     pairs = list(zip(ROWS, better + worse, strict=True))
-    assert [number for number, _ in changed_most(pairs, 20, -1)] == [4, 1, 2]
-    assert changed_most(pairs, 20, 1) == []
+    assert [number for number, _ in changed_most(pairs, 20, -1, "wer")] == [4, 1, 2]
+    assert changed_most(pairs, 20, 1, "wer") == []
     back = [(after, before) for before, after in pairs]
-    assert [number for number, _ in changed_most(back, 20, 1)] == [4, 1, 2]
-    assert [number for number, _ in changed_most(back, 1, 1)] == [4]
+    assert [number for number, _ in changed_most(back, 20, 1, "wer")] == [4, 1, 2]
+    assert [number for number, _ in changed_most(back, 1, 1, "wer")] == [4]
+
+
+def test_characters_decide_where_words_cannot():
+    before, after = (
+        [utterance(number, "今天天氣很好", text, language="zh") for number, text in enumerate(texts)]
+        for texts in (("今天", "今天"), ("今天天氣", "今"))
+    )
+    pairs = list(zip(before, after, strict=True))
+    assert [number for number, _ in changed_most(pairs, 20, -1, "cer")] == [1]
+    assert [number for number, _ in changed_most(pairs, 20, 1, "cer")] == [2]
+    assert changed_most(pairs, 20, 1, "wer") == []
+    assert [number for number, _ in with_most_errors(after, 20, "cer")] == [2, 1]
+    assert [number for number, _ in with_highest_rates(after, 20, "cer")] == [2, 1]
+    assert [number for number, _ in with_most_errors(after, 20, "wer")] == [1, 2]
 
 
 def test_every_list_has_its_turn_and_nothing_comes_twice():

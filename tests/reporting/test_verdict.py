@@ -17,7 +17,7 @@ from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.results import percent, score_test_set
 from voxtral_dist.scoring.utterances import ScoredUtterance
 
-from saved_results import BASIC, Element, parse, score_of, utterance, write_run, write_set
+from saved_results import BASIC, Element, parse, score_of, select_by_cer, utterance, write_run, write_set
 
 
 def numbered(hypotheses: Sequence[str], reference: str = "a b c d", **chosen: object) -> list[ScoredUtterance]:
@@ -26,7 +26,7 @@ def numbered(hypotheses: Sequence[str], reference: str = "a b c d", **chosen: ob
 
 def outcome(before: Sequence[ScoredUtterance], after: Sequence[ScoredUtterance], against: str = "the start") -> Outcome:
     results = score_test_set(before, BASIC), score_test_set(after, BASIC)
-    return outcome_of(against, results, list(zip(before, after, strict=True)), Grouping())
+    return outcome_of(against, results, list(zip(before, after, strict=True)), Grouping(), results[1].deciding_rate())
 
 
 BAD, GOOD = numbered(["a b x"] * 40), numbered(["a b c d"] * 20 + ["a b x"] * 20)
@@ -54,6 +54,34 @@ def test_languages_without_spaces_are_judged_by_characters():
     assert (found.metric, found.before, found.after) == ("cer", pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert (found.judgement, found.num_better, found.num_worse) == ("better", 40, 0)
     assert found.after_interval == found.later.normalized.cer_interval
+
+
+def test_a_run_that_selects_by_characters_is_judged_by_them_everywhere(tmp_path, shard_folder):
+    run = write_run(tmp_path / "run", shard_folder)
+    words = "one two three four"
+    # By words step 4 is the better one, by characters step 8.
+    texts = {0: "x x x x", 4: "one two three abcdefghijk", 8: "one two thre fou"}
+    for step, text in texts.items():
+        write_set(run / "evaluations" / f"step-{step:07d}", "speech", numbered([text] * 40, words))
+    page = page_of(run, tmp_path, step="best")
+    assert "Utterances with the highest WER" in page.text
+    assert "- Step: 4, of 3 evaluated steps" in (tmp_path / "report.md").read_text()
+    select_by_cer(run)
+    baseline = write_set(tmp_path / "baseline", "speech", numbered([texts[4], *[texts[8]] * 39], words))
+    page = page_of(run, tmp_path, step="best", baseline=baseline)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "- Step: 8, of 3 evaluated steps" in markdown
+    assert "- speech: CER " in markdown
+    assert [one.text[:4] for one in verdict_of(page).all("p", "change")] == ["CER ", "CER ", "WER "]
+    section = next(one for one in page.all("section") if one.attributes["id"] == "set-1")
+    assert "Utterances with the most errors in characters" in section.text
+    assert "Utterances with the highest CER" in section.text
+    # More words are wrong than before, but fewer characters.
+    better = section.all("ol", "cards")[-1]
+    assert better.all("bdi", "utterance-key")[0].text == "key-0"
+    assert "Worse than the baseline" not in section.text
+    assert "has a lower" not in verdict_of(page).text
+    assert any(flag.startswith("step 8 has a lower CER on speech") for flag in flags_in(page_of(run, tmp_path, step=4)))
 
 
 def test_all_test_sets_are_summed_up():

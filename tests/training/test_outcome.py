@@ -54,5 +54,8 @@ def test_languages_without_spaces_are_told_by_cer(tmp_path):
     values = {"num_without_spaces": 6, "cer": 0.25}
     assert telling_rate(row("zh", 0, 1.0, **values)) == "cer"
     assert said([row("zh", 20, 1.0, **values)], tmp_path) == ["Result of step 20: zh CER 25.00 %"]
+    # A set by whose CER checkpoints are selected is told by it.
+    selected = Verdict(best_step=20, best_rate=0.25, metric="cer", test_set="dev")
+    assert said([row("dev", 20, 0.5, cer=0.25)], tmp_path, selected) == ["Result of step 20: dev CER 25.00 %"]
     assert said([row("empty", 20, None)], tmp_path) == []
     assert said([], tmp_path) == []

@@ -100,6 +100,11 @@ class SelectionConfig(Section):
     guard: GuardConfig | None = None
     """A test set of another domain whose error rate limits the selection. None: no limit."""
 
+    def metric_of(self, test_set: str) -> ErrorRate | None:
+        """The error rate that decides on a test set; None for sets that the selection does not look at."""
+        deciding = [one for one in (self, self.guard) if one is not None and one.test_set == test_set]
+        return deciding[0].metric if deciding else None
+
 
 class EvaluationConfig(Section):
     """Test sets, decoding, scoring, and the times of evaluations."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from voxtral_dist.config import CardConfig, RunConfig
+from voxtral_dist.config import CardConfig, ErrorRate, RunConfig
 from voxtral_dist.exports.layouts import ADAPTER_LAYOUTS, ExportLayout
 from voxtral_dist.hub.base_model import hub_name
 from voxtral_dist.hub.public_settings import public_settings
@@ -115,7 +115,7 @@ def card_data(subject: CardSubject) -> ModelCardData:
         language=(run.languages if run else []) or None,
         library_name=_LIBRARIES[subject.layout],
         license=subject.settings.license,
-        metrics=["wer", "cer"] if measured else None,
+        metrics=list(get_args(ErrorRate)) if measured else None,
         pipeline_tag=_TASK,
         tags=tags,
         model_name=subject.title if measured else None,
@@ -139,12 +139,11 @@ def _eval_results(measured: Measured) -> Iterator[EvalResult]:
 
 def _rates(name: str, language: str | None, rates: ErrorRates, normalizer: str) -> Iterator[EvalResult]:
     details: dict[str, Any] = {"normalizer": normalizer, "num_utterances": rates.num_utterances}
-    if rates.wer is not None:
-        interval = rates.wer_interval
-        bounds = {} if interval is None else {"interval_95": [_percent(one) for one in interval]}
-        yield _eval_result(name, language, "wer", "WER, in %", rates.wer, details | bounds)
-    if rates.cer is not None:
-        yield _eval_result(name, language, "cer", "CER, in %", rates.cer, details)
+    for metric in get_args(ErrorRate):
+        if (rate := rates.rate(metric)) is not None:
+            interval = rates.interval(metric)
+            bounds = {} if interval is None else {"interval_95": [_percent(one) for one in interval]}
+            yield _eval_result(name, language, metric, f"{metric.upper()}, in %", rate, details | bounds)
 
 
 def _eval_result(

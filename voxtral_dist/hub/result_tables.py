@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.hub.trained_run import Measured
 from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.markdown import plain, table
@@ -20,10 +21,11 @@ def results_table(measured: Sequence[Measured]) -> Iterator[str]:
     """One row for each test set."""
     head = (
         "test set",
-        "WER before",
-        "WER after",
+        "rate",
+        "before",
+        "after",
         "change",
-        "CER after",
+        "other rate after",
         "orthographic WER after",
         "utterances",
         "audio",
@@ -33,10 +35,11 @@ def results_table(measured: Sequence[Measured]) -> Iterator[str]:
         [
             (
                 plain(one.name),
-                _NOT_MEASURED if one.before is None else _wer(one.before.normalized),
-                _wer(one.after.normalized),
+                one.metric.upper(),
+                _NOT_MEASURED if one.before is None else _rate(one.before.normalized, one.metric),
+                _rate(one.after.normalized, one.metric),
                 "" if one.paired is None else _change(one.paired),
-                percent(one.after.normalized.cer),
+                _other_rate(one),
                 percent(one.after.orthographic.wer),
                 f"{one.after.normalized.num_utterances:,}",
                 format_audio(one.after.normalized.audio_seconds),
@@ -58,13 +61,14 @@ def slice_sections(measured: Measured) -> Iterator[list[str]]:
 
 def _slice_table(measured: Measured, slices: SliceTable) -> Iterator[str]:
     before = measured.before.slices.get(slices.field, {}) if measured.before else {}
+    metric = measured.metric
     yield from table(
-        (plain(slices.field), "WER before", "WER after", "utterances", "audio"),
+        (plain(slices.field), f"{metric.upper()} before", f"{metric.upper()} after", "utterances", "audio"),
         [
             (
                 plain(row.label) + (" †" if row.is_uncertain else ""),
-                _wer(before[row.label]) if row.label in before else _NOT_MEASURED,
-                _wer(row.rates),
+                _rate(before[row.label], metric) if row.label in before else _NOT_MEASURED,
+                _rate(row.rates, metric),
                 f"{row.rates.num_utterances:,}",
                 format_audio(row.rates.audio_seconds),
             )
@@ -77,8 +81,13 @@ def _slice_table(measured: Measured, slices: SliceTable) -> Iterator[str]:
         yield from ("", f"Not shown: {counted(slices.num_skipped, 'smaller slice')}.")
 
 
-def _wer(rates: ErrorRates) -> str:
-    return f"{percent(rates.wer)} {format_interval(rates.wer_interval)}".rstrip()
+def _rate(rates: ErrorRates, metric: ErrorRate) -> str:
+    return f"{percent(rates.rate(metric))} {format_interval(rates.interval(metric))}".rstrip()
+
+
+def _other_rate(measured: Measured) -> str:
+    other: ErrorRate = "cer" if measured.metric == "wer" else "wer"
+    return f"{other.upper()} {percent(measured.after.normalized.rate(other))}"
 
 
 def _change(paired: PairedComparison) -> str:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from voxtral_dist.config import RunConfig
-from voxtral_dist.reporting.results_folder import is_run, read_results_folder
+from voxtral_dist.config import ErrorRate, RunConfig
+from voxtral_dist.reporting.results_folder import ResultsFolder, is_run, read_results_folder
 from voxtral_dist.scoring.comparison import PairedComparison, compare_pairs, pair_utterances
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.hypotheses import read_scored
@@ -21,11 +21,12 @@ from voxtral_dist.training.metrics_file import read_metrics
 class Measured:
     """The results of a test set.
 
-    after: of the exported weights. before, paired: of the initial weights, and the comparison with them; None where
-    these were not measured, or by another normalizer.
+    metric: the error rate by which the set is judged. after: of the exported weights. before, paired: of the initial
+    weights, and the comparison with them; None where these were not measured, or by another normalizer.
     """
 
     name: str
+    metric: ErrorRate
     after: TestSetResult
     before: TestSetResult | None = None
     paired: PairedComparison | None = None
@@ -88,16 +89,18 @@ def _measured(run_dir: Path, step: int) -> tuple[Measured, ...]:
         return ()
     after, before = folder.steps[step], None if step == 0 else folder.steps.get(0)
     names = replace(folder, shown=after).test_sets
-    return tuple(_measured_set(name, after, before) for name in names)
+    return tuple(_measured_set(name, folder, after, before) for name in names)
 
 
-def _measured_set(name: str, after: Path, before: Path | None) -> Measured:
+def _measured_set(name: str, folder: ResultsFolder, after: Path, before: Path | None) -> Measured:
     result = read_result(after / f"{name}.json")
+    metric = folder.metric(name, result)
     if before is None or not (before / f"{name}.jsonl").is_file():
-        return Measured(name, result)
+        return Measured(name, metric, result)
     initial = read_result(before / f"{name}.json")
     if initial.normalizer != result.normalizer:
-        return Measured(name, result)
+        return Measured(name, metric, result)
     paths = before / f"{name}.jsonl", after / f"{name}.jsonl"
     pairs = pair_utterances(read_scored(paths[0]), read_scored(paths[1]), paths)
-    return Measured(name, result, initial, compare_pairs(pairs, Grouping(speaker_field=result.speaker_field)))
+    compared = compare_pairs(pairs, Grouping(speaker_field=result.speaker_field), metric)
+    return Measured(name, metric, result, initial, compared)

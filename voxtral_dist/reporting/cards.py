@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TypeVar
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.embedded_audio import EmbeddedAudio, MissingAudio
 from voxtral_dist.scoring.alignment import AlignedWord, align_words
@@ -15,6 +16,7 @@ from voxtral_dist.scoring.comparison import Pair
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.utterances import ScoredUtterance, normalized_pair
+from voxtral_dist.scoring.word_errors import ErrorCounts
 
 # A repetition loop may have thousands of words, and text without spaces has words of any length.
 MAX_WORDS = 120
@@ -37,12 +39,14 @@ class SideBySide:
 class Card:
     """One utterance.
 
-    number: line in `NAME.jsonl`, from 1. before: words of the baseline's hypothesis. more_errors: than the baseline.
-    is_repeated: whether an earlier card shows the same utterance.
+    number: line in `NAME.jsonl`, from 1. counts: errors of its words or of its characters. before: words of the
+    baseline's hypothesis. more_errors: than the baseline. is_repeated: whether an earlier card shows the same
+    utterance.
     """
 
     number: int
     utterance: ScoredUtterance
+    counts: ErrorCounts
     speaker: str | None
     aligned: SideBySide
     before: SideBySide | None = None
@@ -86,27 +90,32 @@ def shortened(text: str, num_characters: int = MAX_CHARACTERS) -> str:
     return f"{text[:num_characters]}… ({counted(len(text) - num_characters, 'more character')})"
 
 
-def with_most_errors(utterances: Sequence[ScoredUtterance], num_shown: int) -> list[Numbered]:
-    """The utterances with the most word errors, the worst first; none without an error."""
-    wrong = (numbered for numbered in enumerate(utterances, 1) if numbered[1].words.errors)
-    return heapq.nsmallest(num_shown, wrong, key=lambda one: (-one[1].words.errors, one[0]))
+def with_most_errors(utterances: Sequence[ScoredUtterance], num_shown: int, metric: ErrorRate) -> list[Numbered]:
+    """The utterances with the most errors, the worst first; none without an error."""
+    found = [(number, one, one.counts(metric)) for number, one in enumerate(utterances, 1)]
+    wrong = (one for one in found if one[2].errors)
+    return [one[:2] for one in heapq.nsmallest(num_shown, wrong, key=lambda one: (-one[2].errors, one[0]))]
 
 
-def with_highest_rates(utterances: Sequence[ScoredUtterance], num_shown: int) -> list[Numbered]:
-    """The utterances with the highest WER, the worst first, ties by errors; none whose reference has no words."""
-    wrong = (one for one in enumerate(utterances, 1) if one[1].words.errors and one[1].words.rate is not None)
-    return heapq.nsmallest(num_shown, wrong, key=lambda one: (-(one[1].words.rate or 0), -one[1].words.errors, one[0]))
+def with_highest_rates(utterances: Sequence[ScoredUtterance], num_shown: int, metric: ErrorRate) -> list[Numbered]:
+    """The utterances with the highest rates, the worst first, ties by errors; none whose reference is empty."""
+    found = [(number, one, one.counts(metric)) for number, one in enumerate(utterances, 1)]
+    wrong = (one for one in found if one[2].errors and one[2].rate is not None)
+    worst = heapq.nsmallest(num_shown, wrong, key=lambda one: (-(one[2].rate or 0), -one[2].errors, one[0]))
+    return [one[:2] for one in worst]
 
 
-def changed_most(pairs: Sequence[Pair], num_shown: int, sign: int) -> list[tuple[int, Pair]]:
+def changed_most(pairs: Sequence[Pair], num_shown: int, sign: int, metric: ErrorRate) -> list[tuple[int, Pair]]:
     """The pairs whose errors fell most (sign -1) or rose most (sign 1) from baseline to run, numbered from 1."""
-    changed = (one for one in enumerate(pairs, 1) if sign * more_errors(one[1]) > 0)
-    return heapq.nsmallest(num_shown, changed, key=lambda one: (-sign * more_errors(one[1]), one[0]))
+    changed = [(sign * more_errors(pair, metric), number, pair) for number, pair in enumerate(pairs, 1)]
+    chosen = heapq.nsmallest(num_shown, (one for one in changed if one[0] > 0), key=lambda one: (-one[0], one[1]))
+    return [one[1:] for one in chosen]
 
 
-def more_errors(pair: Pair) -> int:
-    """Word errors of the run minus those of its baseline."""
-    return pair[1].words.errors - pair[0].words.errors
+def more_errors(pair: Pair, metric: ErrorRate) -> int:
+    """Errors of the run minus those of its baseline."""
+    before, after = pair
+    return after.counts(metric).errors - before.counts(metric).errors
 
 
 def in_turns(lists: Iterable[Sequence[T]], identity: Callable[[T], int]) -> Iterator[T]:
@@ -133,13 +142,15 @@ class ChosenUtterances:
     worse: list[tuple[int, Pair]]
 
     @classmethod
-    def of(cls, utterances: Sequence[ScoredUtterance], pairs: Sequence[Pair], num_shown: int) -> ChosenUtterances:
-        """Choose at most `num_shown` of each kind; `pairs` with a baseline may be empty."""
+    def of(
+        cls, utterances: Sequence[ScoredUtterance], pairs: Sequence[Pair], num_shown: int, metric: ErrorRate
+    ) -> ChosenUtterances:
+        """Choose at most `num_shown` of each kind, by words or by characters; `pairs` with a baseline may be empty."""
         return cls(
-            with_most_errors(utterances, num_shown),
-            with_highest_rates(utterances, num_shown),
-            changed_most(pairs, num_shown, -1),
-            changed_most(pairs, num_shown, 1),
+            with_most_errors(utterances, num_shown, metric),
+            with_highest_rates(utterances, num_shown, metric),
+            changed_most(pairs, num_shown, -1, metric),
+            changed_most(pairs, num_shown, 1, metric),
         )
 
     def in_turns(self) -> list[Numbered]:
@@ -152,10 +163,15 @@ class CardMaker:
     """Makes cards in the order of the page; the first card of an utterance has its audio."""
 
     def __init__(
-        self, normalizer: Normalizer, grouping: Grouping, audio: Mapping[int, EmbeddedAudio | MissingAudio]
+        self,
+        normalizer: Normalizer,
+        grouping: Grouping,
+        metric: ErrorRate,
+        audio: Mapping[int, EmbeddedAudio | MissingAudio],
     ) -> None:
         self._normalizer = normalizer
         self._grouping = grouping
+        self._metric: ErrorRate = metric
         self._audio = audio
         self._seen: set[int] = set()
 
@@ -169,7 +185,7 @@ class CardMaker:
             replace(
                 self._card(number, pair[1]),
                 before=side_by_side(pair[0], self._normalizer),
-                more_errors=more_errors(pair),
+                more_errors=more_errors(pair, self._metric),
             )
             for number, pair in numbered
         )
@@ -179,4 +195,5 @@ class CardMaker:
         self._seen.add(number)
         speaker = self._grouping.speaker(utterance.decoded)
         aligned = side_by_side(utterance, self._normalizer)
-        return Card(number, utterance, speaker, aligned, audio=self._audio.get(number), is_repeated=is_repeated)
+        counts = utterance.counts(self._metric)
+        return Card(number, utterance, counts, speaker, aligned, audio=self._audio.get(number), is_repeated=is_repeated)

@@ -52,7 +52,7 @@ def read_contents(path: Path, options: ReportOptions) -> ReportContents:
     return ReportContents(
         title=folder.name,
         verdicts=tuple(_verdicts(test_sets)),
-        flags=tuple(flags_of_run(summary, folder.step, results)),
+        flags=tuple(flags_of_run(summary, folder, results)),
         facts=run_facts(folder, summary),
         charts=tuple(draw(curve) for curve in curves_of(folder.rows, results)),
         results=results,

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.reporting.curves import Results
-from voxtral_dist.reporting.outcomes import Outcome, main_rate
+from voxtral_dist.reporting.outcomes import Outcome
+from voxtral_dist.reporting.results_folder import ResultsFolder
+from voxtral_dist.scoring.deciding_rate import ERROR_UNITS
 from voxtral_dist.scoring.results import TestSetResult, percent
 
 
-def flags_of_set(result: TestSetResult, outcomes: tuple[Outcome, ...]) -> Iterator[str]:
+def flags_of_set(result: TestSetResult, metric: ErrorRate, outcomes: tuple[Outcome, ...]) -> Iterator[str]:
     """What is wrong with the hypotheses of a test set; counts of earlier results stand beside its own."""
     earlier = outcomes[0] if outcomes else None
     for outcome in outcomes:
@@ -27,17 +30,17 @@ def flags_of_set(result: TestSetResult, outcomes: tuple[Outcome, ...]) -> Iterat
             total = _num_asked(result) if what.startswith("languages") else result.normalized.num_utterances
             before = "" if earlier is None else f", {count(earlier.earlier) or 0:,} {_at(earlier.against)}"
             yield f"{what}: {number:,} of {total:,} ({percent(number / total)}){before}"
-    rate = result.normalized.wer if main_rate(result) == "wer" else result.normalized.cer
+    rate = result.normalized.rate(metric)
     if rate is not None and rate > 1:
-        yield f"more errors than {'words' if main_rate(result) == 'wer' else 'characters'}"
+        yield f"more errors than {ERROR_UNITS[metric]}"
 
 
-def flags_of_run(summary: Mapping[str, Any], shown_step: int | None, results: Results) -> Iterator[str]:
+def flags_of_run(summary: Mapping[str, Any], folder: ResultsFolder, results: Results) -> Iterator[str]:
     """What is wrong with a run as a whole.
 
     Args:
         summary: of a finished run; empty without one.
-        shown_step: the step whose results are shown.
+        folder: the run, and the step whose results are shown.
         results: of all evaluated steps, by step and test set.
     """
     counted = {
@@ -49,22 +52,23 @@ def flags_of_run(summary: Mapping[str, Any], shown_step: int | None, results: Re
         number = summary.get(key)
         if isinstance(number, int) and number > 0:
             yield f"{what}: {number:,}"
-    yield from _better_step(shown_step, results)
+    yield from _better_step(folder, results)
 
 
-def _better_step(shown_step: int | None, results: Results) -> Iterator[str]:
+def _better_step(folder: ResultsFolder, results: Results) -> Iterator[str]:
     """The step with the lowest rate of the first test set, if it is not the shown one."""
-    name = next((name for step, name in results if step == shown_step), None)
-    if name is None or shown_step is None:
+    shown = folder.step
+    name = next((name for step, name in results if step == shown), None)
+    if name is None or shown is None:
         return
-    metric = main_rate(results[shown_step, name])
-    rates = {step: getattr(one.normalized, metric) for (step, other), one in results.items() if other == name}
+    metric = folder.metric(name, results[shown, name])
+    rates = {step: one.normalized.rate(metric) for (step, other), one in results.items() if other == name}
     known = {step: rate for step, rate in rates.items() if rate is not None}
-    best = min(known, key=lambda step: (known[step], step), default=shown_step)
-    if shown_step in known and known[best] < known[shown_step]:
+    best = min(known, key=lambda step: (known[step], step), default=shown)
+    if shown in known and known[best] < known[shown]:
         yield (
             f"step {best:,} has a lower {metric.upper()} on {name} than the step shown: {percent(known[best])} instead "
-            f"of {percent(known[shown_step])}"
+            f"of {percent(known[shown])}"
         )
 
 

@@ -18,6 +18,7 @@ from voxtral_dist.reporting.cards import shortened
 from voxtral_dist.reporting.contents import ReportContents
 from voxtral_dist.reporting.statistics import MIN_UTTERANCES, Column, other_columns, points
 from voxtral_dist.reporting.test_set_section import TestSetSection
+from voxtral_dist.scoring.deciding_rate import ERROR_UNITS
 from voxtral_dist.scoring.results import percent
 from voxtral_dist.scoring.tables import format_audio, format_interval
 
@@ -47,7 +48,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, finalize=_printable
     )
-    environment.globals["min_utterances"] = MIN_UTTERANCES
+    environment.globals |= {"min_utterances": MIN_UTTERANCES, "error_units": ERROR_UNITS}
     environment.filters |= {
         "percent": percent,
         "interval": format_interval,

@@ -9,10 +9,11 @@ from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.cards import Card
 from voxtral_dist.reporting.contents import ReportContents
 from voxtral_dist.reporting.curves import Results
-from voxtral_dist.reporting.outcomes import Outcome, main_rate
+from voxtral_dist.reporting.outcomes import Outcome
 from voxtral_dist.reporting.statistics import MIN_UTTERANCES, SliceTable, other_columns, points
 from voxtral_dist.reporting.test_set_section import TestSetSection
 from voxtral_dist.scoring.alignment import AlignedWord, EditKind
+from voxtral_dist.scoring.deciding_rate import ERROR_UNITS
 from voxtral_dist.scoring.results import percent
 from voxtral_dist.scoring.tables import format_audio, format_interval, with_certainty
 
@@ -87,7 +88,7 @@ def _test_set(test_set: TestSetSection) -> Iterator[str]:
         yield from (*_slices(slices), "")
     yield from _confusions(test_set)
     if test_set.most_errors:
-        yield from ("### Utterances with the most word errors", "")
+        yield from (f"### Utterances with the most errors in {ERROR_UNITS[test_set.metric]}", "")
         yield from ("~~Only in the reference~~, **only in the hypothesis**.", "")
         yield from (_utterance(card) for card in test_set.most_errors[:_NUM_UTTERANCES])
         yield ""
@@ -100,9 +101,8 @@ def _verdict(report: ReportContents) -> Iterator[str]:
         for outcome in test_set.outcomes:
             yield f"- {plain(test_set.name)}: {_outcome(outcome)}"
         if not test_set.outcomes:
-            rate = main_rate(test_set.result)
-            value = getattr(test_set.result.normalized, rate)
-            yield f"- {plain(test_set.name)}: {rate.upper()} {percent(value)}, not compared with anything"
+            rate = f"{test_set.metric.upper()} {percent(test_set.result.normalized.rate(test_set.metric))}"
+            yield f"- {plain(test_set.name)}: {rate}, not compared with anything"
         yield from (f"- ⚠ {plain(test_set.name)}: {plain(flag)}" for flag in test_set.flags)
     yield from (f"- ⚠ {plain(flag)}" for flag in report.flags)
     yield ""
@@ -151,7 +151,7 @@ def _utterance(card: Card) -> str:
     more = f" … and {card.aligned.num_skipped:,} more" if card.aligned.num_skipped else ""
     flags = f" ({', '.join(card.flags)})" if card.flags else ""
     name = plain(one.decoded.key) or f"line {card.number}"
-    return f"- {name}: {one.words.errors} of {one.words.reference_length}{flags}: {words}{more}"
+    return f"- {name}: {card.counts.errors} of {card.counts.reference_length}{flags}: {words}{more}"
 
 
 def _word(word: AlignedWord) -> str:

@@ -8,7 +8,6 @@ from typing import Literal
 
 from voxtral_dist.config import ErrorRate
 from voxtral_dist.scoring.comparison import Pair, PairedComparison, compare_pairs
-from voxtral_dist.scoring.error_rates import ErrorRates
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.intervals import Interval
 from voxtral_dist.scoring.results import TestSetResult
@@ -42,22 +41,22 @@ class Outcome:
     @property
     def before(self) -> float | None:
         """The earlier rate."""
-        return _rate(self.earlier.normalized, self.metric)
+        return self.earlier.normalized.rate(self.metric)
 
     @property
     def after(self) -> float | None:
         """The later rate."""
-        return _rate(self.later.normalized, self.metric)
+        return self.later.normalized.rate(self.metric)
 
     @property
     def before_interval(self) -> Interval | None:
         """The 95 % interval of the earlier rate."""
-        return _interval(self.earlier.normalized, self.metric)
+        return self.earlier.normalized.interval(self.metric)
 
     @property
     def after_interval(self) -> Interval | None:
         """The 95 % interval of the later rate."""
-        return _interval(self.later.normalized, self.metric)
+        return self.later.normalized.interval(self.metric)
 
     @property
     def judgement(self) -> Judgement:
@@ -81,20 +80,23 @@ class Outcome:
 
 
 def outcome_of(
-    against: str, results: tuple[TestSetResult, TestSetResult], pairs: Sequence[Pair], grouping: Grouping
+    against: str,
+    results: tuple[TestSetResult, TestSetResult],
+    pairs: Sequence[Pair],
+    grouping: Grouping,
+    metric: ErrorRate,
 ) -> Outcome:
-    """Compare an earlier and a later result; by characters where most words are not written apart.
+    """Compare an earlier and a later result.
 
     Args:
         against: what the earlier result is of.
         results: the earlier and the later one.
         pairs: their utterances, the earlier first.
         grouping: names the field of the speaker.
+        metric: the error rate by which they are compared.
     """
     earlier, later = results
-    metric: ErrorRate = main_rate(later)
-    name = "words" if metric == "wer" else "characters"
-    changes = [getattr(after, name).errors - getattr(before, name).errors for before, after in pairs]
+    changes = [after.counts(metric).errors - before.counts(metric).errors for before, after in pairs]
     return Outcome(
         against=against,
         earlier=earlier,
@@ -103,11 +105,6 @@ def outcome_of(
         num_better=sum(change < 0 for change in changes),
         num_worse=sum(change > 0 for change in changes),
     )
-
-
-def main_rate(result: TestSetResult) -> ErrorRate:
-    """The rate that tells most about a test set: CER where words are not written apart, else WER."""
-    return "cer" if result.is_word_rate_meaningless else "wer"
 
 
 def summary_of(outcomes: Sequence[Outcome]) -> str:
@@ -129,11 +126,3 @@ def summary_of(outcomes: Sequence[Outcome]) -> str:
     }
     said = ", ".join(f"{what} {against} on {count}" for what, count in counts.items() if count)
     return f"{said[0].upper()}{said[1:]} of {len(outcomes)} test sets."
-
-
-def _rate(rates: ErrorRates, metric: ErrorRate) -> float | None:
-    return rates.wer if metric == "wer" else rates.cer
-
-
-def _interval(rates: ErrorRates, metric: ErrorRate) -> Interval | None:
-    return rates.wer_interval if metric == "wer" else rates.cer_interval

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from voxtral_dist.config import RunConfig, TextStep, load_config
+from voxtral_dist.config import ErrorRate, RunConfig, TextStep, load_config
 from voxtral_dist.errors import UserError
 from voxtral_dist.reporting.curves import read_rows
 from voxtral_dist.scoring.result_files import read_result
@@ -65,6 +66,10 @@ class ResultsFolder:
     def test_sets(self) -> list[str]:
         """Names of the test sets with results, in the order of the configuration."""
         return [] if self.shown is None else _in_order(result_names(self.shown), self.config)
+
+    def metric(self, name: str, result: TestSetResult) -> ErrorRate:
+        """The error rate by which a test set is judged, the same as for the selection of checkpoints."""
+        return _deciding_rate(name, result, self.config)
 
 
 def read_results_folder(path: Path, step: Step = "newest") -> ResultsFolder:
@@ -147,7 +152,7 @@ def _chosen(path: Path, step: Step, steps: Mapping[int, Path], config: RunConfig
             return max(steps)
         case "best":
             selected = selected_step(path)
-            return selected if selected in steps else min(steps, key=lambda one: (_first_wer(steps[one], config), one))
+            return selected if selected in steps else _best_step(steps, config)
         case _ if step not in steps:
             known = ", ".join(map(str, steps))
             raise UserError(f"`--step`: the run {path} has not evaluated step {step}, only {known}.")
@@ -155,7 +160,18 @@ def _chosen(path: Path, step: Step, steps: Mapping[int, Path], config: RunConfig
             return step
 
 
-def _first_wer(path: Path, config: RunConfig | None) -> float:
-    """The WER of the first test set."""
-    wer = read_result(path / f"{_in_order(result_names(path), config)[0]}.json").normalized.wer
-    return float("inf") if wer is None else wer
+def _best_step(steps: Mapping[int, Path], config: RunConfig | None) -> int:
+    """The step with the lowest error rate of the first test set."""
+    first = {step: _in_order(result_names(path), config)[0] for step, path in steps.items()}
+    results = {step: read_result(steps[step] / f"{name}.json") for step, name in first.items()}
+    newest = max(steps)
+    metric = _deciding_rate(first[newest], results[newest], config)
+    rates = {step: result.normalized.rate(metric) for step, result in results.items()}
+    return min(steps, key=lambda step: (math.inf if (rate := rates[step]) is None else rate, step))
+
+
+def _deciding_rate(name: str, result: TestSetResult, config: RunConfig | None) -> ErrorRate:
+    if config is None or config.evaluation.selection is None:
+        return result.deciding_rate()
+    set_name = configured_name(name, list(config.evaluation.test_sets))
+    return result.deciding_rate(config.evaluation.selection.metric_of(set_name))

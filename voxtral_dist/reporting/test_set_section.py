@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.data.stored.index import read_index
 from voxtral_dist.data.stored.storage import Storage
 from voxtral_dist.errors import UserError
@@ -43,15 +44,17 @@ class Comparison:
 class TestSetSection:
     """What the section shows.
 
-    outcomes: the comparisons with the start of the run and with the baseline, where they were measured. flags: what is
-    wrong with the hypotheses. is_same_normalizer: whether the words are aligned by the same version of the normalizer
-    that scored them. num_clips: utterances with audio. audio_note: why no utterance has audio; else None.
+    metric: the error rate by which the set is judged. outcomes: the comparisons with the start of the run and with the
+    baseline, where they were measured. flags: what is wrong with the hypotheses. is_same_normalizer: whether the words
+    are aligned by the same version of the normalizer that scored them. num_clips: utterances with audio. audio_note:
+    why no utterance has audio; else None.
     """
 
     __test__ = False  # keeps pytest from collecting it
 
     name: str
     result: TestSetResult
+    metric: ErrorRate
     outcomes: tuple[Outcome, ...]
     flags: tuple[str, ...]
     is_same_normalizer: bool
@@ -62,6 +65,15 @@ class TestSetSection:
     comparison: Comparison | None
     num_clips: int
     audio_note: str | None
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """An earlier result of a test set. name: what it is of. pairs: its utterances and the later ones."""
+
+    name: str
+    result: TestSetResult
+    pairs: Sequence[Pair]
 
 
 @dataclass(frozen=True)
@@ -84,23 +96,26 @@ class SectionReader:
         utterances = read_scored(path)
         _refuse_other_utterances(path, result, utterances)
         normalizer = normalizer_of_label(result.normalizer, self.options.normalizer, self.options.target_text)
-        pairs = self._pairs(name, result, utterances)
-        shown = ChosenUtterances.of(utterances, pairs, self.options.num_utterances)
+        metric = self.folder.metric(name, result)
+        start = self._start(name, result, utterances)
+        baseline = self._baseline(name, result, utterances)
+        shown = ChosenUtterances.of(utterances, baseline.pairs if baseline else (), self.options.num_utterances, metric)
         audio, audio_note = self._audio(name, shown)
         grouping = Grouping(speaker_field=self.options.speaker_field or result.speaker_field)
-        cards = CardMaker(normalizer, grouping, audio)
+        cards = CardMaker(normalizer, grouping, metric, audio)
         most_errors, highest_rates = cards.plain(shown.most_errors), cards.plain(shown.highest_rates)
-        start = self._against_start(name, result, utterances, grouping)
-        against_baseline = self._against_baseline(name, result, pairs, grouping) if pairs else None
+        outcomes = tuple(
+            outcome_of(one.name, (one.result, result), one.pairs, grouping, metric) for one in (start, baseline) if one
+        )
         comparison = None
-        if against_baseline is not None:
-            comparison = Comparison(against_baseline, cards.changed(shown.better), cards.changed(shown.worse))
-        outcomes = tuple(one for one in (start, against_baseline) if one is not None)
+        if baseline is not None:
+            comparison = Comparison(outcomes[-1], cards.changed(shown.better), cards.changed(shown.worse))
         return TestSetSection(
             name=name,
             result=result,
+            metric=metric,
             outcomes=outcomes,
-            flags=tuple(flags_of_set(result, outcomes)),
+            flags=tuple(flags_of_set(result, metric, outcomes)),
             is_same_normalizer=normalizer.label == result.normalizer,
             slices=slice_tables(result),
             confusions=_confusions(utterances, normalizer),
@@ -111,42 +126,33 @@ class SectionReader:
             audio_note=audio_note,
         )
 
-    def _pairs(self, name: str, result: TestSetResult, utterances: Sequence[ScoredUtterance]) -> list[Pair]:
-        """Pairs of the baseline's utterance and this one; none if the baseline does not have the test set."""
+    def _baseline(self, name: str, result: TestSetResult, utterances: Sequence[ScoredUtterance]) -> _Earlier | None:
+        """The result of the baseline; None if it does not have the test set."""
         if self.baseline is None or name not in self.shared:
-            return []
+            return None
         mine, theirs = (_shown(one) / f"{name}.jsonl" for one in (self.folder, self.baseline))
-        label = read_result(theirs.with_suffix(".json")).normalizer
-        if label != result.normalizer:
+        earlier = read_result(theirs.with_suffix(".json"))
+        if earlier.normalizer != result.normalizer:
             raise UserError(
-                f"`--baseline`: {theirs} was scored by {label}, but {mine} by {result.normalizer}: score one of them "
-                "again with `voxtral-dist score --normalizer`."
+                f"`--baseline`: {theirs} was scored by {earlier.normalizer}, but {mine} by {result.normalizer}: score "
+                "one of them again with `voxtral-dist score --normalizer`."
             )
-        paired = pair_utterances(utterances, read_scored(theirs), (mine, theirs))
-        return [(before, after) for after, before in paired]
+        return _Earlier("the baseline", earlier, _paired(utterances, (mine, theirs)))
 
-    def _against_start(
-        self, name: str, result: TestSetResult, utterances: Sequence[ScoredUtterance], grouping: Grouping
-    ) -> Outcome | None:
-        """The comparison with the start of the run; None where it was not measured alike."""
+    def _start(self, name: str, result: TestSetResult, utterances: Sequence[ScoredUtterance]) -> _Earlier | None:
+        """The result at the start of the run; None where it was not measured alike."""
         start = self.folder.steps.get(0)
         if start is None or not self.folder.step or not (start / f"{name}.jsonl").is_file():
             return None
         initial = read_result(start / f"{name}.json")
         if initial.normalizer != result.normalizer:
             return None
-        paths = _shown(self.folder) / f"{name}.jsonl", start / f"{name}.jsonl"
         try:
-            pairs = [(before, after) for after, before in pair_utterances(utterances, read_scored(paths[1]), paths)]
+            pairs = _paired(utterances, (_shown(self.folder) / f"{name}.jsonl", start / f"{name}.jsonl"))
         except UserError:
             # A resumed run may have been given another test set; nobody asked for this comparison.
             return None
-        return outcome_of("the start", (initial, result), pairs, grouping)
-
-    def _against_baseline(self, name: str, result: TestSetResult, pairs: Sequence[Pair], grouping: Grouping) -> Outcome:
-        assert self.baseline is not None, "pairs come from it"
-        earlier = read_result(_shown(self.baseline) / f"{name}.json")
-        return outcome_of("the baseline", (earlier, result), pairs, grouping)
+        return _Earlier("the start", initial, pairs)
 
     def _audio(self, name: str, shown: ChosenUtterances) -> tuple[dict[int, EmbeddedAudio | MissingAudio], str | None]:
         stored = self._stored(name)
@@ -175,6 +181,11 @@ class SectionReader:
             return StoredAudio(read_index([configured[set_name].shards], storage), storage)
         except (UserError, OSError) as error:
             return MissingAudio(f"its shards cannot be read ({str(error).rstrip('.')}): add `--shards {name}=FOLDER`")
+
+
+def _paired(utterances: Sequence[ScoredUtterance], paths: tuple[Path, Path]) -> list[Pair]:
+    """Pairs of an earlier utterance and one of these, in the order of these; `paths` of these and of the earlier."""
+    return [(before, after) for after, before in pair_utterances(utterances, read_scored(paths[1]), paths)]
 
 
 def _confusions(utterances: Sequence[ScoredUtterance], normalizer: Normalizer) -> dict[EditKind, list[Confusion]]:

@@ -91,8 +91,7 @@ def compare_pairs(pairs: Sequence[Pair], grouping: Grouping, metric: ErrorRate =
     A speaker that only one of them names is used for both.
     """
     speakers = [grouping.speaker(one.decoded) or grouping.speaker(other.decoded) for one, other in pairs]
-    name = "words" if metric == "wer" else "characters"
-    first, second = ([getattr(pair[place], name) for pair in pairs] for place in (0, 1))
+    first, second = ([pair[place].counts(metric) for pair in pairs] for place in (0, 1))
     return replace(compare_runs(first, second, resampling_units(speakers)), metric=metric)
 
 

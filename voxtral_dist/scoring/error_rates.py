@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.intervals import Interval, Unit, bootstrap_interval, resampling_units
 from voxtral_dist.scoring.utterances import ScoredUtterance
@@ -39,6 +40,14 @@ class ErrorRates:
     def cer(self) -> float | None:
         """Character error rate; None without reference characters."""
         return self.characters.rate
+
+    def rate(self, metric: ErrorRate) -> float | None:
+        """The WER or the CER."""
+        return self.wer if metric == "wer" else self.cer
+
+    def interval(self, metric: ErrorRate) -> Interval | None:
+        """The interval of the WER or of the CER."""
+        return self.wer_interval if metric == "wer" else self.cer_interval
 
 
 def normalized_rates(utterances: Sequence[ScoredUtterance], grouping: Grouping) -> ErrorRates:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.output.counting import counted
+from voxtral_dist.scoring.deciding_rate import deciding_rate
 from voxtral_dist.scoring.error_rates import ErrorRates, normalized_rates, orthographic_rates
 from voxtral_dist.scoring.grouping import Grouping
 from voxtral_dist.scoring.normalizer import Normalizer
@@ -111,10 +113,9 @@ class TestSetResult:
     punctuation: ErrorCounts | None = None
     num_without_spaces: int = 0
 
-    @property
-    def is_word_rate_meaningless(self) -> bool:
-        """Whether most references have no spaces between words, so that each is right or wrong as a whole."""
-        return 2 * self.num_without_spaces > self.normalized.num_utterances
+    def deciding_rate(self, configured: ErrorRate | None = None) -> ErrorRate:
+        """The error rate by which the set is judged; `configured` by a run's selection, if it has one for this set."""
+        return deciding_rate(self.num_without_spaces, self.normalized.num_utterances, configured)
 
     @property
     def rtfx(self) -> float | None:

@@ -28,7 +28,7 @@ def result_lines(result: TestSetResult) -> Iterator[str]:
         f"intervals resample {result.normalized.resampled}s"
     )
     yield from _other_rates(result)
-    if result.is_word_rate_meaningless:
+    if result.deciding_rate() == "cer":
         yield (
             f"{result.num_without_spaces} of {counted(result.normalized.num_utterances, 'reference')} in languages "
             "without spaces between words: WER is all or nothing there, and CER leaves out spaces; compare by CER"

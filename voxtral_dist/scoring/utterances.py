@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.scoring.alignment import align_words
 from voxtral_dist.scoring.normalizer import Normalizer
 from voxtral_dist.scoring.repetition import has_repetition_loop
@@ -70,6 +71,10 @@ class ScoredUtterance:
     has_repetition_loop: bool
     punctuation: ErrorCounts | None = None
     has_spaces: bool = True
+
+    def counts(self, metric: ErrorRate) -> ErrorCounts:
+        """The errors that the WER or the CER counts."""
+        return self.words if metric == "wer" else self.characters
 
 
 def score_utterance(

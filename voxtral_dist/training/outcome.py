@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from voxtral_dist.config import ErrorRate
+from voxtral_dist.scoring.deciding_rate import deciding_rate
 from voxtral_dist.training.selection import Verdict
 
 _Row = Mapping[str, Any]
@@ -23,7 +24,8 @@ def outcome_lines(rows: Sequence[_Row], verdict: Verdict, exported_step: int, ru
         exported_step: the step whose weights were exported.
         run_dir: where report and adapters are named, if they are there.
     """
-    rates = [line for name in dict.fromkeys(row["name"] for row in rows) for line in _change(name, rows, exported_step)]
+    names = dict.fromkeys(row["name"] for row in rows)
+    rates = [line for name in names for line in _change(name, rows, exported_step, verdict)]
     there = [f"{what} {run_dir / name}" for what, name in _RESULTS.items() if (run_dir / name).exists()]
     if rates or there:
         yield f"Result of step {exported_step}: " + ", ".join([*rates, *there])
@@ -31,18 +33,18 @@ def outcome_lines(rows: Sequence[_Row], verdict: Verdict, exported_step: int, ru
         yield worse
 
 
-def telling_rate(row: _Row) -> ErrorRate:
-    """The error rate by which an evaluation is told in one number: CER without spaces between words, else WER."""
-    return "cer" if 2 * row.get("num_without_spaces", 0) > row.get("num_utterances", 0) else "wer"
+def telling_rate(row: _Row, configured: ErrorRate | None = None) -> ErrorRate:
+    """The error rate by which a row of kind `evaluation` is told in one number; see `deciding_rate`."""
+    return deciding_rate(row.get("num_without_spaces", 0), row.get("num_utterances", 0), configured)
 
 
-def _change(name: str, rows: Sequence[_Row], step: int) -> Iterator[str]:
+def _change(name: str, rows: Sequence[_Row], step: int, verdict: Verdict) -> Iterator[str]:
     """The error rate of a test set at a step, after that of the start where it was measured."""
     of_set = [row for row in rows if row["name"] == name]
     after = next((row for row in reversed(of_set) if row["step"] <= step), None)
     if after is None:
         return
-    metric = telling_rate(after)
+    metric = telling_rate(after, verdict.metric if name == verdict.test_set else None)
     found = after.get(metric)
     start = next((row.get(metric) for row in of_set if row["step"] == 0 and step > 0), None)
     if found is None:

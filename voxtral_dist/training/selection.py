@@ -12,6 +12,7 @@ from voxtral_dist.config import ErrorRate, GuardConfig, SelectionConfig
 from voxtral_dist.errors import UserError
 from voxtral_dist.files import write_atomically
 from voxtral_dist.output.counting import counted
+from voxtral_dist.scoring.deciding_rate import deciding_rate
 from voxtral_dist.text.json_text import parse_json
 
 _BEST_FILE = "best.json"
@@ -113,7 +114,7 @@ def _words_without_spaces(settings: SelectionConfig, rows: Sequence[dict[str, An
     first = next((row for row in rows if row["name"] == settings.test_set), {})
     is_first = all(row["step"] == first.get("step") for row in rows)
     num_without = first.get("num_without_spaces", 0)
-    if settings.metric != "wer" or not is_first or 2 * num_without <= first.get("num_utterances", 0):
+    if settings.metric == deciding_rate(num_without, first.get("num_utterances", 0), settings.metric) or not is_first:
         return []
     return [
         f"`{settings.test_set}` has {num_without} of {counted(first['num_utterances'], 'utterance')} in languages "
