@@ -23,6 +23,7 @@ from voxtral_dist.shards.corpus.formats import CorpusFormat
 from voxtral_dist.shards.corpus.options import CorpusOptions
 from voxtral_dist.shards.corpus.utterances import Refusal, Utterance
 from voxtral_dist.shards.packing import PackOptions, pack
+from voxtral_dist.text.languages import _warn_once
 
 from corpora import tone, write_lines
 from stored import DecodedUtterance, decoded_in, utterances_in
@@ -316,6 +317,28 @@ def test_a_tar_with_other_members_is_read_by_its_layout(tmp_path):
     assert (first.key, first.text, first.language) == ("clip00", "hello", "en")
     assert isinstance(second, Refusal)
     assert second.cause == Cause.NO_AUDIO
+
+
+@pytest.mark.parametrize(
+    ("member", "contents", "layout"),
+    [
+        ("json", '{"text": "hello", "lang": "yue"}', UtteranceLayout()),
+        ("json", '{"text": "hello", "language": "yue"}', UtteranceLayout()),
+        ("lang", "yue", UtteranceLayout(text="hello", language=Field("lang"))),
+    ],
+)
+def test_a_tar_in_a_language_that_shares_its_code_is_warned_of(tmp_path, caplog, member, contents, layout):
+    _warn_once.cache_clear()
+    write_clips(tmp_path)
+    (tmp_path / "label").write_text(contents)
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(tmp_path / names()[0], names()[0])
+        tar.add(tmp_path / "label", f"clip00.{member}")
+    (found,) = lines_of(tmp_path / "t.tar", CorpusOptions(layout=layout))
+    assert isinstance(found, Utterance)
+    assert found.language == "zh"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("Cantonese is labelled `zh`")
 
 
 def test_a_dataset_without_audio_or_split_is_refused(tmp_path):

@@ -31,7 +31,8 @@ class StoredUtterance:
 
     key: its name in WebDataset. audio: the encoded bytes. audio_suffix: such as `flac`.
     text: the transcript, or the answer to the instruction. language: an ISO 639-1 code; None if unknown.
-    instruction: what the text answers; None for a transcription. fields: everything in its json member.
+    language_label: the language as it is stored, such as a locale. instruction: what the text answers; None for a
+    transcription. fields: everything in its json member.
     """
 
     key: str
@@ -39,6 +40,7 @@ class StoredUtterance:
     audio_suffix: str
     text: str
     language: str | None
+    language_label: Any = None
     instruction: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
 
@@ -61,8 +63,8 @@ def utterance_of(key: str, members: Mapping[str, bytes], layout: UtteranceLayout
     instruction = None
     if layout.instruction is not None:
         instruction = _checked_text(fields.value(layout.instruction), "instruction")
-    language = _language(fields, layout)
-    return StoredUtterance(key, members[suffix], suffix, text, language, instruction, fields.all_json())
+    label = fields.value(layout.language)
+    return StoredUtterance(key, members[suffix], suffix, text, _language(label), label, instruction, fields.all_json())
 
 
 class _Fields:
@@ -127,9 +129,9 @@ def _with_suffix(members: Mapping[str, bytes], suffixes: Collection[str]) -> lis
     return sorted(suffix for suffix in members if suffix.rpartition(".")[2] in suffixes)
 
 
-def _language(fields: _Fields, layout: UtteranceLayout) -> str | None:
-    """The ISO 639-1 code as the index has it, even if the field holds a locale or the name of a language."""
+def _language(label: Any) -> str | None:
+    """The ISO 639-1 code as the index has it, even if the label is a locale or the name of a language."""
     try:
-        return language_code(fields.value(layout.language))
+        return language_code(label)
     except ValueError as error:
         raise MemberError("language", str(error)) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from voxtral_dist.shards.tars.files import is_tar_pattern, tar_locations
 from voxtral_dist.shards.tars.members import TarDamage
 from voxtral_dist.shards.tars.scan import MemberGroup, TarScan
 from voxtral_dist.text.json_text import parse_json
+from voxtral_dist.text.languages import warn_of_shared_code
 
 _CAUSE_OF_PART = {
     "audio": Cause.NO_AUDIO,
@@ -51,13 +52,24 @@ def _tar_line(found: MemberGroup | TarDamage, location: str, layout: UtteranceLa
     place = f"{location}:{found.offset}"
     try:
         with unusable_on_failure():
-            return tar_utterance(found, place, layout)
+            return tar_utterance(found, place, layout, warn_of_shared_code)
     except UnusableError as error:
         return Refusal(place, found.key, error.cause, f"the utterance {found.key} {error}")
 
 
-def tar_utterance(group: MemberGroup, place: str, layout: UtteranceLayout) -> Utterance:
+def tar_utterance(
+    group: MemberGroup,
+    place: str,
+    layout: UtteranceLayout,
+    on_language: Callable[[Any], None] = lambda label: None,
+) -> Utterance:
     """The utterance of a member group.
+
+    Args:
+        group: the members.
+        place: where they are, for messages.
+        layout: which of them are audio, text and language.
+        on_language: gets the language as it is written there.
 
     Raises:
         UnusableError: a member is missing or invalid.
@@ -68,6 +80,7 @@ def tar_utterance(group: MemberGroup, place: str, layout: UtteranceLayout) -> Ut
         raise UnusableError(_CAUSE_OF_PART[error.part], str(error)) from error
     except ValueError as error:
         raise UnusableError(Cause.NOT_JSON, f"has a member that cannot be read ({error})") from error
+    on_language(stored.language_label)
     return Utterance(
         key=key_of(f"{stored.key}.tar"),
         audio=AudioLocation(f"{stored.key}.{stored.audio_suffix.rpartition('.')[2]}", stored.audio),
