@@ -324,15 +324,17 @@ def test_a_tar_with_other_members_is_read_by_its_layout(tmp_path):
     [
         ("json", '{"text": "hello", "lang": "yue"}', UtteranceLayout()),
         ("json", '{"text": "hello", "language": "yue"}', UtteranceLayout()),
-        ("lang", "yue", UtteranceLayout(text="hello", language=Field("lang"))),
+        ("lang", "yue", UtteranceLayout(text=Field("txt"), language=Field("lang"))),
     ],
 )
 def test_a_tar_in_a_language_that_shares_its_code_is_warned_of(tmp_path, caplog, member, contents, layout):
     _warn_once.cache_clear()
     write_clips(tmp_path)
     (tmp_path / "label").write_text(contents)
+    (tmp_path / "text").write_text("hello")
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         tar.add(tmp_path / names()[0], names()[0])
+        tar.add(tmp_path / "text", "clip00.txt")
         tar.add(tmp_path / "label", f"clip00.{member}")
     (found,) = lines_of(tmp_path / "t.tar", CorpusOptions(layout=layout))
     assert isinstance(found, Utterance)
