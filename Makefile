@@ -47,28 +47,28 @@ an4: install ## Train a tiny Voxtral on AN4's words, then on sentences (needs th
 
 # $(call pack,CORPUS,FOLDER,OPTIONS): a set that is complete stays.
 pack = test -f $(2)/shards.json || $(BIN)/voxtral-dist shards pack $(1) $(2) $(3)
-# $(call pack-hub,DATASET,FOLDER,TRAIN,DEV,TEST,OPTIONS): three splits of a dataset on the hub.
+# $(call pack-hub,DATASET,CONFIG,FOLDER,TRAIN,DEV,TEST,OPTIONS): three splits of a dataset on the hub.
 define pack-hub
-$(call pack,hf:$(1),$(2)/train,--split $(3) $(6))
-$(call pack,hf:$(1),$(2)/dev,--split $(4) $(6))
-$(call pack,hf:$(1),$(2)/test,--split $(5) $(6))
+$(call pack,hf:$(1),$(3)/train,--config $(2) --split $(4) $(7))
+$(call pack,hf:$(1),$(3)/dev,--config $(2) --split $(5) $(7))
+$(call pack,hf:$(1),$(3)/test,--config $(2) --split $(6) $(7))
 endef
 train = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed launch/train.py --config launch/recipes/$(1).yaml
 
 multimed: install ## Fine-tune Voxtral-Mini on MultiMed German (needs a GPU of 24 GB and the hub, as the next ones do)
-	$(call pack-hub,leduckhai/MultiMed,shards/multimed-german,train,eval,test,--config German --language de --encode flac --skip-bad)
+	$(call pack-hub,leduckhai/MultiMed,German,shards/multimed-german,train,eval,test,--language de --encode flac --skip-bad)
 	$(call train,multimed_german)
 
 librispeech: install ## Fine-tune Voxtral-Mini on 100 hours of LibriSpeech
-	$(call pack-hub,openslr/librispeech_asr,shards/librispeech,train.100,validation,test,--config clean --language en)
+	$(call pack-hub,openslr/librispeech_asr,clean,shards/librispeech,train.100,validation,test,--language en)
 	$(call train,librispeech_100h)
 
 fleurs: install ## Fine-tune Voxtral-Mini on FLEURS German
-	$(call pack-hub,google/fleurs,shards/fleurs-german,train,validation,test,--config de_de --text-field raw_transcription --encode flac --skip-bad)
+	$(call pack-hub,google/fleurs,de_de,shards/fleurs-german,train,validation,test,--text-field raw_transcription --encode flac --skip-bad)
 	$(call train,fleurs_german)
 
 voxpopuli: install ## Fine-tune Voxtral-Mini on VoxPopuli German
-	$(call pack-hub,facebook/voxpopuli,shards/voxpopuli-german,train,validation,test,--config de --text-field raw_text --encode flac --skip-bad)
+	$(call pack-hub,facebook/voxpopuli,de,shards/voxpopuli-german,train,validation,test,--text-field raw_text --encode flac --skip-bad)
 	$(call train,voxpopuli_german)
 
 commonvoice: install ## Fine-tune Voxtral-Mini on Common Voice German (CORPUS=FOLDER, downloaded from Mozilla Data Collective)

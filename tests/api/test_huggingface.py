@@ -35,6 +35,7 @@ from voxtral_dist import (
 )
 from voxtral_dist.config import EvaluationConfig, ModelConfig
 from voxtral_dist.evaluate import EvaluationOptions
+from voxtral_dist.huggingface.prompt_batches import prompts_of
 
 from corpora import tone
 
@@ -277,4 +278,4 @@ def test_prompts_are_needed_and_labels_on_them_refused(collator, rows, tmp_path)
         TranscriptionTrainer(model=model, args=generation_arguments(tmp_path), data_collator=list)
     batch = collator([rows[0]])
     with pytest.raises(UserError, match="has labels on its prompts, so that there is nothing to generate from"):
-        collator.prompts_of(batch | {"labels": batch["input_ids"]})
+        prompts_of(batch | {"labels": batch["input_ids"]}, collator.prompts.pad_id)

@@ -14,10 +14,11 @@ import yaml
 from voxtral_dist.cli.main import main
 from voxtral_dist.config import TrainDataConfig, load_config
 from voxtral_dist.estimate import zero_host_memory
-from voxtral_dist.estimate.quantities import duration, gigabytes, parse_bytes
+from voxtral_dist.estimate.quantities import gigabytes, parse_bytes
 from voxtral_dist.estimate.sharding import Fsdp2Sharding, ZeroSharding, zero_sharding
 from voxtral_dist.estimate.workload import WindowSizes, largest_within
 from voxtral_dist.model.published import published_config
+from voxtral_dist.output.duration import duration
 
 from corpora import REPOSITORY
 
@@ -241,9 +242,9 @@ def test_amounts_of_memory(text, size):
 def test_numbers_for_people():
     assert gigabytes(12.34e9) == "12.3 GB"
     assert gigabytes(5e6) == "0.005 GB"
+    lengths = {3.14: "3.1 s", 9.96: "10 s", 42.4: "42 s", 59.6: "1 min", 3_569: "59 min", 3_571: "1 h 00 min"}
+    assert {seconds: duration(seconds) for seconds in lengths} == lengths
     assert duration(7_260) == "2 h 01 min"
-    assert duration(59.6) == "1 min"
-    assert duration(3.14) == "3.1 s"
 
 
 @pytest.mark.parametrize(

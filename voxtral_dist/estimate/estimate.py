@@ -13,13 +13,14 @@ from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
 from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, checkpointing_for
 from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
-from voxtral_dist.estimate.quantities import duration, gigabytes, table_lines
+from voxtral_dist.estimate.quantities import gigabytes, table_lines
 from voxtral_dist.estimate.sharding import Sharding, configured_sharding
 from voxtral_dist.estimate.state_bytes import checkpoint_bytes
 from voxtral_dist.estimate.times import Times, estimate_times
 from voxtral_dist.estimate.workload import Workload
 from voxtral_dist.model.trainable import count_parameters, parameter_table
 from voxtral_dist.output.counting import counted
+from voxtral_dist.output.duration import duration
 
 
 @dataclass(frozen=True)

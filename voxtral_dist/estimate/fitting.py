@@ -9,11 +9,12 @@ from typing import Any
 from voxtral_dist.config import RunConfig, load_config, recipes
 from voxtral_dist.estimate.checkpointing import USABLE_FRACTION, choose_checkpointing
 from voxtral_dist.estimate.estimator import Estimator, Machine, ShardingRow
-from voxtral_dist.estimate.quantities import duration, gigabytes, table_lines
+from voxtral_dist.estimate.quantities import gigabytes, table_lines
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.estimate.times import configured_step_time
 from voxtral_dist.estimate.workload import WindowSizes, Workload, largest_evaluation_batches, largest_workload
 from voxtral_dist.output.counting import counted
+from voxtral_dist.output.duration import duration
 
 # What to try besides the recipes as they are: offloading less, or more.
 _OTHER_ENGINES = {"voxtral_mini_offload": ("zero2_offload",), "voxtral_mini_lora": ("zero3_offload",)}

@@ -37,14 +37,6 @@ def gigabytes(num_bytes: float) -> str:
     return f"{amount:.1f} GB" if amount >= 1 else f"{amount:.3f} GB"
 
 
-def duration(seconds: float) -> str:
-    """A duration such as `3 h 20 min`, `45 min` or `3.1 s`."""
-    minutes = round(seconds / 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min" if minutes else f"{seconds:.1f} s"
-
-
 def milliseconds(seconds: float) -> str:
     """Milliseconds, such as `245 ms` or `3.1 ms`."""
     amount = 1e3 * seconds

@@ -39,7 +39,7 @@ from voxtral_dist.estimate.engine_traffic import engine_traffic
 from voxtral_dist.estimate.estimator import Estimator, Machine
 from voxtral_dist.estimate.gpus import Gpu
 from voxtral_dist.estimate.interconnect import Interconnect, Network
-from voxtral_dist.estimate.quantities import duration, gigabytes, milliseconds, table_lines
+from voxtral_dist.estimate.quantities import gigabytes, milliseconds, table_lines
 from voxtral_dist.estimate.roofline import KernelTime, Roofline
 from voxtral_dist.estimate.sharding import Sharding, ZeroSharding, configured_sharding
 from voxtral_dist.estimate.state_bytes import checkpoint_bytes
@@ -48,6 +48,7 @@ from voxtral_dist.estimate.times import TimeEstimator, compiles_blocks
 from voxtral_dist.estimate.workload import computed_shape
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.output.counting import counted
+from voxtral_dist.output.duration import duration
 
 _DECODED_BY_WORKER, _STORED_BYTES_PER_SECOND = 2800.0, 18e3
 _HOST_COPY_BANDWIDTH = 25e9

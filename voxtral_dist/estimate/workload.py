@@ -18,6 +18,7 @@ from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.evaluation.building import build_test_sets
 from voxtral_dist.evaluation.decoding_memory import DecodingShape
 from voxtral_dist.evaluation.test_set import TestSet
+from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.flops import BatchShape
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.published import prompts_for_estimates
@@ -239,9 +240,12 @@ def _mean(shapes: Sequence[MicroBatchShape]) -> MicroBatchShape:
 
 def computed_shape(shape: MicroBatchShape, windows_per_chunk: int) -> BatchShape:
     """The shape of a micro-batch for hardware FLOPs, with its chunks of the encoder."""
-    num_chunks = max(1, -(-shape.num_windows // windows_per_chunk))
     return BatchShape.computed(
-        shape.num_windows, shape.num_examples, shape.num_positions, shape.num_target_tokens, num_chunks
+        shape.num_windows,
+        shape.num_examples,
+        shape.num_positions,
+        shape.num_target_tokens,
+        num_chunks(shape.num_windows, windows_per_chunk),
     )
 
 

@@ -16,7 +16,6 @@ from voxtral_dist.data.examples.example import Example
 from voxtral_dist.data.examples.micro_batch import IGNORED_LABEL, pad_left, windows_of
 from voxtral_dist.data.stored.audio import AudioError
 from voxtral_dist.errors import UserError
-from voxtral_dist.huggingface.prompt_batches import prompts_of
 from voxtral_dist.model.features import LogMel
 from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.output.counting import counted
@@ -110,10 +109,6 @@ class TranscriptionCollator:
             "labels": labels,
             "input_features": self._log_mel(pcm, [one.num_windows for one in examples]),
         }
-
-    def prompts_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A batch without completions, padded on the left: what `generate` continues."""
-        return prompts_of(batch, self.prompts.pad_id)
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         pcm, text = self._pcm(row), self._text(row)

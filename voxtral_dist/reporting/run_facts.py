@@ -9,6 +9,7 @@ from typing import Any
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.output.counting import counted
+from voxtral_dist.output.duration import duration
 from voxtral_dist.reporting.results_folder import ResultsFolder
 from voxtral_dist.scoring.tables import format_audio
 from voxtral_dist.text.json_text import parse_json
@@ -90,7 +91,7 @@ def _of_starts(starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]
 def _of_summary(summary: Mapping[str, Any], starts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Facts that only a finished run has."""
     if (seconds := summary.get("train_seconds")) is not None:
-        yield "Time of training", _duration(float(seconds))
+        yield "Time of training", duration(float(seconds))
     newest = starts[-1] if starts else {}
     engine, ranks = (summary.get(name, newest.get(name)) for name in ("engine", "world_size"))
     if engine is not None:
@@ -106,11 +107,3 @@ def _minute(text: str) -> str:
         return f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M %Z}".strip()
     except ValueError:
         return ""
-
-
-def _duration(seconds: float) -> str:
-    """A wall time such as `3 h 05 min`, `12 min` or `42 s`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
