@@ -20,10 +20,10 @@ from voxtral_dist.data.examples.shard_dataset import ShardDataset
 from voxtral_dist.data.training_set import build_training_set
 from voxtral_dist.estimate.estimator import Estimator, Machine
 from voxtral_dist.estimate.gpus import GPUS
-from voxtral_dist.estimate.quantities import duration
 from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.estimate.times import configured_step_time
 from voxtral_dist.estimate.workload import find_workload
+from voxtral_dist.output.duration import duration
 
 from commands import Result, run_command
 from hub_server import HubServer
