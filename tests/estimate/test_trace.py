@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from voxtral_dist.estimate import estimator
 from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.estimator import meta_model_of
 from voxtral_dist.estimate.gpus import GPUS
-from voxtral_dist.estimate.kernels import Kernel, compiled, total_flops
+from voxtral_dist.estimate.kernels import Kernel, Kind, Phase, compiled
 from voxtral_dist.estimate.roofline import Roofline
 from voxtral_dist.estimate.trace import StepTracer
 from voxtral_dist.model.flops import BatchShape, TrainingFlops
@@ -27,7 +28,13 @@ from voxtral_dist.model.published import MINI, voxtral_config_for_estimates
 # Three windows of two examples; the tiny model has 16 audio tokens in a window.
 TINY = MicroBatchShape(num_windows=3, num_examples=2, num_positions=44, num_target_tokens=7)
 CLIPS = MicroBatchShape(num_windows=8, num_examples=8, num_positions=445, num_target_tokens=480)
-ATTENTION = ("attention", "attention backward")
+ATTENTION: tuple[Kind, ...] = ("attention", "attention backward")
+
+
+def total_flops(kernels: Iterable[Kernel], *phases: Phase, kinds: Iterable[Kind] = ("product",)) -> float:
+    """FLOPs of kernels of some kinds in some phases, in all if none is named."""
+    return sum(one.flops * one.count for one in kernels if one.kind in kinds and (not phases or one.phase in phases))
+
 
 ALL: dict[str, Any] = {}
 FROZEN = {"frozen": ["encoder"]}

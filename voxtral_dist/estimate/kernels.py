@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -187,8 +187,3 @@ def _not_recomputed(kernels: Sequence[Kernel], num_chunks: int) -> list[Kernel]:
             last = [replace(one, phase="recomputation") for one in own[-rest:]]
             missing += last * calls
     return missing
-
-
-def total_flops(kernels: Iterable[Kernel], *phases: Phase, kinds: Iterable[Kind] = ("product",)) -> float:
-    """FLOPs of kernels of some kinds in some phases, in all if none is named."""
-    return sum(one.flops * one.count for one in kernels if one.kind in kinds and (not phases or one.phase in phases))

@@ -159,15 +159,12 @@ class NativeLayout:
         num_heads = self._rotated_heads(name)
         return value if num_heads is None else _reordered(value, (num_heads, 2, -1))
 
-    def from_native(self, name: str, value: Tensor) -> Tensor:
-        """A stored tensor in the order of rows of transformers' class: the inverse of `to_native`."""
-        num_heads = self._rotated_heads(name)
-        return value if num_heads is None else _reordered(value, (num_heads, -1, 2))
-
     def rows_from_native(
         self, name: str, num_rows: int, read: Callable[[int, int], Tensor], start: int, stop: int
     ) -> Tensor:
-        """The rows `start` to `stop` of `from_native`, reading only the heads in which they lie.
+        """The rows `start` to `stop` of a stored tensor in the order of transformers' class.
+
+        It is the inverse of `to_native`. Only the heads in which the rows lie are read.
 
         Args:
             name: the tensor, in transformers' class.
