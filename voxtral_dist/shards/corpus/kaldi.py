@@ -129,19 +129,16 @@ def _mapping(path: Path) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     with closing(ManifestLines(path)) as lines:
-        while True:
-            try:
-                line = next(lines)
-            except StopIteration:
-                break
-            except LineTooLongError as error:
-                raise UserError(f"{path}:{lines.number}: the line is too long: {error}.") from error
-            key, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
-            if not key:
-                continue
-            if key in found:
-                raise UserError(f"{path}:{lines.number}: the id {key} is there twice: remove one of its lines.")
-            found[key] = rest.strip()
+        try:
+            for line in lines:
+                key, _, rest = line.strip().replace("\t", " ", 1).partition(" ")
+                if not key:
+                    continue
+                if key in found:
+                    raise UserError(f"{path}:{lines.number}: the id {key} is there twice: remove one of its lines.")
+                found[key] = rest.strip()
+        except LineTooLongError as error:
+            raise UserError(f"{path}:{lines.number}: the line is too long: {error}.") from error
     return found
 
 
