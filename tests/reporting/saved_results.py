@@ -91,7 +91,7 @@ def select_by_cer(run_dir: Path) -> None:
     """Let the configuration of a run select checkpoints by the CER of its first test set."""
     path = run_dir / "config.yaml"
     tree = load_config(path).model_dump()
-    tree["evaluation"]["selection"] = {"test_set": "speech", "metric": "cer"}
+    tree["evaluation"] |= {"every_steps": EVERY_STEPS, "selection": {"test_set": "speech", "metric": "cer"}}
     path.write_text(dump_config(RunConfig.model_validate(tree)), encoding="utf-8")
 
 

@@ -77,7 +77,6 @@ def test_a_resumed_run_knows_how_long_its_parts_took() -> None:
     evaluations: list[dict[str, Any]] = [{"step": 0}, {"step": 6, "seconds": 200.0}, {"step": 6, "seconds": 120.0}]
     uploads: list[dict[str, Any]] = [
         {"event": "uploaded", "step": 3, "seconds": 300.0},
-        {"event": "upload_failed", "step": 6},
         {"event": "uploaded", "step": 9, "seconds": 240.0},
     ]
     limit.remember(checkpoints, evaluations, uploads)
