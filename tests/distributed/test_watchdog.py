@@ -112,6 +112,12 @@ def _wait_for_it() -> None:
     os._exit(0)
 
 
+def _lack_storage() -> None:
+    watchdog._STORAGE_SECONDS = 1.0
+    watchdog._now = lambda: "now"
+    time.sleep(600)
+
+
 ACTIONS: dict[str, Callable[[], object]] = {
     "collective": lambda: dist.all_reduce(torch.ones(1)),
     "sleeps": lambda: time.sleep(600),
@@ -121,6 +127,7 @@ ACTIONS: dict[str, Callable[[], object]] = {
     "holds the lock": lambda: ctypes.PyDLL(None).sleep(600),
     "works alone": _work_alone,
     "waits for it": _wait_for_it,
+    "lacks storage": _lack_storage,
 }
 
 
@@ -209,6 +216,18 @@ def test_ranks_whose_store_does_not_answer_end_alone(end, tmp_path):
     assert (first.code, *(one.code for one in others)) == (-9, CODE, CODE)
     assert "Rank 0, which keeps the ranks together, does not answer on 127.0.0.1. No rank has" in others[0].output
     assert set(stacks(tmp_path)) == {"rank-00001.txt", "rank-00002.txt"}
+
+
+def test_storage_that_does_not_answer_keeps_no_rank(end, tmp_path):
+    hang = tmp_path / "hangs" / "step-0000007-now"
+    hang.mkdir(parents=True)
+    for rank in range(2):
+        # Whoever opens it for writing waits for a reader.
+        os.mkfifo(hang / f"rank-{rank:05d}.txt")
+    ended = end("lacks storage", "lacks storage")
+    assert [one.code for one in ended] == [CODE] * 2
+    assert "rank 1 on " in ended[0].output
+    assert f"Stacks could not be written to {hang}. Rerun" in ended[0].output
 
 
 def test_a_rank_that_works_for_all_is_waited_for(end, tmp_path):

@@ -104,17 +104,19 @@ def test_a_run_that_is_asked_early_ends_before_training(config, tmp_path, capsys
 
 
 def test_launch_train_listens_before_it_imports(tmp_path):
+    """To signals, and for the end of its launcher."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal, sys\n"
+        "import os, signal, sys, threading\n"
         "class Finder:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name == 'voxtral_dist.cli.main':\n"
+        "            assert 'launcher-watch' in [thread.name for thread in threading.enumerate()]\n"
         "            os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
     ended = subprocess.run(
         [sys.executable, str(ROOT / "launch" / "train.py"), "--config", "nowhere.yaml"],
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "RANK": "0", "WORLD_SIZE": "1"},
         capture_output=True,
         text=True,
         timeout=120,

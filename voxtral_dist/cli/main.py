@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from voxtral_dist.output.console import one_line, printable, say, set_up_logging
 
 # Launchers start them on several ranks; all others are commands of one process.
 _COMMANDS_OF_RANKS = ("train", "evaluate", "transcribe", "doctor")
+_LOG_SECONDS = 10.0
 
 
 def console(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -57,8 +59,8 @@ def console(arguments: Sequence[str] | None = None) -> NoReturn:
         # The reader of the pipe, such as `head`, has ended.
         code = 0
     except BaseException:
-        say(traceback.format_exc(), to_errors=True, end="")
         code = 1
+        _say_last(traceback.format_exc(), code, end="")
         with suppress(Exception):
             _end_with_all_ranks(None)
     with suppress(BrokenPipeError):
@@ -111,7 +113,17 @@ def _refuse_other_systems(parsed: argparse.Namespace) -> None:
 
 
 def _print_error(error: UserError) -> None:
-    say(f"voxtral-dist: error: {one_line(str(error))}", to_errors=True)
+    _say_last(f"voxtral-dist: error: {one_line(str(error))}", error.exit_code)
+
+
+def _say_last(text: str, code: int, end: str = "\n") -> None:
+    """Say why this process ends. A rank ends anyway where its log is on storage that does not answer."""
+    limit = threading.Timer(_LOG_SECONDS, os._exit, [code])
+    limit.daemon = True
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        limit.start()
+    say(text, to_errors=True, end=end)
+    limit.cancel()
 
 
 def _end_with_all_ranks(error: UserError | None) -> bool:

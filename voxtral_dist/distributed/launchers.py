@@ -20,6 +20,7 @@ _OPEN_MPI = {
 # Processes or nodes that a scheduler has started; `docker/entrypoint` names the sources.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "PET_NNODES", "SKYPILOT_NUM_NODES", "DSTACK_NODES_NUM")
 _POLL_SECONDS = 1.0
+_is_watching = False
 
 
 def adopt_launched_place() -> None:
@@ -67,9 +68,11 @@ def watch_launcher() -> None:
     """Send this process SIGTERM once its launcher is gone, because nobody else would end it.
 
     The command `deepspeed` starts a launcher of its own, which a SIGTERM to the command leaves behind: then both are
-    watched. A process that no launcher has started is not watched.
+    watched. A process that no launcher has started is not watched. Of several calls the first one counts.
     """
-    if "RANK" in os.environ:
+    global _is_watching
+    if "RANK" in os.environ and not _is_watching:
+        _is_watching = True
         watched = _launcher_processes(os.getppid())
         threading.Thread(target=_end_with, args=(watched,), name="launcher-watch", daemon=True).start()
 

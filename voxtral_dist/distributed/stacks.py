@@ -72,13 +72,17 @@ def _named(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} ({'/'.join(path.parts[-3:])}:{frame.f_lineno})"
 
 
-def write_stacks(file: TextIOWrapper) -> None:
-    """Write the Python stacks of all threads, the states of data workers, and native stacks where py-spy is there."""
+def write_python_stacks(file: TextIOWrapper) -> None:
+    """Write the Python stacks of all threads, and the states of data workers."""
     file.flush()
     faulthandler.dump_traceback(file, all_threads=True)
     for child in multiprocessing.active_children():
         file.write(f"\nData worker {child.name}: {process_state(child.pid or 0)}\n")
     file.flush()
+
+
+def write_native_stacks(file: TextIOWrapper) -> None:
+    """Write the stacks of all threads with frames of C, where py-spy is there."""
     native = native_stacks(os.getpid())
     if native is not None:
         file.write(f"\nNative stacks by py-spy:\n{native}\n")

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import TextIOWrapper
@@ -28,7 +28,15 @@ from typing import Self
 from torch.distributed import Store  # type: ignore[attr-defined]  # a public class all the same
 
 from voxtral_dist.distributed.failures import Failure, watch_also
-from voxtral_dist.distributed.stacks import Activity, Doing, activity, native_stacks, process_state, write_stacks
+from voxtral_dist.distributed.stacks import (
+    Activity,
+    Doing,
+    activity,
+    native_stacks,
+    process_state,
+    write_native_stacks,
+    write_python_stacks,
+)
 from voxtral_dist.distributed.standing import Standing, here
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import HangError
@@ -47,6 +55,8 @@ _SILENT_SECONDS = 3 * _PUBLISH_SECONDS
 _STORE_SECONDS = 60.0
 # How long the judge waits for the stacks of all ranks that are not silent; the others wait twice as long for the judge.
 _STACKS_SECONDS = 45.0
+# Storage that has not taken Python's stacks in this time is not waited for.
+_STORAGE_SECONDS = 10.0
 # Ranks beyond these judge later, where both of them are silent.
 _NUM_JUDGES, _LATER = 2, 1.5
 _LONGEST_END_SECONDS = 10.0
@@ -121,7 +131,8 @@ class Watchdog:
         self._next_publication = self._next_look = 0.0
         self._first_look: tuple[float, dict[int, Report]] | None = None
         self._is_judge = False
-        self._written_at: float | None = None
+        self._stacks: _Stacks | None = None
+        self._is_reported = False
 
     def __enter__(self) -> Self:
         if math.isfinite(self._floor):
@@ -140,7 +151,9 @@ class Watchdog:
         if self._lock_file is not None:
             with suppress(OSError):
                 self._lock_file.close()
-                self._lock_path.unlink()
+                if error is None:
+                    # Storage that does not answer may be the cause of an error.
+                    self._lock_path.unlink()
 
     # The thread that needs no store.
 
@@ -163,14 +176,15 @@ class Watchdog:
 
     def _is_judged(self, now: float) -> bool:
         """Whether the failure watch is about to end this process."""
-        return self._written_at is not None and now - self._written_at < 2 * _STACKS_SECONDS + _LONGEST_END_SECONDS
+        longest = 2 * _STACKS_SECONDS + _LONGEST_END_SECONDS
+        return self._stacks is not None and now - self._stacks.began_at < longest
 
     def _expect(self, limit: float) -> None:
         """Let faulthandler's own thread end this process if this one does not come back in time.
 
         Then somebody holds Python's lock. It can do no more than write the stacks, and exit with code 1.
         """
-        if self._done.is_set() or self._written_at is not None or math.isinf(limit):
+        if self._done.is_set() or self._stacks is not None or math.isinf(limit):
             faulthandler.cancel_dump_traceback_later()
         else:
             file = self._lock_file or sys.stderr
@@ -196,11 +210,13 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         report = self._report()
         folder = self._folder / _folder_name(report, name)
-        with suppress(Exception):
-            self._write(folder, report)
+        stacks = _Stacks(folder, report, [], {})
+        while not stacks.is_over():
+            time.sleep(0.05)
         # Also where stacks cannot be written.
         with suppress(Exception):
-            say(f"voxtral-dist: error: {one_line(why + _sentence([report], [], self._floor, folder))}", to_errors=True)
+            sentence = _sentence([report], [], self._floor, folder, is_taken=stacks.is_taken)
+            say(f"voxtral-dist: error: {one_line(why + sentence)}", to_errors=True)
             sys.stdout.flush()
             for child in multiprocessing.active_children():
                 child.kill()
@@ -264,15 +280,13 @@ class Watchdog:
     def _after_judgement(self, store: Store) -> Failure | None:
         name, silent = json.loads(store.get(_HANG))
         folder = self._folder / name
-        if self._written_at is None:
-            self._written_at = time.monotonic()
+        if self._stacks is None:
+            self._stacks = _Stacks(folder, self._report(), silent, self._reports(store) if silent else {})
             faulthandler.cancel_dump_traceback_later()
-            report = self._report()
-            with suppress(OSError):
-                self._write(folder, report)
-                self._write_silent(store, folder, silent)
-            store.set(_stack_key(self._world.rank), json.dumps(asdict(report)))
-        waited = time.monotonic() - self._written_at
+        waited = time.monotonic() - self._stacks.began_at
+        if not self._is_reported and self._stacks.is_over():
+            self._is_reported = True
+            store.set(_stack_key(self._world.rank), json.dumps(asdict(self._stacks.report)))
         if not self._is_judge and waited < 2 * _STACKS_SECONDS:
             return None
         expected = [rank for rank in range(self._world.size) if rank not in silent]
@@ -281,11 +295,15 @@ class Watchdog:
             return None
         found = [_report_of(store.get(_stack_key(rank))) for rank in expected if rank not in missing]
         lost = [self._reports(store).get(rank) or _unknown(rank) for rank in [*silent, *missing]]
-        with suppress(OSError):
-            (folder / "ranks.json").write_text(
-                json.dumps({"ranks": [asdict(one) for one in found], "silent": [asdict(one) for one in lost]}, indent=1)
-            )
-        sentence = _sentence(found, lost, self._floor, folder)
+        is_taken = self._stacks.is_taken
+        if is_taken:
+            with suppress(OSError):
+                (folder / "ranks.json").write_text(
+                    json.dumps(
+                        {"ranks": [asdict(one) for one in found], "silent": [asdict(one) for one in lost]}, indent=1
+                    )
+                )
+        sentence = _sentence(found, lost, self._floor, folder, is_taken=is_taken)
         return Failure(
             self._world.rank,
             socket.gethostname(),
@@ -325,30 +343,71 @@ class Watchdog:
             function=function,
         )
 
-    def _write(self, folder: Path, report: Report) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"rank-{self._world.rank:05d}.txt").open("w", encoding="utf-8") as file:
-            file.write(
-                f"{_upper_first(str(report))}, since {report.seconds:.0f} s (process {report.process}).\n"
-                f"Utterances: {', '.join(report.keys) or 'none'}\n\n"
-            )
-            write_stacks(file)
 
-    def _write_silent(self, store: Store, folder: Path, silent: Sequence[int]) -> None:
+class _Stacks:
+    """What a rank writes about a hang, by a thread of its own: storage that does not answer must stop no other one.
+
+    report: of this rank. began_at: the time by `time.monotonic`.
+    """
+
+    def __init__(self, folder: Path, report: Report, silent: Sequence[int], reports: Mapping[int, Report]) -> None:
+        """Begin to write.
+
+        Args:
+            folder: of the hang.
+            report: of this rank.
+            silent: ranks that give no sign of life.
+            reports: the last one of each rank; empty where none is silent.
+        """
+        self.report = report
+        self.began_at = time.monotonic()
+        self._folder = folder
+        self._silent = silent
+        self._reports = reports
+        self._is_taken = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="stacks", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the storage has taken Python's stacks."""
+        return self._is_taken.is_set()
+
+    def is_over(self) -> bool:
+        """Whether all is written, or nothing more will be."""
+        is_late = time.monotonic() - self.began_at > _STORAGE_SECONDS
+        return not self._thread.is_alive() or (is_late and not self.is_taken)
+
+    def _write(self) -> None:
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / _file_name(self.report.rank)).open("w", encoding="utf-8") as file:
+                file.write(
+                    f"{_upper_first(str(self.report))}, since {self.report.seconds:.0f} s (process "
+                    f"{self.report.process}).\nUtterances: {', '.join(self.report.keys) or 'none'}\n\n"
+                )
+                write_python_stacks(file)
+                self._is_taken.set()
+                write_native_stacks(file)
+            self._write_silent()
+
+    def _write_silent(self) -> None:
         """Write what the system knows of silent ranks of this host: one of its other ranks does."""
         host = socket.gethostname()
-        reports = self._reports(store) if silent else {}
-        neighbours = [rank for rank, one in reports.items() if one.host == host and rank not in silent]
-        for rank in silent if neighbours[:1] == [self._world.rank] else []:
-            if rank in reports and reports[rank].host == host:
-                process = reports[rank].process
-                text = f"Rank {rank} on {host} is silent ({reports[rank].place}).\n{process_state(process)}\n"
+        neighbours = [rank for rank, one in self._reports.items() if one.host == host and rank not in self._silent]
+        for rank in self._silent if neighbours[:1] == [self.report.rank] else []:
+            if rank in self._reports and self._reports[rank].host == host:
+                process = self._reports[rank].process
+                text = f"Rank {rank} on {host} is silent ({self._reports[rank].place}).\n{process_state(process)}\n"
                 text += f"\n{native_stacks(process) or 'Install py-spy for stacks of processes that do not answer.'}\n"
-                (folder / f"rank-{rank:05d}.txt").write_text(text, encoding="utf-8")
+                (self._folder / _file_name(rank)).write_text(text, encoding="utf-8")
 
 
-def _sentence(found: Sequence[Report], silent: Sequence[Report], floor: float, folder: Path) -> str:
-    """What is known of a hang, with the ranks first that others may wait for."""
+def _sentence(found: Sequence[Report], silent: Sequence[Report], floor: float, folder: Path, *, is_taken: bool) -> str:
+    """What is known of a hang, with the ranks first that others may wait for.
+
+    is_taken: whether the storage of the folder has taken stacks.
+    """
     seconds = max((report.seconds for report in found), default=floor)
     groups: dict[tuple[Doing, str, str], list[Report]] = {}
     for report in found:
@@ -360,10 +419,10 @@ def _sentence(found: Sequence[Report], silent: Sequence[Report], floor: float, f
         f"{_ranks(ranks)} ({place}) {_DOING[doing].format(function)}" for (doing, function, place), ranks in ordered
     ]
     more = [f"and {counted(len(parts) - _NUM_NAMED, 'more group')} of ranks"] if len(parts) > _NUM_NAMED else []
+    where = f"Stacks of all threads are in {folder}" if is_taken else f"Stacks could not be written to {folder}"
     return (
         f"No rank has made progress for {seconds:.0f} s (`distributed.watchdog_seconds`), so the run ends: "
-        f"{'; '.join([*parts[:_NUM_NAMED], *more])}. Stacks of all threads are in {folder}. Rerun the same command to "
-        "resume."
+        f"{'; '.join([*parts[:_NUM_NAMED], *more])}. {where}. Rerun the same command to resume."
     )
 
 
@@ -379,6 +438,10 @@ def _folder_name(report: Report, suffix: str) -> str:
     step = "start" if report.step is None else f"step-{report.step:07d}"
     # Without the store, ranks do not agree on a time.
     return f"{step}-{suffix or _now()}"
+
+
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.txt"
 
 
 def _now() -> str:

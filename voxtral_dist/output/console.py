@@ -32,12 +32,18 @@ def one_line(text: str) -> str:
 
 # Takes what is said besides the terminal, and whether it is an error.
 _copy: Callable[[str, bool], None] | None = None
+_is_copied_first = False
 
 
-def copy_to(copy: Callable[[str, bool], None] | None) -> None:
-    """Give what is said to a function too, and whether it is an error; None ends that."""
-    global _copy
-    _copy = copy
+def copy_to(copy: Callable[[str, bool], None] | None, *, first: bool = False) -> None:
+    """Give what is said to a function too, and whether it is an error; None ends that.
+
+    Args:
+        copy: takes each text.
+        first: before it is printed, which may not end where the output is a file of storage that does not answer.
+    """
+    global _copy, _is_copied_first
+    _copy, _is_copied_first = copy, first
 
 
 def copy_line(line: str) -> None:
@@ -49,9 +55,12 @@ def copy_line(line: str) -> None:
 def say(text: object = "", *, to_errors: bool = False, end: str = "\n") -> None:
     """Print a text to standard output, or to standard error."""
     shown = printable(str(text))
+    copy, is_first = _copy, _is_copied_first
+    if copy is not None and is_first:
+        copy(f"{shown}{end}", to_errors)
     print(shown, file=sys.stderr if to_errors else sys.stdout, end=end, flush=True)
-    if _copy is not None:
-        _copy(f"{shown}{end}", to_errors)
+    if copy is not None and not is_first:
+        copy(f"{shown}{end}", to_errors)
 
 
 def say_at_once(text: str) -> None:

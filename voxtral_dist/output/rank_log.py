@@ -60,7 +60,7 @@ def _redirect(log: _Open, rank: int) -> None:
     for number in _STREAMS:
         os.dup2(log.file.fileno(), number)
     terminal = os.fdopen(os.dup(log.kept[2]), "w", encoding="utf-8", errors="backslashreplace")
-    copy_to(lambda text, is_error: _write(terminal, f"[rank {rank}] {text}") if is_error else None)
+    copy_to(lambda text, is_error: _write(terminal, f"[rank {rank}] {text}") if is_error else None, first=True)
 
 
 def _write(file: TextIO, text: str) -> None:
