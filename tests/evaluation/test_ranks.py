@@ -14,7 +14,8 @@ from voxtral_dist.distributed.world import World, alone
 from voxtral_dist.errors import ReadError, UserError
 from voxtral_dist.evaluate import EvaluationOptions, evaluate
 from voxtral_dist.evaluation.batch_decoder import DecodedExamples
-from voxtral_dist.evaluation.decoding import EvaluationStoppedError, decode_batches
+from voxtral_dist.evaluation.decoding import Decoded, EvaluationStoppedError, decode_batches
+from voxtral_dist.evaluation.evaluating import measured_over_ranks
 from voxtral_dist.scoring.results import TestSetResult
 
 from corpora import pack_manifest, write_speech_manifest
@@ -61,6 +62,18 @@ def test_ranks_and_batch_sizes_do_not_change_the_word_error_rate(
     assert score["num_utterances"] == NUM_UTTERANCES
     assert len({row["hypothesis"] for row in rows}) > 1, "hypotheses must differ for this to mean anything"
     assert all(other == found[0] for other in found[1:])
+
+
+def loss_over_ranks(world: World, ranks: list[list[float]]) -> float | None:
+    decoded = Decoded(pairs=[], losses=ranks[world.rank], num_target_tokens=1, seconds=0.0)
+    return measured_over_ranks(decoded, world).loss
+
+
+def test_the_loss_does_not_depend_on_which_rank_decodes_what() -> None:
+    # Added one by one, the small ones would be lost, or not.
+    large, small = 2.0**53, 1.0
+    for ranks in ([[large, small], [small]], [[small, small], [large]]):
+        assert run_ranks(2, loss_over_ranks, ranks)[0] == (large + 2.0) / 2
 
 
 class Instant:

@@ -39,10 +39,10 @@ OnProgress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Decoded:
-    """What one rank decoded: examples with their hypotheses, the summed loss of their targets, and the wall time."""
+    """What one rank decoded: examples with their hypotheses, the summed loss of each batch, and the wall time."""
 
     pairs: list[tuple[Example, Hypothesis]]
-    loss_sum: float
+    losses: list[float]
     num_target_tokens: int
     seconds: float
 
@@ -99,7 +99,7 @@ def decode_batches(
     _refuse_if_any_failed(name, failure, world)
     if num_stopped:
         raise EvaluationStoppedError
-    return Decoded(part.pairs, part.loss_sum, part.num_target_tokens, seconds)
+    return Decoded(part.pairs, part.losses, part.num_target_tokens, seconds)
 
 
 class _OthersWaitError(RankError):
@@ -139,7 +139,7 @@ class _RankDecoder:
         self._must_stop = must_stop
         self._on_progress = on_progress
         self.pairs: list[tuple[Example, Hypothesis]] = []
-        self.loss_sum = 0.0
+        self.losses: list[float] = []
         self.num_target_tokens = 0
         self._name = name
         self._batches = batches
@@ -251,7 +251,8 @@ class _RankDecoder:
     def _add(self, decoded: DecodedExamples) -> None:
         advance()
         self.pairs += decoded.pairs
-        self.loss_sum += decoded.loss_sum
+        if decoded.num_target_tokens:
+            self.losses.append(decoded.loss_sum)
         self.num_target_tokens += decoded.num_target_tokens
 
 

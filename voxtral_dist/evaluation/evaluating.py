@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from voxtral_dist.config import EvaluationConfig
 from voxtral_dist.data.examples.example import Example
-from voxtral_dist.distributed.collectives import computed_on_first, gather_on_first, max_over_ranks, sum_over_ranks
+from voxtral_dist.distributed.collectives import computed_on_first, gather_on_first, max_over_ranks
 from voxtral_dist.distributed.world import World
 from voxtral_dist.errors import RankError
 from voxtral_dist.evaluation.batch_decoder import BatchDecoder, Hypothesis
@@ -50,7 +51,7 @@ def evaluate_test_set(
     decoded = decode_batches(
         test_set.name, test_set.batches, test_set.read, decoder, settings.measures_loss, world, must_stop, on_progress
     )
-    measured = _over_ranks(decoded, world)
+    measured = measured_over_ranks(decoded, world)
     mine = [score_utterance(_utterance(test_set, *pair), normalizer, test_set.words) for pair in decoded.pairs]
     gathered = gather_on_first(mine, world)
 
@@ -84,10 +85,13 @@ def check_complete(test_set: TestSet, utterances: Sequence[ScoredUtterance]) -> 
     return sorted(utterances, key=lambda utterance: utterance.decoded.utterance_id)
 
 
-def _over_ranks(decoded: Decoded, world: World) -> Measurements:
-    """The time of the slowest rank, and the mean loss over the target tokens of all ranks."""
+def measured_over_ranks(decoded: Decoded, world: World) -> Measurements:
+    """The time of the slowest rank; on rank 0, the mean loss over the target tokens of all ranks, too."""
     milliseconds = max_over_ranks([round(1000 * decoded.seconds)], world)[0]
-    loss_sum, num_target_tokens = sum_over_ranks([decoded.loss_sum, decoded.num_target_tokens], world)
+    gathered = gather_on_first((decoded.losses, decoded.num_target_tokens), world)
+    # Rounded once: batches come to ranks in any order.
+    loss_sum = math.fsum(loss for losses, _ in gathered for loss in losses)
+    num_target_tokens = sum(number for _, number in gathered)
     return Measurements(milliseconds / 1000, loss_sum / num_target_tokens if num_target_tokens else None)
 
 
