@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from voxtral_dist.engine.zero.build_lock import BuildLock
 from voxtral_dist.errors import UserError
 from voxtral_dist.output.counting import counted
 
@@ -51,6 +52,7 @@ class Extension:
         """Load it, and compile it before that unless it is prebuilt or cached."""
         from deepspeed.accelerator import get_accelerator
 
+        use_build_locks()
         get_accelerator().create_op_builder(self.builder).load()
 
 
@@ -92,6 +94,12 @@ def refuse_without_nvme_support() -> None:
         )
 
 
+def use_build_locks() -> None:
+    """Let torch take locks that end with their process. Called before DeepSpeed loads an extension."""
+    if _FILES_ARE_LOCKS:
+        vars(cpp_extension)["FileBaton"] = BuildLock
+
+
 def extension_locks() -> list[Path]:
     """Files that keep others from building or loading DeepSpeed's extensions, of builds that run or were killed."""
     if not _FILES_ARE_LOCKS:
@@ -127,11 +135,17 @@ def refuse_old_locks() -> None:
 
 
 def _ages() -> Iterator[tuple[Path, float]]:
+    """Locks that runs would wait for, with their age in seconds."""
     for lock in extension_locks():
         try:
-            yield lock, time.time() - lock.stat().st_mtime
+            age = time.time() - lock.stat().st_mtime
         except FileNotFoundError:
             continue
+        own = BuildLock(str(lock))
+        if own.take_over():
+            own.let_go()
+        else:
+            yield lock, age
 
 
 def _build_root() -> Path:

@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 
 from voxtral_dist.distributed.world import set_timeouts
+from voxtral_dist.engine.zero.extensions import use_build_locks
 
 
 def prepare_deepspeed(timeout: timedelta) -> None:
@@ -19,6 +20,7 @@ def prepare_deepspeed(timeout: timedelta) -> None:
 
     DeepSpeed would make that group, with a timeout of 10 minutes, after ranks have read weights for different times.
     """
+    use_build_locks()
     deepspeed.init_distributed()
     _unlink_shared_buffers()
     groups._get_data_parallel_group()
