@@ -7,7 +7,8 @@ its thread, by whose addresses the nodes reach each other on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from voxtral_dist.distributed.collectives import gather_on_first, scatter_from_first
 from voxtral_dist.distributed.world import World
@@ -59,8 +61,9 @@ class PlannedPartitions:
         Raises:
             OSError, RuntimeError: it cannot be written.
         """
-        writing = self._writer.write_data(self._plan, self._planner)
-        writing.wait()
+        with _without_crc32():
+            writing = self._writer.write_data(self._plan, self._planner)
+            writing.wait()
         return list(writing.value())
 
     def finish(self, results: Sequence[list[WriteResult]]) -> None:
@@ -71,6 +74,20 @@ class PlannedPartitions:
         """
         assert self._metadata is not None, "rank 0 plans"
         self._writer.finish(self._metadata, list(results))
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Write tensors without the checksums of zip files, which cost more time than writing.
+
+    Checkpoints have checksums of whole files, and torch verifies none of a zip file.
+    """
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 class _HoldingPlanner(DefaultSavePlanner):
