@@ -9,8 +9,11 @@ turns, on the same weights and the same disk:
 - `dcp_async`: torch's `async_save` of the same tensors.
 
 All but `dcp_async` and `deepspeed` also compute checksums. In the background, the stall is the copy and the completion;
-it ends before the next one begins. `steps`: updates of 0.3 s or more with a save in the background every 10 of them,
-relative to the same without, in turns.
+it ends before the next one begins.
+
+`throughput_lost`: by `NUM_STEPS` updates that begin with a save in the background, relative to as many without, in
+turns. `lost_to_another_process`: by as many updates beside a process that writes as many bytes with the same checksums,
+which has its own interpreter and stops nobody: what a save costs because processor, memory and disk are shared.
 
 Predicted before the first run: 4 s for whatever writes 3 GB to a drive with 1 GB/s and flushes it, 1 s for the copy at
 3 GB/s: a ratio of 4 to 5 on a CPU, whose copies go through the same memory. Over PCIe (25 GB/s) it would be 25.
@@ -21,6 +24,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +51,25 @@ SHAPE = TinyShape(
     text_kv_heads=16,
     text_ffn_width=4096,
 )
-NUM_ROUNDS, NUM_STEPS, SAVE_EVERY = 3, 40, 10
+NUM_ROUNDS, NUM_STEPS, NUM_BLOCKS = 3, 10, 3
+SHOWN = (
+    "ratio",
+    "ratio_to_waiting",
+    "ratio_to_dcp_async",
+    "throughput_lost",
+    "lost_to_another_process",
+    "stall_seconds",
+)
+WRITER = """
+import os, sys, xxhash
+digest, block = xxhash.xxh3_128(), bytearray(16 << 20)
+with open(sys.argv[1], "wb") as file:
+    for _ in range(int(sys.argv[2]) // len(block)):
+        digest.update(block)
+        file.write(block)
+    file.flush()
+    os.fsync(file.fileno())
+"""
 
 
 def measure(folder: Path, quick: bool) -> dict[str, Any]:
@@ -71,7 +94,9 @@ def measure(folder: Path, quick: bool) -> dict[str, Any]:
             "fsdp2": stalls["fsdp2"] / stalls["fsdp2_background"],
         },
         "ratio_to_dcp_async": stalls["dcp_async"] / stalls["fsdp2_background"],
-        "throughput_lost": {name: results[f"{name}_lost"] for name in ("zero", "fsdp2")},
+        "throughput_lost": {name: results[f"{name}_lost"]["saving"] for name in ("zero", "fsdp2")},
+        "lost_to_another_process": {name: results[f"{name}_lost"]["writer"] for name in ("zero", "fsdp2")},
+        "block_seconds": {name: results[f"{name}_seconds"] for name in ("zero", "fsdp2")},
         "checkpoint_bytes": results["checkpoint_bytes"],
     }
 
@@ -114,7 +139,10 @@ class _Contest:
                 stalls[name].append(save(number + 1))
         newest = max((self._folder / "checkpoints").iterdir())
         num_bytes = sum(path.stat().st_size for path in newest.iterdir())
-        return stalls | {"checkpoint_bytes": num_bytes, f"{self._kind}_lost": self._lost()}
+        blocks = self._blocks(num_bytes)
+        typical = {kind: median(seconds) for kind, seconds in blocks.items()}
+        lost = {kind: seconds / typical["alone"] - 1 for kind, seconds in typical.items()}
+        return stalls | {"checkpoint_bytes": num_bytes, f"{self._kind}_lost": lost, f"{self._kind}_seconds": blocks}
 
     def _waited(self, number: int) -> float:
         from voxtral_dist.checkpoints.progress import TrainProgress
@@ -147,25 +175,36 @@ class _Contest:
         shutil.rmtree(folder)
         return seconds
 
-    def _lost(self) -> float:
-        """Part of the throughput that a save every `SAVE_EVERY` steps costs, in turns with as many steps without."""
-        seconds = {True: 0.0, False: 0.0}
-        for block in range(2 if self._quick else 2 * NUM_STEPS // SAVE_EVERY):
-            saves = block % 2 == 1
-            seconds[saves] += _seconds(lambda saves=saves, block=block: self._steps(saves, block))
-        return seconds[True] / seconds[False] - 1
+    def _blocks(self, num_bytes: int) -> dict[str, list[float]]:
+        """Seconds of `NUM_STEPS` steps alone, with a save in the background, and beside another process that writes."""
+        blocks: dict[str, Callable[[int], None]] = {"alone": lambda _: self._steps(), "saving": self._steps_saving}
+        blocks["writer"] = lambda _: self._steps_beside_writer(num_bytes)
+        seconds: dict[str, list[float]] = {kind: [] for kind in blocks}
+        for number in range(1 if self._quick else NUM_BLOCKS):
+            for kind, block in blocks.items():
+                seconds[kind].append(_seconds(lambda block=block, number=number: block(number)))
+        return seconds
 
-    def _steps(self, saves: bool, block: int) -> None:
+    def _steps(self) -> None:
+        for _ in range(NUM_STEPS):
+            self._step()
+
+    def _steps_saving(self, number: int) -> None:
         from voxtral_dist.checkpoints.progress import TrainProgress
 
-        if saves:
-            self._directory.start(self._engine, TrainProgress(step=100 + block), in_background=True)
-        for _ in range(SAVE_EVERY):
+        self._directory.start(self._engine, TrainProgress(step=100 + number), in_background=True)
+        for _ in range(NUM_STEPS):
             self._step()
             if self._directory.is_written:
                 self._directory.finish()
         if self._directory.is_under_way:
             self._directory.finish()
+
+    def _steps_beside_writer(self, num_bytes: int) -> None:
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, self._folder / "other", str(num_bytes)])
+        self._steps()
+        assert writer.wait() == 0
+        (self._folder / "other").unlink()
 
     def _step(self) -> None:
         self._engine.backward(self._batch, 1, is_last=True)
@@ -194,4 +233,4 @@ def _config(folder: Path, kind: str) -> RunConfig:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, ("ratio", "ratio_to_waiting", "ratio_to_dcp_async", "throughput_lost", "stall_seconds"))
+    run(__doc__, measure, SHOWN)
