@@ -5,8 +5,9 @@ SPEECH := ../shared/data
 # Where Common Voice's archive of one language was unpacked.
 CORPUS ?= cv-corpus-24.0-2025-12-05/de
 
-# Ranks on CPUs: one thread each, because two spinning thread pools on two cores cost more than ten times.
-CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH"
+# Ranks on CPUs: one thread each, because two spinning thread pools on two cores cost more than ten times. Without stored
+# bytecode, each of the hundreds of processes that tests start would compile the package again.
+CPU_ENV := DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo digits an4 multimed librispeech fleurs voxpopuli commonvoice test test-slow test-faults test-hosts lint diagram pictures docs bench rivals clean

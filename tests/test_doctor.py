@@ -42,6 +42,7 @@ def doctor(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_doctor_accepts_a_machine_without_compilers_where_every_extension_is_installed(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
     result = doctor(tmp_path, "--with-nvme")

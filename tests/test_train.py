@@ -181,6 +181,7 @@ def test_sigterm_saves_and_the_same_command_resumes(unbroken: RunConfig) -> None
     ]
 
 
+@pytest.mark.slow
 def test_fsdp2_started_by_torchrun_is_the_same_run(unbroken: RunConfig, tmp_path: Path) -> None:
     # What a killed build of DeepSpeed left is none of its business.
     lock = tmp_path / "extensions" / "py311_cpu" / "cpu_adam" / "lock"

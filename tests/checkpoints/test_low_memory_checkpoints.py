@@ -126,7 +126,8 @@ def test_tensors_are_stored_as_they_are(runs: Runs, on_two_ranks: dict[str, Loss
             assert f"{name}//exp_avg.scale" not in stored
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 3])
 def test_another_number_of_ranks_gives_the_same_run_and_resumes_the_same_bits(
     runs: Runs, on_two_ranks: dict[str, Losses], num_ranks: int
 ) -> None:

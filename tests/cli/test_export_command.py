@@ -89,7 +89,9 @@ def test_the_card_of_a_run_has_its_results_and_its_data(lora_run: Path, shard_fo
     assert adapters.data.eval_results == card.data.eval_results
 
 
-@pytest.mark.parametrize(("layout", "folder"), [("hf", "export"), ("peft", "adapter")])
+@pytest.mark.parametrize(
+    ("layout", "folder"), [("hf", "export"), pytest.param("peft", "adapter", marks=pytest.mark.slow)]
+)
 def test_the_example_for_transformers_in_a_card_transcribes(
     lora_run: Path, tiny_model: Path, clip: Path, layout: str, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,8 +202,10 @@ def test_waiting_for_data_is_told_from_waiting_for_others(end, tmp_path):
 
 @pytest.mark.parametrize(
     ("actions", "code_of_silent"),
-    [(("collective", "is stopped", "collective"), -9), (("collective", "holds the lock", "collective"), 1)],
-    ids=["stopped", "Python's lock is held"],
+    [
+        pytest.param(("collective", "is stopped", "collective"), -9, id="stopped"),
+        pytest.param(("collective", "holds the lock", "collective"), 1, id="lock is held", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_cannot_answer_is_found_by_the_others(end, tmp_path, actions, code_of_silent):
     first, silent, last = end(*actions)

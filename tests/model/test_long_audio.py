@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from voxtral_dist.config import ActivationCheckpointingConfig, ModelConfig
@@ -55,6 +56,7 @@ def measure(folder: Path, num_windows: int) -> dict[str, Any]:
     return added_peak(lambda: step(num_windows), warm_up=lambda: step(2))
 
 
+@pytest.mark.slow
 def test_a_pass_over_32768_positions_needs_less_memory_than_the_mlps_whose_values_it_would_keep(tmp_path: Path) -> None:
     build_tiny_voxtral(tmp_path / "model", SHAPE)
     num_windows = NUM_POSITIONS // SHAPE.num_audio_tokens

@@ -70,7 +70,11 @@ AVERAGED = {"learning_rate": 2e-3, "warmup_steps": 2, "ema_decay": 0.5}
 
 
 @pytest.mark.parametrize(
-    "engine", [{"stage": 2, "optimizer": AVERAGED}, {"engine": {"fsdp2": {}}}], ids=["zero2 with averages", "fsdp2"]
+    "engine",
+    [
+        pytest.param({"stage": 2, "optimizer": AVERAGED}, id="zero2 with averages"),
+        pytest.param({"engine": {"fsdp2": {}}}, id="fsdp2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_checkpoint_is_kept_and_exported(
     tiny_model: Path, shard_folder: Path, tmp_path: Path, engine: dict[str, Any]

@@ -141,7 +141,7 @@ def config_of(folder: Path, model: Path, shards: Path, precision: str, trainable
 
 
 # Each precision and each choice of weights is in a fast one.
-SLOW = {("float32", "LoRA"), ("bfloat16", "DoRA, trained encoder, frozen projector")}
+SLOW = {("float32", "all weights"), ("float32", "LoRA"), ("bfloat16", "DoRA, trained encoder, frozen projector")}
 CASES = [
     pytest.param(precision, name, marks=[pytest.mark.slow] if (precision, name) in SLOW else [])
     for precision in ("float32", "bfloat16")
