@@ -171,11 +171,11 @@ class RunConfig(Section):
 
     @property
     def length(self) -> str:
-        """The length of the run as it is configured, such as `2000 steps` or `3 epochs`."""
+        """The length of the run as it is configured, such as `2,000 steps` or `3 epochs`."""
         if self.num_epochs is not None:
             return counted(self.num_epochs, "epoch", "g")
         assert self.num_steps is not None, "one of them is given"
-        return counted(self.num_steps, "step")
+        return counted(self.num_steps, "step", ",")
 
     @model_validator(mode="after")
     def _has_one_length(self) -> Self:
