@@ -35,7 +35,7 @@ def estimator(run: RunConfig) -> Estimator:
 
 def computed_flops(estimator: Estimator, choice: ActivationCheckpointingConfig) -> float:
     (shape,) = estimator.workload.candidates
-    return checkpointing._computed_flops(estimator, choice, shape)
+    return checkpointing._computed_flops(estimator.with_config(checkpointing._with(estimator.config, choice)), shape)
 
 
 def test_more_memory_recomputes_less_and_what_is_chosen_fits(run: RunConfig, estimator: Estimator) -> None:

@@ -15,6 +15,7 @@ A checkpointed block keeps only its input; the rest is recomputed, one block at 
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import nn
 
 from voxtral_dist.config import ModelConfig
 from voxtral_dist.estimate.parts import Part, backward_peak, block_part, forward_peak, plain_part
-from voxtral_dist.model.blocks import is_checkpointed
+from voxtral_dist.model.blocks import blocks_of, is_checkpointed
 from voxtral_dist.model.encoder import num_chunks
 from voxtral_dist.model.trainable import ADAPTER_NAME
 from voxtral_dist.model.voxtral import TrainedVoxtral, audio_tokens_per_window
@@ -47,6 +48,14 @@ class MicroBatchShape:
     num_target_tokens: int
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What blocks have in common that have the same parts; number: of the first of them."""
+
+    number: int
+    is_trained: bool
+
+
 class Activations:
     """The parts of one model, given what is trained, what is checkpointed and how attention is computed."""
 
@@ -58,6 +67,13 @@ class Activations:
         self._audio_tokens = audio_tokens_per_window(model.config)
         # `auto` may find FlashAttention, which keeps less.
         self._attention = "sdpa" if config.attention == "auto" else config.attention
+        self._kinds = _kinds_of_blocks(model)
+
+    def with_config(self, config: ModelConfig) -> Activations:
+        """Activations of the same model, with another `activation_checkpointing`."""
+        other = copy(self)
+        other._config = config
+        return other
 
     def parts(self, shape: MicroBatchShape) -> list[Part]:
         """Encoder and projector, embeddings, blocks of the language model, and the loss: see `TrainedVoxtral.forward`.
@@ -113,9 +129,14 @@ class Activations:
         passing = num_windows * positions * width * 6 * size
         parts = [plain_part("encoder convolutions", front_modules, front if reached else 0.0, passing=passing)]
         every = self._config.checkpointing.encoder
+        known: dict[tuple[_Kind, bool, bool], Part] = {}
         for number, block in enumerate(tower.layers):
-            reached = reached or _is_trained(block)
-            parts.append(self._encoder_block(block, num_windows, reached, is_checkpointed(number, every)))
+            kind = self._kinds[block]
+            reached = reached or kind.is_trained
+            key = (kind, reached, is_checkpointed(number, every))
+            if key not in known:
+                known[key] = self._encoder_block(block, num_windows, *key[1:])
+            parts.append(known[key])
         end_modules = [tower.layer_norm, self._model.model.multi_modal_projector]
         reached = reached or _is_trained(*end_modules)
         audio_tokens = num_windows * self._audio_tokens * self._text_config.hidden_size
@@ -162,9 +183,14 @@ class Activations:
         language = self._model.model.language_model
         parts = []
         every = self._config.checkpointing.language_model
+        known: dict[tuple[_Kind, bool, bool], Part] = {}
         for number, block in enumerate(language.layers):
-            reached = reached or _is_trained(block)
-            parts.append(self._language_block(block, shape, reached, is_checkpointed(number, every)))
+            kind = self._kinds[block]
+            reached = reached or kind.is_trained
+            key = (kind, reached, is_checkpointed(number, every))
+            if key not in known:
+                known[key] = self._language_block(block, shape, *key[1:])
+            parts.append(known[key])
         parts.append(self._loss(shape, reached or _is_trained(language.norm)))
         return parts
 
@@ -298,6 +324,18 @@ class Activations:
     @property
     def _keys(self) -> int:
         return int(self._text_config.num_key_value_heads) * self._head_dim
+
+
+def _kinds_of_blocks(model: TrainedVoxtral) -> dict[nn.Module, _Kind]:
+    """The kind of each block: walking through the modules of all for each estimate would take most of its time."""
+    kinds: dict[Any, _Kind] = {}
+    found: dict[nn.Module, _Kind] = {}
+    for blocks in blocks_of(model).values():
+        for block in blocks:
+            modules = tuple((name, type(one)) for name, one in block.named_modules())
+            parameters = tuple((one.shape, one.dtype, one.requires_grad) for one in block.parameters())
+            found[block] = kinds.setdefault((modules, parameters), _Kind(len(found), _is_trained(block)))
+    return found
 
 
 def _is_trained(*modules: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from voxtral_dist.estimate.estimator import Estimator, Machine
 from voxtral_dist.estimate.quantities import gigabytes
 from voxtral_dist.estimate.sharding import Sharding, configured_sharding
 from voxtral_dist.estimate.workload import largest_workload
-from voxtral_dist.model.flops import BatchShape, TrainingFlops
+from voxtral_dist.model.flops import BatchShape
 
 # Of a GPU's memory: the rest is for fragmentation, and for what libraries allocate in their kernels.
 USABLE_FRACTION = 0.9
@@ -99,10 +99,10 @@ def choose_checkpointing(estimator: Estimator, sharding: Sharding, gpu_memory: i
     """
     (shape,) = estimator.workload.candidates
     usable = USABLE_FRACTION * gpu_memory
+    variants = {choice: estimator.with_config(_with(estimator.config, choice)) for choice in _CHOICES}
     found = ChosenCheckpointing(_CHOICES[0])
-    for choice in sorted(_CHOICES, key=lambda one: _computed_flops(estimator, one, shape)):
-        variant = estimator.with_config(_with(estimator.config, choice))
-        found = ChosenCheckpointing(choice, _training_bytes(variant, sharding, shape), usable)
+    for choice in sorted(_CHOICES, key=lambda one: _computed_flops(variants[one], shape)):
+        found = ChosenCheckpointing(choice, _training_bytes(variants[choice], sharding, shape), usable)
         if found.device_bytes is not None and found.device_bytes <= usable:
             break
     return found
@@ -113,11 +113,9 @@ def _training_bytes(estimator: Estimator, sharding: Sharding, shape: MicroBatchS
     return max(phase.device_bytes for phase in phases if phase.device.get("activations"))
 
 
-def _computed_flops(estimator: Estimator, choice: ActivationCheckpointingConfig, shape: MicroBatchShape) -> float:
-    model = _with(estimator.config, choice).model
-    flops = TrainingFlops(estimator.model, model)
+def _computed_flops(estimator: Estimator, shape: MicroBatchShape) -> float:
     computed = BatchShape.computed(shape.num_windows, shape.num_examples, shape.num_positions, shape.num_target_tokens)
-    return flops.hardware(computed)
+    return estimator.flops.hardware(computed)
 
 
 def _with(config: RunConfig, checkpointing: ActivationCheckpointingConfig) -> RunConfig:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
-from voxtral_dist.config import ModelConfig, RunConfig, TrainableConfig
+from voxtral_dist.config import ActivationCheckpointingConfig, ModelConfig, RunConfig, TrainableConfig
 from voxtral_dist.estimate.activations import Activations, MicroBatchShape
 from voxtral_dist.estimate.fsdp2_memory import Fsdp2Memory
 from voxtral_dist.estimate.gpus import Gpu
 from voxtral_dist.estimate.parts import Part
 from voxtral_dist.estimate.phases import DeviceKind, MemoryEstimate, ModelSizes, Setting
 from voxtral_dist.estimate.sharding import STANDARD_SHARDINGS, Fsdp2Sharding, Sharding, ZeroSharding
-from voxtral_dist.estimate.state_bytes import state_bytes
+from voxtral_dist.estimate.state_bytes import StateBytes, state_bytes
 from voxtral_dist.estimate.workload import WindowSizes, Workload, find_workload
 from voxtral_dist.estimate.zero_memory import ZeroMemory
 from voxtral_dist.evaluation.decoding_memory import DecodingMemory
@@ -135,7 +135,9 @@ class Estimator:
         self.config = config
         self.machine = machine
         self.model = meta_model_of(config.model, config.trainable)
-        self.flops = TrainingFlops(self.model, config.model)
+        self._flops: dict[ActivationCheckpointingConfig, TrainingFlops] = {}
+        self.flops = self._flops_with(config)
+        self._state_bytes: dict[Sharding, StateBytes] = {}
         self._sizes = ModelSizes.of(self.model, config.optimizer)
         self._activations = Activations(self.model, config.model)
         self.window_sizes = window_sizes(self.model, config.model)
@@ -146,8 +148,8 @@ class Estimator:
         """Estimates of the same model and workload, with another `model.activation_checkpointing`."""
         other = copy(self)
         other.config = config
-        other.flops = TrainingFlops(self.model, config.model)
-        other._activations = Activations(self.model, config.model)
+        other.flops = self._flops_with(config)
+        other._activations = self._activations.with_config(config.model)
         return other
 
     def with_machine(self, machine: Machine) -> Estimator:
@@ -175,7 +177,7 @@ class Estimator:
             num_micro_batches=-(-self.config.train_data.slots_per_step // self.machine.num_gpus),
             value_bytes=self.model.lm_head.weight.element_size(),
             num_workers=self.config.train_data.num_workers,
-            trained=state_bytes(self.model, self.config.optimizer, sharding),
+            trained=self._state_bytes_under(sharding),
             decoding_bytes=self.decoding_bytes,
             evaluation_weights=self.config.evaluation.weights,
             rank_memory=self.machine.memory_of_rank,
@@ -231,6 +233,18 @@ class Estimator:
         """The standard shardings that exist in this precision: ZeRO-0 would sum gradients in half precision."""
         is_half = self.config.model.precision != "float32"
         return [one for one in STANDARD_SHARDINGS if not (is_half and one == ZeroSharding(0))]
+
+    def _flops_with(self, config: RunConfig) -> TrainingFlops:
+        """FLOPs with the checkpoints of a configuration; counted once for this one and all that it is copied to."""
+        checkpointing = config.model.checkpointing
+        if checkpointing not in self._flops:
+            self._flops[checkpointing] = TrainingFlops(self.model, config.model)
+        return self._flops[checkpointing]
+
+    def _state_bytes_under(self, sharding: Sharding) -> StateBytes:
+        if sharding not in self._state_bytes:
+            self._state_bytes[sharding] = state_bytes(self.model, self.config.optimizer, sharding)
+        return self._state_bytes[sharding]
 
     def _decoding_bytes(self) -> int:
         config, device_type = self.config, "cpu" if self.machine.device == "cpu" else "cuda"
