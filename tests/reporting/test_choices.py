@@ -67,7 +67,7 @@ def test_every_list_has_its_turn_and_nothing_comes_twice():
 def test_slices_are_sorted_and_small_ones_marked():
     many = [utterance(number, "a", "x" if number < 9 else "a", language="en") for number in range(MIN_UTTERANCES)]
     few = [utterance(99, "a", "x", language="de"), utterance(98, "a", "a", language="fr", duration_seconds=70.0)]
-    languages, durations = slice_tables(score_test_set([*many, *few], BASIC))
+    languages, durations = slice_tables(score_test_set([*many, *few], BASIC), "wer")
     assert [(row.label, row.is_uncertain) for row in languages.rows] == [("de", True), ("en", False), ("fr", True)]
     assert [row.dot for row in languages.rows] == [1.0, 0.3, 0.0]
     english = languages.rows[1]
@@ -76,10 +76,25 @@ def test_slices_are_sorted_and_small_ones_marked():
     assert [row.label for row in durations.rows] == ["<5 s", ">=60 s"], "by length, whatever their rates"
 
 
+def test_slices_go_by_the_rate_by_which_the_set_is_judged():
+    texts = {"a": "one two thre", "b": "one two abcdefgh", "c": "one too thre"}
+    rows = [
+        utterance(number, "one two three", text, fields={"speaker": name})
+        for number in (0, 9)
+        for name, text in texts.items()
+    ]
+    result = score_test_set(rows, BASIC, grouping=Grouping(("speaker",)))
+    by_words, by_characters = (slice_tables(result, metric)[-1] for metric in ("wer", "cer"))
+    assert [row.label for row in by_words.rows] == ["c", "a", "b"]
+    assert [row.label for row in by_characters.rows] == ["b", "c", "a"]
+    first = by_characters.rows[0]
+    assert (first.interval, first.dot) == (first.rates.cer_interval, 1.0)
+
+
 def test_of_many_slices_the_largest_are_kept():
     rows = [utterance(number, "a", "a", fields={"speaker": f"s{number:03d}"}) for number in range(MAX_SLICES + 7)]
     rows.append(utterance(999, "a", "x", fields={"speaker": f"s{MAX_SLICES + 6:03d}"}))
-    table = slice_tables(score_test_set(rows, BASIC, grouping=Grouping(("speaker",))))[-1]
+    table = slice_tables(score_test_set(rows, BASIC, grouping=Grouping(("speaker",))), "wer")[-1]
     assert (len(table.rows), table.num_skipped) == (MAX_SLICES, 7)
     assert table.rows[0].label == f"s{MAX_SLICES + 6:03d}"
 

@@ -76,6 +76,7 @@ def test_a_run_that_selects_by_characters_is_judged_by_them_everywhere(tmp_path,
     section = next(one for one in page.all("section") if one.attributes["id"] == "set-1")
     assert "Utterances with the most errors in characters" in section.text
     assert "Utterances with the highest CER" in section.text
+    assert [button.text for button in section.all("table", "sortable")[0].all("button")][1:3] == ["CER", "WER"]
     # More words are wrong than before, but fewer characters.
     better = section.all("ol", "cards")[-1]
     assert better.all("bdi", "utterance-key")[0].text == "key-0"

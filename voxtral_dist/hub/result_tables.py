@@ -10,6 +10,7 @@ from voxtral_dist.output.counting import counted
 from voxtral_dist.reporting.markdown import plain, table
 from voxtral_dist.reporting.statistics import MIN_UTTERANCES, SliceTable, points, slice_tables
 from voxtral_dist.scoring.comparison import PairedComparison
+from voxtral_dist.scoring.deciding_rate import other_rate
 from voxtral_dist.scoring.error_rates import ErrorRates
 from voxtral_dist.scoring.results import percent
 from voxtral_dist.scoring.tables import format_audio, format_interval
@@ -54,7 +55,7 @@ def slice_sections(measured: Measured) -> Iterator[list[str]]:
 
     The field that names speakers is left out, because a card may be public.
     """
-    for slices in slice_tables(measured.after):
+    for slices in slice_tables(measured.after, measured.metric):
         if len(slices.rows) > 1 and slices.field != measured.after.speaker_field:
             yield [f"### {plain(measured.name)} by {plain(slices.field)}", "", *_slice_table(measured, slices)]
 
@@ -86,7 +87,7 @@ def _rate(rates: ErrorRates, metric: ErrorRate) -> str:
 
 
 def _other_rate(measured: Measured) -> str:
-    other: ErrorRate = "cer" if measured.metric == "wer" else "wer"
+    other = other_rate(measured.metric)
     return f"{other.upper()} {percent(measured.after.normalized.rate(other))}"
 
 

@@ -121,15 +121,16 @@ def _slices(slices: SliceTable) -> Iterator[str]:
     rows = [
         (
             plain(row.label) + (" †" if row.is_uncertain else ""),
-            percent(row.rates.wer),
-            format_interval(row.rates.wer_interval),
-            percent(row.rates.cer),
+            percent(row.rates.rate(slices.metric)),
+            format_interval(row.interval),
+            percent(row.rates.rate(slices.other_metric)),
             str(row.rates.num_utterances),
             format_audio(row.rates.audio_seconds),
         )
         for row in slices.rows
     ]
-    yield from table((plain(slices.field), "WER", "95 % interval", "CER", "utterances", "audio"), rows)
+    metric, other = slices.metric.upper(), slices.other_metric.upper()
+    yield from table((plain(slices.field), metric, "95 % interval", other, "utterances", "audio"), rows)
     if slices.has_uncertain:
         yield from ("", f"† fewer than {MIN_UTTERANCES} utterances, or no interval: too few to be certain.")
     if slices.num_skipped:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from voxtral_dist.config import ErrorRate
 from voxtral_dist.scoring.comparison import MIN_MATCHED_PAIRS
+from voxtral_dist.scoring.deciding_rate import other_rate
 from voxtral_dist.scoring.error_rates import ErrorRates
+from voxtral_dist.scoring.intervals import Interval
 from voxtral_dist.scoring.results import TestSetResult, percent
 
 
@@ -60,10 +63,14 @@ MIN_UTTERANCES = MIN_MATCHED_PAIRS
 
 @dataclass(frozen=True)
 class SliceRow:
-    """One slice. dot, low, high: its rate and the ends of its interval, from 0 to 1 on the scale of the table."""
+    """One slice.
+
+    interval: of its rate. dot, low, high: the rate and the ends of its interval, from 0 to 1 on the scale of the table.
+    """
 
     label: str
     rates: ErrorRates
+    interval: Interval | None
     dot: float | None
     low: float | None
     high: float | None
@@ -71,16 +78,25 @@ class SliceRow:
     @property
     def is_uncertain(self) -> bool:
         """Whether the slice is too small for a certain rate."""
-        return self.rates.num_utterances < MIN_UTTERANCES or self.rates.wer_interval is None
+        return self.rates.num_utterances < MIN_UTTERANCES or self.interval is None
 
 
 @dataclass(frozen=True)
 class SliceTable:
-    """The slices of a field, the highest WER first, but durations by length. num_skipped: small slices not shown."""
+    """The slices of a field, the highest rate first, but durations by length.
+
+    metric: the rate by which the test set is judged. num_skipped: small slices not shown.
+    """
 
     field: str
+    metric: ErrorRate
     rows: tuple[SliceRow, ...]
     num_skipped: int
+
+    @property
+    def other_metric(self) -> ErrorRate:
+        """The other rate, which stands beside it."""
+        return other_rate(self.metric)
 
     @property
     def has_uncertain(self) -> bool:
@@ -88,25 +104,28 @@ class SliceTable:
         return any(row.is_uncertain for row in self.rows)
 
 
-def slice_tables(result: TestSetResult) -> tuple[SliceTable, ...]:
+def slice_tables(result: TestSetResult, metric: ErrorRate) -> tuple[SliceTable, ...]:
     """One table for each field."""
-    return tuple(_table(field, parts) for field, parts in result.slices.items())
+    return tuple(_table(field, parts, metric) for field, parts in result.slices.items())
 
 
-def _table(field: str, parts: Mapping[str, ErrorRates]) -> SliceTable:
+def _table(field: str, parts: Mapping[str, ErrorRates], metric: ErrorRate) -> SliceTable:
     largest = sorted(parts.items(), key=lambda one: -one[1].num_utterances)[:MAX_SLICES]
     chosen = {label for label, _ in largest}
     kept = [(label, part) for label, part in parts.items() if label in chosen]
     if field != "duration":
-        kept.sort(key=lambda one: (-(one[1].wer or 0.0), one[0]))
-    scale = max((_end(part) for _, part in kept), default=0.0) or 1.0
-    return SliceTable(field, tuple(_row(label, part, scale) for label, part in kept), len(parts) - len(kept))
+        kept.sort(key=lambda one: (-(one[1].rate(metric) or 0.0), one[0]))
+    scale = max((_end(part, metric) for _, part in kept), default=0.0) or 1.0
+    rows = tuple(_row(label, part, metric, scale) for label, part in kept)
+    return SliceTable(field, metric, rows, len(parts) - len(kept))
 
 
-def _end(part: ErrorRates) -> float:
-    return max(part.wer or 0.0, part.wer_interval[1] if part.wer_interval else 0.0)
+def _end(part: ErrorRates, metric: ErrorRate) -> float:
+    interval = part.interval(metric)
+    return max(part.rate(metric) or 0.0, interval[1] if interval else 0.0)
 
 
-def _row(label: str, part: ErrorRates, scale: float) -> SliceRow:
-    low, high = part.wer_interval or (None, None)
-    return SliceRow(label, part, *(None if one is None else round(one / scale, 4) for one in (part.wer, low, high)))
+def _row(label: str, part: ErrorRates, metric: ErrorRate, scale: float) -> SliceRow:
+    interval = part.interval(metric)
+    places = (part.rate(metric), *(interval or (None, None)))
+    return SliceRow(label, part, interval, *(None if one is None else round(one / scale, 4) for one in places))

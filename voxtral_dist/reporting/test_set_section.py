@@ -117,7 +117,7 @@ class SectionReader:
             outcomes=outcomes,
             flags=tuple(flags_of_set(result, metric, outcomes)),
             is_same_normalizer=normalizer.label == result.normalizer,
-            slices=slice_tables(result),
+            slices=slice_tables(result, metric),
             confusions=_confusions(utterances, normalizer),
             most_errors=most_errors,
             highest_rates=highest_rates,

@@ -10,6 +10,11 @@ from voxtral_dist.config import ErrorRate
 ERROR_UNITS: Mapping[ErrorRate, str] = {"wer": "words", "cer": "characters"}
 
 
+def other_rate(metric: ErrorRate) -> ErrorRate:
+    """The rate that does not decide."""
+    return "cer" if metric == "wer" else "wer"
+
+
 def deciding_rate(num_without_spaces: int, num_utterances: int, configured: ErrorRate | None = None) -> ErrorRate:
     """The error rate that tells most about a test set.
 
