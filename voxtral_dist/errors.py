@@ -39,6 +39,12 @@ class RetryError(RankError):
     exit_code = 75
 
 
+class LostWorkerError(RankError):
+    """A data worker of a rank was killed; the same command resumes the run."""
+
+    exit_code = 76
+
+
 class SharedError(UserError):
     """An error of one rank that was shared with all others: all exit with it, and one per node prints it."""
 

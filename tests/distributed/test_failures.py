@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -44,6 +45,12 @@ class _WorkerThatHangs(Dataset[int]):
         return index
 
 
+class _WorkerThatIsKilled(_WorkerThatHangs):
+    def __getitem__(self, _: int) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(0)
+
+
 def _raise(error: BaseException) -> NoReturn:
     raise error
 
@@ -53,8 +60,8 @@ def _spin() -> NoReturn:
         pass
 
 
-def _start_worker() -> Any:
-    return iter(DataLoader(_WorkerThatHangs(), batch_size=None, sampler=[0], num_workers=1))
+def _start_worker(dataset: Dataset[int] | None = None) -> Any:
+    return iter(DataLoader(dataset or _WorkerThatHangs(), batch_size=None, sampler=[0], num_workers=1))
 
 
 def _interrupt_beside_worker() -> NoReturn:
@@ -77,6 +84,7 @@ ACTIONS: dict[str, Callable[[], Any]] = {
     "call in C": lambda: os.read(os.pipe()[0], 1),
     "Python": _spin,
     "data worker": lambda: next(_start_worker()),
+    "killed data worker": lambda: next(_start_worker(_WorkerThatIsKilled())),
     "mistake": lambda: _raise(UserError(MISTAKE)),
     "defect": lambda: {}["key"],
     "no memory": lambda: _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. Including")),
@@ -192,6 +200,15 @@ def test_a_gpu_without_memory_is_named_on_other_nodes(end):
     assert ended[1].output.startswith(sentence)
     assert ended[2].output.startswith(sentence)
     assert ended[2].output.endswith(" (rank 1 on a)\n")
+
+
+def test_a_data_worker_that_is_killed_is_one_sentence(end):
+    ended = end("train", ("collective", "killed data worker", "call in C"))
+    assert [(one.code, one.output.count("\n")) for one in ended] == [(76, 0), (76, 1), (76, 0)]
+    assert ended[1].output.startswith(
+        "voxtral-dist: error: A data worker of rank 1 on a is gone (DataLoader worker (pid"
+    )
+    assert "Lower `train_data.num_workers`" in ended[1].output
 
 
 def _is_running(process: str) -> bool:

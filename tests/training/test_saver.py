@@ -142,9 +142,16 @@ def left_by_rank_0(world: World, config: RunConfig, layout: str, error: Exceptio
     return found, newest_intact_step(config.run_dir)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_that_fails_alone_waits_for_the_checkpoint_under_way(config: RunConfig, layout: str) -> None:
-    failure = WriteError("The metrics cannot be written.")
+@pytest.mark.parametrize(
+    ("layout", "failure"),
+    [
+        ("whole", WriteError("The metrics cannot be written.")),
+        ("dcp", RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
+    ],
+)
+def test_a_rank_that_fails_alone_waits_for_the_checkpoint_under_way(
+    config: RunConfig, layout: str, failure: Exception
+) -> None:
     assert run_ranks(2, left_by_rank_0, config, layout, failure) == [(3, 3), (None, 3)]
 
 

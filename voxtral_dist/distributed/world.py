@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # public classes all the same
 
+from voxtral_dist.distributed.data_workers import lost_workers_as_message
 from voxtral_dist.distributed.devices import refuse_unsupported_gpu
 from voxtral_dist.distributed.failures import newest_end, shared_failures
 from voxtral_dist.distributed.heartbeats import lost_peers_as_message
@@ -73,6 +74,7 @@ def joined_world(timeout: timedelta = COLLECTIVE_TIMEOUT, start_timeout: timedel
     Raises:
         UserError: the variables do not fit this node.
         LostPeerError: a rank did not come.
+        LostWorkerError: a data worker of this rank was killed inside the block.
         RankError: this rank's GPU ran out of memory inside the block.
         WriteError: a disk was full or read-only inside the block.
     """
@@ -89,6 +91,7 @@ def _joined(timeout: timedelta, start_timeout: timedelta) -> Iterator[World]:
         shared_failures(store, rank, size, timeout.total_seconds(), _next_on_node(rank, local_rank, size)),
         _out_of_memory_as_message(rank),
         _full_disk_as_message(rank),
+        lost_workers_as_message(rank),
         lost_peers_as_message(PrefixStore("failures", store), rank, size, timeout),
     ):
         device = _device_of(local_rank)

@@ -15,6 +15,7 @@ from voxtral_dist.checkpoints.progress import TrainProgress
 from voxtral_dist.checkpoints.uploads import CheckpointUploads
 from voxtral_dist.config import CheckpointConfig
 from voxtral_dist.distributed.collectives import computed_on_first, max_over_ranks
+from voxtral_dist.distributed.data_workers import is_loss_of_worker
 from voxtral_dist.distributed.devices import free_memory_bytes
 from voxtral_dist.distributed.standing import advance, stand
 from voxtral_dist.distributed.world import World, ranks_on_node
@@ -157,7 +158,9 @@ class Saver:
         Not after errors of collectives: a rank that is gone would be waited for.
         """
         is_of_others = isinstance(error, LostPeerError) or (
-            isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+            isinstance(error, RuntimeError)
+            and not isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError)
+            and not is_loss_of_worker(error)
         )
         if not isinstance(error, Exception) or is_of_others or not self._checkpoints.is_under_way:
             return
