@@ -169,8 +169,7 @@ class _RankDecoder:
 
     def _decode_from_queue(self, tasks: Sequence[Batch], queue: TaskQueue) -> None:
         """Take the next task of the shared queue until it is empty."""
-        num_before = _numbers_before(tasks)
-        taken = (self._taken(tasks[number], num_before[number]) for number in self._until_stopped(queue))
+        taken = self._taken(tasks, queue)
         try:
             if self._decoder.is_continuous:
                 for decoded in self._decoder.stream(self._read_ahead(taken), with_loss=self._with_loss):
@@ -184,18 +183,16 @@ class _RankDecoder:
             queue.stop()
             raise
 
-    def _taken(self, task: Batch, num_before: int) -> Batch:
-        self._on_progress(num_before)
-        return task
-
-    def _until_stopped(self, queue: TaskQueue) -> Iterator[int]:
-        """The numbers of the queue; once this rank is asked to stop, no rank gets another one."""
+    def _taken(self, tasks: Sequence[Batch], queue: TaskQueue) -> Iterator[Batch]:
+        """This rank's tasks of the queue; once this rank is asked to stop, no rank gets another one."""
+        num_before = _numbers_before(tasks)
         for number in queue:
             if self._must_stop():
                 self.is_stopped = True
                 queue.stop()
                 return
-            yield number
+            self._on_progress(num_before[number])
+            yield tasks[number]
 
     def _read_ahead(self, batches: Iterator[Batch]) -> Iterator[list[Example]]:
         """Read each batch while the one before it is decoded."""
