@@ -23,6 +23,7 @@ from voxtral_dist.shards.lookup import find_utterance
 from voxtral_dist.shards.packing import PackOptions, pack
 from voxtral_dist.shards.summary import SetSummary, summarize
 from voxtral_dist.shards.verification import BrokenUtterance, verify
+from voxtral_dist.text.languages import _warn_once
 
 from corpora import SHARD_BYTES, pack_manifest, tone, write_speech_manifest
 from stored import contents_of, decoded_in, utterances_in
@@ -73,6 +74,20 @@ def test_the_index_of_our_own_tars_is_that_of_the_packer(tars, shard_folder, wor
         np.testing.assert_array_equal(theirs.records[name], ours.records[name], name)
     assert [shard.sha256 for shard in theirs.shards] == [shard.sha256 for shard in ours.shards]
     assert contents_of(tars) == contents_of(shard_folder)
+
+
+def test_a_language_that_shares_its_code_is_said_once_for_all_tars(tmp_path, caplog):
+    _warn_once.cache_clear()
+    for name, label in {"a": {"lang": "yue"}, "b": {"language": "Cantonese"}, "c": {"lang": "zh"}}.items():
+        write_tar(tmp_path / f"{name}.tar", [{"wav": wav(), "json": {"text": "hello", **label}}])
+    index(tmp_path)
+    assert list(read_index([str(tmp_path)]).languages) == ["zh"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("Cantonese is labelled `zh`")
+    caplog.clear()
+    _warn_once.cache_clear()
+    assert not verified(tmp_path)
+    assert not caplog.records
 
 
 def test_an_index_may_lie_in_another_folder(tars, shard_folder, tmp_path):

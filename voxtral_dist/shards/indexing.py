@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from voxtral_dist.shards.tars.files import COMPRESSED_SUFFIXES, PIPE_PREFIX, tar
 from voxtral_dist.shards.tars.members import TarDamage
 from voxtral_dist.shards.tars.scan import MemberGroup, TarScan
 from voxtral_dist.shards.workers import ordered_map
+from voxtral_dist.text.languages import warn_of_shared_code
 
 _RECORDS_FILE = ".indexing.records"
 
@@ -37,7 +38,7 @@ _RECORDS_FILE = ".indexing.records"
 class IndexedShard:
     """One indexed tar: its records, the languages that they number, and the refusals of unusable utterances.
 
-    cut_off: a sentence for each audio that ends before its file says it does.
+    cut_off: a sentence for each audio that ends before its file says it does. labels: languages as they are written.
     """
 
     shard: Shard
@@ -45,6 +46,7 @@ class IndexedShard:
     languages: tuple[str, ...]
     refusals: tuple[Refusal, ...]
     cut_off: tuple[str, ...] = ()
+    labels: frozenset[str | None] = frozenset()
 
 
 def index_tars(
@@ -87,21 +89,32 @@ def index_tar(location: str, layout: UtteranceLayout, max_chars_per_second: floa
         UserError: the tar cannot be read.
     """
     rows: list[tuple[int, ...]] = []
-    languages: list[str] = []
     refusals: list[Refusal] = []
-    cut_off: list[str] = []
+    seen = _Seen()
     try:
         scan = TarScan(location, Storage())
         for found in scan:
             try:
                 with unusable_on_failure():
-                    rows.append(_row(found, location, layout, max_chars_per_second, languages, cut_off))
+                    rows.append(_row(found, location, layout, max_chars_per_second, seen))
             except UnusableError as error:
                 refusals.append(_refusal(found, location, error))
     except OSError as error:
         raise UserError(f"The tar {location} cannot be read: {error.strerror or first_line(error)}.") from error
     shard = Shard(location, len(rows), scan.num_bytes, scan.sha256)
-    return IndexedShard(shard, np.array(rows, dtype=RECORD), tuple(languages), tuple(refusals), tuple(cut_off))
+    records = np.array(rows, dtype=RECORD)
+    return IndexedShard(
+        shard, records, tuple(seen.languages), tuple(refusals), tuple(seen.cut_off), frozenset(seen.labels)
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the utterances of a tar had so far; see `IndexedShard`."""
+
+    languages: list[str] = field(default_factory=list)
+    cut_off: list[str] = field(default_factory=list)
+    labels: set[str | None] = field(default_factory=set)
 
 
 def _row(
@@ -109,18 +122,17 @@ def _row(
     location: str,
     layout: UtteranceLayout,
     max_chars_per_second: float,
-    languages: list[str],
-    cut_off: list[str],
+    seen: _Seen,
 ) -> tuple[int, ...]:
     if isinstance(found, TarDamage):
         raise UnusableError(Cause.DAMAGED_TAR, str(found))
-    utterance = tar_utterance(found, location, layout)
+    utterance = tar_utterance(found, location, layout, seen.labels.add)
     notes: list[str] = []
     pcm = decode_pcm(utterance.audio.contents or b"", SAMPLING_RATE, notes.append)
     measures = measure(utterance, pcm, max_chars_per_second)
-    cut_off += [f"The audio of {found.key} in {location} {note}." for note in notes]
+    seen.cut_off.extend(f"The audio of {found.key} in {location} {note}." for note in notes)
     span = UtteranceSpan(found.offset, len(found.contents), zlib.crc32(found.contents))
-    return index_record(span, measures, languages)
+    return index_record(span, measures, seen.languages)
 
 
 def _refusal(found: MemberGroup | TarDamage, location: str, error: UnusableError) -> Refusal:
@@ -157,6 +169,8 @@ def _collect(
                 write_refusal(skipped, refusal)
             for sentence in part.cut_off:
                 cut_audio.add(sentence)
+            for label in part.labels:
+                warn_of_shared_code(label)
             shards.append(part.shard)
             on_progress(len(shards), num_shards)
     cut_audio.log_rest()

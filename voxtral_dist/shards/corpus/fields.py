@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,17 +77,22 @@ def checked_text(value: Any, names: Iterable[str]) -> str:
     return value
 
 
-def checked_language(value: Any) -> str | None:
+def checked_language(value: Any, on_language: Callable[[Any], None] = warn_of_shared_code) -> str | None:
     """The ISO 639-1 code of a language or locale; None for None.
+
+    Args:
+        value: the language as it is written.
+        on_language: gets it if it is known.
 
     Raises:
         UnusableError: the language is unknown.
     """
     try:
-        warn_of_shared_code(value)
-        return language_code(value)
+        code = language_code(value)
     except ValueError as error:
         raise UnusableError(Cause.UNKNOWN_LANGUAGE, str(error)) from error
+    on_language(value)
+    return code
 
 
 def checked_seconds(row: Mapping[str, Any], name: str) -> float | None:

@@ -80,23 +80,23 @@ def tar_utterance(
         raise UnusableError(_CAUSE_OF_PART[error.part], str(error)) from error
     except ValueError as error:
         raise UnusableError(Cause.NOT_JSON, f"has a member that cannot be read ({error})") from error
-    on_language(stored.language_label)
     return Utterance(
         key=key_of(f"{stored.key}.tar"),
         audio=AudioLocation(f"{stored.key}.{stored.audio_suffix.rpartition('.')[2]}", stored.audio),
         text=stored.text,
-        language=_language(stored, layout),
+        language=_language(stored, layout, on_language),
         place=place,
         instruction=stored.instruction,
         extra=_other_fields(stored, layout),
     )
 
 
-def _language(stored: StoredUtterance, layout: UtteranceLayout) -> str | None:
+def _language(stored: StoredUtterance, layout: UtteranceLayout, on_language: Callable[[Any], None]) -> str | None:
     """The language of the layout's place; where that is the usual one and empty, of the names that corpora use."""
     if stored.language is not None or layout.language != UtteranceLayout().language:
+        on_language(stored.language_label)
         return stored.language
-    return checked_language(first_of(stored.fields, FieldNames().language))
+    return checked_language(first_of(stored.fields, FieldNames().language), on_language)
 
 
 def _other_fields(stored: StoredUtterance, layout: UtteranceLayout) -> dict[str, Any]:
