@@ -285,4 +285,4 @@ def _reason(error: Exception) -> str:
                 "`evaluation.max_windows`."
             )
         case _:
-            return f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}".rstrip(": ")
