@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from voxtral_dist.distributed import failures, watchdog
 from voxtral_dist.distributed.standing import Standing, stand
-from voxtral_dist.distributed.watchdog import Watchdog
+from voxtral_dist.distributed.watchdog import Report, Watchdog, _sentence
 from voxtral_dist.distributed.world import joined_world
 from voxtral_dist.errors import HangError
 
@@ -249,3 +249,14 @@ def test_a_process_without_others_ends_itself(end, tmp_path):
     assert ended.code == CODE
     assert "rank 0 on " in ended.output
     assert set(stacks(tmp_path)) == {"rank-00000.txt"}
+
+
+def test_ranks_at_one_place_are_named_together_in_the_plural():
+    waiting, stopped = (
+        [Report(rank, "a", 1, 1, "step", 7, 0, (), 400.0, True, "collective", "all_reduce (x.py:1)") for rank in ranks]
+        for ranks in ((0, 1), (2, 3))
+    )
+    assert (
+        "2 ranks (2, 3) (step 7, slot 0) give no sign of life; "
+        "2 ranks (0, 1) (step 7, slot 0) wait for other ranks in all_reduce (x.py:1). "
+    ) in _sentence(waiting, stopped, 300.0, Path("hangs"), is_taken=True)

@@ -62,11 +62,11 @@ _NUM_JUDGES, _LATER = 2, 1.5
 _LONGEST_END_SECONDS = 10.0
 _NUM_NAMED = 8
 
-# A GPU's kernels and collectives are in no frame.
-_DOING: dict[Doing, str] = {
-    "data": "waits for its data workers",
-    "other": "is in {}",
-    "collective": "waits for other ranks in {}",
+# What one rank does, and several; a GPU's kernels and collectives are in no frame.
+_DOING: dict[Doing, tuple[str, str]] = {
+    "data": ("waits for its data workers", "wait for their data workers"),
+    "other": ("is in {}", "are in {}"),
+    "collective": ("waits for other ranks in {}", "wait for other ranks in {}"),
 }
 _ORDER = list(_DOING)
 
@@ -105,7 +105,7 @@ class Report:
         return ", ".join([self.phase, *parts] if self.phase not in ("data", "step") or not parts else parts)
 
     def __str__(self) -> str:
-        return f"{_ranks([self])} ({self.place}) {_DOING[self.doing].format(self.function)}"
+        return _doing([self])
 
 
 class Watchdog:
@@ -413,17 +413,22 @@ def _sentence(found: Sequence[Report], silent: Sequence[Report], floor: float, f
     for report in found:
         groups.setdefault((report.doing, report.function, report.place), []).append(report)
     # The odd ones out are the cause, where there are any.
-    ordered = sorted(groups.items(), key=lambda group: (_ORDER.index(group[0][0]), len(group[1]), group[1][0].rank))
-    parts = [f"{_ranks(silent)} ({silent[0].place}) gives no sign of life"] if silent else []
-    parts += [
-        f"{_ranks(ranks)} ({place}) {_DOING[doing].format(function)}" for (doing, function, place), ranks in ordered
-    ]
+    ordered = sorted(groups.values(), key=lambda ranks: (_ORDER.index(ranks[0].doing), len(ranks), ranks[0].rank))
+    give = "gives" if len(silent) == 1 else "give"
+    parts = [f"{_ranks(silent)} ({silent[0].place}) {give} no sign of life"] if silent else []
+    parts += [_doing(ranks) for ranks in ordered]
     more = [f"and {counted(len(parts) - _NUM_NAMED, 'more group')} of ranks"] if len(parts) > _NUM_NAMED else []
     where = f"Stacks of all threads are in {folder}" if is_taken else f"Stacks could not be written to {folder}"
     return (
         f"No rank has made progress for {seconds:.0f} s (`distributed.watchdog_seconds`), so the run ends: "
         f"{'; '.join([*parts[:_NUM_NAMED], *more])}. {where}. Rerun the same command to resume."
     )
+
+
+def _doing(reports: Sequence[Report]) -> str:
+    """Where some ranks stand, and what all of them do."""
+    first = reports[0]
+    return f"{_ranks(reports)} ({first.place}) {_DOING[first.doing][len(reports) > 1].format(first.function)}"
 
 
 def _ranks(reports: Sequence[Report]) -> str:
