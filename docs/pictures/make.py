@@ -32,7 +32,7 @@ RUN_DIR = Path("build/pictures/run")
 COMMAND = "deepspeed --num_accelerators 2 launch/train.py --config launch/recipes/demo.yaml"
 PICTURED_STEP = 120
 NUM_COLUMNS, NUM_LINES = 116, 10
-REPORT_SIZE = (1100, 1190)
+REPORT_SIZE = (1100, 1420)
 # What a terminal does with the display's bytes: text, colours, line ends, and the codes to draw over earlier lines.
 _TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
 # A code whose end has not been read yet.
