@@ -349,6 +349,7 @@ def _open_metrics_log(
         peak_flops=peak_of_rank and peak_of_rank * world.size,
         with_tensorboard=config.metrics.tensorboard,
         endpoint=endpoint,
+        selection=config.evaluation.selection,
     )
 
 

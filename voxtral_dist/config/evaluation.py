@@ -88,7 +88,8 @@ class SelectionConfig(Section):
 
     metric: ErrorRate = "wer"
     """The error rate that decides: `wer` (words) or `cer` (characters). Take `cer` for Chinese, Japanese, Thai and
-    other languages without spaces between words, where each utterance is one word, right or wrong as a whole."""
+    other languages without spaces between words, where each utterance is one word, right or wrong as a whole. Reports
+    and model cards judge the set by `cer` then."""
 
     patience: int | None = Field(default=None, gt=0)
     """The run ends early after this many evaluations in a row without improvement. None: it does not end early."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from voxtral_dist.config import SelectionConfig
 from voxtral_dist.progress import ProgressDisplay
 from voxtral_dist.training.outcome import telling_rate
 from voxtral_dist.training.step_metrics import StepMetrics
@@ -21,12 +22,22 @@ _DECAY = 0.9
 class TrainDisplay:
     """A `ProgressDisplay` over the steps of a run, with averages of recent steps."""
 
-    def __init__(self, num_steps: int, first_step: int, peak_flops: float | None) -> None:
-        """Start after `first_step` updates; `peak_flops` of all ranks together, where known."""
+    def __init__(
+        self, num_steps: int, first_step: int, peak_flops: float | None, selection: SelectionConfig | None = None
+    ) -> None:
+        """Start after `first_step` updates.
+
+        Args:
+            num_steps: updates in total.
+            first_step: updates that earlier processes made.
+            peak_flops: of all ranks together, where known.
+            selection: names the error rates of its test sets.
+        """
         self._progress = ProgressDisplay("step", num_steps, completed=first_step, note="loss -")
         self._num_steps = num_steps
         self._first_step = first_step
         self._peak_flops = peak_flops
+        self._selection = selection
         self._recent = _RecentSteps()
         self._rates: dict[str, str] = {}
 
@@ -44,7 +55,7 @@ class TrainDisplay:
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """Remember the error rate of a row of kind `evaluation`, which the steps after it show."""
-        metric = telling_rate(row)
+        metric = telling_rate(row, self._selection.metric_of(row["name"]) if self._selection else None)
         rate = row.get(metric)
         self._rates[row["name"]] = "-" if rate is None else f"{metric.upper()} {100 * rate:.1f} %"
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from voxtral_dist.checkpoints.directory import checkpoint_folder
+from voxtral_dist.config import SelectionConfig
 from voxtral_dist.distributed.collectives import from_first_rank
 from voxtral_dist.distributed.world import World
 from voxtral_dist.files import write_errors_named
@@ -43,6 +44,7 @@ class MetricsLog:
         peak_flops: float | None = None,
         with_tensorboard: bool = False,
         endpoint: MetricsEndpoint | None = None,
+        selection: SelectionConfig | None = None,
     ) -> None:
         """Prepare the record of a run that continues after `first_step` updates.
 
@@ -55,13 +57,14 @@ class MetricsLog:
                 recorded.
             with_tensorboard: also write scalars, where the package is installed.
             endpoint: of this host, on the rank that serves it.
+            selection: names the error rates that the display shows of its test sets.
         """
         self._world = world
         self._run_dir = run_dir
         self._path = run_dir / "metrics.jsonl"
         self._first_step = first_step
         self._peak_flops = peak_flops
-        self._display = TrainDisplay(num_steps, first_step, peak_flops) if world.is_first else None
+        self._display = TrainDisplay(num_steps, first_step, peak_flops, selection) if world.is_first else None
         self._with_tensorboard = with_tensorboard
         self._tensorboard: SummaryWriter | None = None
         self._looked_up: dict[str, list[dict[str, Any]]] = {name: [] for name in get_args(LookedUp)}
