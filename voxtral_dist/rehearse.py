@@ -19,8 +19,10 @@ from voxtral_dist.distributed.collectives import computed_on_first, from_first_r
 from voxtral_dist.distributed.world import World, joined_world
 from voxtral_dist.engine.zero.settings import nvme_folder
 from voxtral_dist.errors import RankError, RetryError, UserError
-from voxtral_dist.estimate.checkpointing import machine_of
-from voxtral_dist.estimate.estimate import estimate_run
+from voxtral_dist.estimate.checkpointing import estimator_with_chosen_checkpointing, machine_of
+from voxtral_dist.estimate.estimator import Estimator, Machine
+from voxtral_dist.estimate.run_memory import RunMemory
+from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.files import refuse_uncreatable
 from voxtral_dist.output.console import say
 from voxtral_dist.output.counting import counted
@@ -147,9 +149,15 @@ def _first_step(steps: Iterator[StepBatches], num_steps: int) -> StepBatches:
 
 
 def _memory_lines(config: RunConfig, world: World) -> list[str]:
-    """The estimate of `plan` for the machine that this is."""
+    """The memory that `plan` estimates for the machine that this is."""
     machine = machine_of(world)
-    return computed_on_first(lambda: list(estimate_run(config, machine).memory_lines()), world)
+    return computed_on_first(lambda: list(_estimated_memory(config, machine).lines()), world)
+
+
+def _estimated_memory(config: RunConfig, machine: Machine) -> RunMemory:
+    sharding = configured_sharding(config.engine, machine.num_gpus)
+    estimator, checkpointing = estimator_with_chosen_checkpointing(Estimator(config, machine), sharding)
+    return RunMemory.of(estimator, sharding, checkpointing)
 
 
 def _example_lines(steps: Iterator[StepBatches], data: Prepared) -> list[str]:

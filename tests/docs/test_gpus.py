@@ -58,7 +58,7 @@ def test_rows_are_found():
 
 def estimate_of(recipe: str, overrides: list[str], num_gpus: int, card: int) -> ShardingRow:
     config = load_config(ROOT / "launch" / "recipes" / recipe, overrides)
-    return estimate_run(config, Machine(num_gpus=num_gpus, gpu_memory=card * 10**9)).configured
+    return estimate_run(config, Machine(num_gpus=num_gpus, gpu_memory=card * 10**9)).memory.configured
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.num_gpus}x{row.card}-{row.recipe}")

@@ -94,7 +94,7 @@ def test_nothing_is_recomputed_on_cpus_and_where_memory_is_unknown(run: RunConfi
 def test_plan_prints_the_choice(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     estimate = estimate_run(run, Machine(num_gpus=8, gpu_memory=40 * GIGABYTE))
-    assert estimate.configured.fits
+    assert estimate.memory.configured.fits
     assert any("every block of the encoder and every 2nd block of the language" in line for line in estimate.lines())
     assert estimate.to_json()["checkpointing"]["checkpointing"] == {"encoder": 1, "language_model": 2}
 

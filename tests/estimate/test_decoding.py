@@ -76,7 +76,7 @@ def test_the_estimate_gathers_weights_where_an_evaluation_does(
         return Estimator(config, Machine(num_gpus=NUM_RANKS, gpu_memory=rank_memory))
 
     estimator = estimator_for(None)
-    found = estimator.estimate(sharding, estimator.largest_shape(sharding))
+    _, found = estimator.largest(sharding)
     assert found.gathers_weights == (weights != "sharded"), "without a limit there is room"
     kinds = found.phases[-1].device
     in_use = sum(kinds.values()) - kinds["gathered weights"] - kinds["decoding"]
@@ -86,7 +86,7 @@ def test_the_estimate_gathers_weights_where_an_evaluation_does(
     decisions = []
     for free in (0.5 * needed, needed, 1.1 * needed, 1.12 * needed, 2 * needed):
         limited = estimator_for(round(in_use + free))
-        estimated = limited.estimate(sharding, limited.largest_shape(sharding)).gathers_weights
+        estimated = limited.largest(sharding)[1].gathers_weights
         monkeypatch.setattr(decoding_weights_module, "free_memory_bytes", lambda *_, free=free: round(free))
         with decoding_weights(_Engine(copy_bytes), config.evaluation, estimator.decoding_bytes, WORLD) as (_, lock, _):
             assert estimated == (not lock), free / needed

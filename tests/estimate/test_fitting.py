@@ -18,9 +18,9 @@ GB = 10**9
 
 def assert_is_what_plan_says(fit: Fit, machine: Machine) -> None:
     estimate = estimate_run(load_config(Path(fit.recipe), fit.overrides), machine)
-    assert estimate.configured.fits
-    assert estimate.configured.device_bytes == fit.row.device_bytes
-    assert estimate.configured.host_bytes_of_node == fit.row.host_bytes_of_node
+    assert estimate.memory.configured.fits
+    assert estimate.memory.configured.device_bytes == fit.row.device_bytes
+    assert estimate.memory.configured.host_bytes_of_node == fit.row.host_bytes_of_node
     if fit.clips_per_second is not None:
         assert estimate.times is not None
         assert estimate.times.configured.clips_per_second == fit.clips_per_second

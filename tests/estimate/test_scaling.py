@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from voxtral_dist.config import RunConfig, dump_config
+from voxtral_dist.config import ActivationCheckpointingConfig, EngineConfig, RunConfig, dump_config
+from voxtral_dist.estimate import estimator
+from voxtral_dist.estimate.checkpointing import USABLE_FRACTION, checkpointing_for
 from voxtral_dist.estimate.communication import Collective
-from voxtral_dist.estimate.estimator import Machine
+from voxtral_dist.estimate.estimator import Machine, meta_model_of
 from voxtral_dist.estimate.gpus import named_gpu
 from voxtral_dist.estimate.interconnect import named_network
 from voxtral_dist.estimate.scaling import Scaling, estimate_scaling, exposed_seconds
@@ -38,9 +42,15 @@ def config(tiny_model: Path, shard_folder: Path) -> RunConfig:
     )
 
 
-def scaling(config: RunConfig, network: str = "ib-ndr", storage: float = 1e9) -> Scaling:
-    machine = Machine(gpu=named_gpu("H200"), gpu_memory=141 * 10**9)
-    return estimate_scaling(config, machine, NUMBERS, named_network(network), storage)
+def scaling(
+    config: RunConfig,
+    network: str = "ib-ndr",
+    storage: float = 1e9,
+    memory: int = 141 * 10**9,
+    numbers: Sequence[int] = NUMBERS,
+) -> Scaling:
+    machine = Machine(gpu=named_gpu("H200"), gpu_memory=memory)
+    return estimate_scaling(config, machine, numbers, named_network(network), storage)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +84,28 @@ def test_more_ranks_send_and_wait_more(found):
 def test_a_run_on_more_gpus_than_slots_has_fewer_and_larger_steps(config, found):
     assert [(row.slots_per_step, row.num_steps) for row in found.rows] == [(8, 60)] * 4 + [(64, 8)]
     assert any("larger global batch" in note for note in found.notes)
+
+
+def test_rows_of_automatic_checkpointing_are_those_of_what_it_chooses(config, monkeypatch):
+    """Also where a replica needs more ranks than there are; the model is built once for all rows."""
+    config = config.model_copy(update={"engine": EngineConfig.model_validate({"fsdp2": {"ranks_per_replica": 8}})})
+    auto = with_checkpointing(config, "auto")
+    needed = checkpointing_for(auto, Machine(num_gpus=8, gpu_memory=10**12))[1].device_bytes
+    memory = math.floor(needed / USABLE_FRACTION) - 1
+    built = []
+    monkeypatch.setattr(estimator, "meta_model_of", lambda *parts: built.append(parts) or meta_model_of(*parts))
+    one, eight = scaling(auto, memory=memory, numbers=(1, 8)).rows
+    assert len(built) == 1
+    chosen = checkpointing_for(auto, Machine(num_gpus=8, gpu_memory=memory))[0].model.checkpointing
+    assert chosen != ActivationCheckpointingConfig()
+    assert (eight,) == scaling(with_checkpointing(config, chosen), memory=memory, numbers=(8,)).rows
+    assert (one.num_gpus, one.sent_bytes) == (1, 0)
+
+
+def with_checkpointing(config: RunConfig, checkpointing: ActivationCheckpointingConfig | str) -> RunConfig:
+    model = config.model.model_copy(update={"activation_checkpointing": checkpointing})
+    data = config.train_data.model_copy(update={"max_windows": 8})
+    return config.model_copy(update={"model": model, "train_data": data})
 
 
 def test_a_slower_network_and_storage_cost_time(config, found):

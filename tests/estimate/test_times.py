@@ -127,7 +127,7 @@ def test_the_mean_micro_batch_of_the_data_is_timed(tiny_model: Path, shard_folde
     assert estimate.times is not None
     shape: MicroBatchShape = estimate.times.configured.shape
     assert shape == estimate.workload.typical
-    assert shape.num_positions <= estimate.shape.num_positions
+    assert shape.num_positions <= estimate.memory.shape.num_positions
     assert shape.num_examples == 2
 
 

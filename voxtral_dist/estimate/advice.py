@@ -38,7 +38,8 @@ class _Variant:
 
     def outcome(self) -> Change:
         """The changes as one, and the peaks after them."""
-        row = self.estimator.row(self.estimator.estimate(self.sharding, self.estimator.largest_shape(self.sharding)))
+        _, memory = self.estimator.largest(self.sharding)
+        row = self.estimator.row(memory)
         return Change("; ".join(self.changes), row.device_bytes, row.host_bytes_of_node, bool(row.fits))
 
     def changed(self, change: str, estimator: Estimator | None = None, sharding: Sharding | None = None) -> _Variant:

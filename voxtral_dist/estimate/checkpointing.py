@@ -54,6 +54,9 @@ class ChosenCheckpointing:
         return f"{chosen}: forward and backward pass need {needed} {fit} {usable}"
 
 
+_UNKNOWN = ChosenCheckpointing(ActivationCheckpointingConfig())
+
+
 def with_chosen_checkpointing(config: RunConfig, world: World) -> tuple[RunConfig, ChosenCheckpointing | None]:
     """A configuration in which `auto` is replaced, and the choice; all ranks call it together and agree.
 
@@ -80,15 +83,28 @@ def machine_of(world: World) -> Machine:
 
 
 def checkpointing_for(config: RunConfig, machine: Machine) -> tuple[RunConfig, ChosenCheckpointing | None]:
-    """Replace `auto` as `with_chosen_checkpointing` does, for a machine that `plan` is told about."""
+    """Replace `auto` as `with_chosen_checkpointing` does, for a machine that is described."""
     if config.model.activation_checkpointing != "auto":
         return config, None
-    chosen = ChosenCheckpointing(ActivationCheckpointingConfig())
-    if machine.device == "gpu" and machine.gpu_memory is not None:
-        estimator = Estimator(config, machine, largest_workload)
-        sharding = configured_sharding(config.engine, machine.num_gpus)
-        chosen = choose_checkpointing(estimator, sharding, machine.gpu_memory)
-    return _with(config, chosen.checkpointing), chosen
+    if _gpu_memory(machine) is None:
+        return _with(config, _UNKNOWN.checkpointing), _UNKNOWN
+    sharding = configured_sharding(config.engine, machine.num_gpus)
+    estimator, chosen = estimator_with_chosen_checkpointing(Estimator(config, machine, largest_workload), sharding)
+    return estimator.config, chosen
+
+
+def estimator_with_chosen_checkpointing(
+    estimator: Estimator, sharding: Sharding
+) -> tuple[Estimator, ChosenCheckpointing | None]:
+    """Replace `auto` in the configuration of an estimator, for its machine and model."""
+    config, memory = estimator.config, _gpu_memory(estimator.machine)
+    if config.model.activation_checkpointing != "auto":
+        return estimator, None
+    chosen = _UNKNOWN
+    if memory is not None:
+        largest = estimator.with_workload(config, largest_workload(config, estimator.window_sizes))
+        chosen = choose_checkpointing(largest, sharding, memory)
+    return estimator.with_config(_with(config, chosen.checkpointing)), chosen
 
 
 def choose_checkpointing(estimator: Estimator, sharding: Sharding, gpu_memory: int) -> ChosenCheckpointing:
@@ -106,6 +122,10 @@ def choose_checkpointing(estimator: Estimator, sharding: Sharding, gpu_memory: i
         if found.device_bytes is not None and found.device_bytes <= usable:
             break
     return found
+
+
+def _gpu_memory(machine: Machine) -> int | None:
+    return machine.gpu_memory if machine.device == "gpu" else None
 
 
 def _training_bytes(estimator: Estimator, sharding: Sharding, shape: MicroBatchShape) -> float:

@@ -81,7 +81,7 @@ def sent_fraction(kind: Kind, num_ranks: int, library: Library) -> float:
 
 
 class Communication:
-    """The collectives of a step of one model under a sharding."""
+    """The collectives of a step of one model under a sharding. num_ranks: of the run."""
 
     def __init__(self, model: TrainedVoxtral, sharding: Sharding, num_ranks: int, num_chunks: int = 1) -> None:
         """Look at a model, which may be on the meta device.
@@ -93,7 +93,7 @@ class Communication:
             num_chunks: of the encoder in a micro-batch.
         """
         self._sharding = sharding
-        self._num_ranks = num_ranks
+        self.num_ranks = num_ranks
         self._size = int(model.lm_head.weight.element_size())
         parameters = list(model.parameters())
         self._sizes: list[int] = [one.numel() for one in parameters]
@@ -116,7 +116,7 @@ class Communication:
 
     def micro_batch(self) -> list[Collective]:
         """The collectives of each micro-batch."""
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             return []
         if isinstance(self._sharding, Fsdp2Sharding):
             return list(self._fsdp2_micro_batch(self._sharding))
@@ -124,14 +124,14 @@ class Communication:
 
     def once(self) -> list[Collective]:
         """The collectives with the last micro-batch of a step and after it."""
-        if self._num_ranks == 1:
+        if self.num_ranks == 1:
             return []
         if isinstance(self._sharding, Fsdp2Sharding):
             return list(self._between_replicas(self._sharding))
         return list(self._zero_once(self._sharding))
 
     def _fsdp2_micro_batch(self, sharding: Fsdp2Sharding) -> Iterator[Collective]:
-        ranks, units = sharding.ranks_per_replica or self._num_ranks, self._num_units
+        ranks, units = sharding.ranks_per_replica or self.num_ranks, self._num_units
         if ranks == 1:
             return
         size, gathered = self._size, sum(self._sizes)
@@ -145,14 +145,14 @@ class Communication:
         yield Collective("reduce-scatter", "backward pass", reduced, ranks, units, is_hidden=True)
 
     def _between_replicas(self, sharding: Fsdp2Sharding) -> Iterator[Collective]:
-        ranks = sharding.ranks_per_replica or self._num_ranks
-        replicas = self._num_ranks // ranks
+        ranks = sharding.ranks_per_replica or self.num_ranks
+        replicas = self.num_ranks // ranks
         if replicas > 1:
             reduced = sharding.reduce_bytes * self._trained / ranks
             yield Collective("all-reduce", "last backward pass", reduced, replicas, self._num_units, True, ranks)
 
     def _zero_micro_batch(self, sharding: ZeroSharding) -> Iterator[Collective]:
-        ranks, overlaps = self._num_ranks, sharding.has_overlap
+        ranks, overlaps = self.num_ranks, sharding.has_overlap
         if sharding.stage == 2:
             yield self._sum_of_gradients(sharding, "backward pass")
         elif sharding.stage == 3:
@@ -168,7 +168,7 @@ class Communication:
             yield self._sum_of_gradients(sharding, "backward pass")
 
     def _zero_once(self, sharding: ZeroSharding) -> Iterator[Collective]:
-        ranks = self._num_ranks
+        ranks = self.num_ranks
         if sharding.stage == 0:
             reduced = _FLOAT32_BYTES * self._trained
             yield Collective("all-reduce", "last backward pass", reduced, ranks, self._num_buckets(sharding), False)
@@ -188,8 +188,8 @@ class Communication:
             kind = "all-reduce" if sharding.all_reduces else "reductions"
         if kind == "reductions":
             # A bucket is cut where the next rank's part begins.
-            buckets += self._num_ranks
-        return Collective(kind, moment, self._size * self._trained, self._num_ranks, buckets, sharding.has_overlap)
+            buckets += self.num_ranks
+        return Collective(kind, moment, self._size * self._trained, self.num_ranks, buckets, sharding.has_overlap)
 
     def _num_buckets(self, sharding: ZeroSharding) -> int:
         return math.ceil(self._trained / sharding.reduce_bucket)

@@ -9,13 +9,12 @@ from typing import Any
 from voxtral_dist.config import RunConfig
 from voxtral_dist.data.plan.train_plan import refuse_idle_ranks
 from voxtral_dist.errors import UserError
-from voxtral_dist.estimate.activations import MicroBatchShape
 from voxtral_dist.estimate.advice import Change, advise
-from voxtral_dist.estimate.checkpointing import ChosenCheckpointing, checkpointing_for
+from voxtral_dist.estimate.checkpointing import estimator_with_chosen_checkpointing
 from voxtral_dist.estimate.estimator import Costs, Estimator, Machine, ShardingRow
 from voxtral_dist.estimate.quantities import gigabytes, table_lines
-from voxtral_dist.estimate.sharding import Sharding, configured_sharding
-from voxtral_dist.estimate.state_bytes import checkpoint_bytes
+from voxtral_dist.estimate.run_memory import RunMemory
+from voxtral_dist.estimate.sharding import configured_sharding
 from voxtral_dist.estimate.times import Times, estimate_times
 from voxtral_dist.estimate.workload import Workload
 from voxtral_dist.model.trainable import count_parameters, parameter_table
@@ -24,51 +23,17 @@ from voxtral_dist.output.duration import duration
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How evaluations decode.
-
-    decoding_bytes: of a rank, besides weights. gathers_weights: see `MemoryEstimate`. source: how batches were found.
-    """
-
-    decoding_bytes: int
-    gathers_weights: bool | None
-    source: str
-
-    @property
-    def line(self) -> str:
-        """The memory and the weights of evaluations."""
-        weights = {True: "gathered on each rank", False: "sharded, all ranks in lockstep", None: "not sharded"}
-        return (
-            f"evaluation: weights {weights[self.gathers_weights]}; decoding needs {gigabytes(self.decoding_bytes)} "
-            f"({self.source})"
-        )
-
-
-@dataclass(frozen=True)
 class Estimate:
     """The estimate of a run.
 
-    parameters, parameter_lines: of each component. shape: the micro-batch with the highest peak. configured: the
-    configured sharding. by_kind: its bytes by kind, on a rank's device and in a node's host memory, each at its own
-    peak. phases, host_phases: its bytes on a rank's device, and in a node's host memory, in each phase.
-    checkpoint_copy_bytes: of a node's host memory, which a checkpoint in the background takes beside those of phases; 0
-    if none is made. decoding: None without test sets. table: the standard shardings. changes: what to change if it does
-    not fit, the cheapest first. times: None unless the GPU is named. checkpointing: what `activation_checkpointing:
-    auto` has become; None where it was not asked for.
+    parameters, parameter_lines: of each component. memory: as configured. table: the standard shardings. changes: what
+    to change if it does not fit, the cheapest first. times: None unless the GPU is named.
     """
 
     parameters: dict[str, dict[str, int]]
     parameter_lines: list[str]
-    machine: Machine
-    shape: MicroBatchShape
     workload: Workload
-    configured: ShardingRow
-    checkpointing: ChosenCheckpointing | None
-    by_kind: dict[str, dict[str, float]]
-    phases: dict[str, float]
-    host_phases: dict[str, float]
-    checkpoint_copy_bytes: float
-    decoding: Decoding | None
+    memory: RunMemory
     table: list[ShardingRow]
     changes: list[Change]
     times: Times | None
@@ -77,23 +42,22 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """The estimate in plain types; sizes in bytes."""
         tree = asdict(self)
-        del tree["parameter_lines"]
-        workload = tree.pop("workload")
-        if self.checkpointing:
-            tree["checkpointing"]["checkpointing"] = self.checkpointing.checkpointing.model_dump()
+        del tree["parameter_lines"], tree["memory"]
+        workload, memory = tree.pop("workload"), self.memory.to_json()
+        del memory["source"]
         data = {key: workload[key] for key in ("source", "data", "missing")}
         unit = (
             "not yet measured on a GPU"
-            if self.machine.device == "gpu"
+            if self.memory.machine.device == "gpu"
             else "compared with CPU ranks under ZeRO (docs/benchmarks.md)"
         )
-        return {**tree, "workload": data, "estimate_is": unit}
+        return {**memory, **tree, "workload": data, "estimate_is": unit}
 
     def lines(self) -> Iterator[str]:
         """The estimate as text for a terminal."""
         yield from self.parameter_lines
         yield ""
-        yield from self.memory_lines()
+        yield from self.memory.lines()
         yield ""
         yield from self._table_lines()
         if self.changes:
@@ -107,51 +71,6 @@ class Estimate:
             yield from self.times.lines()
             yield ""
         yield from self._cost_lines()
-
-    def memory_lines(self) -> Iterator[str]:
-        """The memory of the configured sharding as text, and whether it fits."""
-        shape, machine = self.shape, self.machine
-        limit = "" if machine.gpu_memory is None else f" of {gigabytes(machine.gpu_memory)}"
-        verdict = {True: ": it fits", False: ": IT DOES NOT FIT", None: ""}[self.configured.fits]
-        label = "GPU" if machine.device == "gpu" else "rank"
-        yield (
-            f"{self.configured.name} on {counted(machine.num_gpus, label)}: "
-            f"{gigabytes(self.configured.device_bytes)}{limit} per {label}{verdict}"
-        )
-        yield (
-            f"  for a micro-batch of {counted(shape.num_examples, 'example')} and "
-            f"{counted(shape.num_windows, 'window')}, padded to {counted(shape.num_positions, 'position')}: "
-            f"{self.workload.source}"
-        )
-        yield f"  peak, in the {self.configured.peak_at}:"
-        for kind, num_bytes in self.by_kind["device"].items():
-            if num_bytes:
-                yield f"    {kind:<17}{gigabytes(num_bytes):>10}"
-        yield "  all phases: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.phases.items())
-        if self.checkpointing:
-            yield f"  {self.checkpointing.line}"
-        if self.decoding:
-            yield f"  {self.decoding.line}"
-        if self.configured.host_bytes_of_node:
-            yield from self._host_lines()
-        if self.checkpoint_copy_bytes:
-            yield (
-                f"  a checkpoint in the background: {gigabytes(self.checkpoint_copy_bytes)} more of host memory per "
-                "node, from the first one on (`checkpoint.asynchronous`)"
-            )
-        if machine.device == "gpu":
-            yield "  These numbers follow from formulas (docs/planning.md) and are not yet measured on a GPU."
-
-    def _host_lines(self) -> Iterator[str]:
-        row = self.configured
-        if self.machine.device == "cpu":
-            yield f"  host memory per node: {gigabytes(row.host_bytes_of_node)}"
-            return
-        yield f"  host memory per node: {gigabytes(row.host_bytes_of_node)}; peak, in the {row.host_peak_at}:"
-        for kind, num_bytes in self.by_kind["host"].items():
-            if num_bytes:
-                yield f"    {kind:<19}{gigabytes(num_bytes):>10}"
-        yield "  all phases: " + ", ".join(f"{name} {gigabytes(size)}" for name, size in self.host_phases.items())
 
     def _table_lines(self) -> Iterator[str]:
         heads = ("sharding", "per GPU", "host, per node", "NVMe, per node", "fits")
@@ -191,7 +110,7 @@ class Estimate:
         if costs.idle:
             yield (
                 f"ranks are idle {100 * costs.idle:.0f} % of the time: set `train_data.slots_per_step` to a multiple "
-                f"of {self.machine.num_gpus}"
+                f"of {self.memory.machine.num_gpus}"
             )
 
     @property
@@ -229,47 +148,23 @@ def estimate_run(config: RunConfig, machine: Machine, on_stage: Callable[[int], 
         )
     sharding = configured_sharding(config.engine, machine.num_gpus)
     on_stage(0)
-    config, checkpointing = checkpointing_for(config, machine)
     estimator = Estimator(config, machine)
     on_stage(1)
-    largest = estimator.largest_shape(sharding)
-    configured = estimator.estimate(sharding, largest)
-    row = estimator.row(configured)
-    ranks = machine.ranks_of_node
+    estimator, checkpointing = estimator_with_chosen_checkpointing(estimator, sharding)
+    memory = RunMemory.of(estimator, sharding, checkpointing)
     counts = count_parameters(estimator.model)
     on_stage(2)
     times = None if machine.gpu is None else estimate_times(estimator, sharding, machine.gpu)
     on_stage(3)
-    table = [estimator.row(estimator.estimate(one, largest)) for one in estimator.standard_shardings()]
+    table = [estimator.row(estimator.estimate(one, memory.shape)) for one in estimator.standard_shardings()]
     on_stage(4)
     return Estimate(
         parameters={name: asdict(count) for name, count in counts.items()},
         parameter_lines=parameter_table(estimator.model),
-        machine=machine,
-        shape=largest,
         workload=estimator.workload,
-        configured=row,
-        checkpointing=checkpointing,
-        by_kind={"device": dict(configured.peak.device), "host": configured.host_peak(ranks).host_kinds_of_node(ranks)},
-        phases={phase.name: phase.device_bytes for phase in configured.phases},
-        host_phases={phase.name: phase.host_bytes_of_node(ranks) for phase in configured.phases},
-        checkpoint_copy_bytes=_checkpoint_copy_bytes(config, estimator, sharding),
-        decoding=_decoding(estimator, configured.gathers_weights),
+        memory=memory,
         table=table,
-        changes=advise(estimator, sharding) if row.fits is False else [],
+        changes=advise(estimator, sharding) if memory.configured.fits is False else [],
         times=times,
         costs=estimator.costs(None if times is None else times.configured.mfu),
     )
-
-
-def _checkpoint_copy_bytes(config: RunConfig, estimator: Estimator, sharding: Sharding) -> float:
-    if config.checkpoint.asynchronous is False:
-        return 0.0
-    whole = checkpoint_bytes(estimator.model, config.optimizer, sharding)
-    return whole * estimator.machine.ranks_of_node / estimator.machine.num_gpus
-
-
-def _decoding(estimator: Estimator, gathers_weights: bool | None) -> Decoding | None:
-    if not estimator.decoding_bytes:
-        return None
-    return Decoding(estimator.decoding_bytes, gathers_weights, estimator.workload.evaluation.source)

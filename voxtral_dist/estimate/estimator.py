@@ -165,9 +165,10 @@ class Estimator:
         other.decoding_bytes = other._decoding_bytes()
         return other
 
-    def largest_shape(self, sharding: Sharding) -> MicroBatchShape:
-        """The candidate of the workload that needs most memory."""
-        return max(self.workload.candidates, key=lambda shape: self.estimate(sharding, shape).device_bytes)
+    def largest(self, sharding: Sharding) -> tuple[MicroBatchShape, MemoryEstimate]:
+        """The candidate of the workload that needs most memory, and this memory."""
+        found = ((shape, self.estimate(sharding, shape)) for shape in self.workload.candidates)
+        return max(found, key=lambda pair: pair[1].device_bytes)
 
     def estimate(self, sharding: Sharding, shape: MicroBatchShape) -> MemoryEstimate:
         """The memory of the rank that has most."""

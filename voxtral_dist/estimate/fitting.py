@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from voxtral_dist.config import RunConfig, load_config, recipes
-from voxtral_dist.estimate.checkpointing import USABLE_FRACTION, choose_checkpointing
+from voxtral_dist.estimate.checkpointing import USABLE_FRACTION, estimator_with_chosen_checkpointing
 from voxtral_dist.estimate.estimator import Estimator, Machine, ShardingRow
 from voxtral_dist.estimate.quantities import gigabytes, table_lines
 from voxtral_dist.estimate.sharding import configured_sharding
@@ -223,11 +223,8 @@ class _RecipeFitter:
     def _estimated(self, windows: int, decoded: int) -> tuple[Estimator, ShardingRow]:
         config = load_config(recipes()[self._name], self._with(windows, decoded))
         variant = self._estimator.with_workload(config, _largest(config, self._estimator.window_sizes))
+        variant, _ = estimator_with_chosen_checkpointing(variant, self._sharding)
         memory = self._estimator.machine.gpu_memory
-        if config.model.activation_checkpointing == "auto" and memory is not None:
-            chosen = choose_checkpointing(variant, self._sharding, memory).checkpointing
-            model = config.model.model_copy(update={"activation_checkpointing": chosen})
-            variant = variant.with_config(config.model_copy(update={"model": model}))
         (shape,) = variant.workload.candidates
         row = variant.row(variant.estimate(self._sharding, shape))
         if memory is not None and row.device_bytes > USABLE_FRACTION * memory:

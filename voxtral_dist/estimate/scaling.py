@@ -27,12 +27,12 @@ batch. Efficiency is the speed of a GPU in steps over that of its kernels alone:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from voxtral_dist.config import RunConfig
 from voxtral_dist.errors import UserError
-from voxtral_dist.estimate.checkpointing import checkpointing_for
+from voxtral_dist.estimate.checkpointing import estimator_with_chosen_checkpointing
 from voxtral_dist.estimate.communication import Collective, Communication
 from voxtral_dist.estimate.decoding_rate import decoding_rate
 from voxtral_dist.estimate.engine_traffic import engine_traffic
@@ -164,15 +164,12 @@ class _ScalingModel:
                 f"`--scale` needs an engine whose weights and states are on the GPU, but {sharding.name} moves them "
                 "through host memory, whose time is not estimated."
             )
-        # The choice of activations to recompute is made by row.
-        plain, _ = checkpointing_for(config, Machine())
-        self._estimator = Estimator(plain, Machine(1, machine.gpus_per_node, gpu=gpu, gpu_memory=machine.gpu_memory))
+        self._estimator = Estimator(config, Machine(1, machine.gpus_per_node, gpu=gpu, gpu_memory=machine.gpu_memory))
         self._times = TimeEstimator(self._estimator, sharding, gpu)
         self._roofline = Roofline(gpu, config.model.precision)
         workload = self._estimator.workload
         per_chunk = config.model.encoder_windows_per_chunk
-        hardware = self._estimator.flops.hardware
-        self._costs = [hardware(computed_shape(shape, per_chunk)) for shape in workload.probed]
+        self._shapes = [computed_shape(shape, per_chunk) for shape in workload.probed]
         self._num_chunks = num_chunks(workload.typical.num_windows, per_chunk)
         fill = workload.data.window_fill if workload.data else 1.0
         self._audio_of_slot = workload.typical.num_windows * self._estimator.window_sizes.seconds * fill
@@ -180,22 +177,25 @@ class _ScalingModel:
 
     def row(self, num_gpus: int) -> ScaleRow:
         """The run on so many GPUs."""
-        machine = Machine(num_gpus, self._machine.gpus_per_node, gpu=self._gpu, gpu_memory=self._machine.gpu_memory)
         sharding = _sharding(self._config, num_gpus)
-        config, _ = checkpointing_for(self._config, machine)
-        estimator = self._estimator.with_config(config).with_machine(machine)
+        machine = replace(self._estimator.machine, num_gpus=num_gpus)
+        estimator, _ = estimator_with_chosen_checkpointing(self._estimator.with_machine(machine), sharding)
+        config = estimator.config
         slots = max(config.train_data.slots_per_step, num_gpus)
         kernels = self._times.step(
             self._estimator.workload.typical, config.model.checkpointing, is_compiled=compiles_blocks(config)
         ).micro_batch
-        step, alone = self._step(sharding, num_gpus, slots, kernels)
+        communication = Communication(estimator.model, sharding, num_gpus, self._num_chunks)
+        costs = list(map(estimator.flops.hardware, self._shapes))
+        step, alone = self._step(sharding, communication, slots, kernels, costs)
         seconds = sum(step.values())
         audio = slots * self._audio_of_slot
         num_steps, run = self._run(sharding, num_gpus, slots, seconds)
         shares = step if run is None else {name: part * run["steps"] / seconds for name, part in step.items()}
         others = {} if run is None else {name: part for name, part in run.items() if name != "steps"}
         parts = shares | others
-        memory = estimator.row(estimator.estimate(sharding, estimator.largest_shape(sharding)))
+        _, peak = estimator.largest(sharding)
+        memory = estimator.row(peak)
         return ScaleRow(
             num_gpus=num_gpus,
             slots_per_step=slots,
@@ -206,7 +206,7 @@ class _ScalingModel:
             bound=max(parts, key=lambda name: parts[name]),
             num_steps=num_steps,
             run=run,
-            sent_bytes=self._communication(sharding, num_gpus).sent_bytes(-(-slots // num_gpus)),
+            sent_bytes=communication.sent_bytes(-(-slots // num_gpus)),
             device_bytes=memory.device_bytes,
             fits=memory.fits,
         )
@@ -214,7 +214,7 @@ class _ScalingModel:
     def notes(self, rows: Sequence[ScaleRow]) -> Iterator[str]:
         """What is not counted, and what differs from the configuration."""
         workload, slots = self._estimator.workload, self._config.train_data.slots_per_step
-        if not self._costs:
+        if not self._shapes:
             yield f"Lengths are not known, so no rank is slower than others: {workload.missing}"
         if any(row.slots_per_step > slots for row in rows):
             yield (
@@ -226,24 +226,27 @@ class _ScalingModel:
         if any(row.run is None for row in rows):
             yield "The time of the run is not known: `num_epochs` needs the shards."
 
-    def _communication(self, sharding: Sharding, num_gpus: int) -> Communication:
-        return Communication(self._estimator.model, sharding, num_gpus, self._num_chunks)
-
     def _step(
-        self, sharding: Sharding, num_gpus: int, slots: int, kernels: KernelTime
+        self,
+        sharding: Sharding,
+        communication: Communication,
+        slots: int,
+        kernels: KernelTime,
+        costs: Sequence[float],
     ) -> tuple[dict[str, float], float]:
         """Seconds of a step by part, and seconds of audio that a GPU trains on in a second alone."""
+        num_gpus = communication.num_ranks
         rounds, one = -(-slots // num_gpus), kernels.seconds
         traffic = engine_traffic(self._estimator.model, sharding, self._config.optimizer, num_gpus)
         engine = self._roofline.traffic_seconds(traffic.step_bytes(rounds) + traffic.update)
         meets = not (isinstance(sharding, ZeroSharding) and sharding.stage < 2)
-        slowest = slowest_rank(self._costs, slots, num_gpus, meets_in_micro_batches=meets)
+        slowest = slowest_rank(costs, slots, num_gpus, meets_in_micro_batches=meets)
         compute = one * slots / num_gpus + engine
         step = {
             "compute": compute,
             "idle ranks": one * (rounds - slots / num_gpus),
             "stragglers": one * (slowest - rounds),
-            "communication": self._exposed(sharding, num_gpus, rounds, kernels),
+            "communication": self._exposed(communication, rounds, kernels),
         }
         workers = max(1, self._config.train_data.num_workers)
         audio = slots * self._audio_of_slot
@@ -254,10 +257,9 @@ class _ScalingModel:
         step["data"] = max(0.0, read - sum(step.values()))
         return step, audio / num_gpus / compute
 
-    def _exposed(self, sharding: Sharding, num_gpus: int, rounds: int, kernels: KernelTime) -> float:
+    def _exposed(self, communication: Communication, rounds: int, kernels: KernelTime) -> float:
         """Seconds of communication in a step that ranks wait for."""
-        links = Interconnect(self._gpu, self._network, min(num_gpus, self._machine.gpus_per_node))
-        communication = self._communication(sharding, num_gpus)
+        links = Interconnect(self._gpu, self._network, min(communication.num_ranks, self._machine.gpus_per_node))
         timed = [(one, links.seconds(one)) for one in communication.micro_batch()]
         once = [(one, links.seconds(one)) for one in communication.once()]
         forward_seconds = kernels.by_phase.get("forward", 0.0)

@@ -113,7 +113,7 @@ class Times:
 class TimeEstimator:
     """Estimates step times of one configured run on one GPU.
 
-    Each variant of the model is built once, and each shape of it is traced once.
+    Each variant of the model is built once for its traces, and each shape of it is traced once.
     """
 
     def __init__(self, estimator: Estimator, sharding: Sharding, gpu: Gpu) -> None:
@@ -166,8 +166,8 @@ class TimeEstimator:
         key = (checkpointing.encoder, checkpointing.language_model)
         if key not in self._variants:
             config = _checkpointed(self._estimator.config, checkpointing)
-            estimator = Estimator(config, self._estimator.machine, self._estimator.workload)
-            self._variants[key] = (estimator, StepTracer(config.model, config.trainable))
+            tracer = StepTracer(config.model, config.trainable)
+            self._variants[key] = (self._estimator.with_config(config), tracer)
         return self._variants[key]
 
 
