@@ -24,6 +24,11 @@ _OWN_THREADS = ("watchdog", "failure-watch", "store-watch", "launcher-watch", "p
 Doing = Literal["data", "collective", "other"]
 _WAITS_FOR_DATA = ("torch/utils/data/dataloader.py",)
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "voxtral_dist/distributed/collectives.py")
+# Where the main thread waits for the one that writes a checkpoint, and that one for those of other ranks.
+_WAITS_FOR_THREAD = ("voxtral_dist/checkpoints/save_under_way.py",)
+_WAITS_OF_THREAD = ("voxtral_dist/checkpoints/written_parts.py",)
+# Where ZeRO-3 waits for what it has begun, which no frame of torch's shows, and a decorator around that.
+_WAITS_OF_ZERO, _DECORATOR_OF_ZERO = "deepspeed/runtime/zero/partition", "deepspeed/utils/nvtx.py"
 
 
 class Activity(NamedTuple):
@@ -44,13 +49,17 @@ def activity() -> Activity:
     frames = sys._current_frames()
     others = [frame for ident, frame in frames.items() if ident != main and names.get(ident) not in _OWN_THREADS]
     own = [frames[main]] if main in frames else []
-    kinds: tuple[tuple[Doing, tuple[str, ...], list[FrameType]], ...] = (
+    kinds: list[tuple[Doing, tuple[str, ...], list[FrameType]]] = [
         ("data", _WAITS_FOR_DATA, own),
         ("collective", _COLLECTIVES, [*own, *others]),
-    )
+    ]
+    if own and _outermost(own[0], _WAITS_FOR_THREAD) is not None:
+        kinds.append(("collective", _WAITS_OF_THREAD, others))
     for doing, files, stacks in kinds:
         for frame in stacks:
             found = _outermost(frame, files)
+            if found is None and doing == "collective":
+                found = _wait_of_zero(frame)
             if found is not None:
                 return Activity(doing, _named(found))
     return Activity("other", _named(own[0]) if own else "an unknown function")
@@ -65,6 +74,16 @@ def _outermost(frame: FrameType | None, files: tuple[str, ...]) -> FrameType | N
             found = frame
         frame = frame.f_back
     return found
+
+
+def _wait_of_zero(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame of a stack, but for decorators, if ZeRO-3 waits for other ranks there; None if it does not.
+
+    Further inside it may also wait for a drive.
+    """
+    while frame is not None and _DECORATOR_OF_ZERO in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame if frame is not None and _WAITS_OF_ZERO in frame.f_code.co_filename else None
 
 
 def _named(frame: FrameType) -> str:
