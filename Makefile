@@ -90,7 +90,7 @@ test-faults: install ## Let real runs meet every fault, and write the table of d
 	$(CPU_ENV) $(BIN)/pytest -m faults -n 2 --dist worksteal tests/faults/test_fault_table.py
 	$(BIN)/python tests/faults/fault_table.py build/faults.json docs/reliability.md
 
-test-hosts: install ## Let real runs cross three network namespaces, and write the table of docs/reliability.md (20 minutes on 2 cores; root)
+test-hosts: install ## Let real runs cross three network namespaces, and write the table of docs/reliability.md (17 minutes on 2 busy cores; root)
 	rm -f build/hosts.json
 	$(CPU_ENV) $(BIN)/pytest tests/hosts
 	PYTHONPATH=tests/faults $(BIN)/python tests/hosts/host_table.py build/hosts.json docs/reliability.md

@@ -11,6 +11,7 @@ import pytest
 from network import ALL, Network, Program
 from training_runs import GRACE_SECONDS, LIMIT_SECONDS, MISTAKE, TrainingRun, assert_said, ended_after, ended_with
 
+from corpora import NUM_UTTERANCES, SHARD_BYTES, pack_manifest, write_speech_manifest
 from runs import ROOT
 
 NewRun = Callable[..., TrainingRun]
@@ -37,6 +38,25 @@ def _model(run: TrainingRun, folder: Path) -> list[Program]:
     assert '"rms_norm_eps": 1e-05' in content
     config.write_text(content.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06'))
     return _in_own_folder(run, folder, "model.path=model")
+
+
+def _shards(run: TrainingRun, folder: Path) -> list[Program]:
+    for seed, name in enumerate(("others", "own")):
+        manifest = write_speech_manifest(folder / f"speech-{seed}", NUM_UTTERANCES, seed=seed)
+        pack_manifest(manifest, folder / name / "shards", SHARD_BYTES, skip_bad=False)
+    return _in_own_folder(run, folder, "train_data.shards=[shards]")
+
+
+def _without(name: str, word: str) -> Callable[[TrainingRun, Path], list[Program]]:
+    """Host 2 alone lacks a folder."""
+
+    def start(run: TrainingRun, folder: Path) -> list[Program]:
+        found = run.config.model.path if name == "model" else run.config.train_data.shards[0]
+        shutil.copytree(found, folder / "others" / name)
+        (folder / "own").mkdir()
+        return _in_own_folder(run, folder, word)
+
+    return start
 
 
 def _run_dir(run: TrainingRun, folder: Path) -> list[Program]:
@@ -79,6 +99,9 @@ DIFFERENCES: dict[str, tuple[Callable[[TrainingRun, Path], list[Program]], str]]
     ),
     "another model": (_model, "the fingerprint of the files of `model.path` is "),
     "another version of a package": (_package, "but 0.0.1 on the ranks [2] (1 of 3; host-2)"),
+    "other shards": (_shards, "`train_data`: the ranks [2] see other shards"),
+    "no shards": (_without("shards", "train_data.shards=[shards]"), "shards does not exist"),
+    "no model": (_without("model", "model.path=model"), "the folder model does not exist"),
     "its own `run_dir`": (_run_dir, "`run_dir`: the ranks [2] (1 of 3) do not see what rank 0 writes"),
 }
 

@@ -135,6 +135,11 @@ class TrainingRun:
         """Start the entrypoint on each host."""
         return self._launch(lambda _host: [ENTRYPOINT], variables or {"NUM_NODES": str(NUM_HOSTS)})
 
+    def launch_by_deepspeed(self) -> list[Program]:
+        """Start the command `deepspeed` on each host."""
+        hostfile = self._folder / "hostfile"
+        return self._launch(lambda host: [*deepspeed(self._network, host, hostfile), held_train.__file__], {})
+
     def _launch(self, command: Callable[[int], Sequence[str | Path]], variables: Mapping[str, str]) -> list[Program]:
         self._num_started += 1
         paths = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"]
