@@ -73,7 +73,8 @@ class Estimate:
         yield from self._cost_lines()
 
     def _table_lines(self) -> Iterator[str]:
-        heads = ("sharding", "per GPU", "host, per node", "NVMe, per node", "fits")
+        label = "GPU" if self.memory.machine.device == "gpu" else "rank"
+        heads = ("sharding", f"per {label}", "host, per node", "NVMe, per node", "fits")
         rows = [
             (
                 row.name,
@@ -117,7 +118,8 @@ class Estimate:
     def _duration(self) -> str:
         costs = self.costs
         if costs.seconds is None:
-            return "for their time name the GPU, as in --gpu H100, or give --mfu and --peak-tflops"
+            named = "name the GPU, as in --gpu H100, or " if self.memory.machine.device == "gpu" else ""
+            return f"for their time {named}give --mfu and --peak-tflops"
         source = "by the roofline" if costs.is_roofline else "as given"
         return (
             f"about {duration(costs.seconds)} at an MFU of {100 * (costs.mfu or 0):.0f} % of {costs.peak_tflops:g} "
