@@ -122,7 +122,7 @@ bench: install ## Run the benchmarks and write JSON files to build/benchmarks
 	HF_HUB_OFFLINE=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu.py --output build/benchmarks/gpu.json
 
 # Wheels alone, so that pip never goes back to old versions that it would have to build.
-rivals: $(foreach name,webdataset datasets energon lhotse mlx,.rivals/$(name)/.installed) ## Install what benchmarks and tests compare with, each in its own environment
+rivals: $(foreach name,webdataset datasets energon lhotse mlx trackers,.rivals/$(name)/.installed) ## Install what benchmarks and tests compare with, each in its own environment
 
 .rivals/%/.installed: benchmarks/rivals/%.txt
 	$(PYTHON) -m venv .rivals/$*

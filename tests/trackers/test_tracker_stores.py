@@ -1,19 +1,23 @@
 """What the trackers' own local stores hold is what `metrics.jsonl` holds, also after a kill and a resume.
 
-Packages: `pip install 'voxtral-dist[wandb,mlflow,trackio]'`.
+Their packages come from `make rivals`, because Trackio asks for an older Pillow than the pinned one. Those of the test
+environment are found before them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from voxtral_dist.config import TrackerKind
 from voxtral_dist.distributed.world import alone
@@ -22,9 +26,17 @@ from voxtral_dist.trackers import processes
 from voxtral_dist.trackers.processes import followed_by_trackers
 from voxtral_dist.training.metrics_file import drop_rows_after, read_metrics, scalars_of
 
+from runs import ROOT
+
 Series = dict[str, list[tuple[int, float]]]
 # Of a file of W&B, as of LevelDB's log: blocks that hold whole records or parts of them.
 _BLOCK_BYTES, _FIRST, _LAST = 32768, 2, 4
+_PATHS = [*sys.path, *(str(path) for path in (ROOT / ".rivals" / "trackers").glob("lib/python*/site-packages"))]
+_PACKAGES: dict[TrackerKind, tuple[str, ...]] = {
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "trackio": ("trackio",),
+}
 
 
 def _write(run_dir: Path, kind: str, step: int, **values: Any) -> None:
@@ -100,7 +112,8 @@ def _of_mlflow(run_dir: Path) -> tuple[Series, int]:
 
     client = MlflowClient()
     run = client.get_run(_sent_id(run_dir, "mlflow"))
-    assert run.data.params["model.path"] == "m"
+    written = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert run.data.params["model.path"] == written["model"]["path"]
     series = {
         name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
         for name in run.data.metrics
@@ -132,21 +145,37 @@ STORES: dict[TrackerKind, Callable[[Path], tuple[Series, int]]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", STORES)
-def test_a_killed_and_resumed_run_is_one_run_with_the_numbers_of_metrics_jsonl(
-    kind: TrackerKind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processes, "END_SECONDS", 300.0)
+@pytest.fixture
+def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let processes that a test starts find the packages, and store what they send in its folder."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(_PATHS))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    # Artifacts of MLflow are stored below it.
     monkeypatch.chdir(tmp_path)
-    # They read the variables when they are imported.
-    pytest.importorskip(kind)
-    if kind == "mlflow":
-        pytest.importorskip("sqlalchemy")
-        pytest.importorskip("alembic")
+
+
+def _is_installed(kind: TrackerKind) -> bool:
+    return all(PathFinder.find_spec(name, _PATHS) for name in _PACKAGES[kind])
+
+
+def _read_back(kind: TrackerKind, run_dir: Path) -> tuple[Series, int]:
+    """Numbers and tables, read by a process of its own: packages of trackers read variables when they are imported."""
+    ended = subprocess.run([sys.executable, __file__, kind, str(run_dir)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"{ended.stderr}\n{_log(run_dir, kind)}"
+    series, num_tables = json.loads(ended.stdout.splitlines()[-1])
+    return {name: [(step, value) for step, value in values] for name, values in series.items()}, num_tables
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STORES)
+def test_a_killed_and_resumed_run_is_one_run_with_the_numbers_of_metrics_jsonl(
+    kind: TrackerKind, tmp_path: Path, stores: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not _is_installed(kind):
+        pytest.skip("its packages are missing: run `make rivals`")
+    monkeypatch.setattr(processes, "END_SECONDS", 300.0)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     write_atomically(run_dir / "config.yaml", "model: {path: m}\n")
@@ -156,8 +185,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_the_numbers_of_metrics_jsonl(
             _write(run_dir, "checkpoint", 3, seconds=1.0)
             _evaluate(run_dir, 3, 0.9)
     # The follower of a killed rank finds the end of its input, and the last rows after the checkpoint are lost.
-    command = [sys.executable, "-m", "voxtral_dist.trackers", kind, str(run_dir)]
-    assert subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode == 0, _log(run_dir, kind)
+    assert _follow_to_the_end(kind, run_dir) == 0, _log(run_dir, kind)
     drop_rows_after(run_dir / "metrics.jsonl", 3)
     said: list[str] = []
     with followed_by_trackers(run_dir, (kind,), alone(), said.append):
@@ -168,10 +196,17 @@ def test_a_killed_and_resumed_run_is_one_run_with_the_numbers_of_metrics_jsonl(
         for name in ("report.html", "summary.json"):
             (run_dir / name).write_text("{}")
     assert said == [], _log(run_dir, kind)
-    series, num_tables = STORES[kind](run_dir)
-    assert series == _rows_of_metrics(run_dir)
-    assert num_tables == 2
+    assert _read_back(kind, run_dir) == (_rows_of_metrics(run_dir), 2)
+
+
+def _follow_to_the_end(kind: TrackerKind, run_dir: Path) -> int:
+    command = [sys.executable, "-m", "voxtral_dist.trackers", kind, str(run_dir)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def _log(run_dir: Path, kind: str) -> str:
     return (run_dir / "trackers" / f"{kind}.log").read_text()
+
+
+if __name__ == "__main__":
+    print(json.dumps(STORES[sys.argv[1]](Path(sys.argv[2]))))
