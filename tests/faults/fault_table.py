@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from injection import FAULTS
 ENGINES = {"2": "ZeRO-2", "3": "ZeRO-3", "fsdp2": "FSDP2"}
 PHASES = ("stepping", "saving", "evaluating", "exporting")
 DAMAGED = "newest checkpoint damaged: "
+DAMAGES = ("size", "content", "header", "manifest")
+# Before the first step.
+STARTING = "starting"
 _ALL_PHASES = ", ".join(PHASES)
 # Phases that a fault has no part in, and why.
 IMPOSSIBLE = {
@@ -25,6 +29,8 @@ IMPOSSIBLE = {
     ("error of a GPU", _ALL_PHASES): "needs a GPU",
     ("kernel that does not end", _ALL_PHASES): "needs a GPU",
 }
+# Places in the code, files of checkpoints, and numbers.
+_VARYING = re.compile(r"in \S+ \(\S+:\d+\)|[\w-]+\.(?:safetensors|distcp)|\.metadata|\([^()]*\)|\d[\d.]*")
 _HEAD = """\
 | fault | while | detected, ended after (s) | steps lost | curve equal | what the user saw | exit code |
 |---|---|---|---|---|---|---|
@@ -94,14 +100,11 @@ def render(rows: dict[str, Any]) -> str:
     return _HEAD + "".join(lines[key] for key in sorted(lines, key=_place))
 
 
-def _place(key: tuple[str, str]) -> tuple[int, int, str]:
+def _place(key: tuple[str, str]) -> tuple[int, int]:
     """The place of a line: faults and phases in the order in which they are listed."""
     fault, phase = key
-    return (
-        FAULTS.index(fault) if fault in FAULTS else len(FAULTS),
-        PHASES.index(phase) if phase in PHASES else -1,
-        fault,
-    )
+    listed = [*FAULTS, *(fault for fault, _ in IMPOSSIBLE), *(f"{DAMAGED}{damage}" for damage in DAMAGES)]
+    return listed.index(fault), PHASES.index(phase) if phase in PHASES else -1
 
 
 def _line(fault: str, phase: str, of: dict[str, Row]) -> str:
@@ -110,7 +113,7 @@ def _line(fault: str, phase: str, of: dict[str, Row]) -> str:
         _common([_seconds(row) for row in rows]),
         _common([str(row.steps_lost) for row in rows]),
         _common(["yes" if row.is_equal else "**no**" for row in rows]),
-        _common([_escaped(row.said) or "nothing" for row in rows]),
+        _said({engine: _escaped(of[engine].said) or "nothing" for engine in ENGINES if engine in of}),
         _common([str(row.code) for row in rows]),
     ]
     which = "" if len(of) == len(ENGINES) else f" ({', '.join(ENGINES[engine] for engine in ENGINES if engine in of)})"
@@ -119,6 +122,18 @@ def _line(fault: str, phase: str, of: dict[str, Row]) -> str:
 
 def _common(values: list[str]) -> str:
     return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _said(of: dict[str, str]) -> str:
+    """The sentences of all engines, those once that differ in numbers and places only."""
+    alike: dict[str, list[str]] = {}
+    for engine, sentence in of.items():
+        alike.setdefault(_VARYING.sub("", sentence), []).append(engine)
+    if len(alike) == 1:
+        return next(iter(of.values()))
+    return " / ".join(
+        f"{', '.join(ENGINES[engine] for engine in engines)}: {of[engines[0]]}" for engines in alike.values()
+    )
 
 
 def _seconds(row: Row) -> str:
@@ -140,11 +155,12 @@ def put_into_page(page: Path, name: str, table: str) -> None:
 
 def missing(rows: dict[str, Any]) -> list[str]:
     """What has not been run."""
-    expected = itertools.product(FAULTS, PHASES, ENGINES)
+    places = [place for place in itertools.product(FAULTS, PHASES) if place not in IMPOSSIBLE]
+    places += [("SIGTERM", STARTING), *((f"{DAMAGED}{damage}", STARTING) for damage in DAMAGES)]
     return [
         f"{fault}, {phase}, {ENGINES[engine]}"
-        for fault, phase, engine in expected
-        if (fault, phase) not in IMPOSSIBLE and json.dumps([fault, phase, engine]) not in rows
+        for (fault, phase), engine in itertools.product(places, ENGINES)
+        if json.dumps([fault, phase, engine]) not in rows
     ]
 
 

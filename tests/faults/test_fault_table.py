@@ -23,7 +23,7 @@ from voxtral_dist.checkpoints.complete import COMPLETE
 from voxtral_dist.config import RunConfig
 from voxtral_dist.training.metrics_file import read_metrics
 
-from fault_table import DAMAGED, ENGINES, IMPOSSIBLE, PHASES, Row, locked, store_row
+from fault_table import DAMAGED, DAMAGES, ENGINES, IMPOSSIBLE, PHASES, STARTING, Row, locked, store_row
 from injection import FAULTS, Injection, faulty_program, undo
 from ranks import EndedJob, run_job
 from runs import ROOT, free_port, run_config, write_config
@@ -52,6 +52,7 @@ class Expected:
         lost: at most so many steps.
         needs_root: whether it mounts a disk.
         settings: of section `distributed`.
+        num_workers: data workers of a rank.
     """
 
     usual: int | tuple[int, ...]
@@ -60,6 +61,7 @@ class Expected:
     phases: tuple[str, ...] = PHASES
     needs_root: bool = False
     settings: dict[str, float] = field(default_factory=dict)
+    num_workers: int = 0
     unusual: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
 
     def codes(self, phase: str) -> tuple[int, ...]:
@@ -72,24 +74,26 @@ class Expected:
 _AT_THE_END: dict[str, int | tuple[int, ...]] = {"evaluating": (75, 0), "exporting": 0}
 _STOPS = Expected(75, "Stopped at step|Done", lost=0, unusual=_AT_THE_END)
 # Steps and saves of these runs take less than a second.
-_HANGS = Expected(77, "No rank has made progress", settings={"timeout_seconds": 60.0, "watchdog_seconds": 3.0})
-# An evaluation ends on all ranks with the error of one.
-_RAISES = Expected(1, "InjectedError", unusual={"evaluating": 3})
+_HANGS = Expected(77, "No rank has made progress", settings={"timeout_seconds": 60.0, "watchdog_seconds": 1.5})
+# An evaluation ends on all ranks with the error of one, unless they decode in lockstep.
+_RAISES = Expected(1, "InjectedError", unusual={"evaluating": (3, 1)})
+# Where the main thread reads utterances, an exception that comes from elsewhere may be taken for one of them.
+_RAISES_ANYWHERE = replace(_RAISES, num_workers=1)
 EXPECTED = {
     "exception": _RAISES,
-    "exception from another thread": _RAISES,
-    "exception in a signal handler": _RAISES,
+    "exception from another thread": _RAISES_ANYWHERE,
+    "exception in a signal handler": _RAISES_ANYWHERE,
     "abort": Expected(250),
     "segmentation fault": Expected(245),
     "SIGINT": _STOPS,
     "SIGKILL": Expected(247),
-    "SIGTERM": replace(_STOPS, said=f"Stopped by a signal before training|{_STOPS.said}", phases=("starting", *PHASES)),
+    "SIGTERM": replace(_STOPS, said=f"Stopped by a signal before training|{_STOPS.said}", phases=(STARTING, *PHASES)),
     "two SIGTERMs": _STOPS,
     "SIGSTOP": _HANGS,
     "a rank sleeps": _HANGS,
     "the interpreter's lock is held": _HANGS,
     # A rank that gives no sign of life for 0.9 of it is lost.
-    "host lost": Expected(76, "gone", settings={"timeout_seconds": 16.0}),
+    "host lost": Expected(76, "gone", settings={"timeout_seconds": 12.0}),
     "disk full": Expected(74, "cannot be written", needs_root=True),
     "read-only disk": Expected(74, "cannot be written|cannot write", needs_root=True),
     "`run_dir` removed": Expected(74, "cannot be written", lost=NUM_STEPS),
@@ -197,6 +201,8 @@ def unbroken_config(engine: str, run_dir: Path, model: Path, shards: Path) -> Ru
         evaluation={
             "test_sets": {"same": {"shards": str(shards), "max_utterances": NUM_TESTED}},
             "at_start": False,
+            # One engine without a copy of the weights: ranks decode in lockstep.
+            "weights": "sharded" if engine == "3" else "gathered",
         },
         export={"layouts": ["hf"]},
         metrics={"tensorboard": False},
@@ -229,7 +235,9 @@ def test_a_run_is_the_unbroken_one_after_a_fault_in_any_phase(
     if expected.needs_root and os.geteuid() != 0:
         pytest.skip("only root mounts disks")
     folder = disk() if fault == "disk full" else tmp_path
-    config = unbroken.configured(folder / "run", distributed=expected.settings)
+    config = unbroken.configured(
+        folder / "run", distributed=expected.settings, train_data={"num_workers": expected.num_workers}
+    )
     pending: list[Fault] = []
     wrong = []
     for phase in (*expected.phases, None):
@@ -371,7 +379,7 @@ def header(folder: Path) -> Path:
     return folder / ".metadata" if (folder / ".metadata").exists() else largest(folder)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+_DAMAGES: dict[str, Callable[[Path], None]] = {
     "size": lambda folder: truncate(largest(folder)),
     "content": lambda folder: flip(largest(folder), 0.7),
     "header": lambda folder: flip(header(folder), 0.001),
@@ -387,12 +395,12 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     shutil.copytree(unbroken.config.run_dir, config.run_dir)
     shutil.rmtree(config.run_dir / "export")
     newest = max((config.run_dir / "checkpoints").iterdir())
-    DAMAGES[damage](newest)
+    _DAMAGES[damage](newest)
     ended = run(config)
     said = [line for line in ended.output.replace(str(config.run_dir), "RUN_DIR").splitlines() if "is damaged" in line]
     start, is_equal = resumed_step(config.run_dir), unbroken.is_equal(config.run_dir)
     row = Row(None, None, NUM_STEPS - start, is_equal, "".join(said[:1]), ended.code or 0)
-    store_row(ROWS, f"{DAMAGED}{damage}", "starting", engine, row)
+    store_row(ROWS, f"{DAMAGED}{damage}", STARTING, engine, row)
     assert ended.code == 0, ended.output
     assert start == NUM_STEPS - SAVE_EVERY
     assert is_equal
