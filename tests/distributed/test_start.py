@@ -49,9 +49,10 @@ def _run(
     def work(_parsed: object) -> NoReturn:
         with joined_world(timedelta(seconds=limit), timedelta(seconds=start)):
             dist.all_reduce(torch.ones(1))
-            time.sleep(2)
             if rank == killed:
+                # In the first second, after one sign of life.
                 os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(2)
             if waits_in == "collective":
                 dist.all_reduce(torch.ones(1))
             if waits_in == "kernel of NCCL" and rank == 0:

@@ -63,7 +63,7 @@ FAULTS: dict[str, Callable[[Network, int], None]] = {
         *((fault, 2, "ZeRO-3", "stepping") for fault in FAULTS),
         *((fault, 0, "FSDP2", "stepping") for fault in FAULTS),
         *(("cable cut for good", 2, "FSDP2", phase) for phase in ("saving", "evaluating")),
-        ("cable cut for good", 1, "ZeRO-2", "exporting"),
+        *(("cable cut for good", 1, "ZeRO-2", phase) for phase in ("starting", "exporting")),
     ],
 )
 def test_no_fault_of_a_host_leaves_another_one_running(

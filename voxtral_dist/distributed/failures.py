@@ -274,6 +274,8 @@ class FailureWatch:
         # An error of the store: its host has left.
         with suppress(RuntimeError):
             try:
+                # At once: a rank that is lost before its first sign of life would not be missed.
+                self._beats.beat()
                 while not self._wake.wait(_POLL_SECONDS):
                     self._look()
             except RuntimeError:
