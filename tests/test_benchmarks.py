@@ -15,6 +15,7 @@ SLOW = {
     "building",
     "checkpoint",
     "collate",
+    "communication",
     "data_path",
     "encoder_memory",
     "evaluation",

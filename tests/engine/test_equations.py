@@ -194,6 +194,8 @@ IN_CHUNKS = {"encoder_windows_per_chunk": 2, "mlp_chunk_tokens": 40}
 OFFLOADED = CHECKPOINTED | {"activation_offloading": True}
 # By default ZeRO-3 does not shard small parameters, and those of this model are small.
 ALL_SHARDED = {"stage3_param_persistence_threshold": 0}
+# Of gradients, each to the rank that updates it, in place of all-reduces.
+REDUCTIONS = {"use_multi_rank_bucket_allreduce": False, "overlap_comm": False}
 ADAPTERS = {"lora": {"rank": 4}}
 DORA = {"lora": {"rank": 4, "use_dora": True, "trained_whole": ["encoder"]}, "frozen": ["projector"]}
 
@@ -208,7 +210,9 @@ VARIANTS: dict[tuple[int, str], tuple[int, dict[str, Any], dict[str, Any], dict[
     (2, "stage 3 with everything sharded and smoothed labels"): (3, ALL_SHARDED, CHECKPOINTED | SMOOTHED, {}),
     (2, "stage 3 with DoRA and a trained encoder"): (3, ALL_SHARDED, IN_CHUNKS | OFFLOADED, DORA),
     (3, "stage 2"): (2, {}, {}, {}),
+    (3, "stage 1 with reductions"): (1, REDUCTIONS, {}, {}),
     (3, "stage 2 with adapters"): (2, {}, {}, ADAPTERS),
+    (3, "stage 2 with reductions"): (2, REDUCTIONS, {}, {}),
     (3, "stage 3 in chunks"): (3, ALL_SHARDED, IN_CHUNKS, {}),
     (3, "stage 3 in chunks and offloaded"): (3, {}, IN_CHUNKS | OFFLOADED, {}),
     (3, "stage 3 with adapters"): (3, {}, {}, ADAPTERS),

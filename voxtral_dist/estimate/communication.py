@@ -15,18 +15,23 @@ precision and r of one whose gradient is reduced. A step of m micro-batches move
 
 DeepSpeed (0.19.8, `stage_1_and_2.py:average_tensor`) sums gradients of ZeRO-1 and ZeRO-2 by an all-reduce of each
 bucket (`use_multi_rank_bucket_allreduce`, its default) or by one reduction to the owner of each part, which sends half
-as much. A released weight of ZeRO-3 is one that is not used again within
-`stage3_max_reuse_distance` values: the last half of that distance before the end of the forward pass stays gathered.
+as much; in bfloat16 stage 1 always takes all-reduces (`bf16_optimizer.py`).
+
+A released weight of ZeRO-3 is one that is not used again within `stage3_max_reuse_distance` values: the last half of
+that distance before the end of the forward pass stays gathered, or the last `stage3_prefetch_bucket_size` values if
+these are more. The prefetcher has met them again, in the backward pass, before they would be released
+(`partitioned_param_coordinator.py:__params_to_release`).
 
 What a rank sends of a collective over n ranks and V bytes (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69(2),
 2009, for rings; github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md):
 
                       all-reduce      all-gather    reduce-scatter   reduction of V / n to each rank in turn
     NCCL, rings       2 (n-1)/n V     (n-1)/n V     (n-1)/n V        (n-1)/n V
-    gloo              2 (n-1)/n V     (n-1)/n V     2 (n-1)/n V      (n-1)/n (1 + 1/n) V
+    gloo              2 (n-1)/n V     (n-1)/n V     2 (n-1)/n V      (1 - 2/S + (n-1)/n^2) V
 
-gloo reduces and scatters by an all-reduce (torch 2.13, `ProcessGroupGloo::_reduce_scatter_base`), and reduces in a
-ring, after which each rank sends its part to the root (gloo, `gloo/reduce.cc`).
+gloo reduces and scatters by an all-reduce (torch 2.13, `ProcessGroupGloo::_reduce_scatter_base`). It reduces in a ring,
+after which each rank sends its part to the root. The ring has S segments of at most 1 MiB, n times some number that is
+two or more, and ends when all but two of them have passed (gloo, `gloo/reduce.cc`), though (n-1)/n would be enough.
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from voxtral_dist.estimate.engine_traffic import values_of_backward_pass
 from voxtral_dist.estimate.sharding import Fsdp2Sharding, Sharding, ZeroSharding
@@ -46,6 +53,7 @@ Moment = Literal["forward pass", "backward pass", "last backward pass", "update"
 Library = Literal["nccl", "gloo"]
 
 _FLOAT32_BYTES = 4
+_GLOO_SEGMENT_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,18 +74,15 @@ class Collective:
     stride: int = 1
 
     def sent_bytes(self, library: Library = "nccl") -> float:
-        """Bytes that a rank sends."""
-        return sent_fraction(self.kind, self.num_ranks, library) * self.num_bytes
-
-
-def sent_fraction(kind: Kind, num_ranks: int, library: Library) -> float:
-    """Bytes that a rank sends for each byte of a collective; see the module."""
-    fraction = (num_ranks - 1) / num_ranks
-    if kind == "all-gather":
-        return fraction
-    if kind == "all-reduce" or (kind, library) == ("reduce-scatter", "gloo"):
-        return 2 * fraction
-    return fraction * (1 + 1 / num_ranks) if library == "gloo" and kind == "reductions" else fraction
+        """Bytes that a rank sends; see the module."""
+        ranks = self.num_ranks
+        fraction = (ranks - 1) / ranks
+        if self.kind == "all-reduce" or (self.kind, library) == ("reduce-scatter", "gloo"):
+            fraction *= 2
+        elif (self.kind, library) == ("reductions", "gloo"):
+            per_rank = max(2, math.ceil(self.num_bytes / self.num_calls / ranks / _GLOO_SEGMENT_BYTES))
+            fraction = 1 - 2 / (ranks * per_rank) + (ranks - 1) / ranks**2
+        return fraction * self.num_bytes
 
 
 class Communication:
@@ -94,12 +99,17 @@ class Communication:
         """
         self._sharding = sharding
         self.num_ranks = num_ranks
-        self._size = int(model.lm_head.weight.element_size())
+        self._dtype: torch.dtype = model.lm_head.weight.dtype
+        self._size = self._dtype.itemsize
         parameters = list(model.parameters())
         self._sizes: list[int] = [one.numel() for one in parameters]
         self._trained: int = sum(one.numel() for one in parameters if one.requires_grad)
         self._num_trained_tensors = sum(one.requires_grad for one in parameters)
         self._again = values_of_backward_pass(model)[0]
+        embeddings = list(model.model.language_model.embed_tokens.parameters())
+        # ZeRO-3 gathers each layer through which a gradient passes, whether that needs the weight or not.
+        self._ends = sum(one.numel() for one in model.lm_head.parameters()) if self._again else 0
+        self._ends += sum(one.numel() for one in embeddings if one.requires_grad)
         encoder = blocks_of(model)["encoder"]
         self._chunked = sum(one.numel() for block in encoder for one in block.parameters()) * (num_chunks - 1)
         self._chunked_calls = len(encoder) * (num_chunks - 1)
@@ -161,7 +171,8 @@ class Communication:
             gathered = self._size * (released + (self._chunked if encoder_is_released else 0))
             calls = max(self._num_units, gathered / self._size / max(1, sharding.prefetch_bucket))
             yield Collective("all-gather", "forward pass", gathered, ranks, calls, overlaps)
-            again = max(0, min(self._again, released) - sharding.max_reuse // 2)
+            kept = max(sharding.max_reuse // 2, sharding.prefetch_bucket)
+            again = max(0, min(self._again + self._ends, released) - kept)
             if again:
                 share = again / released
                 yield Collective("all-gather", "backward pass", self._size * again, ranks, share * calls, overlaps)
@@ -185,11 +196,15 @@ class Communication:
         buckets = self._num_buckets(sharding)
         kind: Kind = "reduce-scatter"
         if sharding.stage < 3:
-            kind = "all-reduce" if sharding.all_reduces else "reductions"
+            # In bfloat16 DeepSpeed replaces the optimizer of stage 1 by one that knows no reductions.
+            always = sharding.stage == 1 and self._dtype == torch.bfloat16
+            kind = "all-reduce" if sharding.all_reduces or always else "reductions"
         if kind == "reductions":
             # A bucket is cut where the next rank's part begins.
-            buckets += self.num_ranks
-        return Collective(kind, moment, self._size * self._trained, self.num_ranks, buckets, sharding.has_overlap)
+            buckets += self.num_ranks - 1
+        # DeepSpeed waits for the device before each reduction (`stage_1_and_2.py:allreduce_and_copy`).
+        is_hidden = sharding.has_overlap and kind != "reductions"
+        return Collective(kind, moment, self._size * self._trained, self.num_ranks, buckets, is_hidden)
 
     def _num_buckets(self, sharding: ZeroSharding) -> int:
         return math.ceil(self._trained / sharding.reduce_bucket)

@@ -138,7 +138,8 @@ def zero_sharding(zero: Mapping[str, Any]) -> ZeroSharding:
         num_weight_buffers=int(weights.get("buffer_count", plain.num_weight_buffers)),
         pins_optimizer=bool(optimizer.get("pin_memory", plain.pins_optimizer)),
         pins_weights=bool(weights.get("pin_memory", plain.pins_weights)),
-        all_reduces=bool(zero.get("use_multi_rank_bucket_allreduce", plain.all_reduces)),
+        all_reduces=bool(zero.get("use_multi_rank_bucket_allreduce", plain.all_reduces))
+        or not zero.get("reduce_scatter", True),
     )
 
 
