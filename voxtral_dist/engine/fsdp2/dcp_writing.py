@@ -7,6 +7,7 @@ its thread, by whose addresses the nodes reach each other on the CPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
@@ -41,6 +42,7 @@ class PlannedPartitions:
         """
         # Copying ahead would use a stream, and so a GPU's context, in the thread that writes.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=_COPY_AHEAD_BYTES if buffers is None else 0)
+        self._writer.fs = _ExistingFolders()
         self._planner = _HoldingPlanner()
         self._planner.set_up_planner(dict(tensors), self._writer.storage_meta(), world.is_first)
         self._writer.set_up_storage_writer(world.is_first)
@@ -74,6 +76,13 @@ class PlannedPartitions:
         """
         assert self._metadata is not None, "rank 0 plans"
         self._writer.finish(self._metadata, list(results))
+
+
+class _ExistingFolders(FileSystem):
+    """A file system in which DCP makes no folder: rank 0 has made it, and a `run_dir` that is gone stays gone."""
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Do nothing."""
 
 
 @contextmanager
