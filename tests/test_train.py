@@ -110,6 +110,7 @@ def test_a_run_leaves_its_files(unbroken: RunConfig) -> None:
     decoded = read_scored(folder / "evaluations" / "step-0000020" / "same.jsonl")
     assert page.count("<audio") == sum(one.words.errors > 0 for one in decoded) > 0
     assert (folder / "export" / "model.safetensors").is_file()
+    assert not (folder / "hangs").exists()
     # Servers, colleagues and other tasks may run as other users.
     assert unusual_modes(folder) == {}
 

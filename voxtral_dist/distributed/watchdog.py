@@ -154,6 +154,8 @@ class Watchdog:
                 if error is None:
                     # Storage that does not answer may be the cause of an error.
                     self._lock_path.unlink()
+                    # Fails where hangs were written, or another rank has not ended yet.
+                    self._folder.rmdir()
 
     # The thread that needs no store.
 
