@@ -116,6 +116,9 @@ def test_steps_come_once_they_last_and_once_after_a_kill_and_a_resume(tmp_path: 
     assert list(store.runs) == ["run-0"]
     assert _got(store.runs["run-0"]) == expected(run)
     assert [row.number for row in store.runs["run-0"]] == list(range(1, 12))
+    # Sent at once, step 4 would have begun before what was sent earlier.
+    times = [row.time for row in store.runs["run-0"]]
+    assert times == sorted(times)
 
 
 def test_a_service_that_is_down_gets_everything_later(tmp_path: Path, store: Store) -> None:

@@ -49,14 +49,16 @@ logger = logging.getLogger(__name__)
 class Sent:
     """What a tracker has got so far, stored in `run_dir/trackers/KIND.json`.
 
-    run_id: of the tracker. num_rows: of kind `train` and `evaluation`. digest: of the last one. sending: the number of
-    rows after a sending that was begun, and its time in milliseconds since 1970; if it was interrupted, the same rows
-    are sent with the same times. has_report: whether the report of the finished run was sent.
+    run_id: of the tracker. num_rows: of kind `train` and `evaluation`. digest: of the last one. time: of the last one,
+    in milliseconds since 1970. sending: the number of rows after a sending that was begun, and its time; if it was
+    interrupted, the same rows are sent with the same times. has_report: whether the report of the finished run was
+    sent.
     """
 
     run_id: str | None = None
     num_rows: int = 0
     digest: str = ""
+    time: int = 0
     sending: tuple[int, int] | None = None
     has_report: bool = False
 
@@ -130,7 +132,7 @@ class Follower:
             self._store(sending=(some[-1].number, now))
             with tempfile.TemporaryDirectory() as folder:
                 tracker.send(self._tracked(some, now, Path(folder)))
-            self._store(num_rows=some[-1].number, digest=some[-1].digest, sending=None)
+            self._store(num_rows=some[-1].number, digest=some[-1].digest, time=now, sending=None)
             del self._unsent[: len(some)]
         is_finished = (self._run_dir / "summary.json").is_file()
         if is_last:
@@ -164,14 +166,15 @@ class Follower:
         return tracker
 
     def _tracked(self, rows: Sequence[LastingRow], now: int, folder: Path) -> list[TrackedRow]:
-        """Rows for trackers, with times that are as far apart as the rows' durations."""
+        """Rows for trackers, with times as far apart as the rows' durations, but none before what was sent already."""
         tracked: list[TrackedRow] = []
         for one in reversed(rows):
             row, table = one.row, None
             if row["kind"] == "evaluation":
                 found = evaluation_table(self._run_dir, row["step"], row["name"], folder / str(one.number))
                 table = found and (f"evaluation/{row['name']}/utterances", found)
-            tracked.append(TrackedRow(one.number, row["step"], now, scalars_of(row), table or None))
+            moment = max(now, self._sent.time)
+            tracked.append(TrackedRow(one.number, row["step"], moment, scalars_of(row), table or None))
             now -= int(1000 * (row.get("step_seconds") or row.get("seconds") or 0))
         return tracked[::-1]
 
