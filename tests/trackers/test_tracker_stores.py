@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -19,14 +21,14 @@ from typing import Any
 import pytest
 import yaml
 
-from voxtral_dist.config import TrackerKind
+from voxtral_dist.config import RunConfig, TrackerKind
 from voxtral_dist.distributed.world import alone
 from voxtral_dist.files import write_atomically
 from voxtral_dist.trackers import processes
 from voxtral_dist.trackers.processes import followed_by_trackers
 from voxtral_dist.training.metrics_file import drop_rows_after, read_metrics, scalars_of
 
-from runs import ROOT
+from runs import ROOT, finish, kill_all, rows, run_config, write_config
 
 Series = dict[str, list[tuple[int, float]]]
 # Of a file of W&B, as of LevelDB's log: blocks that hold whole records or parts of them.
@@ -206,6 +208,54 @@ def _follow_to_the_end(kind: TrackerKind, run_dir: Path) -> int:
 
 def _log(run_dir: Path, kind: str) -> str:
     return (run_dir / "trackers" / f"{kind}.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_training_run_that_is_killed_and_resumed_is_one_run_of_each_tracker(
+    tiny_model: Path, shard_folder: Path, tmp_path: Path, stores: None
+) -> None:
+    kinds = [kind for kind in STORES if _is_installed(kind)]
+    if not kinds:
+        pytest.skip("their packages are missing: run `make rivals`")
+    config = run_config(
+        tmp_path / "run",
+        tiny_model,
+        shard_folder,
+        num_steps=16,
+        stage=2,
+        checkpoint={"every_steps": 3, "asynchronous": False},
+        evaluation={"test_sets": {"dev": {"shards": str(shard_folder), "max_utterances": 3}}, "every_steps": 8},
+        metrics={"trackers": kinds, "tensorboard": False},
+    )
+    first = _start(config)
+    saved = config.run_dir / "checkpoints" / "step-0000003" / "complete.json"
+    while first.poll() is None and not (saved.is_file() and rows(config.run_dir, "train")[-1]["step"] >= 5):
+        time.sleep(0.01)
+    kill_all(first)
+    assert first.returncode == -signal.SIGKILL, first.communicate()[0]
+    second = _start(config)
+    output = finish(second)
+    assert second.returncode == 0, output
+    assert "Training from step" in output
+    expected = _rows_of_metrics(config.run_dir)
+    assert [step for step, _ in expected["train/loss"]] == list(range(1, 17))
+    for kind in kinds:
+        # What a slow machine has not sent within the half minute after the end.
+        assert _follow_to_the_end(kind, config.run_dir) == 0, _log(config.run_dir, kind)
+        series, num_tables = _read_back(kind, config.run_dir)
+        assert series == expected, kind
+        assert num_tables == len(expected["evaluation/dev/wer"]) == 3
+
+
+def _start(config: RunConfig) -> subprocess.Popen[str]:
+    """Start a run in the working folder; not by forking, because DeepSpeed imports trackers, which start threads."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "train.py"), f"--config={write_config(config)}"],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 if __name__ == "__main__":
