@@ -86,9 +86,10 @@ test-slow: install ## Run the proofs that take minutes each
 	$(CPU_ENV) $(BIN)/pytest -m slow
 
 # More processes than cores, because runs that hang are waited for.
-test-faults: install ## Let real runs meet every fault, and write the table of docs/reliability.md (10 minutes on 2 cores; root)
+test-faults: install ## Let real runs meet every fault, and write the table of docs/reliability.md (16 minutes on 2 cores; root)
 	rm -f build/faults.json
 	$(CPU_ENV) $(BIN)/pytest -m faults -n 4 --dist worksteal tests/faults/test_fault_table.py
+	$(CPU_ENV) $(BIN)/pytest -m faults tests/faults/test_random_kills.py
 	$(BIN)/python tests/faults/fault_table.py build/faults.json docs/reliability.md
 
 test-hosts: install ## Let real runs cross three network namespaces, and write the table of docs/reliability.md (17 minutes on 2 busy cores; root)

@@ -24,8 +24,6 @@ from injection import faulty_program
 from ranks import EndedJob, Kill, run_job
 from runs import free_port, rows, run_config, write_config
 
-pytestmark = pytest.mark.slow
-
 NUM_KILLS, NUM_KILLS_AT_THE_END = 100, 15
 NUM_STEPS = 160
 SAVE_EVERY, EVALUATE_EVERY = 2, 6
@@ -234,7 +232,9 @@ def summary(killed: Sequence[Killed], engine: str) -> str:
     )
 
 
-@pytest.mark.parametrize("engine", ["2", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("2", marks=pytest.mark.faults), pytest.param("fsdp2", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_killed_a_hundred_times_is_the_unbroken_one(
     engine: str, unbroken: Unbroken, tmp_path: Path
 ) -> None:
