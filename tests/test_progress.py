@@ -6,6 +6,7 @@ import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from voxtral_dist import progress
 from voxtral_dist.progress import ProgressDisplay, progress_of_command
@@ -68,3 +69,13 @@ def test_a_terminal_shows_a_bar_and_lines_above_it() -> None:
     assert "[a line] of the command\n" in shown
     assert "2/3" in shown
     assert "loss 1.5" in shown
+
+
+def test_a_narrow_terminal_shows_the_number_and_all_of_the_note() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    note = "loss 0.336  lr 2.4e-03  held_out_voices WER 196.1 %  69 audio s/s  0.7 GB  waiting for data 12 %"
+    with ProgressDisplay("step", 1000, console=console) as display:
+        display.show(240, note)
+    shown = Text.from_ansi(console.file.getvalue()).plain
+    assert " 240/1000 " in shown
+    assert all(word in shown for word in note.split())

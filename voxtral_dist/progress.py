@@ -9,6 +9,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from voxtral_dist.output.console import copy_line, one_line, printable
 
@@ -62,9 +63,10 @@ class ProgressDisplay:
         self._is_live = self._console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            # On a narrow terminal the note takes a second line. By default rich would leave the number out.
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column()),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

@@ -35,6 +35,7 @@ NUM_COLUMNS, NUM_LINES = 116, 10
 REPORT_SIZE = (1100, 1420)
 # What a terminal does with the display's bytes: text, colours, line ends, and the codes to draw over earlier lines.
 _TOKENS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+")
+_STEP = re.compile(r"([\d,]+)/[\d,]+ ")
 # A code whose end has not been read yet.
 _UNFINISHED = re.compile(r"(\x1b(\[[0-9;?]*)?)?$")
 
@@ -77,6 +78,11 @@ class Screen:
                 self.lines[self._row] = token if self._at_start else self.lines[self._row] + token
                 self._at_start = False
 
+    def step(self) -> int:
+        """The step that the display shows, 0 before the first one."""
+        shown = _STEP.findall(Text.from_ansi("\n".join(self.lines[-NUM_LINES:])).plain)
+        return int(shown[-1].replace(",", "")) if shown else 0
+
 
 def record_training(screen: Screen) -> None:
     """Train in a pseudo terminal until `PICTURED_STEP`, then ask all processes to stop."""
@@ -96,7 +102,7 @@ def record_training(screen: Screen) -> None:
         for text in output_of(leader):
             if not is_pictured:
                 screen.feed(text)
-            if not is_pictured and f"{PICTURED_STEP}/" in Text.from_ansi(screen.lines[-1]).plain:
+            if not is_pictured and screen.step() >= PICTURED_STEP:
                 is_pictured = True
                 os.killpg(run.pid, signal.SIGTERM)
     if not is_pictured:
