@@ -7,7 +7,6 @@ joining the others and loading its tokenizer is subtracted.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from voxtral_dist.model.prompts import VoxtralPrompts
 from voxtral_dist.model.tekken import NUM_SPECIAL_TOKENS
 from voxtral_dist.model.voxtral import DTYPES, trained_meta_model
 
+from workloads.gloo_ranks import join_ranks, run_ranks
 from workloads.peak_memory import MMAP_THRESHOLD_BYTES, forget_peak, status_bytes
 
 NUM_STEPS = 3
@@ -111,19 +111,9 @@ def predicted_phases(config: RunConfig, examples: Sequence[Example]) -> dict[str
 def measured_peaks(config: RunConfig, num_examples: int, num_target_tokens: int) -> list[int]:
     """Bytes that each of `NUM_RANKS` ranks adds at its peak in three steps of training."""
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD_BYTES), "DS_ACCELERATOR": "cpu"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["voxtral_dist.train"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (Path(folder), config, num_examples, num_target_tokens)
-        ranks = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(NUM_RANKS)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(_TIMEOUT_SECONDS)
-        if any(rank.exitcode != 0 for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-            raise RuntimeError(f"ranks ended with the exit codes {[rank.exitcode for rank in ranks]}")
+        run_ranks(NUM_RANKS, _train, *arguments, limit_seconds=_TIMEOUT_SECONDS)
         return [int((Path(folder) / f"peak-{rank}").read_text(encoding="ascii")) for rank in range(NUM_RANKS)]
 
 
@@ -133,16 +123,11 @@ def _train(rank: int, folder: Path, config: RunConfig, num_examples: int, num_ta
 
     from voxtral_dist.data.examples.micro_batch import collate
     from voxtral_dist.data.loader import StepBatches
-    from voxtral_dist.distributed.world import World
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.model.features import LogMel
     from voxtral_dist.train import build_train_step
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_RANKS)}
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), NUM_RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
-    world = World(rank, NUM_RANKS, rank, torch.device("cpu"))
+    world = join_ranks(rank, NUM_RANKS, folder)
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     batch = collate(examples_of(prompts, num_examples, num_target_tokens), prompts)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import subprocess
 import tempfile
 from pathlib import Path
 
-import torch
-
 from voxtral_dist.config import RunConfig
 
+from workloads.gloo_ranks import join_ranks, run_ranks
 from workloads.rank_memory import examples_of
 
 NUM_EXAMPLES, NUM_TARGETS = 1, 8
 # ZeRO-3 learns the order of modules in the first step.
 _FIRST_STEPS, _COUNTED_STEPS = 2, 2
 _TIMEOUT_SECONDS = 300
+_PRELOADED = ("voxtral_dist.train", "deepspeed", "voxtral_dist.engine.fsdp2.engine")
 _NEW_USERS, _NEW_NETWORK = 0x10000000, 0x40000000
 
 
@@ -41,19 +40,9 @@ def enter_private_network() -> bool:
 
 def sent_bytes(config: RunConfig, num_ranks: int, num_micro_batches: int) -> float:
     """Bytes that a rank sends in a step of so many micro-batches, mean over ranks and some steps."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["voxtral_dist.train", "deepspeed", "voxtral_dist.engine.fsdp2.engine"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (num_ranks, Path(folder), config, num_micro_batches)
-        ranks = [context.Process(target=_train, args=(rank, *arguments)) for rank in range(num_ranks)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(_TIMEOUT_SECONDS)
-        if any(rank.exitcode != 0 for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-            raise RuntimeError(f"ranks ended with the exit codes {[rank.exitcode for rank in ranks]}")
+        run_ranks(num_ranks, _train, *arguments, preloaded=_PRELOADED, limit_seconds=_TIMEOUT_SECONDS)
         counted = int((Path(folder) / "counted").read_text(encoding="ascii"))
     return counted / num_ranks / _COUNTED_STEPS
 
@@ -64,17 +53,12 @@ def _train(rank: int, num_ranks: int, folder: Path, config: RunConfig, num_micro
 
     from voxtral_dist.data.examples.micro_batch import collate
     from voxtral_dist.data.loader import StepBatches
-    from voxtral_dist.distributed.world import World
     from voxtral_dist.engine.build import build_engine
     from voxtral_dist.model.features import LogMel
     from voxtral_dist.model.prompts import VoxtralPrompts
     from voxtral_dist.train import build_train_step
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), num_ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
-    world = World(rank, num_ranks, rank, torch.device("cpu"))
+    world = join_ranks(rank, num_ranks, folder)
     prompts = VoxtralPrompts.from_pretrained(config.model.path)
     batch = collate(examples_of(prompts, NUM_EXAMPLES, NUM_TARGETS), prompts)
     log_mel = LogMel.from_pretrained(config.model.path, world.device)

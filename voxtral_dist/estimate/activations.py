@@ -15,8 +15,10 @@ A checkpointed block keeps only its input; the rest is recomputed, one block at 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -129,14 +131,8 @@ class Activations:
         passing = num_windows * positions * width * 6 * size
         parts = [plain_part("encoder convolutions", front_modules, front if reached else 0.0, passing=passing)]
         every = self._config.checkpointing.encoder
-        known: dict[tuple[_Kind, bool, bool], Part] = {}
-        for number, block in enumerate(tower.layers):
-            kind = self._kinds[block]
-            reached = reached or kind.is_trained
-            key = (kind, reached, is_checkpointed(number, every))
-            if key not in known:
-                known[key] = self._encoder_block(block, num_windows, *key[1:])
-            parts.append(known[key])
+        blocks, reached = self._blocks(tower.layers, every, reached, partial(self._encoder_block, num_windows))
+        parts += blocks
         end_modules = [tower.layer_norm, self._model.model.multi_modal_projector]
         reached = reached or _is_trained(*end_modules)
         audio_tokens = num_windows * self._audio_tokens * self._text_config.hidden_size
@@ -144,7 +140,7 @@ class Activations:
         working, passing = 2 * audio_tokens * size, audio_tokens * size
         return [*parts, plain_part("projector", end_modules, end if reached else 0.0, working, passing)]
 
-    def _encoder_block(self, block: Any, num_windows: int, reached: bool, checkpointed: bool) -> Part:
+    def _encoder_block(self, num_windows: int, block: Any, reached: bool, checkpointed: bool) -> Part:
         """Both residual inputs, q, k, v, the output of attention, and the input of the GELU: 11 D values a position;
         and if the layer that reads them is trained, outputs of both norms, of the joined heads, and of the GELU: 6 D.
 
@@ -181,20 +177,36 @@ class Activations:
 
     def _language_model(self, shape: MicroBatchShape, reached: bool) -> list[Part]:
         language = self._model.model.language_model
-        parts = []
         every = self._config.checkpointing.language_model
+        blocks, reached = self._blocks(language.layers, every, reached, partial(self._language_block, shape))
+        return [*blocks, self._loss(shape, reached or _is_trained(language.norm))]
+
+    def _blocks(
+        self, blocks: Iterable[nn.Module], every: int, reached: bool, part: Callable[[Any, bool, bool], Part]
+    ) -> tuple[list[Part], bool]:
+        """The parts of a stack of blocks, computed once for all that are alike.
+
+        Args:
+            blocks: from the first one on.
+            every: see `is_checkpointed`.
+            reached: whether the backward pass goes on before them.
+            part: computes a part from a block, whether the backward pass reaches it, and whether it is checkpointed.
+
+        Returns:
+            The parts, and whether the backward pass reaches what follows.
+        """
         known: dict[tuple[_Kind, bool, bool], Part] = {}
-        for number, block in enumerate(language.layers):
+        parts = []
+        for number, block in enumerate(blocks):
             kind = self._kinds[block]
             reached = reached or kind.is_trained
             key = (kind, reached, is_checkpointed(number, every))
             if key not in known:
-                known[key] = self._language_block(block, shape, *key[1:])
+                known[key] = part(block, *key[1:])
             parts.append(known[key])
-        parts.append(self._loss(shape, reached or _is_trained(language.norm)))
-        return parts
+        return parts, reached
 
-    def _language_block(self, block: Any, shape: MicroBatchShape, reached: bool, checkpointed: bool) -> Part:
+    def _language_block(self, shape: MicroBatchShape, block: Any, reached: bool, checkpointed: bool) -> Part:
         """Both norms in float32, q, k, v and output of attention, both factors of SwiGLU and the input of SiLU:
         2 x 4 E bytes and 2 Q + 2 K + 3 G values; if the layer that reads them is trained, 2 x 2 E of the norms and G.
 
